@@ -1,0 +1,67 @@
+PYTHON ?= python3
+RUNS ?= runs/demo
+TRIALS ?= 14
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint lab venv constraints clean
+
+help: ## say what the targets do
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/.installed ## train a first sweep on the embedded text, then its table and frontier picture
+	$(BIN)/explore sweep sweeps/first_frontier.py --runs $(RUNS) --trials $(TRIALS)
+	$(BIN)/explore table $(RUNS)
+	$(BIN)/explore plot $(RUNS)
+
+test: $(VENV)/.installed-dev ## run the fast tests
+	$(PYTEST)
+
+test-slow: $(VENV)/.installed-dev ## run the slow tests, and the GPU tests where there is a GPU
+	$(PYTEST) -m "slow or gpu"
+
+lint: $(VENV)/.installed-dev ## check format, style, types, the floors of imports, and that notebooks are stripped
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+
+lab: $(VENV)/.installed ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+venv: $(VENV)/.installed-dev ## make the environment with all that the tests need
+
+constraints: ## write constraints.txt anew from a fresh environment, keeping the torch it names
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && set -e && \
+	$(PYTHON) -m venv "$$fresh" && \
+	"$$fresh/bin/python" -m pip install "$$(grep '^torch==' constraints.txt)" -e '.[dev]' && \
+	{ head -n 1 constraints.txt; "$$fresh/bin/python" -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+[^+]*$$//'; } \
+	  > "$$fresh/constraints.txt" && \
+	cp "$$fresh/constraints.txt" constraints.txt
+
+clean: ## remove the environment, builds and caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find explore kernels sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written only after its command succeeded, so that whatever was interrupted is done again.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11; name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo 'installing into $(VENV): a minute or two, and once only'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+# The development environment contains the other: both stamps, or `make demo` would install once more.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo 'installing into $(VENV), with what the tests need: a minute or two, and once only'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.installed $@

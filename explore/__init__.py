@@ -1,0 +1,53 @@
+"""Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers.
+
+The names below are the public ones; they are imported on first use, so that `import explore` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from explore.blocks import AttentionConfig as AttentionConfig
+    from explore.blocks import Mamba2Config as Mamba2Config
+    from explore.blocks import MLPConfig as MLPConfig
+    from explore.blocks import MoEConfig as MoEConfig
+    from explore.blocks import latent_acc as latent_acc
+    from explore.blocks import latent_eff as latent_eff
+    from explore.data import RecallData as RecallData
+    from explore.data import TextData as TextData
+    from explore.experiment import Experiment as Experiment
+    from explore.experiment import TrainConfig as TrainConfig
+    from explore.figures import plot_frontier as plot_frontier
+    from explore.frontier import pareto_front as pareto_front
+    from explore.model import LanguageModel as LanguageModel
+    from explore.model import ModelConfig as ModelConfig
+    from explore.runs import load_runs as load_runs
+    from explore.train import fit as fit
+
+_HOMES = {
+    "explore.blocks": ("AttentionConfig", "Mamba2Config", "MLPConfig", "MoEConfig", "latent_acc", "latent_eff"),
+    "explore.data": ("RecallData", "TextData"),
+    "explore.experiment": ("Experiment", "TrainConfig"),
+    "explore.figures": ("plot_frontier",),
+    "explore.frontier": ("pareto_front",),
+    "explore.model": ("LanguageModel", "ModelConfig"),
+    "explore.runs": ("load_runs",),
+    "explore.train": ("fit",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = version("hybrid-frontier")
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'explore' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,58 @@
+"""The blocks that patterns are made of. A new one is a file here and an entry in `BLOCKS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Union
+
+from pydantic import Field
+
+from explore.blocks.attention import Attention, AttentionConfig
+from explore.blocks.base import BlockConfig, Mixer, RouterStats
+from explore.blocks.mamba2 import Mamba2, Mamba2Config
+from explore.blocks.mlp import MLP, MLPConfig
+from explore.blocks.moe import MoE, MoEConfig, latent_acc, latent_eff
+
+
+class BlockKind(NamedTuple):
+    """A kind of block: its standard letter (Megatron's), its config, and a small example."""
+
+    letter: str
+    config: type[BlockConfig]
+    example: BlockConfig
+
+
+BLOCKS: tuple[BlockKind, ...] = (
+    BlockKind("M", Mamba2Config, Mamba2Config(n_heads=4, d_head=8, d_state=16, n_groups=2, chunk_size=16)),
+    BlockKind("*", AttentionConfig, AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8)),
+    BlockKind("-", MLPConfig, MLPConfig(d_ff=48)),
+    BlockKind("E", MoEConfig, MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32, d_latent=16)),
+)
+"""Patterns, JSON, cost tables, figures and tests read this."""
+
+STANDARD_LETTERS: Mapping[str, type[BlockConfig]] = {kind.letter: kind.config for kind in BLOCKS}
+
+if TYPE_CHECKING:
+    AnyBlock = BlockConfig
+else:
+    AnyBlock = Annotated[Union[tuple(kind.config for kind in BLOCKS)], Field(discriminator="kind")]
+
+__all__ = [
+    "BLOCKS",
+    "MLP",
+    "STANDARD_LETTERS",
+    "AnyBlock",
+    "Attention",
+    "AttentionConfig",
+    "BlockConfig",
+    "BlockKind",
+    "MLPConfig",
+    "Mamba2",
+    "Mamba2Config",
+    "Mixer",
+    "MoE",
+    "MoEConfig",
+    "RouterStats",
+    "latent_acc",
+    "latent_eff",
+]

@@ -1,0 +1,85 @@
+"""What a block is: a config that knows its cost and builds its module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from explore.config import Config
+from explore.cost import Entry
+
+
+class RouterStats(NamedTuple):
+    """What a mixture of experts tells about one forward pass.
+
+    Attributes:
+        load: tokens that went to each expert.
+        aux_loss: balance loss to be added to the training loss, coefficient included.
+    """
+
+    load: Float[Tensor, " n_experts"]
+    aux_loss: Float[Tensor, ""]
+
+
+class Mixer(nn.Module, ABC):
+    """The inside of a residual layer: (batch, seq, d_model) in, the same out."""
+
+    @abstractmethod
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"]
+    ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
+        """Returns the output, and the router's statistics where there is a router."""
+
+    @abstractmethod
+    def init_weights(self, std: float, out_std: float) -> None:
+        """Draws all parameters anew.
+
+        Args:
+            std: standard deviation of matrices that read the residual stream.
+            out_std: standard deviation of matrices that write to it.
+        """
+
+
+class BlockConfig(Config, ABC):
+    """Sizes of one kind of block; `d_model` belongs to the model and is passed in."""
+
+    kind: str
+
+    @classmethod
+    @abstractmethod
+    def default(cls, d_model: int) -> Self:
+        """Sizes for a width, in the proportions of the Nemotron models.
+
+        Raises:
+            ValueError: no such sizes divide `d_model`.
+        """
+
+    @abstractmethod
+    def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
+        """The ledger of one block over one sequence, norm before the mixer not included."""
+
+    @abstractmethod
+    def build(self, d_model: int) -> Mixer:
+        """The module, uninitialised until `init_weights`."""
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter."""
+    return nn.Parameter(torch.empty(*shape))
+
+
+def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
+    """The largest of `widths` that divides `d_model` into `at_least` heads.
+
+    Raises:
+        ValueError: none does.
+    """
+    for width in widths:
+        if d_model % width == 0 and d_model // width >= at_least:
+            return width
+    smallest = widths[-1]
+    raise ValueError(f"d_model: {d_model} is not divisible into heads; allowed are multiples of {smallest}, at least {smallest * at_least}")

@@ -1,0 +1,141 @@
+"""The Mamba-2 mixer."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from explore.blocks.base import BlockConfig, Mixer, head_width, parameter
+from explore.cost import Entry, matrix, vector
+from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
+
+
+class Mamba2Config(BlockConfig):
+    """Sizes of the mixer; `d_inner` is n_heads * d_head, whatever d_model is.
+
+    Attributes:
+        n_groups: groups of heads that share B and C, and groups of the gated norm.
+        chunk_size: positions that are handled by matrix products at once; part of the FLOP count.
+        dt_min: smallest step size at initialisation.
+        dt_max: largest step size at initialisation.
+    """
+
+    kind: Literal["mamba2"] = "mamba2"
+    n_heads: PositiveInt
+    d_head: PositiveInt
+    d_state: PositiveInt
+    n_groups: PositiveInt = 1
+    d_conv: PositiveInt = 4
+    chunk_size: PositiveInt = 128
+    dt_min: PositiveFloat = 0.001
+    dt_max: PositiveFloat = 0.1
+    norm_eps: PositiveFloat = 1e-5
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.n_heads % self.n_groups:
+            raise ValueError(f"n_groups: {self.n_groups} does not divide n_heads={self.n_heads}")
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min: {self.dt_min} is above dt_max={self.dt_max}")
+        return self
+
+    @property
+    def d_inner(self) -> int:
+        return self.n_heads * self.d_head
+
+    @property
+    def d_conv_channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @classmethod
+    def default(cls, d_model: int) -> Self:
+        d_head = head_width(2 * d_model, (64, 32, 16), at_least=4)
+        n_heads = 2 * d_model // d_head
+        return cls(n_heads=n_heads, d_head=d_head, d_state=128, n_groups=math.gcd(n_heads, 8))
+
+    def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
+        channels = self.d_conv_channels
+        conv = channels * (self.d_conv + 1)
+        # Chunks are whole but for the last one, and inside a chunk the products are square.
+        whole, rest = divmod(seq_len, self.chunk_size)
+        squares = whole * self.chunk_size**2 + rest**2
+        state = self.d_inner * self.d_state
+        return (
+            matrix("in_proj", d_model, self.d_inner + channels + self.n_heads, seq_len),
+            Entry(
+                "conv1d",
+                params=conv,
+                params_active=conv,
+                flops_seq=2 * channels * self.d_conv * seq_len,
+                conv_numel=channels * (self.d_conv - 1),
+            ),
+            vector("A_log, D, dt_bias", 3 * self.n_heads),
+            Entry("ssd C B^T", flops_seq=2 * self.n_groups * self.d_state * squares),
+            Entry("ssd (L * C B^T) X", flops_seq=2 * self.d_inner * squares),
+            Entry("ssd chunk state", flops_seq=2 * state * seq_len, ssm_numel=state),
+            Entry("ssd state output", flops_seq=2 * state * seq_len),
+            vector("norm", self.d_inner),
+            matrix("out_proj", self.d_inner, d_model, seq_len),
+        )
+
+    def build(self, d_model: int) -> Mamba2:
+        return Mamba2(self, d_model)
+
+
+class Mamba2(Mixer):
+    """Mamba-2: projection, short convolution, selective state space, gated norm, projection.
+
+    Parameter names and their order inside `in_proj` (z, x, B, C, dt) are those of state-spaces/mamba.
+
+    Source: arXiv 2405.21060, figure 6 and section 7; dt is not clamped.
+    """
+
+    def __init__(self, config: Mamba2Config, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.in_proj = nn.Linear(d_model, config.d_inner + config.d_conv_channels + config.n_heads, bias=False)
+        self.conv1d = nn.Conv1d(
+            config.d_conv_channels, config.d_conv_channels, config.d_conv, groups=config.d_conv_channels
+        )
+        self.A_log = parameter(config.n_heads)
+        self.D = parameter(config.n_heads)
+        self.dt_bias = parameter(config.n_heads)
+        self.norm = nn.RMSNorm(config.d_inner, eps=config.norm_eps)
+        self.out_proj = nn.Linear(config.d_inner, d_model, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, std: float, out_std: float) -> None:
+        c = self.config
+        nn.init.normal_(self.in_proj.weight, std=std)
+        nn.init.normal_(self.out_proj.weight, std=out_std)
+        self.conv1d.reset_parameters()
+        self.norm.reset_parameters()
+        self.A_log.uniform_(1, 16).log_()
+        self.D.fill_(1)
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+
+    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+        c = self.config
+        z, xBC, dt = self.in_proj(x).split((c.d_inner, c.d_conv_channels, c.n_heads), dim=-1)
+        xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias))
+        d_BC = c.n_groups * c.d_state
+        X, B, C = xBC.split((c.d_inner, d_BC, d_BC), dim=-1)
+        y, _ = ssd(
+            X.unflatten(-1, (c.n_heads, c.d_head)),
+            F.softplus(dt.float() + self.dt_bias),
+            -self.A_log.float().exp(),
+            B.unflatten(-1, (c.n_groups, c.d_state)),
+            C.unflatten(-1, (c.n_groups, c.d_state)),
+            self.D,
+            c.chunk_size,
+        )
+        y = gated_group_rms_norm(y.flatten(2), z, self.norm.weight, c.n_groups, c.norm_eps)
+        return self.out_proj(y), None

@@ -1,0 +1,54 @@
+"""Multi-layer perceptron: squared ReLU or SwiGLU."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from jaxtyping import Float
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from explore.blocks.base import BlockConfig, Mixer
+from explore.cost import Entry, matrix
+from explore.ops import Activation, activate
+
+
+class MLPConfig(BlockConfig):
+    """Two matrices around a squared ReLU, or three in a SwiGLU."""
+
+    kind: Literal["mlp"] = "mlp"
+    d_ff: PositiveInt
+    activation: Activation = "relu2"
+
+    @classmethod
+    def default(cls, d_model: int) -> Self:
+        return cls(d_ff=4 * d_model)
+
+    def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
+        up = matrix("up", d_model, self.d_ff, seq_len)
+        gate = (matrix("gate", d_model, self.d_ff, seq_len),) if self.activation == "swiglu" else ()
+        return (up, *gate, matrix("down", self.d_ff, d_model, seq_len))
+
+    def build(self, d_model: int) -> MLP:
+        return MLP(self, d_model)
+
+
+class MLP(Mixer):
+    """W_down relu(W_up x)^2 (arXiv 2109.08668), or W_down (SiLU(W_gate x) * W_up x) (arXiv 2002.05202)."""
+
+    def __init__(self, config: MLPConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.up = nn.Linear(d_model, config.d_ff, bias=False)
+        self.gate = nn.Linear(d_model, config.d_ff, bias=False) if config.activation == "swiglu" else None
+        self.down = nn.Linear(config.d_ff, d_model, bias=False)
+
+    def init_weights(self, std: float, out_std: float) -> None:
+        nn.init.normal_(self.up.weight, std=std)
+        if self.gate is not None:
+            nn.init.normal_(self.gate.weight, std=std)
+        nn.init.normal_(self.down.weight, std=out_std)
+
+    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+        gate = None if self.gate is None else self.gate(x)
+        return self.down(activate(self.up(x), gate, self.config.activation)), None

@@ -1,0 +1,90 @@
+"""What every config shares: frozen, hashable, strict about its keys, and plain about errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic.functional_validators import AfterValidator
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Config(BaseModel):
+    """Base of every config: immutable, hashable, unknown keys refused, JSON in and out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class FrozenMapping(Mapping[K, V]):
+    """A mapping that can neither be changed nor depend on insertion order, so it can be hashed."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[K, V]) -> None:
+        object.__setattr__(self, "_items", dict(sorted(items.items(), key=lambda item: str(item[0]))))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("FrozenMapping is immutable")
+
+    def __getitem__(self, key: K) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+    def __reduce__(self) -> tuple[type[FrozenMapping[K, V]], tuple[dict[K, V]]]:
+        return type(self), (dict(self._items),)
+
+
+Frozen = Annotated[Mapping[K, V], AfterValidator(FrozenMapping), PlainSerializer(dict)]
+"""Field type of a mapping inside a config: any mapping goes in, a `FrozenMapping` comes out."""
+
+
+def explain(error: ValidationError, root: str = "") -> str:
+    """Says in one line what is wrong with a config.
+
+    Args:
+        root: what the config is called in the path, for example `model`.
+
+    Returns:
+        `path: reason` of the first error, and how many more there are.
+    """
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    line = f"{_path(root, first['loc'])}: {_reason(first)}"
+    return line if len(problems) == 1 else f"{line} (and {len(problems) - 1} more)"
+
+
+def _path(root: str, loc: tuple[int | str, ...]) -> str:
+    parts = [root] if root else []
+    for i, part in enumerate(loc):
+        if i >= 2 and loc[i - 2] == "blocks" or i >= 1 and loc[i - 1] == "data":
+            if i + 1 < len(loc):  # the tag of a discriminated union, which the user did not write
+                continue
+        parts.append(str(part))
+    return ".".join(parts) or "config"
+
+
+def _reason(problem: Any) -> str:
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        return "unknown field"
+    if kind == "missing":
+        return "field required"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if kind == "value_error" or isinstance(value, Mapping | BaseModel):
+        return message
+    return f"{message}, got {value!r}"

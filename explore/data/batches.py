@@ -1,0 +1,147 @@
+"""Batches: what a model reads and must predict, as a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from explore.data.splits import Split
+from explore.data.tokenizer import Tokenizer
+from explore.data.tokens import TokenStream
+
+IGNORED = -100
+"""Target of a position where nothing is predicted; `torch.nn.functional.cross_entropy` skips it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences and what follows each of their tokens.
+
+    Attributes:
+        targets: -100 where nothing is predicted.
+        n_bytes: UTF-8 bytes of text that the targets stand for; None where that is unknown or there is no text.
+    """
+
+    inputs: Int64[Tensor, "batch seq"]
+    targets: Int64[Tensor, "batch seq"]
+    n_bytes: int | None = None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Data that was opened with a seed."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def n_train_tokens(self) -> int | None:
+        """Tokens of the training text; None where it never ends."""
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        """Training batch number `step`, whatever was asked before."""
+
+    def eval_batches(
+        self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """The split in order, the same for every seed, or its first sequences up to `max_tokens`."""
+
+
+def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
+    """How many windows of `seq_len`, and a token more, fit into a stream at any offset below `seq_len`; at least 1."""
+    return max(1, (n_tokens - seq_len) // seq_len)
+
+
+@lru_cache(maxsize=4)
+def window_starts(n_tokens: int, seq_len: int, seed: int, epoch: int) -> Int64[np.ndarray, " windows"]:
+    """Where the windows of one epoch start in a stream, in the order they are read."""
+    rng = np.random.default_rng([seed, epoch])
+    n = windows_per_epoch(n_tokens, seq_len)
+    offset = rng.integers(min(seq_len, n_tokens - n * seq_len))
+    starts: Int64[np.ndarray, " windows"] = offset + seq_len * rng.permutation(n)
+    starts.flags.writeable = False
+    return starts
+
+
+class TextSource:
+    """Windows of token streams.
+
+    An epoch cuts the training stream at a random offset into windows of `seq_len` that share no target, and
+    reads them in a random order; offset and order are derived from the seed and the number of the epoch.
+    """
+
+    def __init__(self, streams: Mapping[Split, TokenStream], tokenizer: Tokenizer, seq_len: int, seed: int) -> None:
+        self.streams, self.tokenizer, self.seq_len, self.seed = streams, tokenizer, seq_len, seed
+        self.windows_per_epoch = windows_per_epoch(streams["train"].n_tokens, seq_len)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def n_train_tokens(self) -> int:
+        return self.streams["train"].n_tokens
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        places = [divmod(step * batch_size + row, self.windows_per_epoch) for row in range(batch_size)]
+        n_tokens, seq_len = self.n_train_tokens, self.seq_len
+        starts = np.array([window_starts(n_tokens, seq_len, self.seed, epoch)[i] for epoch, i in places])
+        windows = self.streams["train"].ids[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        return _batch(inputs, targets, self._bytes(targets))
+
+    def eval_batches(
+        self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """Predicts every token of the split but the first once, in order, or the first windows of it.
+
+        The last window is filled up with targets of -100. Without a table of bytes per token the bytes of the
+        split are shared out among its batches by their number of targets, so that their sum is exact.
+
+        Args:
+            max_tokens: rounded down to whole windows, at least one.
+
+        Raises:
+            ValueError: `max_tokens` cuts the split and the tokenizer has no table of bytes per token.
+        """
+        stream = self.streams[split]
+        n_targets = stream.n_tokens - 1
+        if max_tokens is not None and max_tokens < n_targets:
+            if self.tokenizer.token_bytes is None:
+                raise ValueError(
+                    f"max_tokens: {max_tokens} must be null with the tokenizer {self.tokenizer.name!r}, "
+                    "which does not say how many bytes a token stands for: only those of the whole split are known"
+                )
+            n_targets = min(n_targets, max(1, max_tokens // self.seq_len) * self.seq_len)
+        return self._eval_batches(stream, n_targets, batch_size)
+
+    def _eval_batches(self, stream: TokenStream, n_targets: int, batch_size: int) -> Iterator[Batch]:
+        per_batch = batch_size * self.seq_len
+        for start in range(0, n_targets, per_batch):
+            end = min(start + per_batch, n_targets)
+            rows = -(-(end - start) // self.seq_len)
+            inputs = np.full(rows * self.seq_len, self.tokenizer.eot_id, dtype=np.int64)
+            targets = np.full(rows * self.seq_len, IGNORED, dtype=np.int64)
+            inputs[: end - start] = stream.ids[start:end]
+            targets[: end - start] = stream.ids[start + 1 : end + 1]
+            n_bytes = self._bytes(targets[: end - start])
+            if n_bytes is None:
+                n_bytes = stream.n_bytes * end // n_targets - stream.n_bytes * start // n_targets
+            shape = (rows, self.seq_len)
+            yield _batch(inputs.reshape(shape), targets.reshape(shape), n_bytes)
+
+    def _bytes(self, targets: np.ndarray) -> int | None:
+        table = self.tokenizer.token_bytes
+        return None if table is None else int(table[targets].sum())
+
+
+def _batch(inputs: np.ndarray, targets: np.ndarray, n_bytes: int | None) -> Batch:
+    # A copy each: the two are views of one window, and tensors that share memory invite accidents.
+    return Batch(torch.tensor(inputs), torch.tensor(targets), n_bytes)

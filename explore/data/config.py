@@ -1,0 +1,113 @@
+"""What a model is trained on, as a config: text, or synthetic recall."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from explore.config import Config
+from explore.data.batches import Source, TextSource
+from explore.data.corpora import Corpus, load_corpus
+from explore.data.recall import RecallSource
+from explore.data.splits import SPLITS
+from explore.data.tokenizer import load_tokenizer
+from explore.data.tokens import token_stream
+
+
+class TextData(Config):
+    """Windows of a corpus.
+
+    Attributes:
+        corpus: a name in `CORPORA`, a file or folder of .txt or .jsonl, or `hf:` and the name or folder of a data set.
+        tokenizer: a name in `TOKENIZERS`, or a JSON file of the `tokenizers` package.
+        seq_len: tokens a window.
+        n_shards: use only the first training files, in name order.
+    """
+
+    kind: Literal["text"] = "text"
+    corpus: str = "austen"
+    tokenizer: str = "austen-bpe-2048"
+    seq_len: PositiveInt = 256
+    n_shards: PositiveInt | None = None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What determines the batches, by content: no name and no path.
+
+        Raises:
+            ValueError: no such corpus or tokenizer.
+        """
+        corpus = self._load_corpus()
+        return {
+            "kind": self.kind,
+            "seq_len": self.seq_len,
+            **{split: corpus.content_hash(split) for split in SPLITS},
+            "tokenizer": load_tokenizer(self.tokenizer).content_hash,
+        }
+
+    def open(self, seed: int) -> Source:
+        """Reads, tokenizes and caches what is needed.
+
+        Raises:
+            ValueError: no such corpus or tokenizer, or a split shorter than one window.
+        """
+        corpus, tokenizer = self._load_corpus(), load_tokenizer(self.tokenizer)
+        streams = {split: token_stream(corpus, split, tokenizer) for split in SPLITS}
+        for split, stream in streams.items():
+            if stream.n_tokens <= self.seq_len:
+                raise ValueError(
+                    f"seq_len: {self.seq_len} needs at least {self.seq_len + 1} tokens in every split, and {split} of "
+                    f"{self.corpus!r} has {stream.n_tokens}; allowed: at most {stream.n_tokens - 1}, or more text"
+                )
+        return TextSource(streams, tokenizer, self.seq_len, seed)
+
+    def _load_corpus(self) -> Corpus:
+        return load_corpus(self.corpus, self.n_shards)
+
+
+class RecallData(Config):
+    """Multi-query associative recall; `RecallSource` draws an example.
+
+    Attributes:
+        n_pairs: key-value pairs a sequence.
+        n_queries: how many of them are asked for; all, if not said.
+        vocab_size: 0 is the filler, keys are below the middle, values from the middle on.
+        power_a: 1 spreads the queries evenly; less brings them closer to the pairs.
+        n_eval: sequences in validation, and in test.
+    """
+
+    kind: Literal["recall"] = "recall"
+    seq_len: PositiveInt = 64
+    n_pairs: PositiveInt = 8
+    n_queries: PositiveInt = Field(default_factory=lambda data: data["n_pairs"])
+    vocab_size: PositiveInt = 256
+    power_a: float = Field(default=0.01, gt=0, le=1)
+    n_eval: PositiveInt = 512
+
+    @model_validator(mode="after")
+    def _fits(self) -> RecallData:
+        if self.n_queries > self.n_pairs:
+            raise ValueError(f"n_queries: {self.n_queries} must be at most n_pairs, {self.n_pairs}")
+        shortest = 2 * (self.n_pairs + self.n_queries)
+        if self.seq_len < shortest:
+            raise ValueError(
+                f"seq_len: {self.seq_len} must be at least {shortest}, twice n_pairs ({self.n_pairs}) "
+                f"and twice n_queries ({self.n_queries})"
+            )
+        smallest = 2 * (self.n_pairs + 1)
+        if self.vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size: {self.vocab_size} must be at least {smallest}, "
+                f"a filler and {self.n_pairs} different keys (n_pairs) in its first half"
+            )
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What determines the sequences: every field."""
+        return self.model_dump(mode="json")
+
+    def open(self, seed: int) -> Source:
+        return RecallSource(**self.model_dump(exclude={"kind"}), seed=seed)
+
+
+DataConfig = Annotated[TextData | RecallData, Field(discriminator="kind")]

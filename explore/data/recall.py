@@ -1,0 +1,73 @@
+"""Multi-query associative recall: does a model find again what it read before?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+
+from explore.data.batches import IGNORED, Batch
+
+FILLER = 0
+STREAMS = {"train": 0, "val": 1, "test": 2}
+
+
+class RecallSource:
+    """Key-value pairs, and later some of the keys again, where the value is to be predicted.
+
+    Keys are of the lower half of the vocabulary, values of the upper half, all different within a sequence;
+    0 fills the rest. With two pairs, two queries, 12 tokens and a vocabulary of 12:
+
+        role      key  val  key  val                 query          query
+        inputs      2    8    4    7    0    0    0    0    4    0    2    0
+        targets  -100 -100 -100 -100 -100 -100 -100 -100    7 -100    8 -100
+
+    A query stands on an even place behind the pairs; the i-th of these places is drawn with a weight of
+    i ** (power_a - 1), without repetition. Validation and test are the same for every seed.
+
+    Source: Arora et al. 2023, arXiv 2312.04927, as in zoology's `multiquery_ar` without random fillers. Here there
+    may be fewer queries than pairs; which pairs are asked for is then drawn as well.
+    """
+
+    n_train_tokens: int | None = None
+
+    def __init__(
+        self, seq_len: int, n_pairs: int, n_queries: int, vocab_size: int, power_a: float, n_eval: int, seed: int
+    ) -> None:
+        self.seq_len, self.n_pairs, self.n_queries, self.vocab_size = seq_len, n_pairs, n_queries, vocab_size
+        self.power_a, self.n_eval, self.seed = power_a, n_eval, seed
+
+    def batch(self, step: int, batch_size: int) -> Batch:
+        return self._draw(batch_size, [STREAMS["train"], self.seed, step])
+
+    def eval_batches(
+        self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """The `n_eval` sequences of the split, or the first of them (at least one) up to `max_tokens` tokens."""
+        drawn = self._draw(self.n_eval, [STREAMS[split], 0, 0])
+        n = self.n_eval if max_tokens is None else min(self.n_eval, max(1, max_tokens // self.seq_len))
+        for start in range(0, n, batch_size):
+            rows = slice(start, min(start + batch_size, n))
+            yield Batch(drawn.inputs[rows], drawn.targets[rows])
+
+    def _draw(self, batch_size: int, entropy: list[int]) -> Batch:
+        rng = np.random.default_rng(entropy)
+        half, context = self.vocab_size // 2, 2 * self.n_pairs
+        keys = 1 + _distinct(rng, batch_size, np.zeros(half - 1), self.n_pairs)
+        values = half + _distinct(rng, batch_size, np.zeros(self.vocab_size - half), self.n_pairs)
+        places = np.arange(1, (self.seq_len - context) // 2 + 1)
+        gaps = _distinct(rng, batch_size, (self.power_a - 1) * np.log(places), self.n_queries)
+        asked = _distinct(rng, batch_size, np.zeros(self.n_pairs), self.n_queries)
+        inputs = np.full((batch_size, self.seq_len), FILLER)
+        inputs[:, 0:context:2], inputs[:, 1:context:2] = keys, values
+        np.put_along_axis(inputs, context + 2 * gaps, np.take_along_axis(keys, asked, 1), 1)
+        targets = np.full((batch_size, self.seq_len), IGNORED)
+        np.put_along_axis(targets, context + 2 * gaps, np.take_along_axis(values, asked, 1), 1)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+
+def _distinct(rng: np.random.Generator, rows: int, log_weights: np.ndarray, n: int) -> np.ndarray:
+    """In each row n distinct indices, drawn one after the other by weight (the Gumbel top-k trick)."""
+    return np.argsort(-(log_weights + rng.gumbel(size=(rows, len(log_weights)))), axis=1)[:, :n]

@@ -1,0 +1,15 @@
+"""Evaluations: bits per byte, minimal pairs, recall."""
+
+from explore.evals.bits_per_byte import Score, bits_per_byte, score_batch
+from explore.evals.minimal_pairs import MinimalPair, minimal_pair_accuracy, read_minimal_pairs
+from explore.evals.recall import recall_accuracy
+
+__all__ = [
+    "MinimalPair",
+    "Score",
+    "bits_per_byte",
+    "minimal_pair_accuracy",
+    "read_minimal_pairs",
+    "recall_accuracy",
+    "score_batch",
+]

@@ -1,0 +1,164 @@
+"""The experiment: everything that decides a result, in one frozen object with a key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from explore.config import Config, explain
+from explore.data import DataConfig
+from explore.model import ModelConfig
+
+NUMERICS_VERSION = 1
+"""Part of every key; raised when the same experiment may give another result than before."""
+
+
+class TrainConfig(Config):
+    """How a model is trained. The budget is `tokens` or `flops`; exactly one is given.
+
+    Attributes:
+        tokens: tokens to train on.
+        flops: training FLOPs to spend (exact convention, 3 times forward).
+        batch_size: sequences in an optimizer step.
+        lr: peak learning rate.
+        optimizer: AdamW, or Muon for the matrices of the layers and AdamW for everything else.
+        warmup: share of the steps in which the learning rate rises linearly.
+        decay: share of the steps, at the end, in which it falls.
+        decay_shape: `linear`, or `minus_sqrt`: 1 - sqrt(progress).
+        final_lr_ratio: learning rate of the last step over the peak.
+        clip: largest norm of the gradient.
+        precision: `fp32`, or `bf16`: matrix products in bfloat16, weights and optimizer state in fp32.
+        val_every: steps between validations; only at the end when absent.
+        eval_tokens: tokens of a split that an evaluation reads; all when absent.
+    """
+
+    tokens: PositiveInt | None = None
+    flops: PositiveFloat | None = None
+    batch_size: PositiveInt = 16
+    lr: PositiveFloat = 2e-3
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    warmup: float = Field(default=0.02, ge=0, le=1)
+    decay: float = Field(default=0.2, ge=0, le=1)
+    decay_shape: Literal["linear", "minus_sqrt"] = "minus_sqrt"
+    final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
+    clip: PositiveFloat = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    val_every: PositiveInt | None = None
+    eval_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tokens is None) == (self.flops is None):
+            raise ValueError(f"tokens and flops: exactly one budget is allowed, got tokens={self.tokens} flops={self.flops}")
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")
+        return self
+
+    def n_steps(self, seq_len: int, flops_train: float) -> int:
+        """Optimizer steps that the budget pays for, at least one; the budget is rounded to whole steps."""
+        tokens = self.tokens if self.tokens is not None else (self.flops or 0) / flops_train
+        return max(1, round(tokens / (self.batch_size * seq_len)))
+
+
+class Experiment(Config):
+    """One training run: what is trained, on what, how, and from which seed."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    seed: NonNegativeInt = 0
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps."""
+        return self.train.n_steps(self.data.seq_len, self.model.cost(self.data.seq_len).flops_train)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in an optimizer step."""
+        return self.train.batch_size * self.data.seq_len
+
+    @property
+    def flops_run(self) -> float:
+        """Training FLOPs of the whole run."""
+        return self.model.cost(self.data.seq_len).flops_train * self.n_steps * self.batch_tokens
+
+    def key(self) -> str:
+        """64 hexadecimal digits over everything that decides the result, and nothing else.
+
+        The name does not count, nor does any path: corpus and tokenizer count by their content.
+        """
+        content = {
+            "numerics": NUMERICS_VERSION,
+            "model": self.model.model_dump(mode="json"),
+            "data": self.data.fingerprint(),
+            "train": self.train.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
+        """Reads an experiment from JSON.
+
+        Args:
+            overrides: `path.to.field=value`, the value as JSON or as bare text.
+
+        Raises:
+            ValueError: no such file, not JSON, or a field that is not allowed, by its path.
+        """
+        content = read_json(path)
+        if isinstance(content.get("experiment"), dict):  # the record of a run
+            content = content["experiment"]
+        for override in overrides:
+            set_field(content, override)
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{path}: {explain(error)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        ValueError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is needed, found {type(content).__name__}")
+    return content
+
+
+def set_field(content: dict[str, Any], override: str) -> None:
+    """Writes `path.to.field=value` into nested dictionaries; validation happens later.
+
+    Raises:
+        ValueError: not of that form, or the path leads through something that has no fields.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set: {override!r} is not of the form path.to.field=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, field = path.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"--set: {parent!r} in {path!r} has no fields")
+    content[field] = value

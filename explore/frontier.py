@@ -1,0 +1,71 @@
+"""What is best at its cost: the Pareto front of a table of runs, and one number for the area it leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.float64]
+
+
+def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val_bpb") -> pd.Series[Any]:
+    """Marks the rows that no other row beats; less is better in both columns.
+
+    A row is beaten when another is at least as good in both columns and better in one. Equal rows do not beat each
+    other. A row with a missing or infinite value is never on the front and beats nothing.
+
+    Returns:
+        A boolean column `on_front` with the index of `table`.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    x, y = _numbers(table, cost), _numbers(table, error)
+    known = np.isfinite(x) & np.isfinite(y)
+    costs, which = np.unique(x[known], return_inverse=True)
+    best = np.full(len(costs), np.inf)  # the least error at each cost
+    np.minimum.at(best, which, y[known])
+    cheaper = np.minimum.accumulate(np.concatenate([[np.inf], best]))[:-1]  # the least error at any lower cost
+    front = np.zeros(len(table), dtype=bool)
+    front[known] = (y[known] == best[which]) & (y[known] < cheaper[which])
+    return pd.Series(front, index=table.index, name="on_front")
+
+
+def hypervolume(
+    table: pd.DataFrame, reference: tuple[float, float], cost: str = "flops_run", error: str = "val_bpb"
+) -> float:
+    """Area between the Pareto front and a reference point, with the cost on a log axis; more is better.
+
+    The area of the union of the rectangles that span from each run to the reference point (log10 cost, error), so a
+    front that is a tenth as costly everywhere gains one decade times its height. It compares tables only at the same
+    reference point. Runs that are not better than the reference in both columns add nothing, nor do missing values.
+
+    Args:
+        reference: cost and error of a point that is worse than what is worth counting, in the columns' units.
+
+    Returns:
+        Decades of cost times units of error (for the defaults: decades of FLOPs times bits per byte).
+
+    Raises:
+        ValueError: a column is missing, or a cost or the reference cost is not positive.
+    """
+    limit_cost, limit = reference
+    if not (np.isfinite(limit_cost) and limit_cost > 0 and np.isfinite(limit)):
+        raise ValueError(f"reference: must be finite with a positive {cost}, got {reference!r}")
+    x, y = _numbers(table, cost), _numbers(table, error)
+    if (x <= 0).any():
+        raise ValueError(f"{cost}: must be positive on a log axis, got {x[x <= 0][0]:g}")
+    front = pareto_front(table, cost, error).to_numpy() & (x < limit_cost) & (y < limit)
+    points = np.unique(np.stack([np.log10(x[front]), y[front]], axis=1), axis=0)  # by rising cost, so falling error
+    ends = np.append(points[1:, 0], np.log10(limit_cost))
+    return float(((ends - points[:, 0]) * (limit - points[:, 1])).sum())
+
+
+def _numbers(table: pd.DataFrame, column: str) -> Floats:
+    if column not in table:
+        raise ValueError(f"column {column!r} is not in the table; it has {', '.join(map(str, table.columns))}")
+    numbers: Any = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(numbers, dtype=np.float64)

@@ -1,0 +1,28 @@
+"""Pure tensor functions, the fast ones beside their truth."""
+
+from explore.ops.activation import Activation, activate
+from explore.ops.attention import attention, rotate
+from explore.ops.conv import causal_conv1d
+from explore.ops.experts import experts
+from explore.ops.loss import linear_cross_entropy
+from explore.ops.norm import gated_group_rms_norm
+from explore.ops.paths import PATHS, forced_paths, path_of, paths_in_use
+from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
+
+__all__ = [
+    "PATHS",
+    "Activation",
+    "activate",
+    "attention",
+    "causal_conv1d",
+    "experts",
+    "forced_paths",
+    "gated_group_rms_norm",
+    "linear_cross_entropy",
+    "path_of",
+    "paths_in_use",
+    "rotate",
+    "ssd",
+    "ssd_chunked",
+    "ssd_recurrent",
+]

@@ -1,0 +1,45 @@
+"""Which implementation of an op runs: the default, or one that was forced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+PATHS: Mapping[str, tuple[str, ...]] = {
+    "attention": ("sdpa", "written_out"),
+    "conv": ("shift", "conv1d"),
+    "experts": ("loop",),
+    "ssd": ("chunked", "recurrent"),
+}
+"""Every op with its implementations, the default first."""
+
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default={})
+
+
+def path_of(op: str) -> str:
+    """Name of the implementation of `op` that runs now."""
+    return _forced.get().get(op, PATHS[op][0])
+
+
+def paths_in_use() -> dict[str, str]:
+    """Every op with the implementation that runs now, for the run record."""
+    return {op: path_of(op) for op in PATHS}
+
+
+@contextmanager
+def forced_paths(**paths: str) -> Iterator[None]:
+    """Forces implementations inside a `with` block, for example `forced_paths(ssd="recurrent")`.
+
+    Raises:
+        ValueError: an op or an implementation that does not exist.
+    """
+    for op, path in paths.items():
+        if path not in PATHS.get(op, ()):
+            known = PATHS.get(op, tuple(PATHS))
+            raise ValueError(f"{op}: {path!r} is unknown; allowed are {', '.join(known)}")
+    token = _forced.set({**_forced.get(), **paths})
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,133 @@
+"""Structured state-space duality: the Mamba-2 recurrence, step by step and in chunks.
+
+Letters, as in the paper (arXiv 2405.21060): X input of a head, A decay rate of a head (negative),
+B and C input and output maps shared by the heads of a group, D skip weight of a head, dt step size,
+H state (d_head x d_state). Shapes: b batch, l seq, h n_heads, g n_groups, p d_head, n d_state,
+c number of chunks, q positions of a chunk.
+
+    H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T        Y_t = H_t C_t + D X_t
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from explore.ops.paths import path_of
+
+
+def ssd(
+    X: Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    D: Float[Tensor, " h"],
+    chunk_size: int,
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """Runs the recurrence by the path in use.
+
+    Args:
+        chunk_size: positions that the chunked form handles by matrix products at once.
+        state: state before the first position, zero when absent.
+
+    Returns:
+        Outputs, and the state after the last position.
+    """
+    if path_of("ssd") == "recurrent":
+        return ssd_recurrent(X, dt, A, B, C, D, state)
+    return ssd_chunked(X, dt, A, B, C, D, chunk_size, state)
+
+
+def ssd_recurrent(
+    X: Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    D: Float[Tensor, " h"],
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """The definition, one position after another: the truth that `ssd_chunked` is held against."""
+    b, l, h, p = X.shape
+    heads_per_group = h // B.shape[2]
+    B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))
+    H = X.new_zeros(b, h, p, B.shape[3]) if state is None else state
+    outputs = []
+    for t in range(l):
+        decay = torch.exp(dt[:, t] * A)
+        H = decay[..., None, None] * H + (dt[:, t, :, None] * X[:, t])[..., None] * B[:, t, :, None, :]
+        outputs.append((H * C[:, t, :, None, :]).sum(-1) + D[:, None] * X[:, t])
+    return torch.stack(outputs, dim=1), H
+
+
+def ssd_chunked(
+    X: Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    D: Float[Tensor, " h"],
+    chunk_size: int,
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """The chunked algorithm: attention-like products within a chunk, a short recurrence between chunks.
+
+    A length that is no multiple of `chunk_size` ends in one shorter chunk, so nothing is padded.
+
+    Source: arXiv 2405.21060, section 6 and listing 1; here the recurrence between chunks is a loop,
+    and B and C stay shared within a group instead of being repeated for every head.
+    """
+    l = X.shape[1]
+    whole = l - l % chunk_size
+    if whole == 0:
+        return _ssd_chunks(X, dt, A, B, C, D, l, state)
+    if whole == l:
+        return _ssd_chunks(X, dt, A, B, C, D, chunk_size, state)
+    head, state = _ssd_chunks(*(T[:, :whole] for T in (X, dt)), A, B[:, :whole], C[:, :whole], D, chunk_size, state)
+    tail, state = _ssd_chunks(*(T[:, whole:] for T in (X, dt)), A, B[:, whole:], C[:, whole:], D, l - whole, state)
+    return torch.cat((head, tail), dim=1), state
+
+
+def _ssd_chunks(
+    X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, q: int, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    b, l, h, p = X.shape
+    g, n = B.shape[2:]
+    r, c = h // g, l // q  # heads of a group, chunks
+    Xc = X.reshape(b, c, q, g, r, p)
+    dtc = dt.reshape(b, c, q, g, r)
+    Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
+    dtX = Xc * dtc[..., None]
+
+    # Decay of a position's input up to position i of the chunk: exp(sum of dt A over j+1..i).
+    cum = (dtc * A.view(g, r)).cumsum(dim=2)
+    log_decay = cum.permute(0, 1, 3, 4, 2)  # b c g r q
+    future = torch.ones(q, q, dtype=torch.bool, device=X.device).triu(1)
+    L = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+
+    # Within the chunk.
+    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
+    Y = (CB[:, :, :, None] * L) @ dtX.permute(0, 1, 3, 4, 2, 5)  # b c g r q p
+    Y = Y.permute(0, 1, 4, 2, 3, 5)
+
+    # What each chunk adds to the state at its end.
+    to_end = (cum[:, :, -1:] - cum).exp()
+    inputs = (dtX * to_end[..., None]).permute(0, 1, 3, 2, 4, 5).reshape(b, c, g, q, r * p)
+    added = (inputs.transpose(-1, -2) @ Bc).view(b, c, g, r, p, n)
+
+    # From chunk to chunk.
+    H = added.new_zeros(b, g, r, p, n) if state is None else state.view(b, g, r, p, n)
+    whole_chunk = cum[:, :, -1].exp()[..., None, None]
+    before = []
+    for i in range(c):
+        before.append(H)
+        H = whole_chunk[:, i] * H + added[:, i]
+
+    # What the state before a chunk gives to its positions.
+    states = torch.stack(before, dim=1).view(b, c, g, r * p, n)
+    carried = (Cc @ states.to(Cc.dtype).transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
+    Y = Y + carried * cum.exp()[..., None]
+    return Y.reshape(b, l, h, p) + D[:, None] * X, H.reshape(b, h, p, n)

@@ -1,0 +1,325 @@
+"""Run folders, and the tidy table made of them. The folder is the record: the rest can be made again from it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+FINISHED = ("finished", "diverged")
+"""Statuses with which a run has ended for good."""
+
+COLUMNS: Mapping[str, str] = {
+    "run": "str",
+    "key": "str",
+    "name": "str",
+    "family": "str",
+    "pattern": "str",
+    "seed": "Int64",
+    "status": "str",
+    "params_total": "Int64",
+    "params_active": "Int64",
+    "flops_fwd": "float64",
+    "flops_train": "float64",
+    "flops_run": "float64",
+    "tokens": "Int64",
+    "val_bpb": "float64",
+    "test_bpb": "float64",
+    "recall": "float64",
+    "val_loss": "float64",
+    "lr": "float64",
+    "tuned": "boolean",
+    "train_s": "float64",
+    "tokens_per_s": "float64",
+    "d_model": "Int64",
+    "n_layers": "Int64",
+    "n_experts": "Int64",
+    "top_k": "Int64",
+    "d_latent": "Int64",
+    "kv_bytes_per_token": "float64",
+    "ssm_state_bytes": "float64",
+    "corpus": "str",
+    "commit": "str",
+    "finished_at": "str",
+    "step": "Int64",
+    "max_violation": "float64",
+    "device": "str",
+    "reason": "str",
+}
+"""Columns of the table of runs, in order, with their dtypes. `flops_fwd` and `flops_train` are per token."""
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, atomically, when the block ends without an error.
+
+    Whatever stops the block, even a kill, leaves the old content of `path`. The parent folder is made when missing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes JSON atomically: a reader sees the old content or the new one, never a part.
+
+    Raises:
+        ValueError: a float is NaN or infinite, which JSON cannot say; write None.
+    """
+    if (where := _non_finite(obj)) is not None:
+        raise ValueError(f"{Path(path).name}: {where} is not finite; a number that is missing is written as null")
+    text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Writes a table atomically, without its index, as the suffix of `path` says: .csv or .parquet.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"table: cannot write {str(path)!r}; the suffix must be .csv or .parquet")
+    with replacing(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The record of one run on disk. A file that is missing or cannot be read gives an empty record, never an error."""
+
+    path: Path
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """`experiment.json`: the key, and the experiment under `experiment`."""
+        return _read(self.path / "experiment.json") or {}
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """`cost.json`: the totals, the ledger and the family."""
+        return _read(self.path / "cost.json") or {}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """`environment.json`: commit, device, versions and data."""
+        return _read(self.path / "environment.json") or {}
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """`result.json`, or None while there is none that can be read."""
+        return _read(self.path / "result.json")
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """`metrics.csv`, less a last line that a kill cut off."""
+        try:
+            text = (self.path / "metrics.csv").read_text(encoding="utf-8", errors="replace")
+            return pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]), on_bad_lines="skip")
+        except (OSError, pd.errors.EmptyDataError, pd.errors.ParserError):
+            return pd.DataFrame()
+
+    @property
+    def key(self) -> str | None:
+        """The full key of the experiment, or None when `experiment.json` does not tell."""
+        key = self.experiment.get("key")
+        return key if isinstance(key, str) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended for good, and no record of it is unreadable."""
+        records = ("experiment.json", "cost.json", "environment.json")
+        if any((self.path / name).exists() and _read(self.path / name) is None for name in records):
+            return False
+        return self.key is not None and (self.result or {}).get("status") in FINISHED
+
+    def row(self) -> dict[str, Any]:
+        """The run as one row of the table, with None for what is not known."""
+        record, cost, environment, result = self.experiment, self.cost, self.environment, self.result or {}
+        experiment = _mapping(record, "experiment")
+        model, data, train = (_mapping(experiment, part) for part in ("model", "data", "train"))
+        pattern = model.get("pattern")
+        moe = _first_moe(pattern, _mapping(model, "blocks"))
+        status = result.get("status") or "unfinished"
+        if status in FINISHED and not self.is_finished:
+            status = "unfinished"
+        values = {
+            "run": self.path.resolve().name,
+            "key": self.key,
+            "pattern": pattern,
+            "n_layers": len(_layers(pattern)) if isinstance(pattern, str) else None,
+            "tuned": _first("tuned", record, experiment, train),
+            "status": status,
+            **{column: experiment.get(column) for column in ("name", "seed")},
+            **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
+            **{column: environment.get(column) for column in ("commit", "device")},
+            "lr": train.get("lr"),
+            "d_model": model.get("d_model"),
+            "corpus": data.get("corpus"),
+        }
+        return {column: values[column] if column in values else _first(column, result, cost) for column in COLUMNS}
+
+
+def find_run(root: str | Path, key: str) -> RunFolder | None:
+    """The run folder below `root` with this full key, a finished one before others, or None."""
+    if len(key) < 8:
+        raise ValueError(f"key: must be the full key of an experiment, got {key!r}")
+    found = [run for run in _walk(Path(root)) if run.path.name.endswith(f"-{key[:8]}") and run.key == key]
+    return min(found, key=lambda run: not run.is_finished, default=None)
+
+
+def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
+    """The run folder of this key: the existing one, whatever its name, or else where a new one belongs.
+
+    Returns:
+        A folder `<name>-<first 8 characters of the key>`, numbered when another experiment holds it; nothing is made.
+    """
+    if (existing := find_run(root, key)) is not None:
+        return existing
+    slug = re.sub(r"[^A-Za-z0-9._]+", "-", name)[:64].strip("-.") or "run"
+    number, path = 1, Path(root) / f"{slug}-{key[:8]}"
+    while path.exists() and ((taken := RunFolder(path)).key is not None or (path / "result.json").exists()):
+        number += 1
+        path = taken.path.with_name(f"{slug}-{number}-{key[:8]}")
+    return RunFolder(path)
+
+
+def find_runs(*roots: str | Path) -> list[RunFolder]:
+    """Every run folder at or below the roots, finished or not, each once, sorted by path within its root.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    if not roots:
+        raise ValueError("runs: no folder given; name at least one folder that holds runs")
+    found: dict[Path, RunFolder] = {}
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise ValueError(f"runs: {str(root)!r} is no folder; name a folder that holds runs")
+        runs = list(_walk(root))
+        if not runs:
+            raise ValueError(f"runs: {str(root)!r} holds no run; a run is a folder with an experiment.json")
+        for run in runs:
+            found.setdefault(run.path.resolve(), run)
+    return list(found.values())
+
+
+def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
+    """The tidy table of the runs below the roots: one row a run folder, the columns of `COLUMNS`.
+
+    Args:
+        unfinished: also the runs that have not ended, with the status `unfinished` where no result tells another.
+
+    Returns:
+        A table in which what is not known is NaN or NA; without rows when no run has finished.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    rows = [run.row() for run in find_runs(*roots) if unfinished or run.is_finished]
+    return pd.DataFrame({column: _column([row[column] for row in rows], dtype) for column, dtype in COLUMNS.items()})
+
+
+def load_metrics(*roots: str | Path) -> pd.DataFrame:
+    """The learning curves of all runs below the roots: the rows of every `metrics.csv`, led by run, family and pattern.
+
+    Training FLOPs so far (`flops_run`) are added from the tokens so far (`tokens`) where a run did not log them.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    tables = []
+    for run in find_runs(*roots):
+        row, metrics = run.row(), run.metrics
+        if "flops_run" not in metrics and "tokens" in metrics and isinstance(row["flops_train"], int | float):
+            metrics["flops_run"] = metrics["tokens"] * float(row["flops_train"])
+        labels = {column: row[column] for column in ("run", "family", "pattern")}
+        metrics = metrics.drop(columns=list(labels), errors="ignore")
+        if len(metrics):
+            tables.append(pd.DataFrame(labels, index=metrics.index).join(metrics))
+    if not tables:
+        return pd.DataFrame(columns=["run", "family", "pattern"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # ValueError: truncated JSON, or bytes that are not UTF-8
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _walk(root: Path) -> Iterator[RunFolder]:
+    """Run folders in sorted order; what lies inside a run (checkpoints, logs) is no run."""
+    for folder, below, files in os.walk(root):
+        if "experiment.json" in files:
+            below.clear()
+            yield RunFolder(Path(folder))
+        below.sort()
+
+
+def _mapping(record: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    value = record.get(field)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _first(field: str, *records: Mapping[str, Any]) -> Any:
+    return next((record[field] for record in records if record.get(field) is not None), None)
+
+
+def _layers(pattern: str) -> str:
+    return pattern.split("/", maxsplit=1)[0].replace("|", "")  # `/` opens the MTP layers, `|` cuts pipeline stages
+
+
+def _first_moe(pattern: Any, blocks: Mapping[str, Any]) -> Mapping[str, Any]:
+    layers = _layers(pattern) if isinstance(pattern, str) else ""
+    used = (_mapping(blocks, letter) for letter in layers)
+    return next((block for block in used if block.get("kind") == "moe"), {})
+
+
+def _column(values: list[Any], dtype: str) -> pd.Series[Any]:
+    if dtype == "str":
+        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        return pd.Series(texts, dtype="str")
+    if dtype == "boolean":
+        return pd.Series([value if isinstance(value, bool) else None for value in values], dtype="boolean")
+    numbers = [value if isinstance(value, int | float) and math.isfinite(value) else None for value in values]
+    if dtype == "Int64":
+        return pd.Series([None if value is None else round(value) for value in numbers], dtype="Int64")
+    return pd.Series([math.nan if value is None else float(value) for value in numbers], dtype="float64")
+
+
+def _non_finite(obj: Any, path: str = "value") -> str | None:
+    """Path and value of the first float that JSON cannot hold."""
+    if isinstance(obj, float):
+        return None if math.isfinite(obj) else f"{path} = {obj}"
+    if isinstance(obj, Mapping):
+        parts: Iterator[tuple[str, Any]] = ((f"{path}.{key}", value) for key, value in obj.items())
+    elif isinstance(obj, list | tuple):
+        parts = ((f"{path}[{i}]", value) for i, value in enumerate(obj))
+    else:
+        return None
+    return next((where for part, value in parts if (where := _non_finite(value, part)) is not None), None)

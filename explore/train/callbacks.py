@@ -1,0 +1,106 @@
+"""What happens beside the training steps: progress, throughput, checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from explore.runs import replacing
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside the old one and swaps them: a kill leaves one or the other."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        with replacing(Path(path)) as temporary:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+
+
+def last_checkpoint(folder: Path, every_n_steps: int) -> ModelCheckpoint:
+    """Keeps `last.ckpt`, anew every so many steps and at the end."""
+    return ModelCheckpoint(
+        dirpath=folder, filename="last", every_n_train_steps=every_n_steps, save_top_k=1, enable_version_counter=False
+    )
+
+
+class Throughput(Callback):
+    """Time spent in training steps, across resumes. Validation and checkpoints do not count.
+
+    Attributes:
+        train_s: seconds in training steps since step 0.
+        steps_here: steps of this process.
+        here_s: seconds in them.
+    """
+
+    def __init__(self, batch_tokens: int) -> None:
+        self.batch_tokens = batch_tokens
+        self.train_s = self.here_s = 0.0
+        self.steps_here = 0
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"train_s": self.train_s}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.train_s = state_dict["train_s"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step_s = time.perf_counter() - self._started
+        self.train_s += step_s
+        self.here_s += step_s
+        self.steps_here += 1
+        pl_module.log("tokens_per_s", self.batch_tokens / step_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Mean over the steps of this process."""
+        return self.steps_here * self.batch_tokens / self.here_s if self.here_s else 0.0
+
+
+class ProgressBar(Callback):
+    """One line: steps, loss, validation bits per byte, tokens per second, remaining time."""
+
+    def __init__(self, n_steps: int, description: str, throughput: Throughput, console: Console) -> None:
+        self.n_steps, self.description, self.throughput = n_steps, description, throughput
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task: TaskID | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._task = self.progress.add_task(self.description, total=self.n_steps, completed=trainer.global_step, status="")
+        self.progress.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._task is None or self.progress.finished:
+            return
+        metrics = trainer.callback_metrics
+        parts = [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
+        if "val_bpb" in metrics:
+            parts.append(f"val {float(metrics['val_bpb']):.3f} bits/byte")
+        parts.append(f"{self.throughput.tokens_per_s:,.0f} tokens/s")
+        self.progress.update(self._task, completed=trainer.global_step, status="  ".join(parts))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.progress.stop()

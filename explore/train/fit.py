@@ -1,0 +1,231 @@
+"""Training one experiment, from nothing or from where it stopped, into a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger, WandbLogger
+from rich.console import Console
+
+from explore import tracking
+from explore.data import Batch, Source
+from explore.evals import bits_per_byte, recall_accuracy
+from explore.experiment import Experiment
+from explore.model import LanguageModel
+from explore.runs import RunFolder, run_folder, write_json
+from explore.train.callbacks import ProgressBar, Throughput, WholeCheckpointIO, last_checkpoint
+from explore.train.environment import environment
+from explore.train.logger import MetricsFile
+from explore.train.module import DataModule, LitLanguageModel, NonFiniteLossError
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+CHECKPOINTS_PER_RUN = 20
+
+
+def fit(
+    experiment: Experiment,
+    runs: str | Path = "runs",
+    *,
+    checkpoint_every: int | None = None,
+    wandb: tracking.WandbMode | None = None,
+    accelerator: str = "auto",
+    console: Console | None = None,
+) -> RunFolder:
+    """Trains an experiment and writes its record.
+
+    A finished experiment is found by its key and not trained again; one that was interrupted goes on from
+    its last checkpoint, with the same data in the same order. A diverged one ends with a result that says so.
+
+    Args:
+        runs: folder of run folders.
+        checkpoint_every: steps between checkpoints; a twentieth of the run when absent.
+        wandb: mirror the run to Weights & Biases.
+        accelerator: Lightning's name of the device to train on.
+        console: where the progress bar is drawn if it is a terminal; standard error when absent.
+
+    Raises:
+        ValueError: corpus, tokenizer or vocabulary do not fit the model, or another process trains this very
+            experiment; nothing is written then.
+    """
+    key = experiment.key()
+    folder = run_folder(runs, experiment.name, key)
+    if folder.is_finished:
+        return folder
+    source = experiment.data.open(experiment.seed)
+    if source.vocab_size > experiment.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size: {experiment.model.vocab_size} is too small; "
+            f"the data has {source.vocab_size} different tokens"
+        )
+    with _locked(folder.path):
+        _describe(folder.path, experiment, key)
+        result = _train(experiment, key, source, folder, checkpoint_every, wandb, accelerator, console)
+        write_json(folder.path / "result.json", result)
+    return folder
+
+
+def cost_record(experiment: Experiment) -> dict[str, Any]:
+    """Totals, family and ledger of an experiment's model, as in `cost.json`."""
+    ledger = experiment.model.ledger(experiment.data.seq_len)
+    return {"family": experiment.model.family, **ledger.cost().to_dict(), "ledger": ledger.to_records()}
+
+
+def load_model(folder: RunFolder) -> LanguageModel:
+    """The trained model of a run, in evaluation mode.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    path = folder.path / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        raise ValueError(f"{folder.path}: no checkpoint; train the run first")
+    weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    model = Experiment.load(folder.path / "experiment.json").model.build()
+    model.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    return model.eval()
+
+
+def _train(
+    experiment: Experiment,
+    key: str,
+    source: Source,
+    folder: RunFolder,
+    checkpoint_every: int | None,
+    wandb: tracking.WandbMode | None,
+    accelerator: str,
+    console: Console | None,
+) -> dict[str, Any]:
+    train, n_steps = experiment.train, experiment.n_steps
+    checkpoint = folder.path / "checkpoints" / "last.ckpt"
+    resumed_at = _step_of(checkpoint)
+    throughput = Throughput(experiment.batch_tokens)
+    callbacks = [throughput, last_checkpoint(checkpoint.parent, checkpoint_every or math.ceil(n_steps / CHECKPOINTS_PER_RUN))]
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        callbacks.append(ProgressBar(n_steps, experiment.name, throughput, console))
+    loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at)]
+    if wandb is not None:
+        mirror = WandbLogger(
+            project=tracking.PROJECT, name=experiment.name, id=key[:32], resume="allow", save_dir=folder.path, offline=wandb == "offline"
+        )
+        tracking.describe(mirror.experiment, experiment, key, cost_record(experiment))
+        loggers.append(mirror)
+    torch.manual_seed(experiment.seed)
+    module = LitLanguageModel(experiment)
+    with _quiet():
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_steps=n_steps,
+            precision=PRECISIONS[train.precision],  # type: ignore[arg-type]
+            val_check_interval=train.val_every,
+            check_val_every_n_epoch=None,
+            limit_val_batches=None if train.val_every else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=max(1, n_steps // 500),
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[WholeCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(
+                module,
+                datamodule=DataModule(experiment, source),
+                ckpt_path=checkpoint if resumed_at else None,
+                weights_only=True,
+            )
+        except NonFiniteLossError as error:
+            result = _result(experiment, error.step, throughput) | {"status": "diverged", "reason": str(error)}
+        else:
+            result = _result(experiment, n_steps, throughput) | _evaluate(experiment, source, module)
+            if (violation := trainer.callback_metrics.get("max_violation")) is not None:
+                result["max_violation"] = float(violation)
+    if wandb is not None:
+        tracking.summarize(mirror.experiment, {**result, **experiment.model.cost(experiment.data.seq_len).to_dict()})
+        mirror.experiment.finish()
+    return result
+
+
+def _result(experiment: Experiment, step: int, throughput: Throughput) -> dict[str, Any]:
+    tokens = step * experiment.batch_tokens
+    return {
+        "status": "finished",
+        "reason": None,
+        "step": step,
+        "tokens": tokens,
+        "flops_run": tokens * experiment.model.cost(experiment.data.seq_len).flops_train,
+        "train_s": throughput.train_s,
+        "tokens_per_s": tokens / throughput.train_s if throughput.train_s else None,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _evaluate(experiment: Experiment, source: Source, module: LitLanguageModel) -> dict[str, Any]:
+    train, model = experiment.train, module.model.eval()
+    device = model.embedding.weight.device
+
+    def batches(split: Any) -> Iterator[Batch]:
+        for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):
+            yield Batch(batch.inputs.to(device), batch.targets.to(device), batch.n_bytes)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+        val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
+        recall = recall_accuracy(model, batches("test")) if experiment.data.kind == "recall" else None
+    return {
+        "val_loss": val.loss,
+        "val_bpb": val.bits_per_byte,
+        "test_loss": test.loss,
+        "test_bpb": test.bits_per_byte,
+        "recall": recall,
+    }
+
+
+def _describe(path: Path, experiment: Experiment, key: str) -> None:
+    write_json(path / "cost.json", cost_record(experiment))
+    write_json(path / "environment.json", environment(experiment))
+    write_json(path / "experiment.json", {"key": key, "experiment": experiment.model_dump(mode="json")})
+
+
+def _step_of(checkpoint: Path) -> int:
+    """Step of a checkpoint, 0 when there is none."""
+    if not checkpoint.exists():
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a run folder against other processes; the lock goes with the process, however it ends."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path}: another process is training this experiment") from None
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Lightning's advice, which does not fit data that is made by step and steps that are counted."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,138 @@
+"""Training as Lightning sees it: the module and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+
+from explore.data import Batch, Source
+from explore.evals import Score, score_batch
+from explore.experiment import Experiment
+from explore.train.optimizer import build_optimizer
+from explore.train.schedule import wsd
+
+Tensors = dict[str, Any]
+"""A batch on its way through Lightning, which moves dictionaries but not frozen dataclasses."""
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became infinite or not a number."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"the loss is {loss} at step {step}: the run diverged; a lower learning rate may help")
+        self.step = step
+
+
+class LitLanguageModel(LightningModule):
+    """A language model with its loss, optimizer, schedule and metrics.
+
+    After every optimizer step each router's bias moves towards the mean load of that step, over all its
+    batches and processes.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__()
+        self.experiment = experiment
+        self.model = experiment.model.build()
+        self._load: dict[int, Tensor] = {}
+        self._score = Score()
+
+    def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
+        loss = self.model.loss(batch["inputs"], batch["targets"])
+        total = loss.cross_entropy + loss.aux_loss
+        if not torch.isfinite(total):
+            raise NonFiniteLossError(self.global_step, total.item())
+        for i, stats in loss.stats.items():
+            load = stats.load.detach()
+            self._load[i] = self._load[i] + load if i in self._load else load
+        self.log("loss", loss.cross_entropy.detach())
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        if loss.stats:
+            self.log("aux_loss", loss.aux_loss.detach())
+        return total
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.experiment.train.clip)
+        self.log("grad_norm", norm)
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._balance()
+
+    def _balance(self) -> None:
+        violations = []
+        for i, moe in self.model.moe_layers().items():
+            load = self.trainer.strategy.reduce(self._load.pop(i), reduce_op="sum")
+            moe.update_bias(load)
+            violations.append(load.max() / load.mean() - 1)
+        if violations:
+            self.log("max_violation", torch.stack(violations).max())
+
+    def on_validation_epoch_start(self) -> None:
+        self._score = Score()
+
+    def validation_step(self, batch: Tensors, batch_idx: int) -> None:
+        self._score += score_batch(self.model, Batch(**batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_loss", self._score.loss)
+        if (bits := self._score.bits_per_byte) is not None:
+            self.log("val_bpb", bits)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.model, self.experiment.train)
+        n_steps, train = self.experiment.n_steps, self.experiment.train
+        schedule = LambdaLR(optimizer, lambda step: wsd(step, n_steps, train))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class DataModule(LightningDataModule):
+    """Batches of an experiment. Training begins at the trainer's step, so a resumed run reads on where it stopped."""
+
+    def __init__(self, experiment: Experiment, source: Source) -> None:
+        super().__init__()
+        self.experiment, self.source = experiment, source
+
+    def train_dataloader(self) -> DataLoader[Tensors]:
+        trainer = self.trainer
+        assert trainer is not None
+        steps = range(trainer.global_step, self.experiment.n_steps)
+        share = slice(trainer.global_rank, None, trainer.world_size)
+        return DataLoader(_Steps(self.source, steps, self.experiment.train.batch_size, share), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[Tensors]:
+        train = self.experiment.train
+        batches = self.source.eval_batches("val", train.batch_size, train.eval_tokens)
+        return DataLoader([_tensors(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
+
+
+class _Steps(IterableDataset[Tensors]):
+    def __init__(self, source: Source, steps: range, batch_size: int, share: slice) -> None:
+        self.source, self.steps, self.batch_size, self.share = source, steps, batch_size, share
+
+    def __iter__(self) -> Iterator[Tensors]:
+        for step in self.steps:
+            batch = self.source.batch(step, self.batch_size)
+            yield {"inputs": batch.inputs[self.share], "targets": batch.targets[self.share], "n_bytes": None}
+
+
+def _tensors(batch: Batch) -> Tensors:
+    return {"inputs": batch.inputs, "targets": batch.targets, "n_bytes": batch.n_bytes}

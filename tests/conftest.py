@@ -1,0 +1,48 @@
+"""What every test runs under: checked shapes, a private cache, one thread, no network and no screen."""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# Read when the libraries are imported, so set before the first test module is.
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+install_import_hook("explore", "beartype.beartype")
+
+settings.register_profile("explore", derandomize=True, deadline=None)
+settings.load_profile("explore")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs CUDA")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("surroundings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXPLORE_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HOME", str(folder / "huggingface"))
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setenv("WANDB_DIR", str(folder))
+        patch.delenv("WANDB_API_KEY", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """The workers of xdist share the cores, and the order of a sum must not depend on how many there are."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
