@@ -1,6 +1,6 @@
 PYTHON ?= python3
 RUNS ?= runs/demo
-TRIALS ?= 14
+TRIALS ?= 16
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -62,19 +63,19 @@ def explain(error: ValidationError, root: str = "") -> str:
         `path: reason` of the first error, and how many more there are.
     """
     problems = error.errors(include_url=False)
-    first = problems[0]
-    line = f"{_path(root, first['loc'])}: {_reason(first)}"
+    path, reason = _path(root, problems[0]["loc"]), _reason(problems[0])
+    # A check of a whole config begins with the field that it is about.
+    line = path + ("." if re.match(r"\w+: ", reason) else ": ") + reason if path else reason
     return line if len(problems) == 1 else f"{line} (and {len(problems) - 1} more)"
 
 
 def _path(root: str, loc: tuple[int | str, ...]) -> str:
     parts = [root] if root else []
     for i, part in enumerate(loc):
-        if i >= 2 and loc[i - 2] == "blocks" or i >= 1 and loc[i - 1] == "data":
-            if i + 1 < len(loc):  # the tag of a discriminated union, which the user did not write
-                continue
-        parts.append(str(part))
-    return ".".join(parts) or "config"
+        # After a letter or `data` comes the tag of a discriminated union, which the user did not write.
+        if not ((i >= 2 and loc[i - 2] == "blocks") or (i >= 1 and loc[i - 1] == "data")):
+            parts.append(str(part))
+    return ".".join(parts)
 
 
 def _reason(problem: Any) -> str:
@@ -84,7 +85,7 @@ def _reason(problem: Any) -> str:
     if kind == "missing":
         return "field required"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if kind == "value_error" or isinstance(value, Mapping | BaseModel):
+    if kind == "value_error":
         return message
-    return f"{message}, got {value!r}"
+    message = message[0].lower() + message[1:]
+    return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {value!r}"

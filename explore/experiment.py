@@ -6,9 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from explore.config import Config, explain
 from explore.data import DataConfig
@@ -54,9 +62,11 @@ class TrainConfig(Config):
     eval_tokens: PositiveInt | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> TrainConfig:
         if (self.tokens is None) == (self.flops is None):
-            raise ValueError(f"tokens and flops: exactly one budget is allowed, got tokens={self.tokens} flops={self.flops}")
+            raise ValueError(
+                f"tokens and flops: exactly one budget is allowed, got tokens={self.tokens} flops={self.flops}"
+            )
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")
         return self
@@ -106,7 +116,7 @@ class Experiment(Config):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Self:
+    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Experiment:
         """Reads an experiment from JSON.
 
         Args:

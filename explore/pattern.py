@@ -26,10 +26,14 @@ def check_pattern(pattern: str, letters: Collection[str]) -> None:
         if letter == PIPELINE_MARK or letter.isspace():
             continue
         if letter == MTP_MARK:
-            raise ValueError(f"pattern: {letter!r} at position {position} of {pattern!r} starts MTP layers, which this model does not have yet")
+            raise ValueError(
+                f"pattern: {letter!r} at position {position} of {pattern!r} starts MTP layers, which this model does not have yet"
+            )
         if letter not in letters:
             known = " ".join(letters)
-            raise ValueError(f"pattern: unknown letter {letter!r} at position {position} of {pattern!r}; known are {known}")
+            raise ValueError(
+                f"pattern: unknown letter {letter!r} at position {position} of {pattern!r}; known are {known}"
+            )
     if not canonical(pattern):
         raise ValueError(f"pattern: {pattern!r} has no layer")
 

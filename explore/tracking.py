@@ -17,7 +17,7 @@ def describe(run: Run, experiment: Experiment, key: str, cost: dict[str, Any]) -
     """Sends the experiment, its key and its cost as the run's config."""
     totals = {name: value for name, value in cost.items() if name != "ledger"}
     config = {"key": key, **experiment.model_dump(mode="json"), "cost": totals}
-    run.config.update(config, allow_val_change=True)
+    run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
 
 
 def summarize(run: Run, row: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.study import RejectedError
 
 MAX_PARAMS = 4_000_000
-TOKENS = 400_000
+TOKENS = 250_000
 
 objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 
@@ -18,7 +18,15 @@ baselines = (
     {"mixer": "attention", "ffn": "mlp", "d_model": 128, "n_pairs": 3},
     {"mixer": "hybrid", "ffn": "mlp", "d_model": 128, "n_pairs": 3},
     {"mixer": "hybrid", "ffn": "moe", "d_model": 128, "n_pairs": 3, "n_experts": 8, "top_k": 2},
-    {"mixer": "hybrid", "ffn": "latent", "d_model": 128, "n_pairs": 3, "compression": 4, "n_experts_latent": 32, "top_k_latent": 8},
+    {
+        "mixer": "hybrid",
+        "ffn": "latent",
+        "d_model": 128,
+        "n_pairs": 3,
+        "compression": 4,
+        "n_experts_latent": 32,
+        "top_k_latent": 8,
+    },
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Union
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import Field
 
@@ -35,7 +37,7 @@ STANDARD_LETTERS: Mapping[str, type[BlockConfig]] = {kind.letter: kind.config fo
 if TYPE_CHECKING:
     AnyBlock = BlockConfig
 else:
-    AnyBlock = Annotated[Union[tuple(kind.config for kind in BLOCKS)], Field(discriminator="kind")]
+    AnyBlock = Annotated[reduce(or_, (kind.config for kind in BLOCKS)), Field(discriminator="kind")]
 
 __all__ = [
     "BLOCKS",

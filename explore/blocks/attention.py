@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -29,7 +29,7 @@ class AttentionConfig(BlockConfig):
     window: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> AttentionConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads={self.n_heads}")
         if self.rope_theta is not None and self.d_head % 2:
@@ -37,7 +37,7 @@ class AttentionConfig(BlockConfig):
         return self
 
     @classmethod
-    def default(cls, d_model: int) -> Self:
+    def default(cls, d_model: int) -> AttentionConfig:
         d_head = head_width(d_model, (128, 64, 32, 16), at_least=4)
         n_heads = d_model // d_head
         return cls(n_heads=n_heads, n_kv_heads=2 if n_heads % 2 == 0 else 1, d_head=d_head)

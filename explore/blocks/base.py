@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,7 +51,7 @@ class BlockConfig(Config, ABC):
 
     @classmethod
     @abstractmethod
-    def default(cls, d_model: int) -> Self:
+    def default(cls, d_model: int) -> BlockConfig:
         """Sizes for a width, in the proportions of the Nemotron models.
 
         Raises:
@@ -82,4 +82,6 @@ def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
         if d_model % width == 0 and d_model // width >= at_least:
             return width
     smallest = widths[-1]
-    raise ValueError(f"d_model: {d_model} is not divisible into heads; allowed are multiples of {smallest}, at least {smallest * at_least}")
+    raise ValueError(
+        f"d_model: {d_model} is not divisible into heads; allowed are multiples of {smallest}, at least {smallest * at_least}"
+    )

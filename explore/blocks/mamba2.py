@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ class Mamba2Config(BlockConfig):
     norm_eps: PositiveFloat = 1e-5
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> Mamba2Config:
         if self.n_heads % self.n_groups:
             raise ValueError(f"n_groups: {self.n_groups} does not divide n_heads={self.n_heads}")
         if self.dt_min > self.dt_max:
@@ -55,8 +55,8 @@ class Mamba2Config(BlockConfig):
         return self.d_inner + 2 * self.n_groups * self.d_state
 
     @classmethod
-    def default(cls, d_model: int) -> Self:
-        d_head = head_width(2 * d_model, (64, 32, 16), at_least=4)
+    def default(cls, d_model: int) -> Mamba2Config:
+        d_head = 2 * head_width(d_model, (32, 16), at_least=2)
         n_heads = 2 * d_model // d_head
         return cls(n_heads=n_heads, d_head=d_head, d_state=128, n_groups=math.gcd(n_heads, 8))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 from jaxtyping import Float
 from pydantic import PositiveInt
@@ -21,7 +21,7 @@ class MLPConfig(BlockConfig):
     activation: Activation = "relu2"
 
     @classmethod
-    def default(cls, d_model: int) -> Self:
+    def default(cls, d_model: int) -> MLPConfig:
         return cls(d_ff=4 * d_model)
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:

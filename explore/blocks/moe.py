@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explore.blocks.base import BlockConfig, Mixer, RouterStats, parameter
-from explore.blocks.mlp import MLP, MLPConfig
+from explore.blocks.mlp import MLPConfig
 from explore.cost import Entry, matrix, vector
 from explore.ops import Activation, experts
 
@@ -53,7 +53,7 @@ class MoEConfig(BlockConfig):
     norm_eps: PositiveFloat = 1e-5
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> MoEConfig:
         if self.top_k > self.n_experts:
             raise ValueError(f"top_k: {self.top_k} is above n_experts={self.n_experts}")
         if self.n_shared and self.d_shared is None:
@@ -65,7 +65,7 @@ class MoEConfig(BlockConfig):
         return self
 
     @classmethod
-    def default(cls, d_model: int) -> Self:
+    def default(cls, d_model: int) -> MoEConfig:
         d_expert = max(16, 11 * d_model // 16 // 16 * 16)
         return cls(n_experts=128, top_k=6, d_expert=d_expert, d_shared=2 * d_expert, routed_scaling_factor=2.5)
 
@@ -194,7 +194,9 @@ class MoE(Mixer):
     def _stats(self, scores: Tensor, chosen: Tensor) -> RouterStats:
         c = self.config
         assigned = chosen.flatten(1)
-        load = scores.new_zeros(chosen.shape[0], c.n_experts).scatter_add(1, assigned, torch.ones_like(assigned, dtype=scores.dtype))
+        load = scores.new_zeros(chosen.shape[0], c.n_experts).scatter_add(
+            1, assigned, torch.ones_like(assigned, dtype=scores.dtype)
+        )
         if c.aux_loss_coef == 0:
             return RouterStats(load.sum(0), scores.new_zeros(()))
         fraction = load * c.n_experts / (c.top_k * chosen.shape[1])

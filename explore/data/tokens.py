@@ -130,4 +130,5 @@ def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     try:
         yield reach
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping prints an empty line otherwise
+            bar.stop()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -27,8 +28,11 @@ class MinimalPair(NamedTuple):
     bad: str
 
 
-def read_minimal_pairs(path: Path) -> list[MinimalPair]:
+def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair]:
     """Reads a BLiMP or Zorro file: JSON lines with `uid`, `good` and `bad`, plain, .gz or .xz.
+
+    Args:
+        limit: keep only the first pairs of each paradigm.
 
     Raises:
         ValueError: no such file, or a line that is not such a record.
@@ -36,17 +40,29 @@ def read_minimal_pairs(path: Path) -> list[MinimalPair]:
     opener = _OPENERS.get(path.suffix, open)
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            return [_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: minimal pairs cannot be read ({error.strerror or error})") from None
+            pairs = [_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: minimal pairs cannot be read ({getattr(error, 'strerror', None) or error})"
+        ) from None
+    seen: Counter[str] = Counter()
+    kept = []
+    for pair in pairs:
+        seen[pair.uid] += 1
+        if limit is None or seen[pair.uid] <= limit:
+            kept.append(pair)
+    return kept
 
 
 def _pair(line: str, path: Path, number: int) -> MinimalPair:
     try:
         record = json.loads(line)
-        return MinimalPair(record["uid"], record["good"], record["bad"])
+        pair = MinimalPair(record["uid"], record["good"], record["bad"])
+        if all(isinstance(text, str) for text in pair):
+            return pair
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path}: line {number} is not a record with uid, good and bad") from None
+        pass
+    raise ValueError(f"{path}: line {number} is not a record with uid, good and bad")
 
 
 @torch.inference_mode()
@@ -69,7 +85,9 @@ def minimal_pair_accuracy(
         raise ValueError("pairs: there are none")
     sentences = sorted({sentence for pair in pairs for sentence in (pair.good, pair.bad)})
     encoded = tokenizer.encode_batch(sentences)
-    log_probability = dict(zip(sentences, _log_probabilities(model, tokenizer.eot_id, encoded, batch_size), strict=True))
+    log_probability = dict(
+        zip(sentences, _log_probabilities(model, tokenizer.eot_id, encoded, batch_size), strict=True)
+    )
     wins: dict[str, list[float]] = defaultdict(list)
     for uid, good, bad in pairs:
         a, b = log_probability[good], log_probability[bad]

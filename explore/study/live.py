@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -25,7 +24,7 @@ class SweepTable:
         self.live = Live(console=console, auto_refresh=False, get_renderable=self.render)
         self._printed = {trial.number for trial in self._trials() if trial.state.is_finished()}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SweepTable:  # noqa: PYI034 - the shape checks of the tests cannot read Self
         if self.console.is_terminal:
             self.live.start(refresh=True)
         return self
@@ -44,7 +43,9 @@ class SweepTable:
         for trial in self._trials():
             if trial.state.is_finished() and trial.number not in self._printed:
                 self._printed.add(trial.number)
-                self.console.print("  ".join(cell for cell in self._row(trial) if cell), highlight=False)
+                self.console.print(
+                    "  ".join(cell for cell in self._row(trial) if cell), highlight=False, soft_wrap=True
+                )
 
     def render(self) -> Table:
         """The table: one row a trial, the latest ones where not all fit; Pareto-optimal ones are marked."""
@@ -76,7 +77,9 @@ class SweepTable:
             trial.number == best.number for best in self.study.best_trials
         )
         values = [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(self.sweep.objectives)
-        state = {TrialState.COMPLETE: "done", TrialState.RUNNING: "training"}.get(trial.state, about.get("reason", "failed"))
+        state = {TrialState.COMPLETE: "done", TrialState.RUNNING: "training"}.get(
+            trial.state, about.get("reason", "failed")
+        )
         return [
             f"{'●' if front else ' '}{trial.number:>3}",
             about.get("family", ""),

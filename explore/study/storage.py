@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,7 @@ def open_study(sweep: Sweep, runs: Path, url: str | None = None) -> Iterator[opt
     Raises:
         ValueError: another process works on this journal.
     """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     runs.mkdir(parents=True, exist_ok=True)
     journal = runs / "study.journal"
     with nullcontext() if url else _alone(journal):
@@ -38,7 +40,9 @@ def open_study(sweep: Sweep, runs: Path, url: str | None = None) -> Iterator[opt
             directions=list(sweep.objectives.values()),
             load_if_exists=True,
         )
-        study.set_metric_names(list(sweep.objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(sweep.objectives))
         if url is None:
             _requeue(study, study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
         if not study.get_trials(deepcopy=False):

@@ -91,13 +91,16 @@ def _objectives(path: Path, module: ModuleType) -> Mapping[str, Direction]:
     for column, direction in objectives.items():
         if COLUMNS.get(column) not in ("float64", "Int64"):
             numeric = ", ".join(name for name, dtype in COLUMNS.items() if dtype in ("float64", "Int64"))
-            raise ValueError(f"{path}: objectives: {column!r} is not a number in the table of runs; allowed are {numeric}")
+            raise ValueError(
+                f"{path}: objectives: {column!r} is not a number in the table of runs; allowed are {numeric}"
+            )
         if direction not in ("minimize", "maximize"):
             raise ValueError(f"{path}: objectives.{column}: {direction!r} is not allowed; minimize and maximize are")
     return objectives
 
 
 def _check(sweep: Sweep) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     scratch = optuna.create_study(
         directions=list(sweep.objectives.values()), sampler=optuna.samplers.RandomSampler(seed=0)
     )

@@ -102,7 +102,7 @@ def _ask(study: optuna.Study, seed: int) -> optuna.Trial:
     # process drew before.
     number = len(study.get_trials(deepcopy=False))
     draw = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    study.sampler = TPESampler(seed=draw, multivariate=True, group=True, warn_independent_sampling=False)
+    study.sampler = TPESampler(seed=draw)
     return study.ask()
 
 

@@ -23,11 +23,22 @@ class WholeCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, temporary, storage_options)
 
 
-def last_checkpoint(folder: Path, every_n_steps: int) -> ModelCheckpoint:
+class LastCheckpoint(ModelCheckpoint):
     """Keeps `last.ckpt`, anew every so many steps and at the end."""
-    return ModelCheckpoint(
-        dirpath=folder, filename="last", every_n_train_steps=every_n_steps, save_top_k=1, enable_version_counter=False
-    )
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename="last",
+            every_n_train_steps=every_n_steps,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
+        self.path = folder / "last.ckpt"
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step % self._every_n_train_steps:
+            trainer.save_checkpoint(self.path)
 
 
 class Throughput(Callback):
@@ -87,7 +98,9 @@ class ProgressBar(Callback):
         self._task: TaskID | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._task = self.progress.add_task(self.description, total=self.n_steps, completed=trainer.global_step, status="")
+        self._task = self.progress.add_task(
+            self.description, total=self.n_steps, completed=trainer.global_step, status=""
+        )
         self.progress.start()
 
     def on_train_batch_end(

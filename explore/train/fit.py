@@ -23,7 +23,7 @@ from explore.evals import bits_per_byte, recall_accuracy
 from explore.experiment import Experiment
 from explore.model import LanguageModel
 from explore.runs import RunFolder, run_folder, write_json
-from explore.train.callbacks import ProgressBar, Throughput, WholeCheckpointIO, last_checkpoint
+from explore.train.callbacks import LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO
 from explore.train.environment import environment
 from explore.train.logger import MetricsFile
 from explore.train.module import DataModule, LitLanguageModel, NonFiniteLossError
@@ -68,9 +68,10 @@ def fit(
             f"the data has {source.vocab_size} different tokens"
         )
     with _locked(folder.path):
-        _describe(folder.path, experiment, key)
-        result = _train(experiment, key, source, folder, checkpoint_every, wandb, accelerator, console)
-        write_json(folder.path / "result.json", result)
+        if not RunFolder(folder.path).is_finished:  # by a process that held the lock until now
+            _describe(folder.path, experiment, key)
+            result = _train(experiment, key, source, folder, checkpoint_every, wandb, accelerator, console)
+            write_json(folder.path / "result.json", result)
     return folder
 
 
@@ -109,14 +110,23 @@ def _train(
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
     resumed_at = _step_of(checkpoint)
     throughput = Throughput(experiment.batch_tokens)
-    callbacks = [throughput, last_checkpoint(checkpoint.parent, checkpoint_every or math.ceil(n_steps / CHECKPOINTS_PER_RUN))]
+    callbacks = [
+        throughput,
+        LastCheckpoint(checkpoint.parent, checkpoint_every or math.ceil(n_steps / CHECKPOINTS_PER_RUN)),
+    ]
     console = console or Console(stderr=True)
     if console.is_terminal:
         callbacks.append(ProgressBar(n_steps, experiment.name, throughput, console))
     loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at)]
+    mirror: WandbLogger | None = None
     if wandb is not None:
         mirror = WandbLogger(
-            project=tracking.PROJECT, name=experiment.name, id=key[:32], resume="allow", save_dir=folder.path, offline=wandb == "offline"
+            project=tracking.PROJECT,
+            name=experiment.name,
+            id=key[:32],
+            resume="allow",
+            save_dir=folder.path,
+            offline=wandb == "offline",
         )
         tracking.describe(mirror.experiment, experiment, key, cost_record(experiment))
         loggers.append(mirror)
@@ -149,10 +159,16 @@ def _train(
         except NonFiniteLossError as error:
             result = _result(experiment, error.step, throughput) | {"status": "diverged", "reason": str(error)}
         else:
-            result = _result(experiment, n_steps, throughput) | _evaluate(experiment, source, module)
+            result = _result(experiment, n_steps, throughput)
+            scores = _evaluate(experiment, source, module)
+            if broken := [name for name, score in scores.items() if score is not None and not math.isfinite(score)]:
+                reason = f"{broken[0]} is {scores[broken[0]]} after the last step: the run diverged"
+                result |= {"status": "diverged", "reason": reason}
+            else:
+                result |= scores
             if (violation := trainer.callback_metrics.get("max_violation")) is not None:
                 result["max_violation"] = float(violation)
-    if wandb is not None:
+    if mirror is not None:
         tracking.summarize(mirror.experiment, {**result, **experiment.model.cost(experiment.data.seq_len).to_dict()})
         mirror.experiment.finish()
     return result
@@ -172,7 +188,7 @@ def _result(experiment: Experiment, step: int, throughput: Throughput) -> dict[s
     }
 
 
-def _evaluate(experiment: Experiment, source: Source, module: LitLanguageModel) -> dict[str, Any]:
+def _evaluate(experiment: Experiment, source: Source, module: LitLanguageModel) -> dict[str, float | None]:
     train, model = experiment.train, module.model.eval()
     device = model.embedding.weight.device
 

@@ -61,7 +61,7 @@ class LitLanguageModel(LightningModule):
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
+        gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.experiment.train.clip)

@@ -27,8 +27,9 @@ def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
             matrices.append(weight)
         else:
             (decaying if weight.ndim >= 2 else others).append(weight)
+    groups: list[dict[str, Any]] = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     adamw = AdamW(
-        [{"params": decaying}, {"params": others, "weight_decay": 0.0}],
+        groups,
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
@@ -53,7 +54,7 @@ class JointOptimizer(Optimizer):
         self.param_groups = [group for member in self.members.values() for group in member.param_groups]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

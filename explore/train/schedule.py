@@ -23,4 +23,4 @@ def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
         return 1.0
     progress = into_decay / decay_steps
     fall = math.sqrt(progress) if config.decay_shape == "minus_sqrt" else progress
-    return 1 - (1 - config.final_lr_ratio) * fall
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 - fall)

@@ -1,0 +1,164 @@
+"""The command line: contracts for programs, and one clear line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from explore import ModelConfig
+from explore.cli import app, main
+from explore.experiment import Experiment
+from explore.train import fit
+
+EXPERIMENT = {
+    "name": "tiny",
+    "model": {
+        "d_model": 32,
+        "vocab_size": 257,
+        "pattern": "ME",
+        "blocks": {
+            "M": {"n_heads": 2, "d_head": 16, "d_state": 8, "n_groups": 1, "chunk_size": 16},
+            "E": {"n_experts": 4, "top_k": 2, "d_expert": 16, "d_shared": 16, "d_latent": 16},
+        },
+    },
+    "data": {"kind": "text", "corpus": "", "tokenizer": "bytes", "seq_len": 32},
+    "train": {"tokens": 1024, "batch_size": 4, "eval_tokens": 256},
+}
+
+
+@pytest.fixture
+def experiment_file(tmp_path: Path) -> Path:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))
+    content = json.loads(json.dumps(EXPERIMENT))
+    content["data"]["corpus"] = str(corpus)
+    path = tmp_path / "experiment.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["explore", *args])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_cost_prints_what_the_config_computes_and_the_module_has(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "cost", "MEM*E", "--d-model", "256", "--vocab-size", "1024", "--json")
+    printed = json.loads(out)
+    model = ModelConfig(d_model=256, vocab_size=1024, pattern="MEM*E")
+    with torch.device("meta"):
+        built = sum(weight.numel() for weight in model.build().parameters())
+    assert code == 0
+    assert printed["params_total"] == built == sum(row["params"] for row in printed["ledger"])
+    assert printed["flops_train"] == 3 * printed["flops_fwd"]
+    assert printed["flops_fwd"] == pytest.approx(sum(row["flops_fwd"] for row in printed["ledger"]))
+    assert {"params_active", "kv_bytes_per_token", "ssm_state_bytes"} <= printed.keys()
+
+
+def test_cost_reads_models_and_experiments(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
+) -> None:
+    model_file = tmp_path / "model.json"
+    model_file.write_text(json.dumps(EXPERIMENT["model"]))
+    printed = [run(capsys, monkeypatch, "cost", str(path), "--json")[1] for path in (experiment_file, model_file)]
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("by", ["letter", "layer", "component"])
+def test_cost_tables_show_every_group(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "cost", "M*-E", "--by", by)
+    assert code == 0
+    assert "total" in out
+    assert all(letter in out for letter in "M*-E")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["cost", "MEX*E"], "unknown letter 'X' at position 3 of 'MEX*E'"),
+        (["cost", "M*", "--d-model", "100"], "d_model: 100 is not divisible"),
+        (["cost", "E", "--set", "blocks.E.top_k=200"], "blocks.E.top_k: 200 is above n_experts=128"),
+        (["cost", "M", "--set", "blocks.M.d_stat=3"], "blocks.M.d_stat: unknown field"),
+        (["cost", "M", "--set", "blocks"], "path.to.field=value"),
+        (["cost", "nothing.json"], "nothing.json: cannot be read"),
+        (["data", "no-such-corpus"], "no-such-corpus"),
+        (["table", "no-such-folder"], "no-such-folder"),
+        (["plot", "no-such-folder", "--x", "family"], "--x: 'family' is not a number"),
+        (["sweep", "no_such_sweep.py"], "no_such_sweep.py: no such sweep file"),
+        (["train", "no_such.json"], "no_such.json: cannot be read"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], says: str
+) -> None:
+    code, out, err = run(capsys, monkeypatch, *args)
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_mistake_in_an_experiment_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    for override, says in (
+        ("train.lrr=1", "train.lrr: unknown field"),
+        ("model.vocab_size=100", "model.vocab_size: 100 is too small"),
+        ("data.corpus=nowhere", "nowhere"),
+    ):
+        code, _, err = run(capsys, monkeypatch, "train", str(experiment_file), "--runs", str(runs), "--set", override)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert says in err
+    assert not runs.exists()
+
+
+def test_train_table_and_plot_go_through_the_run_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    args = ("train", str(experiment_file), "--runs", str(runs), "--set", "train.lr=1e-3", "--json")
+    code, out, _ = run(capsys, monkeypatch, *args)
+    result = json.loads(out)
+    assert (code, result["status"]) == (0, "finished")
+    assert Experiment.load(Path(result["run"]) / "experiment.json").train.lr == 1e-3
+    assert fit(Experiment.load(experiment_file, ["train.lr=1e-3"]), runs).result == {
+        name: value for name, value in result.items() if name != "run"
+    }
+    code, out, _ = run(capsys, monkeypatch, "table", str(runs), "--json", "--out", str(tmp_path / "table.csv"))
+    assert json.loads(out)[0]["val_bpb"] == pytest.approx(result["val_bpb"])
+    assert (tmp_path / "table.csv").exists()
+    code, out, _ = run(capsys, monkeypatch, "plot", str(runs))
+    assert (runs / "frontier.png").exists()
+    assert (runs / "frontier.svg").exists()
+
+
+def test_every_command_shows_an_example() -> None:
+    assert {command.callback.__name__ for command in app.registered_commands if command.callback} >= {
+        "cost",
+        "train",
+        "sweep",
+        "table",
+        "plot",
+        "data",
+    }
+    for command in app.registered_commands:
+        assert "Example: explore" in (command.epilog or "")
+
+
+def test_help_is_quick_to_import() -> None:
+    code = "import sys, explore.cli; print([m for m in ('torch', 'pandas', 'optuna', 'lightning') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,181 @@
+"""Experiments: what the key depends on, how a budget becomes steps, and what a file that is wrong is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from explore.experiment import Experiment, TrainConfig, set_field
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for split, n in (("train", 200), ("val", 20), ("test", 20)):
+        (folder / f"{split}.txt").write_text("".join(f"{split} line {i} says {i * i}.\n" for i in range(n)))
+    return folder
+
+
+def content(corpus: Path, **changes: Any) -> dict[str, Any]:
+    record = {
+        "name": "tiny",
+        "model": {"d_model": 64, "vocab_size": 257, "pattern": "M*-"},
+        "data": {"kind": "text", "corpus": str(corpus), "tokenizer": "bytes", "seq_len": 32},
+        "train": {"tokens": 2560, "batch_size": 4},
+    }
+    for path, value in changes.items():
+        set_field(record, f"{path.replace('__', '.')}={json.dumps(value)}")
+    return record
+
+
+def experiment(corpus: Path, **changes: Any) -> Experiment:
+    return Experiment.model_validate(content(corpus, **changes))
+
+
+def written(path: Path, record: Any) -> Path:
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_the_key_ignores_the_name_and_where_the_corpus_lies(corpus: Path, tmp_path: Path) -> None:
+    key = experiment(corpus).key()
+    elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
+    assert len(key) == 64
+    assert set(key) <= set("0123456789abcdef")
+    assert experiment(corpus, name="another").key() == key
+    assert experiment(elsewhere).key() == key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"train__lr": 1e-3},
+        {"train__precision": "bf16"},
+        {"train__tokens": 5120},
+        {"model__pattern": "M*-M"},
+        {"data__seq_len": 16},
+        {"data__tokenizer": "austen-bpe-2048", "model__vocab_size": 2048},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_key_changes_with_whatever_decides_the_result(corpus: Path, change: dict[str, Any]) -> None:
+    assert experiment(corpus, **change).key() != experiment(corpus).key()
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_the_key_changes_with_the_text_of_every_split(corpus: Path, split: str) -> None:
+    key = experiment(corpus).key()
+    with (corpus / f"{split}.txt").open("a") as file:
+        file.write("one more line\n")
+    assert experiment(corpus).key() != key
+
+
+def test_a_default_that_is_written_out_leaves_the_key_alone(corpus: Path) -> None:
+    assert experiment(corpus, train__optimizer="adamw", seed=0).key() == experiment(corpus).key()
+
+
+@pytest.mark.parametrize("pattern", ["-", "M*E", "MEM*E-"])
+def test_json_gives_the_same_experiment_back(corpus: Path, tmp_path: Path, pattern: str) -> None:
+    one = experiment(corpus, model__pattern=pattern, train__betas=[0.8, 0.99], seed=3)
+    assert Experiment.model_validate_json(one.model_dump_json()) == one
+    assert Experiment.load(written(tmp_path / "plain.json", one.model_dump(mode="json"))) == one
+    record = {"key": one.key(), "experiment": one.model_dump(mode="json")}
+    loaded = Experiment.load(written(tmp_path / "record.json", record))
+    assert loaded == one
+    assert hash(loaded) == hash(one)
+
+
+def test_overrides_win_over_the_file(corpus: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "tiny.json", content(corpus))
+    loaded = Experiment.load(path, ["train.lr=0.5", "name=bare text", "seed=7", "train.optimizer=muon"])
+    assert loaded == experiment(corpus, train__lr=0.5, name="bare text", seed=7, train__optimizer="muon")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("a=1", {"a": 1, "b": {"c": 2}}),
+        ("b.c=null", {"b": {"c": None}}),
+        ("b.d.e=[1, 2]", {"b": {"c": 2, "d": {"e": [1, 2]}}}),
+        ("b.c=x=y", {"b": {"c": "x=y"}}),
+    ],
+)
+def test_an_override_writes_json_or_bare_text(override: str, expected: dict[str, Any]) -> None:
+    record: dict[str, Any] = {"b": {"c": 2}}
+    set_field(record, override)
+    assert record == expected
+
+
+@pytest.mark.parametrize("override", ["train.lr", "=1", "b.c.d=1"])
+def test_an_override_that_cannot_be_written_is_refused_in_one_line(override: str) -> None:
+    with pytest.raises(ValueError, match=r"^--set: [^\n]*$"):
+        set_field({"b": {"c": 2}}, override)
+
+
+@pytest.mark.parametrize("budget", [{}, {"tokens": 100, "flops": 1e6}], ids=["none", "both"])
+def test_exactly_one_budget_is_allowed(budget: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="exactly one budget is allowed"):
+        TrainConfig(**budget)
+
+
+def test_warmup_and_decay_may_not_exceed_the_run() -> None:
+    with pytest.raises(ValidationError, match="more than the whole run"):
+        TrainConfig(tokens=100, warmup=0.6, decay=0.5)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (128, 1), (191, 1), (193, 2), (2560, 20)])
+def test_a_token_budget_is_rounded_to_whole_steps(corpus: Path, tokens: int, steps: int) -> None:
+    one = experiment(corpus, train__tokens=tokens)
+    assert one.batch_tokens == 4 * 32
+    assert one.n_steps == steps
+    assert one.flops_run == 3 * one.model.ledger(32).cost().flops_fwd * steps * 128
+
+
+@pytest.mark.parametrize("steps", [1, 20, 333])
+def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, steps: int) -> None:
+    spent = experiment(corpus, train__tokens=128 * steps).flops_run
+    record = content(corpus)
+    record["train"] = {"flops": spent, "batch_size": 4}
+    one = Experiment.model_validate(record)
+    assert one.n_steps == steps
+    assert one.flops_run == spent
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("train.lrr=1", "train.lrr: unknown field"),
+        ("model.d_modell=1", "model.d_modell: unknown field"),
+        ("data.seqlen=1", "data.seqlen: unknown field"),
+        ("train.lr=0", "train.lr: input should be greater than 0, got 0"),
+        ("train.flops=1", "train: tokens and flops: exactly one budget is allowed, got tokens=2560 flops=1.0"),
+    ],
+)
+def test_a_field_that_is_not_allowed_is_named_by_its_path_in_one_line(
+    corpus: Path, tmp_path: Path, change: str, reason: str
+) -> None:
+    path = written(tmp_path / "tiny.json", content(corpus))
+    with pytest.raises(ValueError, match="tiny") as caught:
+        Experiment.load(path, [change])
+    assert str(caught.value) == f"{path}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "a JSON object is needed, found list")],
+)
+def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
+    path = tmp_path / "bad.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=reason) as caught:
+        Experiment.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
