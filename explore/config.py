@@ -23,6 +23,7 @@ class FrozenMapping(Mapping[K, V]):
     """A mapping that can neither be changed nor depend on insertion order, so it can be hashed."""
 
     __slots__ = ("_items",)
+    _items: dict[K, V]
 
     def __init__(self, items: Mapping[K, V]) -> None:
         object.__setattr__(self, "_items", dict(sorted(items.items(), key=lambda item: str(item[0]))))

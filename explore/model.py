@@ -178,13 +178,15 @@ class LanguageModel(nn.Module):
             nn.init.normal_(self.head.weight, std=std)
         self.norm.reset_parameters()
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             layer.norm.reset_parameters()
             layer.mixer.init_weights(std, out_std)
 
     def forward(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab_size"]:
         """Logits of the next token at every position."""
         hidden, _ = self.hidden(tokens)
-        return self.head(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
 
     def hidden(
         self, tokens: Int[Tensor, "batch seq"]

@@ -27,7 +27,7 @@ def check_pattern(pattern: str, letters: Collection[str]) -> None:
             continue
         if letter == MTP_MARK:
             raise ValueError(
-                f"pattern: {letter!r} at position {position} of {pattern!r} starts MTP layers, which this model does not have yet"
+                f"pattern: {letter!r} at position {position} of {pattern!r} starts MTP layers, which do not exist yet"
             )
         if letter not in letters:
             known = " ".join(letters)

@@ -83,5 +83,6 @@ def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
             return width
     smallest = widths[-1]
     raise ValueError(
-        f"d_model: {d_model} is not divisible into heads; allowed are multiples of {smallest}, at least {smallest * at_least}"
+        f"d_model: {d_model} is not divisible into heads; "
+        f"allowed are multiples of {smallest}, at least {smallest * at_least}"
     )

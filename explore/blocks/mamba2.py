@@ -125,6 +125,7 @@ class Mamba2(Mixer):
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
         z, xBC, dt = self.in_proj(x).split((c.d_inner, c.d_conv_channels, c.n_heads), dim=-1)
+        assert self.conv1d.bias is not None
         xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias))
         d_BC = c.n_groups * c.d_state
         X, B, C = xBC.split((c.d_inner, d_BC, d_BC), dim=-1)

@@ -34,7 +34,8 @@ def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~_visible(q.shape[2], window, q), -torch.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+    y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    return y
 
 
 def _visible(seq: int, window: int | None, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def experts(
 
     Tokens are sorted by expert, so that each expert's matrix products are exactly as large as its load.
     """
-    t, k = chosen.shape
+    k = chosen.shape[1]
     n_experts = up.shape[0]
     expert_of = chosen.flatten()
     order = expert_of.argsort(stable=True)

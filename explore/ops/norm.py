@@ -19,4 +19,5 @@ def gated_group_rms_norm(
     gated = x.float() * F.silu(z.float())
     groups = gated.unflatten(-1, (n_groups, -1))
     groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    return (groups.flatten(-2) * weight).to(x.dtype)
+    normed: Tensor = groups.flatten(-2) * weight
+    return normed.to(x.dtype)

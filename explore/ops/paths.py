@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 
 PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("sdpa", "written_out"),
@@ -14,7 +15,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
 }
 """Every op with its implementations, the default first."""
 
-_forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default={})
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
 
 def path_of(op: str) -> str:

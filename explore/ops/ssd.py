@@ -51,12 +51,12 @@ def ssd_recurrent(
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The definition, one position after another: the truth that `ssd_chunked` is held against."""
-    b, l, h, p = X.shape
+    b, seq, h, p = X.shape
     heads_per_group = h // B.shape[2]
     B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))
     H = X.new_zeros(b, h, p, B.shape[3]) if state is None else state
     outputs = []
-    for t in range(l):
+    for t in range(seq):
         decay = torch.exp(dt[:, t] * A)
         H = decay[..., None, None] * H + (dt[:, t, :, None] * X[:, t])[..., None] * B[:, t, :, None, :]
         outputs.append((H * C[:, t, :, None, :]).sum(-1) + D[:, None] * X[:, t])
@@ -80,23 +80,23 @@ def ssd_chunked(
     Source: arXiv 2405.21060, section 6 and listing 1; here the recurrence between chunks is a loop,
     and B and C stay shared within a group instead of being repeated for every head.
     """
-    l = X.shape[1]
-    whole = l - l % chunk_size
+    seq = X.shape[1]
+    whole = seq - seq % chunk_size
     if whole == 0:
-        return _ssd_chunks(X, dt, A, B, C, D, l, state)
-    if whole == l:
+        return _ssd_chunks(X, dt, A, B, C, D, seq, state)
+    if whole == seq:
         return _ssd_chunks(X, dt, A, B, C, D, chunk_size, state)
-    head, state = _ssd_chunks(*(T[:, :whole] for T in (X, dt)), A, B[:, :whole], C[:, :whole], D, chunk_size, state)
-    tail, state = _ssd_chunks(*(T[:, whole:] for T in (X, dt)), A, B[:, whole:], C[:, whole:], D, l - whole, state)
+    head, state = _ssd_chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
+    tail, state = _ssd_chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
     return torch.cat((head, tail), dim=1), state
 
 
 def _ssd_chunks(
     X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, q: int, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    b, l, h, p = X.shape
+    b, seq, h, p = X.shape
     g, n = B.shape[2:]
-    r, c = h // g, l // q  # heads of a group, chunks
+    r, c = h // g, seq // q  # heads of a group, chunks
     Xc = X.reshape(b, c, q, g, r, p)
     dtc = dt.reshape(b, c, q, g, r)
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
@@ -130,4 +130,4 @@ def _ssd_chunks(
     states = torch.stack(before, dim=1).view(b, c, g, r * p, n)
     carried = (Cc @ states.to(Cc.dtype).transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
     Y = Y + carried * cum.exp()[..., None]
-    return Y.reshape(b, l, h, p) + D[:, None] * X, H.reshape(b, h, p, n)
+    return Y.reshape(b, seq, h, p) + D[:, None] * X, H.reshape(b, h, p, n)
