@@ -177,20 +177,19 @@ def table(
     if as_json:
         print(runs.to_json(orient="records", indent=2))
         return
-    view = Table(caption="● on the front of validation bits per byte against training FLOPs", caption_justify="left")
-    view.add_column("")
-    for name in ("family", "pattern", "d_model"):
-        view.add_column(name)
-    for name in ("params", "active", "training FLOPs", "val bpb", "test bpb", "tokens/s"):
-        view.add_column(name, justify="right")
-    view.add_column("status")
+    view = Table(box=None, padding=(0, 1, 0, 0), caption="● on the front of val bpb against training FLOPs")
+    view.caption_justify = "left"
+    for name in ("", "family", "pattern"):
+        view.add_column(name, no_wrap=name == "pattern")
+    for name in ("d_model", "params", "active", "FLOPs", "val bpb", "test bpb"):
+        view.add_column(name, justify="right", no_wrap=True)
     for (_, run), front in zip(runs.iterrows(), pareto_front(runs), strict=True):
         numbers = [_count(run[name]) for name in ("params_total", "params_active", "flops_run")]
         bits = [_number(run[name], ".3f") for name in ("val_bpb", "test_bpb")]
+        if run["status"] != "finished":
+            bits = [str(run["status"]), ""]
         names = [str(run[name]) for name in ("family", "pattern", "d_model")]
-        view.add_row(
-            "●" if front else "", *names, *numbers, *bits, _number(run["tokens_per_s"], ",.0f"), str(run["status"])
-        )
+        view.add_row("●" if front else "", *names, *numbers, *bits)
     out.print(view)
     if output is not None:
         out.print(f"wrote {output}", highlight=False)
