@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 
 from explore import pattern as patterns
@@ -16,6 +16,8 @@ from explore.blocks import STANDARD_LETTERS, AnyBlock, BlockConfig, MoE, RouterS
 from explore.config import Config, Frozen
 from explore.cost import Cost, Dtype, Entry, Ledger, Row, matrix, vector
 from explore.ops import linear_cross_entropy
+
+_WIDTH: TypeAdapter[int] = TypeAdapter(PositiveInt)
 
 
 class ModelConfig(Config):
@@ -54,9 +56,11 @@ class ModelConfig(Config):
         for letter in dict.fromkeys(pattern):
             block = blocks.get(letter, {})
             if letter in STANDARD_LETTERS and isinstance(block, Mapping) and "kind" not in block:
-                if not isinstance(d_model, int) or d_model < 1:
+                try:
+                    width = _WIDTH.validate_python(d_model)  # as the field reads it: "256" and 256.0 are 256
+                except ValidationError:
                     return data  # the field's own error says why
-                block = {**STANDARD_LETTERS[letter].default(d_model).model_dump(), **block}
+                block = {**STANDARD_LETTERS[letter].default(width).model_dump(), **block}
             chosen[letter] = block
         return {**data, "pattern": pattern, "blocks": chosen}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from explore.blocks import (
     BLOCKS,
     AttentionConfig,
     BlockConfig,
+    BlockKind,
     Mamba2Config,
     Mixer,
     MLPConfig,
@@ -22,7 +25,7 @@ from explore.blocks import (
     latent_eff,
 )
 from explore.cost import attended_keys
-from explore.ops import forced_paths
+from explore.ops import Activation, forced_paths
 
 D_MODEL = 32
 VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS} | {
@@ -31,11 +34,15 @@ VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS
     "swiglu": MLPConfig(d_ff=24, activation="swiglu"),
     "one group": Mamba2Config(n_heads=2, d_head=16, d_state=8, n_groups=1, chunk_size=8),
     "softmax": MoEConfig(n_experts=6, top_k=3, d_expert=8, n_shared=0, activation="swiglu", router_score="softmax"),
+    "many groups": Mamba2Config(n_heads=8, d_head=4, d_state=8, n_groups=8, d_conv=2, chunk_size=64),
     "latent norm": MoEConfig(n_experts=4, top_k=1, d_expert=8, n_shared=2, d_shared=8, d_latent=8, latent_norm="input"),
     "latent router": MoEConfig(
         n_experts=4, top_k=2, d_expert=8, d_shared=8, d_latent=8, latent_norm="combined", router_input="latent"
     ),
 }
+BF16_TOLERANCE = 0.02
+"""Relative to the norm of a token's output."""
+
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 
 
@@ -46,14 +53,17 @@ def built(config: BlockConfig) -> Mixer:
     return mixer
 
 
-def counted_flops(config: BlockConfig, d_model: int, seq: int) -> int:
-    """Matrix-product FLOPs that torch's op counter sees in one forward pass, on paths whose ops it knows."""
+KNOWN_OPS = {"conv": "conv1d", "attention": "written_out"}
+"""Paths whose ops the op counter knows."""
+
+
+def counted_flops(config: BlockConfig, d_model: int, seq: int, paths: dict[str, str] = KNOWN_OPS) -> int:
+    """Matrix-product FLOPs that torch's op counter sees in one forward pass."""
     mixer = config.build(d_model)
     mixer.init_weights(0.2, 0.2)
-    paths = forced_paths(conv="conv1d", attention="written_out")
-    with paths, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with forced_paths(**paths), torch.no_grad(), FlopCounterMode(display=False) as counter:
         mixer(torch.randn(1, seq, d_model))
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def expected_flops(config: BlockConfig, d_model: int, seq: int) -> int:
@@ -74,7 +84,7 @@ def test_shape_and_dtype_are_kept(config: BlockConfig) -> None:
 
 @each_variant
 def test_changing_a_token_leaves_earlier_outputs_alone(config: BlockConfig) -> None:
-    x, mixer = torch.randn(1, 19, D_MODEL), built(config)
+    mixer, x = built(config), torch.randn(1, 19, D_MODEL)
     changed = x.clone()
     changed[:, 11] += 1
     before, after = mixer(x)[0], mixer(changed)[0]
@@ -84,7 +94,7 @@ def test_changing_a_token_leaves_earlier_outputs_alone(config: BlockConfig) -> N
 
 @each_variant
 def test_batch_rows_are_independent(config: BlockConfig) -> None:
-    x, mixer = torch.randn(3, 19, D_MODEL), built(config)
+    mixer, x = built(config), torch.randn(3, 19, D_MODEL)
     torch.testing.assert_close(mixer(x)[0][1:2], mixer(x[1:2])[0], rtol=1e-4, atol=1e-5)
 
 
@@ -117,7 +127,7 @@ def random_blocks(draw: st.DrawFn) -> BlockConfig:
     small = st.integers(1, 4)
     groups, per_group, d_head = draw(small), draw(small), 2 * draw(small)
     kind = draw(st.sampled_from([kind.letter for kind in BLOCKS]))
-    activation = draw(st.sampled_from(["relu2", "swiglu"]))
+    activation: Activation = draw(st.sampled_from(get_args(Activation)))
     if kind == "M":
         return Mamba2Config(
             n_heads=groups * per_group, d_head=d_head, d_state=draw(small), n_groups=groups, chunk_size=draw(small) * 4
@@ -156,7 +166,17 @@ def test_the_op_counter_is_silent_on_cpu_attention_and_the_written_path_is_not()
         seen.append(counter.get_total_flops())
     assert seen == [0, 2 * 2 * 2 * 8 * 8 * 4]
     config = AttentionConfig(n_heads=2, n_kv_heads=2, d_head=4)
-    assert counted_flops(config, 8, 8) == sum(2 * 8 * 8 * 8 for _ in range(4)) + seen[1]
+    projections = 4 * (2 * 8 * 8 * 8)
+    assert counted_flops(config, 8, 8) == projections + seen[1] == expected_flops(config, 8, 8)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert counted_flops(config, 8, 8, {"attention": "sdpa"}) == projections
+
+
+def test_the_op_counter_is_silent_on_shifted_products() -> None:
+    config = VARIANTS["M"]
+    conv = next(entry.flops_seq for entry in config.entries(D_MODEL, 16) if entry.component == "conv1d")
+    assert conv > 0
+    assert counted_flops(config, D_MODEL, 16, {"conv": "shift"}) == expected_flops(config, D_MODEL, 16) - conv
 
 
 @each_variant
@@ -164,11 +184,105 @@ def test_json_is_an_identity(config: BlockConfig) -> None:
     assert type(config).model_validate_json(config.model_dump_json()) == config
 
 
-@pytest.mark.parametrize("seq", [1, 5, 40])
-@pytest.mark.parametrize("window", [None, 1, 5, 40, 99])
-def test_attended_keys_are_those_of_the_mask(seq: int, window: int | None) -> None:
-    pairs = [(q, k) for q in range(seq) for k in range(q + 1) if window is None or q - k < window]
-    assert attended_keys(seq, window) == len(pairs)
+@given(config=random_blocks())
+def test_json_is_an_identity_for_random_sizes(config: BlockConfig) -> None:
+    again = type(config).model_validate_json(config.model_dump_json())
+    assert (again, hash(again)) == (config, hash(config))
+
+
+@pytest.mark.parametrize("d_model", [64, 96, 256, 2688])
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.letter)
+def test_default_sizes_count_what_they_build(kind: BlockKind, d_model: int) -> None:
+    config = kind.config.default(d_model)
+    with torch.device("meta"):
+        mixer = config.build(d_model)
+    assert sum(e.params for e in config.entries(d_model, 5)) == sum(w.numel() for w in mixer.parameters())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in BLOCKS if kind.letter in "M*"], ids=lambda kind: kind.letter)
+def test_default_heads_refuse_a_width_that_they_do_not_divide(kind: BlockKind) -> None:
+    with pytest.raises(ValueError, match="d_model: 100 is not divisible into heads; allowed are multiples of 16"):
+        kind.config.default(100)
+
+
+@each_variant
+def test_bf16_autocast_stays_close_to_fp32_without_a_warning(config: BlockConfig) -> None:
+    mixer, x = built(config), torch.randn(2, 19, D_MODEL)
+    exact = mixer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mixer(x)[0]
+    errors = (y.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert errors.median() < BF16_TOLERANCE  # a router that reads a bf16 latent may decide a near tie otherwise
+
+
+@each_variant
+def test_a_token_passes_through_all_parameters_but_those_of_unchosen_experts(config: BlockConfig) -> None:
+    entries = config.entries(D_MODEL, 7)
+    unchosen = 0
+    if isinstance(config, MoEConfig):
+        with torch.device("meta"):
+            moe = config.build(D_MODEL)
+        one = sum(w[0].numel() for w in (moe.up, moe.gate, moe.down) if w is not None)
+        unchosen = (config.n_experts - config.top_k) * one
+    assert sum(e.params - e.params_active for e in entries) == unchosen
+
+
+@pytest.mark.parametrize("name", ["E", "softmax", "latent norm", "latent router"])
+def test_a_mixture_is_a_dense_sum_over_its_experts(name: str) -> None:
+    config = VARIANTS[name]
+    moe = built(config).double()
+    assert isinstance(moe, MoE)
+    assert isinstance(config, MoEConfig)
+    moe.expert_bias.copy_(torch.linspace(0, 0.1, config.n_experts))
+    x = torch.randn(9, D_MODEL, dtype=torch.float64)
+    y, stats = moe(x[None])
+    for t, token in enumerate(x):
+        latent = token if moe.latent_down is None else moe.latent_down.weight @ token
+        logits = moe.router.weight.float() @ (latent if config.router_input == "latent" else token).float()
+        scores = logits.softmax(0) if config.router_score == "softmax" else logits.sigmoid()
+        chosen = sorted(range(config.n_experts), key=lambda e: -float((scores[e] + moe.expert_bias[e]).detach()))[
+            : config.top_k
+        ]
+        read = rms_norm(latent) if config.latent_norm == "input" else latent
+        routed = sum(
+            scores[e]
+            / scores[chosen].sum()
+            * expert(read, moe.up[e], None if moe.gate is None else moe.gate[e], moe.down[e])
+            for e in chosen
+        )
+        assert isinstance(routed, torch.Tensor)
+        routed = rms_norm(routed) if config.latent_norm == "combined" else routed
+        truth = routed if moe.latent_up is None else moe.latent_up.weight @ routed
+        if moe.shared is not None:
+            width = config.d_shared or 0
+            for start in range(0, config.n_shared * width, width):
+                part = slice(start, start + width)
+                truth = truth + expert(token, moe.shared.up.weight[part].T, None, moe.shared.down.weight[:, part].T)
+        torch.testing.assert_close(y[0, t], truth, rtol=1e-5, atol=1e-6)
+    assert int(stats.load.sum()) == 9 * config.top_k
+
+
+def expert(x: torch.Tensor, up: torch.Tensor, gate: torch.Tensor | None, down: torch.Tensor) -> torch.Tensor:
+    hidden = x @ up
+    hidden = hidden.clamp(min=0) ** 2 if gate is None else (x @ gate) * torch.sigmoid(x @ gate) * hidden
+    return hidden @ down
+
+
+def rms_norm(x: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean() + 1e-5).sqrt()
+
+
+def test_balance_loss_is_its_coefficient_at_perfect_balance_and_is_least_there() -> None:
+    config = MoEConfig(n_experts=4, top_k=1, d_expert=8, n_shared=0, aux_loss_coef=0.5)
+    moe = built(config)
+    assert isinstance(moe, MoE)
+    chosen = torch.arange(8) % 4
+    scores = torch.nn.functional.one_hot(chosen, 4).float()[None]
+    stats = moe._stats(scores, chosen[None, :, None])
+    assert stats.load.tolist() == [2.0] * 4
+    assert float(stats.aux_loss) == 0.5
+    collapsed = moe._stats(scores[:, :1].expand(1, 8, 4), torch.zeros(1, 8, 1, dtype=torch.int64))
+    assert float(collapsed.aux_loss) == 4 * 0.5
 
 
 def test_the_router_works_in_fp32_under_autocast_and_its_weights_sum_to_the_factor() -> None:
@@ -200,6 +314,6 @@ def test_latent_variants_of_super_have_its_released_sizes() -> None:
     assert (acc.n_experts, acc.top_k, eff.n_experts, eff.top_k) == (512, 22, 512, 6)
     assert latent_acc(standard, 4096, 1024, pay_projections=False).top_k == 24
     active = [sum(e.params_active for e in config.entries(4096, 1)) for config in (standard, acc)]
-    assert active[1] == pytest.approx(active[0], rel=0.02)
+    assert active[1] == pytest.approx(active[0], rel=0.01)
     with pytest.raises(ValueError, match="d_latent: 1000 does not divide d_model=4096"):
         latent_acc(standard, 4096, 1000)

@@ -12,8 +12,11 @@ from explore.ops import (
     causal_conv1d,
     experts,
     forced_paths,
+    gated_group_rms_norm,
     linear_cross_entropy,
+    paths_in_use,
     rotate,
+    ssd,
     ssd_chunked,
     ssd_recurrent,
 )
@@ -34,9 +37,9 @@ def test_chunks_compute_the_recurrence_and_all_its_gradients(seq: int, n_groups:
     )
     inputs = [X, dt, A, B, C, D, *([H] if with_state else [])]
     results = []
-    for function in (ssd_recurrent, lambda *args: ssd_chunked(*args[:6], 64, *args[6:])):
-        args = (X, F.softplus(dt), -A.exp(), B, C, D, *([H] if with_state else []))
-        y, state = function(*args)
+    for chunked in (False, True):
+        args, before = (X, F.softplus(dt), -A.exp(), B, C, D), H if with_state else None
+        y, state = ssd_chunked(*args, 64, before) if chunked else ssd_recurrent(*args, before)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         gradients = torch.autograd.grad((y * weight).sum() + state.square().sum(), inputs)
         results.append((y, state, *gradients))
@@ -44,16 +47,65 @@ def test_chunks_compute_the_recurrence_and_all_its_gradients(seq: int, n_groups:
         torch.testing.assert_close(fast, truth, rtol=1e-9, atol=1e-9)
 
 
-def test_shifted_products_are_the_convolution() -> None:
-    x, weight, bias = leaves((2, 9, 5), (5, 1, 4), (5,))
-    shifted = causal_conv1d(x, weight, bias)
-    with forced_paths(conv="conv1d"):
-        torch.testing.assert_close(shifted, causal_conv1d(x, weight, bias))
+def test_a_sequence_in_two_pieces_gives_what_it_gives_whole() -> None:
+    b, seq, h, p, g, n = 2, 50, 4, 3, 2, 5
+    X, dt, A, B, C, D = leaves((b, seq, h, p), (b, seq, h), (h,), (b, seq, g, n), (b, seq, g, n), (h,))
+    dt, A = F.softplus(dt), -A.exp()
+    y, state = ssd(X, dt, A, B, C, D, 16)
+    first, between = ssd(X[:, :21], dt[:, :21], A, B[:, :21], C[:, :21], D, 16)
+    second, last = ssd(X[:, 21:], dt[:, 21:], A, B[:, 21:], C[:, 21:], D, 16, between)
+    torch.testing.assert_close(torch.cat((first, second), dim=1), y)
+    torch.testing.assert_close(last, state)
+
+
+def test_strong_decay_and_long_chunks_stay_finite_in_fp32() -> None:
+    X, dt, A, B, C, D = (
+        x.float() for x in leaves((1, 256, 2, 4), (1, 256, 2), (2,), (1, 256, 1, 4), (1, 256, 1, 4), (2,))
+    )
+    args = (X, F.softplus(dt) + 5, -16 * A.exp(), B, C, D)
+    fast, truth = ssd_chunked(*args, 256), ssd_recurrent(*args)
+    torch.testing.assert_close(fast, truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seq", [1, 3, 9])
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_both_convolutions_are_the_sum_over_taps(seq: int, d_conv: int) -> None:
+    x, weight, bias = leaves((2, seq, 5), (5, 1, d_conv), (5,))
+    truth = torch.stack(
+        [
+            bias + sum(weight[:, 0, d_conv - 1 - back] * x[:, t - back] for back in range(min(d_conv, t + 1)))
+            for t in range(seq)
+        ],
+        dim=1,
+    )
+    truths = (truth, *torch.autograd.grad(truth.square().sum(), (x, weight, bias)))
+    for path in ("shift", "conv1d"):
+        with forced_paths(conv=path):
+            y = causal_conv1d(x, weight, bias)
+        gradients = torch.autograd.grad(y.square().sum(), (x, weight, bias))
+        for fast, slow in zip((y, *gradients), truths, strict=True):
+            torch.testing.assert_close(fast, slow)
+
+
+def test_the_gated_norm_gates_first_and_normalises_each_group_alone() -> None:
+    x, z, weight = (leaf.detach().float() for leaf in leaves((2, 3, 12), (2, 3, 12), (12,)))
+    truth = torch.empty_like(x)
+    for b in range(2):
+        for t in range(3):
+            for start in (0, 4, 8):
+                channels = [
+                    float(x[b, t, c] * z[b, t, c] / (1 + torch.exp(-z[b, t, c]))) for c in range(start, start + 4)
+                ]
+                rms = (sum(c * c for c in channels) / 4 + 0.1) ** 0.5
+                for c, channel in enumerate(channels, start=start):
+                    truth[b, t, c] = weight[c] * channel / rms
+    torch.testing.assert_close(gated_group_rms_norm(x, z, weight, 3, 0.1), truth, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_attention_is_what_is_written_out(window: int | None) -> None:
-    q, k, v = leaves((2, 4, 7, 6), (2, 2, 7, 6), (2, 2, 7, 6))
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int) -> None:
+    q, k, v = leaves((2, 4, 7, 6), (2, n_kv_heads, 7, 6), (2, n_kv_heads, 7, 6))
     results = []
     for path in ("sdpa", "written_out"):
         with forced_paths(attention=path):
@@ -61,6 +113,30 @@ def test_attention_is_what_is_written_out(window: int | None) -> None:
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for fast, truth in zip(*results, strict=True):
         torch.testing.assert_close(fast, truth)
+
+
+def test_a_query_averages_the_keys_in_its_window() -> None:
+    q, k, v = leaves((1, 2, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4))
+    for path in ("sdpa", "written_out"):
+        with forced_paths(attention=path):
+            y = attention(q, k, v, 3)
+        for head in range(2):
+            for t in range(7):
+                seen = slice(max(0, t - 2), t + 1)
+                weights = (k[0, 0, seen] @ q[0, head, t] / 2).exp()
+                torch.testing.assert_close(y[0, head, t], (weights / weights.sum()) @ v[0, 0, seen])
+
+
+def test_rotation_keeps_lengths_and_the_first_position() -> None:
+    (x,) = leaves((2, 3, 12, 8))
+    y = rotate(x, 10_000.0)
+    torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y[:, :, 0], x[:, :, 0])
+    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(
+        torch.ones(12, 4, dtype=torch.float64),
+        torch.outer(torch.arange(12.0), 10_000.0 ** (-torch.arange(4) / 4)).double(),
+    )
+    torch.testing.assert_close(y, torch.cat((pairs.real, pairs.imag), dim=-1), rtol=1e-5, atol=1e-5)
 
 
 def test_rotated_products_depend_on_relative_positions_alone() -> None:
@@ -93,3 +169,26 @@ def test_loss_without_logits_is_the_cross_entropy_and_its_gradients(monkeypatch:
     torch.testing.assert_close(sliced, whole)
     for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (sliced, whole)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_targets_that_are_all_left_out_cost_nothing() -> None:
+    hidden, weight = leaves((3, 4), (5, 4))
+    loss = linear_cross_entropy(hidden, weight, torch.full((3,), -100))
+    assert float(loss.detach()) == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_a_path_is_forced_inside_its_block_alone() -> None:
+    usual = paths_in_use()
+    with forced_paths(ssd="recurrent"), forced_paths(conv="conv1d"):
+        assert paths_in_use() == usual | {"ssd": "recurrent", "conv": "conv1d"}
+    assert paths_in_use() == usual
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [({"ssd": "fast"}, "ssd: 'fast' is unknown; allowed are chunked"), ({"sdd": "chunked"}, "allowed are attention")],
+)
+def test_a_path_that_does_not_exist_is_refused(paths: dict[str, str], says: str) -> None:
+    with pytest.raises(ValueError, match=says), forced_paths(**paths):
+        pass

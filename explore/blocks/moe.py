@@ -151,7 +151,7 @@ class MoE(Mixer):
         scores = self._scores(routed if self.config.router_input == "latent" else x)
         chosen, weights = self.route(scores)
         if self.config.latent_norm == "input" and self.latent_norm is not None:
-            routed = self.latent_norm(routed)
+            routed = self.latent_norm(routed.to(self.latent_norm.weight.dtype))
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         y = experts(
             routed.flatten(0, 1).to(dtype),
@@ -163,7 +163,7 @@ class MoE(Mixer):
             self.config.activation,
         ).view_as(routed)
         if self.config.latent_norm == "combined" and self.latent_norm is not None:
-            y = self.latent_norm(y)
+            y = self.latent_norm(y.to(self.latent_norm.weight.dtype))
         if self.latent_up is not None:
             y = self.latent_up(y)
         if self.shared is not None:

@@ -1,0 +1,108 @@
+"""Configs: what they fill in, what they refuse and how they say so."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from explore.blocks import BLOCKS, Mamba2Config
+from explore.config import FrozenMapping, explain
+from explore.model import ModelConfig
+
+EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
+LETTERS = "".join(EXAMPLES)
+
+
+def model_of(**changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate({"d_model": 256, "vocab_size": 50, "pattern": "M*-E", "blocks": {}} | changes)
+
+
+@given(pattern=st.text(LETTERS + "| ", max_size=12).filter(lambda text: text.strip(" |")), tied=st.booleans())
+def test_json_is_an_identity(pattern: str, tied: bool) -> None:
+    model = ModelConfig(d_model=16, vocab_size=50, pattern=pattern, blocks=EXAMPLES, tie_embeddings=tied)
+    again = ModelConfig.model_validate_json(model.model_dump_json())
+    assert (again, hash(again)) == (model, hash(model))
+    assert again.blocks.keys() == set(model.pattern)
+    assert ModelConfig.model_validate(model.model_dump()) == model
+    assert pickle.loads(pickle.dumps(model)) == model
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"blocks": {"M": {"d_stat": 3}}}, "model.blocks.M.d_stat: unknown field"),
+        ({"blocks": {"E": {"top_k": 999}}}, "model.blocks.E.top_k: 999 is above n_experts=128"),
+        ({"blocks": {"E": {"latent_norm": "input"}}}, "model.blocks.E.latent_norm: 'input' needs d_latent"),
+        ({"blocks": {"*": {"n_heads": 6, "n_kv_heads": 4}}}, "model.blocks.*.n_kv_heads: 4 does not divide n_heads=6"),
+        ({"blocks": {"M": {"n_groups": 3}}}, "model.blocks.M.n_groups: 3 does not divide n_heads=8"),
+        ({"blocks": {"-": {"d_ff": -1}}}, "model.blocks.-.d_ff: input should be greater than 0, got -1"),
+        ({"blocks": {"M": {"kind": "mamba2"}}}, "model.blocks.M.n_heads: field required (and 2 more)"),
+        ({"blocks": {"M": {"kind": "mamba3"}}}, "model.blocks.M: "),
+        ({"pattern": "MX"}, "model.pattern: unknown letter 'X' at position 2 of 'MX'"),
+        ({"pattern": " "}, "model.pattern: ' ' has no layer"),
+        ({"pattern": 3}, "model.pattern: "),
+        ({"d_model": 0}, "model.d_model: "),
+        ({"d_model": "wide"}, "model.d_model: "),
+        ({"d_model": 100}, "model.d_model: 100 is not divisible into heads"),
+        ({"d_modl": 1}, "model.d_modl: unknown field"),
+        ({"norm_eps": float("nan")}, "model.norm_eps: "),
+    ],
+)
+def test_an_error_names_the_path_and_the_value(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError) as refusal:
+        model_of(**change)
+    line = explain(refusal.value, "model")
+    assert line.startswith(says)
+    assert "\n" not in line
+
+
+def test_sizes_that_are_not_given_follow_d_model() -> None:
+    partial, whole = model_of(blocks={"E": {"d_latent": 64}}), model_of()
+    assert partial.blocks["E"] == whole.blocks["E"].model_copy(update={"d_latent": 64})
+    assert [partial.blocks[letter] for letter in "M*-"] == [whole.blocks[letter] for letter in "M*-"]
+    assert whole.blocks == {kind.letter: kind.config.default(256) for kind in BLOCKS}
+
+
+@pytest.mark.parametrize("d_model", ["256", 256.0])
+def test_a_width_that_the_field_reads_as_a_number_is_one(d_model: object) -> None:
+    assert model_of(d_model=d_model, pattern="M|E") == model_of(pattern="ME")
+
+
+def test_a_letter_of_ones_own_needs_its_kind_and_all_sizes() -> None:
+    own = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 16}
+    assert model_of(pattern="MX", blocks={"X": own}).layers[1] == Mamba2Config(n_heads=4, d_head=8, d_state=16)
+
+
+def test_a_letter_that_the_pattern_does_not_use_is_dropped() -> None:
+    assert model_of(pattern="M", blocks={"E": {"top_k": 3}}) == model_of(pattern="M")
+
+
+def test_a_config_can_neither_be_changed_nor_depend_on_order() -> None:
+    one, other = model_of(blocks=EXAMPLES), model_of(blocks=dict(reversed(EXAMPLES.items())))
+    assert (one, hash(one), one.model_dump_json()) == (other, hash(other), other.model_dump_json())
+    assert len({one, other, model_of()}) == 2
+    with pytest.raises(ValidationError):
+        one.d_model = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        one.blocks["M"].n_heads = 3  # type: ignore[attr-defined]
+    with pytest.raises(TypeError):
+        one.blocks["M"] = EXAMPLES["E"]  # type: ignore[index]
+
+
+@given(items=st.dictionaries(st.text(max_size=3), st.integers(), max_size=5))
+def test_a_frozen_mapping_is_the_mapping_it_was_made_of(items: dict[str, int]) -> None:
+    frozen = FrozenMapping(items)
+    assert frozen == items
+    assert list(frozen) == sorted(items)
+    assert len(frozen) == len(items)
+    assert hash(frozen) == hash(FrozenMapping(dict(reversed(items.items()))))
+    assert pickle.loads(pickle.dumps(frozen)) == frozen
+    items["new key"] = 1
+    assert "new key" not in frozen
+    with pytest.raises(AttributeError):
+        frozen._items = {}

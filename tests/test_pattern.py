@@ -1,0 +1,77 @@
+"""Patterns: their letters, their marks, their distance and their families."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from explore.blocks import BLOCKS, MoEConfig
+from explore.pattern import canonical, check_pattern, counts, distance, family, resolve
+
+EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
+patterns = st.text("ME*", max_size=6)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are M * - E"),
+        ("M | eM", "pattern: unknown letter 'e' at position 5 of 'M | eM'"),
+        ("ME/*E", "pattern: '/' at position 3 of 'ME/\\*E' starts MTP layers, which do not exist yet"),
+        ("", "pattern: '' has no layer"),
+        (" | ", "pattern: ' \\| ' has no layer"),
+    ],
+)
+def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says.replace("M * -", "M \\* -")):
+        check_pattern(pattern, EXAMPLES)
+
+
+@given(pieces=st.lists(patterns, min_size=1, max_size=4), mark=st.sampled_from(["|", " ", "\n", " | ", "\t"]))
+def test_stage_marks_and_white_space_change_nothing(pieces: list[str], mark: str) -> None:
+    layers = "".join(pieces)
+    marked = mark.join(pieces)
+    assert canonical(marked) == layers
+    assert canonical(canonical(marked)) == layers
+    assert counts(marked) == {letter: layers.count(letter) for letter in set(layers)}
+    assert distance(marked, layers) == 0
+
+
+def test_a_pattern_resolves_to_one_block_a_layer() -> None:
+    assert resolve("M|E M", EXAMPLES) == (EXAMPLES["M"], EXAMPLES["E"], EXAMPLES["M"])
+
+
+@given(a=patterns, b=patterns)
+def test_distance_is_the_recursive_edit_distance(a: str, b: str) -> None:
+    def recursive(a: str, b: str) -> int:
+        if not a or not b:
+            return len(a) + len(b)
+        change = recursive(a[1:], b[1:]) + (a[0] != b[0])
+        return min(change, recursive(a[1:], b) + 1, recursive(a, b[1:]) + 1)
+
+    assert distance(a, b) == recursive(a, b) == distance(b, a)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*-*-", "attention + MLP"),
+        ("M-M-", "Mamba + MLP"),
+        ("MMMM", "Mamba + MLP"),
+        ("M-*-", "Mamba hybrid"),
+        ("--", "MLP"),
+        ("ME*E", "hybrid LatentMoE"),
+        ("MEME", "Mamba LatentMoE"),
+        ("*E", "attention LatentMoE"),
+        ("E", "LatentMoE"),
+        ("MS*S", "hybrid MoE"),
+        ("MS|MS", "Mamba MoE"),
+        ("*S", "attention MoE"),
+        ("S-", "MoE"),
+        ("MSE", "Mamba LatentMoE"),
+    ],
+)
+def test_families_follow_the_kinds_of_layers_and_not_their_letters(pattern: str, name: str) -> None:
+    standard = MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32)
+    assert family(pattern, EXAMPLES | {"S": standard}) == name
