@@ -16,6 +16,7 @@ from explore.blocks import (
     AttentionConfig,
     BlockConfig,
     BlockKind,
+    Mamba2,
     Mamba2Config,
     Mixer,
     MLPConfig,
@@ -225,6 +226,36 @@ def test_a_token_passes_through_all_parameters_but_those_of_unchosen_experts(con
         one = sum(w[0].numel() for w in (moe.up, moe.gate, moe.down) if w is not None)
         unchosen = (config.n_experts - config.top_k) * one
     assert sum(e.params - e.params_active for e in entries) == unchosen
+
+
+@pytest.mark.parametrize("name", ["M", "one group", "many groups"])
+def test_a_mamba_mixer_is_its_equations_token_by_token(name: str) -> None:
+    c, mixer = VARIANTS[name], built(VARIANTS[name])
+    assert isinstance(c, Mamba2Config)
+    assert isinstance(mixer, Mamba2)
+    assert mixer.conv1d.bias is not None
+    torch.nn.init.normal_(mixer.D)
+    torch.nn.init.normal_(mixer.norm.weight)
+    x, d_BC = torch.randn(19, D_MODEL), c.n_groups * c.d_state
+    parts = (x @ mixer.in_proj.weight.T).split((c.d_inner, c.d_inner, d_BC, d_BC, c.n_heads), dim=-1)
+    z, dt = parts[0], (parts[4] + mixer.dt_bias).exp().log1p()
+    xBC = torch.cat((torch.zeros(c.d_conv - 1, c.d_conv_channels), torch.cat(parts[1:4], dim=-1)))
+    filters = mixer.conv1d.weight[:, 0].T
+    state = torch.zeros(c.n_heads, c.d_head, c.d_state)
+    outputs = []
+    for t in range(19):
+        mixed = (filters * xBC[t : t + c.d_conv]).sum(0) + mixer.conv1d.bias
+        X, B, C = (mixed * mixed.sigmoid()).split((c.d_inner, d_BC, d_BC))
+        y = torch.empty(c.n_heads, c.d_head)
+        for h, head in enumerate(X.view(c.n_heads, c.d_head)):
+            group = h * c.n_groups // c.n_heads
+            decay = (-dt[t, h] * mixer.A_log[h].exp()).exp()
+            state[h] = decay * state[h].clone() + torch.outer(dt[t, h] * head, B.view(c.n_groups, -1)[group])
+            y[h] = state[h].clone() @ C.view(c.n_groups, -1)[group] + mixer.D[h] * head
+        gated = (y.flatten() * z[t] * z[t].sigmoid()).view(c.n_groups, -1)
+        outputs.append(torch.cat([rms_norm(group) for group in gated]) * mixer.norm.weight)
+    truth = torch.stack(outputs) @ mixer.out_proj.weight.T
+    torch.testing.assert_close(mixer(x[None])[0][0], truth, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["E", "softmax", "latent norm", "latent router"])
