@@ -324,11 +324,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     try:
         app()
-    except ValueError as error:
-        if os.environ.get("EXPLORE_TRACEBACK"):
-            raise
-        _refuse(error)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("EXPLORE_TRACEBACK"):
             raise
         _refuse(error)
