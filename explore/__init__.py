@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from explore.model import LanguageModel as LanguageModel
     from explore.model import ModelConfig as ModelConfig
     from explore.runs import load_runs as load_runs
-    from explore.train.fit import fit as fit
+    from explore.train import fit as fit
 
 _HOMES = {
     "explore.blocks": ("AttentionConfig", "Mamba2Config", "MLPConfig", "MoEConfig", "latent_acc", "latent_eff"),

@@ -22,7 +22,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from matplotlib.transforms import Bbox, BboxBase
 
 from explore.frontier import Floats, pareto_front
-from explore.runs import replacing
+from explore.files import replacing
 
 COLUMN_WIDTH, COLUMN_HEIGHT = 3.35, 2.6
 """Inches of a figure in one column of a paper."""

@@ -7,14 +7,14 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+
+from explore.files import replacing
 
 FINISHED = ("finished", "diverged")
 """Statuses with which a run has ended for good."""
@@ -57,24 +57,6 @@ COLUMNS: Mapping[str, str] = {
     "reason": "str",
 }
 """Columns of the table of runs, in order, with their dtypes. `flops_fwd` and `flops_train` are per token."""
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, atomically, when the block ends without an error.
-
-    Whatever stops the block, even a kill, leaves the old content of `path`. The parent folder is made when missing.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -18,6 +18,7 @@ from rich.console import Console
 from explore import train
 from explore.runs import load_runs
 from explore.study import Sweep, load_sweep, run_sweep
+from explore.train import fitting
 
 SWEEP = '''"""Does width help?"""
 
@@ -102,7 +103,7 @@ def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"
     run_sweep(sweep, 2, runs, console=quiet())
     (runs / "study.journal").unlink()
-    monkeypatch.setattr(sys.modules["explore.train.fit"], "_train", None)
+    monkeypatch.setattr(fitting, "_train", None)
     assert run_sweep(sweep, 2, runs, console=quiet()).complete == 2
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import lzma
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 
-from explore.data.cache import cache_folder, written_whole
+from explore.data.cache import cache_folder
+from explore.files import COMPRESSIONS, UNREADABLE, open_plain, replacing
 
 SUFFIXES = (".txt", ".jsonl")
-COMPRESSIONS = (".gz", ".xz")
 ALLOWED = ".txt or .jsonl, plain, .gz or .xz"
 
 INDEX_DTYPE = np.dtype([("digest", "V32"), ("n_bytes", "<u8")])
@@ -48,10 +44,10 @@ def read_documents(path: Path) -> Iterator[str]:
     """
     lines = _format(path) == ".jsonl"
     try:
-        with _opened(path) as file:
+        with open_plain(path) as file:
             texts = _json_lines(path, file) if lines else iter([_decoded(file.read(), str(path))])
             yield from (text for text in texts if text.strip())
-    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"corpus: {path} cannot be read ({error})") from error
 
 
@@ -72,26 +68,16 @@ def index_file(path: Path) -> np.ndarray:
     except (EOFError, OSError, ValueError):  # absent or damaged: it is made anew
         pass
     index = index_documents(read_documents(path))
-    with written_whole(cached) as file:
+    with replacing(cached) as temporary, temporary.open("wb") as file:
         np.save(file, index, allow_pickle=False)
     return index
-
-
-def _opened(path: Path) -> io.BufferedIOBase:
-    match path.suffix:
-        case ".gz":
-            return gzip.GzipFile(path)
-        case ".xz":
-            return lzma.LZMAFile(path)
-        case _:
-            return path.open("rb")
 
 
 def _format(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _json_lines(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
+def _json_lines(path: Path, file: BinaryIO) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,7 +127,9 @@ class JsonTokenizer(Tokenizer):
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """Opens a tokenizer: a name in `TOKENIZERS`, or a path to a JSON file of the `tokenizers` package.
+    """Opens a tokenizer: a name in `TOKENIZERS`, or a JSON file of the `tokenizers` package.
+
+    A relative path is looked for in the working folder, then under the folder that `EXPLORE_DATA` names.
 
     Raises:
         ValueError: nothing stands under that name, or it cannot be used.
@@ -134,12 +137,14 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     path = ASSETS / f"{name}.json" if name in TOKENIZERS else Path(name).expanduser()
+    if not path.is_file() and (root := os.environ.get("EXPLORE_DATA")):
+        path = Path(root).expanduser() / path
     if not path.is_file():
         near = difflib.get_close_matches(name, TOKENIZERS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
             f"tokenizer: {name!r} is neither a known name ({', '.join(TOKENIZERS)}) nor a JSON file of the "
-            f"`tokenizers` package{hint}"
+            f"`tokenizers` package, here or under EXPLORE_DATA{hint}"
         )
     try:
         text = path.read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from explore.data.cache import cache_folder, written_whole
+from explore.data.cache import cache_folder
 from explore.data.corpora import Corpus
 from explore.data.splits import Split
 from explore.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def token_stream(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> TokenStr
     path = cache_folder("tokens") / f"{key['content_hash'][:24]}-{key['tokenizer_hash'][:24]}.tokens"
     stream = _opened(path, key)
     if stream is None:
-        with written_whole(path) as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             _write(file, corpus, split, tokenizer, key)
         stream = _opened(path, key)
     assert stream is not None

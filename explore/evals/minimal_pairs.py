@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import lzma
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from explore.data import Tokenizer
+from explore.files import UNREADABLE, open_plain
 from explore.model import LanguageModel
-
-_OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
-
 
 class MinimalPair(NamedTuple):
     """Two sentences that differ in one point of grammar; `uid` names the paradigm."""
@@ -37,11 +32,10 @@ def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair
     Raises:
         ValueError: no such file, or a line that is not such a record.
     """
-    opener = _OPENERS.get(path.suffix, open)
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with open_plain(path) as lines:
             pairs = [_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"{path}: minimal pairs cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
@@ -54,13 +48,13 @@ def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair
     return kept
 
 
-def _pair(line: str, path: Path, number: int) -> MinimalPair:
+def _pair(line: bytes, path: Path, number: int) -> MinimalPair:
     try:
         record = json.loads(line)
         pair = MinimalPair(record["uid"], record["good"], record["bad"])
         if all(isinstance(text, str) for text in pair):
             return pair
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"{path}: line {number} is not a record with uid, good and bad")
 

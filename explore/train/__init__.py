@@ -1,6 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
-from explore.train.fit import cost_record, fit, load_model
+from explore.train.fitting import cost_record, fit, load_model
 from explore.train.module import DataModule, LitLanguageModel, NonFiniteLossError
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.schedule import wsd

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from explore.runs import replacing
+from explore.files import replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from explore.runs import replacing
+from explore.files import replacing
 
 COLUMNS = (
     "step",

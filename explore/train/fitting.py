@@ -118,21 +118,11 @@ def _train(
     if console.is_terminal:
         callbacks.append(ProgressBar(n_steps, experiment.name, throughput, console))
     loggers: list[Logger] = [MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at)]
-    mirror: WandbLogger | None = None
-    if wandb is not None:
-        mirror = WandbLogger(
-            project=tracking.PROJECT,
-            name=experiment.name,
-            id=key[:32],
-            resume="allow",
-            save_dir=folder.path,
-            offline=wandb == "offline",
-        )
-        tracking.describe(mirror.experiment, experiment, key, cost_record(experiment))
-        loggers.append(mirror)
     torch.manual_seed(experiment.seed)
     module = LitLanguageModel(experiment)
-    with _quiet():
+    with _quiet(), _mirrored(experiment, key, folder, wandb) as mirror:
+        if mirror is not None:
+            loggers.append(mirror)
         trainer = Trainer(
             accelerator=accelerator,
             devices=1,
@@ -168,10 +158,33 @@ def _train(
                 result |= scores
             if (violation := trainer.callback_metrics.get("max_violation")) is not None:
                 result["max_violation"] = float(violation)
-    if mirror is not None:
-        tracking.summarize(mirror.experiment, {**result, **experiment.model.cost(experiment.data.seq_len).to_dict()})
-        mirror.experiment.finish()
+        if mirror is not None:
+            cost = experiment.model.cost(experiment.data.seq_len)
+            tracking.summarize(mirror.experiment, {**result, **cost.to_dict()})
     return result
+
+
+@contextmanager
+def _mirrored(
+    experiment: Experiment, key: str, folder: RunFolder, mode: tracking.WandbMode | None
+) -> Iterator[WandbLogger | None]:
+    """Lightning's logger of Weights & Biases, whose run is closed however the block ends; None when off."""
+    if mode is None:
+        yield None
+        return
+    mirror = WandbLogger(
+        project=tracking.PROJECT,
+        name=experiment.name,
+        id=key[:32],
+        resume="allow",
+        save_dir=folder.path,
+        offline=mode == "offline",
+    )
+    try:
+        tracking.describe(mirror.experiment, experiment, key, cost_record(experiment))
+        yield mirror
+    finally:
+        mirror.experiment.finish()
 
 
 def _result(experiment: Experiment, step: int, throughput: Throughput) -> dict[str, Any]:
