@@ -19,6 +19,7 @@ from explore.data.cache import cache_folder
 from explore.data.corpora import Corpus
 from explore.data.splits import Split
 from explore.data.tokenizer import Tokenizer
+from explore.files import replacing
 
 HEADER_BYTES = 1024
 BATCH_CHARS = 1 << 21
