@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import lzma
 import os
 import uuid
@@ -10,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any
 
 COMPRESSIONS = (".gz", ".xz")
 UNREADABLE = (EOFError, OSError, lzma.LZMAError, zlib.error)
@@ -36,12 +38,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> io.BufferedIOBase:
     """Opens a file for reading, decompressed as its name ends: .gz, .xz or anything else."""
     match path.suffix:
         case ".gz":
-            return cast(BinaryIO, gzip.open(path))
+            return gzip.GzipFile(path)
         case ".xz":
-            return cast(BinaryIO, lzma.open(path))
+            return lzma.LZMAFile(path)
         case _:
             return path.open("rb")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        ValueError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is needed, found {type(content).__name__}")
+    return content

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 
@@ -77,7 +78,7 @@ def _format(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[str]:
+def _json_lines(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

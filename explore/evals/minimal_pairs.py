@@ -15,6 +15,7 @@ from explore.data import Tokenizer
 from explore.files import UNREADABLE, open_plain
 from explore.model import LanguageModel
 
+
 class MinimalPair(NamedTuple):
     """Two sentences that differ in one point of grammar; `uid` names the paradigm."""
 
@@ -35,7 +36,7 @@ def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair
     try:
         with open_plain(path) as lines:
             pairs = [_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    except UNREADABLE as error:
+    except (*UNREADABLE, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: minimal pairs cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
@@ -54,7 +55,7 @@ def _pair(line: bytes, path: Path, number: int) -> MinimalPair:
         pair = MinimalPair(record["uid"], record["good"], record["bad"])
         if all(isinstance(text, str) for text in pair):
             return pair
-    except (ValueError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError):
         pass
     raise ValueError(f"{path}: line {number} is not a record with uid, good and bad")
 
