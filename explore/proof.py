@@ -1,0 +1,264 @@
+"""Proof of the ledger: random models are built and run, and what runs is counted op by op.
+
+The counter knows the operations that multiply matrices and those that do not. Anything else is an error, so that an
+operation that hides its work, as fused attention does, can never be counted as free.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from explore.blocks import (
+    STANDARD_LETTERS,
+    AttentionConfig,
+    BlockConfig,
+    Mamba2Config,
+    MLAConfig,
+    MLPConfig,
+    MoEConfig,
+)
+from explore.cost import Cost, attended_keys
+from explore.model import LanguageModel, ModelConfig
+from explore.ops import Activation, forced_paths
+
+Phase = Literal["params", "forward", "training", "prefill", "decode"]
+
+Shape = tuple[int, ...]
+
+
+def _mm(a: Shape, b: Shape) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _conv(out: Shape, weight: Shape) -> int:
+    return 2 * math.prod(out) * math.prod(weight[1:])
+
+
+PRODUCTS: Mapping[str, Callable[..., int]] = {
+    "mm": lambda out, a, b: _mm(a.shape, b.shape),
+    "addmm": lambda out, bias, a, b, **_: _mm(a.shape, b.shape),
+    "bmm": lambda out, a, b: _mm(a.shape, b.shape),
+    "convolution": lambda out, x, weight, *_: _conv(out.shape, weight.shape),
+    # Each gradient that is asked for, of input and weight, is a product as large as the forward one.
+    "convolution_backward": lambda out, grad, x, weight, *rest: sum(rest[-1][:2]) * _conv(grad.shape, weight.shape),
+}
+"""Operations that multiply matrices, and how many FLOPs they spend."""
+
+FREE = frozenset({
+    "_local_scalar_dense", "_softmax", "_softmax_backward_data", "_unsafe_view", "add", "add_", "alias", "arange",
+    "bincount", "bitwise_not", "cat", "clamp", "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach",
+    "div", "embedding", "embedding_dense_backward", "exp", "expand", "flip", "floor_divide", "gather", "ge",
+    "index", "index_add", "index_put", "index_select", "le", "lift_fresh", "logical_and_", "masked_fill", "mean",
+    "mul", "neg", "new_empty_strided", "new_zeros", "ones", "ones_like", "permute", "pow", "relu", "rsqrt",
+    "scalar_tensor", "scatter_add", "select", "select_backward", "sigmoid", "sigmoid_backward", "silu",
+    "silu_backward", "sin", "slice", "slice_backward", "softplus", "softplus_backward", "sort", "split_with_sizes",
+    "squeeze", "stack", "sub", "sum", "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unsqueeze",
+    "view", "where", "zeros", "zeros_like",
+})  # fmt: skip
+"""Operations that multiply no matrices, all that the models here run."""
+
+
+class UnknownOpError(RuntimeError):
+    """An operation ran of which the counter does not know whether it multiplies matrices."""
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the FLOPs of the matrix products that run inside its block, forward and backward.
+
+    Raises:
+        UnknownOpError: an operation ran that is neither in `PRODUCTS` nor in `FREE`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if func.namespace == "aten" and name in PRODUCTS:
+            self.flops += PRODUCTS[name](out, *args, **kwargs)
+        elif func.namespace not in ("aten", "prim") or name not in FREE:
+            raise UnknownOpError(f"{func}: the counter does not know whether it multiplies matrices")
+        return out
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products in `work`, on the paths whose operations the counter can see."""
+    counter = OpCounter()
+    with forced_paths(conv="conv1d", attention="written_out"), counter:
+        work()
+    return counter.flops
+
+
+class Case(NamedTuple):
+    """One comparison: what the ledger says and what was found."""
+
+    model: ModelConfig
+    seq_len: int
+    phase: Phase
+    expected: int
+    found: int
+
+
+def check(config: ModelConfig, seq_len: int) -> Iterator[Case]:
+    """Builds and runs one model, and counts it in every phase.
+
+    Attention is run over a whole square, of which the ledger counts the causal part: the other part is added here.
+    """
+    with torch.device("meta"):
+        built = sum(weight.numel() for weight in config.build().parameters())
+    ledger = config.ledger(seq_len)
+    cost = Cost.of(ledger)
+    yield Case(config, seq_len, "params", cost.params_total + cost.params_mtp, built)
+    main = ledger.main.flops_seq
+    masked = masked_flops(config.layers, seq_len)
+    model = config.build()
+    tokens = torch.randint(0, config.vocab_size, (1, seq_len))
+    forward = count_flops(lambda: torch.no_grad()(model)(tokens))
+    yield Case(config, seq_len, "forward", main + masked, forward)
+    training = count_flops(lambda: scalar(model, tokens).backward())
+    yield Case(config, seq_len, "training", 3 * (main + masked), training)
+    yield Case(config, seq_len, "prefill", ledger.flops_prefill + masked, count_flops(lambda: prefill(model, tokens)))
+    state = prefill(model, tokens[:, :-1])
+    step = count_flops(lambda: torch.no_grad()(model)(tokens[:, -1:], state))
+    yield Case(config, seq_len, "decode", ledger.main.flops_step, step)
+
+
+def scalar(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """A number that depends on all that a forward pass computes, as in the midst of a longer sequence.
+
+    Gradients flow into the recurrent states before it, and come from those after it.
+    """
+    state = model.new_state()
+    for block, kept in zip(model.config.layers, state, strict=True):
+        if isinstance(block, Mamba2Config):
+            kept["ssm"] = torch.zeros(len(tokens), block.n_heads, block.d_head, block.d_state, requires_grad=True)
+    logits: Tensor = model(tokens, state)
+    return sum((kept["ssm"].sum() for kept in state if "ssm" in kept), start=logits.square().mean())
+
+
+@torch.no_grad()
+def prefill(model: LanguageModel, tokens: Tensor) -> list[Any]:
+    """Reads a context as decoding does: the head computes for the last token only. Returns the state."""
+    state = model.new_state()
+    hidden, _ = model.hidden(tokens, state)
+    model.head(hidden[:, -1])
+    return state
+
+
+def masked_flops(blocks: Iterable[BlockConfig], seq_len: int) -> int:
+    """FLOPs of attention over the pairs of positions that causality and windows forbid."""
+    total = 0
+    for block in blocks:
+        if isinstance(block, AttentionConfig):
+            masked = seq_len * seq_len - attended_keys(seq_len, block.window)
+            total += 4 * block.n_heads * block.d_head * masked
+        elif isinstance(block, MLAConfig):
+            masked = seq_len * seq_len - attended_keys(seq_len, None)
+            total += 2 * block.n_heads * (block.d_nope + block.d_rope + block.d_v) * masked
+    return total
+
+
+def random_model(rng: random.Random) -> ModelConfig:
+    """A small model of random pattern, widths and options; now and then with multi-token prediction."""
+    letters = {letter: random_block(rng, letter) for letter in STANDARD_LETTERS}
+    alphabet = "".join(letters)
+    pattern = "".join(rng.choices(alphabet, k=rng.randint(1, 10)))
+    mtp = None
+    if rng.random() < 0.25:
+        layers = "".join(rng.choices(alphabet, k=rng.randint(1, 3)))
+        mtp = {"pattern": layers, "n_depths": rng.randint(1, 3), "shared": rng.random() < 0.5}
+    return ModelConfig.model_validate(
+        {
+            "d_model": rng.randint(1, 24),
+            "vocab_size": rng.randint(2, 60),
+            "pattern": pattern,
+            "blocks": letters,
+            "mtp": mtp,
+            "tie_embeddings": rng.random() < 0.5,
+        }
+    )
+
+
+def random_block(rng: random.Random, letter: str) -> BlockConfig:
+    """A block of random small sizes and options."""
+
+    def small() -> int:
+        return rng.randint(1, 4)
+
+    groups, per_group, d_head = small(), small(), 2 * small()
+    activation: Activation = rng.choice(get_args(Activation))
+    match letter:
+        case "M":
+            return Mamba2Config(
+                n_heads=groups * per_group,
+                d_head=d_head,
+                d_state=small(),
+                n_groups=groups,
+                d_conv=small(),
+                chunk_size=4 * small(),
+            )
+        case "*":
+            return AttentionConfig(
+                n_heads=groups * per_group,
+                n_kv_heads=groups,
+                d_head=d_head,
+                window=rng.choice([None, rng.randint(1, 30)]),
+                rope_theta=rng.choice([None, 1e4]),
+                bias=rng.choice(["none", "qkv", "all"]),
+                qk_norm=rng.random() < 0.5,
+                sinks=rng.random() < 0.5,
+            )
+        case "L":
+            return MLAConfig(
+                n_heads=small(),
+                q_rank=rng.choice([None, small()]),
+                kv_rank=small(),
+                d_nope=small(),
+                d_rope=2 * small(),
+                d_v=small(),
+            )
+        case "-":
+            return MLPConfig(d_ff=rng.randint(1, 40), activation=activation)
+        case "E":
+            n_experts = rng.randint(1, 8)
+            d_latent = rng.choice([None, rng.randint(1, 12)])
+            return MoEConfig(
+                n_experts=n_experts,
+                top_k=rng.randint(1, n_experts),
+                d_expert=rng.randint(1, 12),
+                n_shared=rng.randint(0, 2),
+                d_shared=rng.randint(1, 12),
+                d_latent=d_latent,
+                latent_norm="none" if d_latent is None else rng.choice(["none", "input", "combined"]),
+                router_input="model" if d_latent is None else rng.choice(["model", "latent"]),
+                activation=activation,
+                bias=rng.random() < 0.5,
+            )
+    raise ValueError(f"letter: {letter!r} has no random sizes; allowed are {', '.join(STANDARD_LETTERS)}")
+
+
+def prove(n_cases: int, seed: int = 0) -> Iterator[Case]:
+    """Checks random models, one after another; a case's model depends on the seed and its number alone."""
+    for case in range(n_cases):
+        rng = random.Random(f"{seed}/{case}")
+        torch.manual_seed(case)
+        yield from check(random_model(rng), rng.randint(2, 40))
+
+
+def tally(cases: Iterator[Case]) -> Mapping[Phase, tuple[int, int]]:
+    """Cases of each phase, and how many of them agree."""
+    result: dict[Phase, tuple[int, int]] = dict.fromkeys(get_args(Phase), (0, 0))
+    for case in cases:
+        n, agreeing = result[case.phase]
+        result[case.phase] = (n + 1, agreeing + (case.expected == case.found))
+    return result
