@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from explore.frontier import pareto_front as pareto_front
     from explore.model import LanguageModel as LanguageModel
     from explore.model import ModelConfig as ModelConfig
+    from explore.presets import preset as preset
     from explore.runs import load_runs as load_runs
     from explore.train import fit as fit
 
@@ -34,6 +35,7 @@ _HOMES = {
     "explore.figures": ("plot_frontier",),
     "explore.frontier": ("pareto_front",),
     "explore.model": ("LanguageModel", "ModelConfig"),
+    "explore.presets": ("preset",),
     "explore.runs": ("load_runs",),
     "explore.train": ("fit",),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
@@ -90,3 +91,24 @@ def _reason(problem: Any) -> str:
         return message
     message = message[0].lower() + message[1:]
     return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {value!r}"
+
+
+def set_field(content: dict[str, Any], override: str) -> None:
+    """Writes `path.to.field=value` into nested dictionaries; validation happens later.
+
+    Raises:
+        ValueError: not of that form, or the path leads through something that has no fields.
+    """
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"--set: {override!r} is not of the form path.to.field=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, field = path.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"--set: {parent!r} in {path!r} has no fields")
+    content[field] = value

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import (
     Field,
@@ -18,8 +18,9 @@ from pydantic import (
     model_validator,
 )
 
-from explore.config import Config, explain
+from explore.config import Config, explain, set_field
 from explore.data import DataConfig
+from explore.files import read_json
 from explore.model import ModelConfig
 
 NUMERICS_VERSION = 1
@@ -86,6 +87,12 @@ class Experiment(Config):
     train: TrainConfig
     seed: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if self.model.mtp is not None:
+            raise ValueError("model.mtp: multi-token prediction is counted but not trained; only null is allowed")
+        return self
+
     @property
     def n_steps(self) -> int:
         """Optimizer steps."""
@@ -134,41 +141,3 @@ class Experiment(Config):
             return cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{path}: {explain(error)}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        ValueError: no such file, or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is needed, found {type(content).__name__}")
-    return content
-
-
-def set_field(content: dict[str, Any], override: str) -> None:
-    """Writes `path.to.field=value` into nested dictionaries; validation happens later.
-
-    Raises:
-        ValueError: not of that form, or the path leads through something that has no fields.
-    """
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ValueError(f"--set: {override!r} is not of the form path.to.field=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text
-    *parents, field = path.split(".")
-    for parent in parents:
-        content = content.setdefault(parent, {})
-        if not isinstance(content, dict):
-            raise ValueError(f"--set: {parent!r} in {path!r} has no fields")
-    content[field] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from explore.blocks import AttentionConfig, BlockConfig, Mamba2Config, MoEConfig
+from explore.blocks import BlockConfig, MoEConfig
 
 PIPELINE_MARK = "|"
 MTP_MARK = "/"
@@ -14,6 +14,18 @@ MTP_MARK = "/"
 def canonical(pattern: str) -> str:
     """The pattern without white space and without pipeline-stage marks, which change nothing in the maths."""
     return "".join(pattern.replace(PIPELINE_MARK, "").split())
+
+
+def split_mtp(pattern: str) -> tuple[str, list[str]]:
+    """Divides a pattern into the model's layers and the layers of each depth of multi-token prediction.
+
+    Raises:
+        ValueError: the depths are not all alike.
+    """
+    main, *depths = pattern.split(MTP_MARK)
+    if len({canonical(depth) for depth in depths}) > 1:
+        raise ValueError(f"pattern: all depths after {MTP_MARK!r} must be alike, got {' and '.join(map(repr, depths))}")
+    return main, depths
 
 
 def check_pattern(pattern: str, letters: Collection[str]) -> None:
@@ -25,10 +37,6 @@ def check_pattern(pattern: str, letters: Collection[str]) -> None:
     for position, letter in enumerate(pattern, start=1):
         if letter == PIPELINE_MARK or letter.isspace():
             continue
-        if letter == MTP_MARK:
-            raise ValueError(
-                f"pattern: {letter!r} at position {position} of {pattern!r} starts MTP layers, which do not exist yet"
-            )
         if letter not in letters:
             known = " ".join(letters)
             raise ValueError(
@@ -63,8 +71,8 @@ def distance(a: str, b: str) -> int:
 def family(pattern: str, blocks: Mapping[str, BlockConfig]) -> str:
     """Name of the family that a model belongs to in tables and figures, by the kinds of its layers."""
     layers = resolve(pattern, blocks)
-    mamba = any(isinstance(block, Mamba2Config) for block in layers)
-    attention = any(isinstance(block, AttentionConfig) for block in layers)
+    roles = {block.role for block in layers}
+    mamba, attention = "ssm" in roles, "attention" in roles
     experts = [block for block in layers if isinstance(block, MoEConfig)]
     if not experts:
         names = {(True, True): "Mamba hybrid", (True, False): "Mamba + MLP", (False, True): "attention + MLP"}

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -14,7 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-install_import_hook("explore", "beartype.beartype")
+typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
+install_import_hook("explore", f"{__name__}.typechecker")
 
 settings.register_profile("explore", derandomize=True, deadline=None)
 settings.load_profile("explore")

@@ -65,7 +65,8 @@ def test_sizes_that_are_not_given_follow_d_model() -> None:
     partial, whole = model_of(blocks={"E": {"d_latent": 64}}), model_of()
     assert partial.blocks["E"] == whole.blocks["E"].model_copy(update={"d_latent": 64})
     assert [partial.blocks[letter] for letter in "M*-"] == [whole.blocks[letter] for letter in "M*-"]
-    assert whole.blocks == {kind.letter: kind.config.default(256) for kind in BLOCKS}
+    every = model_of(pattern="".join(kind.letter for kind in BLOCKS))
+    assert every.blocks == {kind.letter: kind.config.default(256) for kind in BLOCKS}
 
 
 @pytest.mark.parametrize("d_model", ["256", 256.0])

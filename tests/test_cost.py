@@ -1,73 +1,87 @@
-"""Closed forms: sums of the ledger, and published counts to the digits that were printed."""
+"""Closed forms: sums of the ledger, conventions, and published counts to the digits that were printed."""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, Literal
-
+import jaxtyping
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from explore.blocks import BLOCKS, MoEConfig, latent_acc, latent_eff
-from explore.cost import BITS, Entry, attended_keys, matrix, vector
-from explore.model import ModelConfig
+from explore.blocks import BLOCKS, AttentionConfig, MoEConfig
+from explore.cost import (
+    BITS,
+    CONVENTIONS,
+    By,
+    Cost,
+    Dtypes,
+    Entry,
+    attended_keys,
+    decode_bytes,
+    diff,
+    flops_train,
+    matrix,
+    product,
+    vector,
+    visible_keys,
+)
+from explore.model import ModelConfig, MTPConfig
+from explore.presets import preset
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
-NUMBERS = [field.name for field in fields(Entry) if field.name != "component"]
-NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-H_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+LETTERS = "".join(EXAMPLES)
 VOCAB = 131_072
-
-
-def nemotron(pattern: str, d_model: int, blocks: Any) -> ModelConfig:
-    return ModelConfig(d_model=d_model, vocab_size=VOCAB, pattern=pattern, blocks=blocks)
-
-
-def nano() -> ModelConfig:
-    blocks = {
-        "M": {"n_heads": 64, "d_head": 64, "d_state": 128, "n_groups": 8, "chunk_size": 128},
-        "*": {"n_heads": 32, "n_kv_heads": 2, "d_head": 128},
-        "E": {"n_experts": 128, "top_k": 6, "d_expert": 1856, "d_shared": 3712, "routed_scaling_factor": 2.5},
-    }
-    return nemotron(NANO, 2688, blocks)
 
 
 @given(seq=st.integers(1, 40), window=st.none() | st.integers(1, 60))
 def test_attended_keys_are_those_of_the_mask(seq: int, window: int | None) -> None:
     pairs = [(q, k) for q in range(seq) for k in range(q + 1) if window is None or q - k < window]
     assert attended_keys(seq, window) == len(pairs)
+    assert visible_keys(seq, window) == sum(q == seq - 1 for q, _ in pairs)
 
 
 def test_a_matrix_spends_two_flops_a_weight_and_token_and_a_vector_none() -> None:
-    assert matrix("a", 3, 5, 7) == Entry("a", params=15, params_active=15, flops_seq=2 * 15 * 7)
-    assert matrix("a", 3, 5, 7, bias=True) == Entry("a", params=20, params_active=20, flops_seq=2 * 15 * 7)
-    assert vector("a", 4) == Entry("a", params=4, params_active=4)
+    assert matrix("a", 3, 5, 7) == product("a", 15, 7) == Entry("a", 15, 15, 15, 2 * 15 * 7, 2 * 15)
+    assert matrix("a", 3, 5, 7, bias=True) == Entry("a", 20, 20, 20, 2 * 15 * 7, 2 * 15)
+    assert vector("a", 4) == Entry("a", 4, 4, 4)
 
 
-@given(pattern=st.text("M*-E", min_size=1, max_size=8), tied=st.booleans(), seq=st.integers(1, 50))
-def test_totals_are_the_sums_of_the_rows_however_they_are_folded(pattern: str, tied: bool, seq: int) -> None:
-    model = ModelConfig(d_model=16, vocab_size=50, pattern=pattern, blocks=EXAMPLES, tie_embeddings=tied)
-    ledger, cost = model.ledger(seq), model.cost(seq, kv_dtype="float8", state_dtype="bfloat16")
-    sums = {name: sum(getattr(row.entry, name) for row in ledger) for name in NUMBERS}
-    assert {name: ledger.total(name) for name in NUMBERS} == sums
-    assert (cost.params_total, cost.params_active) == (sums["params"], sums["params_active"])
-    assert cost.flops_fwd * seq == pytest.approx(sums["flops_seq"], rel=1e-12)
+@given(pattern=st.text(LETTERS, min_size=1, max_size=8), tied=st.booleans(), seq=st.integers(1, 50), mtp=st.booleans())
+def test_totals_are_the_sums_of_the_rows_however_they_are_folded(pattern: str, tied: bool, seq: int, mtp: bool) -> None:
+    depths = MTPConfig(pattern="*E", n_depths=2) if mtp else None
+    model = ModelConfig(d_model=16, vocab_size=50, pattern=pattern, blocks=EXAMPLES, tie_embeddings=tied, mtp=depths)
+    dtypes = Dtypes(weight="float4", kv="float8", state="bfloat16", activation="float32")
+    ledger = model.ledger(seq)
+    cost = Cost.of(ledger, dtypes)
+    assert cost == model.cost(
+        seq, weight_dtype="float4", kv_dtype="float8", state_dtype="bfloat16", activation_dtype="float32"
+    )
+    main = [row.entry for row in ledger if row.letter != "/"]
+    extra = [row.entry for row in ledger if row.letter == "/"]
+    assert (cost.params_total, cost.params_mtp) == (sum(e.params for e in main), sum(e.params for e in extra))
+    assert cost.params_active == sum(e.params_active for e in main)
+    assert cost.flops_fwd * seq == pytest.approx(sum(e.flops_seq for e in (*main, *extra)), rel=1e-12)
+    assert cost.flops_mtp * seq == pytest.approx(sum(e.flops_seq for e in extra), rel=1e-12)
     assert cost.flops_train == 3 * cost.flops_fwd
-    assert cost.kv_bytes_per_token == sums["kv_numel"]
-    assert (cost.ssm_state_bytes, cost.conv_state_bytes) == (2 * sums["ssm_numel"], 2 * sums["conv_numel"])
-    foldings: tuple[Literal["letter", "layer", "component"], ...] = ("letter", "layer", "component")
-    for records in ([ledger.fold(by) for by in foldings]) + [ledger.to_records()]:
-        for name in set(NUMBERS) - {"flops_seq"}:
-            assert sum(record[name] for record in records) == sums[name]
-        assert sum(record["flops_fwd"] for record in records) == pytest.approx(cost.flops_fwd, rel=1e-12)
+    assert cost.flops_decode == sum(e.flops_step for e in main)
+    assert cost.flops_prefill == sum(e.flops_step if e.component == "head" else e.flops_seq for e in main)
+    assert cost.weight_bytes == cost.params_total / 2
+    assert cost.kv_bytes_per_token == sum(e.kv_numel for e in main)
+    assert (cost.ssm_state_bytes, cost.conv_state_bytes) == (
+        2 * sum(e.ssm_numel for e in main),
+        2 * sum(e.conv_numel for e in main),
+    )
+    foldings: tuple[By, ...] = ("letter", "layer", "component")
+    for records in [ledger.fold(by, dtypes) for by in foldings] + [ledger.to_records(dtypes)]:
+        assert sum(record["params"] for record in records) == cost.params_total + cost.params_mtp
+        for name in ("flops_fwd", "flops_prefill", "flops_decode", "kv_bytes", "decode_bytes", "all_to_all_bytes"):
+            assert sum(record[name] for record in records) == pytest.approx(getattr(cost, name), rel=1e-9)
     for by in foldings:
         assert sum(record["share"] for record in ledger.fold(by)) == pytest.approx(1)
-    by_letter = {record["letter"]: record["count"] for record in ledger.fold("letter") if record["letter"]}
-    assert by_letter == {letter: pattern.count(letter) for letter in set(pattern)}
+    by_letter = {record["letter"]: record["layers"] for record in ledger.fold("letter")}
+    assert by_letter == {"": 0} | {letter: pattern.count(letter) for letter in pattern} | ({"/": 0} if mtp else {})
 
 
-@given(pattern=st.text("M*-E", min_size=1, max_size=8), seq=st.integers(1, 50))
+@given(pattern=st.text(LETTERS, min_size=1, max_size=8), seq=st.integers(1, 50))
 def test_a_model_costs_its_layers_and_what_is_around_them(pattern: str, seq: int) -> None:
     d_model, vocab = 16, 50
     model = ModelConfig(d_model=d_model, vocab_size=vocab, pattern=pattern, blocks=EXAMPLES)
@@ -89,18 +103,11 @@ def test_tied_embeddings_are_counted_once_and_the_head_still_computes() -> None:
 @pytest.mark.parametrize("seq_len", [0, -1])
 def test_a_length_that_is_not_positive_is_refused(seq_len: int) -> None:
     with pytest.raises(ValueError, match=f"seq_len: {seq_len} is not allowed"):
-        nano().ledger(seq_len)
-
-
-def test_nemotron_3_nano_counts_to_print() -> None:
-    cost = nano().cost(4096)
-    assert round(cost.params_total / 1e9, 2) == 31.58
-    assert round(cost.params_active / 1e9, 2) == 3.58
-    assert round((cost.params_active - 2688 * VOCAB) / 1e9, 2) == 3.23
+        preset("nemotron-3-nano").ledger(seq_len)
 
 
 def test_nemotron_3_nano_keeps_the_state_that_its_sizes_say() -> None:
-    cost = nano().cost(4096)
+    cost = preset("nemotron-3-nano").cost(4096)
     assert cost.kv_bytes_per_token == 6 * 2 * 2 * 128 * BITS["bfloat16"] / 8
     assert cost.ssm_state_bytes == 23 * 64 * 64 * 128 * 4
     assert cost.conv_state_bytes == 23 * (4096 + 2 * 8 * 128) * 3 * 4
@@ -110,47 +117,101 @@ def test_nemotron_3_nano_keeps_the_state_that_its_sizes_say() -> None:
 def test_other_conventions_stand_to_the_exact_one_as_published_shapes_say(
     seq_len: int, six_n: float, megatron: float
 ) -> None:
-    cost = nano().cost(seq_len)
-    d = 2688
-    assert round(6 * (cost.params_active - 2 * d * VOCAB) / cost.flops_train, 2) == six_n
-    # Megatron's formula, forward per token: d_inner is taken to be 2 d, router and convolution are left out.
-    d_inner, d_q = 2 * d, 32 * 128
+    ledger = preset("nemotron-3-nano").ledger(seq_len)
+    exact = flops_train(ledger, "exact")
+    assert exact == pytest.approx(Cost.of(ledger).flops_train)
+    assert round(flops_train(ledger, "6nd") / exact, 2) == six_n
+    assert round(flops_train(ledger, "megatron") / exact, 2) == megatron
+
+
+def test_megatron_counts_what_its_formula_says() -> None:
+    d, d_q, seq_len = 2688, 32 * 128, 4096
+    d_inner = 2 * d
     attention = 4 * d * d_q * (1 + 2 / 32) + 2 * seq_len * d_q
     mamba = 2 * d * (2 * d_inner + 2 * 8 * 128 + 64) + 7 * d_inner * 128 + 2 * d_inner * d
     experts = 4 * d * 1856 * 6 + 4 * d * 3712
     formula = 6 * attention + 23 * mamba + 23 * experts + 2 * d * VOCAB
-    assert round(formula / cost.flops_fwd, 2) == megatron
+    assert flops_train(preset("nemotron-3-nano").ledger(seq_len), "megatron") == pytest.approx(3 * formula)
 
 
-def test_nemotron_h_8b_counts_to_print() -> None:
-    blocks = {
-        "M": {"n_heads": 128, "d_head": 64, "d_state": 128, "n_groups": 8},
-        "*": {"n_heads": 32, "n_kv_heads": 8, "d_head": 128},
-        "-": {"d_ff": 21_504},
-    }
-    cost = nemotron(H_8B, 4096, blocks).cost(8192)
-    assert round(cost.params_total / 1e9, 1) == 8.1
-    assert cost.params_active == cost.params_total
+def test_megatron_counts_latent_experts_and_every_depth_of_multi_token_prediction() -> None:
+    d, d_q, seq_len, latent = 4096, 32 * 128, 8192, 1024
+    attention = 4 * d * d_q * (1 + 2 / 32) + 2 * seq_len * d_q
+    mamba = 2 * d * (4 * d + 2 * 8 * 128 + 128) + 7 * 2 * d * 128 + 4 * d * d
+    experts = 4 * latent * 2688 * 22 + 4 * d * latent + 4 * d * 5376
+    formula = (8 + 2) * attention + 40 * mamba + (40 + 2) * experts + 2 * d * VOCAB * (1 + 2)
+    assert flops_train(preset("nemotron-3-super").ledger(seq_len), "megatron") == pytest.approx(3 * formula)
 
 
-@pytest.mark.parametrize(
-    ("variant", "total", "active"), [("baseline", 72.6, 8.10), ("acc", 72.8, 8.04), ("eff", 72.8, 5.92)]
-)
-def test_the_hybrids_of_the_latent_moe_paper_count_to_print(variant: str, total: float, active: float) -> None:
-    standard = MoEConfig(n_experts=128, top_k=6, d_expert=2688, n_shared=2, d_shared=2688)
-    experts = {
-        "baseline": standard,
-        "acc": latent_acc(standard, 4096, 1024),
-        "eff": latent_eff(standard, 4096, 1024),
-    }[variant]
-    blocks = {
-        "M": {"n_heads": 128, "d_head": 64, "d_state": 128, "n_groups": 8},
-        "*": {"n_heads": 32, "n_kv_heads": 8, "d_head": 128},
-        "E": experts,
-    }
-    ledger = nemotron("ME" * 24 + "****", 4096, blocks).ledger(4096)
-    # The print leaves out the routers' weights. It does not say the vocabulary: with this one active parameters
-    # are 8.10, 8.04 and 5.92 billion, where it says 8.09, 8.02 and 5.91.
-    router = sum(row.entry.params for row in ledger if row.entry.component == "router")
-    assert round((ledger.total("params") - router) / 1e9, 1) == total
-    assert round((ledger.total("params_active") - router) / 1e9, 2) == active
+def test_palm_counts_six_a_parameter_and_attention_not_halved() -> None:
+    model, seq_len = preset("llama-3.1-8b"), 8192
+    cost = model.cost(seq_len)
+    formula = 6 * cost.params_active_no_input_embedding + 12 * 32 * 32 * 128 * seq_len
+    assert flops_train(model.ledger(seq_len), "palm") == formula
+    assert flops_train(model.ledger(seq_len), "6nd") == 6 * cost.params_active_no_embeddings
+
+
+@pytest.mark.parametrize("other", ["megatron", "palm", "6nd"])
+@pytest.mark.parametrize("name", ["nemotron-3-super", "gpt-oss-20b", "deepseek-v3"])
+def test_a_diff_names_lines_that_add_up_to_the_difference(name: str, other: str) -> None:
+    ledger = preset(name).ledger(4096)
+    lines = diff(ledger, "exact", other)
+    difference = flops_train(ledger, other) - flops_train(ledger, "exact")
+    assert sum(line["difference"] for line in lines) == pytest.approx(difference)
+    assert all(line["exact"] != line[other] for line in lines)
+    sizes = [abs(line["difference"]) for line in lines]
+    assert sizes == sorted(sizes, reverse=True)
+    assert diff(ledger, "exact", "exact") == []
+
+
+def test_an_unknown_convention_or_dtype_is_refused() -> None:
+    with pytest.raises(ValueError, match="convention: 'flame' is unknown; allowed are exact, megatron, palm, 6nd"):
+        flops_train(preset("nemotron-3-nano").ledger(8), "flame")
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match="kv_dtype: 'int3' is unknown; allowed are float32"):
+            Dtypes(kv="int3")  # type: ignore[arg-type]
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert set(CONVENTIONS) == {"exact", "megatron", "palm", "6nd"}
+
+
+def test_the_meanings_of_active_parameters_differ_by_what_their_names_say() -> None:
+    d, cost = 4096, preset("nemotron-3-super").cost(4096)
+    assert cost.params_active - cost.params_active_no_input_embedding == d * VOCAB
+    assert cost.params_active - cost.params_active_no_embeddings == 2 * d * VOCAB
+    assert cost.params_router == cost.params_total - cost.params_total_no_router == 40 * d * 512
+    for name in ("params_active", "params_active_no_input_embedding", "params_active_no_embeddings"):
+        assert getattr(cost, name) - getattr(cost, f"{name}_no_router") == cost.params_router
+
+
+def test_a_window_forgets_and_its_bytes_stop_growing() -> None:
+    blocks = {"*": AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, window=32)}
+    model = ModelConfig(d_model=16, vocab_size=50, pattern="**", blocks=blocks)
+    per_token = 2 * 2 * (2 * 8) * 2
+    assert [model.cost(seq).kv_bytes for seq in (8, 32, 1000)] == [8 * per_token, 32 * per_token, 32 * per_token]
+    assert model.cost(1000).kv_bytes_per_token == per_token
+
+
+def test_a_batch_reads_dense_weights_once_and_more_and_more_of_the_experts() -> None:
+    moe = MoEConfig(n_experts=8, top_k=2, d_expert=4, n_shared=0)
+    entries = {entry.component: entry for entry in moe.entries(16, 10)}
+    one = 2 * 16 * 4 * 2  # bytes of an expert in bf16
+    bf16 = Dtypes()
+    read = [decode_bytes(entries["experts"], bf16, batch) for batch in (1, 2, 1000)]
+    # Two tokens: each expert is missed by both with probability (6/8)^2.
+    assert read == pytest.approx([2 * one, 8 * one * (1 - 0.75**2), 8 * one])
+    assert decode_bytes(entries["router"], bf16, 1000) == decode_bytes(entries["router"], bf16, 1) == 2 * 16 * 8
+
+
+def test_a_step_moves_state_both_ways_and_keys_and_values_once() -> None:
+    entries = {entry.component: entry for entry in EXAMPLES["M"].entries(16, 10)}
+    dtypes = Dtypes(weight="float8", kv="bfloat16", state="float32")
+    assert decode_bytes(entries["ssd state update"], dtypes, 3) == 3 * 2 * 4 * (4 * 8 * 16)
+    attention = {entry.component: entry for entry in EXAMPLES["*"].entries(16, 10)}["attention"]
+    assert decode_bytes(attention, dtypes, 3) == 3 * 2 * 10 * (2 * 2 * 8)
+
+
+def test_experts_are_sent_what_they_read_and_send_back_as_much() -> None:
+    cost = preset("nemotron-3-super").cost(4096, activation_dtype="float8")
+    assert cost.all_to_all_bytes == 40 * 2 * 22 * 1024

@@ -135,7 +135,7 @@ def test_a_token_budget_is_rounded_to_whole_steps(corpus: Path, tokens: int, ste
     one = experiment(corpus, train__tokens=tokens)
     assert one.batch_tokens == 4 * 32
     assert one.n_steps == steps
-    assert one.flops_run == 3 * one.model.ledger(32).cost().flops_fwd * steps * 128
+    assert one.flops_run == 3 * one.model.cost(32).flops_fwd * steps * 128
 
 
 @pytest.mark.parametrize("steps", [1, 20, 333])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from explore.blocks import BLOCKS
-from explore.model import LanguageModel, ModelConfig
+from explore.model import LanguageModel, ModelConfig, MTPConfig, MTPDepth
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 LETTERS = "".join(EXAMPLES)
@@ -109,3 +110,44 @@ def test_the_same_seed_draws_the_same_weights_and_drawing_again_changes_them() -
 
 def test_the_family_is_that_of_the_pattern() -> None:
     assert built("ME*E").config.family == "hybrid LatentMoE"
+
+
+def test_a_pattern_with_slashes_is_a_model_with_depths() -> None:
+    pasted = ModelConfig(d_model=16, vocab_size=50, pattern="M-|M/*E/*E", blocks=EXAMPLES)
+    assert (pasted.pattern, pasted.mtp) == ("M-M", MTPConfig(pattern="*E", n_depths=2))
+    assert set(pasted.blocks) == set("M-*E")
+    assert ModelConfig.model_validate_json(pasted.model_dump_json()) == pasted
+    apart = ModelConfig.model_validate(
+        {**pasted.model_dump(), "mtp": {"pattern": "*E", "n_depths": 2, "shared": False}}
+    )
+    assert apart.cost(8).params_mtp == 2 * pasted.cost(8).params_mtp
+    assert apart.cost(8).flops_fwd == pasted.cost(8).flops_fwd
+    assert (
+        pasted.cost(8).params_total
+        == ModelConfig(d_model=16, vocab_size=50, pattern="M-M", blocks=EXAMPLES).cost(8).params_total
+    )
+    with pytest.raises(ValidationError, match="unknown letter 'X' at position 2 of 'EX'"):
+        ModelConfig(d_model=16, vocab_size=50, pattern="M/EX", blocks=EXAMPLES)
+
+
+def test_a_depth_reads_the_next_embedding_and_the_hidden_state_before() -> None:
+    torch.manual_seed(0)
+    model = ModelConfig(d_model=16, vocab_size=50, pattern="M/*E/*E", blocks=EXAMPLES, init_std=0.2).build()
+    (depth,) = model.mtp
+    assert isinstance(depth, MTPDepth)
+    embedding, hidden = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    y, stats = depth(embedding, hidden)
+    x = torch.cat([v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() for v in (embedding, hidden)], dim=-1)
+    x = x @ depth.eh_proj.weight.T
+    for layer in depth.layers:
+        x, _ = layer(x)
+    torch.testing.assert_close(y, x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt(), rtol=1e-4, atol=1e-4)
+    assert len(stats) == 1
+
+
+def test_decoding_token_by_token_gives_the_logits_of_one_forward() -> None:
+    model = built("ME*L-")
+    tokens = torch.randint(0, 50, (2, 21))
+    state = model.new_state()
+    parts = [model(part, state) for part in tokens.tensor_split((8, *range(9, 21)), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-4, atol=1e-4)

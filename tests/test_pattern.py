@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explore.blocks import BLOCKS, MoEConfig
-from explore.pattern import canonical, check_pattern, counts, distance, family, resolve
+from explore.pattern import canonical, check_pattern, counts, distance, family, resolve, split_mtp
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 patterns = st.text("ME*", max_size=6)
@@ -16,16 +16,22 @@ patterns = st.text("ME*", max_size=6)
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are M * - E"),
+        ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are M * L - E"),
         ("M | eM", "pattern: unknown letter 'e' at position 5 of 'M | eM'"),
-        ("ME/*E", "pattern: '/' at position 3 of 'ME/\\*E' starts MTP layers, which do not exist yet"),
         ("", "pattern: '' has no layer"),
         (" | ", "pattern: ' \\| ' has no layer"),
     ],
 )
 def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says.replace("M * -", "M \\* -")):
+    with pytest.raises(ValueError, match=says.replace("M * L", "M \\* L")):
         check_pattern(pattern, EXAMPLES)
+
+
+def test_what_follows_a_slash_is_a_depth_of_multi_token_prediction_and_all_are_alike() -> None:
+    assert split_mtp("ME") == ("ME", [])
+    assert split_mtp("M|E/*E/* E") == ("M|E", ["*E", "* E"])
+    with pytest.raises(ValueError, match=r"pattern: all depths after '/' must be alike, got '\*E' and 'M'"):
+        split_mtp("ME/*E/M")
 
 
 @given(pieces=st.lists(patterns, min_size=1, max_size=4), mark=st.sampled_from(["|", " ", "\n", " | ", "\t"]))

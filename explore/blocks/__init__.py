@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
-from explore.blocks.base import BlockConfig, Mixer, RouterStats
+from explore.blocks.base import BlockConfig, Mixer, RouterStats, State
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
+from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
 from explore.blocks.moe import MoE, MoEConfig, latent_acc, latent_eff
 
 
 class BlockKind(NamedTuple):
-    """A kind of block: its standard letter (Megatron's), its config, and a small example."""
+    """A kind of block: its standard letter (Megatron's, where it has one), its config, and a small example."""
 
     letter: str
     config: type[BlockConfig]
@@ -27,6 +28,7 @@ class BlockKind(NamedTuple):
 BLOCKS: tuple[BlockKind, ...] = (
     BlockKind("M", Mamba2Config, Mamba2Config(n_heads=4, d_head=8, d_state=16, n_groups=2, chunk_size=16)),
     BlockKind("*", AttentionConfig, AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8)),
+    BlockKind("L", MLAConfig, MLAConfig(n_heads=4, q_rank=12, kv_rank=16, d_nope=8, d_rope=4, d_v=8)),
     BlockKind("-", MLPConfig, MLPConfig(d_ff=48)),
     BlockKind("E", MoEConfig, MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32, d_latent=16)),
 )
@@ -41,6 +43,7 @@ else:
 
 __all__ = [
     "BLOCKS",
+    "MLA",
     "MLP",
     "STANDARD_LETTERS",
     "AnyBlock",
@@ -48,6 +51,7 @@ __all__ = [
     "AttentionConfig",
     "BlockConfig",
     "BlockKind",
+    "MLAConfig",
     "MLPConfig",
     "Mamba2",
     "Mamba2Config",
@@ -55,6 +59,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "RouterStats",
+    "State",
     "latent_acc",
     "latent_eff",
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Mixer, head_width
-from explore.cost import Entry, attended_keys, matrix
+from explore.blocks.base import BlockConfig, Mixer, State, head_width, normed, parameter
+from explore.cost import Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
 
@@ -19,14 +20,22 @@ class AttentionConfig(BlockConfig):
     Attributes:
         rope_theta: base of rotary position embedding; none (NoPE) when absent.
         window: positions that a query sees, itself included; all before it when absent.
+        bias: which projections have biases: none, query, key and value, or the output's too.
+        qk_norm: RMSNorm over every head of queries and of keys, before the rotation.
+        sinks: a learned logit of each head in its softmax, which takes weight and gives no value.
     """
 
+    role: ClassVar[Literal["attention"]] = "attention"
     kind: Literal["attention"] = "attention"
     n_heads: PositiveInt
     n_kv_heads: PositiveInt
     d_head: PositiveInt
     rope_theta: PositiveFloat | None = None
     window: int | None = Field(default=None, ge=1)
+    bias: Literal["none", "qkv", "all"] = "none"
+    qk_norm: bool = False
+    sinks: bool = False
+    norm_eps: PositiveFloat = 1e-5
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
@@ -44,14 +53,23 @@ class AttentionConfig(BlockConfig):
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
-        # Two products, scores and weighted values, each of d_head MACs a head and query-key pair.
-        pairs = attended_keys(seq_len, self.window)
+        seen = visible_keys(seq_len, self.window)
+        qkv_bias, o_bias = self.bias != "none", self.bias == "all"
         return (
-            matrix("q_proj", d_model, d_q, seq_len),
-            matrix("k_proj", d_model, d_kv, seq_len),
-            matrix("v_proj", d_model, d_kv, seq_len),
-            Entry("attention", flops_seq=2 * 2 * d_q * pairs, kv_numel=2 * d_kv),
-            matrix("o_proj", d_q, d_model, seq_len),
+            matrix("q_proj", d_model, d_q, seq_len, bias=qkv_bias),
+            matrix("k_proj", d_model, d_kv, seq_len, bias=qkv_bias),
+            matrix("v_proj", d_model, d_kv, seq_len, bias=qkv_bias),
+            *((vector("qk_norm", 2 * self.d_head),) if self.qk_norm else ()),
+            *((vector("sinks", self.n_heads),) if self.sinks else ()),
+            Entry(
+                "attention",
+                # Two products, scores and weighted values, each of d_head MACs a head and query-key pair.
+                flops_seq=2 * 2 * d_q * attended_keys(seq_len, self.window),
+                flops_step=2 * 2 * d_q * seen,
+                kv_numel=2 * d_kv,
+                kv_numel_seq=2 * d_kv * seen,
+            ),
+            matrix("o_proj", d_q, d_model, seq_len, bias=o_bias),
         )
 
     def build(self, d_model: int) -> Attention:
@@ -61,29 +79,65 @@ class AttentionConfig(BlockConfig):
 class Attention(Mixer):
     """softmax(Q K^T / sqrt(d_head)) V over what came before, keys and values shared by groups of heads.
 
-    Source: arXiv 2305.13245.
+    Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
         d_q, d_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
-        self.q_proj = nn.Linear(d_model, d_q, bias=False)
-        self.k_proj = nn.Linear(d_model, d_kv, bias=False)
-        self.v_proj = nn.Linear(d_model, d_kv, bias=False)
-        self.o_proj = nn.Linear(d_q, d_model, bias=False)
+        qkv_bias = config.bias != "none"
+        self.q_proj = nn.Linear(d_model, d_q, bias=qkv_bias)
+        self.k_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
+        self.v_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
+        self.q_norm = nn.RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.sinks = parameter(config.n_heads) if config.sinks else None
+        self.o_proj = nn.Linear(d_q, d_model, bias=config.bias == "all")
 
     def init_weights(self, std: float, out_std: float) -> None:
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=std)
-        nn.init.normal_(self.o_proj.weight, std=out_std)
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.normal_(projection.weight, std=out_std if projection is self.o_proj else std)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+        c = self.config
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.config.d_head)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, c.d_head)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.config.rope_theta is not None:
-            q, k = (rotate(heads, self.config.rope_theta) for heads in (q, k))
-        y = attention(q, k, v, self.config.window)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        if c.rope_theta is not None:
+            start = 0 if state is None else seen_before(state)
+            q, k = (rotate(heads, c.rope_theta, start) for heads in (q, k))
+        if state is not None:
+            k, v = remembered(state, k, v, c.window)
+        y = attention(q, k, v, c.window, self.sinks)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
+
+
+def seen_before(state: State) -> int:
+    """Positions that a cache has seen; more than it holds where a window forgets."""
+    return int(state["seen"]) if "seen" in state else 0
+
+
+def remembered(state: State, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the context, new ones included; the cache keeps what later queries can see."""
+    state["seen"] = torch.tensor(seen_before(state) + k.shape[2])
+    new = k.shape[2]
+    if "k" in state:
+        k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
+    state["k"], state["v"] = (k, v) if window is None else (k[:, :, -window:], v[:, :, -window:])
+    if window is None:
+        return k, v
+    seen = window - 1 + new  # by the first of the new queries and those after it
+    return k[:, :, -seen:], v[:, :, -seen:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,14 +25,25 @@ class RouterStats(NamedTuple):
     aux_loss: Float[Tensor, ""]
 
 
+State = dict[str, Tensor]
+"""What decoding keeps of a layer between calls, by name; empty before the first token."""
+
+
 class Mixer(nn.Module, ABC):
     """The inside of a residual layer: (batch, seq, d_model) in, the same out."""
 
     @abstractmethod
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"]
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
-        """Returns the output, and the router's statistics where there is a router."""
+        """Mixes a sequence, or goes on with one.
+
+        Args:
+            state: what came before, brought up to date in place; the sequence begins with `x` when absent.
+
+        Returns:
+            The output, and the router's statistics where there is a router.
+        """
 
     @abstractmethod
     def init_weights(self, std: float, out_std: float) -> None:
@@ -46,6 +57,9 @@ class Mixer(nn.Module, ABC):
 
 class BlockConfig(Config, ABC):
     """Sizes of one kind of block; `d_model` belongs to the model and is passed in."""
+
+    role: ClassVar[Literal["ssm", "attention", "mlp", "moe"]]
+    """What the block is for, whichever way it does it."""
 
     kind: str
 
@@ -70,6 +84,12 @@ class BlockConfig(Config, ABC):
 def parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter."""
     return nn.Parameter(torch.empty(*shape))
+
+
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in the dtype of its weight, the result in that of `x`: under autocast the two differ."""
+    y: Tensor = norm(x.to(norm.weight.dtype))
+    return y.to(x.dtype)
 
 
 def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, head_width, parameter
+from explore.blocks.base import BlockConfig, Mixer, State, head_width, parameter
 from explore.cost import Entry, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
@@ -26,6 +26,7 @@ class Mamba2Config(BlockConfig):
         dt_max: largest step size at initialisation.
     """
 
+    role: ClassVar[Literal["ssm"]] = "ssm"
     kind: Literal["mamba2"] = "mamba2"
     n_heads: PositiveInt
     d_head: PositiveInt
@@ -73,14 +74,16 @@ class Mamba2Config(BlockConfig):
                 "conv1d",
                 params=conv,
                 params_active=conv,
+                params_read=conv,
                 flops_seq=2 * channels * self.d_conv * seq_len,
+                flops_step=2 * channels * self.d_conv,
                 conv_numel=channels * (self.d_conv - 1),
             ),
             vector("A_log, D, dt_bias", 3 * self.n_heads),
             Entry("ssd C B^T", flops_seq=2 * self.n_groups * self.d_state * squares),
             Entry("ssd (L * C B^T) X", flops_seq=2 * self.d_inner * squares),
-            Entry("ssd chunk state", flops_seq=2 * state * seq_len, ssm_numel=state),
-            Entry("ssd state output", flops_seq=2 * state * seq_len),
+            Entry("ssd state update", flops_seq=2 * state * seq_len, flops_step=2 * state, ssm_numel=state),
+            Entry("ssd state output", flops_seq=2 * state * seq_len, flops_step=2 * state),
             vector("norm", self.d_inner),
             matrix("out_proj", self.d_inner, d_model, seq_len),
         )
@@ -122,14 +125,19 @@ class Mamba2(Mixer):
         dt = torch.empty_like(self.dt_bias).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
         z, xBC, dt = self.in_proj(x).split((c.d_inner, c.d_conv_channels, c.n_heads), dim=-1)
         assert self.conv1d.bias is not None
-        xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias))
+        before = None if state is None else state.get("conv")
+        if state is not None:
+            state["conv"] = _last(xBC, before, c.d_conv - 1)
+        xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, before))
         d_BC = c.n_groups * c.d_state
         X, B, C = xBC.split((c.d_inner, d_BC, d_BC), dim=-1)
-        y, _ = ssd(
+        y, ssm = ssd(
             X.unflatten(-1, (c.n_heads, c.d_head)),
             F.softplus(dt.float() + self.dt_bias),
             -self.A_log.float().exp(),
@@ -137,6 +145,15 @@ class Mamba2(Mixer):
             C.unflatten(-1, (c.n_groups, c.d_state)),
             self.D,
             c.chunk_size,
+            None if state is None else state.get("ssm"),
         )
+        if state is not None:
+            state["ssm"] = ssm
         y = gated_group_rms_norm(y.flatten(2), z, self.norm.weight, c.n_groups, c.norm_eps)
         return self.out_proj(y), None
+
+
+def _last(x: Tensor, before: Tensor | None, n: int) -> Tensor:
+    """The last `n` positions of a sequence and what came before it, zero where there was nothing."""
+    past = x.new_zeros(x.shape[0], n, x.shape[2]) if before is None else before.to(x.dtype)
+    return torch.cat((past, x), dim=1)[:, x.shape[1] :]

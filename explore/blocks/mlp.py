@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Mixer
+from explore.blocks.base import BlockConfig, Mixer, State
 from explore.cost import Entry, matrix
-from explore.ops import Activation, activate
+from explore.ops import Activation, activate, is_gated
 
 
 class MLPConfig(BlockConfig):
     """Two matrices around a squared ReLU, or three in a SwiGLU."""
 
+    role: ClassVar[Literal["mlp"]] = "mlp"
     kind: Literal["mlp"] = "mlp"
     d_ff: PositiveInt
     activation: Activation = "relu2"
@@ -26,7 +27,7 @@ class MLPConfig(BlockConfig):
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         up = matrix("up", d_model, self.d_ff, seq_len)
-        gate = (matrix("gate", d_model, self.d_ff, seq_len),) if self.activation == "swiglu" else ()
+        gate = (matrix("gate", d_model, self.d_ff, seq_len),) if is_gated(self.activation) else ()
         return (up, *gate, matrix("down", self.d_ff, d_model, seq_len))
 
     def build(self, d_model: int) -> MLP:
@@ -40,7 +41,7 @@ class MLP(Mixer):
         super().__init__()
         self.config = config
         self.up = nn.Linear(d_model, config.d_ff, bias=False)
-        self.gate = nn.Linear(d_model, config.d_ff, bias=False) if config.activation == "swiglu" else None
+        self.gate = nn.Linear(d_model, config.d_ff, bias=False) if is_gated(config.activation) else None
         self.down = nn.Linear(config.d_ff, d_model, bias=False)
 
     def init_weights(self, std: float, out_std: float) -> None:
@@ -49,6 +50,8 @@ class MLP(Mixer):
             nn.init.normal_(self.gate.weight, std=std)
         nn.init.normal_(self.down.weight, std=out_std)
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         gate = None if self.gate is None else self.gate(x)
         return self.down(activate(self.up(x), gate, self.config.activation)), None

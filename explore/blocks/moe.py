@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +10,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, RouterStats, parameter
+from explore.blocks.base import BlockConfig, Mixer, RouterStats, State, parameter
 from explore.blocks.mlp import MLPConfig
-from explore.cost import Entry, matrix, vector
-from explore.ops import Activation, experts
+from explore.cost import Entry, matrix, product, vector
+from explore.ops import Activation, experts, is_gated
 
 
 class MoEConfig(BlockConfig):
@@ -26,6 +26,7 @@ class MoEConfig(BlockConfig):
         latent_norm: RMSNorm on what the experts read (`input`) or on their combined output (`combined`).
         router_input: what the router reads.
         n_shared: experts that see every token at full width, kept as one MLP of n_shared * d_shared.
+        bias: router and routed experts have biases.
         router_score: how logits become scores.
         normalize_weights: divide the chosen scores by their sum.
         routed_scaling_factor: factor on the weights after that.
@@ -34,6 +35,7 @@ class MoEConfig(BlockConfig):
         aux_loss_coef: coefficient of the sequence-wise balance loss; 0 leaves it out.
     """
 
+    role: ClassVar[Literal["moe"]] = "moe"
     kind: Literal["moe"] = "moe"
     n_experts: PositiveInt
     top_k: PositiveInt
@@ -44,6 +46,7 @@ class MoEConfig(BlockConfig):
     n_shared: NonNegativeInt = 1
     d_shared: PositiveInt | None = None
     activation: Activation = "relu2"
+    bias: bool = False
     router_score: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_weights: bool = True
     routed_scaling_factor: PositiveFloat = 1.0
@@ -77,9 +80,11 @@ class MoEConfig(BlockConfig):
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         d_routed = self.d_latent or d_model
-        matrices = 3 if self.activation == "swiglu" else 2
-        expert = matrices * d_routed * self.d_expert
-        rows = [matrix("router", d_routed if self.router_input == "latent" else d_model, self.n_experts, seq_len)]
+        matrices = 3 if is_gated(self.activation) else 2
+        weights = matrices * d_routed * self.d_expert
+        expert = weights + ((matrices - 1) * self.d_expert + d_routed if self.bias else 0)
+        d_router = d_routed if self.router_input == "latent" else d_model
+        rows = [matrix("router", d_router, self.n_experts, seq_len, bias=self.bias)]
         if self.d_latent is not None:
             rows.append(matrix("latent_down", d_model, self.d_latent, seq_len))
         if self.latent_norm != "none":
@@ -89,14 +94,16 @@ class MoEConfig(BlockConfig):
                 "experts",
                 params=self.n_experts * expert,
                 params_active=self.top_k * expert,
-                flops_seq=2 * self.top_k * expert * seq_len,
+                params_read=self.top_k * expert,
+                flops_seq=2 * self.top_k * weights * seq_len,
+                flops_step=2 * self.top_k * weights,
+                all_to_all_numel=2 * self.top_k * d_routed,
             )
         )
         if self.d_latent is not None:
             rows.append(matrix("latent_up", self.d_latent, d_model, seq_len))
         if (shared := self.shared_mlp()) is not None:
-            params = matrices * d_model * shared.d_ff
-            rows.append(Entry("shared", params=params, params_active=params, flops_seq=2 * params * seq_len))
+            rows.append(product("shared", matrices * d_model * shared.d_ff, seq_len))
         return tuple(rows)
 
     def build(self, d_model: int) -> MoE:
@@ -119,14 +126,17 @@ class MoE(Mixer):
         super().__init__()
         self.config = c = config
         d_routed = c.d_latent or d_model
-        self.router = nn.Linear(d_routed if c.router_input == "latent" else d_model, c.n_experts, bias=False)
+        self.router = nn.Linear(d_routed if c.router_input == "latent" else d_model, c.n_experts, bias=c.bias)
         self.register_buffer("expert_bias", torch.zeros(c.n_experts))
         latent = c.d_latent is not None
         self.latent_down = nn.Linear(d_model, d_routed, bias=False) if latent else None
         self.latent_norm = nn.RMSNorm(d_routed, eps=c.norm_eps) if c.latent_norm != "none" else None
         self.up = parameter(c.n_experts, d_routed, c.d_expert)
-        self.gate = parameter(c.n_experts, d_routed, c.d_expert) if c.activation == "swiglu" else None
+        self.gate = parameter(c.n_experts, d_routed, c.d_expert) if is_gated(c.activation) else None
         self.down = parameter(c.n_experts, c.d_expert, d_routed)
+        self.up_bias = parameter(c.n_experts, c.d_expert) if c.bias else None
+        self.gate_bias = parameter(c.n_experts, c.d_expert) if c.bias and self.gate is not None else None
+        self.down_bias = parameter(c.n_experts, d_routed) if c.bias else None
         self.latent_up = nn.Linear(d_routed, d_model, bias=False) if latent else None
         shared = c.shared_mlp()
         self.shared = None if shared is None else shared.build(d_model)
@@ -134,6 +144,9 @@ class MoE(Mixer):
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.router.weight, std=std)
         nn.init.zeros_(self.expert_bias)
+        for bias in (self.router.bias, self.up_bias, self.gate_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
         nn.init.normal_(self.up, std=std)
         if self.gate is not None:
             nn.init.normal_(self.gate, std=std)
@@ -146,7 +159,9 @@ class MoE(Mixer):
         if self.shared is not None:
             self.shared.init_weights(std, out_std)
 
-    def forward(self, x: Float[Tensor, "batch seq d_model"]) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats]:
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats]:
         routed = x if self.latent_down is None else self.latent_down(x)
         scores = self._scores(routed if self.config.router_input == "latent" else x)
         chosen, weights = self.route(scores)
@@ -161,6 +176,7 @@ class MoE(Mixer):
             None if self.gate is None else self.gate.to(dtype),
             self.down.to(dtype),
             self.config.activation,
+            self._biases(dtype),
         ).view_as(routed)
         if self.config.latent_norm == "combined" and self.latent_norm is not None:
             y = self.latent_norm(y.to(self.latent_norm.weight.dtype))
@@ -186,9 +202,16 @@ class MoE(Mixer):
         if self.config.expert_bias:
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
 
+    def _biases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        if self.up_bias is None or self.down_bias is None:
+            return None
+        gate = None if self.gate_bias is None else self.gate_bias.to(dtype)
+        return self.up_bias.to(dtype), gate, self.down_bias.to(dtype)
+
     def _scores(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())
+            bias = self.router.bias.float() if self.config.bias else None
+            logits = F.linear(x.float(), self.router.weight.float(), bias)
             return logits.sigmoid() if self.config.router_score == "sigmoid" else logits.softmax(-1)
 
     def _stats(self, scores: Tensor, chosen: Tensor) -> RouterStats:
@@ -236,7 +259,7 @@ def latent_acc(standard: MoEConfig, d_model: int, d_latent: int, *, pay_projecti
     eff = latent_eff(standard, d_model, d_latent)
     top_k = float(_alpha(standard, d_model, d_latent) * standard.top_k)
     if pay_projections:
-        top_k -= 2 * d_model / ((3 if standard.activation == "swiglu" else 2) * standard.d_expert)
+        top_k -= 2 * d_model / ((3 if is_gated(standard.activation) else 2) * standard.d_expert)
     if round(top_k) < 1:
         raise ValueError(f"d_latent: at {d_latent} the two projections cost more than the experts that a token uses")
     return eff.model_copy(update={"top_k": round(top_k)})

@@ -1,179 +1,298 @@
-"""The ledger: what every component of a model holds and computes, in exact integers.
+"""The ledger: what every component of a model holds, computes and moves, in exact integers.
 
 One convention, called exact: a FLOP is one multiply or one add, and a matrix product of
 (m, k) by (k, n) spends 2 m k n. Counted is every matrix product that the maths needs: projections,
 causal attention, router, latent projections, active and shared experts, short convolution, the
-products of the chunked state-space algorithm at its chunk size, and the head. Not counted are norms,
-activations, softmax, look-ups, dispatch and recomputation.
+products of the chunked state-space algorithm at its chunk size, the head, and multi-token prediction.
+Not counted are norms, activations, softmax, look-ups, dispatch and recomputation. Decoding is a phase
+of its own: the recurrent form of a state space, one query of attention, the absorbed form of
+latent attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
+By = Literal["letter", "layer", "component"]
 Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4"]
 BITS: Mapping[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4}
+MTP_LETTER = "/"
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One component: its parameters, its forward matrix products, the state that decoding keeps.
+class Entry(NamedTuple):
+    """One component: its parameters, its matrix products, and the state that decoding keeps.
 
     Attributes:
         component: name of the component within its block, for example `q_proj`.
         params: parameters that exist.
         params_active: parameters that one token passes through.
-        flops_seq: FLOPs of one forward pass over one whole sequence.
-        kv_numel: elements kept for every token of the context (keys and values).
+        params_read: parameters that decoding one token reads: one row of an embedding, the chosen experts.
+        flops_seq: forward FLOPs of one whole sequence.
+        flops_step: FLOPs of decoding one token that sees as many tokens as the sequence has, itself included.
+        kv_numel: elements of keys and values (or of what they are made from) kept for every token of the context.
+        kv_numel_seq: elements of them kept after the whole sequence; fewer where a window forgets.
         ssm_numel: elements of recurrent state kept for a sequence, whatever its length.
         conv_numel: elements of convolution state kept for a sequence, whatever its length.
+        all_to_all_numel: elements that a token sends to its experts and gets back from them.
     """
 
     component: str
     params: int = 0
     params_active: int = 0
+    params_read: int = 0
     flops_seq: int = 0
+    flops_step: int = 0
     kv_numel: int = 0
+    kv_numel_seq: int = 0
     ssm_numel: int = 0
     conv_numel: int = 0
+    all_to_all_numel: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """An entry with its place: `layer` counts from 0; embedding and head have no layer."""
-
-    layer: int | None
-    letter: str
-    entry: Entry
+def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
+    """Adds up the numbers of some entries."""
+    columns = list(zip(*(entry[1:] for entry in entries), strict=True))
+    return Entry(component, *map(sum, columns)) if columns else Entry(component)
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Totals of a model. FLOPs are per token, averaged over a sequence of `seq_len`.
+class Part:
+    """What the ledger says of one block: its letter, its entries, and the sizes they came from.
 
     Attributes:
-        params_total: all parameters, MTP apart.
-        params_active: parameters one token passes through; embeddings and router counted, MTP apart.
-        flops_fwd: forward FLOPs per token.
-        flops_train: forward and backward FLOPs per token, 3 * flops_fwd.
-        kv_bytes_per_token: bytes of keys and values per token of context, in `kv_dtype`.
-        ssm_state_bytes: bytes of recurrent state per sequence, in `state_dtype`.
-        conv_state_bytes: bytes of convolution state per sequence, in `state_dtype`.
+        letter: as in the pattern; empty for embedding, last norm and head, `/` for multi-token prediction.
+        sizes: fields of the block's config, `kind` among them.
     """
 
-    seq_len: int
-    params_total: int
-    params_active: int
-    flops_fwd: float
-    flops_train: float
-    kv_bytes_per_token: float
-    ssm_state_bytes: float
-    conv_state_bytes: float
-    kv_dtype: Dtype
-    state_dtype: Dtype
+    letter: str
+    sizes: Mapping[str, Any]
+    entries: tuple[Entry, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @cached_property
+    def total(self) -> Entry:
+        return total_of(self.entries)
+
+
+class Row(NamedTuple):
+    """An entry with its place: `layer` counts from 0; embedding, head and multi-token prediction have none."""
+
+    layer: int | None
+    part: Part
+    entry: Entry
+
+    @property
+    def letter(self) -> str:
+        return self.part.letter
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """In what a model's weights, decoding state and activations are kept and sent.
+
+    Attributes:
+        weight: of the weights in memory.
+        kv: of keys and values.
+        state: of SSM and convolution state.
+        activation: of what experts are sent and send back.
+    """
+
+    weight: Dtype = "bfloat16"
+    kv: Dtype = "bfloat16"
+    state: Dtype = "float32"
+    activation: Dtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if (dtype := getattr(self, field.name)) not in BITS:
+                raise ValueError(f"{field.name}_dtype: {dtype!r} is unknown; allowed are {', '.join(BITS)}")
+
+
+DTYPES = Dtypes()
+"""In which decoding state is kept unless another is asked for: keys and values bf16, SSM and convolution fp32."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Every component of every layer, in the order in which a token meets them."""
+    """Every component of every layer, in the order in which a token meets them.
+
+    Attributes:
+        seq_len: tokens of the sequence, and the context of decoding.
+        d_model: width of the residual stream.
+        pattern: one letter a layer.
+        blocks: what each letter comes to.
+        before: the embedding.
+        after: last norm and head.
+        mtp: multi-token prediction, depth by depth, in training: it has FLOPs and parameters, and no state.
+    """
 
     seq_len: int
-    rows: tuple[Row, ...]
+    d_model: int
+    pattern: str
+    blocks: Mapping[str, Part]
+    before: Part
+    after: Part
+    mtp: tuple[Part, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
+        for layer, part in self._placed():
+            for entry in part.entries:
+                yield Row(layer, part, entry)
 
-    def total(self, field: str) -> int:
-        return sum(getattr(row.entry, field) for row in self.rows)
+    def _placed(self) -> Iterator[tuple[int | None, Part]]:
+        yield None, self.before
+        for layer, letter in enumerate(self.pattern):
+            yield layer, self.blocks[letter]
+        yield None, self.after
+        for part in self.mtp:
+            yield None, part
 
-    def cost(self, kv_dtype: Dtype = "bfloat16", state_dtype: Dtype = "float32") -> Cost:
-        flops_fwd = self.total("flops_seq") / self.seq_len
-        return Cost(
-            seq_len=self.seq_len,
-            params_total=self.total("params"),
-            params_active=self.total("params_active"),
-            flops_fwd=flops_fwd,
-            flops_train=3 * flops_fwd,
-            kv_bytes_per_token=self.total("kv_numel") * BITS[kv_dtype] / 8,
-            ssm_state_bytes=self.total("ssm_numel") * BITS[state_dtype] / 8,
-            conv_state_bytes=self.total("conv_numel") * BITS[state_dtype] / 8,
-            kv_dtype=kv_dtype,
-            state_dtype=state_dtype,
+    @cached_property
+    def main(self) -> Entry:
+        """Everything added up, multi-token prediction apart. It does not walk the layers: it counts letters."""
+        parts = [(1, self.before), (1, self.after)]
+        parts += [(self.pattern.count(letter), part) for letter, part in self.blocks.items()]
+        numbers = [[n * number for number in part.total[1:]] for n, part in parts]
+        return Entry("", *map(sum, zip(*numbers, strict=True)))
+
+    @cached_property
+    def extra(self) -> Entry:
+        """Multi-token prediction added up."""
+        return total_of(part.total for part in self.mtp)
+
+    @cached_property
+    def router(self) -> int:
+        """Parameters of all routers, multi-token prediction apart."""
+        return sum(
+            self.pattern.count(letter) * entry.params
+            for letter, part in self.blocks.items()
+            for entry in part.entries
+            if entry.component == "router"
         )
 
-    def fold(self, by: Literal["letter", "layer", "component"]) -> list[dict[str, Any]]:
+    @property
+    def flops_prefill(self) -> int:
+        """FLOPs of reading a whole context of `seq_len`: the head computes for its last token only."""
+        head = sum(entry.flops_seq - entry.flops_step for entry in self.after.entries if entry.component == "head")
+        return self.main.flops_seq - head
+
+    def decode_bytes(self, dtypes: Dtypes, batch_size: float = 1) -> float:
+        """Bytes that one decoding step of a batch reads and writes."""
+        around = (entry for part in (self.before, self.after) for entry in part.entries)
+        return sum(decode_bytes(entry, dtypes, batch_size) for entry in around) + sum(
+            self.pattern.count(letter) * decode_bytes(entry, dtypes, batch_size)
+            for letter, part in self.blocks.items()
+            for entry in part.entries
+        )
+
+    def fold(self, by: By, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
         """Sums the ledger into records, in the order of first appearance.
 
         Returns:
-            Records of the group's name, `count` (layers in it), parameters, `flops_fwd` per token and
-            its `share`, and the elements of state.
+            Records of the group's name, `layers` in it, the numbers of `to_records`, and `share`: its part of
+            `flops_fwd`.
         """
-        keys: dict[str, Callable[[Row], tuple[str, ...]]] = {
+        keys: dict[By, Callable[[Row], tuple[str, ...]]] = {
             "letter": lambda row: (row.letter,),
             "layer": lambda row: ("" if row.layer is None else str(row.layer), row.letter),
             "component": lambda row: (row.letter, row.entry.component),
         }
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault(keys[by](row), []).append(row)
         names = {"letter": ("letter",), "layer": ("layer", "letter"), "component": ("letter", "component")}[by]
-        everything = self.total("flops_seq") or 1
-        records = []
-        for key, rows in groups.items():
-            entry = sum_entries(rows)
-            records.append(
-                dict(zip(names, key, strict=True))
-                | {"count": len({row.layer for row in rows})}
-                | self._numbers(entry)
-                | {"share": entry.flops_seq / everything}
-            )
-        return records
-
-    def to_records(self) -> list[dict[str, Any]]:
-        """One record a row: layer, letter, component, parameters, FLOPs per token, state."""
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self:
+            groups.setdefault(keys[by](row), []).append(row)
+        everything = (self.main.flops_seq + self.extra.flops_seq) or 1
         return [
-            {"layer": row.layer, "letter": row.letter, "component": row.entry.component} | self._numbers(row.entry)
-            for row in self.rows
+            dict(zip(names, key, strict=True))
+            | {"layers": len({row.layer for row in rows} - {None})}
+            | self._numbers(rows, dtypes)
+            | {"share": sum(row.entry.flops_seq for row in rows) / everything}
+            for key, rows in groups.items()
         ]
 
-    def _numbers(self, entry: Entry) -> dict[str, Any]:
-        numbers = asdict(entry)
-        del numbers["component"]
-        flops_fwd = numbers.pop("flops_seq") / self.seq_len
-        return numbers | {"flops_fwd": flops_fwd, "flops_train": 3 * flops_fwd}
+    def to_records(self, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
+        """One record a row: layer, letter, component, and its numbers.
+
+        Parameters; FLOPs of a forward and a training pass per token, of the prefill of a whole context and of one
+        decoding step; bytes of weights, of the state after `seq_len` tokens, of what one decoding step of one
+        sequence moves, and of what a token sends through an all-to-all.
+        """
+        return [
+            {"layer": row.layer, "letter": row.letter, "component": row.entry.component} | self._numbers([row], dtypes)
+            for row in self
+        ]
+
+    def _numbers(self, rows: list[Row], dtypes: Dtypes) -> dict[str, Any]:
+        entry = total_of(row.entry for row in rows)
+        flops_fwd = entry.flops_seq / self.seq_len
+        return {
+            "params": entry.params,
+            "params_active": entry.params_active,
+            "flops_fwd": flops_fwd,
+            "flops_train": 3 * flops_fwd,
+            "flops_prefill": sum(map(_flops_prefill, rows)),
+            "flops_decode": entry.flops_step,
+            "weight_bytes": bytes_of(entry.params, dtypes.weight),
+            "kv_bytes": bytes_of(entry.kv_numel_seq, dtypes.kv),
+            "ssm_state_bytes": bytes_of(entry.ssm_numel, dtypes.state),
+            "conv_state_bytes": bytes_of(entry.conv_numel, dtypes.state),
+            "decode_bytes": sum(decode_bytes(row.entry, dtypes) for row in rows),
+            "all_to_all_bytes": bytes_of(entry.all_to_all_numel, dtypes.activation),
+        }
 
 
-def sum_entries(rows: Iterable[Row]) -> Entry:
-    """Adds up the numbers of some rows; the component's name is lost."""
-    total = Entry("")
-    for row in rows:
-        e = row.entry
-        total = replace(
-            total,
-            params=total.params + e.params,
-            params_active=total.params_active + e.params_active,
-            flops_seq=total.flops_seq + e.flops_seq,
-            kv_numel=total.kv_numel + e.kv_numel,
-            ssm_numel=total.ssm_numel + e.ssm_numel,
-            conv_numel=total.conv_numel + e.conv_numel,
-        )
-    return total
+def _flops_prefill(row: Row) -> int:
+    if row.letter == MTP_LETTER:
+        return 0
+    return row.entry.flops_step if row.entry.component == "head" else row.entry.flops_seq
+
+
+def bytes_of(numel: float, dtype: Dtype) -> float:
+    """Bytes of so many elements; scales of narrow formats are not counted."""
+    return numel * BITS[dtype] / 8
+
+
+def params_touched(entry: Entry, batch_size: float) -> float:
+    """Parameters that one decoding step of a batch reads, on average.
+
+    Of weights that a token reads in part, such as experts and embedding rows, every token is taken to choose
+    its share at random, apart from the others: n (1 - (1 - k / n)^batch).
+    """
+    if not 0 < entry.params_read < entry.params:
+        return entry.params_read
+    return entry.params * (1 - float((1 - entry.params_read / entry.params) ** batch_size))
+
+
+def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1) -> float:
+    """Bytes that one decoding step of a batch reads and writes: weights once, the state of every sequence.
+
+    Keys and values are read but for the newest, which is written; SSM and convolution state are read and written.
+    """
+    state = 2 * (entry.ssm_numel + entry.conv_numel)
+    return (
+        bytes_of(params_touched(entry, batch_size), dtypes.weight)
+        + batch_size * bytes_of(entry.kv_numel_seq, dtypes.kv)
+        + batch_size * bytes_of(state, dtypes.state)
+    )
+
+
+def product(component: str, params: int, seq_len: int) -> Entry:
+    """Weights that take part in one matrix product for every token, each once."""
+    return Entry(component, params, params, params, flops_seq=2 * params * seq_len, flops_step=2 * params)
 
 
 def matrix(component: str, d_in: int, d_out: int, seq_len: int, *, bias: bool = False) -> Entry:
     """A linear layer that every token passes through."""
-    params = d_in * d_out + (d_out if bias else 0)
-    return Entry(component, params=params, params_active=params, flops_seq=2 * d_in * d_out * seq_len)
+    entry = product(component, d_in * d_out, seq_len)
+    params = entry.params + (d_out if bias else 0)
+    return entry._replace(params=params, params_active=params, params_read=params)
 
 
 def vector(component: str, numel: int) -> Entry:
     """Parameters that take part in no matrix product: norms, biases, scalars of a head."""
-    return Entry(component, params=numel, params_active=numel)
+    return Entry(component, numel, numel, numel)
 
 
 def attended_keys(seq_len: int, window: int | None) -> int:
@@ -181,3 +300,8 @@ def attended_keys(seq_len: int, window: int | None) -> int:
     if window is None or window >= seq_len:
         return seq_len * (seq_len + 1) // 2
     return window * (window + 1) // 2 + (seq_len - window) * window
+
+
+def visible_keys(seq_len: int, window: int | None) -> int:
+    """Keys that the last query of a sequence sees, and that a cache keeps."""
+    return seq_len if window is None else min(seq_len, window)

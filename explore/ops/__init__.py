@@ -1,6 +1,6 @@
 """Pure tensor functions, the fast ones beside their truth."""
 
-from explore.ops.activation import Activation, activate
+from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.experts import experts
@@ -18,6 +18,7 @@ __all__ = [
     "experts",
     "forced_paths",
     "gated_group_rms_norm",
+    "is_gated",
     "linear_cross_entropy",
     "path_of",
     "paths_in_use",

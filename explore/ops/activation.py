@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-Activation = Literal["relu2", "swiglu"]
+Activation = Literal["relu2", "swiglu", "swiglu_clamped"]
+LIMIT, SHARPNESS = 7.0, 1.702
+"""Of the clamped SwiGLU."""
+
+
+def is_gated(activation: Activation) -> bool:
+    """Whether the activation reads two projections, so that an MLP or expert has three matrices."""
+    return activation != "relu2"
 
 
 def activate(
     up: Float[Tensor, "*dims d_ff"], gate: Float[Tensor, "*dims d_ff"] | None, activation: Activation
 ) -> Float[Tensor, "*dims d_ff"]:
-    """Squared ReLU of `up` (no gate), or SwiGLU: SiLU(`gate`) times `up`."""
+    """The inner values of an MLP or expert.
+
+    - `relu2`: squared ReLU of `up`; there is no gate (arXiv 2109.08668).
+    - `swiglu`: SiLU(`gate`) times `up` (arXiv 2002.05202).
+    - `swiglu_clamped`: gate * sigmoid(1.702 gate) * (up + 1), the gate at most 7, `up` within 7 of 0
+      (GPT-OSS, arXiv 2508.10925).
+    """
     if activation == "relu2":
         return F.relu(up).square()
     assert gate is not None
-    return F.silu(gate) * up
+    if activation == "swiglu":
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+    return gate * torch.sigmoid(SHARPNESS * gate) * (up + 1)

@@ -12,45 +12,61 @@ from explore.ops.paths import path_of
 
 def attention(
     q: Float[Tensor, "batch n_heads seq d_head"],
-    k: Float[Tensor, "batch n_kv_heads seq d_head"],
-    v: Float[Tensor, "batch n_kv_heads seq d_head"],
+    k: Float[Tensor, "batch n_kv_heads context d_head"],
+    v: Float[Tensor, "batch n_kv_heads context d_v"],
     window: int | None = None,
-) -> Float[Tensor, "batch n_heads seq d_head"]:
+    sinks: Float[Tensor, " n_heads"] | None = None,
+) -> Float[Tensor, "batch n_heads seq d_v"]:
     """Scaled dot-product attention in which a query sees itself and what came before.
+
+    The queries are the last positions of the context: all of it in training, one in decoding.
 
     Args:
         window: positions that a query sees at most, itself included; all when absent.
+        sinks: a logit of each head that takes its part of the softmax and gives no value.
     """
-    seq = q.shape[2]
-    if path_of("attention") == "written_out":
-        return _written_out(q, k, v, window)
-    if window is None or window >= seq:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, window, q), enable_gqa=True)
+    seq, context = q.shape[2], k.shape[2]
+    if sinks is not None or path_of("attention") == "written_out":
+        return _written_out(q, k, v, window, sinks)
+    if window is not None and window < context:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, window, q), enable_gqa=True)
+    if seq not in (1, context):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, None, q), enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1, enable_gqa=True)
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    scores = scores.masked_fill(~_visible(q.shape[2], window, q), -torch.inf)
-    y: Tensor = scores.softmax(dim=-1).to(v.dtype) @ v
+    scores = scores.masked_fill(~_visible(q.shape[2], k.shape[2], window, q), -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    y: Tensor = weights[..., : k.shape[2]] @ v
     return y
 
 
-def _visible(seq: int, window: int | None, like: Tensor) -> Tensor:
-    visible = torch.ones(seq, seq, dtype=torch.bool, device=like.device).tril()
-    return visible if window is None else visible.triu(1 - window)
+def _visible(seq: int, context: int, window: int | None, like: Tensor) -> Tensor:
+    visible = torch.ones(seq, context, dtype=torch.bool, device=like.device).tril(context - seq)
+    return visible if window is None else visible.triu(context - seq + 1 - window)
 
 
-def rotate(x: Float[Tensor, "batch heads seq d_head"], theta: float) -> Float[Tensor, "batch heads seq d_head"]:
+def rotate(
+    x: Float[Tensor, "batch heads seq d_head"], theta: float, start: int = 0
+) -> Float[Tensor, "batch heads seq d_head"]:
     """Rotary position embedding in the half-split layout of Llama and Qwen.
+
+    Args:
+        start: position of the first vector.
 
     Source: arXiv 2104.09864; pairs are (i, i + d_head / 2), not neighbours.
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[2], device=x.device, dtype=torch.float32)[:, None] * frequency
+    position = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)
+    angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

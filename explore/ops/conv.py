@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,13 +14,17 @@ def causal_conv1d(
     x: Float[Tensor, "batch seq channels"],
     weight: Float[Tensor, "channels 1 d_conv"],
     bias: Float[Tensor, " channels"],
+    before: Float[Tensor, "batch past channels"] | None = None,
 ) -> Float[Tensor, "batch seq channels"]:
     """Convolves each channel with its own filter over the current and the `d_conv` - 1 positions before.
 
     The default adds up shifted products, three times as fast as `conv1d` on a CPU for this shape of work.
+
+    Args:
+        before: the `d_conv` - 1 positions before the first, zero when absent.
     """
     seq, d_conv = x.shape[1], weight.shape[2]
-    padded = F.pad(x, (0, 0, d_conv - 1, 0))
+    padded = F.pad(x, (0, 0, d_conv - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     if path_of("conv") == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     y = bias.to(x.dtype)

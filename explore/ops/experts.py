@@ -20,10 +20,14 @@ def experts(
     gate: Float[Tensor, "e d f"] | None,
     down: Float[Tensor, "e f d"],
     activation: Activation,
+    biases: tuple[Float[Tensor, "e f"], Float[Tensor, "e f"] | None, Float[Tensor, "e d"]] | None = None,
 ) -> Float[Tensor, "t d"]:
     """Sum over the chosen experts of weight times expert(x), one expert after another.
 
     Tokens are sorted by expert, so that each expert's matrix products are exactly as large as its load.
+
+    Args:
+        biases: of `up`, `gate` and `down`.
     """
     k = chosen.shape[1]
     n_experts = up.shape[0]
@@ -34,7 +38,11 @@ def experts(
     outputs = []
     for e, tokens in enumerate(x[token_of].split(load)):
         if load[e]:
-            hidden = activate(tokens @ up[e], None if gate is None else tokens @ gate[e], activation)
-            outputs.append(hidden @ down[e])
+            inner, gated = tokens @ up[e], None if gate is None else tokens @ gate[e]
+            if biases is not None:
+                inner = inner + biases[0][e]
+                gated = None if gated is None or biases[1] is None else gated + biases[1][e]
+            y = activate(inner, gated, activation) @ down[e]
+            outputs.append(y if biases is None else y + biases[2][e])
     y = torch.cat(outputs) * weights.flatten()[order, None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token_of, y)

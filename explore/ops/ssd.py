@@ -27,7 +27,7 @@ def ssd(
     chunk_size: int,
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """Runs the recurrence by the path in use.
+    """Runs the recurrence by the path in use; one position that goes on from a state is one step of it.
 
     Args:
         chunk_size: positions that the chunked form handles by matrix products at once.
@@ -38,6 +38,8 @@ def ssd(
     """
     if path_of("ssd") == "recurrent":
         return ssd_recurrent(X, dt, A, B, C, D, state)
+    if X.shape[1] == 1 and state is not None:
+        return _ssd_step(X, dt, A, B, C, D, state)
     return ssd_chunked(X, dt, A, B, C, D, chunk_size, state)
 
 
@@ -89,6 +91,19 @@ def ssd_chunked(
     head, state = _ssd_chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
     tail, state = _ssd_chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
     return torch.cat((head, tail), dim=1), state
+
+
+def _ssd_step(
+    X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    b, _, h, p = X.shape
+    g, n = B.shape[2:]
+    decay = torch.exp(dt[:, 0] * A)[..., None, None]
+    dtX = (dt[:, 0, :, None] * X[:, 0]).reshape(b * g, -1, 1)  # all heads of a group below one another
+    added = torch.bmm(dtX, B.reshape(b * g, 1, n).to(dtX.dtype))
+    H = decay * state + added.view(b, h, p, n)
+    Y = torch.bmm(H.view(b * g, -1, n), C.reshape(b * g, n, 1).to(H.dtype)).view(b, 1, h, p)
+    return Y + D[:, None] * X, H
 
 
 def _ssd_chunks(

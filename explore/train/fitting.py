@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.console import Console
 
 from explore import tracking
+from explore.cost import Cost
 from explore.data import Batch, Source
 from explore.evals import bits_per_byte, recall_accuracy
 from explore.experiment import Experiment
@@ -78,7 +79,7 @@ def fit(
 def cost_record(experiment: Experiment) -> dict[str, Any]:
     """Totals, family and ledger of an experiment's model, as in `cost.json`."""
     ledger = experiment.model.ledger(experiment.data.seq_len)
-    return {"family": experiment.model.family, **ledger.cost().to_dict(), "ledger": ledger.to_records()}
+    return {"family": experiment.model.family, **Cost.of(ledger).to_dict(), "ledger": ledger.to_records()}
 
 
 def load_model(folder: RunFolder) -> LanguageModel:

@@ -1,0 +1,145 @@
+"""Multi-head latent attention."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from explore.blocks.attention import remembered, seen_before
+from explore.blocks.base import BlockConfig, Mixer, State, head_width, normed
+from explore.cost import Entry, attended_keys, matrix, vector
+from explore.ops import attention, rotate
+
+
+class MLAConfig(BlockConfig):
+    """Attention whose keys and values are made from one narrow vector a token.
+
+    Attributes:
+        q_rank: width of the bottleneck of the queries; none when absent.
+        kv_rank: width of the vector that keys and values are made from.
+        d_nope: width of a head's query and key without position.
+        d_rope: width of a head's rotated query, and of the one rotated key that all heads share.
+        d_v: width of a head's value.
+    """
+
+    role: ClassVar[Literal["attention"]] = "attention"
+    kind: Literal["mla"] = "mla"
+    n_heads: PositiveInt
+    q_rank: PositiveInt | None = None
+    kv_rank: PositiveInt
+    d_nope: PositiveInt
+    d_rope: PositiveInt
+    d_v: PositiveInt
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> MLAConfig:
+        if self.d_rope % 2:
+            raise ValueError(f"d_rope: {self.d_rope} is odd; rotary embedding needs an even width")
+        return self
+
+    @classmethod
+    def default(cls, d_model: int) -> MLAConfig:
+        d_head = head_width(d_model, (128, 64, 32, 16), at_least=4)
+        n_heads = d_model // d_head
+        return cls(n_heads=n_heads, kv_rank=4 * d_head, d_nope=d_head, d_rope=d_head // 2, d_v=d_head)
+
+    def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
+        h, d_q = self.n_heads, self.n_heads * (self.d_nope + self.d_rope)
+        if self.q_rank is None:
+            query = [matrix("q_proj", d_model, d_q, seq_len)]
+        else:
+            query = [
+                matrix("q_down", d_model, self.q_rank, seq_len),
+                vector("q_norm", self.q_rank),
+                matrix("q_up", self.q_rank, d_q, seq_len),
+            ]
+        kept = self.kv_rank + self.d_rope
+        return (
+            *query,
+            matrix("kv_down", d_model, kept, seq_len),
+            vector("kv_norm", self.kv_rank),
+            matrix("kv_up", self.kv_rank, h * (self.d_nope + self.d_v), seq_len),
+            Entry(
+                "attention",
+                flops_seq=2 * h * (self.d_nope + self.d_rope + self.d_v) * attended_keys(seq_len, None),
+                # Absorbed: scores and values are taken in the narrow width, which all heads share.
+                flops_step=2 * h * (kept + self.kv_rank) * seq_len,
+                kv_numel=kept,
+                kv_numel_seq=kept * seq_len,
+            ),
+            matrix("o_proj", h * self.d_v, d_model, seq_len),
+        )
+
+    def build(self, d_model: int) -> MLA:
+        return MLA(self, d_model)
+
+
+class MLA(Mixer):
+    """Keys [W_uk c; rotated k_r] and values W_uv c of a narrow vector c = norm(W_down x), which is all that is cached.
+
+    One token that goes on from a state is decoded in the absorbed form: W_uk goes into the query, W_uv out of
+    the sum, and no key or value of a head is ever made.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; rotation in half-split layout, not of neighbours.
+    """
+
+    def __init__(self, config: MLAConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = c = config
+        d_q = c.n_heads * (c.d_nope + c.d_rope)
+        if c.q_rank is None:
+            self.q_proj: nn.Module = nn.Linear(d_model, d_q, bias=False)
+        else:
+            self.q_down = nn.Linear(d_model, c.q_rank, bias=False)
+            self.q_norm = nn.RMSNorm(c.q_rank, eps=c.norm_eps)
+            self.q_up = nn.Linear(c.q_rank, d_q, bias=False)
+        self.kv_down = nn.Linear(d_model, c.kv_rank + c.d_rope, bias=False)
+        self.kv_norm = nn.RMSNorm(c.kv_rank, eps=c.norm_eps)
+        self.kv_up = nn.Linear(c.kv_rank, c.n_heads * (c.d_nope + c.d_v), bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.d_v, d_model, bias=False)
+
+    def init_weights(self, std: float, out_std: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=out_std if module is self.o_proj else std)
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+        c = self.config
+        start = 0 if state is None else seen_before(state)
+        q = self.q_proj(x) if c.q_rank is None else self.q_up(normed(self.q_norm, self.q_down(x)))
+        q_nope, q_rope = q.unflatten(-1, (c.n_heads, -1)).transpose(1, 2).split((c.d_nope, c.d_rope), dim=-1)
+        q_rope = rotate(q_rope, c.rope_theta, start)
+        latent, k_rope = self.kv_down(x).split((c.kv_rank, c.d_rope), dim=-1)
+        latent = normed(self.kv_norm, latent)[:, None]
+        k_rope = rotate(k_rope[:, None], c.rope_theta, start)
+        if state is not None:
+            latent, k_rope = remembered(state, latent, k_rope, None)
+        if state is not None and start > 0 and x.shape[1] == 1:
+            y = self._absorbed(q_nope, q_rope, latent, k_rope)
+        else:
+            k_nope, v = (
+                self.kv_up(latent[:, 0]).unflatten(-1, (c.n_heads, -1)).transpose(1, 2).split((c.d_nope, c.d_v), dim=-1)
+            )
+            k = torch.cat((k_nope, k_rope.expand(-1, c.n_heads, -1, -1)), dim=-1)
+            y = attention(torch.cat((q_nope, q_rope), dim=-1), k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), None
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        c = self.config
+        up = self.kv_up.weight.to(latent.dtype).view(c.n_heads, c.d_nope + c.d_v, c.kv_rank)
+        W_uk, W_uv = up.split((c.d_nope, c.d_v), dim=1)
+        q_latent = torch.bmm(q_nope[:, :, 0].transpose(0, 1), W_uk).transpose(0, 1)  # batch heads kv_rank
+        q = torch.cat((q_latent, q_rope[:, :, 0]), dim=-1)
+        scores = q @ torch.cat((latent, k_rope), dim=-1)[:, 0].transpose(1, 2) / (c.d_nope + c.d_rope) ** 0.5
+        mixed = scores.softmax(dim=-1).to(latent.dtype) @ latent[:, 0]
+        return torch.bmm(mixed.transpose(0, 1), W_uv.transpose(1, 2)).transpose(0, 1)[:, :, None]

@@ -1,0 +1,104 @@
+"""The totals of a ledger, under the names that tables, run records and programs read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from explore.cost.ledger import DTYPES, Dtype, Dtypes, Ledger, bytes_of
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals of a model over sequences, and contexts, of `seq_len` tokens.
+
+    No two papers mean the same by active parameters, so each meaning has a name here: with embeddings and router
+    (`params_active`), without the input embedding, without embeddings and head, and each of these without router.
+    A tied matrix is the head's.
+
+    Attributes:
+        params_total: all parameters, multi-token prediction apart.
+        params_active: parameters that one token passes through; embeddings and router counted.
+        params_router: parameters of all routers.
+        params_mtp: parameters of multi-token prediction, which no other count holds.
+        flops_fwd: forward FLOPs per token, averaged over the sequence, multi-token prediction included.
+        flops_train: forward and backward FLOPs per token, 3 * flops_fwd.
+        flops_mtp: the part of `flops_fwd` that is multi-token prediction.
+        flops_prefill: FLOPs of reading the whole sequence as a context, with logits for its last token only.
+        flops_decode: FLOPs of decoding one token that sees `seq_len` tokens, itself included.
+        weight_bytes: of `params_total`.
+        kv_bytes_per_token: keys and values per token of context, as long as no window is full.
+        kv_bytes: keys and values after `seq_len` tokens.
+        ssm_state_bytes: recurrent state per sequence.
+        conv_state_bytes: convolution state per sequence.
+        decode_bytes: bytes read and written by decoding one token of one sequence.
+        all_to_all_bytes: bytes that a token sends to its experts and gets back, were they all elsewhere.
+    """
+
+    seq_len: int
+    params_total: int
+    params_total_no_router: int
+    params_active: int
+    params_active_no_input_embedding: int
+    params_active_no_embeddings: int
+    params_active_no_router: int
+    params_active_no_input_embedding_no_router: int
+    params_active_no_embeddings_no_router: int
+    params_router: int
+    params_mtp: int
+    flops_fwd: float
+    flops_train: float
+    flops_mtp: float
+    flops_prefill: int
+    flops_decode: int
+    weight_bytes: float
+    kv_bytes_per_token: float
+    kv_bytes: float
+    ssm_state_bytes: float
+    conv_state_bytes: float
+    decode_bytes: float
+    all_to_all_bytes: float
+    weight_dtype: Dtype
+    kv_dtype: Dtype
+    state_dtype: Dtype
+    activation_dtype: Dtype
+
+    @classmethod
+    def of(cls, ledger: Ledger, dtypes: Dtypes = DTYPES) -> Cost:
+        """Adds up a ledger; the bytes are those of `dtypes`."""
+        main, mtp, router = ledger.main, ledger.extra, ledger.router
+        no_input = main.params_active - ledger.before.total.params
+        no_embeddings = no_input - sum(entry.params for entry in ledger.after.entries if entry.component == "head")
+        flops_fwd = (main.flops_seq + mtp.flops_seq) / ledger.seq_len
+        return cls(
+            seq_len=ledger.seq_len,
+            params_total=main.params,
+            params_total_no_router=main.params - router,
+            params_active=main.params_active,
+            params_active_no_input_embedding=no_input,
+            params_active_no_embeddings=no_embeddings,
+            params_active_no_router=main.params_active - router,
+            params_active_no_input_embedding_no_router=no_input - router,
+            params_active_no_embeddings_no_router=no_embeddings - router,
+            params_router=router,
+            params_mtp=mtp.params,
+            flops_fwd=flops_fwd,
+            flops_train=3 * flops_fwd,
+            flops_mtp=mtp.flops_seq / ledger.seq_len,
+            flops_prefill=ledger.flops_prefill,
+            flops_decode=main.flops_step,
+            weight_bytes=bytes_of(main.params, dtypes.weight),
+            kv_bytes_per_token=bytes_of(main.kv_numel, dtypes.kv),
+            kv_bytes=bytes_of(main.kv_numel_seq, dtypes.kv),
+            ssm_state_bytes=bytes_of(main.ssm_numel, dtypes.state),
+            conv_state_bytes=bytes_of(main.conv_numel, dtypes.state),
+            decode_bytes=ledger.decode_bytes(dtypes),
+            all_to_all_bytes=bytes_of(main.all_to_all_numel, dtypes.activation),
+            weight_dtype=dtypes.weight,
+            kv_dtype=dtypes.kv,
+            state_dtype=dtypes.state,
+            activation_dtype=dtypes.activation,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,8 @@
+"""The model: as a config with its cost, and as a module."""
+
+from explore.model.config import ModelConfig, MTPConfig
+from explore.model.language_model import LanguageModel, Loss
+from explore.model.layer import Layer
+from explore.model.mtp import MTPDepth
+
+__all__ = ["LanguageModel", "Layer", "Loss", "MTPConfig", "MTPDepth", "ModelConfig"]

@@ -1,0 +1,56 @@
+"""One depth of multi-token prediction."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from explore.blocks import RouterStats
+from explore.model.config import ModelConfig
+from explore.model.layer import Layer
+
+
+class MTPDepth(nn.Module):
+    """norm(layers(W [norm(embedding of the next token); norm(hidden state)])).
+
+    Embedding and head are the main model's. The hidden state that depth 1 reads comes from after the main model's
+    last norm, and what depth k gives is what depth k + 1 reads.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; Nemotron 3 applies one depth several times.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.mtp is not None
+        d, eps = config.d_model, config.norm_eps
+        self.embedding_norm = nn.RMSNorm(d, eps=eps)
+        self.hidden_norm = nn.RMSNorm(d, eps=eps)
+        self.eh_proj = nn.Linear(2 * d, d, bias=False)
+        self.layers = nn.ModuleList(Layer(config.blocks[letter], d, eps) for letter in config.mtp.pattern)
+        self.norm = nn.RMSNorm(d, eps=eps)
+
+    def init_weights(self, std: float, out_std: float) -> None:
+        nn.init.normal_(self.eh_proj.weight, std=std)
+        for norm in (self.embedding_norm, self.hidden_norm, self.norm):
+            norm.reset_parameters()
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.init_weights(std, out_std)
+
+    def forward(
+        self, embedding: Float[Tensor, "batch seq d_model"], hidden: Float[Tensor, "batch seq d_model"]
+    ) -> tuple[Float[Tensor, "batch seq d_model"], list[RouterStats]]:
+        """What the head reads at this depth, and the routers' statistics.
+
+        Args:
+            embedding: of the token after each position, one further at every depth.
+            hidden: of the depth before.
+        """
+        x = self.eh_proj(torch.cat((self.embedding_norm(embedding), self.hidden_norm(hidden)), dim=-1))
+        stats = []
+        for layer in self.layers:
+            x, layer_stats = layer(x)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return self.norm(x), stats

@@ -1,0 +1,70 @@
+"""Published systems by name, each with its source and its counts in print."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from explore.files import read_json
+from explore.model import ModelConfig
+from explore.presets.base import Preset, Published
+from explore.presets.comparators import COMPARATORS
+from explore.presets.latentmoe import LATENTMOE
+from explore.presets.llama_nemotron import LLAMA_NEMOTRON
+from explore.presets.nemotron import NEMOTRON
+from explore.presets.released import from_released, is_released
+
+PRESETS: Mapping[str, Preset] = MappingProxyType({**NEMOTRON, **LATENTMOE, **LLAMA_NEMOTRON, **COMPARATORS})
+
+
+@cache
+def _built(name: str) -> ModelConfig:
+    return PRESETS[name].build()
+
+
+def preset(name: str) -> ModelConfig:
+    """The model config of a published system, or of a released `config.json` by its path.
+
+    Raises:
+        ValueError: no such system; the nearest names are given.
+    """
+    if name in PRESETS:
+        return _built(name)
+    if name.endswith(".json") and is_released(content := read_json(Path(name))):
+        return from_released(content)
+    near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
+    raise ValueError(f"preset: {name!r} is unknown{hint} (explore cost --list shows all)")
+
+
+def published_table() -> list[dict[str, Any]]:
+    """Every count in print beside the one that is computed, in billions of parameters.
+
+    Returns:
+        Records of preset, quantity, published (as printed), computed, whether the computed number rounds to the
+        printed digits (`agrees`), note and source.
+    """
+    records = []
+    for name, entry in PRESETS.items():
+        cost = preset(name).cost(4096)
+        for number in entry.published:
+            params = getattr(cost, number.quantity)
+            records.append(
+                {
+                    "preset": name,
+                    "quantity": number.quantity,
+                    "published": number.printed,
+                    "computed": params / 1e9,
+                    "agrees": number.agrees(params),
+                    "note": number.note,
+                    "source": entry.source,
+                }
+            )
+    return records
+
+
+__all__ = ["PRESETS", "Preset", "Published", "from_released", "is_released", "preset", "published_table"]
