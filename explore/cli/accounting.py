@@ -1,0 +1,301 @@
+"""Commands that count: nothing is built and nothing is trained."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, SetOptions, app, count, out, size
+
+if TYPE_CHECKING:
+    from explore.cost import Ledger
+    from explore.model import ModelConfig
+
+By = Literal["letter", "layer", "component"]
+Convention = Literal["exact", "megatron", "palm", "6nd"]
+Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4"]
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        help="A pattern, a preset (--list), or the path of an experiment, a model, or a config.json of nemotron_h."
+    ),
+]
+DModel = Annotated[int, typer.Option(min=1, help="Width of a pattern's model.")]
+VocabSize = Annotated[int, typer.Option(min=1, help="Vocabulary of a pattern's model.")]
+
+
+@app.command(epilog='Example: explore cost "MEM*E" --d-model 256 --set blocks.E.d_latent=64 --by component')
+def cost(
+    target: Target = None,
+    d_model: DModel = 256,
+    vocab_size: VocabSize = 2048,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, and of the context of decoding.")] = 4096,
+    set_: SetOptions = None,
+    by: Annotated[By, typer.Option(help="How the table is folded.")] = "letter",
+    convention: Annotated[Convention, typer.Option(help="How FLOPs are counted.")] = "exact",
+    diff: Annotated[
+        str | None, typer.Option(metavar="ONE,OTHER", help="The lines on which two conventions differ.")
+    ] = None,
+    weight_dtype: Annotated[Dtype, typer.Option(help="Of weights.")] = "bfloat16",
+    kv_dtype: Annotated[Dtype, typer.Option(help="Of keys and values.")] = "bfloat16",
+    state_dtype: Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")] = "float32",
+    activation_dtype: Annotated[Dtype, typer.Option(help="Of what experts are sent.")] = "bfloat16",
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Counts in print beside those computed.")] = False,
+) -> None:
+    """Parameters, FLOPs, memory and traffic of a model, itemised.
+
+    Sizes of the blocks of a pattern follow d_model as in the Nemotron models: heads of 64 (Mamba-2, d_inner
+    twice d_model, d_state 128, up to 8 groups) and of up to 128 (attention, 2 KV heads), d_ff = 4 d_model with
+    squared ReLU, 128 experts of 11/16 d_model with top 6 and a shared expert of twice that width. Change any of
+    them with --set blocks.LETTER.FIELD=VALUE. Forward and training FLOPs are per token, averaged over a sequence.
+    """
+    from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train
+
+    if list_:
+        _list_presets(as_json)
+        return
+    if published:
+        _published(as_json)
+        return
+    if target is None:
+        raise ValueError("TARGET: a pattern, preset or path is required, or --list, or --published")
+    dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
+    model = load_model(target, d_model, vocab_size, set_ or [])
+    ledger = model.ledger(seq_len)
+    if diff is not None:
+        _diff(model, ledger, diff, as_json)
+        return
+    totals = Cost.of(ledger, dtypes).to_dict()
+    counted = flops_train(ledger, convention)
+    if as_csv:
+        records = ledger.to_records(dtypes)
+        writer = csv.DictWriter(sys.stdout, list(records[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(records)
+        return
+    if as_json:
+        about = {"pattern": model.pattern, "family": model.family, "convention": convention}
+        if convention != "exact":
+            totals |= {"flops_fwd": counted / 3, "flops_train": counted}
+        print(json.dumps(about | totals | {"ledger": ledger.to_records(dtypes)}, indent=2))
+        return
+    out.print(
+        f"[bold]{model.family}[/bold], {model.n_layers} layers, d_model {model.d_model}, vocabulary "
+        f"{model.vocab_size:,}; {seq_len:,} tokens\n{model.pattern}" + (f"  {_mtp(model)}" if model.mtp else ""),
+        highlight=False,
+    )
+    records = ledger.fold(by, dtypes)
+    out.print(_receipt("computes", records, COMPUTES))
+    out.print(_receipt("holds and moves", records, HOLDS))
+    _summary(totals)
+    if convention != "exact":
+        out.print(
+            f"{convention}: {count(counted)} training FLOPs per token, {counted / totals['flops_train']:.3f} of exact; "
+            f"it counts {CONVENTIONS[convention].says} ({CONVENTIONS[convention].source})",
+            highlight=False,
+        )
+
+
+COMPUTES = {
+    "params": "params",
+    "active": "params_active",
+    "forward": "flops_fwd",
+    "training": "flops_train",
+    "prefill": "flops_prefill",
+    "decode": "flops_decode",
+    "share": "share",
+}
+"""Columns of the first half of a receipt. Prefill is of the whole context, decode of one step."""
+
+HOLDS = {
+    "weights": "weight_bytes",
+    "KV": "kv_bytes",
+    "SSM": "ssm_state_bytes",
+    "conv": "conv_state_bytes",
+    "moved/step": "decode_bytes",
+    "all-to-all": "all_to_all_bytes",
+}
+"""Columns of the second half, in bytes: state of a sequence at the context, traffic of one token."""
+
+
+def _receipt(title: str, records: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    names = [name for name in ("layer", "letter", "component") if name in records[0]]
+    folded = "layer" not in records[0]
+    for name in names:
+        table.add_column(name, no_wrap=name != "component")
+    for name in (*(("layers",) if folded else ()), *columns):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in records:
+        label = [str(record[name]) or ("model" if name == "letter" else "") for name in names]
+        layers = [str(record["layers"] or "")] if folded else []
+        cells = [_cell(field, record[field]) for field in columns.values()]
+        table.add_row(*label, *layers, *cells)
+    return table
+
+
+def _cell(field: str, value: float) -> str:
+    if field == "share":
+        return f"{value:.1%}"
+    if not value:
+        return ""
+    return size(value) if field.endswith("_bytes") else count(value)
+
+
+def _summary(totals: dict[str, Any]) -> None:
+    active = [
+        ("with embeddings", "params_active"),
+        ("without the input embedding", "params_active_no_input_embedding"),
+        ("without embeddings and head", "params_active_no_embeddings"),
+    ]
+    mtp = f"; MTP apart: {count(totals['params_mtp'])}" if totals["params_mtp"] else ""
+    lines = [f"parameters: {count(totals['params_total'])}{mtp}; active"]
+    lines += [
+        f"  {count(totals[field])} {name}" + f" ({count(totals[field + '_no_router'])} less routers)"
+        for name, field in active
+    ]
+    out.print("\n".join(lines), highlight=False)
+    out.print(
+        f"FLOPs per token: {count(totals['flops_fwd'])} forward, {count(totals['flops_train'])} training, "
+        f"{count(totals['flops_decode'])} decode; prefill {count(totals['flops_prefill'])}\n"
+        f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']}); "
+        f"{size(totals['ssm_state_bytes'])} of SSM and {size(totals['conv_state_bytes'])} of conv state "
+        f"per sequence ({totals['state_dtype']})\n"
+        f"a decoding step of one sequence moves {size(totals['decode_bytes'])} (weights in {totals['weight_dtype']})",
+        highlight=False,
+    )
+
+
+def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None:
+    from explore.cost import diff, flops_train
+
+    one, comma, other = names.partition(",")
+    if not comma:
+        raise ValueError(f"--diff: {names!r} is not of the form ONE,OTHER, such as exact,megatron")
+    records = diff(ledger, one, other)
+    totals = {name: flops_train(ledger, name) for name in (one, other)}
+    if as_json:
+        print(json.dumps({"seq_len": ledger.seq_len, "flops_train": totals, "lines": records}, indent=2))
+        return
+    table = Table(
+        title=f"Training FLOPs per token, {ledger.seq_len:,} tokens: {model.pattern}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+    )
+    for name in ("letter", "component"):
+        table.add_column(name)
+    for name in ("layers", one, other, "difference", "of the total"):
+        table.add_column(name, justify="right")
+    for record in records:
+        numbers = [count(record[one]), count(record[other]), signed(record["difference"])]
+        share = f"{record['difference'] / totals[one]:+.2%}"
+        table.add_row(record["letter"] or "model", record["component"], str(record["layers"] or ""), *numbers, share)
+    table.add_section()
+    difference = totals[other] - totals[one]
+    table.add_row(
+        "",
+        "total",
+        "",
+        count(totals[one]),
+        count(totals[other]),
+        signed(difference),
+        f"{difference / totals[one]:+.2%}",
+    )
+    out.print(table)
+
+
+def signed(value: float) -> str:
+    """A count with its sign."""
+    return ("-" if value < 0 else "+") + count(abs(value))
+
+
+def _list_presets(as_json: bool) -> None:
+    from explore.presets import PRESETS, preset
+
+    if as_json:
+        records = {name: {"source": entry.source, "pattern": preset(name).pattern} for name, entry in PRESETS.items()}
+        print(json.dumps(records, indent=2))
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("preset", "family"):
+        table.add_column(name, no_wrap=True)
+    for name in ("total", "active"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("source")
+    for name, entry in PRESETS.items():
+        totals = preset(name).cost(4096)
+        table.add_row(name, preset(name).family, count(totals.params_total), count(totals.params_active), entry.source)
+    out.print(table)
+
+
+def _published(as_json: bool) -> None:
+    from explore.presets import published_table
+
+    records = published_table()
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    table = Table(
+        title="Parameters in billions, as printed and as computed", title_justify="left", box=None, header_style="dim"
+    )
+    table.add_column("preset", no_wrap=True)
+    table.add_column("count")
+    table.add_column("published", justify="right")
+    table.add_column("computed", justify="right")
+    table.add_column("")
+    for record in records:
+        meaning = record["quantity"].removeprefix("params_").replace("_", " ").replace(" no ", ", no ")
+        mark = "✓" if record["agrees"] else "✗"
+        printed = f"{float(record['published']):g}" if "e" in record["published"] else record["published"]
+        table.add_row(record["preset"], meaning, printed, f"{record['computed']:.3f}", mark)
+    out.print(table)
+    agreeing = sum(record["agrees"] for record in records)
+    out.print(f"{agreeing} of {len(records)} computed counts round to the printed digits", highlight=False)
+    if agreeing < len(records):
+        raise typer.Exit(1)
+
+
+def _mtp(model: ModelConfig) -> str:
+    assert model.mtp is not None
+    weights = "shared" if model.mtp.shared else "separate"
+    return f"and {model.mtp.n_depths} depths of multi-token prediction, {model.mtp.pattern}, {weights} weights"
+
+
+def load_model(
+    target: str, d_model: int = 256, vocab_size: int = 2048, overrides: list[str] | None = None
+) -> ModelConfig:
+    """The model that a pattern, a preset's name or a path stands for."""
+    from explore.model import ModelConfig
+
+    return ModelConfig.model_validate(model_content(target, d_model, vocab_size, overrides or []))
+
+
+def model_content(target: str, d_model: int, vocab_size: int, overrides: list[str]) -> dict[str, Any]:
+    """Fields of that model, before sizes that are not given are filled in."""
+    from explore.config import set_field
+    from explore.files import read_json
+    from explore.presets import from_released, is_released, preset
+
+    content: dict[str, Any] = {"d_model": d_model, "vocab_size": vocab_size, "pattern": target}
+    if target.endswith(".json") or Path(target).is_file():
+        content = read_json(Path(target))
+        if is_released(content):
+            content = from_released(content).model_dump(mode="json")
+        content = content.get("experiment", content)
+        content = content.get("model", content)
+    elif any(letter.islower() or letter.isdigit() for letter in target):  # a pattern has neither
+        content = preset(target).model_dump(mode="json")
+    for override in overrides:
+        set_field(content, override.removeprefix("model."))
+    return content

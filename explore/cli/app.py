@@ -1,0 +1,76 @@
+"""The application, what its commands share, and how a mistake is told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Set EXPLORE_TRACEBACK=1 to see the traceback behind an error.",
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+SetOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),
+]
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one line and exit code 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except typer.TyperException as error:  # of the arguments; without any, help has been shown
+        message = error.format_message().replace("Value error, ", "").rstrip(".")
+        _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
+    except (ValueError, OSError) as error:
+        if os.environ.get("EXPLORE_TRACEBACK"):
+            raise
+        _refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    from pydantic import ValidationError
+
+    from explore.config import explain
+
+    message = explain(error) if isinstance(error, ValidationError) else str(error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def count(value: Any) -> str:
+    """A number with three digits and a letter for its power of a thousand; nothing for NaN."""
+    if value != value:
+        return ""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes with three digits, in binary units."""
+    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}" if value < 999.5 * scale else f"{value / scale:.0f} {unit}"
+    return f"{value:.0f} B"
+
+
+def number(value: Any, spec: str) -> str:
+    """A formatted number; nothing where it is missing."""
+    return "" if value is None or value != value else format(value, spec)

@@ -1,0 +1,183 @@
+"""Commands that train, search, tabulate, draw and evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, SetOptions, app, count, err, number, out
+
+WandbMode = Literal["offline", "online"]
+Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases; off when absent.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints; a twentieth of a run when absent.")
+]
+
+
+@app.command(epilog="Example: explore train experiment.json --set train.lr=1e-3 --runs runs")
+def train(
+    experiment: Annotated[Path, typer.Argument(help="An experiment in JSON, or the experiment.json of a run.")],
+    set_: SetOptions = None,
+    runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
+    checkpoint_every: CheckpointEvery = None,
+    wandb: Wandb = None,
+    as_json: Json = False,
+) -> None:
+    """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
+    from explore.experiment import Experiment
+    from explore.train import fit
+
+    loaded = Experiment.load(experiment, set_ or [])
+    folder = fit(loaded, runs, checkpoint_every=checkpoint_every, wandb=wandb)
+    result = folder.result or {}
+    if as_json:
+        print(json.dumps({"run": str(folder.path), **result}, indent=2))
+    else:
+        out.print(f"{folder.path}: {_outcome(result)}", highlight=False)
+    if result.get("status") != "finished":
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: explore sweep sweeps/first_frontier.py --trials 40")
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials that the study shall have, those already there included.")
+    ] = 20,
+    runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal; runs/NAME when absent.")] = None,
+    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; a journal file when absent.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
+    checkpoint_every: CheckpointEvery = None,
+    wandb: Wandb = None,
+    as_json: Json = False,
+) -> None:
+    """Search with Optuna, or go on with a search: nothing that is finished is trained again."""
+    from explore.study import load_sweep, run_sweep
+
+    loaded = load_sweep(file)
+    folder = runs or Path("runs") / loaded.name
+    summary = run_sweep(
+        loaded,
+        trials,
+        folder,
+        seed=seed,
+        storage=storage,
+        checkpoint_every=checkpoint_every,
+        wandb=wandb,
+        console=err,
+    )
+    numbers = {"complete": summary.complete, "failed": summary.failed, "rejected": summary.rejected}
+    if as_json:
+        print(json.dumps({"runs": str(folder), **numbers}))
+    else:
+        out.print(f"{folder}: " + ", ".join(f"{count} {name}" for name, count in numbers.items()), highlight=False)
+
+
+@app.command(epilog="Example: explore table runs/ --out runs.csv")
+def table(
+    roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
+    output: Annotated[Path | None, typer.Option("--out", help="Write the whole table, .csv or .parquet.")] = None,
+    sort: Annotated[str, typer.Option(help="Column to sort by.")] = "val_bpb",
+    unfinished: Annotated[bool, typer.Option(help="Runs that have not ended, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One row a run, the Pareto front marked."""
+    from explore.frontier import pareto_front
+    from explore.runs import COLUMNS, load_runs, save_table
+
+    if sort not in COLUMNS:
+        raise ValueError(f"--sort: {sort!r} is not a column; allowed are {', '.join(COLUMNS)}")
+    runs = load_runs(*roots, unfinished=unfinished).sort_values(sort, ignore_index=True)
+    if output is not None:
+        save_table(runs, output)
+    if as_json:
+        print(runs.to_json(orient="records", indent=2))
+        return
+    view = Table(box=None, padding=(0, 1, 0, 0), caption="● on the front of val bpb against training FLOPs")
+    view.caption_justify = "left"
+    for name in ("", "family", "pattern"):
+        view.add_column(name, no_wrap=name == "pattern")
+    for name in ("d_model", "params", "active", "FLOPs", "val bpb", "test bpb"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for (_, run), front in zip(runs.iterrows(), pareto_front(runs), strict=True):
+        numbers = [count(run[name]) for name in ("params_total", "params_active", "flops_run")]
+        bits = [number(run[name], ".3f") for name in ("val_bpb", "test_bpb")]
+        if run["status"] != "finished":
+            bits = [str(run["status"]), ""]
+        names = [str(run[name]) for name in ("family", "pattern", "d_model")]
+        view.add_row("●" if front else "", *names, *numbers, *bits)
+    out.print(view)
+    if output is not None:
+        out.print(f"wrote {output}", highlight=False)
+
+
+@app.command(epilog="Example: explore plot runs/ --out frontier.png --x flops_run --y val_bpb")
+def plot(
+    roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Picture, written as PNG and SVG; frontier.png in the first folder when absent."),
+    ] = None,
+    x: Annotated[str, typer.Option(help="Column of the cost, on a logarithmic axis.")] = "flops_run",
+    y: Annotated[str, typer.Option(help="Column of the error.")] = "val_bpb",
+) -> None:
+    """Draw the accuracy-per-FLOP frontier, families by colour."""
+    from explore.figures import plot_frontier, save_figure
+    from explore.runs import COLUMNS, load_runs
+
+    numeric = [name for name, dtype in COLUMNS.items() if dtype in ("float64", "Int64")]
+    for option, column in (("--x", x), ("--y", y)):
+        if column not in numeric:
+            raise ValueError(
+                f"{option}: {column!r} is not a number in the table of runs; allowed are {', '.join(numeric)}"
+            )
+    runs = load_runs(*roots)
+    for path in save_figure(plot_frontier(runs, x, y), output or roots[0] / "frontier.png"):
+        out.print(f"wrote {path}", highlight=False)
+
+
+@app.command("eval", epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    pairs: Annotated[list[Path], typer.Option(help="BLiMP or Zorro file of minimal pairs; repeatable.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of each paradigm.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Minimal-pair accuracy of a trained run."""
+    from explore.data import TextData, load_tokenizer
+    from explore.evals import minimal_pair_accuracy, read_minimal_pairs
+    from explore.experiment import Experiment
+    from explore.runs import RunFolder
+    from explore.train import load_model
+
+    experiment = Experiment.load(run / "experiment.json")
+    if not isinstance(experiment.data, TextData):
+        raise ValueError(f"{run}: was trained on {experiment.data.kind}, and minimal pairs need text")
+    read = {path: read_minimal_pairs(path, limit) for path in pairs}
+    model, tokenizer = load_model(RunFolder(run)), load_tokenizer(experiment.data.tokenizer)
+    results = {str(path): minimal_pair_accuracy(model, tokenizer, some) for path, some in read.items()}
+    if as_json:
+        print(json.dumps(results, indent=2))
+        return
+    for path, accuracy in results.items():
+        view = Table("paradigm", "accuracy", title=path, title_justify="left")
+        for uid, share in sorted(accuracy.items()):
+            view.add_row(uid, f"{share:.3f}")
+        view.add_section()
+        view.add_row("mean of paradigms", f"{sum(accuracy.values()) / len(accuracy):.3f}")
+        out.print(view)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if result.get("status") != "finished":
+        return f"{result.get('status', 'unfinished')}: {result.get('reason')}"
+    parts = [
+        f"{name} {result[name]:.4f}"
+        for name in ("val_bpb", "test_bpb", "val_loss", "recall")
+        if result.get(name) is not None
+    ]
+    return f"finished: {', '.join(parts)}, {number(result.get('tokens_per_s'), ',.0f')} tokens/s"
