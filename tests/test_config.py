@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from explore.blocks import BLOCKS, Mamba2Config
+from explore.blocks import BLOCKS, AttentionConfig, Mamba2Config
 from explore.config import FrozenMapping, explain
 from explore.model import ModelConfig
 
@@ -59,6 +59,13 @@ def test_an_error_names_the_path_and_the_value(change: dict[str, Any], says: str
     line = explain(refusal.value, "model")
     assert line.startswith(says)
     assert "\n" not in line
+
+
+def test_a_width_that_no_heads_divide_is_allowed_where_the_heads_are_given() -> None:
+    sizes = {"n_heads": 2, "n_kv_heads": 1, "d_head": 5}
+    assert model_of(d_model=7, pattern="*", blocks={"*": sizes}).blocks["*"] == AttentionConfig.model_validate(sizes)
+    with pytest.raises(ValidationError, match="d_model: 7 is not divisible into heads"):
+        model_of(d_model=7, pattern="*", blocks={"*": {"n_heads": 2}})
 
 
 def test_sizes_that_are_not_given_follow_d_model() -> None:

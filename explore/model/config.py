@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class ModelConfig(Config):
                     width = _WIDTH.validate_python(d_model)  # as the field reads it: "256" and 256.0 are 256
                 except ValidationError:
                     return data  # the field's own error says why
-                block = {**STANDARD_LETTERS[letter].default(width).model_dump(), **block}
+                block = {**_sizes(STANDARD_LETTERS[letter], width, block.keys()), **block}
             chosen[letter] = block
         return {**data, "pattern": pattern, "blocks": chosen, "mtp": mtp}
 
@@ -166,6 +166,16 @@ class ModelConfig(Config):
             for i in range(mtp.n_depths)
             for part in depth
         )
+
+
+def _sizes(config: type[BlockConfig], d_model: int, given: Collection[str]) -> dict[str, Any]:
+    """Sizes of a block that follow from `d_model`; none where no heads divide it and all that is required is given."""
+    try:
+        return config.default(d_model).model_dump()
+    except ValueError:
+        if all(name in given for name, field in config.model_fields.items() if field.is_required()):
+            return {"kind": config.model_fields["kind"].default}
+        raise
 
 
 @lru_cache(maxsize=4096)

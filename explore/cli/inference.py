@@ -1,0 +1,172 @@
+"""The command that bounds inference."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from explore.cli.accounting import DModel, Dtype, Target, VocabSize, load_model
+from explore.cli.app import Json, SetOptions, app, count, out, size
+
+if TYPE_CHECKING:
+    from explore.roofline import Deployment
+
+
+@app.command(epilog="Example: explore roofline nemotron-3-nano --hardware H200 --context 65536 --weight-dtype float8")
+def roofline(
+    target: Target = None,
+    hardware: Annotated[str, typer.Option(help="A10G, A100, H100, H200, B200, GB200, or here: measured.")] = "H100",
+    context: Annotated[int, typer.Option(min=1, help="Tokens that a sequence has.")] = 65_536,
+    batch_sizes: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,4,16,64,256",
+    weight_dtype: Annotated[Dtype, typer.Option(help="Of weights, and of products where the device has them.")] = (
+        "bfloat16"
+    ),
+    kv_dtype: Annotated[Dtype, typer.Option(help="Of keys and values.")] = "bfloat16",
+    state_dtype: Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")] = "float32",
+    activation_dtype: Annotated[Dtype, typer.Option(help="Of what experts are sent.")] = "bfloat16",
+    compute_dtype: Annotated[Dtype | None, typer.Option(help="Of products; that of the weights when absent.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every matrix.")] = 1,
+    expert_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")] = 1,
+    d_model: DModel = 256,
+    vocab_size: VocabSize = 2048,
+    set_: SetOptions = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Facts and speed-ups in print beside those computed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Prefill time, decode latency against batch, largest batch and throughput, at the least time that they can take.
+
+    A bound, not a forecast: every component takes the longer of its FLOPs at the peak rate and its bytes at the peak
+    bandwidth. Left out are kernels below the peak, launches, norms, activations and their traffic, sampling,
+    scheduling, communication between tensor-parallel devices, and imbalance between experts.
+    """
+    if published:
+        _published(as_json)
+        return
+    if target is None:
+        raise ValueError("TARGET: a pattern, preset or path is required, or --published")
+    from explore.cost import Dtypes
+    from explore.roofline import Deployment, decode_table
+    from explore.roofline import hardware as device_named
+
+    model, device = load_model(target, d_model, vocab_size, set_ or []), device_named(hardware)
+    dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
+    deployed = Deployment(model, device, dtypes, compute_dtype, tensor_parallel, expert_parallel)
+    largest = deployed.largest_batch(context)
+    sizes = sorted({*_integers("--batch-sizes", batch_sizes), largest})
+    table = decode_table(
+        {target: model},
+        hardware,
+        context,
+        sizes,
+        dtypes=dtypes,
+        compute_dtype=compute_dtype,
+        tensor_parallel=tensor_parallel,
+        expert_parallel=expert_parallel,
+    )
+    prefill = deployed.prefill_s(context)
+    if as_json:
+        record = {
+            "model": target,
+            "hardware": device.name,
+            "source": device.source,
+            "context": context,
+            "prefill_s": prefill,
+            "largest_batch": largest,
+            "weight_bytes": deployed.weight_bytes,
+            "state_bytes": deployed.state_bytes(context),
+            "memory_bytes": deployed.memory_bytes,
+            "decode": table.to_dict("records"),
+        }
+        print(json.dumps(record, indent=2))
+        return
+    devices = f"{deployed.n_devices} {device.name}" if deployed.n_devices > 1 else device.name
+    out.print(
+        f"{target} on {devices}: {count(deployed.flops_per_s)} FLOP/s, {count(deployed.bandwidth)} B/s, "
+        f"ridge {deployed.flops_per_s / deployed.bandwidth:.0f} FLOP/B\n[dim]{device.source}[/dim]\n"
+        f"memory: {size(deployed.weight_bytes)} of weights, {size(deployed.state_bytes(context))} of state for "
+        f"{context:,} tokens, of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
+        f"prefill of {context:,} tokens: {_seconds(prefill)}",
+        highlight=False,
+    )
+    view = Table(title=f"decoding at {context:,} tokens", title_justify="left", box=None, header_style="dim")
+    for name in ("batch", "step", "tokens/s a device", "tokens/s a user", ""):
+        view.add_column(name, justify="right")
+    for row in table.itertuples():
+        note = "largest that fits" if row.batch_size == largest else "" if row.fits else "does not fit"
+        step = float(row.step_s)  # type: ignore[arg-type]
+        view.add_row(
+            f"{row.batch_size:,}", _seconds(step), f"{row.tokens_per_s:,.0f}", f"{1 / step:,.0f}", f"[dim]{note}[/dim]"
+        )
+    out.print(view)
+    if expert_parallel > 1:
+        _communication(deployed, largest)
+
+
+def _communication(deployed: Deployment, batch_size: int) -> None:
+    seconds = deployed.all_to_all_s(batch_size)
+    out.print(
+        f"all-to-all of {deployed.expert_parallel} devices at {batch_size:,} sequences each: {_seconds(seconds)} "
+        f"a step over {count(deployed.device.link)} B/s",
+        highlight=False,
+    )
+
+
+def _published(as_json: bool) -> None:
+    from explore.roofline import facts, speedup_table
+
+    known, speedups = facts(), speedup_table()
+    if as_json:
+        print(json.dumps({"facts": known, "speedups": speedups}, indent=2))
+        return
+    view = Table(title="Closed-form facts", title_justify="left", box=None, header_style="dim")
+    view.add_column("fact")
+    for name in ("published", "computed"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for fact in known:
+        view.add_row(fact["fact"], f"{fact['published']:g}", f"{fact['computed']:.2f} {fact['unit']}".rstrip())
+    out.print(view)
+    view = Table(title="\nThroughput over a baseline", title_justify="left", box=None, header_style="dim")
+    for name in ("model", "baseline", "setting"):
+        view.add_column(name, no_wrap=True)
+    for name in ("published", "predicted"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for row in speedups:
+        setting = f"{row['device']}, {row['n_in'] // 1024}k/{row['n_out'] // 1024}k"
+        numbers = [f"{row[name]:.1f}" for name in ("published", "predicted")]
+        view.add_row(row["model"], row["baseline"], setting, *numbers)
+    out.print(view)
+    out.print(
+        "The setting is devices and tokens in / out. Both run the largest batch that fits, or the printed one.\n"
+        "A roofline takes both at the peak of their hardware: its ratio is of the work, not of two servers.\n"
+        "Why they differ:",
+        highlight=False,
+    )
+    for row in speedups:
+        reason = (
+            f"{row['model']} / {row['baseline']}: batches {row['batch_size']:,} and {row['baseline_batch_size']:,}; "
+            f"{row['predicted_at_its_batch']:.1f} were ours no larger; {row['why']}"
+        )
+        out.print(textwrap.fill(reason, 110, initial_indent="  ", subsequent_indent="    "), highlight=False)
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value * 1e6:.2g} µs"
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: {text!r} must be positive integers with commas between them") from None
+    if min(values) < 1:
+        raise ValueError(f"{option}: {min(values)} is not allowed; at least 1 is")
+    return values
