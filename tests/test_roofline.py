@@ -122,8 +122,8 @@ def test_a_batch_reads_more_experts_until_it_reads_all() -> None:
 
 def test_a_request_is_its_prefill_and_its_steps() -> None:
     deployed = Deployment(DENSE, TOY)
-    steps = sum(deployed.decode_s(100 + i, 4) for i in range(1, 641))
-    assert deployed.request_s(100, 640, 4) == pytest.approx(deployed.prefill_s(100, 4) + steps, rel=1e-3)
+    steps = sum(deployed.decode_s(100 + i, 4) for i in range(1, 6401))
+    assert deployed.request_s(100, 6400, 4) == pytest.approx(deployed.prefill_s(100, 4) + steps, rel=1e-3)
 
 
 def test_published_speed_ups_are_predicted_in_direction_and_each_says_why_it_differs() -> None:
