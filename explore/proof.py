@@ -247,15 +247,14 @@ def random_block(rng: random.Random, letter: str) -> BlockConfig:
     raise ValueError(f"letter: {letter!r} has no random sizes; allowed are {', '.join(STANDARD_LETTERS)}")
 
 
-def prove(n_cases: int, seed: int = 0) -> Iterator[Case]:
-    """Checks random models, one after another; a case's model depends on the seed and its number alone."""
-    for case in range(n_cases):
-        rng = random.Random(f"{seed}/{case}")
-        torch.manual_seed(case)
-        yield from check(random_model(rng), rng.randint(2, 40))
+def random_case(seed: int, number: int) -> tuple[ModelConfig, int]:
+    """A random model and a length to run it at; they depend on the seed and the number alone."""
+    rng = random.Random(f"{seed}/{number}")
+    torch.manual_seed(number)
+    return random_model(rng), rng.randint(2, 40)
 
 
-def tally(cases: Iterator[Case]) -> Mapping[Phase, tuple[int, int]]:
+def tally(cases: Iterable[Case]) -> dict[Phase, tuple[int, int]]:
     """Cases of each phase, and how many of them agree."""
     result: dict[Phase, tuple[int, int]] = dict.fromkeys(get_args(Phase), (0, 0))
     for case in cases:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.accounting import DModel, Dtype, Target, VocabSize, load_model
 from explore.cli.app import Json, SetOptions, app, count, out, size
+from explore.cli.models import DModel, Dtype, Target, VocabSize, load_model
 
 if TYPE_CHECKING:
     from explore.roofline import Deployment
