@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from explore import ModelConfig
 from explore.cli import app, main
 from explore.experiment import Experiment
+from explore.presets import PRESETS, preset
+from explore.roofline import Deployment, hardware
 from explore.train import fit
 
 EXPERIMENT = {
@@ -74,6 +77,66 @@ def test_cost_reads_models_and_experiments(
     assert printed[0] == printed[1]
 
 
+def test_cost_counts_presets_by_other_conventions_and_as_csv(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "nemotron-3-super"
+    totals = json.loads(run(capsys, monkeypatch, "cost", name, "--json")[1])
+    assert totals["params_total"] == preset(name).cost(4096).params_total
+    other = json.loads(run(capsys, monkeypatch, "cost", name, "--convention", "6nd", "--json")[1])
+    assert other["flops_train"] == 3 * other["flops_fwd"] == 6 * totals["params_active_no_embeddings"]
+    rows = list(csv.DictReader(run(capsys, monkeypatch, "cost", name, "--csv")[1].splitlines()))
+    assert sum(int(row["params"]) for row in rows) == totals["params_total"] + totals["params_mtp"]
+    lines = json.loads(run(capsys, monkeypatch, "cost", name, "--diff", "exact,6nd", "--json")[1])["lines"]
+    assert {line["component"] for line in lines} >= {"attention", "ssd", "head"}
+    assert "M       in_proj" in run(capsys, monkeypatch, "cost", "nemotron-3-nano", "--diff", "exact,megatron")[1]
+
+
+def test_cost_lists_presets_and_what_was_printed_of_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = json.loads(run(capsys, monkeypatch, "cost", "--list", "--json")[1])
+    assert list(listed) == list(PRESETS)
+    assert "nemotron-h-8b" in run(capsys, monkeypatch, "cost", "--list")[1]
+    code, out, _ = run(capsys, monkeypatch, "cost", "--published")
+    n = sum(len(entry.published) for entry in PRESETS.values())
+    assert (code, f"{n} of {n} computed counts" in out) == (0, True)
+
+
+def test_roofline_prints_what_it_computes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("roofline", "nemotron-nano-2-9b", "--hardware", "a10g", "--context", "24576")
+    printed = json.loads(run(capsys, monkeypatch, *args, "--json")[1])
+    device = hardware("A10G")
+    assert printed["largest_batch"] == Deployment(preset("nemotron-nano-2-9b"), device).largest_batch(24_576)
+    assert "largest that fits" in run(capsys, monkeypatch, *args)[1]
+    assert (
+        "all-to-all of 8 devices"
+        in run(capsys, monkeypatch, "roofline", "nemotron-3-nano", "--expert-parallel", "8", "--context", "1024")[1]
+    )
+    assert "1418" in run(capsys, monkeypatch, "roofline", "--published")[1]
+
+
+def test_solve_meets_the_budgets_of_another_model_and_says_what_is_in_the_way(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ("solve", "latentmoe-hybrid-73b-acc", "--like", "latentmoe-hybrid-73b-base", "--free", "top_k=16:24")
+    code, out, _ = run(capsys, monkeypatch, *args, "--json")
+    solved = json.loads(out)
+    assert (code, solved["feasible"], solved["values"]) == (0, True, {"blocks.E.top_k": 22})
+    assert all(abs(line["residual"]) < 0.01 for line in solved["residuals"])
+    code, out, _ = run(capsys, monkeypatch, "solve", "-", "--target", "params_total=1k", "--free", "d_ff=16:64")
+    assert code == 1
+    assert "in the way: d_ff >= 16" in " ".join(out.split())
+
+
+def test_prove_counts_random_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "prove", "--cases", "3", "--patterns", "10", "--json")
+    printed = json.loads(out)
+    assert code == 0
+    assert printed["phases"]["decode"] == {"cases": 3, "agree": 3}
+    assert printed["ledger_s"] > 0
+
+
 @pytest.mark.parametrize("by", ["letter", "layer", "component"])
 def test_cost_tables_show_every_group(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, by: str
@@ -93,6 +156,23 @@ def test_cost_tables_show_every_group(
         (["cost", "M", "--set", "blocks.M.d_stat=3"], "blocks.M.d_stat: unknown field"),
         (["cost", "M", "--set", "blocks"], "path.to.field=value"),
         (["cost", "nothing.json"], "nothing.json: cannot be read"),
+        (["cost", "nemotron-3-nan"], "preset: 'nemotron-3-nan' is unknown; the nearest are nemotron-3-nano"),
+        (["cost"], "TARGET: a pattern, preset or path is required"),
+        (["cost", "M", "--seq-len", "0"], "Invalid value for '--seq-len'"),
+        (["cost", "M", "--kv-dtype", "int3"], "'int3' is not one of 'float32'"),
+        (["cost", "M", "--diff", "exact"], "--diff: 'exact' is not of the form ONE,OTHER"),
+        (["cost", "M", "--diff", "exact,flame"], "convention: 'flame' is unknown; allowed are exact, megatron"),
+        (["roofline", "M", "--hardware", "H10"], "hardware: 'H10' is unknown; the nearest are H100"),
+        (["roofline", "M", "--batch-sizes", "1,x"], "--batch-sizes: '1,x' must be positive integers"),
+        (["roofline", "llama-3.1-70b"], "GiB too little"),
+        (["solve", "M", "--target", "params=1M", "--free", "d_model"], "targets: 'params' is unknown; did you mean"),
+        (
+            ["solve", "M", "--target", "params_total", "--free", "d_model"],
+            "--target: 'params_total' is not of the form",
+        ),
+        (["solve", "M", "--target", "params_total=1M", "--free", "d_modl"], "free: 'd_modl' is no field"),
+        (["solve", "M"], "--target, --like: one of them is required"),
+        (["cots"], "No such command 'cots'"),
         (["data", "no-such-corpus"], "no-such-corpus"),
         (["table", "no-such-folder"], "no-such-folder"),
         (["plot", "no-such-folder", "--x", "family"], "--x: 'family' is not a number"),
@@ -154,6 +234,9 @@ def test_every_command_shows_an_example() -> None:
         "table",
         "plot",
         "data",
+        "roofline",
+        "solve",
+        "prove",
     }
     for command in app.registered_commands:
         assert "Example: explore" in (command.epilog or "")

@@ -34,8 +34,8 @@ def prove(
 
     torch.set_num_threads(1)  # the models are tiny
     found: list[Case] = []
-    for case in track(range(cases), "counting", console=err, transient=True, disable=not err.is_terminal):
-        found += check(*random_case(seed, case))
+    for number in track(range(cases), "counting", console=err, transient=True, disable=not err.is_terminal):
+        found += check(*random_case(seed, number))
     result = tally(found)
     seconds = _time_ledger(patterns, seed) if patterns else None
     wrong = [case for case in found if case.expected != case.found]

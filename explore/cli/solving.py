@@ -1,0 +1,105 @@
+"""The command that solves for sizes."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, SetOptions, app, count, out
+from explore.cli.models import DModel, Target, VocabSize, load_model, model_content
+
+
+@app.command(
+    epilog='Example: explore solve "MEM*E" --set blocks.E.d_latent=64 --target params_active=5M --target '
+    "params_total=30M --free d_expert=64:1024 --free n_experts=8:256"
+)
+def solve(
+    target: Target = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target",
+            metavar="BUDGET=VALUE",
+            help="flops_train (per token), params_active, params_active_no_embeddings, params_total, state_bytes or "
+            "kv_bytes (of a sequence), as 5e6 or 5M; repeatable.",
+        ),
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="A model whose active and total parameters are the targets.")] = None,
+    free: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD[=LOW:HIGH[:STEP]]",
+            help="d_model, d_ff, d_expert, n_experts, top_k, d_latent or another size, in one block (E.d_expert) or in "
+            "all that have it; repeatable.",
+        ),
+    ] = None,
+    d_model: DModel = 256,
+    vocab_size: VocabSize = 2048,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, and of the context.")] = 4096,
+    tolerance: Annotated[float, typer.Option(help="How far a target may be missed, as a ratio less 1.")] = 0.01,
+    set_: SetOptions = None,
+    as_json: Json = False,
+) -> None:
+    """Find sizes under which a model meets its budgets, and print the residual of every budget.
+
+    Sizes are multiples of a step: of 64 for d_model, 16 for other widths, 8 for n_experts. Targets that cannot be met
+    give the nearest point, the bound that is in the way, and exit code 1.
+    """
+    from explore.solve import match
+    from explore.solve import solve as solve_for
+
+    if target is None:
+        raise ValueError("TARGET: a pattern, preset or path is required")
+    if bool(like) == bool(targets):
+        raise ValueError("--target, --like: one of them is required")
+    content = model_content(target, d_model, vocab_size, set_ or [])
+    if like is not None:
+        reference = load_model(like, d_model, vocab_size)
+        solution = match(reference, content, free or [], seq_len=seq_len, tolerance=tolerance)
+    else:
+        wanted = dict(_target(text) for text in targets or [])
+        solution = solve_for(content, wanted, free or [], seq_len=seq_len, tolerance=tolerance)
+    if as_json:
+        record = {
+            "feasible": solution.feasible,
+            "why": solution.why,
+            "values": dict(solution.values),
+            "residuals": [line._asdict() for line in solution.residuals],
+            "model": solution.model.model_dump(mode="json"),
+        }
+        print(json.dumps(record, indent=2))
+    else:
+        out.print("  ".join(f"{field}={value}" for field, value in solution.values.items()), highlight=False)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        table.add_column("budget")
+        for name in ("value", "target", "residual"):
+            table.add_column(name, justify="right")
+        table.add_column("")
+        for line in solution.residuals:
+            wanted_value = "" if line.target is None else count(line.target)
+            residual = "" if line.residual is None else f"{line.residual:+.2%}"
+            verdict = "" if line.ok is None else "✓" if line.ok else "✗"
+            note = f"{verdict} [dim]not solved for[/dim]" if line.target is not None and not line.solved else verdict
+            table.add_row(line.name, count(line.value), wanted_value, residual, note)
+        out.print(table)
+        if solution.why:
+            out.print(f"infeasible: {solution.why}", highlight=False)
+    if not solution.feasible:
+        raise typer.Exit(1)
+
+
+def _target(text: str) -> tuple[str, float]:
+    """Reads `params_total=30M`."""
+    name, equals, value = text.partition("=")
+    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(value[-1:], 1.0)
+    try:
+        number = float(value[:-1] if scale != 1 else value) * scale
+    except ValueError:
+        equals = ""
+        number = 0.0
+    if not equals:
+        raise ValueError(f"--target: {text!r} is not of the form BUDGET=VALUE, such as params_total=30M")
+    return name, number

@@ -1,0 +1,77 @@
+"""Budget solver: sizes under which a pattern meets targets of FLOPs, parameters and state.
+
+Two variants can be compared where they have the same budgets: a standard MoE and its latent form, for example,
+at equal active and total parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from explore.model import ModelConfig
+from explore.solve.budgets import BUDGETS, RANGES, Free, Residual, Solution, checked, known, residual
+from explore.solve.search import Search, path
+from explore.solve.why import why
+
+__all__ = ["BUDGETS", "RANGES", "Free", "Residual", "Solution", "match", "solve"]
+
+
+def solve(
+    content: Mapping[str, Any] | ModelConfig,
+    targets: Mapping[str, float],
+    free: Iterable[Free | str],
+    *,
+    seq_len: int = 4096,
+    tolerance: float = 0.01,
+    compare: Mapping[str, float] | None = None,
+) -> Solution:
+    """Finds values of the free dimensions that bring a model to its targets.
+
+    Candidates that `ModelConfig` refuses are left out, and so are latents wider than the model.
+
+    Args:
+        content: fields of the model. Sizes of its blocks that are not given follow `d_model`; a `ModelConfig` has
+            all of them, so they stay.
+        free: dimensions, or texts that `Free.parse` reads.
+        compare: budgets whose residual is wanted although they are not solved for.
+
+    Raises:
+        ValueError: an unknown budget or field, a target that is not positive, or no candidate that is a model.
+    """
+    targets, compare = checked(targets), checked(compare or {})
+    dimensions = tuple(Free.parse(each) if isinstance(each, str) else each for each in free)
+    if not (targets and dimensions):
+        raise ValueError(f"{'free' if targets else 'targets'}: at least one is required")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance: {tolerance} is not allowed; above 0 is")
+    if isinstance(content, ModelConfig):
+        content = {name: getattr(content, name) for name in type(content).model_fields}
+    search = Search(content, dimensions, targets, seq_len)
+    point = search.best()
+    cost = (model := search.model(point)).cost(seq_len)
+    residuals = tuple(
+        residual(name, value(cost), {**compare, **targets}.get(name), name in targets, tolerance)
+        for name, value in BUDGETS.items()
+    )
+    values = {path(place): n for n, places in zip(point, search.places, strict=True) for place in places}
+    solution = Solution(model, values, residuals, seq_len, tolerance)
+    return solution if solution.feasible else replace(solution, why=why(search, point, tolerance))
+
+
+def match(
+    reference: ModelConfig,
+    content: Mapping[str, Any] | ModelConfig,
+    free: Iterable[Free | str],
+    budgets: Sequence[str] = ("params_active", "params_total"),
+    *,
+    seq_len: int = 4096,
+    tolerance: float = 0.01,
+) -> Solution:
+    """Solves for the budgets of another model, and compares all the others with it."""
+    cost = reference.cost(seq_len)
+    everything = {name: value(cost) for name, value in BUDGETS.items()}
+    targets = {name: everything[name] for name in map(known, budgets)}
+    compare = {name: value for name, value in everything.items() if value > 0}
+    return solve(content, targets, free, seq_len=seq_len, tolerance=tolerance, compare=compare)
