@@ -124,7 +124,9 @@ def test_solve_meets_the_budgets_of_another_model_and_says_what_is_in_the_way(
     solved = json.loads(out)
     assert (code, solved["feasible"], solved["values"]) == (0, True, {"blocks.E.top_k": 22})
     assert all(abs(line["residual"]) < 0.01 for line in solved["residuals"])
-    code, out, _ = run(capsys, monkeypatch, "solve", "-", "--target", "params_total=1k", "--free", "d_ff=16:64")
+    code, out, _ = run(
+        capsys, monkeypatch, "solve", "-", "--target", "params_active_no_embeddings=3k", "--free", "d_ff=16:64"
+    )
     assert code == 1
     assert "in the way: d_ff >= 16" in " ".join(out.split())
 
