@@ -1,0 +1,66 @@
+"""Figures, each in three pieces: a table of exactly what is drawn, its drawing on axes, and a thin `plot_`."""
+
+from explore.figures.base import (
+    COLUMN_HEIGHT,
+    COLUMN_WIDTH,
+    FAMILIES,
+    MARKERS,
+    README_HEIGHT,
+    README_WIDTH,
+    FamilyStyle,
+    RunFigure,
+    family_styles,
+    save_figure,
+)
+from explore.figures.conventions import conventions_table, draw_conventions, plot_conventions
+from explore.figures.cost import GROUPS, QUANTITIES, draw_receipts, plot_receipts, receipts_table
+from explore.figures.curves import curves_table, draw_curves, plot_curves
+from explore.figures.decoding import (
+    draw_latency,
+    draw_state,
+    draw_throughput,
+    latency_table,
+    plot_latency,
+    plot_state,
+    plot_throughput,
+    state_table,
+)
+from explore.figures.frontier import MORE_IS_BETTER, draw_frontier, frontier_table, plot_frontier
+from explore.figures.runs import LABELS
+
+__all__ = [
+    "COLUMN_HEIGHT",
+    "COLUMN_WIDTH",
+    "FAMILIES",
+    "GROUPS",
+    "LABELS",
+    "MARKERS",
+    "MORE_IS_BETTER",
+    "QUANTITIES",
+    "README_HEIGHT",
+    "README_WIDTH",
+    "FamilyStyle",
+    "RunFigure",
+    "conventions_table",
+    "curves_table",
+    "draw_conventions",
+    "draw_curves",
+    "draw_frontier",
+    "draw_latency",
+    "draw_receipts",
+    "draw_state",
+    "draw_throughput",
+    "family_styles",
+    "frontier_table",
+    "latency_table",
+    "plot_conventions",
+    "plot_curves",
+    "plot_frontier",
+    "plot_latency",
+    "plot_receipts",
+    "plot_state",
+    "plot_throughput",
+    "receipts_table",
+    "save_figure",
+    "state_table",
+]

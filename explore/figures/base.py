@@ -1,0 +1,108 @@
+"""What every figure shares: its sizes, the class of figure, the colours of families, and how it is saved."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from explore.files import replacing
+
+COLUMN_WIDTH, COLUMN_HEIGHT = 3.35, 2.6
+"""Inches of a figure in one column of a paper."""
+
+README_WIDTH, README_HEIGHT = 6.5, 4.0
+"""Inches of a figure on a page of its own width."""
+
+FAMILIES = ("attention + MLP", "Mamba hybrid", "hybrid MoE", "hybrid LatentMoE", "pure Mamba", "recall")
+"""Families with a colour and a marker of their own, the same in every figure; others get the next."""
+
+MARKERS = ("s", "o", "^", "D", "v", "P", "X", "<", ">", "p", "h")
+EVEN = {"^": 1.2, "v": 1.2, "<": 1.2, ">": 1.2, "D": 0.9}  # of a marker's size, so that all look equally large
+COLOR_ORDER = (0, 1, 2, 4, 9, 5, 3, 7, 6, 8)  # of seaborn's palette: what is hard to tell apart comes far apart
+
+Color = tuple[float, float, float]
+"""Red, green and blue, from 0 to 1."""
+
+
+class RunFigure(Figure):
+    """A figure that knows its title and the runs it shows, for the metadata of its files, and that Jupyter displays.
+
+    Attributes:
+        runs: names of what is shown, each once.
+        noun: what they are names of.
+    """
+
+    def __init__(self, width: float, height: float, title: str, runs: Iterable[str], noun: str = "runs") -> None:
+        super().__init__(figsize=(width, height), layout="constrained")
+        self.title, self.runs, self.noun = title, tuple(dict.fromkeys(map(str, runs))), noun
+        FigureCanvasAgg(self)
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png", dpi=144)
+        return content.getvalue()
+
+
+@dataclass(frozen=True)
+class FamilyStyle:
+    """How the points of a family are drawn: an RGB colour, a lighter one for runs off the front, and a marker."""
+
+    color: Color
+    light: Color
+    marker: str
+
+
+def text_pt(width: float) -> float:
+    """Points of the text of a figure that is `width` inches wide: smaller in a column than on a page."""
+    return 7.0 if width < 4.5 else 8.5
+
+
+def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
+    """The style of each family, in the order of a legend; those not in `FAMILIES` follow in alphabetical order."""
+    present = set(families)
+    palette = sns.color_palette("colorblind")
+    styles = {}
+    for i, family in enumerate([*FAMILIES, *sorted(present.difference(FAMILIES))]):
+        red, green, blue = palette[COLOR_ORDER[i % len(COLOR_ORDER)]]
+        light = (0.3 * red + 0.7, 0.3 * green + 0.7, 0.3 * blue + 0.7)
+        styles[family] = FamilyStyle((red, green, blue), light, MARKERS[i % len(MARKERS)])
+    return {family: style for family, style in styles.items() if family in present}
+
+
+def save_figure(figure: Figure, path: str | Path) -> tuple[Path, Path]:
+    """Writes a figure as PNG (300 dots per inch) and SVG beside each other, the same bytes for the same figure.
+
+    The title, the number of runs or models and their names, and the software stand in the metadata of both files.
+
+    Args:
+        path: of either file, or of both without a suffix.
+
+    Returns:
+        The paths of the PNG and the SVG.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in ("", ".png", ".svg"):
+        raise ValueError(f"figure: cannot write {str(path)!r}; the suffix must be .png or .svg, and both are written")
+    title, noun = path.stem, "runs"
+    runs: tuple[str, ...] = ()
+    if isinstance(figure, RunFigure):
+        title, runs, noun = figure.title, figure.runs, figure.noun
+    described = {"Title": title, "Description": f"{len(runs)} {noun}" + (f": {', '.join(runs)}" if runs else "")}
+    software = f"hybrid-frontier, Matplotlib {matplotlib.__version__}"
+    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
+    with matplotlib.rc_context({"svg.hashsalt": "hybrid-frontier"}):
+        with replacing(png) as temporary:
+            figure.savefig(temporary, format="png", dpi=300, metadata={**described, "Software": software})
+        with replacing(svg) as temporary:
+            figure.savefig(temporary, format="svg", metadata={**described, "Creator": software, "Date": None})
+    return png, svg

@@ -1,0 +1,209 @@
+"""Receipts of models as stacked bars: what each group of components holds, computes and moves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from explore.cost import DTYPES, MTP_LETTER, Dtypes
+from explore.cost.conventions import SCAN
+from explore.figures.axes import INK, dress, nothing, rows_of_names, tokens
+from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
+from explore.figures.panels import in_a_row, outside_legend, panels
+
+if TYPE_CHECKING:
+    from explore.model import ModelConfig
+
+
+class Quantity(NamedTuple):
+    """A number of a receipt.
+
+    Attributes:
+        column: its name in the records of a ledger.
+        label: on the axis.
+        unit: what is counted; FLOPs and bytes get a prefix, parameters a word.
+        mtp: multi-token prediction has a part of it.
+    """
+
+    column: str
+    label: str
+    unit: str
+    mtp: bool = False
+
+
+QUANTITIES: Mapping[str, Quantity] = {
+    "params_total": Quantity("params", "Parameters", ""),
+    "params_active": Quantity("params_active", "Active parameters", ""),
+    "flops_fwd": Quantity("flops_fwd", "Forward pass", "FLOPs/token", mtp=True),
+    "flops_train": Quantity("flops_train", "Training", "FLOPs/token", mtp=True),
+    "flops_prefill": Quantity("flops_prefill", "Prefill", "FLOPs"),
+    "flops_decode": Quantity("flops_decode", "Decoding", "FLOPs/token"),
+    "weight_bytes": Quantity("weight_bytes", "Weights", "B"),
+    "kv_bytes": Quantity("kv_bytes", "KV cache", "B"),
+    "decode_bytes": Quantity("decode_bytes", "Decoding step moves", "B"),
+}
+"""What a receipt can be of, by the name of the same total in `Cost`."""
+
+_COUNTS = ((1e12, "trillions", "T"), (1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"))
+_SIZES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+
+GROUPS: Mapping[str, Color] = {
+    "embedding, head": (0.71, 0.71, 0.71),
+    "attention projections": (0.00, 0.45, 0.70),
+    "attention scores, KV": (0.53, 0.77, 1.00),
+    "Mamba-2 projections": (0.87, 0.56, 0.02),
+    "Mamba-2 scan, state": (0.85, 0.72, 0.50),
+    "MLP": (0.95, 0.90, 0.25),
+    "experts": (0.04, 0.60, 0.42),
+    "shared experts": (0.69, 0.95, 0.89),
+    "latent projections": (0.94, 0.41, 0.47),
+    "router": (0.67, 0.26, 0.13),
+    "multi-token prediction": (0.36, 0.36, 0.36),
+}
+"""Groups of components in the order in which a bar stacks them, with colours that no colour blindness makes alike."""
+
+
+def group_of(model: ModelConfig, letter: str, component: str) -> str:
+    """The group, of `GROUPS`, of a component of the ledger; a norm belongs to its block."""
+    if letter == MTP_LETTER:
+        return "multi-token prediction"
+    if not letter:
+        return "embedding, head"
+    role = model.blocks[letter].role
+    if role == "attention":
+        return "attention scores, KV" if component == "attention" else "attention projections"
+    if role == "ssm":
+        return "Mamba-2 scan, state" if component in SCAN else "Mamba-2 projections"
+    if role == "mlp":
+        return "MLP"
+    named = {
+        "router": "router",
+        "shared": "shared experts",
+        "latent_down": "latent projections",
+        "latent_up": "latent projections",
+    }
+    return named.get(component, "experts")
+
+
+def receipts_table(
+    models: Mapping[str, ModelConfig],
+    seq_len: int,
+    quantities: Sequence[str] = ("params_active", "flops_fwd", "decode_bytes"),
+    dtypes: Dtypes = DTYPES,
+) -> pd.DataFrame:
+    """What a figure of receipts draws: of every quantity and model, the part of each group.
+
+    Args:
+        models: by the name on the axis.
+        seq_len: tokens of a sequence, and of the context of decoding.
+        quantities: of `QUANTITIES`.
+
+    Returns:
+        Columns quantity, model, group and value, in parameters, FLOPs or bytes. The groups of a model sum to the total
+        of the same name in `Cost`, so that multi-token prediction stands in FLOPs and not in parameters.
+
+    Raises:
+        ValueError: a quantity is unknown.
+    """
+    for quantity in quantities:
+        if quantity not in QUANTITIES:
+            raise ValueError(f"quantities: {quantity!r} is unknown; allowed are {', '.join(QUANTITIES)}")
+    rows = []
+    ledgers = {name: model.ledger(seq_len).fold("component", dtypes) for name, model in models.items()}
+    for quantity in quantities:
+        for name, model in models.items():
+            sums = dict.fromkeys(GROUPS, 0.0)
+            for record in ledgers[name]:
+                if record["letter"] != MTP_LETTER or QUANTITIES[quantity].mtp:
+                    group = group_of(model, record["letter"], record["component"])
+                    sums[group] += record[QUANTITIES[quantity].column]
+            rows += [(quantity, name, group, value) for group, value in sums.items()]
+    return pd.DataFrame(rows, columns=["quantity", "model", "group", "value"]).astype({"value": "float64"})
+
+
+def draw_receipts(table: pd.DataFrame, ax: Axes, quantity: str, *, font_pt: float = 8.0, share: bool = False) -> None:
+    """Draws the receipts of one quantity: a bar a model, stacked by group, with its total in numbers at its end.
+
+    Args:
+        table: from `receipts_table`.
+        font_pt: size of the text in points.
+        share: bars show percent of the model's total instead of the quantity; totals stay in the quantity.
+    """
+    table = table.replace([np.inf, -np.inf], np.nan).dropna()
+    names, about = list(dict.fromkeys(table["model"])), QUANTITIES[quantity]
+    table = table[(table["quantity"] == quantity) & (table["value"] > 0)]
+    totals = table.groupby("model")["value"].sum().reindex(names, fill_value=0.0)
+    scale, unit = _scale(0.0 if table.empty else float(totals.max()), about.unit)
+    dress(ax, f"{about.label} ({'%' if share else unit})", "", font_pt)
+    if table.empty:
+        nothing(ax, "nothing to show", font_pt)
+        return
+    spoken = unit.removesuffix("/token") if about.unit else unit.removesuffix("s")  # 8.03 billion
+    ends = dict.fromkeys(names, 0.0)
+    for group, color in GROUPS.items():
+        rows = table[table["group"] == group]
+        if rows.empty:
+            continue
+        widths = rows["value"].to_numpy() / (totals[rows["model"]].to_numpy() / 100 if share else scale)
+        ax.barh(
+            [names.index(name) for name in rows["model"]], widths, left=[ends[name] for name in rows["model"]],
+            height=0.7, color=color, edgecolor="white", linewidth=0.04 * font_pt, label=group,
+        )  # fmt: skip
+        for name, width in zip(rows["model"], widths, strict=True):
+            ends[name] += float(width)
+    for i, name in enumerate(names):
+        told = f"{totals[name] / scale:#.3g}".rstrip(".") + (f" {spoken}" if share else "")
+        ax.annotate(told, (ends[name], i), (0.3 * font_pt, 0), textcoords="offset points", va="center_baseline",
+                    fontsize=font_pt - 1, color=INK)  # fmt: skip
+    longest = 100.0 if share else max(ends.values())
+    ax.set_xlim(0, longest if share else 1.2 * longest)  # shares leave room for their longer numbers outside
+    ticks = np.asarray(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, longest))
+    ax.set_xticks(ticks[ticks <= longest])
+    rows_of_names(ax, names)
+
+
+def _scale(largest: float, unit: str) -> tuple[float, str]:
+    """What values up to the largest are divided by on an axis, and the unit that they are then in."""
+    if unit == "B":
+        return next(((scale, name) for scale, name in _SIZES if largest >= scale), (1.0, "B"))
+    for scale, word, prefix in _COUNTS:
+        if largest >= scale:
+            return scale, prefix + unit if unit else word
+    return 1.0, unit or "count"
+
+
+def plot_receipts(
+    models: Mapping[str, ModelConfig],
+    seq_len: int,
+    quantities: Sequence[str] = ("params_active", "flops_fwd", "decode_bytes"),
+    dtypes: Dtypes = DTYPES,
+    *,
+    share: bool = False,
+    width: float = README_WIDTH,
+    height: float | None = None,
+    title: str | None = None,
+) -> RunFigure:
+    """The receipts of models as stacked bars, a panel a quantity; the arguments are those of `receipts_table`.
+
+    Args:
+        share: bars show percent of each model's total.
+        width: inches; panels lie side by side on a page and above each other in a column.
+        height: inches; as the number of bars asks for when absent.
+        title: drawn above the panels; there is none unless asked for.
+    """
+    table, font_pt = receipts_table(models, seq_len, quantities, dtypes), text_pt(width)
+    label = f"Receipts at {tokens(seq_len)} tokens"
+    figure, axes = panels(len(quantities), len(models), width, height, title, label, models)
+    for quantity, ax in zip(quantities, axes, strict=True):
+        draw_receipts(table, ax, quantity, font_pt=font_pt, share=share)
+        if in_a_row(ax):  # too narrow for the label in one line
+            ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
+    present = set(table["group"][table["value"] > 0])
+    outside_legend(figure, [Patch(color=c, label=group) for group, c in GROUPS.items() if group in present], font_pt)
+    return figure

@@ -1,0 +1,67 @@
+"""Learning curves of runs."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from explore.figures.axes import legend
+from explore.figures.base import README_HEIGHT, README_WIDTH, RunFigure, family_styles
+from explore.figures.runs import dress_runs, finished, one_axes
+
+
+def curves_table(metrics: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> pd.DataFrame:
+    """What a figure of learning curves draws: the rows with both values, by run and rising `x`.
+
+    Args:
+        metrics: a table as `load_metrics` gives it.
+
+    Returns:
+        Columns run, family, pattern, `x` and `y`.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    return finished(metrics, x, y).sort_values(["run", x], ignore_index=True, kind="stable")
+
+
+def draw_curves(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
+    """Draws a table of learning curves: one line a run in the colour of its family, a marker where it ends.
+
+    Args:
+        table: from `curves_table`; its fourth and fifth columns are the axes.
+        font_pt: size of the text in points; lines and markers follow it.
+    """
+    x, y = map(str, table.columns[3:5])
+    if not dress_runs(ax, table, font_pt):
+        return
+    handles = []
+    for family, style in family_styles(table["family"]).items():
+        look = {
+            "color": style.color,
+            "marker": style.marker,
+            "ms": 0.55 * font_pt,
+            "mec": "white",
+            "mew": 0.06 * font_pt,
+        }
+        for run, rows in table[table["family"] == family].groupby("run", sort=True):
+            ax.plot(rows[x], rows[y], lw=0.12 * font_pt, markevery=[-1], label=str(run), **look)  # type: ignore[arg-type]
+        handles.append(Line2D([], [], lw=0.12 * font_pt, label=family, **look))  # type: ignore[arg-type]
+    legend(ax, handles, font_pt)
+
+
+def plot_curves(
+    metrics: pd.DataFrame,
+    x: str = "flops_run",
+    y: str = "val_bpb",
+    *,
+    width: float = README_WIDTH,
+    height: float = README_HEIGHT,
+    title: str | None = None,
+) -> RunFigure:
+    """The runs' learning curves, by family; the arguments are those of `plot_frontier`."""
+    table = curves_table(metrics, x, y)
+    figure, ax, font_pt = one_axes(table, x, y, width, height, title)
+    draw_curves(table, ax, font_pt=font_pt)
+    return figure

@@ -1,0 +1,88 @@
+"""The frontier of runs: quality against cost."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from explore.figures.axes import LINE, legend
+from explore.figures.base import EVEN, README_HEIGHT, README_WIDTH, RunFigure, family_styles
+from explore.figures.labels import label_front, label_room
+from explore.figures.runs import dress_runs, finished, one_axes
+from explore.frontier import pareto_front
+
+MORE_IS_BETTER = frozenset({"recall", "tokens_per_s"})
+"""Columns of which a front takes the largest values."""
+
+
+def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> pd.DataFrame:
+    """What a frontier figure draws: the finished runs with both values, by rising cost.
+
+    Args:
+        runs: a table as `load_runs` gives it; where it has a `status`, only finished runs are drawn.
+        x: the cost column; less is better.
+        y: the quality column; less is better, except for the columns of `MORE_IS_BETTER`.
+
+    Returns:
+        Columns run, family, pattern, `x`, `y` and on_front.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    table = finished(runs, x, y)
+    quality = -table[y] if y in MORE_IS_BETTER else table[y]
+    table["on_front"] = pareto_front(pd.DataFrame({"cost": table[x], "error": quality}), "cost", "error")
+    return table.assign(quality=quality).sort_values([x, "quality", "run"], ignore_index=True).drop(columns="quality")
+
+
+def draw_frontier(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
+    """Draws a frontier table: runs by family, the front as a step line, its members solid and labelled by pattern.
+
+    Args:
+        table: from `frontier_table`; its fourth and fifth columns are the axes.
+        font_pt: size of the text in points; the markers follow it.
+    """
+    x, y = map(str, table.columns[3:5])
+    front = table[table["on_front"]]
+    sign = -1 if y in MORE_IS_BETTER else 1
+    if not dress_runs(ax, table, font_pt, left=label_room(ax, table, font_pt), side=sign):
+        return
+    ax.plot(front[x], front[y], drawstyle="steps-post", color=LINE, lw=0.11 * font_pt, zorder=2, label="Pareto front")
+    handles = []
+    for family, style in family_styles(table["family"]).items():
+        size = 0.62 * font_pt * EVEN.get(style.marker, 1.0)
+        for on_front in (False, True):
+            rows = table[(table["family"] == family) & (table["on_front"] == on_front)]
+            ax.scatter(
+                rows[x], rows[y], s=size**2, marker=style.marker, facecolor=style.color if on_front else style.light,
+                edgecolor=style.color, linewidth=0.08 * font_pt, zorder=4 if on_front else 3,
+                label=family if on_front else f"{family}, off the front",
+            )  # fmt: skip
+        handles.append(Line2D([], [], marker=style.marker, ls="", ms=size, color=style.color, label=family))
+    if len(front) > 1:
+        handles.append(Line2D([], [], color=LINE, lw=0.11 * font_pt, label="Pareto front"))
+    legend(ax, handles, font_pt)
+    label_front(ax, table, sign, font_pt)
+
+
+def plot_frontier(
+    runs: pd.DataFrame,
+    x: str = "flops_run",
+    y: str = "val_bpb",
+    *,
+    width: float = README_WIDTH,
+    height: float = README_HEIGHT,
+    title: str | None = None,
+) -> RunFigure:
+    """The runs' quality against their cost, with the Pareto front.
+
+    Args:
+        width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
+        height: inches.
+        title: drawn above the axes; there is none unless asked for.
+    """
+    table = frontier_table(runs, x, y)
+    figure, ax, font_pt = one_axes(table, x, y, width, height, title)
+    draw_frontier(table, ax, font_pt=font_pt)
+    return figure

@@ -1,0 +1,119 @@
+"""Labels of the points of a front, placed where they hide neither each other nor a point."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.path import Path
+from matplotlib.transforms import Bbox, BboxBase
+
+from explore.figures.axes import INK, LINE, is_log
+from explore.frontier import Floats
+
+_NEAR = ((-0.5, -0.35), (0.0, -0.7), (-0.7, 0.0), (0.5, -0.35))
+_FAR = tuple((dx, -0.4 - 0.8 * row) for row in range(1, 10) for dx in (-0.6 * row, 0.0, 0.5, 1 + 0.6 * row))
+_PLACES = (*_NEAR, *_FAR, (-0.5, 0.4), (0.0, 0.7), (0.5, 0.4))
+
+
+def label_room(ax: Axes, table: pd.DataFrame, font_pt: float) -> float:
+    """Room that the labels of the front need left of the points, as a part of what the points span."""
+    front, x = table[table["on_front"]], str(table.columns[3])
+    if front.empty:
+        return 0.05
+    costs = np.log10(table[x]) if is_log(table[x]) else table[x]
+    along = (costs[table["on_front"]] - costs.min()) / max(float(costs.max() - costs.min()), math.log10(2))
+    letters = front["pattern"].str.len() + 1.5  # a letter of the monospaced font is 0.6 of its size wide
+    share = 0.6 * (font_pt - 1) * letters / (ax.get_window_extent().width * 72 / ax.figure.dpi)
+    return float(((1.05 * share - along) / (1 - share.clip(upper=0.5))).clip(0.08, 0.4).max())
+
+
+def label_front(ax: Axes, table: pd.DataFrame, sign: int, font_pt: float) -> None:
+    """Labels front members, on the side of the front where no run can be; one without a readable place has no label."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # settles the layout, on which the places depend
+    pixel, columns, front = figure.dpi / 72, list(table.columns[3:5]), table[table["on_front"]]
+    texts = [
+        ax.annotate(
+            label, (x, y), (0, 0), textcoords="offset points", fontsize=font_pt - 1, color=INK, family="monospace",
+            parse_math=False, zorder=5,
+        )
+        for label, x, y in front[["pattern", *columns]].itertuples(index=False)
+    ]  # fmt: skip
+    corners, unit = ax.transData.transform(front[columns]), np.array([1, sign]) * font_pt * pixel
+    sizes = [np.array([extent.width, extent.height]) for extent in (text.get_window_extent() for text in texts)]
+    arranged: list[dict[int, tuple[float, float]]] = []
+    for order in (range(len(texts)), reversed(range(len(texts)))):
+        crowd = _Crowd(ax.get_window_extent(), ax.transData.transform(table[columns]), corners, 0.4 * unit[0])
+        places = {i: crowd.place(corners[i], sizes[i], unit) for i in order}
+        arranged.append({i: place for i, place in places.items() if place is not None})
+    best = max(arranged, key=lambda places: (len(places), -sum(map(_PLACES.index, places.values()))))
+    for i, text in enumerate(texts):
+        if i not in best:
+            text.remove()
+            continue
+        dx, dy = best[i][0] * font_pt, best[i][1] * sign * font_pt
+        text.set_in_layout(False)
+        text.set_position((dx, dy))
+        text.set_horizontalalignment("right" if dx < 0 else "left" if dx > 0 else "center")
+        text.set_verticalalignment("top" if dy < 0 else "bottom" if dy > 0 else "center")
+        if best[i] in _FAR:
+            line = ax.annotate(
+                "", text.xy, (dx, dy), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": LINE, "lw": 0.5, "shrinkA": 0, "shrinkB": 0.35 * font_pt},
+            )  # fmt: skip
+            line.set_in_layout(False)
+
+
+class _Crowd:
+    """What labels should not hide, in pixels: points, the step line of the front, and the labels placed so far."""
+
+    def __init__(self, frame: BboxBase, points: Floats, front: Floats, radius: float) -> None:
+        self.frame, self.radius = frame, radius
+        self.boxes = [Bbox([point - radius, point + radius]) for point in points]
+        self.lines = [Path([(x0, y0), (x1, y0), (x1, y1)]) for (x0, y0), (x1, y1) in pairwise(front)]
+
+    def place(self, point: Floats, size: Floats, unit: Floats) -> tuple[float, float] | None:
+        """Takes the place, of `_PLACES`, where a label of this size hides least, if it is readable there.
+
+        Args:
+            unit: pixels of a step to the right and up.
+        """
+        hidden = [self._hidden(point, np.array(place) * unit, size, far=place in _FAR) for place in _PLACES]
+        best = _PLACES[int(np.argmin(hidden))]  # the first of equals
+        if min(hidden) > 0.04 * size.prod():
+            return None
+        way = np.array(best) * unit
+        self.boxes.append(_box(point + way, size, way))
+        if best in _FAR:
+            self.lines.append(self._leader(point, way))
+        return best
+
+    def _hidden(self, point: Floats, way: Floats, size: Floats, *, far: bool) -> float:
+        box, area = _box(point + way, size, way), float(size.prod())
+        crossings = sum(line.intersects_bbox(box, filled=False) for line in self.lines)
+        if far:
+            leader = self._leader(point, way)
+            crossings += sum(leader.intersects_bbox(other, filled=False) for other in self.boxes)
+        outside = area - _overlap(box, self.frame)
+        return round(area * crossings + 2 * outside + sum(_overlap(box, other) for other in self.boxes), 3)
+
+    def _leader(self, point: Floats, way: Floats) -> Path:
+        start = min(1.5 * self.radius / float(np.hypot(*way)), 0.9)  # outside the marker
+        return Path([point + start * way, point + 0.95 * way])
+
+
+def _box(anchor: Floats, size: Floats, way: Floats) -> Bbox:
+    """The box of a label that lies from its anchor on in the direction of its way."""
+    start = anchor + size * (np.sign(way) - 1) / 2
+    return Bbox([start, start + size])
+
+
+def _overlap(a: Bbox, b: BboxBase) -> float:
+    """Area that two boxes share, in square pixels."""
+    both = Bbox.intersection(a, b)
+    return 0.0 if both is None else float(both.width * both.height)
