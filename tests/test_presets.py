@@ -310,3 +310,10 @@ def test_what_a_released_configuration_cannot_say_here_is_refused_by_name(
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=says):
         preset(str(path))
+
+
+def test_the_readme_shows_the_table_in_print() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| (\S+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", readme, flags=re.MULTILINE)
+    table = [(row["preset"], float(row["published"]), f"{row['computed']:.3f}") for row in published_table()]
+    assert [(name, float(printed), computed) for name, printed, computed in shown] == table
