@@ -41,6 +41,7 @@ class TrainConfig(Config):
         decay_shape: `linear`, or `minus_sqrt`: 1 - sqrt(progress).
         final_lr_ratio: learning rate of the last step over the peak.
         clip: largest norm of the gradient.
+        mtp_weight: weight of the mean cross-entropy of the depths of multi-token prediction, where a model has it.
         precision: `fp32`, or `bf16`: matrix products in bfloat16, weights and optimizer state in fp32.
         val_every: steps between validations; only at the end when absent.
         eval_tokens: tokens of a split that an evaluation reads; all when absent.
@@ -58,6 +59,7 @@ class TrainConfig(Config):
     decay_shape: Literal["linear", "minus_sqrt"] = "minus_sqrt"
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     clip: PositiveFloat = 1.0
+    mtp_weight: NonNegativeFloat = 0.3
     precision: Literal["fp32", "bf16"] = "fp32"
     val_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
@@ -86,12 +88,6 @@ class Experiment(Config):
     data: DataConfig
     train: TrainConfig
     seed: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _check(self) -> Experiment:
-        if self.model.mtp is not None:
-            raise ValueError("model.mtp: multi-token prediction is counted but not trained; only null is allowed")
-        return self
 
     @property
     def n_steps(self) -> int:

@@ -96,6 +96,9 @@ def cost(
         )
 
 
+WIDE = 100
+"""Characters of a terminal that has room for all columns."""
+
 COMPUTES = {
     "params": "params",
     "active": "params_active",
@@ -112,25 +115,29 @@ HOLDS = {
     "KV": "kv_bytes",
     "SSM": "ssm_state_bytes",
     "conv": "conv_state_bytes",
-    "moved/step": "decode_bytes",
+    "moved": "decode_bytes",
     "all-to-all": "all_to_all_bytes",
 }
-"""Columns of the second half, in bytes: state of a sequence at the context, traffic of one token."""
+"""Columns of the second half, in bytes: state of a sequence at the context, what one decoding step moves."""
 
 
 def _receipt(title: str, records: list[dict[str, Any]], columns: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    """A table of the records that have something in these columns; training, 3 times forward, where there is room."""
+    if out.width < WIDE:
+        columns = {name: field for name, field in columns.items() if name != "training"}
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
     names = [name for name in ("layer", "letter", "component") if name in records[0]]
     folded = "layer" not in records[0]
     for name in names:
-        table.add_column(name, no_wrap=name != "component")
+        table.add_column(name, no_wrap=True)
     for name in (*(("layers",) if folded else ()), *columns):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         label = [str(record[name]) or ("model" if name == "letter" else "") for name in names]
         layers = [str(record["layers"] or "")] if folded else []
         cells = [_cell(field, record[field]) for field in columns.values()]
-        table.add_row(*label, *layers, *cells)
+        if any(record[field] for field in columns.values()):
+            table.add_row(*label, *layers, *cells)
     return table
 
 
@@ -139,7 +146,7 @@ def _cell(field: str, value: float) -> str:
         return f"{value:.1%}"
     if not value:
         return ""
-    return size(value) if field.endswith("_bytes") else count(value)
+    return size(value).replace(" ", "") if field.endswith("_bytes") else count(value)
 
 
 def _summary(totals: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
-"""Evaluations: bits per byte, minimal pairs, recall."""
+"""Evaluations: bits per byte, minimal pairs, recall, acceptance length of drafts."""
 
+from explore.evals.acceptance import acceptance_length
 from explore.evals.bits_per_byte import Score, bits_per_byte, score_batch
 from explore.evals.minimal_pairs import MinimalPair, minimal_pair_accuracy, read_minimal_pairs
 from explore.evals.recall import recall_accuracy
@@ -7,6 +8,7 @@ from explore.evals.recall import recall_accuracy
 __all__ = [
     "MinimalPair",
     "Score",
+    "acceptance_length",
     "bits_per_byte",
     "minimal_pair_accuracy",
     "read_minimal_pairs",

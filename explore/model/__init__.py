@@ -1,8 +1,22 @@
 """The model: as a config with its cost, and as a module."""
 
 from explore.model.config import ModelConfig, MTPConfig
+from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate, state_bytes
 from explore.model.language_model import LanguageModel, Loss
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
 
-__all__ = ["LanguageModel", "Layer", "Loss", "MTPConfig", "MTPDepth", "ModelConfig"]
+__all__ = [
+    "GREEDY",
+    "LanguageModel",
+    "Layer",
+    "Loss",
+    "MTPConfig",
+    "MTPDepth",
+    "ModelConfig",
+    "Sampling",
+    "Speculation",
+    "generate",
+    "speculate",
+    "state_bytes",
+]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from explore.blocks import MoE, RouterStats, State
 from explore.model.config import ModelConfig
@@ -23,24 +25,30 @@ class Loss(NamedTuple):
         aux_loss: sum of the layers' balance losses, coefficients included.
         stats: the router's statistics of every layer that has a router, by layer.
         n_targets: predicted tokens.
+        mtp: mean cross-entropy of every depth of multi-token prediction, where it was asked for.
     """
 
     cross_entropy: Float[Tensor, ""]
     aux_loss: Float[Tensor, ""]
     stats: dict[int, RouterStats]
     n_targets: Int[Tensor, ""]
+    mtp: Float[Tensor, " n_depths"] | None = None
 
 
 class LanguageModel(nn.Module):
-    """Embedding, layers, norm, head, and the depths of multi-token prediction, which nothing calls yet.
+    """Embedding, layers, norm, head, and the depths of multi-token prediction.
 
     Matrices start with `ModelConfig.std`; those that write to the residual stream with that divided by
     the square root of the number of layers.
+
+    Attributes:
+        recompute: drop what a layer computed on the way and compute it again in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(block, config.d_model, config.norm_eps) for block in config.layers)
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -85,19 +93,60 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         stats: dict[int, RouterStats] = {}
         for i, layer in enumerate(self.layers):
-            x, layer_stats = layer(x, None if state is None else state[i])
+            x, layer_stats = self._run(layer, x) if state is None else layer(x, state[i])
             if layer_stats is not None:
                 stats[i] = layer_stats
         return self.norm(x), stats
 
-    def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"]) -> Loss:
-        """Mean cross-entropy over the targets that are not -100."""
+    def _run(self, part: nn.Module, *inputs: Tensor) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return part(*inputs)
+
+    def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], *, mtp: bool = False) -> Loss:
+        """Mean cross-entropy over the targets that are not -100.
+
+        Args:
+            mtp: also those of the depths of multi-token prediction, whose routers then count in the balance.
+        """
         hidden, stats = self.hidden(tokens)
         n_targets = (targets != -100).sum()
         total = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        deeper = self._deeper_losses(hidden, tokens, targets, stats) if mtp and self.config.mtp is not None else None
         aux_loss = sum((s.aux_loss for s in stats.values()), start=hidden.new_zeros(()))
-        return Loss(total / n_targets, aux_loss, stats, n_targets)
+        return Loss(total / n_targets, aux_loss, stats, n_targets, deeper)
+
+    def _deeper_losses(
+        self, hidden: Tensor, tokens: Tensor, targets: Tensor, stats: dict[int, RouterStats]
+    ) -> Float[Tensor, " n_depths"]:
+        """Depth k reads the token that comes k after a position, and predicts the one after that."""
+        assert self.config.mtp is not None
+        losses = []
+        for k in range(1, min(self.config.mtp.n_depths, tokens.shape[1] - 1) + 1):
+            hidden, depth_stats = self._run(self.mtp_depth(k), self.embedding(tokens[:, k:]), hidden[:, :-1])
+            for i, found in zip(self._mtp_routers(k), depth_stats, strict=True):
+                before = stats.get(i)
+                stats[i] = found if before is None else RouterStats(*map(torch.add, before, found))
+            deeper = targets[:, k:]
+            total = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, deeper.flatten())
+            losses.append(total / (deeper != -100).sum())
+        return torch.stack(losses)
+
+    def mtp_depth(self, k: int) -> MTPDepth:
+        """The weights of depth k, counted from 1."""
+        assert self.config.mtp is not None
+        depth = self.mtp[0 if self.config.mtp.shared else k - 1]
+        assert isinstance(depth, MTPDepth)
+        return depth
 
     def moe_layers(self) -> dict[int, MoE]:
-        """The layers with a router, by index."""
-        return {i: layer.mixer for i, layer in enumerate(self.layers) if isinstance(layer.mixer, MoE)}
+        """The layers with a router, by index; those of multi-token prediction follow on the main ones."""
+        layers = [*self.layers, *(layer for depth in self.mtp for layer in depth.layers)]  # type: ignore[union-attr]
+        return {i: layer.mixer for i, layer in enumerate(layers) if isinstance(layer.mixer, MoE)}
+
+    def _mtp_routers(self, k: int) -> list[int]:
+        """Indices in `moe_layers` of the routers of depth k."""
+        assert self.config.mtp is not None
+        n_layers, pattern = self.config.n_layers, self.config.mtp.pattern
+        first = n_layers + (0 if self.config.mtp.shared else (k - 1) * len(pattern))
+        return [i for i in range(first, first + len(pattern)) if i in self.moe_layers()]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks import RouterStats
+from explore.blocks import RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 
@@ -39,18 +39,23 @@ class MTPDepth(nn.Module):
             layer.init_weights(std, out_std)
 
     def forward(
-        self, embedding: Float[Tensor, "batch seq d_model"], hidden: Float[Tensor, "batch seq d_model"]
+        self,
+        embedding: Float[Tensor, "batch seq d_model"],
+        hidden: Float[Tensor, "batch seq d_model"],
+        state: list[State] | None = None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], list[RouterStats]]:
         """What the head reads at this depth, and the routers' statistics.
 
         Args:
             embedding: of the token after each position, one further at every depth.
             hidden: of the depth before.
+            state: of every layer, as in decoding with the main model.
         """
         x = self.eh_proj(torch.cat((self.embedding_norm(embedding), self.hidden_norm(hidden)), dim=-1))
+        x = x.to(embedding.dtype)  # the residual stream stays in fp32 under autocast, as the main model's does
         stats = []
-        for layer in self.layers:
-            x, layer_stats = layer(x)
+        for i, layer in enumerate(self.layers):
+            x, layer_stats = layer(x, None if state is None else state[i])
             if layer_stats is not None:
                 stats.append(layer_stats)
         return self.norm(x), stats

@@ -1,0 +1,28 @@
+"""How many tokens multi-token prediction lets one pass of the main model yield."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jaxtyping import Int
+from torch import Tensor
+
+from explore.model import GREEDY, LanguageModel, Sampling, speculate
+
+
+def acceptance_length(
+    model: LanguageModel, prompts: Iterable[Int[Tensor, " prompt"]], max_new_tokens: int, sampling: Sampling = GREEDY
+) -> float:
+    """Mean tokens of a checking pass in self-speculative decoding: those accepted and one of its own.
+
+    It lies between 1 and 1 + the number of depths.
+
+    Raises:
+        ValueError: the model has no multi-token prediction, or there is no prompt.
+    """
+    accepted: list[int] = []
+    for prompt in prompts:
+        accepted += speculate(model, prompt, max_new_tokens, sampling).accepted
+    if not accepted:
+        raise ValueError("prompts: there is none, or all continuations are too short for a draft")
+    return 1 + sum(accepted) / len(accepted)
