@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from explore.ops import (
+    activate,
     attention,
     causal_conv1d,
     experts,
@@ -104,8 +107,10 @@ def test_the_gated_norm_gates_first_and_normalises_each_group_alone() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int) -> None:
-    q, k, v = leaves((2, 4, 7, 6), (2, n_kv_heads, 7, 6), (2, n_kv_heads, 7, 6))
+@pytest.mark.parametrize(("seq", "before"), [(1, 0), (63, 0), (64, 0), (65, 0), (200, 0), (1, 63), (5, 60)])
+def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, seq: int, before: int) -> None:
+    context = before + seq
+    q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
     for path in ("sdpa", "written_out"):
         with forced_paths(attention=path):
@@ -125,6 +130,26 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
                 seen = slice(max(0, t - 2), t + 1)
                 weights = (k[0, 0, seen] @ q[0, head, t] / 2).exp()
                 torch.testing.assert_close(y[0, head, t], (weights / weights.sum()) @ v[0, 0, seen])
+
+
+def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:
+    q, k, v, sinks = leaves((1, 2, 5, 4), (1, 1, 5, 4), (1, 1, 5, 4), (2,))
+    y = attention(q, k, v, None, sinks)
+    for head in range(2):
+        for t in range(5):
+            weights = (k[0, 0, : t + 1] @ q[0, head, t] / 2).exp()
+            torch.testing.assert_close(y[0, head, t], weights @ v[0, 0, : t + 1] / (weights.sum() + sinks[head].exp()))
+
+
+def test_the_clamped_swiglu_is_its_formula() -> None:
+    up, gate = torch.tensor([-9.0, 0.5, 9.0]), torch.tensor([-9.0, 0.5, 9.0])
+    truth = [g / (1 + math.exp(-1.702 * g)) * (u + 1) for g, u in ((-9.0, -7.0), (0.5, 0.5), (7.0, 7.0))]
+    torch.testing.assert_close(activate(up, gate, "swiglu_clamped"), torch.tensor(truth))
+
+
+def test_a_rotation_that_starts_later_is_the_end_of_a_longer_one() -> None:
+    (x,) = leaves((1, 2, 9, 6))
+    torch.testing.assert_close(rotate(x[:, :, 4:], 100.0, 4), rotate(x, 100.0)[:, :, 4:])
 
 
 def test_rotation_keeps_lengths_and_the_first_position() -> None:
