@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from explore.experiment import TrainConfig as TrainConfig
     from explore.figures import plot_frontier as plot_frontier
     from explore.frontier import pareto_front as pareto_front
+    from explore.interop import from_hf as from_hf
+    from explore.interop import to_hf as to_hf
     from explore.model import LanguageModel as LanguageModel
     from explore.model import ModelConfig as ModelConfig
     from explore.presets import preset as preset
@@ -34,6 +36,7 @@ _HOMES = {
     "explore.experiment": ("Experiment", "TrainConfig"),
     "explore.figures": ("plot_frontier",),
     "explore.frontier": ("pareto_front",),
+    "explore.interop": ("from_hf", "to_hf"),
     "explore.model": ("LanguageModel", "ModelConfig"),
     "explore.presets": ("preset",),
     "explore.runs": ("load_runs",),

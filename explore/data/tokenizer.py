@@ -116,6 +116,10 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([i for i in ids if i != self.eot_id])
 
+    def to_json(self) -> str:
+        """The JSON of the `tokenizers` package."""
+        return self._tokenizer.to_str()
+
     def pieces(self, text: str, n_chars: int = PIECE_CHARS) -> Iterator[str]:
         # GPT-2's pattern never looks back, and none of its matches runs from a visible character into a newline.
         place = re.compile(r"(?<=[!-~])\n")

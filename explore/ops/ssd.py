@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from explore.ops.mamba_ssm import ssd_mamba_ssm
 from explore.ops.paths import path_of
 
 
@@ -40,6 +41,10 @@ def ssd(
         return ssd_recurrent(X, dt, A, B, C, D, state)
     if X.shape[1] == 1 and state is not None:
         return _ssd_step(X, dt, A, B, C, D, state)
+    if path_of("ssd") == "mamba_ssm":
+        if not X.is_cuda:
+            raise ValueError(f"ssd: the path 'mamba_ssm' runs on CUDA only, not on {X.device.type}")
+        return ssd_mamba_ssm(X, dt, A, B, C, D, chunk_size, state)
     return ssd_chunked(X, dt, A, B, C, D, chunk_size, state)
 
 

@@ -1,0 +1,36 @@
+"""The Mamba-2 recurrence by the kernels of state-spaces' mamba-ssm, where that package is installed.
+
+Letters are those of `explore.ops.ssd`.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+def ssd_mamba_ssm(
+    X: Float[Tensor, "b l h p"],
+    dt: Float[Tensor, "b l h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b l g n"],
+    C: Float[Tensor, "b l g n"],
+    D: Float[Tensor, " h"],
+    chunk_size: int,
+    state: Float[Tensor, "b h p n"] | None = None,
+) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
+    """The chunked algorithm in Triton; `dt` is a step size already, so nothing is added to it or clamped.
+
+    Raises:
+        ValueError: the package is not installed.
+
+    Source: mamba-ssm 2.3.2.post1, mamba_ssm/ops/triton/ssd_combined.py.
+    """
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:
+        raise ValueError("ssd: the path 'mamba_ssm' needs the package mamba-ssm, which does not import") from None
+    Y, after = mamba_chunk_scan_combined(
+        X, dt, A, B, C, chunk_size, D=D, initial_states=state, dt_softplus=False, return_final_states=True
+    )
+    return Y, after
