@@ -396,9 +396,9 @@ def test_a_run_that_diverges_says_so_and_is_not_repeated(
     original = LanguageModel.loss
     calls = []
 
-    def broken(self: LanguageModel, *args: Any) -> Any:
+    def broken(self: LanguageModel, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        found = original(self, *args)
+        found = original(self, *args, **kwargs)
         return found._replace(cross_entropy=found.cross_entropy * (math.nan if len(calls) > 3 else 1))
 
     monkeypatch.setattr(LanguageModel, "loss", broken)
@@ -468,10 +468,10 @@ def test_the_source_is_read_in_the_order_of_the_steps(
     seen: list[Batch] = []
     original = LanguageModel.loss
 
-    def watched(self: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor) -> Any:
+    def watched(self: LanguageModel, tokens: torch.Tensor, targets: torch.Tensor, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             seen.append(Batch(tokens, targets))
-        return original(self, tokens, targets)
+        return original(self, tokens, targets, **kwargs)
 
     monkeypatch.setattr(LanguageModel, "loss", watched)
     one = experiment(corpus, "-", train__tokens=6 * TOKENS, seed=4)

@@ -21,7 +21,10 @@ By = Literal["letter", "layer", "component"]
 Convention = Literal["exact", "megatron", "palm", "6nd"]
 
 
-@app.command(epilog='Example: explore cost "MEM*E" --d-model 256 --set blocks.E.d_latent=64 --by component')
+@app.command(
+    rich_help_panel="Count",
+    epilog='Example: explore cost "MEM*E" --d-model 256 --set blocks.E.d_latent=64 --by component',
+)
 def cost(
     target: Target = None,
     d_model: DModel = 256,

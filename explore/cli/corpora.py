@@ -13,7 +13,8 @@ from explore.cli.app import Json, app, out
 
 
 @app.command(
-    epilog="Example: explore data ../books --tokenizer bytes; explore data ../books --train-bpe 4096 --out bpe.json"
+    rich_help_panel="Train and search",
+    epilog="Example: explore data ../books --tokenizer bytes; explore data ../books --train-bpe 4096 --out bpe.json",
 )
 def data(
     corpus: Annotated[

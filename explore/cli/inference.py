@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from explore.roofline import Deployment
 
 
-@app.command(epilog="Example: explore roofline nemotron-3-nano --hardware H200 --context 65536 --weight-dtype float8")
+@app.command(
+    rich_help_panel="Count",
+    epilog="Example: explore roofline nemotron-3-nano --hardware H200 --context 65536 --weight-dtype float8",
+)
 def roofline(
     target: Target = None,
     hardware: Annotated[str, typer.Option(help="A10G, A100, H100, H200, B200, GB200, or here: measured.")] = "H100",

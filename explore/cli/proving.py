@@ -16,7 +16,7 @@ from explore.cli.app import Json, app, err, out
 SPEED_LAYERS = 52
 
 
-@app.command(epilog="Example: explore prove --cases 200")
+@app.command(rich_help_panel="Prove", epilog="Example: explore prove --cases 200")
 def prove(
     cases: Annotated[int, typer.Option(min=1, help="Random models.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Of the models.")] = 0,

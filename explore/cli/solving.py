@@ -13,8 +13,9 @@ from explore.cli.models import DModel, Target, VocabSize, load_model, model_cont
 
 
 @app.command(
+    rich_help_panel="Count",
     epilog='Example: explore solve "MEM*E" --set blocks.E.d_latent=64 --target params_active=5M --target '
-    "params_total=30M --free d_expert=64:1024 --free n_experts=8:256"
+    "params_total=30M --free d_expert=64:1024 --free n_experts=8:256",
 )
 def solve(
     target: Target = None,

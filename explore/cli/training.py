@@ -12,28 +12,52 @@ from rich.table import Table
 from explore.cli.app import Json, SetOptions, app, count, err, number, out
 
 WandbMode = Literal["offline", "online"]
+Strategy = Literal["auto", "ddp", "fsdp"]
 Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases; off when absent.")]
 CheckpointEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between checkpoints; a twentieth of a run when absent.")
 ]
 
 
-@app.command(epilog="Example: explore train experiment.json --set train.lr=1e-3 --runs runs")
+@app.command(
+    rich_help_panel="Train and search", epilog="Example: explore train experiment.json --set train.lr=1e-3 --runs runs"
+)
 def train(
     experiment: Annotated[Path, typer.Argument(help="An experiment in JSON, or the experiment.json of a run.")],
     set_: SetOptions = None,
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
     checkpoint_every: CheckpointEvery = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between weights that are kept for `explore merge`; none if absent.")
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute activations again in the backward pass: less memory, slower.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")] = 1,
+    strategy: Annotated[
+        Strategy, typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp.")
+    ] = "auto",
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
     """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
     from explore.experiment import Experiment
-    from explore.train import fit
+    from explore.train import fit, is_writer
 
     loaded = Experiment.load(experiment, set_ or [])
-    folder = fit(loaded, runs, checkpoint_every=checkpoint_every, wandb=wandb)
+    folder = fit(
+        loaded,
+        runs,
+        checkpoint_every=checkpoint_every,
+        keep_every=keep_every,
+        recompute=recompute,
+        wandb=wandb,
+        devices=devices,
+        strategy=strategy,
+    )
     result = folder.result or {}
+    if not is_writer(devices):
+        return
     if as_json:
         print(json.dumps({"run": str(folder.path), **result}, indent=2))
     else:
@@ -42,7 +66,7 @@ def train(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: explore sweep sweeps/first_frontier.py --trials 40")
+@app.command(rich_help_panel="Train and search", epilog="Example: explore sweep sweeps/first_frontier.py --trials 40")
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
     trials: Annotated[
@@ -77,7 +101,7 @@ def sweep(
         out.print(f"{folder}: " + ", ".join(f"{count} {name}" for name, count in numbers.items()), highlight=False)
 
 
-@app.command(epilog="Example: explore table runs/ --out runs.csv")
+@app.command(rich_help_panel="Train and search", epilog="Example: explore table runs/ --out runs.csv")
 def table(
     roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
     output: Annotated[Path | None, typer.Option("--out", help="Write the whole table, .csv or .parquet.")] = None,
@@ -115,7 +139,10 @@ def table(
         out.print(f"wrote {output}", highlight=False)
 
 
-@app.command(epilog="Example: explore plot runs/ --out frontier.png --x flops_run --y val_bpb")
+@app.command(
+    rich_help_panel="Train and search",
+    epilog="Example: explore plot runs/ --out frontier.png --x flops_run --y val_bpb",
+)
 def plot(
     roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
     output: Annotated[
@@ -138,38 +165,6 @@ def plot(
     runs = load_runs(*roots)
     for path in save_figure(plot_frontier(runs, x, y), output or roots[0] / "frontier.png"):
         out.print(f"wrote {path}", highlight=False)
-
-
-@app.command("eval", epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz")
-def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    pairs: Annotated[list[Path], typer.Option(help="BLiMP or Zorro file of minimal pairs; repeatable.")],
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of each paradigm.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Minimal-pair accuracy of a trained run."""
-    from explore.data import TextData, load_tokenizer
-    from explore.evals import minimal_pair_accuracy, read_minimal_pairs
-    from explore.experiment import Experiment
-    from explore.runs import RunFolder
-    from explore.train import load_model
-
-    experiment = Experiment.load(run / "experiment.json")
-    if not isinstance(experiment.data, TextData):
-        raise ValueError(f"{run}: was trained on {experiment.data.kind}, and minimal pairs need text")
-    read = {path: read_minimal_pairs(path, limit) for path in pairs}
-    model, tokenizer = load_model(RunFolder(run)), load_tokenizer(experiment.data.tokenizer)
-    results = {str(path): minimal_pair_accuracy(model, tokenizer, some) for path, some in read.items()}
-    if as_json:
-        print(json.dumps(results, indent=2))
-        return
-    for path, accuracy in results.items():
-        view = Table("paradigm", "accuracy", title=path, title_justify="left")
-        for uid, share in sorted(accuracy.items()):
-            view.add_row(uid, f"{share:.3f}")
-        view.add_section()
-        view.add_row("mean of paradigms", f"{sum(accuracy.values()) / len(accuracy):.3f}")
-        out.print(view)
 
 
 def _outcome(result: dict[str, Any]) -> str:

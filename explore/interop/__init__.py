@@ -1,6 +1,7 @@
 """Doors to other systems: Hugging Face's nemotron_h, Megatron-LM, and folders of our own with safetensors."""
 
 from explore.interop.folder import load_model_config, load_model_folder, save_hf, save_model_folder
+from explore.interop.fresh import greedy_text
 from explore.interop.hf import from_hf, hf_config, to_hf
 from explore.interop.megatron import megatron_arguments
 from explore.interop.parity import GRADIENT_TOLERANCE, LOGIT_TOLERANCE, Case, check, parity, random_config
@@ -11,6 +12,7 @@ __all__ = [
     "Case",
     "check",
     "from_hf",
+    "greedy_text",
     "hf_config",
     "load_model_config",
     "load_model_folder",

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from explore.ops.activation import Activation, activate
+from explore.ops.paths import path_of
 
 
 def experts(
@@ -22,13 +23,26 @@ def experts(
     activation: Activation,
     biases: tuple[Float[Tensor, "e f"], Float[Tensor, "e f"] | None, Float[Tensor, "e d"]] | None = None,
 ) -> Float[Tensor, "t d"]:
-    """Sum over the chosen experts of weight times expert(x), one expert after another.
-
-    Tokens are sorted by expert, so that each expert's matrix products are exactly as large as its load.
+    """Sum over the chosen experts of weight times expert(x), by the path in use.
 
     Args:
         biases: of `up`, `gate` and `down`.
     """
+    path = _dense if path_of("experts") == "dense" else _loop
+    return path(x, chosen, weights, up, gate, down, activation, biases)
+
+
+def _loop(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    biases: tuple[Tensor, Tensor | None, Tensor] | None,
+) -> Tensor:
+    """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
     k = chosen.shape[1]
     n_experts = up.shape[0]
     expert_of = chosen.flatten()
@@ -46,3 +60,28 @@ def experts(
             outputs.append(y if biases is None else y + biases[2][e])
     y = torch.cat(outputs) * weights.flatten()[order, None].to(x.dtype)
     return torch.zeros_like(x).index_add(0, token_of, y)
+
+
+def _dense(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    biases: tuple[Tensor, Tensor | None, Tensor] | None,
+) -> Tensor:
+    """Every expert computes every token, and those that were not chosen have weight zero.
+
+    Exact, at n_experts / top_k times the work; no shape depends on data, so that a graph can be exported whole.
+    """
+    inner, gated = x @ up, None if gate is None else x @ gate  # e t f
+    if biases is not None:
+        inner = inner + biases[0][:, None]
+        gated = None if gated is None or biases[1] is None else gated + biases[1][:, None]
+    y = activate(inner, gated, activation) @ down  # e t d
+    if biases is not None:
+        y = y + biases[2][:, None]
+    weight = x.new_zeros(x.shape[0], up.shape[0]).scatter_add(1, chosen, weights.to(x.dtype))  # t e
+    return torch.einsum("te,etd->td", weight, y)

@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 
+from torch.compiler import assume_constant_result
+
 PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("sdpa", "written_out"),
     "conv": ("shift", "conv1d"),
-    "experts": ("loop",),
-    "ssd": ("chunked", "recurrent"),
+    "experts": ("loop", "dense"),
+    "ssd": ("chunked", "recurrent", "mamba_ssm"),
 }
 """Every op with its implementations, the default first."""
 
@@ -19,8 +21,11 @@ _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=Mapp
 
 
 def path_of(op: str) -> str:
-    """Name of the implementation of `op` that runs now."""
+    """Name of the implementation of `op` that runs now; compiled code keeps the one it was compiled with."""
     return _forced.get().get(op, PATHS[op][0])
+
+
+assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
 
 
 def paths_in_use() -> dict[str, str]:

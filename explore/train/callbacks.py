@@ -1,8 +1,12 @@
-"""What happens beside the training steps: progress, throughput, checkpoints that are whole or absent."""
+"""What happens beside the training steps: progress, throughput, checkpoints that are whole or absent, silence."""
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,20 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step % self._every_n_train_steps:
             trainer.save_checkpoint(self.path)
+
+
+class KeptCheckpoints(Callback):
+    """Keeps the weights of every so many steps, as `step-000120.ckpt`."""
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        self.folder, self.every_n_steps = folder, every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt", weights_only=True)
 
 
 class Throughput(Callback):
@@ -117,3 +135,19 @@ class ProgressBar(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.progress.stop()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Lightning's advice, which does not fit data that is made by step and steps that are counted."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -17,6 +17,7 @@ COLUMNS = (
     "tokens",
     "loss",
     "aux_loss",
+    "mtp_loss",
     "lr",
     "grad_norm",
     "max_violation",

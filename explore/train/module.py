@@ -16,6 +16,7 @@ from explore.data import Batch, Source
 from explore.evals import Score, score_batch
 from explore.experiment import Experiment
 from explore.train.optimizer import build_optimizer
+from explore.train.parallel import Sharded, shard, whole
 from explore.train.schedule import wsd
 
 Tensors = dict[str, Any]
@@ -35,28 +36,51 @@ class LitLanguageModel(LightningModule):
 
     After every optimizer step each router's bias moves towards the mean load of that step, over all its
     batches and processes.
+
+    Args:
+        recompute: activations of a layer are made again in the backward pass instead of kept.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, *, recompute: bool = False) -> None:
         super().__init__()
         self.experiment = experiment
         self.model = experiment.model.build()
+        self.model.recompute = recompute
         self._load: dict[int, Tensor] = {}
         self._score = Score()
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Sharded):
+            shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
+
     def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
-        loss = self.model.loss(batch["inputs"], batch["targets"])
-        total = loss.cross_entropy + loss.aux_loss
-        if not torch.isfinite(total):
-            raise NonFiniteLossError(self.global_step, total.item())
+        loss = self.model.loss(batch["inputs"], batch["targets"], mtp=True)
+        parts = {"loss": loss.cross_entropy * self._share(loss.n_targets)}
+        total = parts["loss"] + loss.aux_loss
+        if loss.stats:
+            parts["aux_loss"] = loss.aux_loss
+        if loss.mtp is not None:
+            parts["mtp_loss"] = loss.mtp.mean()
+            total = total + self.experiment.train.mtp_weight * parts["mtp_loss"]
+        *means, mean_total = self._mean(torch.stack([*parts.values(), total]))
+        if not torch.isfinite(mean_total):
+            raise NonFiniteLossError(self.global_step, mean_total.item())
         for i, stats in loss.stats.items():
             load = stats.load.detach()
             self._load[i] = self._load[i] + load if i in self._load else load
-        self.log("loss", loss.cross_entropy.detach())
+        self.log_dict(dict(zip(parts, means, strict=True)))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        if loss.stats:
-            self.log("aux_loss", loss.aux_loss.detach())
         return total
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean over the processes, the same on all of them: they stop together where a loss is not finite."""
+        return self.trainer.strategy.reduce(values.detach(), reduce_op="mean")
+
+    def _share(self, n_targets: Tensor) -> Tensor | float:
+        """Weight of the mean over this process's targets, for the mean over processes to be that over all targets."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        return n_targets / self._mean(n_targets.float())
 
     def configure_gradient_clipping(
         self,
@@ -65,7 +89,7 @@ class LitLanguageModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.experiment.train.clip)
-        self.log("grad_norm", norm)
+        self.log("grad_norm", whole(norm))
 
     def optimizer_step(
         self,

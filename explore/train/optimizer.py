@@ -16,14 +16,14 @@ from explore.model import LanguageModel
 def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
     """The optimizer of a model. Weights of one dimension (norms, biases, scalars of a head) do not decay.
 
-    Muon takes the two-dimensional matrices of the layers; embedding, head and stacked experts, which are
-    three-dimensional, stay with AdamW.
+    Muon takes the two-dimensional matrices of the layers, those of multi-token prediction too; embedding, head and
+    stacked experts, which are three-dimensional, stay with AdamW.
     """
     matrices: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
-        if config.optimizer == "muon" and name.startswith("layers.") and weight.ndim == 2:
+        if config.optimizer == "muon" and name.startswith(("layers.", "mtp.")) and weight.ndim == 2:
             matrices.append(weight)
         else:
             (decaying if weight.ndim >= 2 else others).append(weight)

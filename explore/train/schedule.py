@@ -24,3 +24,8 @@ def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
     progress = into_decay / decay_steps
     fall = math.sqrt(progress) if config.decay_shape == "minus_sqrt" else progress
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * (1 - fall)
+
+
+def stable_steps(n_steps: int, config: TrainConfig) -> range:
+    """Numbers of steps done after which the rate has reached its peak and no step has been made below it."""
+    return range(round(config.warmup * n_steps), n_steps - round(config.decay * n_steps) + 1)

@@ -1,0 +1,85 @@
+"""Training speed here, beside transformers' nemotron_h on the same shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from explore.bench.families import SHAPES, families
+from explore.ops import paths_in_use
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def compare(
+    shape: str, seconds: float, rate: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Times every family, ours and the baseline in turn, each in fp32 and in bf16, and takes the better of each.
+
+    Args:
+        seconds: of each of the four measurements of a family.
+        rate: FLOP/s that matrix products reach here in bf16.
+        paths: implementations to force.
+        names: of families; all when absent.
+
+    Yields:
+        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, peak_bytes, baseline_peak_bytes,
+        gemm_fraction (training FLOPs, exact convention, over what the rate allows), precisions and path.
+
+    Raises:
+        ValueError: no such shape or family.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
+    size = SHAPES[shape]
+    models = families(size.d_model)
+    for name in names or models:
+        if name not in models:
+            raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
+        found = {
+            (side, precision): _measured(name, shape, side, precision, seconds, dict(paths or {}))
+            for precision in PRECISIONS
+            for side in ("ours", "transformers")
+        }
+        ours, theirs = (
+            max(PRECISIONS, key=lambda precision: found[side, precision]["tokens_per_s"])
+            for side in ("ours", "transformers")
+        )
+        one, other = found["ours", ours], found["transformers", theirs]
+        flops = models[name].cost(size.seq_len).flops_train
+        yield {
+            "family": name,
+            "shape": shape,
+            "tokens_per_s": one["tokens_per_s"],
+            "baseline_tokens_per_s": other["tokens_per_s"],
+            "ratio": one["tokens_per_s"] / other["tokens_per_s"],
+            "peak_bytes": one["peak_bytes"],
+            "baseline_peak_bytes": other["peak_bytes"],
+            "gemm_fraction": flops * one["tokens_per_s"] / rate,
+            "precision": ours,
+            "baseline_precision": theirs,
+            "path": paths_in_use() | dict(paths or {}),
+        }
+
+
+def _measured(
+    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
+) -> dict[str, Any]:
+    task = {
+        "family": family,
+        "shape": shape,
+        "side": side,
+        "precision": precision,
+        "seconds": seconds,
+        "paths": paths,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "explore.bench.worker", json.dumps(task)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{family}, {side}, {precision}: {done.stderr.strip().splitlines()[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result

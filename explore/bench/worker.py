@@ -1,0 +1,89 @@
+"""One measurement, in a process of its own so that its memory is its own: `python -m explore.bench.worker JSON`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explore.bench.families import SHAPES, families
+from explore.experiment import TrainConfig
+from explore.interop import to_hf
+from explore.ops import forced_paths
+from explore.train import build_optimizer
+
+
+def train_step(family: str, shape: str, side: str, precision: str) -> Callable[[], float]:
+    """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW; returns the loss."""
+    size = SHAPES[shape]
+    torch.manual_seed(0)
+    model = families(size.d_model)[family].build()
+    tokens = torch.randint(0, model.config.vocab_size, (size.batch_size, size.seq_len + 1))
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    config = TrainConfig(tokens=1)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    if side == "ours":
+        optimizer = build_optimizer(model, config)
+
+        def loss() -> Tensor:
+            found = model.loss(inputs, targets)
+            return found.cross_entropy + found.aux_loss
+
+        module: torch.nn.Module = model
+    else:
+        module = to_hf(model).train()
+        del model
+        optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.1)
+
+        def loss() -> Tensor:
+            out: Tensor = module(input_ids=inputs, labels=inputs, use_cache=False).loss
+            return out
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        return float(value.detach())
+
+    return step
+
+
+def measure(
+    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
+) -> dict[str, Any]:
+    """Tokens per second of the median step, and the peak of memory above what was there before the model."""
+    before = peak_bytes()
+    with forced_paths(**paths):
+        step = train_step(family, shape, side, precision)
+        step()
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 3 or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+    median = sorted(times)[len(times) // 2]
+    return {
+        "tokens_per_s": SHAPES[shape].batch_tokens / median,
+        "fastest_tokens_per_s": SHAPES[shape].batch_tokens / min(times),
+        "n_steps": len(times),
+        "peak_bytes": peak_bytes() - before,
+    }
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(**json.loads(sys.argv[1]))))

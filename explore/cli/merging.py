@@ -1,0 +1,48 @@
+"""The command that merges checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, app, number, out
+
+SCORES = {"val_bpb": "val bpb", "test_bpb": "test bpb", "val_loss": "val loss", "test_loss": "test loss"}
+
+
+@app.command(
+    rich_help_panel="Use what was trained",
+    epilog="Example: explore merge runs/my-run-0123abcd --last 5 --shape minus_sqrt",
+)
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder, trained with --keep-every.")],
+    last: Annotated[int, typer.Option(min=1, help="Checkpoints to merge, the last of the stable phase.")] = 5,
+    shape: Annotated[
+        Literal["flat", "minus_sqrt"], typer.Option(help="Decay that the average imitates; flat is a linear one.")
+    ] = "minus_sqrt",
+    save: Annotated[bool, typer.Option("--save", help="Keep the merged weights as checkpoints/merged.ckpt.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Average checkpoints of the stable phase, which imitates a decay, and score the average."""
+    from explore.runs import RunFolder
+    from explore.train import score_merge
+
+    folder = RunFolder(run)
+    merged = score_merge(folder, last, shape, save=save)
+    if as_json:
+        print(json.dumps(merged, indent=2))
+        return
+    rows = {f"step {merged['steps'][-1]}": merged["last"], f"{last} merged, {shape}": merged}
+    if (result := folder.result or {}).get("status") == "finished":
+        rows[f"step {result.get('step')}, the run's own"] = result
+    columns = [name for name in SCORES if merged[name] is not None]
+    view = Table("", *(SCORES[name] for name in columns), box=None, padding=(0, 1, 0, 0))
+    for name, scores in rows.items():
+        view.add_row(name, *(number(scores.get(column), ".4f") for column in columns))
+    out.print(view, highlight=False)
+    written = "merged.json and checkpoints/merged.ckpt" if save else "merged.json"
+    out.print(f"wrote {written} in {run}", highlight=False)

@@ -1,0 +1,142 @@
+"""Checkpoint merging: an average of checkpoints of the stable phase in place of a decay of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from explore.experiment import Experiment
+from explore.files import replacing
+from explore.model import LanguageModel
+from explore.runs import RunFolder, write_json
+from explore.train.fitting import evaluate, read_weights
+from explore.train.schedule import stable_steps
+
+Shape = Literal["flat", "minus_sqrt"]
+
+
+class Window(NamedTuple):
+    """Checkpoints to be merged, by step, and their weights."""
+
+    shape: Shape
+    steps: tuple[int, ...]
+    paths: tuple[Path, ...]
+    weights: tuple[float, ...]
+
+
+def decay_weights(n: int, shape: Shape) -> tuple[float, ...]:
+    """Weights under which an average of n equally spaced checkpoints imitates a decay; their sum is 1.
+
+    With theta_i the checkpoints, and a decay that multiplies the change from theta_i to theta_(i+1) by the factor
+    f(i / n) of its schedule, f(0) = 1 and f(1) = 0, the decayed weights are, summed by parts,
+
+        theta_1 + sum over i < n of f(i / n) (theta_(i+1) - theta_i) = sum over i of w_i theta_i
+        w_i = f((i - 1) / n) - f(i / n),   i = 1 ... n.
+
+    `flat` is f(p) = 1 - p, a linear decay: w_i = 1 / n. `minus_sqrt` is f(p) = 1 - sqrt(p):
+    w_i = (sqrt(i) - sqrt(i - 1)) / sqrt(n), most for the earliest. That the changes are those of the
+    stable phase whatever the factor is the approximation in it.
+
+    Source: warm-up-stable-merge, arXiv 2507.17634; there too the decay is a property of the weights.
+
+    Raises:
+        ValueError: the shape is unknown, or there is no checkpoint.
+    """
+    if n < 1:
+        raise ValueError(f"last: {n} is not allowed; at least 1 checkpoint is")
+    match shape:
+        case "flat":
+            return (1 / n,) * n
+        case "minus_sqrt":
+            return tuple((math.sqrt(i) - math.sqrt(i - 1)) / math.sqrt(n) for i in range(1, n + 1))
+        case _:
+            raise ValueError(f"shape: {shape!r} is unknown; allowed are flat, minus_sqrt")
+
+
+def merge_weights(paths: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Weighted average of checkpoints, buffers such as the routers' biases included.
+
+    Floating-point tensors are summed in fp32; others are those of the last checkpoint.
+    """
+    sums: dict[str, Tensor] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        for name, tensor in read_weights(path).items():
+            if not tensor.is_floating_point():
+                sums[name] = tensor.clone()
+            elif name in sums:
+                sums[name].add_(tensor.float(), alpha=weight)
+            else:
+                sums[name] = weight * tensor.float()
+    last = read_weights(paths[-1])
+    return {name: tensor.to(last[name].dtype) for name, tensor in sums.items()}
+
+
+def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") -> Window:
+    """The last so many checkpoints that a run kept in its stable phase: warmed up, and not decayed yet.
+
+    Raises:
+        ValueError: fewer were kept, or the shape is unknown.
+    """
+    weights = decay_weights(last, shape)
+    experiment = Experiment.load(folder.path / "experiment.json")
+    stable = stable_steps(experiment.n_steps, experiment.train)
+    found = {int(path.stem[5:]): path for path in (folder.path / "checkpoints").glob("step-*.ckpt")}
+    kept = sorted(step for step in found if step in stable)
+    if last > len(kept):
+        allowed = f"allowed are 1 to {len(kept)}" if kept else "train with keep_every to keep some"
+        raise ValueError(
+            f"last: {last} is more than the {len(kept)} checkpoints that {folder.path} kept in its stable phase, "
+            f"steps {stable.start} to {stable.stop - 1}; {allowed}"
+        )
+    steps = tuple(kept[-last:])
+    return Window(shape, steps, tuple(found[step] for step in steps), weights)
+
+
+def merge_run(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") -> LanguageModel:
+    """The average of a run's last checkpoints of the stable phase, in evaluation mode.
+
+    Raises:
+        ValueError: fewer were kept, or the shape is unknown.
+    """
+    window = merge_window(folder, last, shape)
+    return _model(Experiment.load(folder.path / "experiment.json"), merge_weights(window.paths, window.weights))
+
+
+def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *, save: bool = False) -> dict[str, Any]:
+    """Scores the merged model beside the last of its checkpoints, and writes both into `merged.json`.
+
+    Args:
+        save: also the merged weights, as `checkpoints/merged.ckpt`.
+
+    Returns:
+        What `merged.json` says: shape, steps, weights, the scores of `result.json`, and those of the last
+        checkpoint under `last`.
+
+    Raises:
+        ValueError: fewer were kept, or the shape is unknown.
+    """
+    window = merge_window(folder, last, shape)
+    experiment = Experiment.load(folder.path / "experiment.json")
+    source = experiment.data.open(experiment.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    merged = merge_weights(window.paths, window.weights)
+    scores = evaluate(experiment, source, _model(experiment, merged).to(device))
+    before = evaluate(experiment, source, _model(experiment, read_weights(window.paths[-1])).to(device))
+    record = {"shape": shape, "steps": [*window.steps], "weights": [*window.weights], **scores, "last": before}
+    if save:
+        state = {f"model.{name}": tensor for name, tensor in merged.items()}
+        with replacing(folder.path / "checkpoints" / "merged.ckpt") as temporary:
+            torch.save({"state_dict": state, "global_step": window.steps[-1]}, temporary)
+    write_json(folder.path / "merged.json", record)
+    return record
+
+
+def _model(experiment: Experiment, weights: dict[str, Tensor]) -> LanguageModel:
+    model = experiment.model.build()
+    model.load_state_dict(weights)
+    return model.eval()

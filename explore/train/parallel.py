@@ -1,0 +1,112 @@
+"""Training by several processes: who writes, what is refused, how a model is sharded."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from explore.experiment import TrainConfig
+from explore.model import LanguageModel
+
+StrategyName = Literal["auto", "ddp", "fsdp"]
+
+
+class Sharded(ModelParallelStrategy):
+    """Fully sharded data parallelism (FSDP2) on any accelerator; a checkpoint is one whole file, as elsewhere.
+
+    Lightning's `FSDPStrategy` is the older FSDP, which it refuses on a CPU.
+    """
+
+    def __init__(self, devices: int) -> None:
+        super().__init__(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads what any strategy has saved; Lightning's own method takes optimizer states of sharded models only."""
+        assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+        names = {weight: name for name, weight in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            ordered = [names[weight] for group in optimizer.param_groups for weight in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, _by_name(state, ordered), options=options)
+        return checkpoint
+
+
+def _by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """An optimizer's state with names in place of numbers, which stand for the weights in the order of the groups."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    name_of = dict(zip(numbers, names, strict=True))
+    return {
+        "state": {name_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def check_parallel(train: TrainConfig, devices: int, strategy: StrategyName) -> None:
+    """Refuses what cannot be trained by so many processes.
+
+    Raises:
+        ValueError: devices, strategy, batch size or optimizer do not fit one another.
+    """
+    if devices < 1:
+        raise ValueError(f"devices: {devices} is not allowed; at least 1 is")
+    if strategy not in ("auto", "ddp", "fsdp"):
+        raise ValueError(f"strategy: {strategy!r} is unknown; allowed are auto, ddp, fsdp")
+    if train.batch_size % devices:
+        raise ValueError(
+            f"train.batch_size: {train.batch_size} cannot be shared by {devices} devices; "
+            f"allowed are multiples of {devices}"
+        )
+    if strategy == "fsdp" and train.optimizer == "muon":
+        raise ValueError(
+            "train.optimizer: 'muon' needs whole matrices, and fsdp keeps a part of each; "
+            "only 'adamw' is allowed with fsdp"
+        )
+
+
+def lightning_strategy(devices: int, strategy: StrategyName) -> str | Strategy:
+    """What Lightning's trainer takes for a name of ours."""
+    if strategy == "fsdp":
+        return Sharded(devices)
+    return "ddp" if devices > 1 else strategy
+
+
+def is_writer(devices: int) -> bool:
+    """Whether this process writes the record of a run by so many devices; one process does."""
+    return devices == 1 or getattr(rank_zero_only, "rank", 0) == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process of the run has come here; at once where there is one."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
+    """Shards every layer by itself, and what is left with the model: a depth that runs several times is in there."""
+    if isinstance(model, FSDPModule):
+        return
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may lie in parts on several devices, in one piece."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

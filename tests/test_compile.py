@@ -1,0 +1,179 @@
+"""Compiled, exported and recomputed models against the plain one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from explore.model import LanguageModel, ModelConfig
+from explore.ops import experts, forced_paths
+
+BLOCKS: dict[str, Any] = {
+    "M": {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 8},
+    "*": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rope_theta": 1e4},
+    "-": {"kind": "mlp", "d_ff": 48},
+    "E": {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16},
+    "L": {"kind": "moe", "n_experts": 8, "top_k": 3, "d_expert": 16, "d_shared": 16, "d_latent": 16},
+}
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the checks of shapes, which only tests have and no compiler can follow."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+def model(pattern: str, **changes: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    blocks = {letter: BLOCKS[letter] for letter in dict.fromkeys(pattern)}
+    record = {"d_model": 32, "vocab_size": 64, "pattern": pattern, "blocks": blocks, **changes}
+    return ModelConfig.model_validate(record).build()
+
+
+def tokens(seq: int = 20, seed: int = 0) -> Tensor:
+    return torch.randint(64, (2, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_and_gradients(lm: LanguageModel, call: Any) -> list[Tensor]:
+    ids = tokens()
+    logits = call(ids)
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return [logits, *torch.autograd.grad(loss, [*lm.parameters()])]
+
+
+# Experts for graphs
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu", "swiglu_clamped"])
+@pytest.mark.parametrize("with_biases", [False, True])
+@pytest.mark.parametrize("n_tokens", [1, 63])
+def test_dense_experts_compute_the_loop_and_all_its_gradients(
+    activation: Any, with_biases: bool, n_tokens: int
+) -> None:
+    n, k, d, f = 7, 3, 6, 5  # at one token, experts without any
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, weights, up, down = leaf(n_tokens, d), leaf(n_tokens, k), leaf(n, d, f), leaf(n, f, d)
+    gate = None if activation == "relu2" else leaf(n, d, f)
+    biases = (leaf(n, f), None if gate is None else leaf(n, f), leaf(n, d)) if with_biases else None
+    chosen = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(n_tokens)])
+    leaves = [leaf for leaf in (x, weights, up, gate, down, *(biases or ())) if leaf is not None]
+    found = []
+    for path in ("loop", "dense"):
+        with forced_paths(experts=path):
+            y = experts(x, chosen, weights, up, gate, down, activation, biases)
+        slope = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        found.append((y, *torch.autograd.grad((y * slope).sum(), leaves)))
+    for loop, dense in zip(*found, strict=True):
+        torch.testing.assert_close(dense, loop, rtol=1e-10, atol=1e-10)
+
+
+# Compilation and export
+
+
+@pytest.mark.parametrize("pattern", ["M*-", "M*-EL"])
+def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients(unchecked: None, pattern: str) -> None:
+    lm = model(pattern)
+    with forced_paths(experts="dense"):
+        plain = logits_and_gradients(lm, lm)
+        compiled = logits_and_gradients(lm, torch.compile(lm, backend="aot_eager", fullgraph=True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
+def test_only_the_loads_of_the_experts_break_the_graph(unchecked: None) -> None:
+    lm = model("M*-E")
+    plain = logits_and_gradients(lm, lm)
+    compiled = logits_and_gradients(lm, torch.compile(lm, backend="aot_eager"))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    reasons = torch._dynamo.utils.counters["graph_break"]
+    assert reasons
+    assert all("bincount" in reason or "_local_scalar_dense" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("default")
+def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
+    lm = model("M*-EL")
+    plain = logits_and_gradients(lm, lm)
+    with forced_paths(experts="dense"):
+        compiled = logits_and_gradients(lm, torch.compile(lm, fullgraph=True))
+    for ours, theirs in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["M*-", "EL", "M*-EL"])
+def test_an_exported_forward_gives_the_same_logits(pattern: str) -> None:
+    lm = model(pattern).eval()
+    with forced_paths(experts="dense"):
+        exported = torch.export.export(lm, (tokens(),)).module()
+    for seed in range(3):  # other tokens go to other experts
+        torch.testing.assert_close(exported(tokens(seed=seed)), lm(tokens(seed=seed)), rtol=1e-5, atol=1e-6)
+
+
+# Recomputation
+
+
+def losses_and_gradients(lm: LanguageModel) -> tuple[list[Tensor], int]:
+    """Losses, loads and gradients, and the elements that wait for the backward pass."""
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    ids = tokens(41)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = lm.loss(ids[:, :-1], ids[:, 1:], mtp=True)
+    waiting = kept
+    deeper = [] if loss.mtp is None else [loss.mtp.mean()]
+    total = sum(deeper, start=loss.cross_entropy + loss.aux_loss)
+    gradients = torch.autograd.grad(total, [*lm.parameters()])
+    loads = [stats.load for stats in loss.stats.values()]
+    return [loss.cross_entropy, loss.aux_loss, *deeper, *loads, *gradients], waiting
+
+
+@pytest.mark.parametrize("pattern", ["M*-", "M*-EL", "*E/*E/*E"])
+def test_recomputation_keeps_less_and_changes_nothing(pattern: str) -> None:
+    lm = model(pattern) if "/" not in pattern else mtp_model(pattern)
+    plain, kept = losses_and_gradients(lm)
+    lm.recompute = True
+    again, kept_less = losses_and_gradients(lm)
+    for ours, theirs in zip(again, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert kept_less < kept / 2
+
+
+def mtp_model(pattern: str) -> LanguageModel:
+    torch.manual_seed(0)
+    blocks = {letter: BLOCKS[letter] for letter in "*E"}
+    record = {"d_model": 32, "vocab_size": 64, "pattern": pattern, "blocks": blocks}
+    return ModelConfig.model_validate(record).build()
+
+
+def test_recomputation_leaves_decoding_alone() -> None:
+    lm = model("M*E")
+    ids = tokens(9)
+    lm.recompute = True
+    state = lm.new_state()
+    pieces = torch.cat([lm(ids[:, :5], state), lm(ids[:, 5:], state)], dim=1)
+    torch.testing.assert_close(pieces, lm(ids), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,260 @@
+"""Merging: weights that imitate a decay, and a merged model that is the average it claims to be."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+
+import explore.cli.merging  # noqa: F401  (adds its command)
+from explore.cli import main
+from explore.evals import bits_per_byte
+from explore.experiment import Experiment, TrainConfig
+from explore.runs import RunFolder
+from explore.train import (
+    LitLanguageModel,
+    decay_weights,
+    fit,
+    merge_run,
+    merge_weights,
+    merge_window,
+    read_weights,
+    score_merge,
+    stable_steps,
+    wsd,
+)
+
+STEPS, TOKENS = 40, 4 * 32
+EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
+FACTORS = {"flat": lambda p: 1 - p, "minus_sqrt": lambda p: 1 - math.sqrt(p)}
+
+
+def experiment(corpus: Path, **train: Any) -> Experiment:
+    return Experiment.model_validate(
+        {
+            "name": "tiny",
+            "model": {"d_model": 64, "vocab_size": 257, "pattern": "*E", "blocks": {"E": EXPERTS}},
+            "data": {"kind": "text", "corpus": str(corpus), "tokenizer": "bytes", "seq_len": 32},
+            "train": {"tokens": STEPS * TOKENS, "batch_size": 4, "warmup": 0.1, "decay": 0.25, **train},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, n in (("train", 800), ("val", 30), ("test", 40)):
+        (folder / f"{split}.txt").write_text("".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return fit(experiment(corpus), tmp_path_factory.mktemp("runs"), keep_every=3, accelerator="cpu")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the checks of types, which only tests have."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def kept(folder: RunFolder, step: int) -> dict[str, Tensor]:
+    return read_weights(folder.path / "checkpoints" / f"step-{step:06d}.ckpt")
+
+
+# Weights
+
+
+@pytest.mark.parametrize("shape", ["flat", "minus_sqrt"])
+@pytest.mark.parametrize("n", [1, 2, 5, 16])
+def test_the_average_is_a_walk_whose_steps_shrink_as_in_the_decay(shape: Any, n: int) -> None:
+    points = torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    decayed = points[0].clone()
+    for i in range(1, n):
+        decayed += FACTORS[shape](i / n) * (points[i] - points[i - 1])
+    weights = decay_weights(n, shape)
+    assert sum(weights) == pytest.approx(1)
+    torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64) @ points, decayed)
+
+
+def test_flat_is_the_mean_and_minus_sqrt_leans_to_the_earliest() -> None:
+    assert decay_weights(4, "flat") == (0.25,) * 4
+    assert decay_weights(4, "minus_sqrt") == pytest.approx(
+        (0.5, (math.sqrt(2) - 1) / 2, (math.sqrt(3) - math.sqrt(2)) / 2, 1 - math.sqrt(3) / 2)
+    )
+
+
+def save(path: Path, **state: Any) -> Path:
+    torch.save({"state_dict": {f"model.{name}": value for name, value in state.items()}}, path)
+    return path
+
+
+def test_floats_are_averaged_in_fp32_and_integers_are_the_last(tmp_path: Path) -> None:
+    exact = [1.0, 1.0 + 2**-7, 1.0 + 2**-6]  # all of them exist in bfloat16
+    paths = [
+        save(
+            tmp_path / f"{i}.ckpt",
+            half=torch.tensor([value]).bfloat16(),
+            full=torch.tensor([value]),
+            count=torch.tensor(i),
+        )
+        for i, value in enumerate(exact)
+    ]
+    weights = (0.5, 0.25, 0.25)
+    merged = merge_weights(paths, weights)
+    mean = sum(weight * value for weight, value in zip(weights, exact, strict=True))
+    assert merged["full"].item() == mean
+    assert merged["half"].dtype == torch.bfloat16
+    assert merged["half"].item() == torch.tensor(mean).bfloat16().item()
+    assert merged["count"].item() == 2
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "0.ckpt"
+    torch.save({"state_dict": {"model.x": Path("a stranger's object")}}, path)
+    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+        merge_weights([path], [1.0])
+
+
+# Kept checkpoints
+
+
+@pytest.mark.parametrize("n_steps", [7, 40, 333])
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0.1, 0.25), (0.02, 0.2), (0.5, 0.25)])
+def test_the_stable_phase_is_where_all_steps_behind_were_not_decayed(n_steps: int, warmup: float, decay: float) -> None:
+    config = TrainConfig(tokens=1, warmup=warmup, decay=decay)
+    rates = [wsd(step, n_steps, config) for step in range(n_steps)]
+    peak = round(warmup * n_steps)
+    expected = [done for done in range(peak, n_steps + 1) if all(rate == 1 for rate in rates[peak:done])]
+    assert [*stable_steps(n_steps, config)] == expected
+
+
+def test_checkpoints_are_kept_at_their_steps_and_the_run_is_the_same(
+    finished: RunFolder, corpus: Path, tmp_path: Path
+) -> None:
+    names = {path.name for path in (finished.path / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", *(f"step-{step:06d}.ckpt" for step in range(3, STEPS + 1, 3))}
+    plain = fit(experiment(corpus), tmp_path, accelerator="cpu")
+    assert plain.path.name == finished.path.name
+    assert plain.result is not None
+    assert finished.result is not None
+    assert plain.result["val_loss"] == finished.result["val_loss"]
+
+
+def test_a_kept_checkpoint_is_the_model_at_its_step_also_after_a_stop(
+    finished: RunFolder, corpus: Path, tmp_path: Path
+) -> None:
+    step = LitLanguageModel.training_step
+
+    def stopping(self: LitLanguageModel, *args: Any) -> Tensor:
+        if self.global_step == 17:
+            raise RuntimeError("stopped")
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitLanguageModel, "training_step", stopping)
+        with pytest.raises(RuntimeError, match="stopped"):
+            fit(experiment(corpus), tmp_path, keep_every=15, checkpoint_every=15, accelerator="cpu")
+    (path,) = tmp_path.iterdir()
+    last, fifteenth = read_weights(path / "checkpoints" / "last.ckpt"), kept(RunFolder(path), 15)
+    assert all(torch.equal(last[name], weight) for name, weight in fifteenth.items())
+    resumed = fit(experiment(corpus), tmp_path, keep_every=15, accelerator="cpu")
+    for at in (15, 30):
+        for name, weight in kept(finished, at).items():
+            torch.testing.assert_close(kept(resumed, at)[name], weight, rtol=0, atol=1e-6)
+
+
+# The merged model
+
+
+@pytest.mark.parametrize("shape", ["flat", "minus_sqrt"])
+def test_a_merged_model_is_the_average_of_the_last_stable_checkpoints(finished: RunFolder, shape: Any) -> None:
+    window = merge_window(finished, 4, shape)
+    assert window.steps == (21, 24, 27, 30)  # the decay begins with the step after the 30th
+    merged = merge_run(finished, 4, shape).state_dict()
+    states = [kept(finished, step) for step in window.steps]
+    assert merged.keys() == states[0].keys()
+    for name, weight in merged.items():
+        mean = sum(w * state[name].double() for w, state in zip(window.weights, states, strict=True))
+        torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-7)
+    bias = "layers.1.mixer.expert_bias"
+    assert not torch.equal(merged[bias], states[-1][bias])
+
+
+def test_one_checkpoint_merged_is_itself(finished: RunFolder) -> None:
+    merged = merge_run(finished, 1).state_dict()
+    assert all(torch.equal(merged[name], weight) for name, weight in kept(finished, 30).items())
+
+
+def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFolder, corpus: Path) -> None:
+    record = score_merge(finished, 3, "flat", save=True)
+    assert record == json.loads((finished.path / "merged.json").read_text())
+    assert (record["shape"], record["steps"]) == ("flat", [24, 27, 30])
+    assert record["weights"] == [1 / 3] * 3
+    source = experiment(corpus).data.open(0)
+    for split in ("val", "test"):
+        for scores, model in ((record, merge_run(finished, 3, "flat")), (record["last"], merge_run(finished, 1))):
+            truth = bits_per_byte(model, source.eval_batches(split, 4))  # type: ignore[arg-type]
+            assert scores[f"{split}_bpb"] == pytest.approx(truth.bits_per_byte, rel=1e-6)
+    saved = read_weights(finished.path / "checkpoints" / "merged.ckpt")
+    for name, weight in merge_run(finished, 3, "flat").state_dict().items():
+        assert torch.equal(saved[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("last", "shape", "message"),
+    [
+        (10, "flat", r"last: 10 is more than the 9 checkpoints .* steps 4 to 30; allowed are 1 to 9"),
+        (0, "flat", r"last: 0 is not allowed; at least 1 checkpoint is"),
+        (3, "cosine", r"shape: 'cosine' is unknown; allowed are flat, minus_sqrt"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(
+    finished: RunFolder, unchecked: None, last: int, shape: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge_run(finished, last, shape)
+
+
+def test_a_run_that_kept_nothing_says_how_to_keep(corpus: Path, tmp_path: Path) -> None:
+    folder = fit(experiment(corpus, tokens=3 * TOKENS), tmp_path, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"last: 5 is more than the 0 checkpoints .*; train with keep_every"):
+        merge_run(folder)
+
+
+def test_the_command_shows_the_merge_beside_the_checkpoint_and_the_run(
+    finished: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["explore", "merge", str(finished.path), *options])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    code, printed, _ = run("--last", "4", "--json")
+    record = json.loads(printed)
+    assert code == 0
+    assert record == json.loads((finished.path / "merged.json").read_text())
+    assert record["shape"] == "minus_sqrt"
+    code, printed, _ = run("--last", "4")
+    lines = printed.splitlines()
+    assert finished.result is not None
+    own = f"step {STEPS}, the run's own"
+    for row, scores in (("step 30", record["last"]), ("4 merged, minus_sqrt", record), (own, finished.result)):
+        (line,) = (line for line in lines if line.startswith(row))
+        assert line.removeprefix(row).split()[:2] == [f"{scores['val_bpb']:.4f}", f"{scores['test_bpb']:.4f}"]
+    code, _, said = run("--last", "99")
+    assert code == 2
+    assert said.startswith("error: last: 99 is more than the 9 checkpoints")
