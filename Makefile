@@ -1,5 +1,6 @@
 PYTHON ?= python3
 RUNS ?= runs/demo
+DOORS ?= runs/doors
 TRIALS ?= 16
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint lab venv constraints clean
+.PHONY: help demo doors test test-slow lint lab venv constraints clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -17,6 +18,11 @@ demo: $(VENV)/.installed ## train a first sweep on the embedded text, then its t
 	$(BIN)/explore sweep sweeps/first_frontier.py --runs $(RUNS) --trials $(TRIALS)
 	$(BIN)/explore table $(RUNS)
 	$(BIN)/explore plot $(RUNS)
+
+doors: $(VENV)/.installed-dev ## train a LatentMoE with multi-token prediction, and let transformers write what it writes
+	$(BIN)/explore train sweeps/examples/latent_moe_mtp.json --runs $(DOORS)
+	$(BIN)/explore parity $(DOORS)/latent-moe-mtp-*
+	$(BIN)/explore eval $(DOORS)/latent-moe-mtp-* --acceptance 8
 
 test: $(VENV)/.installed-dev ## run the fast tests
 	$(PYTEST)

@@ -228,6 +228,44 @@ def test_train_table_and_plot_go_through_the_run_folder(
     assert (runs / "frontier.svg").exists()
 
 
+@pytest.fixture
+def run_with_mtp(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
+) -> str:
+    args = ("train", str(experiment_file), "--runs", str(tmp_path / "runs"), "--set", "model.pattern=ME/*E/*E")
+    blocks = ("--set", 'model.blocks.*={"n_heads": 2, "n_kv_heads": 1, "d_head": 16}')
+    return str(json.loads(run(capsys, monkeypatch, *args, *blocks, "--json")[1])["run"])
+
+
+def test_a_run_writes_and_drafts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str
+) -> None:
+    args = ("generate", run_with_mtp, "--prompt", "Para", "--max-new-tokens", "9", "--temperature", "0", "--json")
+    plain, drafted = (json.loads(run(capsys, monkeypatch, *args, *more)[1]) for more in ((), ("--speculate",)))
+    assert plain["continuations"] == drafted["continuations"]
+    assert 1 <= drafted["acceptance_length"] <= 3
+    two = json.loads(run(capsys, monkeypatch, *args, "--prompt", "Paragraph")[1])
+    assert two["continuations"][0] == plain["continuations"][0]
+    code, out, _ = run(capsys, monkeypatch, "eval", run_with_mtp, "--acceptance", "2", "--json")
+    assert set(json.loads(out)["acceptance_length"]) == {"greedy", "temperature 1"}
+    assert code == 0
+    code, _, err = run(capsys, monkeypatch, "eval", run_with_mtp)
+    assert (code, "--pairs, --acceptance: at least one" in err) == (2, True)
+    code, _, err = run(capsys, monkeypatch, *args, "--top-p", "2")
+    assert (code, "top_p: 2.0 is not allowed" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_transformers_writes_what_a_run_writes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "parity", run_with_mtp, "--max-new-tokens", "12", "--json")
+    assert code == 0, err
+    compared = json.loads(out)
+    assert compared["same"] == {"with speculation": True, "transformers in a fresh process": True}
+    assert compared["text"] == compared["transformers_text"]
+
+
 def test_every_command_shows_an_example() -> None:
     assert {command.callback.__name__ for command in app.registered_commands if command.callback} >= {
         "cost",

@@ -17,7 +17,8 @@ folder, prompt, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 tokens = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-written = model.generate(torch.tensor([tokens]), max_new_tokens=n, do_sample=False, eos_token_id=None)
+cached = model.config.use_cache  # transformers has no cache for a model without attention
+written = model.generate(torch.tensor([tokens]), max_new_tokens=n, do_sample=False, eos_token_id=None, use_cache=cached)
 new = written[0, len(tokens) :].tolist()
 assert "explore" not in sys.modules
 print(json.dumps({"tokens": new, "text": tokenizer.decode(new)}))
