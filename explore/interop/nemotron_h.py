@@ -59,7 +59,8 @@ def hf_fields(model: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": model.norm_eps,
         "initializer_range": model.std,
         "mlp_hidden_act": "relu2",
-        "use_cache": attention is not None,  # transformers' cache fails where no layer is attention
+        # The cache of transformers fails where no layer is attention; those of multi-token prediction are none of its.
+        "use_cache": any(isinstance(block, AttentionConfig) for block in model.layers),
         OWN: model.model_dump(mode="json"),
     }
     if model.mtp is not None:
