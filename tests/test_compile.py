@@ -53,14 +53,15 @@ def logits_and_gradients(lm: LanguageModel, call: Any) -> list[Tensor]:
     return [logits, *torch.autograd.grad(loss, [*lm.parameters()])]
 
 
-# Experts for graphs
+# Experts in one batch
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu", "swiglu_clamped"])
 @pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 63])
-def test_dense_experts_compute_the_loop_and_all_its_gradients(
-    activation: Any, with_biases: bool, n_tokens: int
+@pytest.mark.parametrize("path", ["dense", "padded"])
+def test_dense_and_padded_experts_compute_the_loop_and_all_its_gradients(
+    activation: Any, with_biases: bool, n_tokens: int, path: str
 ) -> None:
     n, k, d, f = 7, 3, 6, 5  # at one token, experts without any
     generator = torch.Generator().manual_seed(0)
@@ -74,13 +75,13 @@ def test_dense_experts_compute_the_loop_and_all_its_gradients(
     chosen = torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(n_tokens)])
     leaves = [leaf for leaf in (x, weights, up, gate, down, *(biases or ())) if leaf is not None]
     found = []
-    for path in ("loop", "dense"):
-        with forced_paths(experts=path):
+    for each in ("loop", path):
+        with forced_paths(experts=each):
             y = experts(x, chosen, weights, up, gate, down, activation, biases)
         slope = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
         found.append((y, *torch.autograd.grad((y * slope).sum(), leaves)))
-    for loop, dense in zip(*found, strict=True):
-        torch.testing.assert_close(dense, loop, rtol=1e-10, atol=1e-10)
+    for loop, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, loop, rtol=1e-10, atol=1e-10)
 
 
 # Compilation and export

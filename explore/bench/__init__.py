@@ -1,6 +1,7 @@
 """Speed on this machine, beside what a user would otherwise run."""
 
 from explore.bench.families import SHAPES, Shape, families
-from explore.bench.training import compare
+from explore.bench.ops import time_ops
+from explore.bench.training import compare, compare_decoding
 
-__all__ = ["SHAPES", "Shape", "compare", "families"]
+__all__ = ["SHAPES", "Shape", "compare", "compare_decoding", "families", "time_ops"]

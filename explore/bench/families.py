@@ -22,7 +22,11 @@ class Shape(NamedTuple):
         return self.batch_size * self.seq_len
 
 
-SHAPES: Mapping[str, Shape] = {"small": Shape(192, 8, 512), "large": Shape(512, 8, 1024)}
+SHAPES: Mapping[str, Shape] = {
+    "tiny": Shape(64, 4, 128),
+    "small": Shape(192, 8, 512),
+    "large": Shape(512, 8, 1024),
+}
 
 
 def families(d_model: int) -> dict[str, ModelConfig]:

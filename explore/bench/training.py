@@ -68,18 +68,33 @@ def compare(
 def _measured(
     family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
 ) -> dict[str, Any]:
-    task = {
-        "family": family,
-        "shape": shape,
-        "side": side,
-        "precision": precision,
-        "seconds": seconds,
-        "paths": paths,
-    }
+    return in_a_process(
+        what="train", family=family, shape=shape, side=side, precision=precision, seconds=seconds, paths=paths
+    )
+
+
+def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Times greedy decoding of 16 sequences: records of family, tokens_per_s, baseline_tokens_per_s and ratio."""
+    for name in names or families(SHAPES[shape].d_model):
+        ours, theirs = (
+            in_a_process(what="decode", family=name, shape=shape, side=side, n_new=n_new)
+            for side in ("ours", "transformers")
+        )
+        yield {
+            "family": name,
+            "tokens_per_s": ours["tokens_per_s"],
+            "baseline_tokens_per_s": theirs["tokens_per_s"],
+            "ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
+            "baseline_cached": theirs["cached"],
+        }
+
+
+def in_a_process(**task: Any) -> dict[str, Any]:
+    """The result of one measurement, made in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "explore.bench.worker", json.dumps(task)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{family}, {side}, {precision}: {done.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"{task}: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

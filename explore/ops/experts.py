@@ -28,7 +28,7 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
-    path = _dense if path_of("experts") == "dense" else _loop
+    path = {"loop": _loop, "padded": _padded, "dense": _dense}[path_of("experts")]
     return path(x, chosen, weights, up, gate, down, activation, biases)
 
 
@@ -62,6 +62,36 @@ def _loop(
     return torch.zeros_like(x).index_add(0, token_of, y)
 
 
+def _padded(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    biases: tuple[Tensor, Tensor | None, Tensor] | None,
+) -> Tensor:
+    """All experts in one batch of products, each padded to the load of the busiest; no token is dropped.
+
+    More work than `_loop` by the busiest load over the mean, in far fewer and larger products.
+    """
+    (t, k), n_experts = chosen.shape, up.shape[0]
+    expert_of = chosen.flatten()
+    load = expert_of.bincount(minlength=n_experts)
+    capacity = int(load.max())
+    order = expert_of.argsort(stable=True)
+    start = load.cumsum(0) - load  # of each expert in the sorted order
+    sorted_expert = expert_of[order]
+    slot = sorted_expert * capacity + torch.arange(t * k, device=x.device) - start[sorted_expert]
+    token_of = order // k
+    rows = x.new_zeros(n_experts * capacity, x.shape[1]).index_copy(0, slot, x[token_of])
+    rows = rows.view(n_experts, capacity, -1)
+    y = _expert_mlp(rows, up, gate, down, activation, biases)
+    y = y.flatten(0, 1)[slot] * weights.flatten()[order, None].to(x.dtype)
+    return torch.zeros_like(x).index_add(0, token_of, y)
+
+
 def _dense(
     x: Tensor,
     chosen: Tensor,
@@ -76,12 +106,23 @@ def _dense(
 
     Exact, at n_experts / top_k times the work; no shape depends on data, so that a graph can be exported whole.
     """
-    inner, gated = x @ up, None if gate is None else x @ gate  # e t f
+    y = _expert_mlp(x[None].expand(up.shape[0], -1, -1), up, gate, down, activation, biases)  # e t d
+    weight = x.new_zeros(x.shape[0], up.shape[0]).scatter_add(1, chosen, weights.to(x.dtype))  # t e
+    return torch.einsum("te,etd->td", weight, y)
+
+
+def _expert_mlp(
+    rows: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: Activation,
+    biases: tuple[Tensor, Tensor | None, Tensor] | None,
+) -> Tensor:
+    """Every expert over its own rows: (e, rows, d) in, the same out."""
+    inner, gated = torch.bmm(rows, up), None if gate is None else torch.bmm(rows, gate)
     if biases is not None:
         inner = inner + biases[0][:, None]
         gated = None if gated is None or biases[1] is None else gated + biases[1][:, None]
-    y = activate(inner, gated, activation) @ down  # e t d
-    if biases is not None:
-        y = y + biases[2][:, None]
-    weight = x.new_zeros(x.shape[0], up.shape[0]).scatter_add(1, chosen, weights.to(x.dtype))  # t e
-    return torch.einsum("te,etd->td", weight, y)
+    y = torch.bmm(activate(inner, gated, activation), down)
+    return y if biases is None else y + biases[2][:, None]

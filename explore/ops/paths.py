@@ -12,7 +12,7 @@ from torch.compiler import assume_constant_result
 PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("sdpa", "written_out"),
     "conv": ("shift", "conv1d"),
-    "experts": ("loop", "dense"),
+    "experts": ("loop", "padded", "dense"),
     "ssd": ("chunked", "recurrent", "mamba_ssm"),
 }
 """Every op with its implementations, the default first."""

@@ -1,0 +1,69 @@
+"""Time of every op on each of its paths, forward and backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explore.ops import PATHS, attention, causal_conv1d, experts, forced_paths, ssd
+
+Op = Callable[[], Tensor]
+
+
+def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Iterator[dict[str, Any]]:
+    """Times every op on every path, in fp32 and bf16, at the shapes of a model of a width.
+
+    Yields:
+        Records of op, path, precision, and seconds of the fastest forward and backward pass. The step-by-step
+        recurrence and what needs a package or a device that is absent are left out.
+    """
+    for dtype in (torch.float32, torch.bfloat16):
+        for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
+            name = op.partition(",")[0]
+            for path in PATHS[name]:
+                if path in ("recurrent", "mamba_ssm"):
+                    continue
+                with forced_paths(**{name: path}):
+                    seconds = min(_timed(work) for _ in range(repeats + 1))
+                yield {"op": op, "path": path, "precision": str(dtype).removeprefix("torch."), "seconds": seconds}
+
+
+def _timed(work: Op) -> float:
+    began = time.perf_counter()
+    work().float().square().mean().backward()
+    return time.perf_counter() - began
+
+
+def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dict[str, Op]:
+    generator = torch.Generator().manual_seed(0)
+    batch, heads = n_tokens // seq_len, d_model // 32
+
+    def leaf(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(0.1).to(of).requires_grad_()
+
+    q, k, v = leaf(batch, heads, seq_len, 32), leaf(batch, 2, seq_len, 32), leaf(batch, 2, seq_len, 32)
+    channels = 2 * d_model + 128
+    x, filters, bias = leaf(batch, seq_len, channels), leaf(channels, 1, 4), leaf(channels)
+    X, B, C = leaf(batch, seq_len, 2 * heads, 32), leaf(batch, seq_len, 1, 64), leaf(batch, seq_len, 1, 64)
+    dt, A, D = (
+        torch.rand(batch, seq_len, 2 * heads, generator=generator).mul_(0.1).requires_grad_(),
+        -torch.rand(2 * heads, generator=generator).add_(1),
+        leaf(2 * heads, of=torch.float32),
+    )
+
+    def routed(n: int, top_k: int, d: int, f: int) -> Op:
+        tokens, up, down = leaf(n_tokens, d), leaf(n, d, f), leaf(n, f, d)
+        weights, chosen = torch.rand(n_tokens, n, generator=generator).topk(top_k, dim=-1)
+        return lambda: experts(tokens, chosen, weights, up, None, down, "relu2")
+
+    return {
+        "attention": lambda: attention(q, k, v),
+        "conv": lambda: causal_conv1d(x, filters, bias),
+        "ssd": lambda: ssd(X, dt, A, B, C, D, 64)[0],
+        "experts, 16 top 2": routed(16, 2, d_model, d_model),
+        "experts, 64 top 8, latent": routed(64, 8, d_model // 4, d_model),
+    }

@@ -1,0 +1,84 @@
+"""The command that times."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, app, count, err, out, size
+
+
+@app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
+def bench(
+    what: Annotated[Literal["train", "decode", "ops"], typer.Option(help="What is timed.")] = "train",
+    shape: Annotated[
+        Literal["tiny", "small", "large"],
+        typer.Option(help="d_model 64 and 4 x 128 tokens; 192 and 8 x 512; 512 and 8 x 1024."),
+    ] = "small",
+    family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Of a training measurement; there are four a family.")] = 10,
+    path: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP=PATH", help="Force an implementation, e.g. experts=loop."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Time training and decoding here, beside transformers' nemotron_h, and every op on each of its paths.
+
+    Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
+    measurement in a process of its own. The fraction is exact training FLOPs over what matrix products reach in bf16.
+    """
+    from explore.bench import SHAPES, compare, compare_decoding, time_ops
+    from explore.roofline import measured
+
+    records: list[dict[str, Any]] = []
+    if what == "ops":
+        records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
+        _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
+        return
+    rate = measured().peak("bfloat16")
+    paths = dict(_forced(text) for text in path or [])
+    timed = compare(shape, seconds, rate, paths, family) if what == "train" else None
+    for record in timed if timed is not None else compare_decoding(shape, new_tokens, family):
+        err.print(f"{record['family']}: {record['ratio']:.2f} times the baseline", highlight=False)
+        records.append(record)
+    columns = {
+        "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
+        "baseline": lambda r: f"{r['baseline_tokens_per_s']:,.0f}",
+        "ratio": lambda r: f"{r['ratio']:.2f}",
+    }
+    if what == "train":
+        columns |= {
+            "precisions": lambda r: f"{r['precision']}/{r['baseline_precision']}",
+            "memory": lambda r: size(r["peak_bytes"]),
+            "baseline memory": lambda r: size(r["baseline_peak_bytes"]),
+            "of GEMM rate": lambda r: f"{r['gemm_fraction']:.0%}",
+        }
+    _show(records, as_json, ("family",), columns)
+    if not as_json:
+        out.print(f"matrix products reach {count(rate)} FLOP/s here in bf16", highlight=False)
+
+
+def _forced(text: str) -> tuple[str, str]:
+    op, equals, path = text.partition("=")
+    if not equals:
+        raise ValueError(f"--path: {text!r} is not of the form OP=PATH, such as experts=loop")
+    return op, path
+
+
+def _show(records: list[dict[str, Any]], as_json: bool, names: tuple[str, ...], columns: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(records, indent=2))
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for record in records:
+        table.add_row(*(str(record[name]) for name in names), *(show(record) for show in columns.values()))
+    out.print(table)

@@ -1,0 +1,47 @@
+"""Timings: what they say of a run, and that training here does not fall behind transformers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from explore.bench import SHAPES, compare, compare_decoding, families, time_ops
+from explore.ops import PATHS
+
+
+def test_families_are_those_of_their_names_and_no_larger_for_being_latent() -> None:
+    for shape in SHAPES.values():
+        models = families(shape.d_model)
+        assert {name: model.family for name, model in models.items()} == {name: name for name in models}
+        standard, latent = (models[name].cost(shape.seq_len) for name in ("hybrid MoE", "hybrid LatentMoE"))
+        assert latent.params_total == pytest.approx(standard.params_total, rel=0.1)
+
+
+def test_every_op_is_timed_on_every_path_that_runs_here() -> None:
+    records = list(time_ops(64, 64, 32, repeats=1))
+    timed = {(record["op"].partition(",")[0], record["path"]) for record in records}
+    left_out = {("ssd", "recurrent"), ("ssd", "mamba_ssm")}
+    assert timed == {(op, path) for op, paths in PATHS.items() for path in paths} - left_out
+    assert all(record["seconds"] > 0 for record in records)
+
+
+def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="shape: 'huge' is unknown; allowed are tiny, small, large"):
+        next(compare("huge", 1.0, 1e9))
+    with pytest.raises(ValueError, match="family: 'RNN' is unknown; allowed are attention"):
+        next(compare("tiny", 1.0, 1e9, names=["RNN"]))
+
+
+@pytest.mark.slow
+def test_training_and_decoding_are_no_slower_than_the_baseline() -> None:
+    (record,) = compare("small", 3.0, 1e12, names=["hybrid LatentMoE"])
+    assert record["ratio"] > 1.0
+    assert record["ratio"] == pytest.approx(record["tokens_per_s"] / record["baseline_tokens_per_s"])
+    flops = families(192)["hybrid LatentMoE"].cost(512).flops_train
+    assert record["gemm_fraction"] == pytest.approx(flops * record["tokens_per_s"] / 1e12)
+    assert record["peak_bytes"] > 0
+    assert record["path"].keys() == PATHS.keys()
+    (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])
+    assert decoded["ratio"] > 1.0
+    assert math.isfinite(decoded["tokens_per_s"])
