@@ -23,7 +23,7 @@ from explore.data import DataConfig
 from explore.files import read_json
 from explore.model import ModelConfig
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Part of every key; raised when the same experiment may give another result than before."""
 
 

@@ -112,17 +112,18 @@ def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, s
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
-    for path in ("sdpa", "written_out"):
+    for path in ("written_out", "sdpa", "blocked"):
         with forced_paths(attention=path):
             y = attention(q, k, v, window)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
-    for fast, truth in zip(*results, strict=True):
-        torch.testing.assert_close(fast, truth)
+    for truth, *fast in zip(*results, strict=True):
+        for found in fast:
+            torch.testing.assert_close(found, truth)
 
 
 def test_a_query_averages_the_keys_in_its_window() -> None:
     q, k, v = leaves((1, 2, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4))
-    for path in ("sdpa", "written_out"):
+    for path in ("blocked", "sdpa", "written_out"):
         with forced_paths(attention=path):
             y = attention(q, k, v, 3)
         for head in range(2):
@@ -134,11 +135,14 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
 
 def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:
     q, k, v, sinks = leaves((1, 2, 5, 4), (1, 1, 5, 4), (1, 1, 5, 4), (2,))
-    y = attention(q, k, v, None, sinks)
-    for head in range(2):
-        for t in range(5):
-            weights = (k[0, 0, : t + 1] @ q[0, head, t] / 2).exp()
-            torch.testing.assert_close(y[0, head, t], weights @ v[0, 0, : t + 1] / (weights.sum() + sinks[head].exp()))
+    for path in ("blocked", "sdpa", "written_out"):
+        with forced_paths(attention=path):
+            y = attention(q, k, v, None, sinks)
+        for head in range(2):
+            for t in range(5):
+                weights = (k[0, 0, : t + 1] @ q[0, head, t] / 2).exp()
+                truth = weights @ v[0, 0, : t + 1] / (weights.sum() + sinks[head].exp())
+                torch.testing.assert_close(y[0, head, t], truth)
 
 
 def test_the_clamped_swiglu_is_its_formula() -> None:

@@ -28,13 +28,15 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
                 if path in ("recurrent", "mamba_ssm"):
                     continue
                 with forced_paths(**{name: path}):
-                    seconds = min(_timed(work) for _ in range(repeats + 1))
+                    seconds = min(_timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))
                 yield {"op": op, "path": path, "precision": str(dtype).removeprefix("torch."), "seconds": seconds}
 
 
-def _timed(work: Op) -> float:
+def _timed(work: Op, autocast: bool) -> float:
     began = time.perf_counter()
-    work().float().square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = work()
+    y.float().square().mean().backward()
     return time.perf_counter() - began
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def measure(
     family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
 ) -> dict[str, Any]:
     """Tokens per second of the median step, and the peak of memory above what was there before the model."""
-    before = peak_bytes()
+    before = peak_bytes(reset=True)
     with forced_paths(**paths):
         step = train_step(family, shape, side, precision)
         step()
@@ -111,9 +111,12 @@ def decode(family: str, shape: str, side: str, n_new: int) -> dict[str, Any]:
     return {"tokens_per_s": n_tokens / min(times), "cached": cached}
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_bytes(*, reset: bool = False) -> int:
+    """The largest resident memory of this process, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

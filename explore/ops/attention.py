@@ -26,13 +26,48 @@ def attention(
         sinks: a logit of each head that takes its part of the softmax and gives no value.
     """
     seq, context = q.shape[2], k.shape[2]
-    if sinks is not None or path_of("attention") == "written_out":
+    path = path_of("attention", q.device.type)
+    if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
+    if path == "blocked" and (seq > 1 or sinks is not None):
+        return _blocked(q, k, v, window, sinks)
     if window is not None and window < context:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, window, q), enable_gqa=True)
     if seq not in (1, context):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, None, q), enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1, enable_gqa=True)
+
+
+BLOCK = 64
+"""Queries of a block: few, so that little beyond the diagonal is computed, and enough for one product to be large."""
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """A block of queries after another against the keys that it can see, the heads of a group in one product.
+
+    On a CPU two to three times as fast as `scaled_dot_product_attention`, forward and backward.
+    """
+    batch, heads, seq, d = q.shape
+    groups, context, before = k.shape[1], k.shape[2], k.shape[2] - seq
+    per_group = heads // groups
+    with torch.autocast(q.device.type, enabled=False):
+        q, k = (q * d**-0.5).to(v.dtype).view(batch, groups, per_group, seq, d), k.to(v.dtype).transpose(-1, -2)
+        hidden = q.new_full((seq, context), -torch.inf).triu(before + 1)
+        if window is not None:
+            hidden = hidden.masked_fill(~_visible(seq, context, window, q), -torch.inf)
+        outputs = []
+        for start in range(0, seq, BLOCK):
+            end = min(start + BLOCK, seq)
+            first = 0 if window is None else max(0, before + start + 1 - window)
+            seen = slice(first, before + end)
+            rows = q[:, :, :, start:end].reshape(batch, groups, -1, d)
+            scores = (rows @ k[..., seen]).view(batch, groups, per_group, end - start, -1) + hidden[start:end, seen]
+            if sinks is not None:
+                sink = sinks.to(scores.dtype).view(1, groups, per_group, 1, 1)
+                scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), dim=-1)
+            weights = scores.softmax(dim=-1)[..., : before + end - first].flatten(2, 3)
+            outputs.append((weights @ v[:, :, seen]).view(batch, groups, per_group, end - start, -1))
+        return torch.cat(outputs, dim=3).view(batch, heads, seq, -1)
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:

@@ -18,14 +18,14 @@ def causal_conv1d(
 ) -> Float[Tensor, "batch seq channels"]:
     """Convolves each channel with its own filter over the current and the `d_conv` - 1 positions before.
 
-    The default adds up shifted products, three times as fast as `conv1d` on a CPU for this shape of work.
+    On a CPU the default adds up shifted products, three times as fast there as `conv1d` for this shape of work.
 
     Args:
         before: the `d_conv` - 1 positions before the first, zero when absent.
     """
     seq, d_conv = x.shape[1], weight.shape[2]
     padded = F.pad(x, (0, 0, d_conv - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
-    if path_of("conv") == "conv1d":
+    if path_of("conv", x.device.type) == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     y = bias.to(x.dtype)
     for tap in range(d_conv):

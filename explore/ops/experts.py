@@ -12,6 +12,9 @@ from torch import Tensor
 from explore.ops.activation import Activation, activate
 from explore.ops.paths import path_of
 
+MAX_PADDING = 4
+"""Rows of the padded form over those that hold a token."""
+
 
 def experts(
     x: Float[Tensor, "t d"],
@@ -28,7 +31,7 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
-    path = {"loop": _loop, "padded": _padded, "dense": _dense}[path_of("experts")]
+    path = {"loop": _loop, "padded": _padded, "dense": _dense}[path_of("experts", x.device.type)]
     return path(x, chosen, weights, up, gate, down, activation, biases)
 
 
@@ -74,12 +77,15 @@ def _padded(
 ) -> Tensor:
     """All experts in one batch of products, each padded to the load of the busiest; no token is dropped.
 
-    More work than `_loop` by the busiest load over the mean, in far fewer and larger products.
+    More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
+    much, or there are too few tokens for the experts, it is left to `_loop`.
     """
     (t, k), n_experts = chosen.shape, up.shape[0]
     expert_of = chosen.flatten()
     load = expert_of.bincount(minlength=n_experts)
     capacity = int(load.max())
+    if capacity * n_experts > MAX_PADDING * t * k:
+        return _loop(x, chosen, weights, up, gate, down, activation, biases)
     order = expert_of.argsort(stable=True)
     start = load.cumsum(0) - load  # of each expert in the sorted order
     sorted_expert = expert_of[order]

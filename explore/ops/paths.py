@@ -10,27 +10,34 @@ from types import MappingProxyType
 from torch.compiler import assume_constant_result
 
 PATHS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("sdpa", "written_out"),
+    "attention": ("blocked", "sdpa", "written_out"),
     "conv": ("shift", "conv1d"),
-    "experts": ("loop", "padded", "dense"),
+    "experts": ("padded", "loop", "dense"),
     "ssd": ("chunked", "recurrent", "mamba_ssm"),
 }
-"""Every op with its implementations, the default first."""
+"""Every op with its implementations, the default on a CPU first."""
+
+ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d", "experts": "padded", "ssd": "chunked"}
+"""The default on other devices, which have kernels of their own for attention and convolution."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
 
-def path_of(op: str) -> str:
-    """Name of the implementation of `op` that runs now; compiled code keeps the one it was compiled with."""
-    return _forced.get().get(op, PATHS[op][0])
+def path_of(op: str, device: str = "cpu") -> str:
+    """Name of the implementation of `op` that runs now; compiled code keeps the one it was compiled with.
+
+    Args:
+        device: torch's name of the type of device.
+    """
+    return _forced.get().get(op, PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE[op])
 
 
 assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
 
 
-def paths_in_use() -> dict[str, str]:
-    """Every op with the implementation that runs now, for the run record."""
-    return {op: path_of(op) for op in PATHS}
+def paths_in_use(device: str = "cpu") -> dict[str, str]:
+    """Every op with the implementation that runs now on a type of device, for the run record."""
+    return {op: path_of(op, device) for op in PATHS}
 
 
 @contextmanager

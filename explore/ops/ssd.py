@@ -37,11 +37,11 @@ def ssd(
     Returns:
         Outputs, and the state after the last position.
     """
-    if path_of("ssd") == "recurrent":
+    if path_of("ssd", X.device.type) == "recurrent":
         return ssd_recurrent(X, dt, A, B, C, D, state)
     if X.shape[1] == 1 and state is not None:
         return _ssd_step(X, dt, A, B, C, D, state)
-    if path_of("ssd") == "mamba_ssm":
+    if path_of("ssd", X.device.type) == "mamba_ssm":
         if not X.is_cuda:
             raise ValueError(f"ssd: the path 'mamba_ssm' runs on CUDA only, not on {X.device.type}")
         return ssd_mamba_ssm(X, dt, A, B, C, D, chunk_size, state)

@@ -25,7 +25,7 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: version(package) for package in PACKAGES},
-        "ops": paths_in_use(),
+        "ops": paths_in_use("cuda" if torch.cuda.is_available() else "cpu"),
         "data": experiment.data.fingerprint(),
     }
 
