@@ -121,6 +121,18 @@ def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("default")
+def test_compiled_ops_give_the_same_logits_and_gradients(unchecked: None) -> None:
+    lm = model("M*-")
+    plain = logits_and_gradients(lm, lm)
+    with forced_paths(ssd="compiled", norm="compiled", conv="compiled"):
+        found = logits_and_gradients(lm, lm)
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("pattern", ["M*-", "EL", "M*-EL"])
 def test_an_exported_forward_gives_the_same_logits(pattern: str) -> None:
     lm = model(pattern).eval()

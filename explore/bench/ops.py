@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from explore.ops import PATHS, attention, causal_conv1d, experts, forced_paths, ssd
+from explore.ops import PATHS, attention, causal_conv1d, experts, forced_paths, gated_group_rms_norm, ssd
 
 Op = Callable[[], Tensor]
 
@@ -19,13 +19,13 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
 
     Yields:
         Records of op, path, precision, and seconds of the fastest forward and backward pass. The step-by-step
-        recurrence and what needs a package or a device that is absent are left out.
+        recurrence and what needs a package, a device or a compiler are left out.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
             name = op.partition(",")[0]
             for path in PATHS[name]:
-                if path in ("recurrent", "mamba_ssm"):
+                if path in ("recurrent", "mamba_ssm", "compiled"):
                     continue
                 with forced_paths(**{name: path}):
                     seconds = min(_timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))
@@ -65,6 +65,7 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
     return {
         "attention": lambda: attention(q, k, v),
         "conv": lambda: causal_conv1d(x, filters, bias),
+        "norm": lambda: gated_group_rms_norm(x, x, bias, 1, 1e-5),
         "ssd": lambda: ssd(X, dt, A, B, C, D, 64)[0],
         "experts, 16 top 2": routed(16, 2, d_model, d_model),
         "experts, 64 top 8, latent": routed(64, 8, d_model // 4, d_model),

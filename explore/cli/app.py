@@ -25,6 +25,19 @@ SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),
 ]
+Paths = Annotated[
+    list[str] | None,
+    typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),
+]
+
+
+def forced(paths: list[str] | None) -> dict[str, str]:
+    """Reads `--path`; which ops and paths there are, `forced_paths` knows."""
+    pairs = [text.partition("=") for text in paths or []]
+    for op, equals, path in pairs:
+        if not equals:
+            raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
+    return {op: path for op, _, path in pairs}
 
 
 def main() -> None:

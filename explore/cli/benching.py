@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, app, count, err, out, size
+from explore.cli.app import Json, Paths, app, count, err, forced, out, size
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
@@ -20,10 +20,7 @@ def bench(
     ] = "small",
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of a training measurement; there are four a family.")] = 10,
-    path: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OP=PATH", help="Force an implementation, e.g. experts=loop."),
-    ] = None,
+    path: Paths = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
     as_json: Json = False,
 ) -> None:
@@ -41,7 +38,7 @@ def bench(
         _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
         return
     rate = measured().peak("bfloat16")
-    paths = dict(_forced(text) for text in path or [])
+    paths = forced(path)
     timed = compare(shape, seconds, rate, paths, family) if what == "train" else None
     for record in timed if timed is not None else compare_decoding(shape, new_tokens, family):
         err.print(f"{record['family']}: {record['ratio']:.2f} times the baseline", highlight=False)
@@ -61,13 +58,6 @@ def bench(
     _show(records, as_json, ("family",), columns)
     if not as_json:
         out.print(f"matrix products reach {count(rate)} FLOP/s here in bf16", highlight=False)
-
-
-def _forced(text: str) -> tuple[str, str]:
-    op, equals, path = text.partition("=")
-    if not equals:
-        raise ValueError(f"--path: {text!r} is not of the form OP=PATH, such as experts=loop")
-    return op, path
 
 
 def _show(records: list[dict[str, Any]], as_json: bool, names: tuple[str, ...], columns: dict[str, Any]) -> None:

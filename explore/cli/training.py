@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, SetOptions, app, count, err, number, out
+from explore.cli.app import Json, Paths, SetOptions, app, count, err, forced, number, out
 
 WandbMode = Literal["offline", "online"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -37,24 +37,27 @@ def train(
     strategy: Annotated[
         Strategy, typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp.")
     ] = "auto",
+    path: Paths = None,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
     """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
     from explore.experiment import Experiment
+    from explore.ops import forced_paths
     from explore.train import fit, is_writer
 
     loaded = Experiment.load(experiment, set_ or [])
-    folder = fit(
-        loaded,
-        runs,
-        checkpoint_every=checkpoint_every,
-        keep_every=keep_every,
-        recompute=recompute,
-        wandb=wandb,
-        devices=devices,
-        strategy=strategy,
-    )
+    with forced_paths(**forced(path)):
+        folder = fit(
+            loaded,
+            runs,
+            checkpoint_every=checkpoint_every,
+            keep_every=keep_every,
+            recompute=recompute,
+            wandb=wandb,
+            devices=devices,
+            strategy=strategy,
+        )
     result = folder.result or {}
     if not is_writer(devices):
         return

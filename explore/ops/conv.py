@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from explore.ops.paths import path_of
+from explore.ops.paths import compiled, path_of
 
 
 def causal_conv1d(
@@ -27,7 +27,12 @@ def causal_conv1d(
     padded = F.pad(x, (0, 0, d_conv - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     if path_of("conv", x.device.type) == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-    y = bias.to(x.dtype)
-    for tap in range(d_conv):
-        y = y + weight[:, 0, tap].to(x.dtype) * padded[:, tap : tap + seq]
+    shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
+    return shift(padded, weight, bias, seq)
+
+
+def _shifted(padded: Tensor, weight: Tensor, bias: Tensor, seq: int) -> Tensor:
+    y = bias.to(padded.dtype)
+    for tap in range(weight.shape[2]):
+        y = y + weight[:, 0, tap].to(padded.dtype) * padded[:, tap : tap + seq]
     return y

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from types import MappingProxyType
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch.compiler import assume_constant_result
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("blocked", "sdpa", "written_out"),
-    "conv": ("shift", "conv1d"),
+    "conv": ("shift", "conv1d", "compiled"),
     "experts": ("padded", "loop", "dense"),
-    "ssd": ("chunked", "recurrent", "mamba_ssm"),
+    "norm": ("eager", "compiled"),
+    "ssd": ("chunked", "recurrent", "mamba_ssm", "compiled"),
 }
 """Every op with its implementations, the default on a CPU first."""
 
-ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d", "experts": "padded", "ssd": "chunked"}
-"""The default on other devices, which have kernels of their own for attention and convolution."""
+ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d"}
+"""The default on other devices, where it is another."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
@@ -29,7 +36,7 @@ def path_of(op: str, device: str = "cpu") -> str:
     Args:
         device: torch's name of the type of device.
     """
-    return _forced.get().get(op, PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE[op])
+    return _forced.get().get(op, PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE.get(op, PATHS[op][0]))
 
 
 assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
@@ -38,6 +45,13 @@ assume_constant_result(path_of)  # marks it, since a context variable would brea
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
     """Every op with the implementation that runs now on a type of device, for the run record."""
     return {op: path_of(op, device) for op in PATHS}
+
+
+@cache
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
+    made: Callable[P, T] = torch.compile(function, dynamic=False)
+    return made
 
 
 @contextmanager

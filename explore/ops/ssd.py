@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from explore.ops.mamba_ssm import ssd_mamba_ssm
-from explore.ops.paths import path_of
+from explore.ops.paths import compiled, path_of
 
 
 def ssd(
@@ -87,14 +87,15 @@ def ssd_chunked(
     Source: arXiv 2405.21060, section 6 and listing 1; here the recurrence between chunks is a loop,
     and B and C stay shared within a group instead of being repeated for every head.
     """
+    chunks = compiled(_ssd_chunks) if path_of("ssd", X.device.type) == "compiled" else _ssd_chunks
     seq = X.shape[1]
     whole = seq - seq % chunk_size
     if whole == 0:
-        return _ssd_chunks(X, dt, A, B, C, D, seq, state)
+        return chunks(X, dt, A, B, C, D, seq, state)
     if whole == seq:
-        return _ssd_chunks(X, dt, A, B, C, D, chunk_size, state)
-    head, state = _ssd_chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
-    tail, state = _ssd_chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
+        return chunks(X, dt, A, B, C, D, chunk_size, state)
+    head, state = chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
+    tail, state = chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
     return torch.cat((head, tail), dim=1), state
 
 
@@ -126,10 +127,10 @@ def _ssd_chunks(
     cum = (dtc * A.view(g, r)).cumsum(dim=2)
     log_decay = cum.permute(0, 1, 3, 4, 2)  # b c g r q
     future = torch.ones(q, q, dtype=torch.bool, device=X.device).triu(1)
-    L = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
+    L = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp().to(CB.dtype)
 
     # Within the chunk.
-    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
     Y = (CB[:, :, :, None] * L) @ dtX.permute(0, 1, 3, 4, 2, 5)  # b c g r q p
     Y = Y.permute(0, 1, 4, 2, 3, 5)
 
