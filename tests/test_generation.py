@@ -185,7 +185,7 @@ def test_the_loss_of_a_depth_is_the_cross_entropy_of_tokens_further_on() -> None
 
 def test_multi_token_prediction_stays_close_to_fp32_under_bf16_autocast_without_a_warning() -> None:
     model = built("M*/*E/*E")
-    tokens, targets = torch.randint(0, 12, (2, 2, 9))
+    tokens, targets = torch.randint(0, 12, (2, 8, 64))  # enough that one token's rounding is averaged out
     exact = model.loss(tokens, targets, mtp=True).mtp
     with torch.autocast("cpu", torch.bfloat16):
         found = model.loss(tokens, targets, mtp=True).mtp
