@@ -255,6 +255,20 @@ def test_a_run_writes_and_drafts(
     assert (code, "top_p: 2.0 is not allowed" in err) == (2, True)
 
 
+def test_a_run_that_leaves_and_comes_back_writes_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, monkeypatch, "export", run_with_mtp, "--to", "hf", "left")[0] == 0
+    assert run(capsys, monkeypatch, "import", "left")[0] == 0
+    args = ("--prompt", "Para", "--max-new-tokens", "9", "--temperature", "0", "--json")
+    texts = [run(capsys, monkeypatch, "generate", folder, *args)[1] for folder in (run_with_mtp, "left-imported")]
+    one, other = (json.loads(text)["continuations"] for text in texts)
+    assert one == other
+    code, _, err = run(capsys, monkeypatch, "eval", "left-imported", "--acceptance", "1")
+    assert (code, "--acceptance: left-imported is no run" in err) == (2, True)
+
+
 @pytest.mark.slow
 def test_transformers_writes_what_a_run_writes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str

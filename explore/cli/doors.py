@@ -70,13 +70,16 @@ def export(
 )
 def import_(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a nemotron_h checkpoint.")],
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="New or empty folder; DIR-imported, here, when absent.")
+    ] = None,
 ) -> None:
-    """Make a model of a nemotron_h checkpoint: model.json, which other commands accept, and model.safetensors."""
+    """Make a model of a nemotron_h checkpoint: model.json and model.safetensors, which other commands accept."""
     from explore.files import read_json
     from explore.interop import from_hf, save_model_folder
 
     model = from_hf(source)
+    folder = folder or Path(f"{source.resolve().name}-imported")
     tokenizer = source / "tokenizer.json"
     save_model_folder(model, folder, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
     out.print(f"{folder}: {_size(model.config)}", highlight=False)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from explore.data import TextData, Tokenizer
     from explore.model import LanguageModel
 
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that import wrote.")]
 PROMPT_TOKENS = 64
 
 
@@ -47,6 +47,8 @@ def evaluate(
     model, tokenizer, data = _opened(run)
     results: dict[str, Any] = {str(path): minimal_pair_accuracy(model, tokenizer, some) for path, some in read.items()}
     if acceptance is not None:
+        if data is None:
+            raise ValueError(f"--acceptance: {run} is no run, and its prompts are a run's test text")
         prompts = list(_prompts(data, acceptance))
         results["acceptance_length"] = {
             name: acceptance_length(model, prompts, PROMPT_TOKENS, sampling)
@@ -131,12 +133,16 @@ def _continued(
     return texts, []
 
 
-def _opened(run: Path) -> tuple[LanguageModel, Tokenizer, TextData]:
+def _opened(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
+    """The model and tokenizer of a run, and its data; there is none with a folder that import wrote."""
     from explore.data import TextData, load_tokenizer
     from explore.experiment import Experiment
+    from explore.interop import load_model_folder
     from explore.runs import RunFolder
     from explore.train import load_model
 
+    if (run / "model.json").exists():
+        return load_model_folder(run), load_tokenizer(str(run / "tokenizer.json")), None
     data = Experiment.load(run / "experiment.json").data
     if not isinstance(data, TextData):
         raise ValueError(f"{run}: was trained on {data.kind}, and this needs text")
