@@ -5,20 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from explore.cli.app import Json, SetOptions, app, count, out, size
-from explore.cli.models import DModel, Dtype, Target, VocabSize, load_model
+from explore.cli.models import (
+    ActivationDtype,
+    DModel,
+    KVDtype,
+    StateDtype,
+    Target,
+    VocabSize,
+    WeightDtype,
+    load_model,
+)
+from explore.cost import By, ConventionName
 
 if TYPE_CHECKING:
     from explore.cost import Ledger
     from explore.model import ModelConfig
-
-By = Literal["letter", "layer", "component"]
-Convention = Literal["exact", "megatron", "palm", "6nd"]
 
 
 @app.command(
@@ -32,14 +39,14 @@ def cost(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, and of the context of decoding.")] = 4096,
     set_: SetOptions = None,
     by: Annotated[By, typer.Option(help="How the table is folded.")] = "letter",
-    convention: Annotated[Convention, typer.Option(help="How FLOPs are counted.")] = "exact",
+    convention: Annotated[ConventionName, typer.Option(help="How FLOPs are counted.")] = "exact",
     diff: Annotated[
         str | None, typer.Option(metavar="ONE,OTHER", help="The lines on which two conventions differ.")
     ] = None,
-    weight_dtype: Annotated[Dtype, typer.Option(help="Of weights.")] = "bfloat16",
-    kv_dtype: Annotated[Dtype, typer.Option(help="Of keys and values.")] = "bfloat16",
-    state_dtype: Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")] = "float32",
-    activation_dtype: Annotated[Dtype, typer.Option(help="Of what experts are sent.")] = "bfloat16",
+    weight_dtype: WeightDtype = "bfloat16",
+    kv_dtype: KVDtype = "bfloat16",
+    state_dtype: StateDtype = "float32",
+    activation_dtype: ActivationDtype = "bfloat16",
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,

@@ -43,11 +43,11 @@ def export(
     if folder is None:
         raise ValueError("DIR: a new or empty folder is required with --to hf")
     from explore.data import load_tokenizer
-    from explore.interop import load_model_folder, save_hf
+    from explore.interop import is_model_folder, load_model_folder, save_hf
 
     record: dict[str, Any] = {}
     tokenizer = None
-    if _is_model(source):
+    if is_model_folder(source):
         model = load_model_folder(source)
         if (source / "tokenizer.json").exists():
             tokenizer = load_tokenizer(str(source / "tokenizer.json"))
@@ -182,9 +182,9 @@ def _compare_text(source: Path, prompt: str, n: int, as_json: bool) -> None:
 
 
 def _print_arguments(source: Path) -> None:
-    from explore.interop import load_model_config, megatron_arguments
+    from explore.interop import is_model_folder, load_model_config, megatron_arguments
 
-    if _is_model(source):
+    if is_model_folder(source):
         arguments, notes = megatron_arguments(load_model_config(source))
     else:
         experiment = _experiment(source)
@@ -194,10 +194,6 @@ def _print_arguments(source: Path) -> None:
     for note in notes:
         print(f"# {note}")
     print(" \\\n".join(shlex.join(argument) for argument in arguments))
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "model.json").exists()
 
 
 def _experiment(folder: Path) -> Experiment:

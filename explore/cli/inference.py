@@ -10,7 +10,17 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import Json, SetOptions, app, count, out, size
-from explore.cli.models import DModel, Dtype, Target, VocabSize, load_model
+from explore.cli.models import (
+    ActivationDtype,
+    DModel,
+    KVDtype,
+    StateDtype,
+    Target,
+    VocabSize,
+    WeightDtype,
+    load_model,
+)
+from explore.cost import Dtype
 
 if TYPE_CHECKING:
     from explore.roofline import Deployment
@@ -25,12 +35,10 @@ def roofline(
     hardware: Annotated[str, typer.Option(help="A10G, A100, H100, H200, B200, GB200, or here: measured.")] = "H100",
     context: Annotated[int, typer.Option(min=1, help="Tokens that a sequence has.")] = 65_536,
     batch_sizes: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,4,16,64,256",
-    weight_dtype: Annotated[Dtype, typer.Option(help="Of weights, and of products where the device has them.")] = (
-        "bfloat16"
-    ),
-    kv_dtype: Annotated[Dtype, typer.Option(help="Of keys and values.")] = "bfloat16",
-    state_dtype: Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")] = "float32",
-    activation_dtype: Annotated[Dtype, typer.Option(help="Of what experts are sent.")] = "bfloat16",
+    weight_dtype: WeightDtype = "bfloat16",
+    kv_dtype: KVDtype = "bfloat16",
+    state_dtype: StateDtype = "float32",
+    activation_dtype: ActivationDtype = "bfloat16",
     compute_dtype: Annotated[Dtype | None, typer.Option(help="Of products; that of the weights when absent.")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every matrix.")] = 1,
     expert_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")] = 1,

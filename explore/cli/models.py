@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from explore.cost import Dtype
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig
 
-Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4"]
+WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
+KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")]
+ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent.")]
 Target = Annotated[
     str | None,
     typer.Argument(

@@ -137,11 +137,11 @@ def _opened(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
     """The model and tokenizer of a run, and its data; there is none with a folder that import wrote."""
     from explore.data import TextData, load_tokenizer
     from explore.experiment import Experiment
-    from explore.interop import load_model_folder
+    from explore.interop import is_model_folder, load_model_folder
     from explore.runs import RunFolder
     from explore.train import load_model
 
-    if (run / "model.json").exists():
+    if is_model_folder(run):
         return load_model_folder(run), load_tokenizer(str(run / "tokenizer.json")), None
     data = Experiment.load(run / "experiment.json").data
     if not isinstance(data, TextData):

@@ -89,8 +89,7 @@ CONVENTIONS: Mapping[ConventionName, Convention] = {
 def flops_train(ledger: Ledger, convention: str) -> float:
     """Training FLOPs per token as a convention counts them; a forward pass is a third of it."""
     count = _named(convention).flops_train
-    parts = [(1, ledger.before), (1, ledger.after), *((1, part) for part in ledger.mtp)]
-    parts += [(ledger.pattern.count(letter), part) for letter, part in ledger.blocks.items()]
+    parts = [*ledger.counted(), *((1, part) for part in ledger.mtp)]
     return sum(n * count(ledger, Row(None, part, entry)) for n, part in parts for entry in part.entries)
 
 

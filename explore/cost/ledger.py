@@ -51,6 +51,11 @@ class Entry(NamedTuple):
     conv_numel: int = 0
     all_to_all_numel: int = 0
 
+    @property
+    def flops_prefill(self) -> int:
+        """FLOPs over a whole sequence that is only read: the head's for its last token."""
+        return self.flops_step if self.component == "head" else self.flops_seq
+
 
 def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
     """Adds up the numbers of some entries."""
@@ -149,12 +154,17 @@ class Ledger:
         for part in self.mtp:
             yield None, part
 
+    def counted(self) -> Iterator[tuple[int, Part]]:
+        """Every part once and how often it stands in the model, multi-token prediction apart."""
+        yield 1, self.before
+        for letter, part in self.blocks.items():
+            yield self.pattern.count(letter), part
+        yield 1, self.after
+
     @cached_property
     def main(self) -> Entry:
         """Everything added up, multi-token prediction apart. It does not walk the layers: it counts letters."""
-        parts = [(1, self.before), (1, self.after)]
-        parts += [(self.pattern.count(letter), part) for letter, part in self.blocks.items()]
-        numbers = [[n * number for number in part.total[1:]] for n, part in parts]
+        numbers = [[n * number for number in part.total[1:]] for n, part in self.counted()]
         return Entry("", *map(sum, zip(*numbers, strict=True)))
 
     @cached_property
@@ -165,27 +175,16 @@ class Ledger:
     @cached_property
     def router(self) -> int:
         """Parameters of all routers, multi-token prediction apart."""
-        return sum(
-            self.pattern.count(letter) * entry.params
-            for letter, part in self.blocks.items()
-            for entry in part.entries
-            if entry.component == "router"
-        )
+        return sum(n * e.params for n, part in self.counted() for e in part.entries if e.component == "router")
 
     @property
     def flops_prefill(self) -> int:
         """FLOPs of reading a whole context of `seq_len`: the head computes for its last token only."""
-        head = sum(entry.flops_seq - entry.flops_step for entry in self.after.entries if entry.component == "head")
-        return self.main.flops_seq - head
+        return sum(n * entry.flops_prefill for n, part in self.counted() for entry in part.entries)
 
     def decode_bytes(self, dtypes: Dtypes, batch_size: float = 1) -> float:
         """Bytes that one decoding step of a batch reads and writes."""
-        around = (entry for part in (self.before, self.after) for entry in part.entries)
-        return sum(decode_bytes(entry, dtypes, batch_size) for entry in around) + sum(
-            self.pattern.count(letter) * decode_bytes(entry, dtypes, batch_size)
-            for letter, part in self.blocks.items()
-            for entry in part.entries
-        )
+        return sum(n * decode_bytes(e, dtypes, batch_size) for n, part in self.counted() for e in part.entries)
 
     def fold(self, by: By, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
         """Sums the ledger into records, in the order of first appearance.
@@ -232,7 +231,7 @@ class Ledger:
             "params_active": entry.params_active,
             "flops_fwd": flops_fwd,
             "flops_train": 3 * flops_fwd,
-            "flops_prefill": sum(map(_flops_prefill, rows)),
+            "flops_prefill": sum(row.entry.flops_prefill for row in rows if row.letter != MTP_LETTER),
             "flops_decode": entry.flops_step,
             "weight_bytes": bytes_of(entry.params, dtypes.weight),
             "kv_bytes": bytes_of(entry.kv_numel_seq, dtypes.kv),
@@ -241,12 +240,6 @@ class Ledger:
             "decode_bytes": sum(decode_bytes(row.entry, dtypes) for row in rows),
             "all_to_all_bytes": bytes_of(entry.all_to_all_numel, dtypes.activation),
         }
-
-
-def _flops_prefill(row: Row) -> int:
-    if row.letter == MTP_LETTER:
-        return 0
-    return row.entry.flops_step if row.entry.component == "head" else row.entry.flops_seq
 
 
 def bytes_of(numel: float, dtype: Dtype) -> float:
@@ -265,14 +258,17 @@ def params_touched(entry: Entry, batch_size: float) -> float:
     return entry.params * (1 - float((1 - entry.params_read / entry.params) ** batch_size))
 
 
-def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1) -> float:
+def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: int = 1) -> float:
     """Bytes that one decoding step of a batch reads and writes: weights once, the state of every sequence.
 
     Keys and values are read but for the newest, which is written; SSM and convolution state are read and written.
+
+    Args:
+        n_shares: devices with such a batch each that share the weights; the bytes are those of one.
     """
     state = 2 * (entry.ssm_numel + entry.conv_numel)
     return (
-        bytes_of(params_touched(entry, batch_size), dtypes.weight)
+        bytes_of(params_touched(entry, batch_size * n_shares) / n_shares, dtypes.weight)
         + batch_size * bytes_of(entry.kv_numel_seq, dtypes.kv)
         + batch_size * bytes_of(state, dtypes.state)
     )

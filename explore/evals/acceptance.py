@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from jaxtyping import Int
 from torch import Tensor
 
-from explore.model import GREEDY, LanguageModel, Sampling, speculate
+from explore.model import GREEDY, LanguageModel, Sampling, Speculation, speculate
 
 
 def acceptance_length(
@@ -25,4 +25,4 @@ def acceptance_length(
         accepted += speculate(model, prompt, max_new_tokens, sampling).accepted
     if not accepted:
         raise ValueError("prompts: there is none, or all continuations are too short for a draft")
-    return 1 + sum(accepted) / len(accepted)
+    return Speculation(accepted=accepted).acceptance_length

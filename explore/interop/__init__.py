@@ -1,6 +1,6 @@
 """Doors to other systems: Hugging Face's nemotron_h, Megatron-LM, and folders of our own with safetensors."""
 
-from explore.interop.folder import load_model_config, load_model_folder, save_hf, save_model_folder
+from explore.interop.folder import is_model_folder, load_model_config, load_model_folder, save_hf, save_model_folder
 from explore.interop.fresh import greedy_text
 from explore.interop.hf import from_hf, hf_config, to_hf
 from explore.interop.megatron import megatron_arguments
@@ -14,6 +14,7 @@ __all__ = [
     "from_hf",
     "greedy_text",
     "hf_config",
+    "is_model_folder",
     "load_model_config",
     "load_model_folder",
     "megatron_arguments",

@@ -124,6 +124,11 @@ def load_model_folder(folder: str | Path) -> LanguageModel:
     return with_weights(config, state)
 
 
+def is_model_folder(folder: Path) -> bool:
+    """Whether `save_model_folder` wrote it."""
+    return (folder / "model.json").exists()
+
+
 def load_model_config(folder: str | Path) -> ModelConfig:
     """The config in a folder that `save_model_folder` wrote.
 

@@ -5,6 +5,8 @@ Shapes: t tokens, k top_k, e n_experts, d width that experts read and write, f d
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -32,103 +34,87 @@ def experts(
         biases: of `up`, `gate` and `down`.
     """
     path = {"loop": _loop, "padded": _padded, "dense": _dense}[path_of("experts", x.device.type)]
-    return path(x, chosen, weights, up, gate, down, activation, biases)
+    up_bias, gate_bias, down_bias = biases or (None, None, None)
+    return path(x, chosen, weights, _Experts(activation, up, gate, down, up_bias, gate_bias, down_bias))
 
 
-def _loop(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    activation: Activation,
-    biases: tuple[Tensor, Tensor | None, Tensor] | None,
-) -> Tensor:
+class _Experts(NamedTuple):
+    """Weights of all experts, experts first, or of one."""
+
+    activation: Activation
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+    up_bias: Tensor | None
+    gate_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def _one(mlp: _Experts, e: int) -> _Experts:
+    gate, up_bias, gate_bias, down_bias = (
+        None if each is None else each[e] for each in (mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias)
+    )
+    return _Experts(mlp.activation, mlp.up[e], gate, mlp.down[e], up_bias, gate_bias, down_bias)
+
+
+def _run(mlp: _Experts, rows: Tensor) -> Tensor:
+    """Each expert over its own rows: (e, rows, d) of all, (rows, d) of one."""
+    inner = _product(rows, mlp.up, mlp.up_bias)
+    gated = None if mlp.gate is None else _product(rows, mlp.gate, mlp.gate_bias)
+    return _product(activate(inner, gated, mlp.activation), mlp.down, mlp.down_bias)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = rows @ weight
+    return y if bias is None else y + bias.unsqueeze(-2)
+
+
+def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
-    k = chosen.shape[1]
-    n_experts = up.shape[0]
-    expert_of = chosen.flatten()
-    order = expert_of.argsort(stable=True)
-    load = expert_of.bincount(minlength=n_experts).tolist()
-    token_of = order // k
-    outputs = []
-    for e, tokens in enumerate(x[token_of].split(load)):
-        if load[e]:
-            inner, gated = tokens @ up[e], None if gate is None else tokens @ gate[e]
-            if biases is not None:
-                inner = inner + biases[0][e]
-                gated = None if gated is None or biases[1] is None else gated + biases[1][e]
-            y = activate(inner, gated, activation) @ down[e]
-            outputs.append(y if biases is None else y + biases[2][e])
-    y = torch.cat(outputs) * weights.flatten()[order, None].to(x.dtype)
-    return torch.zeros_like(x).index_add(0, token_of, y)
+    order, load = _sorted(chosen, len(mlp.up))
+    token_of = order // chosen.shape[1]
+    parts = enumerate(x[token_of].split(load.tolist()))
+    outputs = torch.cat([_run(_one(mlp, e), tokens) for e, tokens in parts if len(tokens)])
+    return _combined(x, outputs, weights, order, token_of)
 
 
-def _padded(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    activation: Activation,
-    biases: tuple[Tensor, Tensor | None, Tensor] | None,
-) -> Tensor:
+def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """All experts in one batch of products, each padded to the load of the busiest; no token is dropped.
 
     More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
     much, or there are too few tokens for the experts, it is left to `_loop`.
     """
-    (t, k), n_experts = chosen.shape, up.shape[0]
-    expert_of = chosen.flatten()
-    load = expert_of.bincount(minlength=n_experts)
+    n_experts = len(mlp.up)
+    order, load = _sorted(chosen, n_experts)
     capacity = int(load.max())
-    if capacity * n_experts > MAX_PADDING * t * k:
-        return _loop(x, chosen, weights, up, gate, down, activation, biases)
-    order = expert_of.argsort(stable=True)
+    if capacity * n_experts > MAX_PADDING * chosen.numel():
+        return _loop(x, chosen, weights, mlp)
     start = load.cumsum(0) - load  # of each expert in the sorted order
-    sorted_expert = expert_of[order]
-    slot = sorted_expert * capacity + torch.arange(t * k, device=x.device) - start[sorted_expert]
-    token_of = order // k
+    sorted_expert = chosen.flatten()[order]
+    slot = sorted_expert * capacity + torch.arange(len(order), device=x.device) - start[sorted_expert]
+    token_of = order // chosen.shape[1]
     rows = x.new_zeros(n_experts * capacity, x.shape[1]).index_copy(0, slot, x[token_of])
-    rows = rows.view(n_experts, capacity, -1)
-    y = _expert_mlp(rows, up, gate, down, activation, biases)
-    y = y.flatten(0, 1)[slot] * weights.flatten()[order, None].to(x.dtype)
-    return torch.zeros_like(x).index_add(0, token_of, y)
+    outputs = _run(mlp, rows.view(n_experts, capacity, -1)).flatten(0, 1)[slot]
+    return _combined(x, outputs, weights, order, token_of)
 
 
-def _dense(
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    activation: Activation,
-    biases: tuple[Tensor, Tensor | None, Tensor] | None,
-) -> Tensor:
+def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """Every expert computes every token, and those that were not chosen have weight zero.
 
     Exact, at n_experts / top_k times the work; no shape depends on data, so that a graph can be exported whole.
     """
-    y = _expert_mlp(x[None].expand(up.shape[0], -1, -1), up, gate, down, activation, biases)  # e t d
-    weight = x.new_zeros(x.shape[0], up.shape[0]).scatter_add(1, chosen, weights.to(x.dtype))  # t e
+    n_experts = len(mlp.up)
+    y = _run(mlp, x[None].expand(n_experts, -1, -1))  # e t d
+    weight = x.new_zeros(x.shape[0], n_experts).scatter_add(1, chosen, weights.to(x.dtype))  # t e
     return torch.einsum("te,etd->td", weight, y)
 
 
-def _expert_mlp(
-    rows: Tensor,
-    up: Tensor,
-    gate: Tensor | None,
-    down: Tensor,
-    activation: Activation,
-    biases: tuple[Tensor, Tensor | None, Tensor] | None,
-) -> Tensor:
-    """Every expert over its own rows: (e, rows, d) in, the same out."""
-    inner, gated = torch.bmm(rows, up), None if gate is None else torch.bmm(rows, gate)
-    if biases is not None:
-        inner = inner + biases[0][:, None]
-        gated = None if gated is None or biases[1] is None else gated + biases[1][:, None]
-    y = torch.bmm(activate(inner, gated, activation), down)
-    return y if biases is None else y + biases[2][:, None]
+def _sorted(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """The order that sorts choices by expert, and how many each expert has."""
+    expert_of = chosen.flatten()
+    return expert_of.argsort(stable=True), expert_of.bincount(minlength=n_experts)
+
+
+def _combined(x: Tensor, outputs: Tensor, weights: Tensor, order: Tensor, token_of: Tensor) -> Tensor:
+    """Adds what the experts give, in sorted order, to the tokens that chose them."""
+    return torch.zeros_like(x).index_add(0, token_of, outputs * weights.flatten()[order, None].to(x.dtype))

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from explore.cost import DTYPES, Dtype, Dtypes, Entry, Ledger, bytes_of, params_touched
+from explore.cost import DTYPES, Dtype, Dtypes, Entry, Ledger, bytes_of, decode_bytes, params_touched
 from explore.model import ModelConfig
-from explore.roofline.hardware import Hardware, hardware
+from explore.roofline.hardware import Hardware
+from explore.roofline.hardware import hardware as device_named
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,8 +73,7 @@ class Deployment:
         """Weights on the devices that share a batch."""
         total = 0.0
         for n, entry in components(self.model.ledger(1)):
-            share = self.expert_parallel if entry.component == "experts" else 1
-            total += n * bytes_of(entry.params / share, self.dtypes.weight)
+            total += n * bytes_of(entry.params / self._shares(entry), self.dtypes.weight)
         return total
 
     def state_bytes(self, context: int) -> float:
@@ -104,7 +104,8 @@ class Deployment:
         _positive("batch_size", batch_size)
         seconds = 0.0
         for n, entry in components(self.model.ledger(_positive("context", context))):
-            flops, moved = batch_size * entry.flops_step, self._moved(entry, batch_size)
+            flops = batch_size * entry.flops_step
+            moved = decode_bytes(entry, self.dtypes, batch_size, self._shares(entry))
             seconds += n * max(flops / self.flops_per_s, moved / self.bandwidth)
         return seconds + self.all_to_all_s(batch_size)
 
@@ -113,7 +114,7 @@ class Deployment:
         _positive("batch_size", batch_size)
         seconds = 0.0
         for n, entry in components(self.model.ledger(_positive("context", context))):
-            flops = batch_size * (entry.flops_step if entry.component == "head" else entry.flops_seq)
+            flops = batch_size * entry.flops_prefill
             weights = bytes_of(params_touched(entry, batch_size * context), self.dtypes.weight)
             written = bytes_of(entry.kv_numel_seq, self.dtypes.kv) + bytes_of(
                 entry.ssm_numel + entry.conv_numel, self.dtypes.state
@@ -143,22 +144,14 @@ class Deployment:
         """Tokens written per second and device."""
         return batch_size * n_out / self.request_s(n_in, n_out, batch_size) / self.tensor_parallel
 
-    def _moved(self, entry: Entry, batch_size: int) -> float:
-        """Bytes that a component moves in a decoding step, on the devices that share a batch."""
-        share = self.expert_parallel if entry.component == "experts" else 1
-        weights = params_touched(entry, batch_size * share) / share
-        state = 2 * bytes_of(entry.ssm_numel + entry.conv_numel, self.dtypes.state)
-        return bytes_of(weights, self.dtypes.weight) + batch_size * (
-            state + bytes_of(entry.kv_numel_seq, self.dtypes.kv)
-        )
+    def _shares(self, entry: Entry) -> int:
+        """Devices that share the weights of a component."""
+        return self.expert_parallel if entry.component == "experts" else 1
 
 
 def components(ledger: Ledger) -> Iterator[tuple[int, Entry]]:
     """Every component that decoding runs, and how many layers have it."""
-    for part in (ledger.before, ledger.after):
-        yield from ((1, entry) for entry in part.entries)
-    for letter, part in ledger.blocks.items():
-        yield from ((ledger.pattern.count(letter), entry) for entry in part.entries)
+    return ((n, entry) for n, part in ledger.counted() for entry in part.entries)
 
 
 def decode_table(
@@ -179,7 +172,7 @@ def decode_table(
     """
     import pandas as pd
 
-    device = _hardware(hardware)
+    device = device_named(hardware)
     rows = []
     for name, model in models.items():
         deployed = Deployment(model, device, **deployment)
@@ -197,9 +190,6 @@ def decode_table(
                 }
             )
     return pd.DataFrame(rows, columns=["model", "batch_size", "context", "step_s", "tokens_per_s", "fits"])
-
-
-_hardware = hardware
 
 
 def _positive(name: str, value: int) -> int:
