@@ -1,0 +1,59 @@
+"""Linear layer and cross-entropy in one, on CUDA: the logits stay in registers, a tile at a time."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from explore.kernels.linear_cross_entropy.passes import backward, forward, interpreted
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "tokens d_model"],
+    weight: Float[Tensor, "vocab_size d_model"],
+    targets: Int64[Tensor, "tokens"],  # noqa: F821
+) -> Float[Tensor, ""]:
+    """Sum of the cross-entropies of softmax(hidden weight^T), in nats and fp32; a target of -100 is left out.
+
+    Under autocast `hidden` and `weight` are cast as a linear layer casts them. A target outside of the vocabulary makes
+    the loss NaN: to raise, the device would have to be waited for.
+
+    Raises:
+        ValueError: if dtypes or devices differ or have no kernel, or if `weight` is empty.
+    """
+    device = hidden.device
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if hidden.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != hidden.dtype:
+        raise ValueError(
+            f"hidden, weight: {hidden.dtype}, {weight.dtype} is no pair with a kernel; "
+            "allowed are torch.float32 twice and torch.bfloat16 twice"
+        )
+    if {device, weight.device, targets.device} != {device} or not (device.type == "cuda" or interpreted()):
+        raise ValueError(
+            f"hidden, weight, targets: on {device}, {weight.device}, {targets.device}; "
+            "allowed is one CUDA device, and any one device where Triton interprets (TRITON_INTERPRET=1)"
+        )
+    if 0 in weight.shape:
+        raise ValueError(
+            f"weight: shape {tuple(weight.shape)} is empty; allowed are at least one entry and one channel"
+        )
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):  # type: ignore[no-untyped-def]
+        hidden, weight, targets = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+        loss, lse = forward(hidden, weight, targets)
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        hidden, weight, targets, lse = ctx.saved_tensors
+        return *backward(hidden, weight, targets, lse, upstream, ctx.needs_input_grad[:2]), None

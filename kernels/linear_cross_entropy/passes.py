@@ -1,0 +1,176 @@
+"""Which kernels run, in which order, on which slices."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import max_shared_mem
+
+from explore.kernels.linear_cross_entropy.tiles import (
+    combine_kernel,
+    logit_gradient_kernel,
+    partial_lse_kernel,
+    product_kernel,
+)
+
+CHUNK_TOKENS = 8192
+CHUNK_VOCAB = 8192
+"""The largest slice of the logits' gradient that exists at once, in rows and columns."""
+
+
+class Tiles(NamedTuple):
+    """The part of a product that one program computes, and how: `rows` x `columns`, `inner` terms at a time."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+H100_SHARED_BYTES = 227 * 1024
+"""Shared memory that one program may use on an H100."""
+
+BAND = 16
+"""Rows of tiles that run together: with the 8 columns that then fill an H100, about as many logits high as wide."""
+
+
+def tiles_for(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:
+    """Fixed tiles rather than the fastest of a search: the order of a sum must not depend on a timing.
+
+    Args:
+        shared_bytes: shared memory that one program may use; `stages` slices of both operands live there.
+    """
+    if dtype == torch.bfloat16:
+        return Tiles(128, 256, 64, 8, 3) if shared_bytes >= 160 * 1024 else Tiles(128, 128, 64, 8, 2)
+    if precision == "tf32":
+        return Tiles(128, 128, 32, 8, 3) if shared_bytes >= 160 * 1024 else Tiles(128, 128, 32, 8, 2)
+    return Tiles(64, 64, 32, 8, 2)  # exact fp32 has no tensor core, its operands take registers
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the losses, and the logsumexp of every token's logits; contiguous inputs."""
+    (tokens, d_model), vocab_size = hidden.shape, weight.shape[0]
+    tiles, how = _launch(hidden)
+    n_tiles = triton.cdiv(vocab_size, tiles.columns)
+    partial_lse = _empty_fp32(hidden, n_tiles, tokens)
+    lse, losses = _empty_fp32(hidden, tokens), _empty_fp32(hidden, tokens)
+    target_logit = torch.full_like(lse, torch.nan)  # stays where a target is outside of the vocabulary
+    if tokens:
+        with torch.cuda.device_of(hidden):
+            partial_lse_kernel[(triton.cdiv(tokens, tiles.rows) * n_tiles,)](
+                hidden, weight, targets, partial_lse, target_logit, tokens, vocab_size, d_model, **how
+            )
+            combine_kernel[(triton.cdiv(tokens, 32),)](
+                partial_lse,
+                target_logit,
+                targets,
+                lse,
+                losses,
+                tokens,
+                n_tiles,
+                ROWS=32,
+                TILES=64,
+                enable_fp_fusion=True,
+            )
+    return losses.sum(), lse
+
+
+def backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `hidden` and `weight`, each if needed: the logits' gradient a slice at a time, then its products."""
+    tokens, vocab_size = hidden.shape[0], weight.shape[0]
+    if not tokens:
+        return torch.zeros_like(hidden), torch.zeros_like(weight)
+    upstream = upstream.contiguous()
+    of_tokens, of_vocab = _slices(tokens, CHUNK_TOKENS), _slices(vocab_size, CHUNK_VOCAB)
+    room_numel = min(tokens, CHUNK_TOKENS) * _padded(min(vocab_size, CHUNK_VOCAB))
+    room = torch.empty(room_numel, dtype=hidden.dtype, device=hidden.device)
+    d_hidden, d_weight = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
+        for x, need in zip((hidden, weight), needed, strict=True)
+    )
+    # Terms are added up in fp32: in the gradient itself if it is that, or if there is one term alone.
+    fp32 = hidden.dtype == torch.float32
+    hidden_sum, weight_sum = d_hidden, None
+    if d_hidden is not None and not fp32 and len(of_vocab) > 1:
+        hidden_sum = _empty_fp32(hidden, *hidden.shape)
+    if d_weight is not None and not fp32 and len(of_tokens) > 1:
+        weight_sum = _empty_fp32(weight, min(vocab_size, CHUNK_VOCAB), weight.shape[1])
+    with torch.cuda.device_of(hidden):
+        for j, v in enumerate(of_vocab):
+            w = weight[v]
+            for i, t in enumerate(of_tokens):
+                h = hidden[t]
+                dz = room[: len(h) * _padded(len(w))].view(len(h), -1)
+                _logit_gradient(h, w, targets[t], lse[t], upstream, v.start, dz)
+                if d_hidden is not None and hidden_sum is not None:
+                    _add_product(dz, w, hidden_sum[t], d_hidden[t], first=j == 0, last=j == len(of_vocab) - 1)
+                if d_weight is not None:
+                    total = d_weight[v] if weight_sum is None else weight_sum[: len(w)]
+                    _add_product(dz.T, h, total, d_weight[v], first=i == 0, last=i == len(of_tokens) - 1)
+    return d_hidden, d_weight
+
+
+def _empty_fp32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _padded(length: int) -> int:
+    """A multiple of 16, as Triton needs for wide loads."""
+    return -(-length // 16) * 16
+
+
+def _slices(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _logit_gradient(
+    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, first_column: int, out: Tensor
+) -> None:
+    tiles, how = _launch(hidden)
+    (tokens, d_model), vocab_size, width = hidden.shape, weight.shape[0], out.shape[1]
+    grid = (triton.cdiv(tokens, tiles.rows) * triton.cdiv(width, tiles.columns),)
+    logit_gradient_kernel[grid](
+        hidden, weight, targets, lse, upstream, out, first_column, tokens, vocab_size, width, d_model, **how
+    )
+
+
+def _add_product(a: Tensor, b: Tensor, total: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
+    """Adds the term a b to a sum that is kept in `total` until the last term, and then written to `out`.
+
+    Zeros may stand after the rows and the terms of `a` that `out` and `b` have.
+    """
+    tiles, how = _launch(a)
+    (n_rows, n_columns), n_inner = out.shape, b.shape[0]
+    grid = (triton.cdiv(n_rows, tiles.rows) * triton.cdiv(n_columns, tiles.columns),)
+    out = out if last else total
+    product_kernel[grid](a, b, total, out, n_rows, n_columns, n_inner, *a.shape, *a.stride(), ADD=not first, **how)
+
+
+def _launch(operand: Tensor) -> tuple[Tiles, dict[str, int | str | bool]]:
+    """The tiles and the keyword arguments of a kernel that multiplies such operands."""
+    # fp32 is multiplied as torch's own products are told to; bf16 has one way, whatever is said.
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    tiles = tiles_for(
+        operand.dtype, precision, H100_SHARED_BYTES if interpreted() else max_shared_mem(operand.device.index)
+    )
+    return tiles, {
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "INNER": tiles.inner,
+        "BAND": BAND,
+        "PRECISION": precision,
+        "WIDEN": interpreted(),
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": True,  # said, since products of fp32 live on it and Triton's default is to change
+    }

@@ -1,0 +1,121 @@
+"""Routed experts in Triton: gather, grouped products, activation and weighted scatter, forward and backward.
+
+Shapes: t tokens, k choices of each, e experts, d width that experts read and write, f inner width of an expert;
+n = t k choices, which the kernels hold sorted by expert. The derivation is in README.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+import triton
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from explore.kernels.routed_experts.backward import gradients
+from explore.kernels.routed_experts.forward import outputs
+from explore.kernels.routed_experts.routing import Routing, route
+
+__all__ = ["Activation", "routed_experts"]
+
+Activation = Literal["relu2", "swiglu", "swiglu_clamped"]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def routed_experts(
+    x: Float[Tensor, "t d"],
+    chosen: Int[Tensor, "t k"],
+    weights: Float[Tensor, "t k"],
+    up: Float[Tensor, "e d f"],
+    gate: Float[Tensor, "e d f"] | None,
+    down: Float[Tensor, "e f d"],
+    activation: Activation,
+) -> Float[Tensor, "t d"]:
+    """Sum over the chosen experts of weight times activation(x up, x gate) down; no token is dropped.
+
+    Differentiable once, in all but `chosen`. The host never waits for the device, and equal inputs give equal bits.
+
+    Args:
+        chosen: experts in 0 .. e - 1, which is not checked: a check would wait for the device.
+        weights: in any float dtype, used in fp32.
+
+    Raises:
+        ValueError: an activation, gate, dtype, shape or device that does not fit.
+    """
+    _check(x, chosen, weights, up, gate, down, activation)
+    leaves = (x, weights, up, gate, down)
+    keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        y: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+            x, chosen, weights, up, gate, down, activation, keep
+        )
+    return y
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        chosen: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        gate: Tensor | None,
+        down: Tensor,
+        activation: Activation,
+        keep: bool,
+    ) -> Tensor:
+        x, weights, up, down = (each.contiguous() for each in (x, weights, up, down))
+        gate = None if gate is None else gate.contiguous()
+        routing = route(chosen, len(up), x.dtype)
+        y, kept = outputs(x, weights, up, gate, down, activation, routing, keep)
+        if keep:
+            ctx.save_for_backward(x, weights, up, gate, down, *kept, *routing.tensors())
+            ctx.activation, ctx.rows, ctx.top_k = activation, routing.rows, routing.top_k
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, up, gate, down, *kept, choice, token, bounds, tile_expert, tile_row = ctx.saved_tensors
+        routing = Routing(choice, token, bounds, tile_expert, tile_row, ctx.rows, ctx.top_k)
+        needs = ctx.needs_input_grad[:1] + ctx.needs_input_grad[2:6]
+        dx, dweights, dup, dgate, ddown = gradients(
+            dy.contiguous(), x, weights, up, gate, down, tuple(kept), ctx.activation, routing, needs
+        )
+        return dx, None, dweights, dup, dgate, ddown, None, None
+
+
+def _check(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    activation: str,
+) -> None:
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation: {activation!r} is unknown; allowed are {', '.join(get_args(Activation))}")
+    if (gate is None) != (activation == "relu2"):
+        raise ValueError(f"gate: {'absent' if gate is None else 'given'} with {activation!r}; only 'relu2' has none")
+    e, d, f = up.shape
+    for name, tensor, shape in (
+        ("x", x, (len(x), d)),
+        ("chosen", chosen, (len(x), chosen.shape[-1])),
+        ("weights", weights, chosen.shape),
+        ("gate", gate, up.shape),
+        ("down", down, (e, f, d)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, allowed is {tuple(shape)} beside the others")
+    for name, tensor in (("x", x), ("up", up), ("gate", gate), ("down", down)):
+        if tensor is not None and (tensor.dtype not in DTYPES or tensor.dtype != x.dtype):
+            raise ValueError(f"{name}: has {tensor.dtype}; allowed are float32 and bfloat16, the same as x")
+    for name, tensor in (("chosen", chosen), ("weights", weights), ("up", up), ("gate", gate), ("down", down)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: is on {tensor.device}; allowed is {x.device}, where x is")
+    if not (x.is_cuda or triton.knobs.runtime.interpret):
+        raise ValueError(f"x: is on {x.device}; allowed is cuda, or any device in Triton's interpreter")

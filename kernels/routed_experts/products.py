@@ -1,0 +1,119 @@
+"""What the kernels share: sizes of tiles, their order, and the product of gathered rows with one expert's matrix."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_ROWS = 128
+"""Rows of the largest tile of bf16; half as many of fp32."""
+
+GROUP = 8
+"""Tiles of rows that go through the columns together, so that they find the same columns in L2."""
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Tiles(NamedTuple):
+    """Sizes of a product's tiles.
+
+    They follow from shapes, dtype and card alone. An autotuner would choose by time, and another choice sums in another
+    order: the bits would differ from one process to the next.
+    """
+
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def options(self, more_stages: int = 0) -> dict[str, int | bool]:
+        """How to launch; fused multiply-adds are named since Triton's default is about to change."""
+        return {"num_warps": self.warps, "num_stages": self.stages + more_stages, "enable_fp_fusion": True}
+
+
+def tiles(
+    rows: int, width: int, inner: int, dtype: torch.dtype, device: torch.device, matrices: int = 1, held: int = 1
+) -> Tiles:
+    """Tiles of a product (rows, inner) @ (inner, width).
+
+    fp32 products run outside the tensor cores unless tf32 is allowed, and large tiles would only spill registers.
+
+    Args:
+        matrices: multiplied side by side with the same rows.
+        held: tiles of fp32 that are in registers at once.
+    """
+    narrow = dtype.itemsize == 2
+    columns = _clamp(width, min(128 if narrow else 64, max(16, 2 * 128 * 128 // (held * rows))))
+    depth = _clamp(inner, 64 if narrow else 32)
+    stage = (rows + matrices * columns) * depth * dtype.itemsize
+    room = _shared_memory(device) // stage
+    stages = max(2, min(room, 4 if room >= 8 else 3))  # three let two blocks share a multiprocessor of an H100
+    return Tiles(columns, depth, 8 if held * rows * columns >= 128 * 128 else 4, stages)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: as torch's own products are, by its setting."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _clamp(width: int, most: int) -> int:
+    return min(most, max(16, int(triton.next_power_of_2(width))))
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+
+
+@triton.jit
+@no_type_check
+def place(n_tiles, n_blocks, GROUP: tl.constexpr):
+    """The tile of rows and the block of columns of this program: GROUP tiles in each column before the next column."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * n_blocks) * GROUP
+    size = tl.minimum(n_tiles - first, GROUP)
+    within = pid % (GROUP * n_blocks)
+    return first + within % size, within // size
+
+
+@triton.jit
+@no_type_check
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`acc` + a @ b in fp32; the interpreter takes bf16 for integers, and products of bf16 are exact in fp32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def product(
+    acc,
+    rows,
+    row,
+    row_ok,
+    matrix,
+    stride_in,
+    stride_out,
+    column,
+    n_in,
+    n_out,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`acc` + rows[row] @ matrix[:, column], in blocks of DEPTH of the n_in that are summed over."""
+    for start in range(0, n_in, DEPTH):
+        inner = start + tl.arange(0, DEPTH)
+        row_at = rows + row[:, None] * n_in + inner[None, :]
+        matrix_at = matrix + inner[:, None] * stride_in + column[None, :] * stride_out
+        a = tl.load(row_at, mask=row_ok[:, None] & (inner[None, :] < n_in), other=0.0)
+        b = tl.load(matrix_at, mask=(inner[:, None] < n_in) & (column[None, :] < n_out), other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
