@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -23,7 +23,12 @@ from explore.data import DataConfig
 from explore.files import read_json
 from explore.model import ModelConfig
 
-NUMERICS_VERSION = 2
+UNTIL_DECAY = frozenset(
+    {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
+)
+"""Fields of `TrainConfig` that do not act on a run before its decay; of the warm-up, only its steps do."""
+
+NUMERICS_VERSION = 3
 """Part of every key; raised when the same experiment may give another result than before."""
 
 
@@ -79,6 +84,10 @@ class TrainConfig(Config):
         tokens = self.tokens if self.tokens is not None else (self.flops or 0) / flops_train
         return max(1, round(tokens / (self.batch_size * seq_len)))
 
+    def warmup_steps(self, n_steps: int) -> int:
+        """Steps of so many in which the learning rate rises."""
+        return round(self.warmup * n_steps)
+
 
 class Experiment(Config):
     """One training run: what is trained, on what, how, and from which seed."""
@@ -109,11 +118,28 @@ class Experiment(Config):
 
         The name does not count, nor does any path: corpus and tokenizer count by their content.
         """
+        return self._hash(self.train.model_dump(mode="json"))
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps in which the learning rate rises."""
+        return self.train.warmup_steps(self.n_steps)
+
+    def stable_key(self) -> str:
+        """64 hexadecimal digits over everything that decides the states of the stable phase, whatever the budget."""
+        train = self.train.model_dump(mode="json", exclude=set(UNTIL_DECAY))
+        return self._hash(train | {"warmup_steps": self.warmup_steps})
+
+    def rung_key(self, step: int) -> str:
+        """Key of the state after so many steps, which must be in the stable phase."""
+        return f"{self.stable_key()}-{step:06d}"
+
+    def _hash(self, train: dict[str, Any]) -> str:
         content = {
             "numerics": NUMERICS_VERSION,
             "model": self.model.model_dump(mode="json"),
             "data": self.data.fingerprint(),
-            "train": self.train.model_dump(mode="json"),
+            "train": train,
             "seed": self.seed,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -103,6 +103,59 @@ def test_a_sequence_cut_anywhere_goes_on_where_it_stopped(config: BlockConfig, c
 
 
 @each_variant
+@pytest.mark.parametrize("cuts", [(18,), (1, 2, 3), (7, 8, 15), tuple(range(1, 19))], ids=str)
+def test_a_state_with_room_is_written_in_place_and_goes_on_where_it_stopped(
+    config: BlockConfig, cuts: tuple[int, ...]
+) -> None:
+    mixer, x = built(config), torch.randn(2, 19, D_MODEL)
+    state: State = {"room": torch.tensor(19)}
+    parts, places = [], []
+    with torch.no_grad():
+        for part in x.tensor_split(cuts, dim=1):
+            y, stats = mixer(part, state)
+            assert stats is None
+            parts.append(y)
+            places.append({name: value.data_ptr() for name, value in state.items() if name in ("k", "v")})
+            ssm = state.get("ssm")
+        y, _ = mixer(x)
+    torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-5)
+    if getattr(config, "window", None) is None:
+        assert all(place == places[0] for place in places)
+    assert ssm is None or ssm.data_ptr() == stepped(mixer, x[:, :1], state).data_ptr()
+
+
+def stepped(mixer: Mixer, x: torch.Tensor, state: State) -> torch.Tensor:
+    """The recurrent state after one more position."""
+    with torch.no_grad():
+        mixer(x, state)
+    return state["ssm"]
+
+
+@each_variant
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_copy_of_a_state_goes_on_as_if_the_other_had_not(config: BlockConfig, grad: bool) -> None:
+    mixer, x = built(config), torch.randn(2, 19, D_MODEL)
+    with torch.set_grad_enabled(grad):
+        state: State = {}
+        mixer(x[:, :7], state)
+        copy = dict(state)
+        for part in (-x[:, 7:8], -x[:, 8:9], -x[:, 9:12]):
+            mixer(part, state)
+        y = torch.cat([mixer(part, copy)[0] for part in (x[:, 7:8], x[:, 8:12])], dim=1)
+        torch.testing.assert_close(y, mixer(x[:, :12])[0][:, 7:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["*", "L"])
+def test_a_state_without_room_for_what_comes_is_refused(name: str) -> None:
+    mixer, x = built(VARIANTS[name]), torch.randn(2, 7, D_MODEL)
+    state: State = {"room": torch.tensor(8)}
+    with torch.no_grad():
+        mixer(x, state)
+        with pytest.raises(ValueError, match="room: 8 positions are not enough for 9"):
+            mixer(x[:, :2], state)
+
+
+@each_variant
 def test_the_state_that_is_kept_is_what_the_ledger_says(config: BlockConfig) -> None:
     mixer, x, seq = built(config), torch.randn(3, 19, D_MODEL), 19
     state: State = {}

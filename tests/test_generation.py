@@ -21,6 +21,7 @@ from explore.model import (
     state_bytes,
 )
 from explore.model.generation import _Drafter
+from explore.ops import forced_paths, linear
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 WITH_MTP = ["M*/*E/*E", "ME*L-/M/M/M", "*E/*-", "M/L*/L*"]
@@ -38,6 +39,29 @@ def test_greedy_decoding_takes_the_most_probable_token_of_a_whole_forward() -> N
     new = generate(model, tokens, 20)
     whole = torch.cat((tokens, new), dim=1)
     assert torch.equal(model(whole)[:, 6:-1].argmax(-1), new)
+
+
+def test_packed_weights_change_no_token_and_are_dropped_after_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = built("ME*L-"), torch.randint(0, 12, (3, 7))
+    with forced_paths(linear="plain"):
+        plain = generate(model, tokens, 20)
+    products = []
+    product = linear._product
+    monkeypatch.setattr(linear, "MIN_PACKED", 0)
+    monkeypatch.setattr(linear, "_product", lambda *args: products.append(args) or product(*args))
+    assert torch.equal(generate(model, tokens, 20), plain)
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert [layer for layer, _ in products] == layers
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_greedy_tokens_leave_nothing_to_chance() -> None:
+    logits, generator = torch.randn(5, 12), torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert torch.equal(Sampling(temperature=0).draw(logits, generator), logits.argmax(-1))
+    assert torch.equal(generator.get_state(), before)
+    Sampling().draw(logits, generator)
+    assert not torch.equal(generator.get_state(), before)
 
 
 def test_a_model_generates_with_the_sampling_that_it_is_told() -> None:

@@ -17,6 +17,7 @@ from explore.ops import (
     forced_paths,
     gated_group_rms_norm,
     linear_cross_entropy,
+    path_of,
     paths_in_use,
     rotate,
     ssd,
@@ -212,6 +213,39 @@ def test_a_path_is_forced_inside_its_block_alone() -> None:
     with forced_paths(ssd="recurrent"), forced_paths(conv="conv1d"):
         assert paths_in_use() == usual | {"ssd": "recurrent", "conv": "conv1d"}
     assert paths_in_use() == usual
+
+
+def test_the_triton_kernels_give_what_the_defaults_give() -> None:
+    X, B, C = (x.float() for x in leaves((1, 9, 2, 3), (1, 9, 1, 4), (1, 9, 1, 4)))
+    dt, A, D = torch.rand(1, 9, 2), -torch.rand(2), torch.rand(2)
+    x, up, down, weights, hidden, head = (
+        x.float() for x in leaves((7, 4), (3, 4, 5), (3, 5, 4), (7, 2), (5, 4), (11, 4))
+    )
+    chosen = torch.stack([torch.randperm(3)[:2] for _ in range(7)])
+    targets = torch.tensor([0, 3, -100, 10, 5])
+
+    def results() -> tuple[torch.Tensor, ...]:
+        Y, state = ssd(X, dt, A, B, C, D, chunk_size=4)
+        y = experts(x, chosen, weights, up, None, down, "relu2")
+        return Y, state, y, linear_cross_entropy(hidden, head, targets)
+
+    usual = results()
+    with forced_paths(ssd="triton", experts="triton", loss="triton"):
+        for a, b in zip(results(), usual, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_on_cuda_the_first_kernel_that_imports_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explore.ops.paths._imports", lambda module: module == "triton")
+    assert path_of("ssd", "cuda") == path_of("experts", "cuda") == path_of("loss", "cuda") == "triton"
+    monkeypatch.setattr("explore.ops.paths._imports", lambda module: True)
+    assert path_of("ssd", "cuda") == "mamba_ssm"
+    monkeypatch.setattr("explore.ops.paths._imports", lambda module: False)
+    assert (path_of("ssd", "cuda"), path_of("experts", "cuda"), path_of("loss", "cuda")) == (
+        "chunked",
+        "padded",
+        "sliced",
+    )
 
 
 @pytest.mark.parametrize(

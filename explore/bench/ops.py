@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from explore.ops import PATHS, attention, causal_conv1d, experts, forced_paths, gated_group_rms_norm, ssd
+from explore.ops import (
+    PATHS,
+    attention,
+    causal_conv1d,
+    experts,
+    forced_paths,
+    gated_group_rms_norm,
+    linear_cross_entropy,
+    ssd,
+)
 
 Op = Callable[[], Tensor]
 
@@ -19,13 +29,13 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
 
     Yields:
         Records of op, path, precision, and seconds of the fastest forward and backward pass. The step-by-step
-        recurrence and what needs a package, a device or a compiler are left out.
+        recurrence, what needs a package, a device or a compiler, and what has no backward pass are left out.
     """
     for dtype in (torch.float32, torch.bfloat16):
         for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
             name = op.partition(",")[0]
             for path in PATHS[name]:
-                if path in ("recurrent", "mamba_ssm", "compiled"):
+                if path in ("recurrent", "mamba_ssm", "compiled", "packed", "triton"):
                     continue
                 with forced_paths(**{name: path}):
                     seconds = min(_timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))
@@ -47,6 +57,8 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
     def leaf(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).mul_(0.1).to(of).requires_grad_()
 
+    targets = torch.randint(4 * d_model, (n_tokens,), generator=generator)
+    tokens, weight = leaf(n_tokens, d_model), leaf(4 * d_model, d_model)
     q, k, v = leaf(batch, heads, seq_len, 32), leaf(batch, 2, seq_len, 32), leaf(batch, 2, seq_len, 32)
     channels = 2 * d_model + 128
     x, filters, bias = leaf(batch, seq_len, channels), leaf(channels, 1, 4), leaf(channels)
@@ -65,6 +77,8 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
     return {
         "attention": lambda: attention(q, k, v),
         "conv": lambda: causal_conv1d(x, filters, bias),
+        "linear": lambda: F.linear(tokens, weight),
+        "loss": lambda: linear_cross_entropy(tokens, weight, targets),
         "norm": lambda: gated_group_rms_norm(x, x, bias, 1, 1e-5),
         "ssd": lambda: ssd(X, dt, A, B, C, D, 64)[0],
         "experts, 16 top 2": routed(16, 2, d_model, d_model),

@@ -131,13 +131,26 @@ def seen_before(state: State) -> int:
 
 
 def remembered(state: State, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Keys and values of the context, new ones included; the cache keeps what later queries can see."""
-    state["seen"] = torch.tensor(seen_before(state) + k.shape[2])
-    new = k.shape[2]
+    """Keys and values of the context, new ones included; the cache keeps what later queries can see.
+
+    Raises:
+        ValueError: the state has no room for them.
+    """
+    new, before = k.shape[2], seen_before(state)
+    seen = before + new
+    state["seen"] = torch.tensor(seen)
+    if "room" in state and window is None:
+        if seen > (room := int(state["room"])):
+            raise ValueError(f"room: {room} positions are not enough for {seen}")
+        for name, x in (("k", k), ("v", v)):
+            if name not in state:
+                state[name] = x.new_empty(*x.shape[:2], room, x.shape[3])
+            state[name][:, :, before:seen] = x
+        return state["k"][:, :, :seen], state["v"][:, :, :seen]
     if "k" in state:
         k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
     state["k"], state["v"] = (k, v) if window is None else (k[:, :, -window:], v[:, :, -window:])
     if window is None:
         return k, v
-    seen = window - 1 + new  # by the first of the new queries and those after it
-    return k[:, :, -seen:], v[:, :, -seen:]
+    visible = window - 1 + new  # by the first of the new queries and those after it
+    return k[:, :, -visible:], v[:, :, -visible:]

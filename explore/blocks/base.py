@@ -26,7 +26,11 @@ class RouterStats(NamedTuple):
 
 
 State = dict[str, Tensor]
-"""What decoding keeps of a layer between calls, by name; empty before the first token."""
+"""What decoding keeps of a layer between calls, by name; empty before the first token.
+
+Its tensors are replaced and never written to, so that a copy of the dictionary is a second state. One that begins with
+`room`, a number of positions, is written in place instead, which is several times as fast and cannot be copied so.
+"""
 
 
 class Mixer(nn.Module, ABC):
@@ -42,7 +46,7 @@ class Mixer(nn.Module, ABC):
             state: what came before, brought up to date in place; the sequence begins with `x` when absent.
 
         Returns:
-            The output, and the router's statistics where there is a router.
+            The output, and the router's statistics where there is a router and no state: they are for training.
         """
 
     @abstractmethod

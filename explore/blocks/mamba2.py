@@ -146,6 +146,7 @@ class Mamba2(Mixer):
             self.D,
             c.chunk_size,
             None if state is None else state.get("ssm"),
+            in_place=state is not None and "room" in state,
         )
         if state is not None:
             state["ssm"] = ssm

@@ -139,7 +139,7 @@ class MLA(Mixer):
         up = self.kv_up.weight.to(latent.dtype).view(c.n_heads, c.d_nope + c.d_v, c.kv_rank)
         W_uk, W_uv = up.split((c.d_nope, c.d_v), dim=1)
         q_latent = torch.bmm(q_nope[:, :, 0].transpose(0, 1), W_uk).transpose(0, 1)  # batch heads kv_rank
-        q = torch.cat((q_latent, q_rope[:, :, 0]), dim=-1)
-        scores = q @ torch.cat((latent, k_rope), dim=-1)[:, 0].transpose(1, 2) / (c.d_nope + c.d_rope) ** 0.5
+        scores = q_latent @ latent[:, 0].transpose(1, 2) + q_rope[:, :, 0] @ k_rope[:, 0].transpose(1, 2)
+        scores = scores / (c.d_nope + c.d_rope) ** 0.5
         mixed = scores.softmax(dim=-1).to(latent.dtype) @ latent[:, 0]
         return torch.bmm(mixed.transpose(0, 1), W_uv.transpose(1, 2)).transpose(0, 1)[:, :, None]

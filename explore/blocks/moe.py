@@ -161,7 +161,7 @@ class MoE(Mixer):
 
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
-    ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats]:
+    ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
         routed = x if self.latent_down is None else self.latent_down(x)
         scores = self._scores(routed if self.config.router_input == "latent" else x)
         chosen, weights = self.route(scores)
@@ -184,7 +184,7 @@ class MoE(Mixer):
             y = self.latent_up(y)
         if self.shared is not None:
             y = y + self.shared(x)[0]
-        return y, self._stats(scores, chosen)
+        return y, self._stats(scores, chosen) if state is None else None
 
     def route(
         self, scores: Float[Tensor, "batch seq n_experts"]

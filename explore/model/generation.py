@@ -10,6 +10,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
+from explore.ops import packed_linears
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Sampling:
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities
 
+    def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
+        """A token of each row; without temperature nothing is left to chance."""
+        return logits.argmax(-1) if self.temperature == 0 else _draw(self.probabilities(logits), generator)
+
 
 GREEDY = Sampling(temperature=0)
 
@@ -76,20 +81,21 @@ def generate(
     """
     _checked(tokens, max_new_tokens)
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
-    state = model.new_state()
+    state = model.new_state(tokens.shape[1] + max_new_tokens)
     new: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     read = tokens
-    while len(new) < max_new_tokens:
-        hidden, _ = model.hidden(read, state)
-        drawn = _draw(sampling.probabilities(model.head(hidden[:, -1])), generator)
-        if eot_id is not None:
-            drawn = torch.where(ended, eot_id, drawn)
-            ended = ended | (drawn == eot_id)
-        new.append(drawn)
-        if eot_id is not None and bool(ended.all()):
-            break
-        read = drawn[:, None]
+    with packed_linears(model, rows=len(tokens)):
+        while len(new) < max_new_tokens:
+            hidden, _ = model.hidden(read, state)
+            drawn = sampling.draw(model.head(hidden[:, -1]), generator)
+            if eot_id is not None:
+                drawn = torch.where(ended, eot_id, drawn)
+                ended = ended | (drawn == eot_id)
+            new.append(drawn)
+            if eot_id is not None and bool(ended.all()):
+                break
+            read = drawn[:, None]
     return torch.stack(new, dim=1)
 
 

@@ -70,9 +70,14 @@ class LanguageModel(nn.Module):
             assert isinstance(part, Layer | MTPDepth)
             part.init_weights(std, out_std)
 
-    def new_state(self) -> list[State]:
-        """What decoding keeps, one entry a layer, before the first token."""
-        return [{} for _ in self.layers]
+    def new_state(self, room: int | None = None) -> list[State]:
+        """What decoding keeps, one entry a layer, before the first token.
+
+        Args:
+            room: positions that there will be at most. With it the state is written in place, so that a copy of it
+                is no second one to go on from.
+        """
+        return [{} if room is None else {"room": torch.tensor(room)} for _ in self.layers]
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None

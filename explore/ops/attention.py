@@ -29,7 +29,7 @@ def attention(
     path = path_of("attention", q.device.type)
     if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
-    if path == "blocked" and (seq > 1 or sinks is not None):
+    if path == "blocked":
         return _blocked(q, k, v, window, sinks)
     if window is not None and window < context:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, window, q), enable_gqa=True)
@@ -52,8 +52,8 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor 
     per_group = heads // groups
     with torch.autocast(q.device.type, enabled=False):
         q, k = (q * d**-0.5).to(v.dtype).view(batch, groups, per_group, seq, d), k.to(v.dtype).transpose(-1, -2)
-        hidden = q.new_full((seq, context), -torch.inf).triu(before + 1)
-        if window is not None:
+        hidden = None if seq == 1 else q.new_full((seq, context), -torch.inf).triu(before + 1)
+        if hidden is not None and window is not None:
             hidden = hidden.masked_fill(~_visible(seq, context, window, q), -torch.inf)
         outputs = []
         for start in range(0, seq, BLOCK):
@@ -61,7 +61,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor 
             first = 0 if window is None else max(0, before + start + 1 - window)
             seen = slice(first, before + end)
             rows = q[:, :, :, start:end].reshape(batch, groups, -1, d)
-            scores = (rows @ k[..., seen]).view(batch, groups, per_group, end - start, -1) + hidden[start:end, seen]
+            scores = (rows @ k[..., seen]).view(batch, groups, per_group, end - start, -1)
+            if hidden is not None:  # one query sees all that is left of its context
+                scores = scores + hidden[start:end, seen]
             if sinks is not None:
                 sink = sinks.to(scores.dtype).view(1, groups, per_group, 1, 1)
                 scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), dim=-1)

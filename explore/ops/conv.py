@@ -34,5 +34,5 @@ def causal_conv1d(
 def _shifted(padded: Tensor, weight: Tensor, bias: Tensor, seq: int) -> Tensor:
     y = bias.to(padded.dtype)
     for tap in range(weight.shape[2]):
-        y = y + weight[:, 0, tap].to(padded.dtype) * padded[:, tap : tap + seq]
+        y = torch.addcmul(y, weight[:, 0, tap].to(padded.dtype), padded[:, tap : tap + seq])
     return y

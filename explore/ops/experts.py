@@ -5,6 +5,7 @@ Shapes: t tokens, k top_k, e n_experts, d width that experts read and write, f d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,13 +34,21 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
-    path = {"loop": _loop, "padded": _padded, "dense": _dense}[path_of("experts", x.device.type)]
+    name = path_of("experts", x.device.type)
+    if name == "triton" and biases is None:
+        from explore.kernels.routed_experts import routed_experts
+
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
+        return routed_experts(x, chosen, weights, up, None if gate is None else gate.to(dtype), down, activation)
+    path = {"loop": _loop, "dense": _dense}.get(name, _padded)
     up_bias, gate_bias, down_bias = biases or (None, None, None)
     return path(x, chosen, weights, _Experts(activation, up, gate, down, up_bias, gate_bias, down_bias))
 
 
 class _Experts(NamedTuple):
-    """Weights of all experts, experts first, or of one."""
+    """Weights of all experts, experts first."""
 
     activation: Activation
     up: Tensor
@@ -50,31 +59,30 @@ class _Experts(NamedTuple):
     down_bias: Tensor | None
 
 
-def _one(mlp: _Experts, e: int) -> _Experts:
-    gate, up_bias, gate_bias, down_bias = (
-        None if each is None else each[e] for each in (mlp.gate, mlp.up_bias, mlp.gate_bias, mlp.down_bias)
-    )
-    return _Experts(mlp.activation, mlp.up[e], gate, mlp.down[e], up_bias, gate_bias, down_bias)
-
-
-def _run(mlp: _Experts, rows: Tensor) -> Tensor:
-    """Each expert over its own rows: (e, rows, d) of all, (rows, d) of one."""
-    inner = _product(rows, mlp.up, mlp.up_bias)
-    gated = None if mlp.gate is None else _product(rows, mlp.gate, mlp.gate_bias)
-    return _product(activate(inner, gated, mlp.activation), mlp.down, mlp.down_bias)
-
-
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each expert over its own rows, as many for all: (e, rows, d)."""
     y = rows @ weight
     return y if bias is None else y + bias.unsqueeze(-2)
+
+
+def _run(mlp: _Experts, rows: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _product) -> Tensor:
+    inner = product(rows, mlp.up, mlp.up_bias)
+    gated = None if mlp.gate is None else product(rows, mlp.gate, mlp.gate_bias)
+    return product(activate(inner, gated, mlp.activation), mlp.down, mlp.down_bias)
 
 
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
     order, load = _sorted(chosen, len(mlp.up))
     token_of = order // chosen.shape[1]
-    parts = enumerate(x[token_of].split(load.tolist()))
-    outputs = torch.cat([_run(_one(mlp, e), tokens) for e, tokens in parts if len(tokens)])
+    loads = load.tolist()
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        parts = zip(rows.split(loads), weight.unbind(), strict=True)
+        y = torch.cat([tokens @ one for tokens, one in parts if len(tokens)])
+        return y if bias is None else y + bias[chosen.flatten()[order]]
+
+    outputs = _run(mlp, x[token_of], product)
     return _combined(x, outputs, weights, order, token_of)
 
 
@@ -82,9 +90,12 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     """All experts in one batch of products, each padded to the load of the busiest; no token is dropped.
 
     More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
-    much, or there are too few tokens for the experts, it is left to `_loop`.
+    much, or there are too few tokens for the experts, it is left to `_loop`. So it is in fp32 on a CPU, where a
+    batch of products is no faster than one after another.
     """
     n_experts = len(mlp.up)
+    if x.is_cpu and x.dtype == torch.float32:
+        return _loop(x, chosen, weights, mlp)
     order, load = _sorted(chosen, n_experts)
     capacity = int(load.max())
     if capacity * n_experts > MAX_PADDING * chosen.numel():

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from explore.ops.paths import path_of
+
 MAX_LOGITS = 1 << 21
 """Logits that are alive at once: 8 MiB in fp32."""
 
@@ -22,6 +24,10 @@ def linear_cross_entropy(
     Logits are made, used and dropped a slice of tokens at a time, and made again in the backward pass,
     so the whole (tokens, vocab_size) matrix never exists.
     """
+    if path_of("loss", hidden.device.type) == "triton":
+        from explore.kernels import linear_cross_entropy as kernel
+
+        return kernel.linear_cross_entropy(hidden, weight, targets)
     rows = max(1, MAX_LOGITS // weight.shape[0])
     total = hidden.new_zeros((), dtype=torch.float32)
     for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):

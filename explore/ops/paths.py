@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
@@ -18,14 +19,22 @@ T = TypeVar("T")
 PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("blocked", "sdpa", "written_out"),
     "conv": ("shift", "conv1d", "compiled"),
-    "experts": ("padded", "loop", "dense"),
+    "experts": ("padded", "loop", "dense", "triton"),
+    "linear": ("packed", "plain"),
+    "loss": ("sliced", "triton"),
     "norm": ("eager", "compiled"),
-    "ssd": ("chunked", "recurrent", "mamba_ssm", "compiled"),
+    "ssd": ("chunked", "recurrent", "mamba_ssm", "triton", "compiled"),
 }
 """Every op with its implementations, the default on a CPU first."""
 
-ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d"}
+ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d", "linear": "plain"}
 """The default on other devices, where it is another."""
+
+CUDA: Mapping[str, tuple[str, ...]] = {"experts": ("triton",), "loss": ("triton",), "ssd": ("mamba_ssm", "triton")}
+"""The default on CUDA: the first of these whose package imports, before those above."""
+
+MODULES: Mapping[str, str] = {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", "triton": "triton"}
+"""What an implementation needs to import."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
@@ -36,10 +45,25 @@ def path_of(op: str, device: str = "cpu") -> str:
     Args:
         device: torch's name of the type of device.
     """
-    return _forced.get().get(op, PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE.get(op, PATHS[op][0]))
+    return _forced.get().get(op) or _default(op, device)
 
 
 assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
+
+
+def _default(op: str, device: str) -> str:
+    if device == "cuda" and (kernels := [path for path in CUDA.get(op, ()) if _imports(MODULES[path])]):
+        return kernels[0]
+    return PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE.get(op, PATHS[op][0])
+
+
+@cache
+def _imports(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
