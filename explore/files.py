@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def copy_whole(source: Path, path: Path) -> None:
+    """Copies a file so that `path` is the whole of it or absent."""
+    with replacing(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def open_plain(path: Path) -> io.BufferedIOBase:

@@ -18,6 +18,13 @@ from explore.files import replacing
 
 FINISHED = ("finished", "diverged")
 """Statuses with which a run has ended for good."""
+PRUNED = "pruned"
+"""Status of a run that was stopped on its learning curve; it has ended, but may be trained to its end."""
+ENDED = (*FINISHED, PRUNED)
+UNFINISHED = "unfinished"
+
+PILOTS = "pilots"
+"""Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
 
 COLUMNS: Mapping[str, str] = {
     "run": "str",
@@ -39,6 +46,8 @@ COLUMNS: Mapping[str, str] = {
     "val_loss": "float64",
     "lr": "float64",
     "tuned": "boolean",
+    "lr_sensitivity": "float64",
+    "residual": "float64",
     "train_s": "float64",
     "tokens_per_s": "float64",
     "d_model": "Int64",
@@ -56,7 +65,12 @@ COLUMNS: Mapping[str, str] = {
     "device": "str",
     "reason": "str",
 }
-"""Columns of the table of runs, in order, with their dtypes. `flops_fwd` and `flops_train` are per token."""
+"""Columns of the table of runs, in order, with their dtypes.
+
+`flops_fwd` and `flops_train` are per token. `tuned`: the learning rate was searched for this architecture and lies between
+two others that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is
+off the budgets that its sweep ties, at most, as a share.
+"""
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -110,6 +124,11 @@ class RunFolder:
         return _read(self.path / "environment.json") or {}
 
     @property
+    def trial(self) -> dict[str, Any]:
+        """`trial.json` of a run that a sweep made: the trial, and how its learning rate and its sizes came about."""
+        return _read(self.path / "trial.json") or {}
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or None while there is none that can be read."""
         return _read(self.path / "result.json")
@@ -130,30 +149,35 @@ class RunFolder:
         return key if isinstance(key, str) else None
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the run has ended for good, and no record of it is unreadable."""
+    def status(self) -> str:
+        """What `result.json` says; `unfinished` while there is none, or where another record is unreadable."""
+        status = str((self.result or {}).get("status") or UNFINISHED)
         records = ("experiment.json", "cost.json", "environment.json")
-        if any((self.path / name).exists() and _read(self.path / name) is None for name in records):
-            return False
-        return self.key is not None and (self.result or {}).get("status") in FINISHED
+        broken = any((self.path / name).exists() and _read(self.path / name) is None for name in records)
+        return UNFINISHED if status in ENDED and (broken or self.key is None) else status
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has ended for good, and no record of it is unreadable; a pruned one may go on."""
+        return self.status in FINISHED
 
     def row(self) -> dict[str, Any]:
         """The run as one row of the table, with None for what is not known."""
         record, cost, environment, result = self.experiment, self.cost, self.environment, self.result or {}
+        trial = self.trial
         experiment = _mapping(record, "experiment")
         model, data, train = (_mapping(experiment, part) for part in ("model", "data", "train"))
         pattern = model.get("pattern")
         moe = _first_moe(pattern, _mapping(model, "blocks"))
-        status = result.get("status") or "unfinished"
-        if status in FINISHED and not self.is_finished:
-            status = "unfinished"
         values = {
             "run": self.path.resolve().name,
             "key": self.key,
             "pattern": pattern,
             "n_layers": len(_layers(pattern)) if isinstance(pattern, str) else None,
-            "tuned": _first("tuned", record, experiment, train),
-            "status": status,
+            "tuned": _first("tuned", trial, record, experiment, train),
+            "lr_sensitivity": trial.get("lr_sensitivity"),
+            "residual": max(map(abs, _mapping(trial, "residuals").values()), default=None),
+            "status": self.status,
             **{column: experiment.get(column) for column in ("name", "seed")},
             **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
             **{column: environment.get(column) for column in ("commit", "device")},
@@ -220,7 +244,7 @@ def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
     Raises:
         ValueError: a root does not exist or holds no run.
     """
-    rows = [run.row() for run in find_runs(*roots) if unfinished or run.is_finished]
+    rows = [run.row() for run in find_runs(*roots) if unfinished or run.status in ENDED]
     return pd.DataFrame({column: _column([row[column] for row in rows], dtype) for column, dtype in COLUMNS.items()})
 
 
@@ -255,12 +279,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _walk(root: Path) -> Iterator[RunFolder]:
-    """Run folders in sorted order; what lies inside a run (checkpoints, logs) is no run."""
+    """Run folders in sorted order; what lies inside a run (checkpoints, logs) is no run, nor are pilots asked for."""
     for folder, below, files in os.walk(root):
         if "experiment.json" in files:
             below.clear()
             yield RunFolder(Path(folder))
-        below.sort()
+        below[:] = sorted(set(below) - {PILOTS})
 
 
 def _mapping(record: Mapping[str, Any], field: str) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
     table = load_runs(tmp_path)
     assert list(table.columns) == list(COLUMNS)
     row = table.iloc[0]
-    missing = {"recall", "reason"}
+    missing = {"recall", "reason", "lr_sensitivity", "residual"}
     assert {column for column in COLUMNS if pd.isna(row[column])} == missing
     assert row.drop(list(missing)).to_dict() == {
         "run": "run-01234567", "key": KEY, "name": "a name", "family": "hybrid LatentMoE", "pattern": "ME|M*E/*E",
@@ -76,6 +76,20 @@ def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
         "ssm_state_bytes": 65536.0, "corpus": "austen", "commit": "c0ffee", "finished_at": "2026-01-02T03:04:05+00:00",
         "step": 400, "max_violation": 0.4, "device": "cpu",
     }  # fmt: skip
+
+
+def test_a_run_of_a_sweep_says_how_its_learning_rate_and_its_sizes_came_about(tmp_path):
+    path = make_run(tmp_path)
+    record = {"tuned": False, "lr_sensitivity": 0.01, "residuals": {"params_active": -0.004, "flops_train": 0.002}}
+    (path / "trial.json").write_text(json.dumps(record))
+    row = load_runs(tmp_path).iloc[0]
+    assert (row["tuned"], row["lr_sensitivity"], row["residual"]) == (False, 0.01, 0.004)
+
+
+def test_pilots_are_no_rows_unless_they_are_named(tmp_path):
+    make_run(tmp_path)
+    make_run(tmp_path / "pilots", "pilot", "a" * 64)
+    assert len(load_runs(tmp_path)) == len(load_runs(tmp_path / "pilots")) == 1
 
 
 def test_expert_columns_come_from_the_first_moe_that_the_pattern_uses(tmp_path):

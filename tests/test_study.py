@@ -2,80 +2,51 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
+import json
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
-from rich.console import Console
+from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore import train
-from explore.runs import load_runs
-from explore.study import Sweep, load_sweep, run_sweep
+from explore.runs import find_runs, load_runs
+from explore.study import Sweep, SweepSummary, Way, load_sweep, run_sweep
+from explore.study.identity import first_difference, open_study
+from explore.study.storage import open_storage
 from explore.train import fitting
-
-SWEEP = '''"""Does width help?"""
-
-from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.study import RejectedError
-
-objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
-baselines = ({"d_model": 32, "n_layers": 2, "lr": 0.004},)
-
-
-def experiment(trial):
-    d_model = trial.suggest_int("d_model", 32, 96, step=32)
-    n_layers = trial.suggest_int("n_layers", 1, 3)
-    lr = trial.suggest_float("lr", 1e-3, 1e-2, log=True)
-    if d_model * n_layers > 200:
-        raise RejectedError("too large")
-    model = ModelConfig(d_model=d_model, vocab_size=257, pattern="-" * n_layers, blocks={"-": {"d_ff": 64}})
-    data = TextData(corpus=CORPUS, tokenizer="bytes", seq_len=32)
-    train = TrainConfig(tokens=TOKENS, batch_size=4, lr=lr, eval_tokens=128)
-    return Experiment(name="s", model=model, data=data, train=train)
-'''
 
 
 @pytest.fixture
 def sweep_file(tmp_path: Path) -> Path:
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))
-    path = tmp_path / "width.py"
-    path.write_text(SWEEP.replace("CORPUS", repr(str(corpus))).replace("TOKENS", "512"))
-    return path
+    return write_sweep(tmp_path)
 
 
-def quiet() -> Console:
-    return Console(quiet=True)
+def run(sweep: Sweep, n_trials: int, runs: Path, **options: object) -> SweepSummary:
+    return run_sweep(sweep, n_trials, runs, way=Way(notes=False), console=quiet(), **options)  # type: ignore[arg-type]
 
 
-def trials_of(sweep: Sweep, runs: Path) -> list[optuna.trial.FrozenTrial]:
-    storage = JournalStorage(JournalFileBackend(str(runs / "study.journal")))
-    return optuna.load_study(study_name=sweep.name, storage=storage).trials
+def trials_of(runs: Path, name: str = "width") -> list[optuna.trial.FrozenTrial]:
+    return study_of(runs, name).trials
 
 
 def test_a_sweep_ends_with_the_trials_it_was_asked_for_and_repeating_it_does_nothing(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"
-    assert run_sweep(sweep, 3, runs, console=quiet()).complete == 3
-    assert trials_of(sweep, runs)[0].params == {"d_model": 32, "n_layers": 2, "lr": 0.004}
+    assert run(sweep, 3, runs).complete == 3
+    assert trials_of(runs)[0].params == {"d_model": 32, "n_layers": 2, "lr": 0.004}
     monkeypatch.setattr(train, "fit", None)
-    assert run_sweep(sweep, 3, runs, console=quiet()).complete == 3
+    assert run(sweep, 3, runs).complete == 3
 
 
 def test_what_a_trial_samples_depends_on_its_number_and_not_on_interruptions(sweep_file: Path, tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file)
-    run_sweep(sweep, 4, tmp_path / "whole", console=quiet())
+    run(sweep, 4, tmp_path / "whole")
     for n_trials in (1, 2, 4):
-        run_sweep(sweep, n_trials, tmp_path / "pieces", console=quiet())
-    whole, pieces = (trials_of(sweep, tmp_path / name) for name in ("whole", "pieces"))
+        run(sweep, n_trials, tmp_path / "pieces")
+    whole, pieces = (trials_of(tmp_path / name) for name in ("whole", "pieces"))
     assert [(t.params, t.values) for t in whole] == [(t.params, t.values) for t in pieces]
 
 
@@ -91,9 +62,9 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train, "fit", fit)
-    summary = run_sweep(sweep, 3, runs, console=quiet())
+    summary = run(sweep, 3, runs)
     assert (summary.complete, summary.failed) == (2, 1)
-    failed = [trial for trial in trials_of(sweep, runs) if trial.state == TrialState.FAIL]
+    failed = [trial for trial in trials_of(runs) if trial.state == TrialState.FAIL]
     assert [trial.user_attrs["reason"] for trial in failed] == ["RuntimeError: out of memory"]
 
 
@@ -101,10 +72,10 @@ def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"
-    run_sweep(sweep, 2, runs, console=quiet())
+    run(sweep, 2, runs)
     (runs / "study.journal").unlink()
     monkeypatch.setattr(fitting, "_train", None)
-    assert run_sweep(sweep, 2, runs, console=quiet()).complete == 2
+    assert run(sweep, 2, runs).complete == 2
 
 
 @pytest.mark.parametrize(
@@ -113,9 +84,9 @@ def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
         ('"""Does width help?"""', "", "docstring"),
         ('"val_bpb"', '"val_bbp"', "val_bbp"),
         ("def experiment", "def experimnt", "experiment(trial)"),
-        ("n_layers > 200", "n_layer > 200", "line 14: NameError: name 'n_layer' is not defined"),
+        ("n_layers > 200", "n_layer > 200", "line 16: NameError: name 'n_layer' is not defined"),
         ("batch_size=4", "batchsize=4", "batchsize: unknown field"),
-        ("def experiment(trial):", "def experiment(trial:", "line 10"),
+        ("def experiment(trial):", "def experiment(trial:", "line 12"),
         ("n_layers > 200", "n_layers > 0", "baseline 0 is rejected: too large"),
     ],
 )
@@ -130,26 +101,113 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
 
-@pytest.mark.slow
-def test_killed_sweeps_lose_no_trial_and_train_none_twice(sweep_file: Path, tmp_path: Path) -> None:
-    sweep_file.write_text(sweep_file.read_text().replace("tokens=512", "tokens=40_000"))
+def test_a_learning_rate_far_too_high_is_recorded_as_diverged_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    replaced = {
+        '"lr": 0.004': '"lr": 10.0',
+        "1e-3, 1e-2, log=True": "1e-3, 1e8, log=True",
+        "lr=lr": "lr=lr**3, warmup=0.0",
+    }
+    sweep, runs = load_sweep(write_sweep(tmp_path, replaced=replaced, tokens=4096)), tmp_path / "runs"
+    summary = run(sweep, 1, runs)
+    assert (summary.complete, summary.failed) == (0, 1)
+    (trial,) = trials_of(runs)
+    assert (trial.state, trial.user_attrs["outcome"]) == (TrialState.FAIL, "diverged")
+    assert load_runs(runs)["status"].tolist() == ["diverged"]
+
+
+def test_a_run_folder_says_which_trial_it_belongs_to(sweep_file: Path, tmp_path: Path) -> None:
+    run(load_sweep(sweep_file), 2, tmp_path / "runs")
+    about = [json.loads((folder.path / "trial.json").read_text()) for folder in find_runs(tmp_path / "runs")]
+    by_number = {each["trial"]: each["params"] for each in about}
+    assert by_number == {trial.number: trial.params for trial in trials_of(tmp_path / "runs")}
+
+
+def test_a_sweep_file_that_changed_under_its_study_is_refused_with_the_difference(
+    sweep_file: Path, tmp_path: Path
+) -> None:
     runs = tmp_path / "runs"
-    command = [sys.executable, "-c", "from explore.cli import main; main()", "sweep", str(sweep_file)]
-    command += ["--trials", "5", "--runs", str(runs), "--checkpoint-every", "20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for seconds in (6, 8, 7):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    run(load_sweep(sweep_file), 1, runs)
+    before = sweep_file.read_text()
+    sweep_file.write_text(before.replace("32, 96, step=32", "32, 128, step=32"))
+    with pytest.raises(ValueError, match=r"changed since.*32, 96, step=32.* is now .*32, 128, step=32.*--new-study"):
+        run(load_sweep(sweep_file), 2, runs)
+    assert len(trials_of(runs)) == 1
+    run(load_sweep(sweep_file), 1, runs, new_study=True)
+    assert [len(trials_of(runs, name)) for name in ("width", "width-2")] == [1, 1]
+    sweep_file.write_text(before.replace("objectives =", "# a remark\nobjectives ="))
+    with pytest.raises(ValueError, match=r"'width-2'"):  # the newest one is the one that goes on
+        run(load_sweep(sweep_file), 2, runs)
+
+
+def test_a_remark_in_a_sweep_file_changes_nothing(sweep_file: Path, tmp_path: Path) -> None:
+    run(load_sweep(sweep_file), 1, tmp_path / "runs")
+    sweep_file.write_text(sweep_file.read_text().replace("objectives =", "# a remark\n\nobjectives  ="))
+    assert run(load_sweep(sweep_file), 1, tmp_path / "runs").complete == 1
+
+
+@pytest.mark.parametrize(("options", "says"), [({"sampler": "qmc"}, "--sampler: qmc"), ({"seed": 7}, "--seed: 7")])
+def test_another_sampler_or_seed_than_the_study_has_is_refused(
+    sweep_file: Path, tmp_path: Path, options: dict[str, object], says: str
+) -> None:
+    run(load_sweep(sweep_file), 1, tmp_path / "runs")
+    with pytest.raises(ValueError, match=says) as refusal:
+        run(load_sweep(sweep_file), 2, tmp_path / "runs", **options)
+    assert "--new-study" in str(refusal.value)
+
+
+def test_the_first_line_that_differs_is_named() -> None:
+    assert first_difference("a = 1\nb = 2", "a = 1\nb = 2") is None
+    assert first_difference("a = 1\nb = 2", "a = 1\nb = 3") == "'b = 2' is now 'b = 3'"
+    assert first_difference("a = 1", "a = 1\nb = 3\nc = 4") == "'nothing' is now 'b = 3', and 1 more lines"
+    assert first_difference("a = 1\nb = 3", "a = 1") == "'b = 3' is now 'nothing'"
+
+
+@pytest.mark.parametrize("n_writes", range(6))
+def test_a_study_whose_creation_was_killed_is_completed(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_writes: int
+) -> None:
+    sweep, storage = load_sweep(sweep_file), open_storage(tmp_path / "runs")
+    monkeypatch.setattr("explore.study.identity.CREATION_S", 0.0)
+    with monkeypatch.context() as patch:
+        left = iter(range(n_writes + 1))  # the first write creates the study
+        real = storage._write_log  # type: ignore[attr-defined]
+
+        def killed(*args: object) -> None:
+            if next(left, None) is None:
+                raise SystemExit
+            real(*args)
+
+        patch.setattr(storage, "_write_log", killed)
+        with pytest.raises(SystemExit):
+            open_study(sweep, storage, seed=3)
+    study = open_study(sweep, storage, seed=3)
+    assert study.user_attrs["code"] == sweep.code
+    assert (study.user_attrs["seed"], study.user_attrs["sampler"]) == (3, "random")
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials] == list(sweep.baselines)
+    assert study.metric_names == ["val_bpb", "flops_run"]
+
+
+def test_a_study_of_somebody_else_is_left_alone(sweep_file: Path, tmp_path: Path) -> None:
+    storage = open_storage(tmp_path / "runs")
+    optuna.create_study(storage=storage, study_name="width")
+    with pytest.raises(ValueError, match="was not made by this command"):
+        open_study(load_sweep(sweep_file), storage)
+    assert not optuna.load_study(storage=storage, study_name="width").user_attrs
+
+
+def test_a_value_that_is_not_a_number_fails_its_trial_and_not_the_sweep(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = load_sweep(sweep_file)
-    undisturbed = tmp_path / "undisturbed"
-    run_sweep(sweep, 5, undisturbed, console=quiet())
-    table = load_runs(runs)
-    done = [trial for trial in trials_of(sweep, runs) if trial.state == TrialState.COMPLETE]
-    assert len(done) == len({trial.user_attrs["key"] for trial in done}) == 5
-    assert set(table["key"]) >= {trial.user_attrs["key"] for trial in done}
-    baseline = done[0]
-    alone = load_runs(undisturbed).set_index("key")["val_bpb"]
-    assert baseline.values[0] == pytest.approx(alone[baseline.user_attrs["key"]], abs=1e-6)
+    row = fitting.RunFolder.row
+    monkeypatch.setattr(fitting.RunFolder, "row", lambda self: row(self) | {"val_bpb": float("nan")})
+    assert run(sweep, 1, tmp_path / "runs").failed == 1
+    assert trials_of(tmp_path / "runs")[0].user_attrs["reason"] == "the run has no val_bpb"
+
+
+def test_seeds_share_a_trial_and_its_values_are_their_means(tmp_path: Path) -> None:
+    sweep, runs = load_sweep(write_sweep(tmp_path, replaced={'sampler = "random"': "seeds = 2"})), tmp_path / "runs"
+    run(sweep, 1, runs)
+    ((values, table),) = [(values, load_runs(runs)) for values in done_by_key(study_of(runs)).values()]
+    assert sorted(table["seed"]) == [0, 1]
+    assert values[0] == pytest.approx(table["val_bpb"].mean())

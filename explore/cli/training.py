@@ -1,4 +1,4 @@
-"""Commands that train, search, tabulate, draw and evaluate."""
+"""Commands that train, tabulate, draw and evaluate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, Paths, SetOptions, app, count, err, forced, number, out
+from explore.cli.app import Json, Paths, SetOptions, app, count, forced, number, out
 
 WandbMode = Literal["offline", "online"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -69,41 +69,6 @@ def train(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel="Train and search", epilog="Example: explore sweep sweeps/first_frontier.py --trials 40")
-def sweep(
-    file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
-    trials: Annotated[
-        int, typer.Option(min=1, help="Trials that the study shall have, those already there included.")
-    ] = 20,
-    runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal; runs/NAME when absent.")] = None,
-    storage: Annotated[str | None, typer.Option(help="Optuna storage URL; a journal file when absent.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
-    checkpoint_every: CheckpointEvery = None,
-    wandb: Wandb = None,
-    as_json: Json = False,
-) -> None:
-    """Search with Optuna, or go on with a search: nothing that is finished is trained again."""
-    from explore.study import load_sweep, run_sweep
-
-    loaded = load_sweep(file)
-    folder = runs or Path("runs") / loaded.name
-    summary = run_sweep(
-        loaded,
-        trials,
-        folder,
-        seed=seed,
-        storage=storage,
-        checkpoint_every=checkpoint_every,
-        wandb=wandb,
-        console=err,
-    )
-    numbers = {"complete": summary.complete, "failed": summary.failed, "rejected": summary.rejected}
-    if as_json:
-        print(json.dumps({"runs": str(folder), **numbers}))
-    else:
-        out.print(f"{folder}: " + ", ".join(f"{count} {name}" for name, count in numbers.items()), highlight=False)
-
-
 @app.command(rich_help_panel="Train and search", epilog="Example: explore table runs/ --out runs.csv")
 def table(
     roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
@@ -124,11 +89,11 @@ def table(
     if as_json:
         print(runs.to_json(orient="records", indent=2))
         return
-    view = Table(box=None, padding=(0, 1, 0, 0), caption="● on the front of val bpb against training FLOPs")
-    view.caption_justify = "left"
+    caption = "● on the front of val bpb against training FLOPs; ? learning rate not tuned"
+    view = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("", "family", "pattern"):
         view.add_column(name, no_wrap=name == "pattern")
-    for name in ("d_model", "params", "active", "FLOPs", "val bpb", "test bpb"):
+    for name in ("d_model", "params", "active", "FLOPs", "lr", "off", "val bpb", "test bpb"):
         view.add_column(name, justify="right", no_wrap=True)
     for (_, run), front in zip(runs.iterrows(), pareto_front(runs), strict=True):
         numbers = [count(run[name]) for name in ("params_total", "params_active", "flops_run")]
@@ -136,7 +101,9 @@ def table(
         if run["status"] != "finished":
             bits = [str(run["status"]), ""]
         names = [str(run[name]) for name in ("family", "pattern", "d_model")]
-        view.add_row("●" if front else "", *names, *numbers, *bits)
+        tuned = number(run["lr"], ".2g") + ("" if run["tuned"] is True else "?")
+        view.add_row("●" if front else "", *names, *numbers, tuned, number(run["residual"], ".2%"), *bits)
+    view.columns = [column for column in view.columns if any(column.cells)]
     out.print(view)
     if output is not None:
         out.print(f"wrote {output}", highlight=False)

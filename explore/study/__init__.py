@@ -1,6 +1,27 @@
 """Sweeps: Optuna searches over experiments, on disk, resumed by default."""
 
-from explore.study.sweep_file import RejectedError, Sweep, load_sweep
-from explore.study.worker import SweepSummary, run_sweep
+from explore.study.budgets import Budgets, RejectedError
+from explore.study.crew import SweepSummary, run_sweep
+from explore.study.learning_rates import LearningRates
+from explore.study.preview import Preview, preview
+from explore.study.pruning import FrontPruner
+from explore.study.spaces import PatternSpace
+from explore.study.storage import serve_storage
+from explore.study.sweep_file import Sweep, load_sweep
+from explore.study.worker import Way
 
-__all__ = ["RejectedError", "Sweep", "SweepSummary", "load_sweep", "run_sweep"]
+__all__ = [
+    "Budgets",
+    "FrontPruner",
+    "LearningRates",
+    "PatternSpace",
+    "Preview",
+    "RejectedError",
+    "Sweep",
+    "SweepSummary",
+    "Way",
+    "load_sweep",
+    "preview",
+    "run_sweep",
+    "serve_storage",
+]

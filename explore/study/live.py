@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -10,17 +12,17 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from explore.study.storage import INTERRUPTED
-from explore.study.sweep_file import Sweep
+from explore.study.lease import is_left
 
-SHOWN = (TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING)
+SPARKS = "▁▂▃▄▅▆▇█"
+HIDDEN = (TrialState.WAITING,)
 
 
 class SweepTable:
     """Draws the trials of a study anew after each change; off a terminal, prints a line for each that ended."""
 
-    def __init__(self, sweep: Sweep, study: optuna.Study, n_trials: int, console: Console) -> None:
-        self.sweep, self.study, self.n_trials, self.console = sweep, study, n_trials, console
+    def __init__(self, objectives: Mapping[str, str], study: optuna.Study, n_trials: int, console: Console) -> None:
+        self.objectives, self.study, self.n_trials, self.console = objectives, study, n_trials, console
         self.live = Live(console=console, auto_refresh=False, get_renderable=self.render)
         self._printed = {trial.number for trial in self._trials() if trial.state.is_finished()}
 
@@ -40,57 +42,87 @@ class SweepTable:
         if self.console.is_terminal:
             self.live.refresh()
             return
-        for trial in self._trials():
-            if trial.state.is_finished() and trial.number not in self._printed:
-                self._printed.add(trial.number)
-                self.console.print(
-                    "  ".join(cell for cell in self._row(trial) if cell), highlight=False, soft_wrap=True
-                )
+        new = [trial for trial in self._trials() if trial.state.is_finished() and trial.number not in self._printed]
+        front = self._front() if new else set()
+        for trial in new:
+            self._printed.add(trial.number)
+            cells = [cell for cell in self._row(trial, front) if cell]
+            self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
     def render(self) -> Table:
         """The table: one row a trial, the latest ones where not all fit; Pareto-optimal ones are marked."""
-        trials = self._trials()
+        trials, front = self._trials(), self._front()
         ended = sum(trial.state.is_finished() for trial in trials)
+        n_rejected = sum(trial.user_attrs.get("outcome") == "rejected" for trial in self._all())
         table = Table(
-            title=f"{self.sweep.name}: {ended} of {self.n_trials} trials",
-            caption="● on the front",
+            title=f"{self.study.study_name}: {ended} of {self.n_trials} trials",
+            caption="● on the front" + (f"; {n_rejected} rejected before training" if n_rejected else ""),
             title_justify="left",
             caption_justify="left",
         )
         for column in ("trial", "family", "pattern"):
             table.add_column(column)
-        for column in ("params", "active", "FLOPs", *self.sweep.objectives, "time"):
+        for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
             table.add_column(column, justify="right")
-        table.add_column("state")
+        for column in ("curve", "state"):
+            table.add_column(column)
         room = max(4, self.console.height - 12)
         for trial in trials[-room:]:
-            table.add_row(*self._row(trial))
+            table.add_row(*self._row(trial, front))
+        table.columns = [column for column in table.columns if any(column.cells)]  # none that is empty throughout
         return table
 
-    def _trials(self) -> list[FrozenTrial]:
-        trials = self.study.get_trials(deepcopy=False, states=SHOWN)
-        return [trial for trial in trials if trial.user_attrs.get("reason") != INTERRUPTED]
+    def _all(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
-    def _row(self, trial: FrozenTrial) -> list[str]:
-        about = trial.user_attrs
-        front = trial.state == TrialState.COMPLETE and any(
-            trial.number == best.number for best in self.study.best_trials
-        )
-        values = [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(self.sweep.objectives)
-        state = {TrialState.COMPLETE: "done", TrialState.RUNNING: "training"}.get(
-            trial.state, about.get("reason", "failed")
-        )
+    def _trials(self) -> list[FrozenTrial]:
+        """Those that count: neither rejected, nor in the queue, nor left to another trial."""
         return [
-            f"{'●' if front else ' '}{trial.number:>3}",
+            trial
+            for trial in self._all()
+            if trial.state not in HIDDEN and not is_left(trial) and trial.user_attrs.get("outcome") != "rejected"
+        ]
+
+    def _front(self) -> set[int]:
+        return {trial.number for trial in self.study.best_trials} if any(self._complete()) else set()
+
+    def _complete(self) -> list[FrozenTrial]:
+        return [trial for trial in self._all() if trial.state == TrialState.COMPLETE]
+
+    def _row(self, trial: FrozenTrial, front: set[int]) -> list[str]:
+        about = trial.user_attrs
+        values = [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(self.objectives)
+        residuals = about.get("residuals") or {}
+        return [
+            f"{'●' if trial.number in front else ' '}{trial.number:>3}",
             about.get("family", ""),
             about.get("pattern", ""),
             _millions(about.get("params_total")),
             _millions(about.get("params_active")),
             f"{about['flops_run']:.2g}" if "flops_run" in about else "",
+            f"{about['lr']:.2g}{'' if about.get('tuned') else '?'}" if "lr" in about else "",
+            f"{max(map(abs, residuals.values())):.2%}" if residuals else "",
             *values,
             f"{about['took_s']:.0f} s" if "took_s" in about else "",
-            str(state),
+            sparkline([value for _, value in about.get("curve", [])]),
+            _state(trial),
         ]
+
+
+def sparkline(values: list[float]) -> str:
+    """A curve in one line of text, the highest value as the highest bar."""
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    return "".join(SPARKS[round((value - low) / ((high - low) or 1) * (len(SPARKS) - 1))] for value in values)
+
+
+def _state(trial: FrozenTrial) -> str:
+    about: Mapping[str, Any] = trial.user_attrs
+    if trial.state == TrialState.RUNNING:
+        return "training" if "confirmed" in about else "starting"
+    outcome = about.get("outcome", "failed")
+    return str(outcome if outcome == "done" else f"{outcome}: {about.get('reason', '')}".removesuffix(": "))
 
 
 def _millions(count: int | None) -> str:

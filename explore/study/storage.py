@@ -1,72 +1,251 @@
-"""Where a study lives: one journal file by default, or any storage that Optuna knows by URL."""
+"""Where studies live: one journal file by default, or any storage that Optuna knows, waited for while it is away."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
+import os
+import random
+import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
 
-from explore.study.sweep_file import Sweep
+JOURNAL = "study.journal"
+STALE_S = 5
+"""Seconds after which the link of a process that was killed is taken away; nobody else holds one for so long."""
+PATIENCE_S = 600.0
+"""Seconds that a server may be away before a worker gives up."""
+ATTEMPTS = 10
+"""Times that the tables of an empty database are made, where another process is at it."""
 
-INTERRUPTED = "interrupted"
+Say = Callable[[str], None]
 
 
-@contextmanager
-def open_study(sweep: Sweep, runs: Path, url: str | None = None) -> Iterator[optuna.Study]:
-    """Creates the study of a sweep, or opens it again.
-
-    Trials that a killed process left running are put back in the queue with their parameters.
+def open_storage(
+    runs: Path, url: str | None = None, say: Say = lambda line: None, patience_s: float = 0.0
+) -> BaseStorage:
+    """The storage of a URL, or the journal in the folder of runs.
 
     Args:
-        runs: folder of run folders; the journal lies in it.
-        url: another storage instead of the journal.
+        url: what SQLAlchemy knows, such as `postgresql+psycopg://user@host/name`, or `grpc://host:port`.
+        say: told in one line when a server does not answer and is waited for.
+        patience_s: seconds that the server may be away now; once it is open, it may be away for longer.
 
     Raises:
-        ValueError: another process works on this journal.
+        ValueError: nothing answers there, or a package that it needs is missing.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    runs.mkdir(parents=True, exist_ok=True)
-    journal = runs / "study.journal"
-    with nullcontext() if url else _alone(journal):
-        study = optuna.create_study(
-            storage=url or JournalStorage(JournalFileBackend(str(journal))),
-            study_name=sweep.name,
-            directions=list(sweep.objectives.values()),
-            load_if_exists=True,
-        )
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url is None:
+        runs.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(WholeJournal(runs / JOURNAL))
+    return patient(_opened(url, "--storage", say, patience_s), say)
+
+
+def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
+    """Opens the storage of a URL; whatever is wrong with it becomes one line without the password."""
+    try:
+        opened: BaseStorage = wait_for(lambda: _remote(url), say, patience_s)
+        return opened
+    except ImportError as error:
+        package = getattr(error.__cause__ or error, "name", None)
+        why = f"{url.partition(':')[0]} needs the package {package}: pip install 'hybrid-frontier[cluster]'"
+    except Exception as error:  # each kind of server fails in a way of its own
+        why = _first_line(error)
+    raise ValueError(f"{option}: {without_password(url)} cannot be opened: {why}")
+
+
+def _remote(url: str) -> BaseStorage:
+    scheme, _, rest = url.partition("://")
+    if scheme == "grpc":
+        host, _, port = rest.rstrip("/").rpartition(":")
+        if not (host and port.isdigit()):
+            raise ValueError("a gRPC proxy is named as grpc://host:port")
+        import_module("grpc")  # Optuna would name it only later, and in more words
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(list(sweep.objectives))
-        if url is None:
-            _requeue(study, study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-        if not study.get_trials(deepcopy=False):
-            for baseline in sweep.baselines:
-                study.enqueue_trial(dict(baseline))
-        yield study
+            storage: BaseStorage = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+    else:
+        storage = optuna.storages.get_storage(_relational(url))
+    storage.get_all_studies()
+    return storage
 
 
-def _requeue(study: optuna.Study, left: list[FrozenTrial]) -> None:
-    """Queues the parameters of trials whose process is gone, then ends those trials.
+def _relational(url: str) -> RDBStorage:
+    """Optuna's relational storage; of processes that make the tables of an empty database at once, all but one fail."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError
 
-    In this order a kill in between can only queue a trial twice, which its key will tell.
-    """
-    for trial in left:
-        study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
-        optuna.Trial(study, trial._trial_id).set_user_attr("reason", INTERRUPTED)
-        study.tell(trial.number, state=TrialState.FAIL)
-
-
-@contextmanager
-def _alone(journal: Path) -> Iterator[None]:
-    with journal.with_suffix(".lock").open("w") as file:
+    try:
+        make_url(url)
+    except (ArgumentError, ValueError):  # whose words may repeat a part of the password
+        raise ValueError("it is no URL; in a password, @ is written %40, : is %3A and / is %2F") from None
+    for attempt in range(ATTEMPTS):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{journal}: another process is running this sweep") from None
-        yield
+            storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except (IntegrityError, ProgrammingError):
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(random.random())
+        else:
+            weakref.finalize(storage, storage.engine.dispose)  # closes the connections, which nothing else does
+            return storage
+    raise AssertionError
+
+
+def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None) -> None:
+    """Serves a storage by Optuna's gRPC proxy until the process ends.
+
+    Args:
+        place: a URL, or a folder of runs.
+        say: told in one line what is served, once it is open.
+
+    Raises:
+        ValueError: no storage opens there, or the port cannot be listened on.
+    """
+    if "://" not in place and not (Path(place) / JOURNAL).exists():
+        raise ValueError(f"STORAGE: {place!r} is no URL and no folder with a {JOURNAL}")
+    storage = _opened(place, "STORAGE", lambda line: None, 0.0) if "://" in place else open_storage(Path(place))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        say(f"serving {without_password(place)} on grpc://{host}:{port}")
+        try:
+            optuna.storages.run_grpc_proxy_server(storage, host=host, port=port)
+        except RuntimeError as error:
+            raise ValueError(f"--port: {port} on {host} cannot be listened on: {_first_line(error)}") from None
+
+
+class WholeJournal(JournalFileBackend):
+    """Optuna's journal file; a write that fails or is cut off leaves no half line, and a lock ends with its process."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.link = path, JournalFileSymlinkLock(str(path), grace_period=STALE_S)
+        super().__init__(str(path), self.link)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with self._held(), self.path.open("r+b", buffering=0) as file:
+            whole = _whole_lines(file)
+            file.seek(whole)
+            file.truncate()
+            try:
+                if file.write(lines) != len(lines):  # the rest would not fit
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(whole)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The only writer, among all processes; the system takes the lock back from one that is gone.
+
+        Within it also by Optuna's own lock, a link beside the file, which is what optuna-dashboard respects.
+        """
+        with self.path.with_name(f"{self.path.name}.flock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.link.acquire()
+            try:
+                yield
+            finally:
+                self.link.release()
+
+
+def _whole_lines(file: Any) -> int:
+    """Size of a file up to the end of its last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return int(start + newline + 1)
+        end = start
+    return 0
+
+
+def patient(storage: BaseStorage, say: Say, patience_s: float = PATIENCE_S) -> BaseStorage:
+    """The same storage, whose every call waits for a server that does not answer, and then goes on.
+
+    Raises:
+        ValueError: by its calls, when the server has been away for `patience_s` seconds.
+    """
+
+    def waiting(name: str) -> Callable[..., Any]:
+        call = getattr(storage, name)
+        return lambda _, *args, **kwargs: wait_for(lambda: call(*args, **kwargs), say, patience_s)
+
+    names = BaseStorage.__abstractmethods__ | {"get_trial_id_from_study_id_trial_number", "remove_session"}
+    made: BaseStorage = type("PatientStorage", (BaseStorage,), {name: waiting(name) for name in names})()
+    return made
+
+
+def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
+    """Calls until the server answers.
+
+    Raises:
+        ValueError: it has been away for `patience_s` seconds.
+    """
+    since, pause = time.monotonic(), 0.1
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            if not _is_away(error) or patience_s == 0:
+                raise
+            away_s = time.monotonic() - since
+            if away_s > patience_s:
+                raise ValueError(f"storage: no answer for {away_s:.0f} s: {_first_line(error)}") from None
+            if pause > 1:
+                say(f"the storage does not answer ({_first_line(error)}); waiting")
+            time.sleep(pause)
+            pause = min(2 * pause, 10)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether the error says that the server is away for now, rather than that the call is wrong."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    error = _cause(error)
+    if isinstance(error, InterfaceError | OperationalError | ConnectionError):
+        return True
+    code = getattr(error, "code", None)  # of grpc.RpcError
+    return callable(code) and getattr(code(), "name", "") in ("UNAVAILABLE", "CANCELLED", "UNKNOWN")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is behind Optuna's own words for every failure of a database."""
+    return error.__cause__ or error if isinstance(error, optuna.exceptions.StorageInternalError) else error
+
+
+def _first_line(error: BaseException) -> str:
+    error = _cause(error)
+    details = getattr(error, "details", None)  # of grpc.RpcError
+    text = str(details() if callable(details) else error).strip()
+    return (text.splitlines() or [type(error).__name__])[0]
+
+
+def without_password(url: str) -> str:
+    """The URL of a storage as it may be shown."""
+    scheme, mark, rest = url.partition("://")
+    user, at, place = rest.rpartition("@")
+    return f"{scheme}{mark}{user.partition(':')[0]}{at}{place}"
+
+
+def study_names(storage: BaseStorage, stem: str) -> list[str]:
+    """Names of the studies of a sweep, the oldest first: `stem`, then `stem-2` and so on."""
+    names = {study.study_name for study in storage.get_all_studies()}
+    found, number = [], 1
+    while (name := stem if number == 1 else f"{stem}-{number}") in names:
+        found.append(name)
+        number += 1
+    return found

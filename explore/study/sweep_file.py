@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import sys
@@ -17,14 +18,14 @@ from pydantic import ValidationError
 from explore.config import explain
 from explore.experiment import Experiment
 from explore.runs import COLUMNS
+from explore.study.budgets import Budgets, RejectedError, check_objectives
+from explore.study.learning_rates import LearningRates
+from explore.study.pruning import FrontPruner
+from explore.study.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 
 Direction = Literal["minimize", "maximize"]
 TRIES = 200
 """Samples that may be rejected in a row before a search space counts as exhausted."""
-
-
-class RejectedError(ValueError):
-    """A sweep file's answer to a trial that must not be trained, with the reason; it costs nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,34 @@ class Sweep:
         experiment: a pure function of an Optuna trial.
         objectives: columns of the table of runs, and which way is better.
         baselines: parameters of trials that are run first.
+        sampler: what draws the parameters, unless the command names another.
+        grid: values of every parameter, for the sampler `grid`.
+        seeds: runs of a trial, with the seeds 0, 1 and so on; its objectives are their means.
+        budgets: what every trial comes to; `experiment` asks it for the model.
+        learning_rates: search of the learning rate within every trial.
+        pruner: what stops a run on its learning curve.
     """
 
     path: Path
     question: str
     experiment: Callable[[optuna.Trial], Experiment]
     objectives: Mapping[str, Direction]
-    baselines: Sequence[Mapping[str, Any]]
+    baselines: Sequence[Mapping[str, Any]] = ()
+    sampler: str = DEFAULT_SAMPLER
+    grid: Grid | None = None
+    seeds: int = 1
+    budgets: Budgets | None = None
+    learning_rates: LearningRates | None = None
+    pruner: FrontPruner | None = None
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    @property
+    def code(self) -> str:
+        """The file without its comments and layout, which change no result."""
+        return ast.unparse(ast.parse(self.path.read_text(encoding="utf-8")))
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -65,9 +83,31 @@ def load_sweep(path: Path) -> Sweep:
     experiment = getattr(module, "experiment", None)
     if not callable(experiment):
         raise ValueError(f"{path}: a function experiment(trial) -> Experiment is missing")
-    sweep = Sweep(path, question, experiment, _objectives(path, module), tuple(getattr(module, "baselines", ())))
+    sweep = Sweep(path, question, experiment, _objectives(path, module), **_options(path, module))
     _check(sweep)
     return sweep
+
+
+def _options(path: Path, module: ModuleType) -> dict[str, Any]:
+    """What a sweep file may define, as far as it does."""
+    allowed: Mapping[str, tuple[type | tuple[type, ...], str]] = {
+        "baselines": (Sequence, "a sequence of mappings from parameter to value"),
+        "sampler": (str, f"one of {', '.join(SAMPLERS)}"),
+        "grid": (Mapping, "a mapping from parameter to its values"),
+        "seeds": (int, "a number of at least 1"),
+        "budgets": (Budgets, "explore.study.Budgets"),
+        "learning_rates": (LearningRates, "explore.study.LearningRates"),
+        "pruner": (FrontPruner, "explore.study.FrontPruner"),
+    }
+    found = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
+    for name, value in found.items():
+        kind, words = allowed[name]
+        wrong = not isinstance(value, kind)
+        if wrong or (name == "seeds" and int(value) < 1) or (name == "sampler" and value not in SAMPLERS):
+            raise ValueError(f"{path}: {name}: {value!r} is not allowed; {words} is")
+    if found.get("sampler") == "grid" and "grid" not in found:
+        raise ValueError(f"{path}: grid: the sampler 'grid' needs a mapping from parameter to its values")
+    return found
 
 
 def _run(path: Path) -> ModuleType:
@@ -118,6 +158,10 @@ def _check(sweep: Sweep) -> None:
             raise ValueError(f"{sweep.path}: experiment(trial): {reason(error, sweep.path)}") from error
         if not isinstance(experiment, Experiment):
             raise ValueError(f"{sweep.path}: experiment(trial) returned {type(experiment).__name__}, not an Experiment")
+        try:
+            check_objectives(sweep.objectives, sweep.budgets, experiment)
+        except ValueError as error:
+            raise ValueError(f"{sweep.path}: {error}") from None
         if not is_baseline:
             return
     raise ValueError(f"{sweep.path}: {TRIES} samples in a row were rejected; the bounds leave no experiment")

@@ -1,139 +1,287 @@
-"""The loop of a sweep: ask for a trial, train its experiment, tell the result."""
+"""A worker of a sweep: ask for a trial, train its experiment, tell the result, and again."""
 
 from __future__ import annotations
 
+import errno
+import math
+import os
+import statistics
 import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import optuna
-from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from explore import train
 from explore.experiment import Experiment
-from explore.runs import RunFolder
-from explore.study.live import SweepTable
-from explore.study.storage import INTERRUPTED, open_study
-from explore.study.sweep_file import TRIES, RejectedError, Sweep, reason
+from explore.runs import PILOTS, RunFolder, write_json
+from explore.study.budgets import RejectedError
+from explore.study.claim import claim
+from explore.study.dashboard import annotate
+from explore.study.lease import RELEASED, Lease, Reaper, is_doubled, is_left, leave
+from explore.study.samplers import DrawnSampler, ExhaustedError
+from explore.study.sweep_file import TRIES, Sweep, reason
 from explore.tracking import WandbMode
+
+IDLE_S = 0.5
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+ANOTHER = "another process is training"
+"""How `explore.train.fit` says that a run is locked."""
+LEAST_FREE = 1 << 20
+"""Bytes: with less than these a disk is full."""
 
 
 @dataclass(frozen=True)
-class SweepSummary:
-    """How a study stands: trials by how they ended. Rejected ones were not trained."""
+class Way:
+    """How the trials are made, as far as it does not change their results.
 
-    complete: int
-    failed: int
-    rejected: int
-
-
-def run_sweep(
-    sweep: Sweep,
-    n_trials: int,
-    runs: Path,
-    *,
-    seed: int = 0,
-    storage: str | None = None,
-    checkpoint_every: int | None = None,
-    wandb: WandbMode | None = None,
-    console: Console | None = None,
-) -> SweepSummary:
-    """Runs a sweep until the study has `n_trials` trials that were trained or failed.
-
-    What is there already counts, so the same call goes on after an interruption and does nothing when all
-    is done. An experiment whose run is finished is not trained again; a trial that repeats an experiment of
-    this study, or that the sweep file rejects, is told as pruned and not counted. It also ends after 200
-    such trials in a row.
-
-    Args:
-        seed: with the number of a trial, it decides what the sampler draws.
-        storage: Optuna storage URL instead of the journal file in `runs`.
-
-    Raises:
-        ValueError: another process is running this sweep.
+    Attributes:
+        prune: let the sweep file's pruner stop runs.
+        notes: write a note and figures of each trial for optuna-dashboard.
     """
-    console = console or Console(stderr=True)
-    with open_study(sweep, runs, storage) as study, SweepTable(sweep, study, n_trials, console) as table:
+
+    checkpoint_every: int | None = None
+    wandb: WandbMode | None = None
+    prune: bool = True
+    notes: bool = True
+
+
+class Outcome(NamedTuple):
+    """How a trial ended: `done`, `pruned`, `failed`, `diverged` or `rejected`."""
+
+    name: str
+    values: list[float] | None = None
+    reason: str | None = None
+
+    @property
+    def state(self) -> TrialState:
+        """What it is for Optuna."""
+        stopped = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "rejected": TrialState.PRUNED}
+        return stopped.get(self.name, TrialState.FAIL)
+
+
+class Worker:
+    """Works on a study until it has the trials that were asked for."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        study: optuna.Study,
+        runs: Path,
+        way: Way,
+        console: Console,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.sweep, self.study, self.runs, self.way, self.console = sweep, study, runs, way, console
+        self.changed = changed
+        self.reaper = Reaper()
+        study.sampler = DrawnSampler(study.user_attrs["sampler"], study.user_attrs["seed"], sweep.grid)
+
+    def work(self, n_trials: int) -> None:
+        """Runs trials until `n_trials` have been trained or failed, whoever ran them, or nothing new is found.
+
+        Raises:
+            ValueError: the disk is full or cannot be written; the trial is left for the next time.
+        """
+        try:
+            self._work(n_trials)
+        except Exception as error:
+            if (full := self._disk_is_full(error)) is None:
+                raise
+            raise ValueError(f"{full}; the sweep stops here, and goes on when started again") from error
+
+    def _work(self, n_trials: int) -> None:
         rejected_in_a_row = 0
-        while len(counted(study)) < n_trials and rejected_in_a_row < TRIES:
-            trial = _ask(study, seed)
-            started = time.perf_counter()
-            state, why = TrialState.FAIL, None
-            values = None
+        while rejected_in_a_row < TRIES:
+            self.reaper.reap(self.study)
+            trials = self.study.get_trials(deepcopy=False)
+            n_done = sum(map(is_counted, trials))
+            if n_done >= n_trials:
+                return
+            if n_done + sum(trial.state == TrialState.RUNNING for trial in trials) >= n_trials:
+                time.sleep(IDLE_S)  # others train the last ones; should they fail to, this one will
+                continue
+            trial = self.study.ask()
             try:
-                experiment = sweep.experiment(trial)
-                _claim(study, trial, experiment)
-                table.refresh()
-                folder = train.fit(experiment, runs, checkpoint_every=checkpoint_every, wandb=wandb, console=console)
-                state, values, why = _outcome(sweep, folder)
-                trial.set_user_attr("run", folder.path.name)
-            except RejectedError as rejection:
-                state, why = TrialState.PRUNED, str(rejection)
-            except Exception as error:  # whatever a trial dies of is its result; the sweep goes on
-                why = reason(error, sweep.path)
-            if why is not None:
-                trial.set_user_attr("reason", why)
-            trial.set_user_attr("took_s", time.perf_counter() - started)
-            study.tell(trial, values, state)
-            rejected_in_a_row = rejected_in_a_row + 1 if state == TrialState.PRUNED else 0
-            table.refresh()
-        return summary(study)
+                with Lease(self.study, trial):
+                    outcome = self._run_leased(trial, n_trials)
+            except optuna.exceptions.UpdateFinishedTrialError:  # reaped before it had its lease
+                continue
+            except ExhaustedError as end:
+                self._tell(trial, Outcome("rejected", reason=str(end)), 0.0)
+                return
+            if outcome is not None:
+                rejected_in_a_row = rejected_in_a_row + 1 if outcome.name == "rejected" else 0
+
+    def _run_leased(self, trial: optuna.Trial, n_trials: int) -> Outcome | None:
+        """Runs a trial if it is one of those that were asked for; whatever ends the process, it is given back."""
+        if self._rank(trial.number) >= n_trials:
+            leave(self.study, trial._cached_frozen_trial, RELEASED)
+            return None
+        try:
+            return self.run(trial)
+        except ExhaustedError:
+            raise
+        except BaseException:
+            with suppress(OSError, ValueError):  # what cannot be written now is reaped later
+                leave(self.study, trial._cached_frozen_trial, RELEASED)
+            raise
+
+    def run(self, trial: optuna.Trial) -> Outcome:
+        """Trains what one trial stands for and tells the study."""
+        started = time.perf_counter()
+        try:
+            outcome = self._train(trial)
+        except RejectedError as rejection:
+            outcome = Outcome("rejected", reason=str(rejection))
+        except ExhaustedError:
+            raise
+        except Exception as error:
+            if self._disk_is_full(error) is not None:
+                raise
+            outcome = Outcome("failed", reason=reason(error, self.sweep.path))
+        self._tell(trial, outcome, time.perf_counter() - started)
+        return outcome
+
+    def _train(self, trial: optuna.Trial) -> Outcome:
+        if is_doubled(trial._cached_frozen_trial, self.study.get_trials(deepcopy=False)):
+            raise RejectedError("another trial is a retry of the same")
+        experiment = self.sweep.experiment(trial)
+        claim(self.study, trial, experiment.key(), self.reaper)
+        self._describe(trial, experiment)
+        self.changed()
+        about: dict[str, Any] = {"tuned": False}
+        if self.sweep.learning_rates is not None:
+            tuned = self.sweep.learning_rates.search(lambda lr: self._pilot(experiment, lr))
+            experiment = experiment.model_copy(update={"train": experiment.train.model_copy(update={"lr": tuned.lr})})
+            about = {"tuned": tuned.interior, "lr": tuned.lr, "lr_sensitivity": tuned.sensitivity}
+            for name, value in {**about, "lr_pilots": tuned.pilots}.items():
+                trial.set_user_attr(name, value)
+        folders = []
+        for seed in range(self.sweep.seeds):
+            seeded = experiment.model_copy(update={"seed": experiment.seed + seed})
+            folder = self._fit(seeded, trial if seed == 0 else None)
+            self._record(trial, folder, about)
+            folders.append(folder)
+            if (folder.result or {}).get("status") != "finished":
+                break
+        trial.set_user_attr("run", folders[0].path.name)
+        return self._outcome(folders)
+
+    def _fit(self, experiment: Experiment, judged: optuna.Trial | None) -> RunFolder:
+        pruner = self.sweep.pruner if self.way.prune and judged is not None else None
+        return self._fit_alone(
+            experiment,
+            self.runs,
+            checkpoint_every=self.way.checkpoint_every,
+            wandb=self.way.wandb,
+            group=self.study.study_name,
+            rungs=() if pruner is None else pruner.rungs,
+            judge=None if pruner is None or judged is None else pruner.judge(self.study, judged),
+        )
+
+    def _pilot(self, experiment: Experiment, lr: float) -> float:
+        assert self.sweep.learning_rates is not None
+        pilot = self.sweep.learning_rates.pilot(experiment, lr)
+        row = self._fit_alone(pilot, self.runs / PILOTS).row()
+        return float(row["val_bpb"]) if row["status"] == "finished" else float("inf")
+
+    def _fit_alone(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
+        """Trains an experiment, after whoever trains it now: another study, or a worker whose lease was lost."""
+        while True:
+            try:
+                return train.fit(experiment, runs, console=self.console, **options)
+            except ValueError as error:
+                if ANOTHER not in str(error):
+                    raise
+                time.sleep(IDLE_S)
+            except SystemExit as end:
+                if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has swallowed
+                    raise KeyboardInterrupt from None
+                raise
+
+    def _describe(self, trial: optuna.Trial, experiment: Experiment) -> None:
+        cost = experiment.model.cost(experiment.data.seq_len)
+        attributes = {
+            "family": experiment.model.family,
+            "pattern": experiment.model.pattern,
+            "params_total": cost.params_total,
+            "params_active": cost.params_active,
+            "flops_run": experiment.flops_run,
+        }
+        for name, value in attributes.items():
+            trial.set_user_attr(name, value)
+
+    def _record(self, trial: optuna.Trial, folder: RunFolder, about: dict[str, Any]) -> None:
+        """Says in the run's folder which trial it belongs to; the first that trained it stays."""
+        path = folder.path / "trial.json"
+        if not path.exists():
+            frozen = {"study": self.study.study_name, "trial": trial.number, "params": trial.params}
+            write_json(path, {**frozen, **about, "residuals": trial.user_attrs.get("residuals", {})})
+
+    def _outcome(self, folders: list[RunFolder]) -> Outcome:
+        rows = [folder.row() for folder in folders]
+        status, why = rows[-1]["status"], (folders[-1].result or {}).get("reason")
+        if status in ("pruned", "diverged"):
+            return Outcome(status, reason=why)
+        if status != "finished":
+            return Outcome("failed", reason=why or status)
+        missing = [name for name in self.sweep.objectives if not all(_is_number(row[name]) for row in rows)]
+        if missing:
+            return Outcome("failed", reason=f"the run has no {', '.join(missing)}")
+        return Outcome(
+            "done", [statistics.fmean(float(row[column]) for row in rows) for column in self.sweep.objectives]
+        )
+
+    def _tell(self, trial: optuna.Trial, outcome: Outcome, took_s: float) -> None:
+        attributes = {"outcome": outcome.name, "reason": outcome.reason, "took_s": took_s}
+        try:
+            for name, value in attributes.items():
+                if value is not None:
+                    trial.set_user_attr(name, value)
+            if self.way.notes and outcome.name != "rejected" and "run" in trial.user_attrs:
+                folder = RunFolder(self.runs / trial.user_attrs["run"])
+                annotate(self.study, trial._cached_frozen_trial, folder, self.runs / "artifacts")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of samplers that are experimental
+                self.study.tell(trial, outcome.values, outcome.state, skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return  # reaped while this process stood still: the trial that has its parameters finds the run by its key
+        self.changed()
+
+    def _rank(self, number: int) -> int:
+        """Trials before this one that take a place of those that were asked for."""
+        trials = self.study.get_trials(deepcopy=False)[:number]
+        return sum(is_counted(trial) or trial.state == TrialState.RUNNING for trial in trials)
+
+    def _disk_is_full(self, error: BaseException) -> str | None:
+        """What cannot be written, where that is why a trial failed; torch tells it as a RuntimeError."""
+        if isinstance(error, OSError) and error.errno in FULL:
+            return f"{error.filename or self.runs}: {error.strerror}"
+        try:
+            place = os.statvfs(self.runs)
+        except OSError:  # the folder is gone
+            return None
+        return f"{self.runs}: no space left on the device" if place.f_bavail * place.f_frsize < LEAST_FREE else None
 
 
-def counted(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that were trained or failed; interrupted and rejected ones are not among them."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
-    return [trial for trial in trials if trial.user_attrs.get("reason") != INTERRUPTED]
+def _is_number(value: Any) -> bool:
+    return value is not None and not math.isnan(value)
 
 
-def summary(study: optuna.Study) -> SweepSummary:
-    """Counts the trials of a study by how they ended."""
-    ended = counted(study)
-    complete = sum(trial.state == TrialState.COMPLETE for trial in ended)
-    rejected = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
-    return SweepSummary(complete, len(ended) - complete, rejected)
+def is_counted(trial: FrozenTrial) -> bool:
+    """Whether the trial was trained or failed; rejected ones, and those left to another trial, are not counted."""
+    if trial.state == TrialState.PRUNED:
+        return trial.user_attrs.get("outcome") == "pruned"
+    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and not is_left(trial))
 
 
-def _ask(study: optuna.Study, seed: int) -> optuna.Trial:
-    # A sampler of its own for every trial: what it draws depends on the trial's number, not on what this
-    # process drew before.
-    number = len(study.get_trials(deepcopy=False))
-    draw = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    study.sampler = TPESampler(seed=draw)
-    return study.ask()
-
-
-def _claim(study: optuna.Study, trial: optuna.Trial, experiment: Experiment) -> None:
-    """Writes what the trial trains into the study.
-
-    Raises:
-        RejectedError: another trial has trained it.
-    """
-    key = experiment.key()
-    for other in counted(study):
-        if other.user_attrs.get("key") == key:
-            raise RejectedError(f"repeats trial {other.number}")
-    cost = experiment.model.cost(experiment.data.seq_len)
-    attributes = {
-        "key": key,
-        "family": experiment.model.family,
-        "pattern": experiment.model.pattern,
-        "params_total": cost.params_total,
-        "params_active": cost.params_active,
-        "flops_run": experiment.flops_run,
-    }
-    for name, value in attributes.items():
-        trial.set_user_attr(name, value)
-
-
-def _outcome(sweep: Sweep, folder: RunFolder) -> tuple[TrialState, list[float] | None, str | None]:
-    row = folder.row()
-    if row["status"] != "finished":
-        return TrialState.FAIL, None, (folder.result or {}).get("reason")
-    missing = [column for column in sweep.objectives if row[column] is None]
-    if missing:
-        return TrialState.FAIL, None, f"the run has no {', '.join(missing)}"
-    return TrialState.COMPLETE, [float(row[column]) for column in sweep.objectives], None
+def n_counted(study: optuna.Study) -> int:
+    """Trials of a study that were trained or failed."""
+    return sum(map(is_counted, study.get_trials(deepcopy=False)))

@@ -1,17 +1,23 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
-from explore.train.fitting import cost_record, evaluate, fit, load_model, read_weights
+from explore.train.fitting import fit
+from explore.train.judging import Judge
 from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
-from explore.train.module import DataModule, LitLanguageModel, NonFiniteLossError
+from explore.train.models import evaluate, load_model, read_weights
+from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
+from explore.train.record import cost_record
+from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
 __all__ = [
     "DataModule",
+    "DivergedError",
     "JointOptimizer",
+    "Judge",
     "LitLanguageModel",
-    "NonFiniteLossError",
+    "at_budget",
     "build_optimizer",
     "cost_record",
     "decay_weights",

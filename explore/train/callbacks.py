@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from explore.files import replacing
+from explore.files import copy_whole, replacing
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -28,9 +28,18 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, anew every so many steps and at the end."""
+    """Keeps `last.ckpt`, anew every so many steps, at the rungs and at the end.
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
+    Where a step is validated, after that: whoever goes on from a checkpoint has its validation on disk.
+
+    Args:
+        validated: steps that are validated.
+        rungs: steps, all of them validated, whose checkpoint is also kept at a path of its own.
+    """
+
+    def __init__(
+        self, folder: Path, every_n_steps: int, validated: Container[int] = (), rungs: Mapping[int, Path] | None = None
+    ) -> None:
         super().__init__(
             dirpath=folder,
             filename="last",
@@ -39,10 +48,33 @@ class LastCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
         self.path = folder / "last.ckpt"
+        self.validated, self.rungs = validated, rungs or {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._keep_rung(trainer)  # of a run that was killed between the two
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step not in self.validated:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if step % self._every_n_train_steps == 0 or step in self.rungs:
+            trainer.save_checkpoint(self.path)
+            self._keep_rung(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step % self._every_n_train_steps:
+        step = trainer.global_step
+        if step % self._every_n_train_steps and step not in self.rungs:
             trainer.save_checkpoint(self.path)
+
+    def _keep_rung(self, trainer: Trainer) -> None:
+        path = self.rungs.get(trainer.global_step)
+        if path is not None and trainer.is_global_zero and not path.exists():
+            copy_whole(self.path, path)
 
 
 class KeptCheckpoints(Callback):

@@ -14,7 +14,7 @@ from explore.experiment import Experiment
 from explore.files import replacing
 from explore.model import LanguageModel
 from explore.runs import RunFolder, write_json
-from explore.train.fitting import evaluate, read_weights
+from explore.train.models import evaluate, read_weights
 from explore.train.schedule import stable_steps
 
 Shape = Literal["flat", "minus_sqrt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,11 +24,16 @@ Tensors = dict[str, Any]
 """A batch on its way through Lightning, which moves dictionaries but not frozen dataclasses."""
 
 
-class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number."""
+WORST = 20
+"""Times the loss of a uniform guess: a run that is further off has diverged, although its loss may stay finite."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite, or so high that the run is lost."""
 
     def __init__(self, step: int, loss: float) -> None:
-        super().__init__(f"the loss is {loss} at step {step}: the run diverged; a lower learning rate may help")
+        how = f", over {WORST} times that of a uniform guess" if math.isfinite(loss) else ""
+        super().__init__(f"the loss is {loss:g} at step {step}{how}: the run diverged; a lower learning rate may help")
         self.step = step
 
 
@@ -53,6 +59,12 @@ class LitLanguageModel(LightningModule):
         if isinstance(self.trainer.strategy, Sharded):
             shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
 
+    def on_train_start(self) -> None:
+        """Sets the rate of the next step anew: a rung may be of a run with another budget, which decays elsewhere."""
+        schedule: Any = self.lr_schedulers()
+        for group, lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+            group["lr"] = lr * wsd(self.global_step, self.experiment.n_steps, self.experiment.train)
+
     def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
         loss = self.model.loss(batch["inputs"], batch["targets"], mtp=True)
         parts = {"loss": loss.cross_entropy * self._share(loss.n_targets)}
@@ -64,7 +76,9 @@ class LitLanguageModel(LightningModule):
             total = total + self.experiment.train.mtp_weight * parts["mtp_loss"]
         *means, mean_total = self._mean(torch.stack([*parts.values(), total]))
         if not torch.isfinite(mean_total):
-            raise NonFiniteLossError(self.global_step, mean_total.item())
+            raise DivergedError(self.global_step, mean_total.item())
+        if means[0] > WORST * math.log(self.experiment.model.vocab_size):
+            raise DivergedError(self.global_step, means[0].item())
         for i, stats in loss.stats.items():
             load = stats.load.detach()
             self._load[i] = self._load[i] + load if i in self._load else load

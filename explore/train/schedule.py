@@ -15,7 +15,7 @@ def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
 
     Source: warm-up-stable-decay, arXiv 2404.06395; minus-sqrt, arXiv 2405.18392.
     """
-    warmup_steps, decay_steps = round(config.warmup * n_steps), round(config.decay * n_steps)
+    warmup_steps, decay_steps = config.warmup_steps(n_steps), round(config.decay * n_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     into_decay = min(step, n_steps - 1) - (n_steps - decay_steps) + 1
@@ -28,4 +28,4 @@ def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
 
 def stable_steps(n_steps: int, config: TrainConfig) -> range:
     """Numbers of steps done after which the rate has reached its peak and no step has been made below it."""
-    return range(round(config.warmup * n_steps), n_steps - round(config.decay * n_steps) + 1)
+    return range(config.warmup_steps(n_steps), n_steps - round(config.decay * n_steps) + 1)

@@ -1,0 +1,67 @@
+"""The command that measures pruning on a table of learning curves."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from explore.cli.app import Json, app, err, out
+
+
+@app.command(
+    rich_help_panel="Prove",
+    epilog="Example: explore replay-pruning sweeps/records/pattern_grid.csv --margin 0.02 --seeds 200",
+)
+def replay_pruning(
+    table: Annotated[Path, typer.Argument(help="A .csv or .parquet of runs: flops_run, val_bpb, val_bpb_at_20, ...")],
+    margin: Annotated[
+        list[float] | None, typer.Option(min=0, help="Bits per byte; repeatable, several when absent.")
+    ] = None,
+    min_trials: Annotated[
+        list[int] | None, typer.Option(min=0, help="Finished trials before the first is stopped; repeatable.")
+    ] = None,
+    min_fraction: Annotated[
+        list[float] | None, typer.Option(min=0, max=1, help="Share of the schedule before that; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Random orders in which the runs arrive.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Let runs that were trained as a whole arrive in random orders, and see what pruning saves and what it kills."""
+    import pandas as pd
+
+    from explore.study import FrontPruner
+    from explore.study.prune_replay import BUDGETS, replay, summarize
+
+    if table.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{table}: the suffix must be .csv or .parquet")
+    runs = pd.read_csv(table) if table.suffix == ".csv" else pd.read_parquet(table)
+    default = FrontPruner()
+    pruners = [
+        FrontPruner(margin=each, min_trials=n, min_fraction=fraction)
+        for fraction, n, each in product(
+            min_fraction or [default.min_fraction], min_trials or [default.min_trials], margin or [0, 0.01, 0.02, 0.05]
+        )
+    ]
+    found = replay(runs, pruners, range(seeds))
+    n_searches = len(pruners) * seeds
+    rows = pd.DataFrame(track(found, "replaying", n_searches, console=err, transient=True, disable=not err.is_terminal))
+    summary = summarize(rows)
+    if as_json:
+        print(summary.to_json(orient="records", indent=2))
+        return
+    view = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
+    view.title = f"{len(runs)} runs in {seeds} orders, relative to no pruning; means, and where 95% of the orders lie"
+    names = {"spent": "FLOPs spent", "killed": "of the front killed"}
+    names |= {f"volume_at_{100 * share:.0f}": f"volume at {share:.0%} of FLOPs" for share in BUDGETS}
+    names |= {"volume_at_100": "at the end"}
+    for name in ("margin", "trials", "from", *names.values()):
+        view.add_column(name, justify="right")
+    for row in summary.to_dict("records"):
+        cells = (f"{row[c]:.3f} [{row[f'{c}_low']:.3f}, {row[f'{c}_high']:.3f}]" for c in names)
+        view.add_row(f"{row['margin']:g}", f"{row['min_trials']}", f"{row['min_fraction']:.0%}", *cells)
+    out.print(view, highlight=False)

@@ -1,0 +1,183 @@
+"""Commands that search: a sweep, what it would do, and a door to its storage for other hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import Json, app, count, err, out
+from explore.cli.training import CheckpointEvery, Wandb
+
+if TYPE_CHECKING:
+    from explore.study import Preview, Sweep
+
+Storage = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Optuna storage, such as postgresql+psycopg:// or grpc://; a journal if absent."),
+]
+
+
+@app.command(
+    rich_help_panel="Train and search",
+    epilog="Example: explore sweep sweeps/first_frontier.py --trials 40 --workers 2, after a look with --dry-run",
+)
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
+    trials: Annotated[
+        int, typer.Option(min=1, help="Trials that the study shall have, those already there included.")
+    ] = 20,
+    runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal; runs/NAME when absent.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, among which the cores are divided.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the space, its cost and expected time; train and write nothing.")
+    ] = False,
+    sampler: Annotated[
+        str | None, typer.Option(help="random, qmc, grid, tpe, nsga2, nsga3 or gp; the sweep file's when absent.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler; 0, or the study's.")] = None,
+    storage: Storage = None,
+    new_study: Annotated[
+        bool, typer.Option("--new-study", help="Begin another study beside those of this file.")
+    ] = False,
+    prune: Annotated[bool, typer.Option(help="Let the sweep file's pruner stop runs.")] = True,
+    notes: Annotated[bool, typer.Option(help="Write notes and figures for optuna-dashboard.")] = True,
+    cluster: Annotated[
+        Literal["slurm", "local"] | None, typer.Option(help="Submit the workers with submitit, and wait for them.")
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of submitit's executor, e.g. slurm_partition=gpu; repeatable."),
+    ] = None,
+    checkpoint_every: CheckpointEvery = None,
+    wandb: Wandb = None,
+    as_json: Json = False,
+) -> None:
+    """Search with Optuna, or go on with a search: nothing that is finished is trained again.
+
+    The same command from any number of terminals or hosts works on the same study, given the same storage.
+    """
+    from explore.study import Way, load_sweep, preview, run_sweep
+
+    loaded = load_sweep(file)
+    folder = runs or Path("runs") / loaded.name
+    if dry_run:
+        with err.status("probing the space and timing a few experiments"):
+            seen = preview(loaded, trials, folder, workers=workers, seed=seed or 0)
+        _show(loaded, seen, trials, workers, as_json)
+        return
+    summary = run_sweep(
+        loaded,
+        trials,
+        folder,
+        sampler=sampler,
+        seed=seed,
+        storage=storage,
+        new_study=new_study,
+        workers=workers,
+        cluster=cluster,
+        cluster_options=_options(cluster_option),
+        way=Way(checkpoint_every, wandb, prune, notes),
+        console=err,
+    )
+    numbers = dataclasses.asdict(summary)
+    if as_json:
+        print(json.dumps({"runs": str(folder), **numbers}))
+    else:
+        del numbers["study"]
+        out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
+
+
+@app.command(
+    rich_help_panel="Train and search",
+    epilog="Example: explore proxy postgresql+psycopg://user@db/sweeps --port 13000, then --storage grpc://HOST:13000",
+)
+def proxy(
+    storage: Annotated[str, typer.Argument(metavar="STORAGE", help="A storage URL, or a folder of runs.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 13000,
+) -> None:
+    """Serve a storage to workers on other hosts by Optuna's gRPC proxy, which spares the database their connections."""
+    from explore.study import serve_storage
+
+    serve_storage(storage, host, port, lambda line: err.print(f"{line}; Ctrl-C ends it", highlight=False))
+
+
+def _options(texts: list[str] | None) -> dict[str, Any]:
+    """Reads `--cluster-option`: numbers as numbers, everything else as text."""
+    options: dict[str, Any] = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--cluster-option: {text!r} is not of the form NAME=VALUE, such as timeout_min=600")
+        options[name] = int(value) if value.lstrip("-").isdigit() else value
+    return options
+
+
+def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool) -> None:
+    """Prints what a sweep would do."""
+    if as_json:
+        record = dataclasses.asdict(seen)
+        record["examples"] = [_example(each) for each in seen.examples]
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        print(json.dumps(finite, indent=2))
+        return
+    out.print(sweep.question.splitlines()[0], highlight=False)
+    if seen.continuous:
+        size = f"without end: {', '.join(seen.continuous)} {'is' if len(seen.continuous) == 1 else 'are'} continuous"
+    elif seen.n_feasible_error > 0.005 * seen.n_feasible:
+        size = f"about {count(seen.n_feasible)}, ± {count(seen.n_feasible_error)}"
+    else:
+        size = f"{seen.n_feasible:,.0f}"
+    lines = {"feasible experiments": size}
+    if seen.rejected:
+        lines["rejected before training"] = f"{seen.rejected:.0%} of draws, e.g. {seen.why[0][0]}"
+    runs = f"{trials} trials" + (f" of {sweep.seeds} seeds" if sweep.seeds > 1 else "")
+    lines["training FLOPs"] = f"{count(seen.flops)} for {runs}"
+    if seen.pilot_flops:
+        lines["learning-rate pilots"] = f"{count(seen.pilot_flops)} FLOPs"
+    if seen.wall_s is not None:
+        crew = f"{workers} worker{'s' if workers > 1 else ''}"
+        lines["expected time here"] = f"{_duration(seen.wall_s)} with {crew}, from {len(seen.examples)} timed examples"
+    if seen.noise is None:
+        lines["resolvable difference"] = "unknown: no experiment was run here with two seeds yet"
+    else:
+        lines["resolvable difference"] = (
+            f"{seen.difference:.4f} bits per byte between two trials of {sweep.seeds} seed(s), at 5% and power 80%; "
+            f"the spread between seeds is {seen.noise.sd:.4f}, from {seen.noise.n} repeated experiments"
+        )
+    view = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, text in lines.items():
+        view.add_row(name, text)
+    out.print(view, highlight=False)
+    examples = Table(box=None, padding=(0, 2, 0, 0), title="examples, from the cheapest to the dearest")
+    examples.title_justify = "left"
+    for name in ("family", "pattern", "d_model", "params", "active", "FLOPs"):
+        examples.add_column(name, justify="left" if name in ("family", "pattern") else "right")
+    for each in map(_example, seen.examples):
+        numbers = (count(each[name]) for name in ("params_total", "params_active", "flops_run"))
+        examples.add_row(each["family"], each["pattern"], str(each["d_model"]), *numbers)
+    out.print(examples, highlight=False)
+
+
+def _example(experiment: Any) -> dict[str, Any]:
+    cost = experiment.model.cost(experiment.data.seq_len)
+    return {
+        "family": experiment.model.family,
+        "pattern": experiment.model.pattern,
+        "d_model": experiment.model.d_model,
+        "params_total": cost.params_total,
+        "params_active": cost.params_active,
+        "flops_run": experiment.flops_run,
+    }
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,82 @@
+"""Fair budgets: every trial of a sweep is brought to the same parameters, FLOPs or state bytes by the solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+
+from explore.experiment import Experiment
+from explore.model import ModelConfig
+from explore.solve import BUDGETS, solve
+
+TIED: Mapping[str, tuple[str, ...]] = {
+    "flops_train": ("flops_train", "flops_fwd"),
+    "params_active": ("params_active",),
+    "params_total": ("params_total",),
+    "kv_bytes": ("kv_bytes_per_token",),
+}
+"""Columns of the table of runs that a budget fixes."""
+
+
+class RejectedError(ValueError):
+    """An answer to a trial that must not be trained, with the reason; it costs nothing."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What every trial of a sweep comes to.
+
+    Attributes:
+        targets: budgets of `explore.solve.BUDGETS`, such as `{"params_active": 1.2e6}`.
+        free: dimensions that the solver sets, as in `explore solve --free`: `d_model=64:256:32`, `E.d_expert`.
+        seq_len: sequence length in tokens at which FLOPs and state are counted.
+        tolerance: largest relative residual.
+        compare: budgets whose residual is kept too, although they are not solved for.
+    """
+
+    targets: Mapping[str, float]
+    free: Sequence[str]
+    seq_len: int
+    tolerance: float = 0.01
+    compare: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (*self.targets, *self.compare):
+            if name not in BUDGETS:
+                raise ValueError(f"budgets: {name!r} is unknown; allowed are {', '.join(BUDGETS)}")
+
+    def model(self, trial: optuna.Trial | optuna.trial.FixedTrial, content: Mapping[str, Any]) -> ModelConfig:
+        """The model with these fields that meets the targets; the residuals of all budgets are kept with the trial.
+
+        Raises:
+            RejectedError: no values of the free dimensions meet the targets.
+        """
+        solution = solve(
+            content, self.targets, self.free, seq_len=self.seq_len, tolerance=self.tolerance, compare=self.compare
+        )
+        if not solution.feasible:
+            raise RejectedError(f"{content.get('pattern')} does not meet the budgets: {solution.why}")
+        trial.set_user_attr(
+            "residuals", {each.name: each.residual for each in solution.residuals if each.residual is not None}
+        )
+        return solution.model
+
+
+def check_objectives(objectives: Mapping[str, str], budgets: Budgets | None, experiment: Experiment) -> None:
+    """Refuses an objective that is the same for every trial.
+
+    Raises:
+        ValueError: a budget that is tied, or the training FLOPs of runs that are all given the same, as an objective.
+    """
+    targets = budgets.targets if budgets is not None else {}
+    tied = {column: f"budgets.{name}" for name in targets for column in TIED.get(name, ())}
+    if experiment.train.flops is not None:
+        tied["flops_run"] = "train.flops"
+    elif "flops_train" in targets:
+        tied["flops_run"] = "budgets.flops_train"
+    for column in objectives:
+        if column in tied:
+            raise ValueError(f"objectives: {column!r} is tied by {tied[column]}, so it cannot be an objective too")

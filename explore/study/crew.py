@@ -1,0 +1,261 @@
+"""Who works on a sweep: this process, several on this machine, or jobs of a cluster; all of them on one study."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import TrialState
+from rich.console import Console
+
+from explore.study.dashboard import describe_study
+from explore.study.identity import open_study
+from explore.study.live import SweepTable
+from explore.study.storage import PATIENCE_S, open_storage
+from explore.study.sweep_file import Sweep, load_sweep
+from explore.study.worker import Way, Worker, is_counted, n_counted
+
+Cluster = Literal["slurm", "local"]
+REDRAW_S = 1.0
+DEATHS = 5
+"""Times that each worker may be killed without a trial that ends in between."""
+GRACE_S = 10.0
+"""Seconds in which a worker that is told to end may give its trial back."""
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """How a study stands: trials by how they ended. Rejected ones were not trained."""
+
+    study: str
+    complete: int
+    pruned: int
+    failed: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class _Post:
+    """What a worker in another process needs to know; it can be pickled."""
+
+    file: Path
+    study: str
+    storage: str | None
+    runs: Path
+    n_trials: int
+    way: Way
+    parent: int | None
+
+
+def run_sweep(
+    sweep: Sweep,
+    n_trials: int,
+    runs: Path,
+    *,
+    sampler: str | None = None,
+    seed: int | None = None,
+    storage: str | None = None,
+    new_study: bool = False,
+    workers: int = 1,
+    cluster: Cluster | None = None,
+    cluster_options: Mapping[str, Any] | None = None,
+    way: Way | None = None,
+    console: Console | None = None,
+) -> SweepSummary:
+    """Runs a sweep until the study has `n_trials` trials that were trained or failed.
+
+    What is there already counts, so the same call goes on after an interruption and does nothing when all
+    is done. An experiment whose run is finished is not trained again; a trial that repeats an experiment of
+    this study, or that the sweep file rejects, is told as pruned and not counted. A worker also ends after 200
+    such trials in a row. Any number of processes on any hosts may work on one study.
+
+    Args:
+        sampler: name of the sampler of a new study, instead of the sweep file's.
+        seed: with the number of a trial, it decides what the sampler draws.
+        storage: URL of a storage instead of the journal file in `runs`.
+        new_study: begin another study, beside those of this sweep file that are there.
+        workers: processes, which share the cores of this machine; or jobs of the cluster.
+        cluster: submit the workers with submitit, to SLURM or as processes here, and return when all have ended.
+        cluster_options: parameters of submitit's executor, such as `{"slurm_partition": "gpu", "timeout_min": 600}`.
+
+    Raises:
+        ValueError: the storage does not open, the study is of another file, or the disk cannot be written.
+    """
+    console, way = console or Console(stderr=True), way or Way()
+    opened = open_storage(runs, storage, lambda line: console.print(line, highlight=False))
+    study = open_study(sweep, opened, sampler=sampler, seed=seed, new=new_study)
+    if way.notes:
+        describe_study(study, sweep.question)
+    with SweepTable(sweep.objectives, study, n_trials, console) as table:
+        if workers == 1 and cluster is None:
+            Worker(sweep, study, runs, way, console, table.refresh).work(n_trials)
+        else:
+            parent = os.getpid() if cluster is None else None
+            post = _Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, way, parent)
+            if cluster is None:
+                _work_here(post, study, workers, table)
+            else:
+                _work_on_cluster(post, study, workers, cluster, cluster_options or {}, table)
+    return summary(study)
+
+
+def summary(study: optuna.Study) -> SweepSummary:
+    """Counts the trials of a study by how they ended."""
+    trials = study.get_trials(deepcopy=False)
+    ended = Counter(trial.state for trial in trials if is_counted(trial))
+    rejected = sum(trial.user_attrs.get("outcome") == "rejected" for trial in trials)
+    complete, pruned, failed = (ended[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    return SweepSummary(study.study_name, complete, pruned, failed, rejected)
+
+
+def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable) -> None:
+    """Processes that share the cores; one that is killed is replaced, one that gives up ends the sweep.
+
+    Raises:
+        ValueError: a worker gave up, or workers die although no trial ends.
+    """
+    crew: list[tuple[SpawnProcess, Connection]] = []
+    deaths, n_ended = 0, 0
+    with _threads(workers):
+        try:
+            crew += [_start(post) for _ in range(workers)]
+            while crew:
+                time.sleep(REDRAW_S)
+                table.refresh()
+                for process, ear in list(crew):
+                    if process.is_alive():
+                        continue
+                    crew.remove((process, ear))
+                    if ear.poll() and (message := _heard(ear)):
+                        raise ValueError(message)
+                    if process.exitcode != 0:
+                        n_before, n_ended = n_ended, _n_ended(study)
+                        deaths = deaths + 1 if n_ended == n_before else 1
+                        if deaths > DEATHS * workers:
+                            raise ValueError(
+                                f"workers: {deaths} died with exit code {process.exitcode}, and no trial ended"
+                            )
+                        crew.append(_start(post))
+        finally:
+            for process, _ in crew:
+                process.terminate()
+            for process, _ in crew:
+                process.join(GRACE_S)
+                process.kill()
+                process.join()
+            table.refresh()
+
+
+def _n_ended(study: optuna.Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
+def _heard(ear: Connection) -> str:
+    try:
+        return str(ear.recv())
+    except EOFError:
+        return ""
+
+
+def _start(post: _Post) -> tuple[SpawnProcess, Connection]:
+    """Starts a worker that does not hear Ctrl-C, from its first moment on: its parent does, and ends it."""
+    context = multiprocessing.get_context("spawn")
+    ear, mouth = context.Pipe(duplex=False)
+    process = context.Process(target=work_at, args=(post, mouth))
+    with _without_interrupts():
+        process.start()
+    mouth.close()
+    return process, ear
+
+
+def work_at(post: _Post, mouth: Connection | None = None) -> None:
+    """What a worker does in a process of its own: the loop, and one line to the parent where it must give up."""
+    if post.parent is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        threading.Thread(target=_die_with, args=(post.parent,), daemon=True).start()
+    try:
+        sweep = load_sweep(post.file)
+        study = open_study(sweep, open_storage(post.runs, post.storage, patience_s=PATIENCE_S), name=post.study)
+        Worker(sweep, study, post.runs, post.way, Console(quiet=True)).work(post.n_trials)
+    except Exception as error:
+        if mouth is None:
+            raise
+        mouth.send(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent is gone: a sweep that was killed does not go on unseen."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Has a process that is started within ignore Ctrl-C; only the main thread can say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """Divides the cores among the processes that are started within: two that each take all slow one another down."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n = max(1, n_cores // workers)
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, str(n)))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _work_on_cluster(
+    post: _Post, study: optuna.Study, workers: int, cluster: Cluster, options: Mapping[str, Any], table: SweepTable
+) -> None:
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise ValueError("--cluster: the package submitit is missing: pip install 'hybrid-frontier[cluster]'") from None
+    executor = submitit.AutoExecutor(folder=post.runs / "cluster", cluster=cluster)
+    try:
+        executor.update_parameters(name=post.study, **options)
+        with _threads(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
+            jobs = [executor.submit(work_at, post) for _ in range(workers)]
+    except (TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
+        raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
+    try:
+        while not all(job.done() for job in jobs):
+            time.sleep(REDRAW_S)
+            table.refresh()
+    finally:
+        for job in jobs:
+            if not job.done():
+                job.cancel()
+    for job in jobs:
+        if (failure := job.exception()) is not None and n_counted(study) < post.n_trials:
+            last = str(failure).strip().splitlines()[-1]
+            raise ValueError(f"--cluster: job {job.job_id} ended: {last}; its log is in {post.runs / 'cluster'}")

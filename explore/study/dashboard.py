@@ -1,0 +1,205 @@
+"""What optuna-dashboard shows of a study beside its numbers: a note of the study, and a note and figures of each trial.
+
+The notes are written as the attributes that optuna-dashboard reads, so that it is not needed where a sweep runs, only
+where somebody looks at it: `optuna-dashboard runs/NAME/study.journal --artifact-dir runs/NAME/artifacts`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import shlex
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, upload_artifact
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
+
+from explore.experiment import Experiment
+from explore.figures import COLUMN_HEIGHT, COLUMN_WIDTH, RunFigure, plot_curves, plot_receipts, receipts_table
+from explore.runs import RunFolder, load_metrics
+
+DOTS_PER_INCH = 200
+PIECE = 2045
+"""Characters of a note that optuna-dashboard keeps in one attribute: databases limit their length."""
+
+Say = Callable[[str], None]
+
+
+def _warn(line: str) -> None:
+    logging.getLogger("explore.study").warning(line)
+
+
+def describe_study(study: optuna.Study, question: str) -> None:
+    """Writes the note of a study: its question and its objectives. One that is there, perhaps edited, is kept."""
+    if _version(study, None):
+        return
+    names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
+    better = {StudyDirection.MINIMIZE: "less", StudyDirection.MAXIMIZE: "more"}
+    objectives = ", ".join(
+        f"`{name}` ({better.get(direction, '?')} is better)"
+        for name, direction in zip(names, study.directions, strict=True)
+    )
+    _save_note(study, None, f"{inspect.cleandoc(question)}\n\n**Objectives:** {objectives}\n")
+
+
+def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifacts: Path, say: Say = _warn) -> None:
+    """Writes the note of a trial that has not been told yet, and attaches its learning curve and its cost as figures.
+
+    Nothing that goes wrong here ends a trial: it is told in one line each, and the rest is written.
+
+    Args:
+        folder: the run of the trial, with its records.
+        artifacts: folder of the figures, which optuna-dashboard is given as `--artifact-dir`; made if missing.
+        say: told what could not be written.
+    """
+    try:
+        experiment: Experiment | None = Experiment.load(folder.path / "experiment.json")
+    except Exception:  # its records are damaged: the note says what is left
+        experiment = None
+    pieces: dict[str, Callable[[], None]] = {
+        "note": lambda: _save_note(study, trial, trial_note(trial, folder, experiment)),
+        "learning curve": lambda: _attach(study, trial, artifacts, "learning_curve.png", _curve(folder)),
+    }
+    if experiment is not None:
+        pieces["cost"] = lambda: _attach(study, trial, artifacts, "cost.png", _cost(experiment))
+    for name, write in pieces.items():
+        try:
+            write()
+        except optuna.exceptions.UpdateFinishedTrialError:  # reaped: another trial has its parameters
+            return
+        except Exception as error:
+            say(f"trial {trial.number}: no {name} for optuna-dashboard: {' '.join(str(error).split())}")
+
+
+def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | None) -> str:
+    """What is worth knowing of a trial, in Markdown."""
+    row, result, about = folder.row(), folder.result or {}, trial.user_attrs
+    scores = [f"{name} {row[name]:.4f}" for name in ("val_bpb", "test_bpb", "recall") if _is_number(row[name])]
+    if _is_number(result.get("stopped_val_bpb")):
+        scores = [f"val_bpb {result['stopped_val_bpb']:.4f} when it was stopped"]
+    outcome = " · ".join([f"**{row['status']}**", *scores])
+    reason = about.get("reason") or row["reason"]
+    lines = {
+        "name": _code(row["name"]),
+        "pattern": _code(row["pattern"]),
+        "family": row["family"],
+        "parameters": f"{_count(row['params_total'])}, of which {_count(row['params_active'])} are active",
+        "training FLOPs": f"{_count(row['flops_run'])}, {_count(row['flops_train'])} per token",
+        "learning rate": _learning_rate(row["lr"], about),
+        "training": f"{_count(row['tokens'])} tokens in {_count(row['train_s'])} s" if row["train_s"] else None,
+        "seed": row["seed"],
+        "run": _code(str(folder.path)),
+    }
+    table = [f"| {name} | {text} |" for name, text in lines.items() if text is not None]
+    parts = [outcome + (f": {reason}" if reason else ""), "\n".join(["| | |", "|---|---|", *table])]
+    if experiment is not None:
+        parts.append(_components(experiment))
+        if row["status"] == "finished":
+            parts.append(f"```sh\n{_command(folder.path, experiment)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _components(experiment: Experiment) -> str:
+    """The parts of the model that have parameters or FLOPs, as in the figure of its cost."""
+    quantities = ("params_total", "flops_fwd")
+    receipt = receipts_table({"": experiment.model}, experiment.data.seq_len, quantities)
+    by_group = receipt.pivot(index="group", columns="quantity", values="value")
+    by_group = by_group.loc[list(dict.fromkeys(receipt["group"]))]
+    total = float(by_group["flops_fwd"].sum())
+    rows = [f"Cost at {experiment.data.seq_len:,} tokens a sequence:", ""]
+    rows += ["| component | parameters | forward FLOPs per token | share |", "|---|--:|--:|--:|"]
+    for group, params, flops in by_group[list(quantities)].itertuples():
+        if params or flops:
+            rows.append(f"| {group} | {_count(params) if params else ''} | {_count(flops)} | {flops / total:.1%} |")
+    rows.append(f"| **total** | {_count(by_group['params_total'].sum())} | {_count(total)} | |")
+    return "\n".join(rows)
+
+
+def _learning_rate(lr: Any, about: dict[str, Any]) -> str | None:
+    if not _is_number(lr):
+        return None
+    if not about.get("lr_pilots"):
+        return f"{lr:.3g}, tuned" if about.get("tuned") else f"{lr:.3g}, not tuned"
+    pilots = ", ".join(f"{float(pilot):.3g} → {score:.4f}" for pilot, score in about["lr_pilots"].items())
+    found = "tuned" if about.get("tuned") else "at the edge of what was tried"
+    lost = about.get("lr_sensitivity")
+    costs = "" if lost is None else f", half or twice of it costs {lost:.4f}"
+    return f"{lr:.3g}, {found}{costs}; val_bpb of pilots: {pilots}"
+
+
+def _command(path: Path, experiment: Experiment) -> str:
+    run = shlex.quote(str(path))
+    if experiment.data.kind != "text":
+        return f"explore table {run}"
+    lines = [f"explore eval {run} --pairs PAIRS.jsonl", f'explore generate {run} --prompt "It was"']
+    return "\n".join(lines)
+
+
+def _curve(folder: RunFolder) -> RunFigure:
+    """Validation over training, or the training loss where there are no two validations."""
+    metrics = load_metrics(folder.path).rename(columns={"loss": "train_loss"})
+    x = "flops_run" if "flops_run" in metrics else "tokens"
+    validated = "val_bpb" in metrics and metrics["val_bpb"].notna().sum() > 1
+    y = "val_bpb" if validated else "train_loss"
+    return plot_curves(metrics, x, y, width=COLUMN_WIDTH, height=COLUMN_HEIGHT)
+
+
+def _cost(experiment: Experiment) -> RunFigure:
+    models, quantities = {experiment.model.pattern: experiment.model}, ("params_active", "flops_fwd")
+    return plot_receipts(models, experiment.data.seq_len, quantities, width=COLUMN_WIDTH, height=COLUMN_HEIGHT)
+
+
+def _attach(study: optuna.Study, trial: FrozenTrial, artifacts: Path, name: str, figure: RunFigure) -> None:
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        figure.savefig(path, dpi=DOTS_PER_INCH)
+        upload_artifact(
+            artifact_store=FileSystemArtifactStore(artifacts),
+            file_path=str(path),
+            study_or_trial=trial,
+            storage=study._storage,
+        )
+
+
+def _version(study: optuna.Study, trial: FrozenTrial | None) -> int:
+    """How often a note was saved, by whomever; 0 where there is none."""
+    return int(study._storage.get_study_system_attrs(study._study_id).get(f"{_prefix(trial)}note_ver", 0))
+
+
+def _save_note(study: optuna.Study, trial: FrozenTrial | None, body: str) -> None:
+    """Writes a note as `optuna_dashboard.save_note` does, in pieces, and no longer than what is read back."""
+    version, storage, prefix = _version(study, trial), study._storage, _prefix(trial)
+    pieces = [body[start : start + PIECE] for start in range(0, len(body), PIECE)]
+    old = sum(name.startswith(f"{prefix}note_str:") for name in storage.get_study_system_attrs(study._study_id))
+    for i in range(max(len(pieces), old)):
+        storage.set_study_system_attr(study._study_id, f"{prefix}note_str:{i}", pieces[i] if i < len(pieces) else "")
+    storage.set_study_system_attr(study._study_id, f"{prefix}note_ver", version + 1)
+
+
+def _prefix(trial: FrozenTrial | None) -> str:
+    return "dashboard:" if trial is None else f"dashboard:{trial._trial_id}:"
+
+
+def _code(text: Any) -> str | None:
+    """Text as code in a cell of a table."""
+    return None if text is None else "`" + str(text).replace("|", "\\|") + "`"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> str:
+    """A number with three digits and a letter for its power of a thousand."""
+    if not _is_number(value):
+        return "?"
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{value / size:#.3g}".rstrip(".") + unit
+    return f"{value:.3g}"

@@ -1,0 +1,117 @@
+"""Which study a sweep file belongs to: a file that was changed under its study is found out, and not mixed in."""
+
+from __future__ import annotations
+
+import difflib
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+
+from explore.study.storage import study_names
+from explore.study.sweep_file import Sweep
+
+CREATION_S = 5.0
+"""Seconds that the creation of a study may take before its process counts as killed."""
+
+
+def open_study(
+    sweep: Sweep,
+    storage: BaseStorage,
+    *,
+    sampler: str | None = None,
+    seed: int | None = None,
+    new: bool = False,
+    name: str | None = None,
+) -> optuna.Study:
+    """Opens the newest study of a sweep, or creates it with the baselines in its queue.
+
+    Args:
+        sampler: instead of the sweep file's, of a study that is new.
+        seed: of the sampler, 0 when absent.
+        new: create another study beside those that are there.
+        name: open this one of the sweep's studies instead of the newest.
+
+    Raises:
+        ValueError: the file, the sampler or the seed is not that of the study, with the difference.
+    """
+    names = study_names(storage, sweep.name)
+    if name is None:
+        name = names[-1] if names and not new else f"{sweep.name}-{len(names) + 1}" if names else sweep.name
+    if name not in names:
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, directions=list(sweep.objectives.values()))
+        except optuna.exceptions.DuplicatedStudyError:  # by another process, just now
+            pass
+        else:
+            _fill(sweep, study, sampler, seed)
+            return study
+    study = optuna.load_study(study_name=name, storage=storage)
+    _await_whole(sweep, study, sampler, seed)
+    _check(sweep, study, sampler, seed)
+    return study
+
+
+def _fill(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+    """Writes what is to be remembered of a study, as far as it is missing. The code is last: with it, all is there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(sweep.objectives))
+    for key, value in {"question": sweep.question, "sampler": sampler or sweep.sampler, "seed": seed or 0}.items():
+        study.set_user_attr(key, value)
+    there = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
+    for number, baseline in enumerate(sweep.baselines):
+        if number not in there:
+            study.enqueue_trial(dict(baseline), user_attrs={"baseline": number})
+    study.set_user_attr("code", sweep.code)
+
+
+def _await_whole(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+    """Waits for a process that creates the study just now; where that was killed, its work is done here.
+
+    Raises:
+        ValueError: the study was not made by a sweep.
+    """
+    end = time.monotonic() + CREATION_S
+    while "code" not in study.user_attrs:
+        directions = [direction.name.lower() for direction in study.directions]
+        begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+        if begun or directions != list(sweep.objectives.values()):
+            raise ValueError(f"study {study.study_name!r} was not made by this command; --new-study begins another")
+        if time.monotonic() > end:
+            _fill(sweep, study, sampler, seed)
+            return
+        time.sleep(0.1)
+
+
+def _check(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+    was: Mapping[str, Any] = study.user_attrs
+    for name, now in (("sampler", sampler), ("seed", seed)):
+        if now is not None and now != was[name]:
+            raise ValueError(
+                f"--{name}: {now} is not allowed: the study {study.study_name!r} has {was[name]}; see --new-study"
+            )
+    if (difference := first_difference(was["code"], sweep.code)) is not None:
+        raise ValueError(
+            f"{sweep.path}: changed since the study {study.study_name!r} began: {difference}; "
+            "change it back, or begin another study with --new-study"
+        )
+
+
+def first_difference(before: str, after: str) -> str | None:
+    """The first line that differs, as it was and as it is; None where nothing does."""
+    lines = [
+        line
+        for line in difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+        if line[:1] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    if not lines:
+        return None
+    was = next((line[1:].strip() for line in lines if line.startswith("-")), "nothing")
+    now = next((line[1:].strip() for line in lines if line.startswith("+")), "nothing")
+    more = len(lines) - sum(any(line.startswith(sign) for line in lines) for sign in "+-")
+    return f"{was!r} is now {now!r}" + (f", and {more} more lines" if more else "")

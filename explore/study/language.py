@@ -1,0 +1,176 @@
+"""The language of a space of patterns: a finite automaton that counts, numbers and repairs what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+NO_LAYER = "."
+"""Stands at the positions after a pattern's last layer."""
+
+
+class State(NamedTuple):
+    """What the rules remember of the layers so far: the last letter, and how many of each counted group."""
+
+    last: str
+    counts: tuple[int, ...]
+
+
+class Language:
+    """All strings of `letters` that keep the rules of a `PatternSpace`, in dictionary order of its letters.
+
+    Counts are exact at any size. Where strings begin alike the shorter one comes first.
+    """
+
+    def __init__(
+        self,
+        letters: str,
+        lengths: tuple[int, int],
+        first: str,
+        last: str,
+        before: Mapping[str, str],
+        at_least: Mapping[str, int],
+        at_most: Mapping[str, int],
+    ) -> None:
+        self.letters, self.first, self.last, self.before = letters, first, last, before
+        self.shortest, self.longest = lengths
+        self.groups = tuple(sorted({*at_least, *at_most}))
+        self.floors = tuple(at_least.get(group, 0) for group in self.groups)
+        self.ceilings = tuple(at_most.get(group) for group in self.groups)
+        self.start = State("", (0,) * len(self.groups))
+        self.ways = lru_cache(maxsize=None)(self._ways)
+
+    @property
+    def size(self) -> int:
+        """How many strings there are."""
+        return self.ways(0, self.start)
+
+    def step(self, state: State, letter: str) -> State | None:
+        """The state after one more layer; None where a rule forbids the letter."""
+        allowed = self.before.get(letter, self.letters) if state.last else self.first
+        if (state.last or letter) not in allowed:
+            return None
+        counts = []
+        for group, floor, ceiling, count in zip(self.groups, self.floors, self.ceilings, state.counts, strict=True):
+            count += letter in group
+            if ceiling is not None and count > ceiling:
+                return None
+            counts.append(min(count, floor) if ceiling is None else count)  # beyond the floor all counts are alike
+        return State(letter, tuple(counts))
+
+    def may_end(self, n: int, state: State) -> bool:
+        """Whether a pattern may end after `n` layers that led to `state`."""
+        enough = all(count >= floor for count, floor in zip(state.counts, self.floors, strict=True))
+        return self.shortest <= n <= self.longest and state.last in self.last and state.last != "" and enough
+
+    def _ways(self, n: int, state: State) -> int:
+        return self.may_end(n, state) + sum(self.ways(n + 1, after) for _, after in self.steps(n, state))
+
+    def steps(self, n: int, state: State) -> Iterator[tuple[str, State]]:
+        """The letters that may follow after `n` layers, whether or not they lead to an end."""
+        if n < self.longest:
+            for letter in self.letters:
+                if (after := self.step(state, letter)) is not None:
+                    yield letter, after
+
+    def accepts(self, pattern: str) -> bool:
+        """Whether the pattern keeps all rules."""
+        state: State | None = self.start
+        for letter in pattern:
+            if letter not in self.letters or state is None or (state := self.step(state, letter)) is None:
+                return False
+        return state is not None and self.may_end(len(pattern), state)
+
+    def patterns(self, n: int = 0, state: State | None = None) -> Iterator[str]:
+        """All strings in order, one after the other."""
+        state = state or self.start
+        if self.may_end(n, state):
+            yield ""
+        for letter, after in self.steps(n, state):
+            if self.ways(n + 1, after):
+                for rest in self.patterns(n + 1, after):
+                    yield letter + rest
+
+    def unrank(self, index: int) -> str:
+        """The string at a place in the order, counted from 0."""
+        pattern, state = "", self.start
+        while True:
+            if self.may_end(len(pattern), state):
+                if index == 0:
+                    return pattern
+                index -= 1
+            for letter, after in self.steps(len(pattern), state):
+                ways = self.ways(len(pattern) + 1, after)
+                if index < ways:
+                    pattern, state = pattern + letter, after
+                    break
+                index -= ways
+            else:
+                raise AssertionError("index is not below size")
+
+    def rank(self, pattern: str) -> int:
+        """The place of an accepted string in the order."""
+        index, state = 0, self.start
+        for n, letter in enumerate(pattern):
+            index += self.may_end(n, state)
+            for other, after in self.steps(n, state):
+                if other == letter:
+                    state = after
+                    break
+                index += self.ways(n + 1, after)
+        return index
+
+    def at(self, units: Sequence[float]) -> str:
+        """The string at a point of the unit cube, one coordinate a position; uniform points give uniform strings.
+
+        Coordinate n picks letter n from its distribution given the letters before it.
+        """
+        pattern, state = "", self.start
+        for n in range(self.longest):
+            ways = self.ways(n, state)
+            options = [(letter, after, self.ways(n + 1, after)) for letter, after in self.steps(n, state)]
+            options = [option for option in options if option[2]]
+            reached = 0
+            for letter, after, weight in options:
+                reached += weight
+                if units[n] < reached / ways:
+                    pattern, state = pattern + letter, after
+                    break
+            else:
+                if self.may_end(n, state):
+                    return pattern
+                letter, state, _ = options[-1]  # rounding of a sum that is one
+                pattern += letter
+        return pattern
+
+    def nearest(self, asked: Sequence[str]) -> str:
+        """The string that differs at the fewest positions from the letters asked for, `NO_LAYER` among them.
+
+        Of several, the one that keeps what was asked for longest; then the first in the order of the letters.
+        """
+        if self.accepts(whole := "".join(asked).rstrip(NO_LAYER)):
+            return whole
+
+        @cache
+        def best(n: int, state: State) -> tuple[float, str, State | None]:
+            """Fewest changes from position n on, and what stands there."""
+            chosen: tuple[float, str, State | None] = (float("inf"), NO_LAYER, None)
+            options: list[tuple[str, State | None]] = [*self.steps(n, state), (NO_LAYER, None)]
+            if n < self.longest:
+                options.sort(key=lambda option: option[0] != asked[n])
+            for letter, after in options:
+                if after is not None and self.ways(n + 1, after):
+                    changes = (letter != asked[n]) + best(n + 1, after)[0]
+                elif after is None and self.may_end(n, state):
+                    changes = float(sum(other != NO_LAYER for other in asked[n:]))
+                else:
+                    continue
+                if changes < chosen[0]:
+                    chosen = (changes, letter, after)
+            return chosen
+
+        pattern, state = "", self.start
+        while (found := best(len(pattern), state))[2] is not None:
+            pattern, state = pattern + found[1], found[2]
+        return pattern

@@ -1,0 +1,94 @@
+"""Fair learning rates: each architecture's is searched by a few short runs before it is compared with others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from explore.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A learning rate, and how it was found.
+
+    Attributes:
+        interior: the best of the grid lies between two others that were tried.
+        sensitivity: bits per byte that are lost at half or twice the learning rate, by the parabola; None at an edge.
+        pilots: the rates that were tried, with the bits per byte of each; infinite for a run that diverged.
+    """
+
+    lr: float
+    interior: bool
+    sensitivity: float | None
+    pilots: dict[float, float]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """A search of the learning rate within a trial: short runs on a geometric grid, walked until the best is interior.
+
+    The pilots are experiments of their own: they are found by their keys, and all seeds of an architecture share them.
+
+    Attributes:
+        low: the lowest rate of the grid.
+        high: no rate is above it.
+        start: the rates that are tried first are this one and its neighbours.
+        factor: between neighbours of the grid.
+        share: tokens of a pilot over those of the run.
+    """
+
+    low: float = 2.5e-4
+    high: float = 3.2e-2
+    start: float = 4e-3
+    factor: float = 2.0
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high:
+            raise ValueError(f"learning_rates.low: {self.low} is not allowed; above 0 and below high={self.high} is")
+        if not self.factor > 1:
+            raise ValueError(f"learning_rates.factor: {self.factor} is not allowed; above 1 is")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"learning_rates.share: {self.share} is not allowed; above 0 and at most 1 is")
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """All rates that may be tried, in rising order."""
+        n = int(math.log(self.high / self.low, self.factor) + 1e-9) + 1
+        return tuple(float(f"{self.low * self.factor**i:.3g}") for i in range(n))
+
+    def pilot(self, experiment: Experiment, lr: float) -> Experiment:
+        """A short run of an experiment at another learning rate, the same for every seed."""
+        tokens = max(1, round(self.share * experiment.n_steps)) * experiment.batch_tokens
+        changes: dict[str, Any] = {"lr": lr, "tokens": tokens, "flops": None, "val_every": None}
+        train = experiment.train.model_copy(update=changes)
+        return experiment.model_copy(update={"name": f"pilot-{experiment.name}", "train": train, "seed": 0})
+
+    def search(self, score: Callable[[float], float]) -> Tuned:
+        """Walks the grid towards less until the best rate has a neighbour on either side, or the grid ends.
+
+        Args:
+            score: bits per byte at a rate; infinite where training diverges.
+        """
+        grid = self.grid
+        middle = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / self.start)))
+        wanted = [i for i in (middle - 1, middle, middle + 1) if 0 <= i < len(grid)]
+        best, found = middle, dict[int, float]()
+        while wanted:
+            found |= {i: score(grid[i]) for i in wanted}
+            best = min(found, key=lambda i: (found[i], i))
+            wanted = [i for i in (best - 1, best + 1) if 0 <= i < len(grid) and i not in found]
+        pilots = {grid[i]: found[i] for i in sorted(found)}
+        below, above = found.get(best - 1), found.get(best + 1)
+        if below is None or above is None:
+            return Tuned(grid[best], False, None, pilots)
+        if not math.isfinite(above):
+            return Tuned(grid[best], True, below - found[best], pilots)
+        # The vertex of the parabola through the three, in units of log(factor).
+        curvature = below - 2 * found[best] + above
+        offset = 0.5 * (below - above) / curvature if curvature > 0 else 0.0
+        lr = float(f"{grid[best] * self.factor**offset:.3g}")
+        return Tuned(lr, True, 0.5 * curvature * (math.log(2) / math.log(self.factor)) ** 2, pilots)

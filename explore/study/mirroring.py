@@ -1,0 +1,146 @@
+"""A study as a whole in Weights & Biases: its frontier and table as a run, and its workspace and report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pandas as pd
+
+from explore.figures import MORE_IS_BETTER, family_styles, frontier_table, plot_frontier, save_figure
+from explore.runs import COLUMNS, RunFolder, find_runs, load_runs
+from explore.study.watching import objectives_of
+from explore.tracking import PROJECT, Pages, WandbMode, log_sweep, run_id
+
+QUALITIES = ("val_bpb", "test_bpb", "val_loss", "recall")
+COSTS = ("flops_run", "params_active")
+LONGEST_TABLE = 30
+
+
+def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[str], None]) -> None:
+    """Draws the frontier of a study into its folder of runs, and sends it with the table of its runs.
+
+    Nothing that goes wrong here is an error: the trials are on disk.
+
+    Args:
+        say: told in one line what could not be done.
+    """
+    quality, (cost, *_) = frontier_axes(study)
+    table = runs_of(study, runs)
+    try:
+        png, _ = save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")
+        log_sweep(study.study_name, table, png, runs, mode, question=str(study.user_attrs.get("question", "")))
+    except Exception as error:
+        say(f"no frontier for Weights & Biases: {' '.join(str(error).split())}")
+
+
+def study_pages(study: optuna.Study, runs: Path | None, project: str = PROJECT, entity: str = "") -> Pages:
+    """What the workspace and the report of a study show.
+
+    Args:
+        runs: the folder of its runs, of which the report has a table.
+        entity: the account's own when empty.
+    """
+    quality, costs = frontier_axes(study)
+    trials = Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))
+    told = ", ".join(f"{n} {state}" for state, n in sorted(trials.items())) or "none"
+    table = runs_of(study, runs) if runs is not None else _no_runs()
+    return Pages(
+        name=study.study_name,
+        project=project,
+        group=study.study_name,
+        question=str(study.user_attrs.get("question", "")),
+        quality=quality,
+        more_is_better=quality in MORE_IS_BETTER,
+        costs=costs,
+        table=front_markdown(table, costs[0], quality),
+        notes=[f"Trials when this was written: {told}.", *_notes(table)],
+        colors=_colors(table),
+        entity=entity,
+    )
+
+
+def runs_pages(runs: Path, project: str = PROJECT, entity: str = "") -> Pages:
+    """What the workspace and the report of a folder of runs show: all runs of the project, and a table of these."""
+    table = load_runs(runs)
+    return Pages(
+        name=runs.resolve().name,
+        project=project,
+        costs=COSTS,
+        table=front_markdown(table, COSTS[0], QUALITIES[0]),
+        notes=_notes(table),
+        colors=_colors(table),
+        entity=entity,
+    )
+
+
+def frontier_axes(study: optuna.Study) -> tuple[str, list[str]]:
+    """Columns of the figure of a study: the quality, and the costs against which it stands, its own objective first."""
+    names = list(objectives_of(study))
+    quality = next((name for name in names if name in QUALITIES), QUALITIES[0])
+    costs = [name for name in names if name not in QUALITIES]
+    return quality, costs + [cost for cost in COSTS if cost not in costs]
+
+
+def runs_of(study: optuna.Study, runs: Path) -> pd.DataFrame:
+    """The rows of the table of runs that are trials of a study, with all their seeds."""
+    try:
+        folders, table = find_runs(runs), load_runs(runs)
+    except ValueError:  # there is no run yet
+        return _no_runs()
+    keys = {trial.user_attrs.get("key") for trial in study.get_trials(deepcopy=False)}
+    own = {folder.key for folder in folders if _study_of(folder) == study.study_name}
+    return table[table["key"].isin(keys | own)].reset_index(drop=True)
+
+
+def front_markdown(table: pd.DataFrame, cost: str, quality: str) -> str:
+    """The runs on the front as a table in Markdown, by rising cost; nothing where there are none."""
+    front = frontier_table(table, cost, quality)
+    front = front[front["on_front"]].head(LONGEST_TABLE)
+    if front.empty:
+        return ""
+    lines = [f"| family | pattern | {cost} | {quality} | run |", "|---|---|--:|--:|---|"]
+    for run, family, pattern, x, y, _ in front.itertuples(index=False):
+        lines.append(f"| {family} | `{pattern}` | {x:.3g} | {y:.4f} | {run} |")
+    return "\n".join(lines)
+
+
+def _notes(table: pd.DataFrame) -> list[str]:
+    """What a claim made of these runs must carry."""
+    if table.empty:
+        return ["No run has ended yet."]
+    status = Counter(table["status"])
+    n_seeds = table["seed"].nunique()
+    corpora = ", ".join(sorted(set(table["corpus"].dropna().map(lambda corpus: Path(corpus).name)))) or "unknown"
+    return [
+        "Runs: " + ", ".join(f"{n} {name}" for name, n in sorted(status.items())) + f"; corpus: {corpora}.",
+        "One seed a point: differences within the spread between seeds are not resolved."
+        if n_seeds == 1
+        else f"{n_seeds} seeds, each a point of its own.",
+        "FLOPs are training FLOPs of a run: every matrix product, forward and backward.",
+    ]
+
+
+def _colors(table: pd.DataFrame) -> dict[str, str]:
+    """Colours of the families, as in the figures, by the id of a run in Weights & Biases."""
+    styles = family_styles(table["family"].dropna())
+    known = table.dropna(subset=["key", "family"])
+    return {
+        run_id(key): "#" + "".join(f"{round(255 * part):02x}" for part in styles[family].color)
+        for key, family in zip(known["key"], known["family"], strict=True)
+    }
+
+
+def _no_runs() -> pd.DataFrame:
+    return pd.DataFrame({column: pd.Series(dtype=dtype) for column, dtype in COLUMNS.items()})
+
+
+def _study_of(folder: RunFolder) -> str | None:
+    """The study for which a run was made first, as its folder says."""
+    try:
+        return str(json.loads((folder.path / "trial.json").read_text(encoding="utf-8"))["study"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

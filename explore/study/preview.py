@@ -1,0 +1,228 @@
+"""What a sweep would do, before it does it: its space, its cost here, and what it could tell apart."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from explore import train
+from explore.experiment import Experiment
+from explore.runs import RunFolder, find_runs
+from explore.study.budgets import RejectedError
+from explore.study.spaces import PatternSpace
+from explore.study.sweep_file import Sweep
+
+PROBES = 400
+MEASURED = 4
+STEPS = 6
+POWER = 2.8
+"""Standard errors between two means that a test at 5% finds with a power of 80%: 1.96 + 0.84."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Spread between seeds of the same experiment, pooled over experiments.
+
+    Attributes:
+        sd: standard deviation of one run, in bits per byte.
+        n: experiments that were run with more than one seed.
+        dof: degrees of freedom.
+    """
+
+    sd: float
+    n: int
+    dof: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a sweep would do.
+
+    Attributes:
+        n_feasible: feasible architectures, estimated; infinite where a parameter is continuous.
+        n_feasible_error: standard error of the estimate.
+        continuous: parameters that have no finite number of values.
+        rejected: share of the draws that are rejected before training.
+        why: the most frequent reasons, with their counts.
+        examples: experiments from the cheapest to the dearest.
+        flops: training FLOPs of all trials, seeds included.
+        pilot_flops: those of the search of learning rates, estimated with three pilots a trial.
+        wall_s: seconds that the sweep takes here; None where nothing was measured.
+        noise: spread between seeds, where runs with several seeds are there.
+        difference: smallest difference of two trials that their seeds can resolve, in bits per byte.
+    """
+
+    n_feasible: float
+    n_feasible_error: float
+    continuous: tuple[str, ...]
+    rejected: float
+    why: tuple[tuple[str, int], ...]
+    examples: tuple[Experiment, ...]
+    flops: float
+    pilot_flops: float
+    wall_s: float | None
+    noise: Noise | None
+    difference: float | None
+
+
+class _Prober(optuna.samplers.RandomSampler):
+    """Draws at random and multiplies the numbers of choices along the way.
+
+    The mean of the product, over probes that end in something feasible, is the number of feasible leaves of the tree of
+    choices. Source: Knuth, Estimating the efficiency of backtrack programs, 1975.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed=seed)
+        self.rng = np.random.default_rng(seed)
+        self.letters: dict[str, str] = {}
+        self.log_leaves, self.continuous = 0.0, set[str]()
+
+    def start(self) -> None:
+        """Begins a new probe."""
+        self.letters, self.log_leaves = {}, 0.0
+
+    def plan(self, trial: optuna.Trial, space: PatternSpace, name: str) -> None:
+        self.letters |= space.params(space.draw(self.rng), name)
+        self.log_leaves += math.log(space.size)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if param_name in self.letters:
+            return self.letters[param_name]
+        match param_distribution:
+            case CategoricalDistribution():
+                self.log_leaves += math.log(len(param_distribution.choices))
+            case IntDistribution() if not param_distribution.log:
+                n = (param_distribution.high - param_distribution.low) // param_distribution.step + 1
+                self.log_leaves += math.log(n)
+            case FloatDistribution(step=float(step)):
+                self.log_leaves += math.log(round((param_distribution.high - param_distribution.low) / step) + 1)
+            case FloatDistribution():
+                self.continuous.add(param_name)
+            case IntDistribution():
+                self.log_leaves += math.log(param_distribution.high - param_distribution.low + 1)
+        return super().sample_independent(study, trial, param_name, param_distribution)
+
+
+def preview(
+    sweep: Sweep, n_trials: int, runs: Path, *, workers: int = 1, measure: bool = True, seed: int = 0
+) -> Preview:
+    """Probes the space of a sweep and times a few of its experiments, in a folder that is removed again.
+
+    Args:
+        runs: folder in which runs with several seeds tell the spread between seeds.
+        workers: processes that would share the cores.
+        measure: time experiments; without it there is no expected time.
+    """
+    prober = _Prober(seed)
+    study = optuna.create_study(directions=list(sweep.objectives.values()), sampler=prober)
+    found: dict[str, Experiment] = {}
+    leaves, why = [], Counter[str]()
+    for _ in range(PROBES):
+        prober.start()
+        try:
+            experiment = sweep.experiment(study.ask())
+        except RejectedError as rejection:
+            why[str(rejection)] += 1
+            leaves.append(0.0)
+            continue
+        found.setdefault(experiment.key(), experiment)
+        leaves.append(math.exp(prober.log_leaves))
+    by_cost = sorted(found.values(), key=lambda each: each.flops_run)
+    mean_flops = statistics.fmean(each.flops_run for each in by_cost)
+    runs_each = n_trials * sweep.seeds
+    share = sweep.learning_rates.share if sweep.learning_rates else 0.0
+    noise = seed_noise(runs) if runs.is_dir() else None
+    examples = _spread(by_cost, MEASURED)
+    run_s = _measured_s(examples, by_cost, workers) if measure else None
+    infinite = bool(prober.continuous)
+    return Preview(
+        n_feasible=math.inf if infinite else statistics.fmean(leaves),
+        n_feasible_error=math.nan if infinite else statistics.stdev(leaves) / math.sqrt(len(leaves)),
+        continuous=tuple(sorted(prober.continuous)),
+        rejected=why.total() / PROBES,
+        why=tuple(why.most_common(3)),
+        examples=examples,
+        flops=mean_flops * runs_each,
+        pilot_flops=3 * share * mean_flops * n_trials,
+        wall_s=None if run_s is None else run_s * (runs_each + 3 * share * n_trials) / workers,
+        noise=noise,
+        difference=None if noise is None else POWER * noise.sd * math.sqrt(2 / sweep.seeds),
+    )
+
+
+def seed_noise(runs: Path) -> Noise | None:
+    """The pooled standard deviation of `val_bpb` between seeds, from the finished runs below a folder."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    try:
+        folders: Sequence[RunFolder] = find_runs(runs)
+    except ValueError:
+        return None
+    for folder in folders:
+        row, record = folder.row(), dict(folder.experiment.get("experiment") or {})
+        if row["status"] == "finished" and isinstance(row["val_bpb"], float):
+            record.pop("seed", None)
+            record.pop("name", None)
+            groups[repr(sorted(record.items()))].append(row["val_bpb"])
+    repeated = [values for values in groups.values() if len(values) > 1]
+    dof = sum(len(values) - 1 for values in repeated)
+    if not dof:
+        return None
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in repeated)
+    return Noise(math.sqrt(squares / dof), len(repeated), dof)
+
+
+def _spread(by_cost: Sequence[Experiment], n: int) -> tuple[Experiment, ...]:
+    if len(by_cost) <= n:
+        return tuple(by_cost)
+    return tuple(by_cost[round(i * (len(by_cost) - 1) / (n - 1))] for i in range(n))
+
+
+def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment], workers: int) -> float:
+    """Mean seconds of a run, from a few steps of some experiments with the threads that a worker would have."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    per_flop, overhead = [], []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for example in examples:
+                changes: dict[str, Any] = {"tokens": STEPS * example.batch_tokens, "flops": None, "val_every": None}
+                changes["eval_tokens"] = example.batch_tokens
+                short = example.model_copy(update={"train": example.train.model_copy(update=changes)})
+                began = time.perf_counter()
+                run = train.fit(short, folder, console=Console(quiet=True))
+                took = time.perf_counter() - began
+                result = run.result or {}
+                if (train_s := result.get("train_s")) and result.get("status") == "finished":
+                    per_flop.append(train_s / result["flops_run"])
+                    overhead.append(took - train_s)
+    finally:
+        torch.set_num_threads(threads)
+    if not per_flop:
+        return math.nan
+    flop_s, set_up_s = statistics.fmean(per_flop), min(overhead)
+    return statistics.fmean(set_up_s + flop_s * (each.flops_run + _evaluation_flops(each)) for each in population)
+
+
+def _evaluation_flops(experiment: Experiment) -> float:
+    """Forward FLOPs of all evaluations of a run: every validation, then both splits; none where all tokens are read."""
+    cost, training = experiment.model.cost(experiment.data.seq_len), experiment.train
+    n_validations = experiment.n_steps // training.val_every if training.val_every else 0
+    return (n_validations + 2) * (training.eval_tokens or 0) * cost.flops_fwd

@@ -1,0 +1,194 @@
+"""A benchmark of samplers without training: each searches a grid of which every result is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+import pandas as pd
+from optuna.trial import TrialState
+
+from explore.frontier import hypervolume
+from explore.study.samplers import DrawnSampler, check_sampler
+from explore.study.spaces import PatternSpace
+
+SIMPLEST_FIRST = ("random", "qmc", "tpe", "nsga2", "nsga3", "gp")
+BASELINE = "random"
+COST, ERROR = "flops_run", "val_bpb"
+REPEATS = 200
+"""Draws in a row of what was drawn before, after which a search has come to its end."""
+RESAMPLES = 10_000
+
+
+class Space(NamedTuple):
+    """What a table is a full grid of: a space of patterns, and the values of further columns."""
+
+    patterns: PatternSpace
+    axes: Mapping[str, tuple[Any, ...]]
+
+
+def space_of(table: pd.DataFrame, axes: Sequence[str] = ("d_model",)) -> Space:
+    """Finds the space of which the table has every point once.
+
+    Raises:
+        ValueError: a column is missing, a result is not finite, a point is missing or there twice, or the patterns are
+            not all that keep the rules on neighbours, ends and lengths which they have in common.
+    """
+    for column in ("pattern", *axes, COST, ERROR):
+        if column not in table:
+            raise ValueError(f"table: column {column!r} is missing; it has {', '.join(map(str, table.columns))}")
+    if not len(table) or not np.isfinite(table[[COST, ERROR]].to_numpy(dtype=float)).all():
+        raise ValueError(f"table: {COST} and {ERROR} must be there for every row")
+    patterns = [str(pattern) for pattern in table["pattern"].unique()]
+    letters = "".join(sorted(set("".join(patterns))))
+    before = {letter: {p[i - 1] for p in patterns for i in range(1, len(p)) if p[i] == letter} for letter in letters}
+    space = PatternSpace(
+        letters=letters,
+        min_layers=min(map(len, patterns)),
+        max_layers=max(map(len, patterns)),
+        first="".join(sorted({p[0] for p in patterns})),
+        last="".join(sorted({p[-1] for p in patterns})),
+        after={letter: "".join(sorted(those)) for letter, those in before.items()},
+    )
+    if space.size != len(patterns):
+        raise ValueError(f"table: it has {len(patterns)} patterns of a space of {space.size}; all are needed")
+    values = {axis: tuple(sorted(table[axis].unique().tolist())) for axis in axes}
+    points = int(np.prod([len(column) for column in values.values()], initial=space.size))
+    if table.duplicated(["pattern", *axes]).any() or len(table) != points:
+        raise ValueError(f"table: {len(table)} rows of a grid of {points}; every point must be there once")
+    return Space(space, values)
+
+
+def regret(table: pd.DataFrame, found: pd.DataFrame) -> float:
+    """Share of the hypervolume of the whole table that what was found does not have; 0 has the whole front.
+
+    The reference point is the worst of the table in both columns, and FLOPs are on a log axis.
+    """
+    reference = (float(table[COST].max()), float(table[ERROR].max()))
+    return 1 - hypervolume(found, reference, COST, ERROR) / hypervolume(table, reference, COST, ERROR)
+
+
+def replay(
+    table: pd.DataFrame,
+    samplers: Sequence[str] = SIMPLEST_FIRST,
+    n_trials: Sequence[int] = (40,),
+    seeds: Sequence[int] = range(30),
+    axes: Sequence[str] = ("d_model",),
+) -> Iterator[dict[str, Any]]:
+    """Lets every sampler search the table, once for every seed.
+
+    As in a sweep a draw that repeats an experiment is told as pruned, costs nothing and is drawn again, up to 200 times
+    in a row. Minimised are the columns `val_bpb` and `flops_run`.
+
+    Args:
+        n_trials: numbers of experiments after which the search is judged.
+
+    Yields:
+        sampler, seed, trials, regret, and repeats: the draws that were told as pruned so far.
+    """
+    for name in samplers:
+        check_sampler(name)
+        if name not in SIMPLEST_FIRST:
+            raise ValueError(f"sampler: {name!r} has no random draws to compare; {', '.join(SIMPLEST_FIRST)} have")
+    if wrong := [n for n in n_trials if not 1 <= n <= len(table)]:
+        raise ValueError(f"trials: {wrong[0]} is not allowed; 1 to {len(table)}, all of the table, are")
+    space = space_of(table, axes)
+    for name in samplers:
+        for seed in seeds:
+            found, repeats = search(table, space, name, seed, max(n_trials))
+            for n in sorted(n_trials):
+                so_far = table.iloc[found[:n]]
+                repeated = repeats[min(n, len(found)) - 1] if len(found) >= n else repeats[-1]
+                yield {
+                    "sampler": name,
+                    "seed": seed,
+                    "trials": n,
+                    "regret": regret(table, so_far),
+                    "repeats": repeated,
+                }
+
+
+def search(table: pd.DataFrame, space: Space, name: str, seed: int, n_trials: int) -> tuple[list[int], list[int]]:
+    """One search of the table.
+
+    Returns:
+        The rows in the order in which they were found, and for each the repeats until then; one more count where the
+        search came to its end before.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    places = {point: i for i, point in enumerate(table[["pattern", *space.axes]].itertuples(index=False, name=None))}
+    results = table[[ERROR, COST]].to_numpy(dtype=float).tolist()
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=DrawnSampler(name, seed))
+    found: list[int] = []
+    repeats: list[int] = []
+    total = in_a_row = 0
+    while len(found) < n_trials and in_a_row < REPEATS:
+        trial = study.ask()
+        point = (space.patterns.suggest(trial), *(_suggest(trial, axis, space.axes[axis]) for axis in space.axes))
+        place = places[point]
+        if place in found:
+            study.tell(trial, state=TrialState.PRUNED)
+            total, in_a_row = total + 1, in_a_row + 1
+            continue
+        study.tell(trial, results[place])
+        found.append(place)
+        repeats.append(total)
+        in_a_row = 0
+    return found, repeats if in_a_row < REPEATS else [*repeats, total]
+
+
+def summarize(results: pd.DataFrame) -> pd.DataFrame:
+    """One row for every number of trials and sampler: the mean regret over seeds beside that of random draws.
+
+    Differences are paired by seed; intervals hold 95 % of the means of resampled seeds.
+
+    Returns:
+        trials, sampler, regret, regret_low, regret_high, difference, difference_low, difference_high, repeats.
+    """
+    rows = []
+    for n, group in results.groupby("trials"):
+        regrets = group.pivot(index="seed", columns="sampler", values="regret")
+        for name in [name for name in SIMPLEST_FIRST if name in regrets]:
+            row: dict[str, Any] = {"trials": n, "sampler": name, **_mean("regret", regrets[name])}
+            if BASELINE in regrets:
+                row |= _mean("difference", regrets[name] - regrets[BASELINE])
+            rows.append({**row, "repeats": group.loc[group["sampler"] == name, "repeats"].mean()})
+    return pd.DataFrame(rows)
+
+
+class Verdict(NamedTuple):
+    """The sampler of least mean regret, and the simplest that is not shown to be worse."""
+
+    least: str
+    default: str
+
+
+def judge(results: pd.DataFrame, n_trials: int) -> Verdict:
+    """The default is the sampler that wins, or the simplest where it is not resolved which one does.
+
+    A sampler is worse than another where the 95 % interval of their difference, paired by seed, is above zero.
+    """
+    regrets = results[results["trials"] == n_trials].pivot(index="seed", columns="sampler", values="regret")
+    least = str(regrets.mean().idxmin())
+    names = [name for name in SIMPLEST_FIRST if name in regrets]
+    tied = [name for name in names if _mean("gap", regrets[name] - regrets[least])["gap_low"] <= 0]
+    return Verdict(least, tied[0])
+
+
+def _mean(name: str, values: pd.Series[Any]) -> dict[str, float]:
+    """The mean, and where 95 % of the means of resampled values lie."""
+    numbers = values.to_numpy(dtype=float)
+    drawn = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
+    low, high = np.quantile(numbers[drawn].mean(axis=1), [0.025, 0.975])
+    return {name: float(numbers.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+
+
+def _suggest(trial: optuna.Trial, name: str, values: tuple[Any, ...]) -> Any:
+    """An integer where the values are evenly spaced ones, else one of them."""
+    if len(values) > 1 and all(isinstance(value, int) for value in values):
+        step = values[1] - values[0]
+        if values == tuple(range(values[0], values[-1] + 1, step)):
+            return trial.suggest_int(name, values[0], values[-1], step=step)
+    return trial.suggest_categorical(name, values)

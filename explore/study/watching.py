@@ -1,0 +1,111 @@
+"""Looking at a study from outside: finding it, and drawing it while others work on it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.storages.journal import JournalFileBackend, JournalStorage
+from rich.console import Console
+
+from explore.study.live import SweepTable
+from explore.study.storage import JOURNAL, open_storage, without_password
+from explore.study.worker import n_counted
+
+REDRAW_S = 2.0
+N_TRIALS = "n_trials"
+"""User attribute of a study: trials that it shall have, as it was last asked for."""
+
+
+class Found(NamedTuple):
+    """A study, and the folder of its runs as far as that is known."""
+
+    study: optuna.Study
+    runs: Path | None
+
+
+def find_study(place: str, storage: str | None = None, name: str | None = None) -> Found:
+    """Opens a study to look at it; nothing is made.
+
+    Args:
+        place: a folder of runs, a journal file, or with `storage` the name of a study.
+        storage: URL of an Optuna storage.
+        name: of the study in the journal; the one that was begun last when absent.
+
+    Raises:
+        ValueError: there is none, with what there is.
+    """
+    if storage is not None:
+        runs = Path("runs") / place
+        opened = open_storage(Path(), storage)
+        return Found(_load(opened, name or place, without_password(storage)), runs if runs.is_dir() else None)
+    path = Path(place)
+    journal = path / JOURNAL if path.is_dir() else path
+    if not journal.is_file():
+        raise ValueError(f"STUDY: {_missing(path)}")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        opened = JournalStorage(JournalFileBackend(str(journal)))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"STUDY: {str(journal)!r} is no journal of Optuna") from None
+    return Found(_load(opened, name, str(journal)), journal.parent)
+
+
+def _load(opened: BaseStorage, name: str | None, place: str) -> optuna.Study:
+    names = [study.study_name for study in opened.get_all_studies()]
+    if not names:
+        raise ValueError(f"STUDY: {place} holds no study yet")
+    if name is not None and name not in names:
+        raise ValueError(f"STUDY: {name!r} is not in {place}, which holds {', '.join(names)}")
+    return optuna.load_study(study_name=name or names[-1], storage=opened)
+
+
+def _missing(path: Path) -> str:
+    """What is wrong with a path, and which studies are near it."""
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    near = sorted(str(journal.parent) for journal in folder.glob(f"*/{JOURNAL}"))
+    there = f"there are {', '.join(near[:8])}" if near else "name a folder that `explore sweep` wrote"
+    what = f"holds no {JOURNAL}" if path.is_dir() else "does not exist"
+    return f"{str(path)!r} {what}; {there}"
+
+
+def objectives_of(study: optuna.Study) -> dict[str, str]:
+    """Names of the objectives, and which way is better."""
+    names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
+    return {name: direction.name.lower() for name, direction in zip(names, study.directions, strict=True)}
+
+
+def watch(
+    study: optuna.Study, console: Console, n_trials: int | None = None, *, once: bool = False, every_s: float = REDRAW_S
+) -> None:
+    """Draws a study anew until it has its trials, or until it is interrupted.
+
+    Args:
+        n_trials: when it is done; what the study was asked for when absent, and without an end if that is not known.
+        once: draw it one time.
+        every_s: seconds between two drawings.
+    """
+
+    def asked() -> int | None:
+        return n_trials or study.user_attrs.get(N_TRIALS)
+
+    table = SweepTable(objectives_of(study), study, asked() or n_counted(study), console)
+    if once:
+        console.print(table.render() if study.get_trials(deepcopy=False) else f"{study.study_name}: no trials yet")
+        return
+    try:
+        with table:
+            while True:
+                wanted, ended = asked(), n_counted(study)
+                table.n_trials = wanted or ended
+                table.refresh()
+                if wanted is not None and ended >= wanted:
+                    return
+                time.sleep(every_s)
+    except KeyboardInterrupt:
+        return

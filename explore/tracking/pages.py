@@ -1,0 +1,252 @@
+"""The pages of a sweep in Weights & Biases, a workspace and a report, as objects of wandb-workspaces and as a script.
+
+`build_workspace` and `build_report` stand in the script word for word, so they use nothing from around them. Runs are
+never grouped where a frontier is drawn: Weights & Biases would show one point for the mean of every group.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+NEEDS = "the package wandb-workspaces is missing: pip install 'hybrid-frontier[wandb]'"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What the pages of a sweep show.
+
+    Attributes:
+        name: title of both.
+        group: study whose runs are shown; all runs of the project when absent.
+        question: Markdown.
+        quality: a summary of every run, the vertical axis of the frontier.
+        more_is_better: of the quality.
+        costs: summaries of every run, the horizontal axes; the first is that of the frontier.
+        table: Markdown of the runs on the front.
+        notes: lines below the table.
+        colors: hexadecimal, by the id of a run.
+        entity: the account's own when empty.
+    """
+
+    name: str
+    project: str
+    group: str | None = None
+    question: str = ""
+    quality: str = "val_bpb"
+    more_is_better: bool = False
+    costs: Sequence[str] = ("flops_run", "params_active")
+    table: str = ""
+    notes: Sequence[str] = ()
+    colors: Mapping[str, str] = field(default_factory=dict)
+    entity: str = ""
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {**self.__dict__, "costs": list(self.costs), "notes": list(self.notes), "colors": dict(self.colors)}
+
+    def specs(self) -> dict[str, Any]:
+        """What would be sent to the server, by `workspace` and `report`.
+
+        Raises:
+            ValueError: wandb-workspaces is missing.
+        """
+        _check_installed()
+        built = {"workspace": build_workspace(**self._arguments), "report": build_report(**self._arguments)}
+        return {
+            name: page._to_model().model_dump(mode="json", by_alias=True, exclude_none=True)
+            for name, page in built.items()
+        }
+
+    def script(self) -> str:
+        """Python that builds both pages and saves them when it is run, with nothing but wandb-workspaces."""
+        sources = [inspect.getsource(inspect.unwrap(build)) for build in (build_workspace, build_report)]
+        page = "\n".join(f"    {name!r}: {value!r}," for name, value in self._arguments.items())
+        return SCRIPT.format(title=self.name, page=page, sources="\n\n".join(sources))
+
+    def save(self) -> tuple[str, str]:
+        """Saves both pages on the server, as new ones.
+
+        Returns:
+            Their addresses.
+
+        Raises:
+            ValueError: wandb-workspaces or a login is missing.
+        """
+        _check_installed()
+        import wandb
+
+        try:
+            entity = self.entity or str(wandb.Api().default_entity)
+        except wandb.errors.UsageError:
+            raise ValueError("not logged in to Weights & Biases; `wandb login` or WANDB_API_KEY is needed") from None
+        arguments = {**self._arguments, "entity": entity}
+        return str(build_workspace(**arguments).save().url), str(build_report(**arguments).save().url)
+
+
+def build_workspace(
+    name: str,
+    project: str,
+    entity: str,
+    group: str | None,
+    quality: str,
+    more_is_better: bool,
+    costs: list[str],
+    colors: dict[str, str],
+    **of_report: Any,
+) -> ws.Workspace:
+    """The workspace: frontiers, learning curves, throughput and the balance of experts."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    step, by_family = "trainer/global_step", wr.Config("family")
+
+    def curve(metric: str, title: str) -> wr.LinePlot:
+        return wr.LinePlot(title=title, x=step, y=[metric], max_runs_to_show=100)
+
+    def frontier(cost: str) -> wr.ScatterPlot:
+        x, y = wr.SummaryMetric(cost), wr.SummaryMetric(quality)
+        return wr.ScatterPlot(title=f"{quality} against {cost}", x=x, y=y, log_x=True)
+
+    best = wr.BarPlot(
+        title=f"best {quality} of a family",
+        metrics=[wr.SummaryMetric(quality)],
+        groupby=by_family,
+        groupby_aggfunc="max" if more_is_better else "min",
+    )
+    speed = wr.BarPlot(
+        title="median tokens/s of a family",
+        metrics=[wr.SummaryMetric("tokens_per_s")],
+        groupby=by_family,
+        groupby_aggfunc="median",
+        groupby_rangefunc="minmax",
+    )
+    published = wr.MediaBrowser(title="the frontier as a figure", media_keys=["frontier"])
+    sections = {
+        "Frontier": [*map(frontier, costs), best, published],
+        "Learning curves": [
+            curve("val_bpb", "validation bits per byte"),
+            curve("loss", "training loss (nats per token)"),
+            curve("lr", "learning rate"),
+            curve("grad_norm", "norm of the gradient"),
+        ],
+        "Throughput": [speed, curve("tokens_per_s", "tokens/s")],
+        "Balance of experts": [
+            curve("max_violation", "load of the fullest expert over the mean, less 1"),
+            curve("aux_loss", "auxiliary loss"),
+        ],
+    }
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[ws.Section(name=title, panels=panels, is_open=True) for title, panels in sections.items()],
+        settings=ws.WorkspaceSettings(max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters="" if group is None else f"Metric('Group') == {group!r}",
+            order=[ws.Ordering(ws.Summary(quality), ascending=not more_is_better)],
+            pinned_columns=["run:displayName", "config:family", *(f"summary:{column}" for column in (quality, *costs))],
+            run_settings={run: ws.RunSettings(color=color) for run, color in colors.items()},
+        ),
+    )
+
+
+def build_report(
+    name: str,
+    project: str,
+    entity: str,
+    group: str | None,
+    question: str,
+    quality: str,
+    costs: list[str],
+    table: str,
+    notes: list[str],
+    colors: dict[str, str],
+    **of_workspace: Any,
+) -> wr.Report:
+    """The report: the question, the frontier, families beside each other, the runs on the front, and notes."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def runs(title: str, kind: str, **more: Any) -> wr.Runset:
+        of_group = "" if group is None else f"Metric('Group') == {group!r} and "
+        return wr.Runset(name=title, filters=f"{of_group}Metric('JobType') == {kind!r}", **more)
+
+    frontier = wr.ScatterPlot(
+        title=f"{quality} against {costs[0]}",
+        x=wr.SummaryMetric(costs[0]),
+        y=wr.SummaryMetric(quality),
+        log_x=True,
+        layout=wr.Layout(w=24, h=12),
+    )
+    coloured = {run: wr.RunSettings(color=color) for run, color in colors.items()}
+    published = [
+        wr.MediaBrowser(title="the frontier as a figure", media_keys=["frontier"], layout=wr.Layout(w=24, h=12)),
+        wr.WeavePanelSummaryTable(table_name="runs", layout=wr.Layout(w=24, h=12)),
+    ]
+    curves = wr.LinePlot(
+        title="validation bits per byte, mean and range of a family",
+        x="trainer/global_step",
+        y=["val_bpb"],
+        layout=wr.Layout(w=24, h=10),
+    )
+    return wr.Report(
+        project=project,
+        entity=entity,
+        title=name[:128],
+        description=question.strip().split("\n")[0],
+        width="fluid",
+        blocks=[
+            wr.H1("Question"),
+            wr.MarkdownBlock(question.strip() or name),
+            wr.H1("Frontier"),
+            wr.PanelGrid(runsets=[runs("trials", "trial", run_settings=coloured)], panels=[frontier]),
+            wr.H1("Runs on the front"),
+            wr.MarkdownBlock(table or "There are none yet."),
+            wr.PanelGrid(runsets=[runs("sweep", "sweep")], panels=published),
+            wr.H1("Learning curves of the families"),
+            wr.PanelGrid(runsets=[runs("families", "trial", groupby=["config.family"])], panels=[curves]),
+            wr.H1("Notes"),
+            wr.MarkdownBlock("\n".join(f"- {note}" for note in notes)),
+        ],
+    )
+
+
+SCRIPT = '''"""The workspace and the report of {title} in Weights & Biases, as code.
+
+Needs wandb-workspaces and a login. Change it and run it: it saves both pages as new ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PAGE = {{
+{page}
+}}
+
+
+{sources}
+
+if __name__ == "__main__":
+    import wandb
+
+    page = {{**PAGE, "entity": PAGE["entity"] or wandb.Api().default_entity}}
+    print(build_workspace(**page).save().url)
+    print(build_report(**page).save().url)
+'''
+
+
+def _check_installed() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, by its import
+        try:
+            import wandb_workspaces.workspaces  # noqa: F401
+        except ModuleNotFoundError:
+            raise ValueError(NEEDS) from None

@@ -1,0 +1,64 @@
+"""Models of runs: read from checkpoints, and scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from explore.data import Batch, Source
+from explore.evals import bits_per_byte, recall_accuracy
+from explore.experiment import Experiment
+from explore.model import LanguageModel
+from explore.runs import RunFolder
+
+
+def load_model(folder: RunFolder) -> LanguageModel:
+    """The trained model of a run, in evaluation mode.
+
+    Raises:
+        ValueError: the run has no checkpoint.
+    """
+    path = folder.path / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        raise ValueError(f"{folder.path}: no checkpoint; train the run first")
+    model = Experiment.load(folder.path / "experiment.json").model.build()
+    model.load_state_dict(read_weights(path))
+    return model.eval()
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights and buffers in a checkpoint, by their names in the model."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
+    """What `result.json` says of a model: loss and bits per byte of both splits, and recall where that is the task."""
+    train, model = experiment.train, model.eval()
+    device = model.embedding.weight.device
+
+    def batches(split: Any) -> Iterator[Batch]:
+        for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):
+            yield Batch(batch.inputs.to(device), batch.targets.to(device), batch.n_bytes)
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+        val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
+        recall = recall_accuracy(model, batches("test")) if experiment.data.kind == "recall" else None
+    return {
+        "val_loss": val.loss,
+        "val_bpb": val.bits_per_byte,
+        "test_loss": test.loss,
+        "test_bpb": test.bits_per_byte,
+        "recall": recall,
+    }
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of a checkpoint, 0 when there is none."""
+    if not checkpoint.exists():
+        return 0
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

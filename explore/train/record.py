@@ -1,0 +1,50 @@
+"""What a run folder says beside its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from explore.cost import Cost
+from explore.experiment import Experiment
+from explore.runs import write_json
+from explore.train.callbacks import Throughput
+from explore.train.environment import environment
+from explore.train.rungs import branched_from
+
+
+def cost_record(experiment: Experiment) -> dict[str, Any]:
+    """Totals, family and ledger of an experiment's model, as in `cost.json`."""
+    ledger = experiment.model.ledger(experiment.data.seq_len)
+    return {"family": experiment.model.family, **Cost.of(ledger).to_dict(), "ledger": ledger.to_records()}
+
+
+def describe(path: Path, experiment: Experiment, key: str, processes: Mapping[str, Any]) -> None:
+    """Writes what is known before training; `processes` tells what shares the work."""
+    write_json(path / "cost.json", cost_record(experiment))
+    write_json(path / "environment.json", {**environment(experiment), **processes})
+    write_json(path / "experiment.json", {"key": key, "experiment": experiment.model_dump(mode="json")})
+
+
+def result_of(experiment: Experiment, path: Path, step: int, throughput: Throughput) -> dict[str, Any]:
+    """What `result.json` says of a run that was trained for so many steps, less its scores.
+
+    `flops_run` are the FLOPs behind its weights, `flops_spent` those of them that were not spent before it branched.
+    """
+    tokens, branched = step * experiment.batch_tokens, branched_from(path)
+    flops_train = experiment.model.cost(experiment.data.seq_len).flops_train
+    skipped = 0 if branched is None else branched["step"]
+    return {
+        "status": "finished",
+        "reason": None,
+        "step": step,
+        "tokens": tokens,
+        "flops_run": tokens * flops_train,
+        "flops_spent": (tokens - skipped * experiment.batch_tokens) * flops_train,
+        "branched_from": branched,
+        "train_s": throughput.train_s,
+        "tokens_per_s": tokens / throughput.train_s if throughput.train_s else None,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,85 @@
+"""Rungs: whole checkpoints of the stable phase, from which every run with the same past may go on.
+
+Under warm-up-stable-decay, the state of a run in its stable phase does not depend on how long the run is to be. A rung
+is such a state under a key of its own, so that a shorter or longer sibling branches from it instead of from nothing.
+
+Source: warm-up-stable-decay, arXiv 2404.06395; decays of several lengths from one stable phase, arXiv 2405.18392.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from explore.experiment import Experiment
+from explore.files import copy_whole, read_json
+from explore.runs import write_json
+from explore.train.schedule import stable_steps
+
+BRANCH = "branch.json"
+
+
+def at_budget(experiment: Experiment, tokens: int) -> Experiment:
+    """The sibling with another budget that is warmed up in the same number of steps, so that they share rungs.
+
+    Raises:
+        ValueError: the warm-up and the share of the decay leave nothing of so short a run.
+    """
+    record = experiment.model_dump(mode="json")
+    n_steps = experiment.train.model_copy(update={"tokens": tokens}).n_steps(experiment.data.seq_len, 1.0)
+    record["train"] |= {"tokens": tokens, "flops": None, "warmup": min(1, experiment.warmup_steps / n_steps)}
+    return Experiment.model_validate(record)
+
+
+def curve_steps(experiment: Experiment, rungs: Sequence[float] = ()) -> dict[int, float]:
+    """Steps done at which a run is validated, and the share of the schedule that each stands for."""
+    n_steps, every = experiment.n_steps, experiment.train.val_every
+    regular = {step: step / n_steps for step in range(every, n_steps + 1, every)} if every else {}
+    return regular | rung_steps(experiment, rungs)
+
+
+def rung_steps(experiment: Experiment, rungs: Sequence[float]) -> dict[int, float]:
+    """Steps done at these shares of the schedule.
+
+    Raises:
+        ValueError: one is not in the stable phase.
+    """
+    n_steps, stable = experiment.n_steps, stable_steps(experiment.n_steps, experiment.train)
+    steps = {round(rung * n_steps): rung for rung in rungs}
+    for step, rung in steps.items():
+        if step < 1 or step not in stable:
+            raise ValueError(
+                f"rungs: {rung} is step {step} of {n_steps}, outside of the stable phase; "
+                f"allowed are {max(1, stable.start) / n_steps:.3g} to {(stable.stop - 1) / n_steps:.3g}"
+            )
+    return steps
+
+
+def rung_path(runs: str | Path, experiment: Experiment, step: int) -> Path:
+    """Where the rung of an experiment after so many steps is kept, beside the run folders."""
+    return Path(runs) / "rungs" / f"{experiment.rung_key(step)}.ckpt"
+
+
+def furthest_rung(runs: str | Path, experiment: Experiment) -> int | None:
+    """Step of the last state of an experiment's stable phase that a folder of runs has a rung of."""
+    folder = Path(runs) / "rungs"
+    if not folder.is_dir():
+        return None
+    stable = stable_steps(experiment.n_steps, experiment.train)
+    found = (int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{experiment.stable_key()}-*.ckpt"))
+    return max((step for step in found if step in stable), default=None)
+
+
+def branch(runs: str | Path, experiment: Experiment, folder: Path) -> None:
+    """Puts the furthest rung where the last checkpoint of a run that has none would be, and says so beside it."""
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if checkpoint.exists() or (step := furthest_rung(runs, experiment)) is None:
+        return
+    write_json(folder / BRANCH, {"key": experiment.rung_key(step), "step": step})
+    copy_whole(rung_path(runs, experiment, step), checkpoint)
+
+
+def branched_from(folder: Path) -> dict[str, Any] | None:
+    """Key and step of the rung that a run began with, or None if it began with nothing."""
+    return read_json(folder / BRANCH) if (folder / BRANCH).exists() else None

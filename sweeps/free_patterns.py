@@ -1,0 +1,51 @@
+"""Which free patterns of Mamba-2, attention, MLP and LatentMoE layers are on the frontier of bits per byte and FLOPs?
+
+Every pattern of three to eight layers that begins with a mixer and ends with a feed-forward layer may be tried, at
+widths from 64 to 160 with its own experts and latent. Each architecture first searches its learning rate by short runs,
+and a run whose curve falls behind the front at its own FLOPs is stopped. The baselines are hand-made patterns.
+"""
+
+import optuna
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.study import FrontPruner, LearningRates, PatternSpace
+from explore.study.sizes import suggest_moe
+
+TOKENS = 163_840
+
+objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
+sampler = "tpe"
+patterns = PatternSpace(letters="M*-E", min_layers=3, max_layers=8, first="M*", last="-E")
+learning_rates = LearningRates(start=4e-3, share=0.25)
+pruner = FrontPruner()
+
+SIZES = {
+    "d_model": 96,
+    "moe_n_experts_log2": 5,
+    "moe_sparsity_log2": 2,
+    "moe_compression_log2": 1,
+    "moe_ratio": 1.0,
+    "moe_shared_ratio": 2.0,
+}
+baselines = tuple(SIZES | patterns.params(pattern) for pattern in ("*-*-*-", "M-M-M-", "M-M*-M-E", "MEM*EME"))
+
+
+def experiment(trial: optuna.Trial) -> Experiment:
+    """One pattern at one width, trained on the same tokens as every other."""
+    pattern = patterns.suggest(trial)
+    d_model = trial.suggest_int("d_model", 64, 160, step=32)
+    blocks = {
+        "M": {"d_head": 32, "n_heads": d_model // 16, "d_state": 32, "n_groups": 1, "chunk_size": 64},
+        "*": {"d_head": 32, "n_heads": d_model // 32, "n_kv_heads": 2 if d_model % 64 == 0 else 1},
+        "-": {"d_ff": 4 * d_model},
+    }
+    if "E" in pattern:
+        experts = suggest_moe(trial, d_model, kind="latent", n_experts=(16, 64), ratios=(0.5, 1.0))
+        blocks["E"] = experts | {"routed_scaling_factor": 1.0, "bias_update_rate": 0.01}
+    model = ModelConfig(d_model=d_model, vocab_size=2048, pattern=pattern, blocks=blocks)
+    return Experiment(
+        name=f"{pattern}-d{d_model}",
+        model=model,
+        data=TextData(corpus="austen", tokenizer="austen-bpe-2048", seq_len=256),
+        train=TrainConfig(tokens=TOKENS, batch_size=8, lr=4e-3, precision="bf16", val_every=16, eval_tokens=32_768),
+    )

@@ -1,0 +1,296 @@
+"""Reliability: whatever is killed, restarted or full, no experiment is lost and none is trained twice."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from small_sweeps import (
+    Postgres,
+    assert_same,
+    done_by_key,
+    finish,
+    free_port,
+    noted,
+    postgres_programs,
+    quiet,
+    running_postgres,
+    start,
+    study_of,
+    wait_until,
+    work,
+    write_sweep,
+)
+
+from explore import Experiment, train
+from explore.runs import find_runs
+from explore.study import Way, load_sweep, run_sweep, serve_storage
+from explore.study.lease import is_left
+
+pytestmark = pytest.mark.slow
+KILLS = 10
+TRIALS = 6
+TOKENS = 6_400
+"""Fifty steps: about as long as a kill needs to hit one."""
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("the programs of a PostgreSQL server are not installed")
+    with running_postgres(programs) as server:
+        yield server
+
+
+def progress(runs: Path, log: Path) -> int:
+    """Lines of the journal, of the log and of the metrics: whatever is done, it grows."""
+    files = [runs / "study.journal", log, *runs.glob("*/metrics.csv")]
+    return sum(path.read_bytes().count(b"\n") for path in files if path.exists())
+
+
+def undisturbed(file: Path, runs: Path, n_trials: int = TRIALS, **options: Any) -> dict[str, list[float]]:
+    run_sweep(load_sweep(file), n_trials, runs, way=Way(notes=False), console=quiet(), **options)
+    return done_by_key(study_of(runs))
+
+
+def check_nothing_lost_or_doubled(study: optuna.Study, log: Path, n_killed: int, n_trials: int = TRIALS) -> None:
+    """Every trial ended or has a retry with its parameters; each experiment was trained to its end once."""
+    done = done_by_key(study)
+    assert len(done) == n_trials
+    retries = {trial.user_attrs["retry_of"]: trial for trial in study.trials if "retry_of" in trial.user_attrs}
+    for trial in study.trials:
+        assert trial.state.is_finished() or trial.state == TrialState.WAITING
+        if is_left(trial):
+            retry = retries[trial.number]
+            assert {**retry.system_attrs["fixed_params"], **retry.params}.items() >= trial.params.items()
+    starts, ends = Counter(noted(log, "start")), Counter(noted(log, "end"))
+    assert set(starts) == set(done)
+    assert starts.total() <= len(done) + n_killed
+    assert all(starts[key] >= ends[key] for key in done)
+    assert all(n == 1 for n in ends.values()) or ends.total() <= len(done) + n_killed // 5  # killed before its result
+
+
+def check_each_alone(study: optuna.Study, runs: Path, alone: Path) -> None:
+    """Every experiment gives what it gives when nothing else runs."""
+    found = {folder.key: folder for folder in find_runs(runs)}
+    for key, values in done_by_key(study).items():
+        experiment = Experiment.load(found[key].path / "experiment.json")
+        row = train.fit(experiment, alone, console=quiet()).row()
+        assert values == pytest.approx([row["val_bpb"], row["flops_run"]], abs=1e-6)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "grid", "tpe"])
+def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, sampler: str, n_workers: int) -> None:
+    """With two workers, one of them or both are killed."""
+    file, runs, log = write_sweep(tmp_path, tokens=TOKENS), tmp_path / "runs", tmp_path / "log"
+    rng = random.Random(f"{sampler} {n_workers}")
+    crew: list[Any] = []
+    n_killed = 0
+    for _ in range(KILLS):
+        crew += [start(work, file, runs, TRIALS, log, sampler=sampler) for _ in range(n_workers - len(crew))]
+        aim = progress(runs, log) + rng.randint(1, 25)
+        wait_until(lambda aim=aim, crew=crew: progress(runs, log) >= aim or not any(w.is_alive() for w in crew))
+        time.sleep(rng.uniform(0, 0.05))
+        for worker in rng.sample(crew, rng.randint(1, n_workers)):
+            crew.remove(worker)
+            n_killed += worker.is_alive()
+            worker.kill()
+            worker.join()
+    assert n_killed >= KILLS / 2, "the sweep was over before it was killed"
+    finish(*crew, start(work, file, runs, TRIALS, log))
+    study = study_of(runs)
+    check_nothing_lost_or_doubled(study, log, n_killed)
+    if sampler == "tpe":
+        check_each_alone(study, runs, tmp_path / "alone")
+    else:
+        assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler=sampler))
+
+
+def test_two_sweeps_on_one_study_begun_at_once_train_nothing_twice(tmp_path: Path) -> None:
+    file, runs, log = write_sweep(tmp_path, tokens=1280), tmp_path / "runs", tmp_path / "log"
+    finish(*[start(work, file, runs, TRIALS, log, sampler="grid") for _ in range(3)])
+    study = study_of(runs)
+    check_nothing_lost_or_doubled(study, log, 0)
+    assert Counter(noted(log, "start")) == dict.fromkeys(done_by_key(study), 1)
+    assert len(study.get_trials(states=[TrialState.COMPLETE])) == TRIALS
+    assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler="grid"))
+
+
+def test_a_postgresql_that_is_restarted_in_the_middle_is_waited_for(tmp_path: Path, postgres: Postgres) -> None:
+    file, runs, log, url = (
+        write_sweep(tmp_path, tokens=TOKENS),
+        tmp_path / "runs",
+        tmp_path / "log",
+        postgres.database(),
+    )
+    crew = [start(work, file, runs, TRIALS, log, storage=url) for _ in range(2)]
+    for n_ended in (1, 3):
+        wait_until(lambda n=n_ended: len(noted(log, "end")) >= n)  # type: ignore[misc]
+        postgres.stop()
+        time.sleep(1)
+        postgres.start()
+    finish(*crew)
+    study = study_of(runs, url=url)
+    check_nothing_lost_or_doubled(study, log, 0)
+    assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed"))
+
+
+def test_workers_that_are_killed_go_on_in_postgresql_and_through_a_proxy(tmp_path: Path, postgres: Postgres) -> None:
+    file, runs, log, port = write_sweep(tmp_path, tokens=TOKENS), tmp_path / "runs", tmp_path / "log", free_port()
+    url = postgres.database()
+    server = start(serve_storage, url, "127.0.0.1", port)
+    wait_until(lambda: _listens(port))
+    places = [url, f"grpc://127.0.0.1:{port}"]
+    try:
+        for n_starts in (1, 3):
+            crew = [start(work, file, runs, TRIALS, log, storage=place) for place in places]
+            wait_until(lambda n=n_starts: len(noted(log, "start")) >= n)  # type: ignore[misc]
+            time.sleep(0.2)
+            for worker in crew:
+                worker.kill()
+                worker.join()
+        finish(start(work, file, runs, TRIALS, log, storage=places[1]))
+    finally:
+        server.kill()
+        server.join()
+    study = study_of(runs, url=url)
+    check_nothing_lost_or_doubled(study, log, 4)
+    assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed"))
+
+
+def _listens(port: int) -> bool:
+    import socket
+
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+# Disks
+
+
+def _limit_files(n_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
+
+
+@pytest.mark.parametrize("n_bytes", [300, 4_000, 12_000, 60_000])
+def test_a_full_disk_stops_the_sweep_with_a_clear_line_and_it_goes_on_later(tmp_path: Path, n_bytes: int) -> None:
+    """The limit falls into the creation of the study, into the journal, into records, into a checkpoint."""
+    file, runs, log = write_sweep(tmp_path), tmp_path / "runs", tmp_path / "log"
+    worker = start(work, file, runs, 2, log, partial(_limit_files, n_bytes))
+    worker.join(60)
+    (error,) = noted(log, "error")
+    assert worker.exitcode == 2
+    assert str(runs) in error
+    assert os.strerror(errno.EFBIG) in error or os.strerror(errno.ENOSPC) in error
+    assert "\n" not in error
+    finish(start(work, file, runs, 2, log))
+    assert_same(done_by_key(study_of(runs)), undisturbed(file, tmp_path / "undisturbed", 2))
+
+
+def _command(file: Path, runs: Path, *options: str) -> list[str]:
+    command = [sys.executable, "-c", "from explore.cli import main; main()", "sweep", str(file), "--no-notes"]
+    return [*command, "--runs", str(runs), "--trials", "3", *options]
+
+
+def test_a_read_only_folder_is_a_clear_line(tmp_path: Path) -> None:
+    file, runs = write_sweep(tmp_path), tmp_path / "runs"
+    runs.mkdir()
+    runs.chmod(0o555)
+    command = _command(file, runs)
+    if os.geteuid() == 0:  # whom only these rights let write anywhere
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert str(runs) in line
+    assert os.strerror(errno.EACCES) in line
+    assert not list(runs.iterdir())
+
+
+# The command, its workers, and signals
+
+
+def children_of(pid: int) -> list[int]:
+    """Workers of a crew: the processes below it that Python has spawned."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(folder.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and "spawn_main" in folder.joinpath("cmdline").read_text():
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def running_crew(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
+    """The command with two workers that are both in the middle of a run."""
+    file, runs = write_sweep(tmp_path, tokens=40_000), tmp_path / "runs"
+    command = [*_command(file, runs, "--workers", "2"), "--checkpoint-every", "5"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_until(lambda: len(list(runs.glob("*/checkpoints/last.ckpt"))) == 2, 120)
+        yield process, file, runs
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def test_ctrl_c_ends_all_workers_and_leaves_their_trials_to_the_next_start(
+    running_crew: tuple[subprocess.Popen[str], Path, Path],
+) -> None:
+    process, _, runs = running_crew
+    workers = children_of(process.pid)
+    assert len(workers) == 2
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert "interrupted" in said.splitlines()[-1]
+    assert not any(map(is_alive, workers))
+    trials = study_of(runs).trials
+    assert [trial.user_attrs.get("outcome") for trial in trials if trial.state != TrialState.WAITING] == [
+        "released"
+    ] * 2
+
+
+def test_a_killed_worker_is_replaced_and_a_killed_parent_takes_its_workers_along(
+    running_crew: tuple[subprocess.Popen[str], Path, Path],
+) -> None:
+    process, _, runs = running_crew
+    killed, other = children_of(process.pid)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: len([pid for pid in children_of(process.pid) if is_alive(pid) and pid != killed]) == 2)
+    workers = children_of(process.pid)
+    assert other in workers
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(is_alive, workers)), 30)
+    assert study_of(runs).trials

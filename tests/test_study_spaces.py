@@ -1,0 +1,312 @@
+"""Spaces: counts against enumeration, draws that are uniform, edits that stay inside, sizes that always fit."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import FixedTrial
+from pydantic import ValidationError
+from scipy.stats import chisquare
+
+from explore.model import ModelConfig
+from explore.pattern import distance
+from explore.study.sizes import suggest_attention, suggest_mamba, suggest_mlp, suggest_moe
+from explore.study.spaces import PatternSpace, StructuredSpace, with_shares
+
+SMALL = PatternSpace(letters="M*-E", min_layers=3, max_layers=4, first="M*", last="-E")
+RULED = PatternSpace(
+    letters="M*-E",
+    min_layers=2,
+    max_layers=6,
+    first="M*",
+    last="-E",
+    after={"*": "-E", "-": "M*", "E": "M*"},
+    at_least={"*": 1, "-E": 2},
+    at_most={"*": 2, "M*": 4},
+)
+SPACES = {
+    "small": SMALL,
+    "ruled": RULED,
+    "all": PatternSpace(letters="ab", min_layers=1, max_layers=5),
+    "counted": PatternSpace(letters="abc", min_layers=3, max_layers=5, at_least={"ab": 2, "b": 1}, at_most={"a": 2}),
+    "one": PatternSpace(letters="M", min_layers=2, max_layers=2),
+    "far": PatternSpace(letters="ab", min_layers=6, max_layers=6, after={"a": "a", "b": "b"}),
+}
+each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+
+
+def keeps(space: PatternSpace, pattern: str) -> bool:
+    """The rules, read literally."""
+
+    def count(group: str) -> int:
+        return sum(pattern.count(letter) for letter in group)
+
+    return (
+        space.min_layers <= len(pattern) <= space.max_layers
+        and pattern[0] in (space.first or space.letters)
+        and pattern[-1] in (space.last or space.letters)
+        and all(a in space.after.get(b, space.letters) for a, b in itertools.pairwise(pattern))
+        and all(count(group) >= bound for group, bound in space.at_least.items())
+        and all(count(group) <= bound for group, bound in space.at_most.items())
+    )
+
+
+@cache
+def by_brute_force(space: PatternSpace) -> frozenset[str]:
+    strings = itertools.chain.from_iterable(
+        itertools.product(space.letters, repeat=n) for n in range(1, space.max_layers + 1)
+    )
+    return frozenset(pattern for pattern in map("".join, strings) if keeps(space, pattern))
+
+
+@each_space
+def test_the_space_is_what_the_rules_say_of_every_string(space: PatternSpace) -> None:
+    patterns = list(space.patterns())
+    assert len(patterns) == len(set(patterns)) == space.size
+    assert set(patterns) == by_brute_force(space)
+    assert [space.pattern_at(index) for index in range(space.size)] == patterns
+
+
+@each_space
+def test_check_accepts_the_space_and_nothing_else(space: PatternSpace) -> None:
+    inside = by_brute_force(space)
+    for n in range(1, space.max_layers + 1):
+        for pattern in map("".join, itertools.product(space.letters, repeat=n)):
+            if pattern in inside:
+                space.check(pattern)
+            else:
+                with pytest.raises(ValueError, match=r"layers|allowed"):
+                    space.check(pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"),
+    [
+        ("M", "min_layers: 'M' has 1 layers; at least 2 are allowed"),
+        ("M-M-M-M-", "max_layers: 'M-M-M-M-' has 8 layers; at most 6 are allowed"),
+        ("-*-", "first: '-' is not allowed in '-*-'; M * are"),
+        ("M-*", "last: '*' is not allowed in 'M-*'; - E are"),
+        ("M-E", "after: '-' is not allowed before 'E' at position 3 of 'M-E'; M * are"),
+        ("M-ME", "at_least: 'M-ME' has 0 layers of '*'; at least 1 are allowed"),
+        ("*-*-*-", "at_most: '*-*-*-' has 3 layers of '*'; at most 2 are allowed"),
+        ("M-X", "pattern: unknown letter 'X' at position 3 of 'M-X'; known are M * - E"),
+    ],
+)
+def test_a_refusal_names_the_rule_in_one_line(pattern: str, says: str) -> None:
+    with pytest.raises(ValueError, match=r".+") as refusal:
+        RULED.check(pattern)
+    assert str(refusal.value) == says
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"letters": "MM"}, "letters: 'MM'"),
+        ({"letters": "M."}, "letters: 'M.'"),
+        ({"min_layers": 9}, "min_layers: 9 is above max_layers=4"),
+        ({"first": "X"}, "first: 'X' is not among the letters"),
+        ({"at_most": {"MX": 1}}, "at_most: 'X' is not among the letters"),
+        ({"after": {"M-": "M"}}, "after: 'M-' is not a single letter"),
+        ({"at_most": {"-E": 0}}, "no pattern keeps all the rules"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        PatternSpace(**{**SMALL.model_dump(), **fields})
+
+
+def test_a_space_is_a_config() -> None:
+    assert PatternSpace.model_validate_json(RULED.model_dump_json()) == RULED
+    assert len({RULED, RULED.model_copy(), SMALL}) == 2
+
+
+def test_large_spaces_are_counted_exactly() -> None:
+    """Pairs of mixer and feed-forward layer: 4 kinds of pair, of 26 pairs exactly two with attention."""
+    pairs = PatternSpace(
+        letters="M*-E",
+        min_layers=52,
+        max_layers=52,
+        first="M*",
+        after={"M": "-E", "*": "-E", "-": "M*", "E": "M*"},
+        at_least={"*": 2},
+        at_most={"*": 2},
+    )
+    assert pairs.size == 2**26 * (26 * 25 // 2)
+    drawn = pairs.draw(np.random.default_rng(0))
+    pairs.check(drawn)
+
+
+@each_space
+def test_draws_are_uniform(space: PatternSpace) -> None:
+    rng = np.random.default_rng(0)
+    counts = Counter(space.draw(rng) for _ in range(20 * space.size))
+    if space.size > 1:
+        assert chisquare([counts[pattern] for pattern in space.patterns()]).pvalue > 1e-3
+    assert counts.keys() <= set(space.patterns())
+
+
+@each_space
+def test_uniform_points_of_the_cube_give_uniform_patterns(space: PatternSpace) -> None:
+    points = np.random.default_rng(1).random((20 * space.size, space.max_layers))
+    counts = Counter(space.at(point.tolist()) for point in points)
+    if space.size > 1:
+        assert chisquare([counts[pattern] for pattern in space.patterns()]).pvalue > 1e-3
+
+
+def one_edit_away(a: str, b: str) -> bool:
+    swapped = len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 2 and sorted(a) == sorted(b)
+    return distance(a, b) == 1 or swapped
+
+
+@each_space
+def test_a_mutation_is_another_pattern_of_the_space_one_edit_away_where_there_is_one(space: PatternSpace) -> None:
+    rng, inside = np.random.default_rng(2), by_brute_force(space)
+    for pattern in sorted(inside)[:: max(1, len(inside) // 10)]:
+        near = {other for other in inside if one_edit_away(pattern, other)}
+        found = {space.mutate(pattern, rng) for _ in range(100)}
+        if near:
+            assert found <= near
+            assert len(near) > 8 or found == near
+        else:
+            assert found == (inside - {pattern} or {pattern})
+
+
+@each_space
+def test_a_child_is_the_beginning_of_one_parent_and_the_end_of_the_other(space: PatternSpace) -> None:
+    rng, patterns = np.random.default_rng(3), list(space.patterns())
+    for _ in range(200):
+        a, b = (patterns[i] for i in rng.integers(len(patterns), size=2))
+        child = space.crossover(a, b, rng)
+        joined = {a[:i] + b[j:] for i in range(len(a) + 1) for j in range(len(b) + 1)} & set(patterns)
+        assert child in joined
+        assert child not in (a, b) or joined <= {a, b}
+
+
+@each_space
+def test_repair_changes_the_fewest_letters(space: PatternSpace) -> None:
+    rng, padded = np.random.default_rng(4), [p.ljust(space.max_layers, ".") for p in by_brute_force(space)]
+    for _ in range(100):
+        asked = [str(letter) for letter in rng.choice(list(space.choices), size=space.max_layers)]
+        found = space.nearest(asked)
+        changes = sum(x != y for x, y in zip(asked, found.ljust(space.max_layers, "."), strict=True))
+        assert found in by_brute_force(space)
+        assert changes == min(sum(x != y for x, y in zip(asked, other, strict=True)) for other in padded)
+
+
+@each_space
+def test_parameters_of_a_pattern_give_it_back_in_any_trial(space: PatternSpace) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for pattern in itertools.islice(space.patterns(), 20):
+        params = space.params(pattern)
+        assert space.suggest(FixedTrial(params)) == pattern
+        assert space.read(params) == pattern
+        study.enqueue_trial(params)
+        trial = study.ask()
+        assert space.suggest(trial) == pattern
+        assert trial.params == params
+
+
+def test_a_pattern_has_one_representation() -> None:
+    assert SMALL.params("M | *-") == {"pattern_00": "M", "pattern_01": "*", "pattern_02": "-", "pattern_03": "."}
+    with pytest.raises(ValueError, match="first"):
+        SMALL.params("-M-")
+    assert SMALL.read({"pattern_00": "M"}) is None
+
+
+def test_a_stock_sampler_gets_the_pattern_nearest_to_the_letters_it_asked_for() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    different = 0
+    for _ in range(50):
+        trial = study.ask()
+        pattern = RULED.suggest(trial)
+        RULED.check(pattern)
+        assert pattern == RULED.suggest(FixedTrial(trial.params)) == RULED.read(trial.params)
+        different += "".join(trial.params.values()).rstrip(".") != pattern
+    assert different > 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ((8, 1), "M-M-*-M-"),
+        ((8, 2, "early"), "*-*-M-M-"),
+        ((8, 2, "late"), "M-M-*-*-"),
+        ((8, 2, "even", 2), "M-*EM-*E"),
+        ((8, 0, "even", 4), "MEMEMEME"),
+        ((5, 3), "*-*-*"),
+        ((12, 3), "M-*-M-*-M-*-"),
+    ],
+)
+def test_shares_and_placement_by_example(arguments: tuple[Any, ...], pattern: str) -> None:
+    assert with_shares(*arguments) == pattern
+
+
+def test_the_counts_of_a_share_are_exact() -> None:
+    for n in range(1, 25):
+        for n_attention in range((n + 1) // 2 + 1):
+            for placement in ("early", "even", "late"):
+                pattern = with_shares(n, n_attention, placement, n_moe=n // 4)
+                assert (len(pattern), pattern.count("*"), pattern.count("E")) == (n, n_attention, n // 4)
+    with pytest.raises(ValueError, match="n_attention: 5 is not allowed; 0 to 4 are"):
+        with_shares(8, 5)
+
+
+@pytest.mark.parametrize("layout", ["shares", "periodic", "free"])
+def test_structured_patterns_are_pairs_within_their_bounds(layout: Any) -> None:
+    space = StructuredSpace(min_layers=4, max_layers=10, layout=(layout,), attention=(0.25,))
+    pairs = PatternSpace(
+        letters="M*-E", min_layers=4, max_layers=10, first="M*", after={"M": "-E", "*": "-E", "-": "M*", "E": "M*"}
+    )
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    found = set()
+    for _ in range(60):
+        trial = study.ask()
+        pattern = space.suggest(trial)
+        pairs.check(pattern)
+        found.add(pattern)
+        assert space.suggest(FixedTrial(trial.params)) == pattern
+        if layout == "periodic":
+            period = 2 * trial.params["pattern_period"]
+            assert all(a == b for a, b in zip(pattern, pattern[period:], strict=False))
+    assert len(found) > 10
+
+
+def test_random_sizes_always_build_a_model() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    kinds, widths = set(), itertools.cycle(range(64, 513, 32))
+    for d_model in itertools.islice(widths, 500):
+        trial = study.ask()
+        blocks = {
+            "M": suggest_mamba(trial, d_model, expand=(1, 2)),
+            "*": suggest_attention(trial, d_model),
+            "-": suggest_mlp(trial, d_model),
+            "E": suggest_moe(trial, d_model),
+        }
+        model = ModelConfig(d_model=d_model, vocab_size=512, pattern="M*-E", blocks=blocks)
+        mamba, attention, moe = model.blocks["M"], model.blocks["*"], model.blocks["E"]
+        assert mamba.n_heads * mamba.d_head == d_model << trial.params["mamba_expand_log2"]
+        assert attention.n_heads * attention.d_head == d_model
+        assert moe.d_latent is None or d_model % moe.d_latent == 0
+        kinds.add(model.family)
+    assert kinds == {"hybrid MoE", "hybrid LatentMoE"}
+
+
+def test_sizes_have_the_same_distributions_at_every_width() -> None:
+    def distributions(d_model: int) -> dict[str, Any]:
+        trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+        for suggest in (suggest_mamba, suggest_attention, suggest_mlp, suggest_moe):
+            suggest(trial, d_model)
+        return {name: d for name, d in trial.distributions.items() if name != "moe_compression_log2"}
+
+    assert distributions(64) == distributions(96) == distributions(512)
+
+
+def test_a_range_that_is_not_of_powers_of_two_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mamba_d_head: .* two powers of two"):
+        suggest_mamba(FixedTrial({"mamba_expand_log2": 1}), 64, d_head=(24, 64))

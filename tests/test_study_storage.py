@@ -1,0 +1,317 @@
+"""Storages: the journal stays whole whatever is killed or full, and a server that is away is waited for."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import InMemoryStorage
+from optuna.storages.journal import JournalStorage
+from small_sweeps import Postgres, finish, free_port, postgres_programs, running_postgres, start, wait_until
+from sqlalchemy.exc import OperationalError
+
+from explore.study import serve_storage
+from explore.study.storage import JOURNAL, WholeJournal, open_storage, patient, study_names, without_password
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("the programs of a PostgreSQL server are not installed")
+    with running_postgres(programs) as server:
+        yield server
+
+
+def entries(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"op_code": 4, "wor', b"x" * 10_000])
+def test_a_last_line_that_was_cut_off_is_not_read_and_makes_room_for_the_next(tmp_path: Path, torn: bytes) -> None:
+    study = optuna.create_study(storage=open_storage(tmp_path))
+    study.enqueue_trial({"x": 1})
+    journal = tmp_path / JOURNAL
+    before = journal.read_bytes()
+    with journal.open("ab") as file:
+        file.write(torn)
+    opened = optuna.load_study(storage=open_storage(tmp_path), study_name=study.study_name)
+    assert len(opened.trials) == 1
+    opened.enqueue_trial({"x": 2})
+    assert journal.read_bytes().startswith(before)
+    assert [trial.system_attrs["fixed_params"]["x"] for trial in study.trials] == [1, 2]
+    assert len(entries(journal)) == len(before.splitlines()) + 1
+
+
+def test_a_journal_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(b'{"op_code"')
+    WholeJournal(tmp_path / JOURNAL).append_logs([{"a": 1}])
+    assert entries(tmp_path / JOURNAL) == [{"a": 1}]
+
+
+def _write_until_full(path: Path, limit: int) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    journal = WholeJournal(path)
+    try:
+        while True:
+            journal.append_logs([{"text": "x" * 1000}])
+    except OSError as error:
+        sys.exit(0 if error.errno in (errno.EFBIG, errno.ENOSPC) and error.filename == str(path) else 3)
+
+
+@pytest.mark.slow
+def test_a_write_that_does_not_fit_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    path.touch()
+    finish(start(_write_until_full, path, 5_500))
+    assert entries(path) == [{"text": "x" * 1000}] * 5
+    WholeJournal(path).append_logs([{"a": 1}])
+    assert entries(path)[-1] == {"a": 1}
+
+
+def _hold_lock(path: Path, said: Path) -> None:
+    with WholeJournal(path)._held():
+        said.touch()
+        time.sleep(100)
+
+
+@pytest.mark.slow
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
+    path, said = tmp_path / JOURNAL, tmp_path / "said"
+    holder = start(_hold_lock, path, said)
+    wait_until(said.exists)
+    with path.with_name(f"{JOURNAL}.lock").open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    holder.kill()
+    began = time.monotonic()
+    WholeJournal(path).append_logs([{"a": 1}])
+    assert time.monotonic() - began < 5
+    holder.join()
+
+
+def _append(path: Path, name: str, n: int) -> None:
+    journal = WholeJournal(path)
+    for i in range(n):
+        journal.append_logs([{"name": name, "i": i}])
+
+
+@pytest.mark.slow
+def test_lines_of_several_writers_are_whole_and_in_order(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    finish(*[start(_append, path, name, 50) for name in "abc"])
+    for name in "abc":
+        assert [entry["i"] for entry in entries(path) if entry["name"] == name] == list(range(50))
+
+
+def test_the_names_of_a_sweeps_studies_are_those_without_a_gap() -> None:
+    storage = InMemoryStorage()
+    for name in ("s", "s-3", "s-2", "s-5", "other"):
+        optuna.create_study(storage=storage, study_name=name)
+    assert study_names(storage, "s") == ["s", "s-2", "s-3"]
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nonsense", "cannot be opened"),
+        ("nosuch://user:secret@host/name", "cannot be opened"),
+        ("mysql+nosuch://user:secret@host/name", "cannot be opened"),
+        ("grpc://localhost", "grpc://host:port"),
+        ("postgresql+psycopg://user:secret@127.0.0.1:1/name", "refused"),
+        ("postgresql+psycopg://user:se@cr:et@127.0.0.1:1/name", "@ is written %40"),
+        ("grpc://127.0.0.1:1", "onnect"),
+        ("sqlite:////no/such/folder/study.db", "unable to open"),
+    ],
+)
+def test_a_storage_that_does_not_open_is_one_line_without_the_password(tmp_path: Path, url: str, says: str) -> None:
+    with pytest.raises(ValueError, match=r"^--storage: ") as refusal:
+        open_storage(tmp_path, url)
+    text = str(refusal.value)
+    assert says in text
+    assert "\n" not in text
+    assert "secret" not in text
+    assert "cr:et" not in text
+    assert "et@" not in text
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(ValueError, match=r"package grpc: pip install 'hybrid-frontier\[cluster\]'"):
+        open_storage(tmp_path, "grpc://127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ValueError, match=r"package psycopg: pip install"):
+        open_storage(tmp_path, "postgresql+psycopg://user@127.0.0.1:1/name")
+
+
+def test_a_password_is_not_shown() -> None:
+    assert without_password("postgresql+psycopg://me:p@ss@host:1/db") == "postgresql+psycopg://me@host:1/db"
+    assert without_password("grpc://host:1") == "grpc://host:1"
+
+
+class Away(InMemoryStorage):
+    """Answers each call only after it was asked a few times."""
+
+    def __init__(self, n: int, error: Exception) -> None:
+        super().__init__()
+        self.n, self.error, self.left = n, error, n
+
+    def create_new_study(self, *args: Any, **kwargs: Any) -> int:
+        self.left -= 1
+        if self.left >= 0:
+            raise self.error
+        return super().create_new_study(*args, **kwargs)
+
+
+def grpc_error(name: str) -> Exception:
+    error = RuntimeError()
+    error.code = lambda: SimpleNamespace(name=name)  # type: ignore[attr-defined]
+    error.details = lambda: "in its words"  # type: ignore[attr-defined]
+    return error
+
+
+def wrapped(error: Exception) -> Exception:
+    outer = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    outer.__cause__ = error
+    return outer
+
+
+GONE = OperationalError("SELECT", {}, Exception("the server closed the connection\nunexpectedly"))
+
+
+@pytest.mark.parametrize("error", [GONE, wrapped(GONE), ConnectionResetError(), grpc_error("UNAVAILABLE")])
+def test_a_patient_storage_waits_and_then_gives_what_the_call_gives(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    said: list[str] = []
+    study = optuna.create_study(storage=patient(Away(8, error), said.append), study_name="s")
+    assert study.study_name == "s"
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10]
+    assert len(said) == 4
+    assert all("does not answer" in line and "\n" not in line for line in said)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), grpc_error("NOT_FOUND"), wrapped(ValueError("too long"))])
+def test_a_call_that_is_wrong_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("waited"))
+    with pytest.raises(type(error)):
+        optuna.create_study(storage=patient(Away(1, error), lambda line: None))
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    with pytest.raises(ValueError, match=r"^storage: no answer for 6\d\d s: .*closed the connection"):
+        optuna.create_study(storage=patient(Away(10_000, GONE), lambda line: None))
+
+
+def test_a_patient_storage_has_every_call_of_a_storage(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    studies = [optuna.create_study(storage=open_storage(tmp_path, url), study_name="s")]
+    studies.append(optuna.create_study(storage=open_storage(tmp_path), study_name="s"))
+    for study in studies:
+        study.enqueue_trial({"x": 0.25}, user_attrs={"a": 1})
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+        assert study.trials[0].value == 0.25
+        assert study.best_trial.value is not None
+        assert study.best_trial.value <= 0.25
+
+
+def _create(url: str, folder: Path) -> None:
+    study = optuna.create_study(storage=open_storage(folder, url), study_name="s", load_if_exists=True)
+    study.tell(study.ask(), 1.0)
+
+
+@pytest.mark.slow
+def test_processes_may_open_an_empty_database_at_once(postgres: Postgres, tmp_path: Path) -> None:
+    for _ in range(2):
+        url = postgres.database()
+        finish(*[start(_create, url, tmp_path) for _ in range(4)])
+        study = optuna.load_study(storage=open_storage(tmp_path, url), study_name="s")
+        assert sorted(trial.number for trial in study.trials) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_restarted_between_calls_is_waited_for(postgres: Postgres, tmp_path: Path) -> None:
+    said: list[str] = []
+    url = postgres.database()
+    study = optuna.create_study(storage=open_storage(tmp_path, url, said.append))
+    study.enqueue_trial({"x": 1})
+    postgres.stop()
+    with pytest.raises(ValueError, match=r"cannot be opened: .*refused"):
+        open_storage(tmp_path, url)
+    postgres.start()
+    assert len(study.trials) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["journal", "postgres"])
+def test_a_proxy_serves_a_storage_to_other_processes(
+    request: pytest.FixtureRequest, tmp_path: Path, place: str
+) -> None:
+    where = str(tmp_path)
+    if place == "postgres":
+        where = request.getfixturevalue("postgres").database()
+    direct = optuna.create_study(
+        storage=open_storage(tmp_path, where if "://" in where else None), study_name="s", directions=["minimize"] * 2
+    )
+    port = free_port()
+    server = start(serve_storage, where, "127.0.0.1", port)
+    try:
+        far_storage = open_storage(tmp_path, f"grpc://127.0.0.1:{port}", patience_s=60)
+        far = optuna.load_study(storage=far_storage, study_name="s")
+        far.enqueue_trial({"x": 1.0}, user_attrs={"a": [1, {"b": None}]})
+        trial = far.ask()
+        assert trial.suggest_float("x", 0, 2) == 1.0
+        trial.set_user_attr("lease", {"beat": 1})
+        far.tell(trial, [1.0, 2.0])
+        with pytest.raises(optuna.exceptions.UpdateFinishedTrialError):
+            far_storage.set_trial_user_attr(trial._trial_id, "late", 1)
+        with pytest.raises(optuna.exceptions.DuplicatedStudyError):
+            optuna.create_study(storage=far_storage, study_name="s", directions=["minimize"] * 2)
+        assert [t.values for t in direct.trials] == [[1.0, 2.0]]
+        assert direct.trials[0].user_attrs == {"a": [1, {"b": None}], "lease": {"beat": 1}}
+    finally:
+        server.kill()
+        server.join()
+
+
+def test_a_place_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^STORAGE: '.*' is no URL and no folder with a study.journal"):
+        serve_storage(str(tmp_path), "127.0.0.1", free_port())
+    with pytest.raises(ValueError, match=r"^STORAGE: postgresql\+psycopg://me@127.0.0.1:1/x cannot be opened"):
+        serve_storage("postgresql+psycopg://me:secret@127.0.0.1:1/x", "127.0.0.1", free_port())
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    import socket
+
+    open_storage(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"^--port: {port} on 127.0.0.1 cannot be listened on"):
+            serve_storage(str(tmp_path), "127.0.0.1", port)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        open_storage(tmp_path / "file" / "runs")
+    assert not isinstance(open_storage(tmp_path), os.PathLike)
+    assert isinstance(open_storage(tmp_path), JournalStorage)
