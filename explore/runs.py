@@ -67,9 +67,9 @@ COLUMNS: Mapping[str, str] = {
 }
 """Columns of the table of runs, in order, with their dtypes.
 
-`flops_fwd` and `flops_train` are per token. `tuned`: the learning rate was searched for this architecture and lies between
-two others that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is
-off the budgets that its sweep ties, at most, as a share.
+`flops_fwd` and `flops_train` are per token. `tuned`: the learning rate was searched for this architecture and lies
+between two others that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far
+the run is off the budgets that its sweep ties, at most, as a share.
 """
 
 

@@ -113,15 +113,18 @@ def work(
     from explore.train import fitting
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    real = fitting._train
+    train, write = fitting._train, fitting.write_json
 
-    def noted(experiment: Any, key: str, *rest: Any) -> Any:
-        note(log, f"start {key}")
-        result = real(experiment, key, *rest)
-        note(log, f"end {key}")
-        return result
+    def noted_train(experiment: Any, key: str, *rest: Any) -> Any:
+        note(log, f"start {key[:8]}")
+        return train(experiment, key, *rest)
 
-    fitting._train = noted
+    def noted_write(path: Path, record: Any) -> None:
+        write(path, record)
+        if path.name == "result.json":
+            note(log, f"end {path.parent.name[-8:]}")
+
+    fitting._train, fitting.write_json = noted_train, noted_write
     if before is not None:
         before()
     try:

@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOptions = Annotated[
@@ -43,7 +44,10 @@ def forced(paths: list[str] | None) -> dict[str, str]:
 def main() -> None:
     """Runs the command line; a user's mistake is one line and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # into which Typer turns Ctrl-C
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(code)
     except typer.TyperException as error:  # of the arguments; without any, help has been shown
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
@@ -51,9 +55,6 @@ def main() -> None:
         if os.environ.get("EXPLORE_TRACEBACK"):
             raise
         _refuse(error)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -10,7 +10,7 @@ import optuna
 
 from explore.experiment import Experiment
 from explore.model import ModelConfig
-from explore.solve import BUDGETS, solve
+from explore.solve import BUDGETS, Free, solve
 
 TIED: Mapping[str, tuple[str, ...]] = {
     "flops_train": ("flops_train", "flops_fwd"),
@@ -31,7 +31,8 @@ class Budgets:
 
     Attributes:
         targets: budgets of `explore.solve.BUDGETS`, such as `{"params_active": 1.2e6}`.
-        free: dimensions that the solver sets, as in `explore solve --free`: `d_model=64:256:32`, `E.d_expert`.
+        free: dimensions that the solver sets, as in `explore solve --free`: `d_model=64:256:32`, `E.d_expert`. Those
+            of blocks that a pattern does not have are left out for it.
         seq_len: sequence length in tokens at which FLOPs and state are counted.
         tolerance: largest relative residual.
         compare: budgets whose residual is kept too, although they are not solved for.
@@ -54,8 +55,11 @@ class Budgets:
         Raises:
             RejectedError: no values of the free dimensions meet the targets.
         """
+        free = [each for each in map(Free.parse, self.free) if _applies(each, content)]
+        if not free:
+            raise RejectedError(f"{content.get('pattern')} has none of the free dimensions {', '.join(self.free)}")
         solution = solve(
-            content, self.targets, self.free, seq_len=self.seq_len, tolerance=self.tolerance, compare=self.compare
+            content, self.targets, free, seq_len=self.seq_len, tolerance=self.tolerance, compare=self.compare
         )
         if not solution.feasible:
             raise RejectedError(f"{content.get('pattern')} does not meet the budgets: {solution.why}")
@@ -63,6 +67,15 @@ class Budgets:
             "residuals", {each.name: each.residual for each in solution.residuals if each.residual is not None}
         )
         return solution.model
+
+
+def _applies(free: Free, content: Mapping[str, Any]) -> bool:
+    """Whether a model with these fields has the dimension."""
+    model = ModelConfig.model_validate({"d_model": 64, **content})
+    letter, _, name = free.field.removeprefix("blocks.").rpartition(".")
+    letters = [letter] if letter else list(model.pattern)
+    fields = [type(model.blocks[each]).model_fields for each in letters if each in model.pattern]
+    return (not letter and name in ModelConfig.model_fields) or any(name in each for each in fields)
 
 
 def check_objectives(objectives: Mapping[str, str], budgets: Budgets | None, experiment: Experiment) -> None:

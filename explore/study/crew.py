@@ -24,8 +24,10 @@ from rich.console import Console
 from explore.study.dashboard import describe_study
 from explore.study.identity import open_study
 from explore.study.live import SweepTable
+from explore.study.mirroring import send_sweep
 from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import Sweep, load_sweep
+from explore.study.watching import N_TRIALS
 from explore.study.worker import Way, Worker, is_counted, n_counted
 
 Cluster = Literal["slurm", "local"]
@@ -98,6 +100,7 @@ def run_sweep(
     console, way = console or Console(stderr=True), way or Way()
     opened = open_storage(runs, storage, lambda line: console.print(line, highlight=False))
     study = open_study(sweep, opened, sampler=sampler, seed=seed, new=new_study)
+    study.set_user_attr(N_TRIALS, n_trials)
     if way.notes:
         describe_study(study, sweep.question)
     with SweepTable(sweep.objectives, study, n_trials, console) as table:
@@ -110,6 +113,8 @@ def run_sweep(
                 _work_here(post, study, workers, table)
             else:
                 _work_on_cluster(post, study, workers, cluster, cluster_options or {}, table)
+    if way.wandb is not None:
+        send_sweep(study, runs, way.wandb, lambda line: console.print(line, highlight=False))
     return summary(study)
 
 

@@ -64,8 +64,8 @@ class SweepTable:
             table.add_column(column)
         for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
             table.add_column(column, justify="right")
-        for column in ("curve", "state"):
-            table.add_column(column)
+        table.add_column("curve")
+        table.add_column("state", no_wrap=True, overflow="ellipsis")
         room = max(4, self.console.height - 12)
         for trial in trials[-room:]:
             table.add_row(*self._row(trial, front))

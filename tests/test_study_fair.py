@@ -1,0 +1,160 @@
+"""Fair comparisons: the same budgets for every trial, and a learning rate that was searched for each architecture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from optuna.trial import FixedTrial
+from rich.console import Console
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.runs import load_runs
+from explore.solve import BUDGETS
+from explore.study import Budgets, LearningRates, RejectedError, load_sweep, run_sweep
+
+
+@pytest.mark.parametrize("budget", ["params_active", "params_total", "flops_train", "state_bytes"])
+@pytest.mark.parametrize("pattern", ["*-*-", "M-M-", "ME*E"])
+def test_every_pattern_meets_a_tied_budget_within_a_hundredth(budget: str, pattern: str) -> None:
+    reference = ModelConfig(d_model=128, pattern="M-*-", vocab_size=512)
+    target = BUDGETS[budget](reference.cost(256))
+    budgets = Budgets(
+        {budget: target}, ["d_model=32:512:32", "d_ff", "d_expert", "d_state=8:512:8", "*.d_head=8:128:4"], seq_len=256
+    )
+    content = {"vocab_size": 512, "pattern": pattern, "blocks": {}}
+    trial = FixedTrial({})
+    if budget == "state_bytes" and "*" not in pattern:
+        with pytest.raises(RejectedError, match="state_bytes: 214,144 is the nearest in reach, target 211,968"):
+            budgets.model(trial, content)
+        return
+    model = budgets.model(trial, content)
+    assert BUDGETS[budget](model.cost(256)) == pytest.approx(target, rel=0.01)
+    assert abs(trial.user_attrs["residuals"][budget]) <= 0.01
+
+
+def test_residuals_of_compared_budgets_are_kept_and_what_cannot_be_met_is_rejected() -> None:
+    trial = FixedTrial({})
+    budgets = Budgets({"params_total": 600_000}, ["d_model=64:256:32", "d_ff"], 128, compare={"flops_train": 1e6})
+    model = budgets.model(trial, {"vocab_size": 512, "pattern": "*-*-"})
+    kept = trial.user_attrs["residuals"]
+    assert set(kept) == {"params_total", "flops_train"}
+    assert kept["flops_train"] == pytest.approx(model.cost(128).flops_train / 1e6 - 1)
+    impossible = Budgets({"params_total": 10}, ["d_model=64:256:32"], 128)
+    with pytest.raises(RejectedError, match="does not meet the budgets"):
+        impossible.model(trial, {"vocab_size": 512, "pattern": "*-"})
+    with pytest.raises(ValueError, match="'params' is unknown; allowed are flops_train"):
+        Budgets({"params": 10}, ["d_model"], 128)
+
+
+TIED = '''"""Which pattern is best at its budget?"""
+
+from explore import Experiment, TextData, TrainConfig
+from explore.study import Budgets
+
+objectives = {"val_bpb": "minimize", "OBJECTIVE": "minimize"}
+budgets = Budgets({"BUDGET": 40_000}, ["d_model=16:64:16", "d_ff=16:1024:8"], seq_len=32)
+
+
+def experiment(trial):
+    pattern = trial.suggest_categorical("pattern", ["--", "---"])
+    model = budgets.model(trial, {"vocab_size": 257, "pattern": pattern})
+    data = TextData(corpus=CORPUS, tokenizer="bytes", seq_len=32)
+    return Experiment(name="tied", model=model, data=data, train=TrainConfig(TRAIN, batch_size=4, eval_tokens=128))
+'''
+
+
+def sweep_file(folder: Path, objective: str, budget: str = "params_active", train: str = "tokens=512") -> Path:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))
+    text = TIED.replace("OBJECTIVE", objective).replace("BUDGET", budget).replace("TRAIN", train)
+    path = folder / "tied.py"
+    path.write_text(text.replace("CORPUS", repr(str(corpus))))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("objective", "budget", "train", "why"),
+    [
+        ("params_active", "params_active", "tokens=512", "budgets.params_active"),
+        ("flops_run", "flops_train", "tokens=512", "budgets.flops_train"),
+        ("flops_run", "params_total", "flops=1e9", "train.flops"),
+    ],
+)
+def test_a_tied_budget_is_no_objective(tmp_path: Path, objective: str, budget: str, train: str, why: str) -> None:
+    path = sweep_file(tmp_path, objective, budget, train)
+    with pytest.raises(ValueError, match=rf"tied.py: objectives: '{objective}' is tied by {why}"):
+        load_sweep(path)
+
+
+def test_the_residuals_of_a_sweep_are_in_the_table_of_its_runs(tmp_path: Path) -> None:
+    sweep = load_sweep(sweep_file(tmp_path, "flops_run"))
+    assert run_sweep(sweep, 2, tmp_path / "runs", console=Console(quiet=True)).complete == 2
+    table = load_runs(tmp_path / "runs")
+    assert (table["residual"] <= 0.01).all()
+    assert table["params_active"].tolist() == pytest.approx([40_000] * 2, rel=0.01)
+
+
+def parabola(best: float, curvature: float = 0.1) -> object:
+    return lambda lr: 2 + curvature * (math.log2(lr) - math.log2(best)) ** 2
+
+
+@pytest.mark.parametrize("best", [6e-4, 3e-3, 4.1e-3, 1.2e-2])
+def test_the_search_finds_the_vertex_wherever_it_starts(best: float) -> None:
+    tuned = LearningRates().search(parabola(best))  # type: ignore[arg-type]
+    assert tuned.interior
+    assert tuned.lr == pytest.approx(best, rel=0.01)
+    assert tuned.sensitivity == pytest.approx(0.1)
+    assert len(tuned.pilots) <= len(LearningRates().grid)
+
+
+def test_a_best_rate_at_the_edge_of_the_grid_is_not_called_tuned() -> None:
+    for best, edge in ((1e-6, 2.5e-4), (1.0, 3.2e-2)):
+        tuned = LearningRates().search(parabola(best))  # type: ignore[arg-type]
+        assert (tuned.lr, tuned.interior, tuned.sensitivity) == (edge, False, None)
+
+
+def test_rates_that_diverge_are_walked_away_from() -> None:
+    tuned = LearningRates().search(lambda lr: math.inf if lr > 3e-3 else 2 - lr)
+    assert tuned.lr == 2e-3
+    assert tuned.interior
+    assert math.isinf(tuned.pilots[4e-3])
+
+
+def test_a_pilot_is_the_same_for_every_seed_and_shorter() -> None:
+    model = ModelConfig(d_model=32, vocab_size=257, pattern="-")
+    train = TrainConfig(tokens=64_000, batch_size=4, val_every=10)
+    first, second = (
+        Experiment(name="x", model=model, data=TextData(tokenizer="bytes", seq_len=100), train=train, seed=seed)
+        for seed in (0, 1)
+    )
+    rates = LearningRates(share=0.25)
+    assert rates.pilot(first, 1e-3).key() == rates.pilot(second, 1e-3).key() != rates.pilot(first, 2e-3).key()
+    assert rates.pilot(first, 1e-3).n_steps == first.n_steps // 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({"low": 1.0}, "low: 1.0"), ({"factor": 1.0}, "factor: 1.0"), ({"share": 0.0}, "share: 0.0")],
+)
+def test_a_search_that_makes_no_sense_is_refused(wrong: dict[str, float], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LearningRates(**wrong)
+
+
+def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> None:
+    text = sweep_file(tmp_path, "flops_run").read_text()
+    rates = "learning_rates = LearningRates(low=1e-3, high=4e-3, start=2e-3, share=0.5)\nseeds = 2\nbudgets ="
+    text = text.replace("import Budgets", "import Budgets, LearningRates").replace("budgets =", rates)
+    (tmp_path / "tied.py").write_text(text)
+    run_sweep(load_sweep(tmp_path / "tied.py"), 2, tmp_path / "runs", console=Console(quiet=True))
+    table, pilots = load_runs(tmp_path / "runs"), load_runs(tmp_path / "runs" / "pilots")
+    assert sorted(table["seed"]) == [0, 0, 1, 1]
+    assert pilots["seed"].tolist() == [0] * 6
+    assert pilots.groupby("pattern")["lr"].agg(list).map(sorted).tolist() == [[1e-3, 2e-3, 4e-3]] * 2
+    for pattern, runs in table.groupby("pattern"):
+        scores = pilots[pilots["pattern"] == pattern].set_index("lr")["val_bpb"]
+        at_edge = scores.idxmin() in (1e-3, 4e-3)
+        assert runs["lr"].nunique() == 1
+        assert (runs["tuned"] == (not at_edge)).all()

@@ -1,0 +1,119 @@
+"""What a sweep says of itself before it runs: how many experiments there are, what they cost, what they resolve."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from explore import train
+from explore.cli import main
+from explore.study import load_sweep, preview, run_sweep
+from explore.study.preview import seed_noise
+
+SWEEP = '''"""How large is this space?"""
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.study import PatternSpace, RejectedError
+
+objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
+patterns = PatternSpace(letters="*-", min_layers=2, max_layers=4)
+seeds = SEEDS
+
+
+def experiment(trial):
+    pattern = patterns.suggest(trial)
+    d_model = trial.suggest_int("d_model", 32, 128, step=32)
+    if "-" in pattern:
+        d_ff = trial.suggest_categorical("d_ff", [32, 64, 96])
+    else:
+        d_ff = 32
+    LR
+    if d_model == 128 and pattern == "--":
+        raise RejectedError("too large")
+    blocks = {"-": {"d_ff": d_ff}, "*": {"d_head": 16, "n_heads": 2, "n_kv_heads": 1}}
+    model = ModelConfig(d_model=d_model, vocab_size=257, pattern=pattern, blocks=blocks)
+    data = TextData(corpus=CORPUS, tokenizer="bytes", seq_len=32)
+    train = TrainConfig(tokens=512, batch_size=4, lr=lr, eval_tokens=128)
+    return Experiment(name="s", model=model, data=data, train=train)
+'''
+
+
+def written(folder: Path, seeds: int = 1, lr: str = "lr = 1e-3") -> Path:
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))
+    path = folder / "space.py"
+    path.write_text(SWEEP.replace("SEEDS", str(seeds)).replace("LR", lr).replace("CORPUS", repr(str(corpus))))
+    return path
+
+
+def test_the_number_of_feasible_experiments_is_estimated_without_bias(tmp_path: Path) -> None:
+    seen = preview(load_sweep(written(tmp_path)), 10, tmp_path / "runs", measure=False)
+    patterns = ["".join(letters) for n in (2, 3, 4) for letters in itertools.product("*-", repeat=n)]
+    truth = sum(4 * (3 if "-" in pattern else 1) for pattern in patterns) - 3
+    assert abs(seen.n_feasible - truth) < 3 * seen.n_feasible_error < 0.2 * truth
+    assert seen.n_feasible_error > 0
+    assert seen.why == (("too large", round(seen.rejected * 400)),)
+
+
+def test_a_continuous_parameter_is_named_and_nothing_is_counted(tmp_path: Path) -> None:
+    path = written(tmp_path, lr='lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)')
+    seen = preview(load_sweep(path), 10, tmp_path / "runs", measure=False)
+    assert seen.continuous == ("lr",)
+    assert math.isinf(seen.n_feasible)
+
+
+def test_flops_are_those_of_all_trials_and_seeds(tmp_path: Path) -> None:
+    one, three = (
+        preview(load_sweep(written(tmp_path, seeds)), 10, tmp_path / "runs", measure=False) for seeds in (1, 3)
+    )
+    assert three.flops == pytest.approx(3 * one.flops)
+    costs = [each.flops_run for each in one.examples]
+    assert costs == sorted(costs)
+    assert costs[0] < one.flops / 10 < costs[-1]
+
+
+def test_the_spread_between_seeds_tells_what_can_be_resolved(tmp_path: Path) -> None:
+    sweep, runs = load_sweep(written(tmp_path, seeds=3)), tmp_path / "runs"
+    assert preview(sweep, 2, runs, measure=False).difference is None
+    assert seed_noise(tmp_path) is None
+    run_sweep(sweep, 2, runs, console=Console(quiet=True))
+    seen = preview(sweep, 2, runs, measure=False)
+    assert seen.noise is not None
+    assert (seen.noise.n, seen.noise.dof) == (2, 4)
+    groups: dict[str, list[float]] = {}
+    for folder in train_rows(runs):
+        groups.setdefault(folder["pattern"] + str(folder["d_model"]), []).append(folder["val_bpb"])
+    pooled = math.sqrt(statistics.fmean(statistics.variance(values) for values in groups.values()))
+    assert seen.noise.sd == pytest.approx(pooled)
+    assert seen.difference == pytest.approx(2.8 * pooled * math.sqrt(2 / 3))
+
+
+def train_rows(runs: Path) -> list[dict[str, object]]:
+    from explore.runs import find_runs
+
+    return [folder.row() for folder in find_runs(runs)]
+
+
+def test_a_dry_run_prints_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, before = written(tmp_path), {"corpus.txt", "space.py"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(path), "--trials", "8", "--workers", "2", "--dry-run"])
+    timed = []
+    real = train.fit
+    monkeypatch.setattr(train, "fit", lambda *args, **more: (timed.append(args), real(*args, **more))[1])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    said = capsys.readouterr().out
+    for part in ("feasible experiments", "8 trials", "with 2 workers", "from 4 timed examples", "too large"):
+        assert part in said
+    assert len(timed) == 4
+    assert {each.name for each in tmp_path.iterdir()} == before
