@@ -101,12 +101,8 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
 
-def test_a_learning_rate_far_too_high_is_recorded_as_diverged_and_the_sweep_goes_on(tmp_path: Path) -> None:
-    replaced = {
-        '"lr": 0.004': '"lr": 10.0',
-        "1e-3, 1e-2, log=True": "1e-3, 1e8, log=True",
-        "lr=lr": "lr=lr**3, warmup=0.0",
-    }
+def test_a_learning_rate_of_ten_is_recorded_as_diverged(tmp_path: Path) -> None:
+    replaced = {'"lr": 0.004': '"lr": 10.0', "1e-3, 1e-2, log=True": "1e-3, 1e2, log=True"}
     sweep, runs = load_sweep(write_sweep(tmp_path, replaced=replaced, tokens=4096)), tmp_path / "runs"
     summary = run(sweep, 1, runs)
     assert (summary.complete, summary.failed) == (0, 1)
@@ -187,12 +183,15 @@ def test_a_study_whose_creation_was_killed_is_completed(
     assert study.metric_names == ["val_bpb", "flops_run"]
 
 
-def test_a_study_of_somebody_else_is_left_alone(sweep_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_objectives", [1, 2])
+def test_a_study_of_somebody_else_is_left_alone(sweep_file: Path, tmp_path: Path, n_objectives: int) -> None:
     storage = open_storage(tmp_path / "runs")
-    optuna.create_study(storage=storage, study_name="width")
+    study = optuna.create_study(storage=storage, study_name="width", directions=["minimize"] * n_objectives)
+    if n_objectives == 2:  # as a sweep has
+        study.tell(study.ask(), [1.0, 2.0])
     with pytest.raises(ValueError, match="was not made by this command"):
         open_study(load_sweep(sweep_file), storage)
-    assert not optuna.load_study(storage=storage, study_name="width").user_attrs
+    assert not study.user_attrs
 
 
 def test_a_value_that_is_not_a_number_fails_its_trial_and_not_the_sweep(

@@ -252,7 +252,7 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture
 def running_crew(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
     """The command with two workers that are both in the middle of a run."""
-    file, runs = write_sweep(tmp_path, tokens=40_000), tmp_path / "runs"
+    file, runs = write_sweep(tmp_path, tokens=4_000_000), tmp_path / "runs"
     command = [*_command(file, runs, "--workers", "2"), "--checkpoint-every", "5"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

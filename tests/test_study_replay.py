@@ -204,7 +204,7 @@ def test_the_command_refuses_what_cannot_be_replayed(
         (["--sampler", "grid"], "'grid' has no random draws to compare"),
         (["--sampler", "best"], "'best' is not allowed"),
         (["--trials", "1000"], "trials: 1000 is not allowed"),
-        (["--axis", "width"], "column 'width' is missing"),
+        (["--axis", "width", "--sampler", "random", "--seeds", "2"], "column 'width' is missing"),
     ):
         monkeypatch.setattr(sys, "argv", ["explore", "replay-samplers", str(path), *more])
         with pytest.raises(SystemExit) as stop:

@@ -83,6 +83,9 @@ def test_check_accepts_the_space_and_nothing_else(space: PatternSpace) -> None:
             else:
                 with pytest.raises(ValueError, match=r"layers|allowed"):
                     space.check(pattern)
+    for pattern in sorted(inside)[:20]:
+        with pytest.raises(ValueError, match="max_layers: "):
+            space.check(pattern.ljust(space.max_layers + 1, space.letters[0]))
 
 
 @pytest.mark.parametrize(

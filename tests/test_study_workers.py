@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
-from small_sweeps import assert_same, done_by_key, finish, note, noted, quiet, start, study_of, write_sweep
+from small_sweeps import assert_same, done_by_key, finish, note, noted, quiet, start, study_of, wait_until, write_sweep
 
 from explore import train
 from explore.study import RejectedError, Sweep, Way, crew, load_sweep, run_sweep
@@ -68,8 +70,7 @@ def test_a_lease_is_renewed_until_its_block_ends(study: optuna.Study, monkeypatc
     monkeypatch.setattr(leases, "BEAT_S", 0.02)
     trial = study.ask()
     with Lease(study, trial):
-        while study.trials[0].user_attrs["lease"]["beat"] < 3:
-            time.sleep(0.01)
+        wait_until(lambda: study.trials[0].user_attrs["lease"]["beat"] >= 3)
         assert study.trials[0].user_attrs["lease"]["pid"] == os.getpid()
     time.sleep(0.1)
     beat = study.trials[0].user_attrs["lease"]["beat"]
@@ -90,8 +91,7 @@ def test_a_beat_that_cannot_be_written_is_followed_by_others(
 
     monkeypatch.setattr(study._storage, "set_trial_user_attr", fails)
     with Lease(study, study.ask()):
-        while study.trials[0].user_attrs["lease"]["beat"] < 4:
-            time.sleep(0.01)
+        wait_until(lambda: study.trials[0].user_attrs["lease"]["beat"] > 3, 20)
 
 
 def test_the_trial_of_a_process_that_is_gone_is_queued_again_at_once(study: optuna.Study) -> None:
@@ -231,7 +231,8 @@ def test_an_earlier_trial_waits_for_a_later_one_that_died_before_it_confirmed(
     mark(first, leases._place(), os.getpid())
     mark(second, leases._place(), gone())
     second.set_user_attr("key", "k")
-    monkeypatch.setattr(claims, "POLL_S", 0.01)
+    pauses = iter(range(3))
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(pauses))
     claim(study, first, "k", Reaper())
     assert states(study) == "RUNNING FAIL WAITING"
     assert study.trials[0].user_attrs["confirmed"]
@@ -354,6 +355,32 @@ def test_ctrl_c_that_lightning_turned_into_an_exit_is_ctrl_c_again(
     assert study_of(tmp_path / "runs").trials[0].user_attrs["outcome"] == RELEASED
 
 
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES"])
+def test_a_disk_that_cannot_be_written_stops_the_sweep_and_fails_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    sweep, runs, number = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", getattr(errno, code)
+
+    def fit(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number), "last.ckpt")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", fit)
+        with pytest.raises(ValueError, match=rf"^last.ckpt: {os.strerror(number)}; the sweep stops here"):
+            worker(sweep, runs).work(1)
+    one = worker(sweep, runs)
+    one.work(1)
+    assert [trial.user_attrs["outcome"] for trial in one.study.trials] == [RELEASED, "done"]
+
+
+def test_an_error_on_a_disk_without_room_is_the_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it, who has no number for it."""
+    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("file write failed")))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    with pytest.raises(ValueError, match=r"runs: no space left on the device; the sweep stops here"):
+        worker(load_sweep(write_sweep(tmp_path)), tmp_path / "runs").work(1)
+
+
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
     experiment = sweep.experiment(optuna.trial.FixedTrial(dict(sweep.baselines[0])))  # type: ignore[arg-type]
@@ -375,19 +402,24 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeyp
     assert len(pauses) == 3
 
 
+@pytest.mark.parametrize("moment", ["_outcome", "tell"])
 def test_a_trial_that_was_reaped_while_it_was_trained_is_found_by_its_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """Before its outcome is told, or after the last check that it was not."""
     sweep, runs, real, calls = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", fitting._train, []
     monkeypatch.setattr(fitting, "_train", lambda *args: (calls.append(args), real(*args))[1])
     slow = worker(sweep, runs)
     trial = slow.study.ask()
-    with Lease(slow.study, trial):
-        outcome_of = slow._outcome
-        monkeypatch.setattr(
-            slow, "_outcome", lambda folders: (leave(slow.study, trial._cached_frozen_trial), outcome_of(folders))[1]
-        )
-        slow.run(trial)
+    place, name = (slow, "_outcome") if moment == "_outcome" else (slow.study, "tell")
+    call = getattr(place, name)
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        leave(slow.study, trial._cached_frozen_trial)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, late)
+    slow.run(trial)
     assert states(slow.study) == "FAIL"
     worker(sweep, runs).work(1)
     assert states(slow.study) == "FAIL COMPLETE"

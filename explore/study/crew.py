@@ -250,7 +250,7 @@ def _work_on_cluster(
         executor.update_parameters(name=post.study, **options)
         with _threads(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
             jobs = [executor.submit(work_at, post) for _ in range(workers)]
-    except (TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
+    except (NameError, TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
     try:
         while not all(job.done() for job in jobs):

@@ -15,6 +15,8 @@ from rich.table import Table
 from explore.study.lease import is_left
 
 SPARKS = "▁▂▃▄▅▆▇█"
+STATE_WIDTH = 24
+"""Columns of the terminal for how a trial stands; the whole reason is in the study."""
 HIDDEN = (TrialState.WAITING,)
 
 
@@ -60,12 +62,13 @@ class SweepTable:
             title_justify="left",
             caption_justify="left",
         )
+        table.box, table.padding = None, (0, 1, 0, 0)
         for column in ("trial", "family", "pattern"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=True)
         for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
-            table.add_column(column, justify="right")
-        table.add_column("curve")
-        table.add_column("state", no_wrap=True, overflow="ellipsis")
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("curve", no_wrap=True)
+        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=STATE_WIDTH)
         room = max(4, self.console.height - 12)
         for trial in trials[-room:]:
             table.add_row(*self._row(trial, front))
@@ -99,7 +102,7 @@ class SweepTable:
             about.get("pattern", ""),
             _millions(about.get("params_total")),
             _millions(about.get("params_active")),
-            f"{about['flops_run']:.2g}" if "flops_run" in about else "",
+            f"{about['flops_run']:.2g}" if "flops_run" in about and "flops_run" not in self.objectives else "",
             f"{about['lr']:.2g}{'' if about.get('tuned') else '?'}" if "lr" in about else "",
             f"{max(map(abs, residuals.values())):.2%}" if residuals else "",
             *values,

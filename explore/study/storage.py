@@ -129,7 +129,8 @@ class WholeJournal(JournalFileBackend):
     """Optuna's journal file; a write that fails or is cut off leaves no half line, and a lock ends with its process."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.link = path, JournalFileSymlinkLock(str(path), grace_period=STALE_S)
+        # The link must lead to the file from its own folder too, or Optuna never finds out that it is stale.
+        self.path, self.link = path, JournalFileSymlinkLock(str(path.resolve()), grace_period=STALE_S)
         super().__init__(str(path), self.link)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
