@@ -233,6 +233,7 @@ def without_ids(spec: Any) -> Any:
     return [without_ids(value) for value in spec] if isinstance(spec, list) else spec
 
 
+@pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of wandb_workspaces's import
 @pytest.mark.parametrize("group", ["experts", 'it\'s "quoted"', None])
 def test_the_script_builds_the_same_pages(group: str | None) -> None:
     pages = Pages(

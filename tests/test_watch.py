@@ -6,6 +6,7 @@ import fcntl
 import io
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -164,7 +165,11 @@ def test_ctrl_c_leaves_without_an_error(runs: Path) -> None:
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
     os.close(theirs)
     screen = b""
+    deadline = time.monotonic() + 60
     while b"2 of 9 trials" not in screen:
+        if time.monotonic() > deadline or not select.select([ours], [], [], 60)[0]:
+            process.kill()
+            pytest.fail(f"the study was not drawn: {screen[-500:]!r}")
         screen += os.read(ours, 4096)
     process.send_signal(signal.SIGINT)
     try:
