@@ -31,8 +31,6 @@ from explore.tracking import WandbMode
 
 IDLE_S = 0.5
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-ANOTHER = "another process is training"
-"""How `explore.train.fit` says that a run is locked."""
 LEAST_FREE = 1 << 20
 """Bytes: with less than these a disk is full."""
 
@@ -197,14 +195,8 @@ class Worker:
         while True:
             try:
                 return train.fit(experiment, runs, console=self.console, **options)
-            except ValueError as error:
-                if ANOTHER not in str(error):
-                    raise
+            except train.BusyError:
                 time.sleep(IDLE_S)
-            except SystemExit as end:
-                if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has swallowed
-                    raise KeyboardInterrupt from None
-                raise
 
     def _describe(self, trial: optuna.Trial, experiment: Experiment) -> None:
         cost = experiment.model.cost(experiment.data.seq_len)

@@ -1,6 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
-from explore.train.fitting import fit
+from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
 from explore.train.models import evaluate, load_model, read_weights
@@ -12,6 +12,7 @@ from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
 __all__ = [
+    "BusyError",
     "DataModule",
     "DivergedError",
     "JointOptimizer",

@@ -32,6 +32,10 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 CHECKPOINTS_PER_RUN = 20
 
 
+class BusyError(ValueError):
+    """Another process trains this very experiment."""
+
+
 @dataclass(frozen=True)
 class _Way:
     """How a run is made, as far as it does not change its result."""
@@ -93,8 +97,8 @@ def fit(
 
     Raises:
         ValueError: corpus, tokenizer or vocabulary do not fit the model, the devices do not fit batch or optimizer,
-            a rung is not in the stable phase, the judge would never be asked, or another process trains this very
-            experiment; nothing is written then.
+            a rung is not in the stable phase, the judge would never be asked, or (`BusyError`) another process trains
+            this very experiment; nothing is written then.
     """
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: {keep_every} is not allowed; at least 1 is")
@@ -190,6 +194,10 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
         except DivergedError as error:
             result = result_of(experiment, folder.path, error.step, throughput)
             result |= {"status": "diverged", "reason": str(error)}
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+                raise KeyboardInterrupt from None
+            raise
         else:
             result = result_of(experiment, folder.path, trainer.global_step, throughput)
         if resumed_at == n_steps and way.judge is not None and writes:  # nothing was trained, so nothing asked
@@ -245,5 +253,5 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another process is training this experiment") from None
+            raise BusyError(f"{path}: another process is training this experiment") from None
         yield
