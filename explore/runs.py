@@ -102,6 +102,18 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
             table.to_parquet(temporary, index=False)
 
 
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Reads a table that `save_table` wrote.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{path}: the suffix must be .csv or .parquet")
+    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The record of one run on disk. A file that is missing or cannot be read gives an empty record, never an error."""

@@ -34,12 +34,11 @@ def replay_pruning(
     """Let runs that were trained as a whole arrive in random orders, and see what pruning saves and what it kills."""
     import pandas as pd
 
+    from explore.runs import read_table
     from explore.study import FrontPruner
     from explore.study.prune_replay import BUDGETS, replay, summarize
 
-    if table.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{table}: the suffix must be .csv or .parquet")
-    runs = pd.read_csv(table) if table.suffix == ".csv" else pd.read_parquet(table)
+    runs = read_table(table)
     default = FrontPruner()
     pruners = [
         FrontPruner(margin=each, min_trials=n, min_fraction=fraction)

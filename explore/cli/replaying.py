@@ -34,11 +34,10 @@ def replay_samplers(
     """
     import pandas as pd
 
+    from explore.runs import read_table
     from explore.study.replay import SIMPLEST_FIRST, judge, replay, summarize
 
-    if table.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{table}: the suffix must be .csv or .parquet")
-    runs = pd.read_csv(table) if table.suffix == ".csv" else pd.read_parquet(table)
+    runs = read_table(table)
     n_trials, samplers = sorted(set(trials or [40])), sampler or list(SIMPLEST_FIRST)
     found = replay(runs, samplers, n_trials, range(seeds), axis or ["d_model"])
     total = len(n_trials) * len(samplers) * seeds

@@ -8,7 +8,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from explore.study.budgets import RejectedError
-from explore.study.lease import Reaper, is_left
+from explore.study.lease import Reaper, is_left, is_rejected
 
 POLL_S = 0.2
 
@@ -36,7 +36,6 @@ def claim(study: optuna.Study, trial: optuna.Trial, key: str, reaper: Reaper) ->
 
 
 def _claims(other: FrozenTrial, key: str, number: int) -> bool:
-    about = other.user_attrs
-    if other.number == number or about.get("key") != key or is_left(other):
+    if other.number == number or other.user_attrs.get("key") != key:
         return False
-    return about.get("outcome") != "rejected"
+    return not is_left(other) and not is_rejected(other)

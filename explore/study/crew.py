@@ -23,6 +23,7 @@ from rich.console import Console
 
 from explore.study.dashboard import describe_study
 from explore.study.identity import open_study
+from explore.study.lease import is_rejected
 from explore.study.live import SweepTable
 from explore.study.mirroring import send_sweep
 from explore.study.storage import PATIENCE_S, open_storage
@@ -103,7 +104,7 @@ def run_sweep(
     study.set_user_attr(N_TRIALS, n_trials)
     if way.notes:
         describe_study(study, sweep.question)
-    with SweepTable(sweep.objectives, study, n_trials, console) as table:
+    with SweepTable(study, n_trials, console) as table:
         if workers == 1 and cluster is None:
             Worker(sweep, study, runs, way, console, table.refresh).work(n_trials)
         else:
@@ -122,7 +123,7 @@ def summary(study: optuna.Study) -> SweepSummary:
     """Counts the trials of a study by how they ended."""
     trials = study.get_trials(deepcopy=False)
     ended = Counter(trial.state for trial in trials if is_counted(trial))
-    rejected = sum(trial.user_attrs.get("outcome") == "rejected" for trial in trials)
+    rejected = sum(map(is_rejected, trials))
     complete, pruned, failed = (ended[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     return SweepSummary(study.study_name, complete, pruned, failed, rejected)
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from explore.experiment import Experiment
 from explore.figures import COLUMN_HEIGHT, COLUMN_WIDTH, RunFigure, plot_curves, plot_receipts, receipts_table
 from explore.runs import RunFolder, load_metrics
+from explore.study.storage import objectives_of
 
 DOTS_PER_INCH = 200
 PIECE = 2045
@@ -38,11 +38,9 @@ def describe_study(study: optuna.Study, question: str) -> None:
     """Writes the note of a study: its question and its objectives. One that is there, perhaps edited, is kept."""
     if _version(study, None):
         return
-    names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
-    better = {StudyDirection.MINIMIZE: "less", StudyDirection.MAXIMIZE: "more"}
+    better = {"minimize": "less", "maximize": "more"}
     objectives = ", ".join(
-        f"`{name}` ({better.get(direction, '?')} is better)"
-        for name, direction in zip(names, study.directions, strict=True)
+        f"`{name}` ({better.get(direction, '?')} is better)" for name, direction in objectives_of(study).items()
     )
     _save_note(study, None, f"{inspect.cleandoc(question)}\n\n**Objectives:** {objectives}\n")
 

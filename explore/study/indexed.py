@@ -54,15 +54,8 @@ class PlannedSampler(BaseSampler):
         return planned
 
 
-class IndexedSampler(PlannedSampler):
-    """Maps a point of the unit cube to parameters: the k-th that a trial suggests takes coordinate k.
-
-    The letters of a pattern take one coordinate each. What a trial gets depends on the point and on the parameters in
-    the order of their suggestion; on nothing else.
-    """
-
-    def __init__(self, point: Callable[[], Sequence[float]]) -> None:
-        self._point = point
+class SeparateSampler(PlannedSampler):
+    """Base of samplers that draw every parameter for itself."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -71,6 +64,17 @@ class IndexedSampler(PlannedSampler):
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         return {}
+
+
+class IndexedSampler(SeparateSampler):
+    """Maps a point of the unit cube to parameters: the k-th that a trial suggests takes coordinate k.
+
+    The letters of a pattern take one coordinate each. What a trial gets depends on the point and on the parameters in
+    the order of their suggestion; on nothing else.
+    """
+
+    def __init__(self, point: Callable[[], Sequence[float]]) -> None:
+        self._point = point
 
     def draw_pattern(self, trial: optuna.Trial, space: PatternSpace, name: str) -> str:
         return space.at(self._coordinates(len(trial.params), space.max_layers))
@@ -84,7 +88,7 @@ class IndexedSampler(PlannedSampler):
         return self._point()[start : start + n]
 
 
-class GridSampler(PlannedSampler):
+class GridSampler(SeparateSampler):
     """One point of a grid, the last parameter changing fastest.
 
     Raises:
@@ -98,14 +102,6 @@ class GridSampler(PlannedSampler):
             draw, self._places[name] = divmod(draw, _count(name, values))
         if draw:
             self._places = None
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def draw_pattern(self, trial: optuna.Trial, space: PatternSpace, name: str) -> str:
         return str(self._value(name))

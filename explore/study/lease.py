@@ -31,6 +31,8 @@ INTERRUPTED = "interrupted"
 """Outcome of a trial whose worker is gone."""
 RELEASED = "released"
 """Outcome of a trial that its worker gave back."""
+REJECTED = "rejected"
+"""Outcome of a trial that was turned away before training."""
 
 
 def _place() -> str:
@@ -88,10 +90,10 @@ class Reaper:
     def reap(self, study: optuna.Study) -> None:
         """Ends the trials whose lease is dead and queues them again; the next call makes good a kill in between."""
         trials = study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and self._is_dead(trial):
-                leave(study, trial)
-        _requeue(study)
+        dead = [trial for trial in trials if trial.state == TrialState.RUNNING and self._is_dead(trial)]
+        for trial in dead:
+            leave(study, trial)
+        _requeue(study, study.get_trials(deepcopy=False) if dead else trials)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
         lease = trial.user_attrs.get("lease")
@@ -131,8 +133,12 @@ def is_left(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") in (INTERRUPTED, RELEASED)
 
 
-def _requeue(study: optuna.Study) -> None:
-    trials = study.get_trials(deepcopy=False)
+def is_rejected(trial: FrozenTrial) -> bool:
+    """Whether the trial was turned away before training."""
+    return bool(trial.user_attrs.get("outcome") == REJECTED)
+
+
+def _requeue(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
     retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
     for trial in trials:
         if is_left(trial) and trial.number not in retried:

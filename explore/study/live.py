@@ -12,19 +12,20 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from explore.study.lease import is_left
+from explore.study.lease import is_left, is_rejected
+from explore.study.storage import objectives_of
 
 SPARKS = "▁▂▃▄▅▆▇█"
 STATE_WIDTH = 24
 """Columns of the terminal for how a trial stands; the whole reason is in the study."""
-HIDDEN = (TrialState.WAITING,)
 
 
 class SweepTable:
     """Draws the trials of a study anew after each change; off a terminal, prints a line for each that ended."""
 
-    def __init__(self, objectives: Mapping[str, str], study: optuna.Study, n_trials: int, console: Console) -> None:
-        self.objectives, self.study, self.n_trials, self.console = objectives, study, n_trials, console
+    def __init__(self, study: optuna.Study, n_trials: int, console: Console) -> None:
+        self.study, self.n_trials, self.console = study, n_trials, console
+        self.objectives = tuple(objectives_of(study))
         self.live = Live(console=console, auto_refresh=False, get_renderable=self.render)
         self._printed = {trial.number for trial in self._trials() if trial.state.is_finished()}
 
@@ -55,14 +56,15 @@ class SweepTable:
         """The table: one row a trial, the latest ones where not all fit; Pareto-optimal ones are marked."""
         trials, front = self._trials(), self._front()
         ended = sum(trial.state.is_finished() for trial in trials)
-        n_rejected = sum(trial.user_attrs.get("outcome") == "rejected" for trial in self._all())
+        n_rejected = sum(map(is_rejected, self._all()))
         table = Table(
+            box=None,
+            padding=(0, 1, 0, 0),
             title=f"{self.study.study_name}: {ended} of {self.n_trials} trials",
             caption="● on the front" + (f"; {n_rejected} rejected before training" if n_rejected else ""),
             title_justify="left",
             caption_justify="left",
         )
-        table.box, table.padding = None, (0, 1, 0, 0)
         for column in ("trial", "family", "pattern"):
             table.add_column(column, no_wrap=True)
         for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
@@ -83,14 +85,11 @@ class SweepTable:
         return [
             trial
             for trial in self._all()
-            if trial.state not in HIDDEN and not is_left(trial) and trial.user_attrs.get("outcome") != "rejected"
+            if trial.state != TrialState.WAITING and not is_left(trial) and not is_rejected(trial)
         ]
 
     def _front(self) -> set[int]:
-        return {trial.number for trial in self.study.best_trials} if any(self._complete()) else set()
-
-    def _complete(self) -> list[FrozenTrial]:
-        return [trial for trial in self._all() if trial.state == TrialState.COMPLETE]
+        return {trial.number for trial in self.study.best_trials}
 
     def _row(self, trial: FrozenTrial, front: set[int]) -> list[str]:
         about = trial.user_attrs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ import optuna
 import pandas as pd
 
 from explore.figures import MORE_IS_BETTER, family_styles, frontier_table, plot_frontier, save_figure
-from explore.runs import COLUMNS, RunFolder, find_runs, load_runs
-from explore.study.watching import objectives_of
+from explore.runs import COLUMNS, find_runs, load_runs
+from explore.study.storage import objectives_of
 from explore.tracking import PROJECT, Pages, WandbMode, log_sweep, run_id
 
 QUALITIES = ("val_bpb", "test_bpb", "val_loss", "recall")
@@ -92,7 +91,7 @@ def runs_of(study: optuna.Study, runs: Path) -> pd.DataFrame:
     except ValueError:  # there is no run yet
         return _no_runs()
     keys = {trial.user_attrs.get("key") for trial in study.get_trials(deepcopy=False)}
-    own = {folder.key for folder in folders if _study_of(folder) == study.study_name}
+    own = {folder.key for folder in folders if folder.trial.get("study") == study.study_name}
     return table[table["key"].isin(keys | own)].reset_index(drop=True)
 
 
@@ -136,11 +135,3 @@ def _colors(table: pd.DataFrame) -> dict[str, str]:
 
 def _no_runs() -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(dtype=dtype) for column, dtype in COLUMNS.items()})
-
-
-def _study_of(folder: RunFolder) -> str | None:
-    """The study for which a run was made first, as its folder says."""
-    try:
-        return str(json.loads((folder.path / "trial.json").read_text(encoding="utf-8"))["study"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

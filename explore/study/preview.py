@@ -107,15 +107,13 @@ class _Prober(optuna.samplers.RandomSampler):
         match param_distribution:
             case CategoricalDistribution():
                 self.log_leaves += math.log(len(param_distribution.choices))
-            case IntDistribution() if not param_distribution.log:
+            case IntDistribution():  # of a logarithmic one the step is 1
                 n = (param_distribution.high - param_distribution.low) // param_distribution.step + 1
                 self.log_leaves += math.log(n)
             case FloatDistribution(step=float(step)):
                 self.log_leaves += math.log(round((param_distribution.high - param_distribution.low) / step) + 1)
             case FloatDistribution():
                 self.continuous.add(param_name)
-            case IntDistribution():
-                self.log_leaves += math.log(param_distribution.high - param_distribution.low + 1)
         return super().sample_independent(study, trial, param_name, param_distribution)
 
 

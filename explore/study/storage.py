@@ -242,6 +242,12 @@ def without_password(url: str) -> str:
     return f"{scheme}{mark}{user.partition(':')[0]}{at}{place}"
 
 
+def objectives_of(study: optuna.Study) -> dict[str, str]:
+    """Names of the objectives of a study, and which way is better: `minimize` or `maximize`."""
+    names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
+    return {name: direction.name.lower() for name, direction in zip(names, study.directions, strict=True)}
+
+
 def study_names(storage: BaseStorage, stem: str) -> list[str]:
     """Names of the studies of a sweep, the oldest first: `stem`, then `stem-2` and so on."""
     names = {study.study_name for study in storage.get_all_studies()}

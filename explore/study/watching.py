@@ -74,12 +74,6 @@ def _missing(path: Path) -> str:
     return f"{str(path)!r} {what}; {there}"
 
 
-def objectives_of(study: optuna.Study) -> dict[str, str]:
-    """Names of the objectives, and which way is better."""
-    names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
-    return {name: direction.name.lower() for name, direction in zip(names, study.directions, strict=True)}
-
-
 def watch(
     study: optuna.Study, console: Console, n_trials: int | None = None, *, once: bool = False, every_s: float = REDRAW_S
 ) -> None:
@@ -94,7 +88,7 @@ def watch(
     def asked() -> int | None:
         return n_trials or study.user_attrs.get(N_TRIALS)
 
-    table = SweepTable(objectives_of(study), study, asked() or n_counted(study), console)
+    table = SweepTable(study, asked() or n_counted(study), console)
     if once:
         console.print(table.render() if study.get_trials(deepcopy=False) else f"{study.study_name}: no trials yet")
         return

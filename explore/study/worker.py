@@ -24,7 +24,7 @@ from explore.runs import PILOTS, RunFolder, write_json
 from explore.study.budgets import RejectedError
 from explore.study.claim import claim
 from explore.study.dashboard import annotate
-from explore.study.lease import RELEASED, Lease, Reaper, is_doubled, is_left, leave
+from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, is_left, leave
 from explore.study.samplers import DrawnSampler, ExhaustedError
 from explore.study.sweep_file import TRIES, Sweep, reason
 from explore.tracking import WandbMode
@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
     @property
     def state(self) -> TrialState:
         """What it is for Optuna."""
-        stopped = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "rejected": TrialState.PRUNED}
+        stopped = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, REJECTED: TrialState.PRUNED}
         return stopped.get(self.name, TrialState.FAIL)
 
 
@@ -112,10 +112,10 @@ class Worker:
             except optuna.exceptions.UpdateFinishedTrialError:  # reaped before it had its lease
                 continue
             except ExhaustedError as end:
-                self._tell(trial, Outcome("rejected", reason=str(end)), 0.0)
+                self._tell(trial, Outcome(REJECTED, reason=str(end)), 0.0)
                 return
             if outcome is not None:
-                rejected_in_a_row = rejected_in_a_row + 1 if outcome.name == "rejected" else 0
+                rejected_in_a_row = rejected_in_a_row + 1 if outcome.name == REJECTED else 0
 
     def _run_leased(self, trial: optuna.Trial, n_trials: int) -> Outcome | None:
         """Runs a trial if it is one of those that were asked for; whatever ends the process, it is given back."""
@@ -137,7 +137,7 @@ class Worker:
         try:
             outcome = self._train(trial)
         except RejectedError as rejection:
-            outcome = Outcome("rejected", reason=str(rejection))
+            outcome = Outcome(REJECTED, reason=str(rejection))
         except ExhaustedError:
             raise
         except Exception as error:
@@ -237,7 +237,7 @@ class Worker:
             for name, value in attributes.items():
                 if value is not None:
                     trial.set_user_attr(name, value)
-            if self.way.notes and outcome.name != "rejected" and "run" in trial.user_attrs:
+            if self.way.notes and outcome.name != REJECTED and "run" in trial.user_attrs:
                 folder = RunFolder(self.runs / trial.user_attrs["run"])
                 annotate(self.study, trial._cached_frozen_trial, folder, self.runs / "artifacts")
             with warnings.catch_warnings():
