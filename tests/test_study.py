@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -99,6 +100,23 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
+
+
+@pytest.mark.parametrize(("sampler", "says"), [("foo", "'foo' is not allowed"), ("grid", "needs a mapping")])
+def test_a_sampler_that_cannot_be_is_refused_before_anything_is_created(
+    sweep_file: Path, tmp_path: Path, sampler: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        run(dataclasses.replace(load_sweep(sweep_file), grid=None), 1, tmp_path / "runs", sampler=sampler)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pruner_that_does_not_fit_the_objectives_is_found_when_the_file_is_read(sweep_file: Path) -> None:
+    text = sweep_file.read_text().replace('"flops_run": "minimize"', '"train_s": "minimize"')
+    pruner = "from explore.study import FrontPruner\n\npruner = FrontPruner()\n\n\ndef experiment"
+    sweep_file.write_text(text.replace("def experiment", pruner))
+    with pytest.raises(ValueError, match=r"width.py: pruner: the objectives val_bpb, train_s do not fit"):
+        load_sweep(sweep_file)
 
 
 def test_a_learning_rate_of_ten_is_recorded_as_diverged(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from explore.study.identity import open_study
 from explore.study.lease import is_rejected
 from explore.study.live import SweepTable
 from explore.study.mirroring import send_sweep
+from explore.study.samplers import make_sampler
 from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.watching import N_TRIALS
@@ -96,9 +97,11 @@ def run_sweep(
         cluster_options: parameters of submitit's executor, such as `{"slurm_partition": "gpu", "timeout_min": 600}`.
 
     Raises:
-        ValueError: the storage does not open, the study is of another file, or the disk cannot be written.
+        ValueError: there is no such sampler, the storage does not open, the study is of another file, or the disk
+            cannot be written.
     """
     console, way = console or Console(stderr=True), way or Way()
+    make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)  # refuses what is wrong with it
     opened = open_storage(runs, storage, lambda line: console.print(line, highlight=False))
     study = open_study(sweep, opened, sampler=sampler, seed=seed, new=new_study)
     study.set_user_attr(N_TRIALS, n_trials)

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from explore.study.storage import objectives_of
 from explore.train import Judge
 
 ERRORS = ("val_bpb", "val_loss", "test_bpb")
@@ -102,7 +102,7 @@ class FrontPruner:
             ValueError: the objectives do not fit, or the trial's user attributes do not tell its costs.
         """
         names = study.metric_names or []
-        check_objectives(dict(zip(names, study.directions, strict=False)))
+        check_objectives(objectives_of(study) if names else {})
         costs = [name for name in names if name in COSTS]
         if missing := [name for name in costs if name not in trial.user_attrs]:
             raise ValueError(f"pruner: {missing[0]} is not among the user attributes of the trial before its training")
@@ -128,7 +128,7 @@ def finished_curves(study: optuna.Study, costs: Sequence[str]) -> list[Curve]:
     ]
 
 
-def check_objectives(objectives: Mapping[str, StudyDirection]) -> None:
+def check_objectives(objectives: Mapping[str, str]) -> None:
     """Refuses objectives for which a curve does not tell who ends on the front.
 
     Raises:
@@ -136,7 +136,7 @@ def check_objectives(objectives: Mapping[str, StudyDirection]) -> None:
     """
     n_errors = sum(name in ERRORS for name in objectives)
     known = all(name in (*ERRORS, *COSTS) for name in objectives)
-    minimized = all(direction == StudyDirection.MINIMIZE for direction in objectives.values())
+    minimized = all(direction == "minimize" for direction in objectives.values())
     if n_errors != 1 or len(objectives) < 2 or not known or not minimized:
         raise ValueError(
             f"pruner: the objectives {', '.join(objectives) or '(unnamed)'} do not fit; allowed is to minimize one of "

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from explore.config import explain
 from explore.experiment import Experiment
 from explore.runs import COLUMNS
+from explore.study import pruning
 from explore.study.budgets import Budgets, RejectedError, check_objectives
 from explore.study.learning_rates import LearningRates
 from explore.study.pruning import FrontPruner
@@ -84,6 +85,11 @@ def load_sweep(path: Path) -> Sweep:
     if not callable(experiment):
         raise ValueError(f"{path}: a function experiment(trial) -> Experiment is missing")
     sweep = Sweep(path, question, experiment, _objectives(path, module), **_options(path, module))
+    if sweep.pruner is not None:
+        try:
+            pruning.check_objectives(sweep.objectives)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     _check(sweep)
     return sweep
 
