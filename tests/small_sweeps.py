@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pwd
@@ -227,8 +226,11 @@ class Postgres:
         return f"postgresql+psycopg://explore@127.0.0.1:{self.port}/d{self.n_databases}"
 
 
-@contextlib.contextmanager
-def running_postgres(programs: Path) -> Iterator[Postgres]:
+def running_postgres() -> Iterator[Postgres]:
+    """A server for as long as a fixture needs it; skips where its programs are not installed."""
+    programs = postgres_programs()
+    if programs is None:
+        pytest.skip("the programs of a PostgreSQL server are not installed")
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # the name of a socket must be short, and somebody else's
     server = Postgres(programs, folder)
     server.start()

@@ -13,6 +13,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from small_runs import EXPERTS, write_corpus
 from torch import Tensor
 
 import explore.cli.merging  # noqa: F401  (adds its command)
@@ -34,7 +35,6 @@ from explore.train import (
 )
 
 STEPS, TOKENS = 40, 4 * 32
-EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
 FACTORS = {"flat": lambda p: 1 - p, "minus_sqrt": lambda p: 1 - math.sqrt(p)}
 
 
@@ -51,10 +51,7 @@ def experiment(corpus: Path, **train: Any) -> Experiment:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for split, n in (("train", 800), ("val", 30), ("test", 40)):
-        (folder / f"{split}.txt").write_text("".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

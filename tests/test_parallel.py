@@ -14,13 +14,11 @@ import jaxtyping
 import pandas as pd
 import pytest
 import torch
+from small_runs import EXPERTS, STEPS, TOKENS, write_corpus
 
 from explore.experiment import Experiment, TrainConfig
 from explore.runs import RunFolder
 from explore.train import LitLanguageModel, fit, load_model, read_weights
-
-STEPS, TOKENS = 20, 4 * 32
-EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
 
 PROGRAM = """
 import json, os, sys
@@ -65,9 +63,7 @@ print(folder.result["status"])
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "corpus").mkdir()
-    for split, n in (("train", 800), ("val", 30), ("test", 40)):
-        lines = "".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n))
-        (folder / "corpus" / f"{split}.txt").write_text(lines)
+    write_corpus(folder / "corpus")
     (folder / "experiment.json").write_text(experiment(folder).model_dump_json())
     (folder / "program.py").write_text(PROGRAM)
     return folder

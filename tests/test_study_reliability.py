@@ -26,7 +26,6 @@ from small_sweeps import (
     finish,
     free_port,
     noted,
-    postgres_programs,
     quiet,
     running_postgres,
     start,
@@ -48,13 +47,7 @@ TOKENS = 6_400
 """Fifty steps: about as long as a kill needs to hit one."""
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("the programs of a PostgreSQL server are not installed")
-    with running_postgres(programs) as server:
-        yield server
+postgres = pytest.fixture(scope="module", name="postgres")(running_postgres)
 
 
 def progress(runs: Path, log: Path) -> int:

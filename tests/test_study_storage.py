@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,20 +17,13 @@ import optuna
 import pytest
 from optuna.storages import InMemoryStorage
 from optuna.storages.journal import JournalStorage
-from small_sweeps import Postgres, finish, free_port, postgres_programs, running_postgres, start, wait_until
+from small_sweeps import Postgres, finish, free_port, running_postgres, start, wait_until
 from sqlalchemy.exc import OperationalError
 
 from explore.study import serve_storage
 from explore.study.storage import JOURNAL, WholeJournal, open_storage, patient, study_names, without_password
 
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    programs = postgres_programs()
-    if programs is None:
-        pytest.skip("the programs of a PostgreSQL server are not installed")
-    with running_postgres(programs) as server:
-        yield server
+postgres = pytest.fixture(scope="module", name="postgres")(running_postgres)
 
 
 def entries(journal: Path) -> list[dict[str, Any]]:

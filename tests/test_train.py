@@ -17,50 +17,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from small_runs import EXPERTS, STEPS, TOKENS, result, tiny, train, write_corpus
 from torch.optim import Muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from explore.blocks import MoE
 from explore.data import Batch
 from explore.evals import bits_per_byte
-from explore.experiment import Experiment, TrainConfig, set_field
+from explore.experiment import Experiment, TrainConfig
 from explore.model import LanguageModel, ModelConfig
 from explore.runs import RunFolder
 from explore.train import JointOptimizer, LitLanguageModel, build_optimizer, fit, load_model, wsd
 
-STEPS, TOKENS = 20, 4 * 32
-EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for split, n in (("train", 800), ("val", 30), ("test", 40)):
-        (folder / f"{split}.txt").write_text("".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def experiment(corpus: Path, pattern: str = "ME-", **changes: Any) -> Experiment:
-    blocks = {"E": EXPERTS} if "E" in pattern else {}
-    record = {
-        "name": "tiny",
-        "model": {"d_model": 64, "vocab_size": 257, "pattern": pattern, "blocks": blocks},
-        "data": {"kind": "text", "corpus": str(corpus), "tokenizer": "bytes", "seq_len": 32},
-        "train": {"tokens": STEPS * TOKENS, "batch_size": 4},
-    }
-    for path, value in changes.items():
-        set_field(record, f"{path.replace('__', '.')}={json.dumps(value)}")
-    return Experiment.model_validate(record)
-
-
-def train(one: Experiment, runs: Path, **options: Any) -> RunFolder:
-    return fit(one, runs, accelerator="cpu", **options)
-
-
-def result(folder: RunFolder) -> dict[str, Any]:
-    found = folder.result
-    assert found is not None
-    return found
+    return tiny(corpus, pattern, **changes)
 
 
 def metrics(folder: RunFolder) -> pd.DataFrame:

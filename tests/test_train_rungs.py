@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,50 +13,23 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
 
-from explore.experiment import Experiment, TrainConfig, set_field
+from explore.experiment import Experiment, TrainConfig
 from explore.frontier import pareto_front
 from explore.runs import RunFolder, load_runs
-from explore.train import LitLanguageModel, at_budget, fit, read_weights, stable_steps
+from explore.train import LitLanguageModel, at_budget, read_weights, stable_steps
 
-STEPS, TOKENS = 20, 4 * 32
-EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
 LATER = {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    for split, n in (("train", 800), ("val", 30), ("test", 40)):
-        (folder / f"{split}.txt").write_text("".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n)))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def experiment(corpus: Path, pattern: str = "-", **changes: Any) -> Experiment:
-    record = {
-        "name": "tiny",
-        "model": {
-            "d_model": 64,
-            "vocab_size": 257,
-            "pattern": pattern,
-            "blocks": {"E": EXPERTS} if "E" in pattern else {},
-        },
-        "data": {"kind": "text", "corpus": str(corpus), "tokenizer": "bytes", "seq_len": 32},
-        "train": {"tokens": STEPS * TOKENS, "batch_size": 4, "warmup": 0.1},
-    }
-    for path, value in changes.items():
-        set_field(record, f"{path.replace('__', '.')}={json.dumps(value)}")
-    return Experiment.model_validate(record)
-
-
-def train(one: Experiment, runs: Path, **options: Any) -> RunFolder:
-    return fit(one, runs, accelerator="cpu", **options)
-
-
-def result(folder: RunFolder) -> dict[str, Any]:
-    found = folder.result
-    assert found is not None
-    return found
+    return tiny(corpus, pattern, **{"train__warmup": 0.1, **changes})
 
 
 def metrics(folder: RunFolder, after: int = 0) -> pd.DataFrame:

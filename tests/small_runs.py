@@ -1,0 +1,45 @@
+"""A corpus that is written at once, and runs on it that take a second."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from explore.experiment import Experiment, set_field
+from explore.runs import RunFolder
+from explore.train import fit
+
+STEPS, TOKENS = 20, 4 * 32
+"""Steps of a run, and tokens of a step."""
+EXPERTS = {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16}
+
+
+def write_corpus(folder: Path) -> Path:
+    for split, n in (("train", 800), ("val", 30), ("test", 40)):
+        (folder / f"{split}.txt").write_text("".join(f"{split} {i} times {i + 1} is {i * i + i}.\n" for i in range(n)))
+    return folder
+
+
+def tiny(corpus: Path, pattern: str, **changes: Any) -> Experiment:
+    """An experiment; a change is named by its field, as in `train__lr`."""
+    blocks = {"E": EXPERTS} if "E" in pattern else {}
+    record = {
+        "name": "tiny",
+        "model": {"d_model": 64, "vocab_size": 257, "pattern": pattern, "blocks": blocks},
+        "data": {"kind": "text", "corpus": str(corpus), "tokenizer": "bytes", "seq_len": 32},
+        "train": {"tokens": STEPS * TOKENS, "batch_size": 4},
+    }
+    for path, value in changes.items():
+        set_field(record, f"{path.replace('__', '.')}={json.dumps(value)}")
+    return Experiment.model_validate(record)
+
+
+def train(one: Experiment, runs: Path, **options: Any) -> RunFolder:
+    return fit(one, runs, accelerator="cpu", **options)
+
+
+def result(folder: RunFolder) -> dict[str, Any]:
+    found = folder.result
+    assert found is not None
+    return found
