@@ -107,12 +107,17 @@ def work(
     before: Callable[[], None] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Runs a sweep in this process; what is trained is noted in `log`, and an error is its last line."""
-    from explore.study import Way, load_sweep, run_sweep
+    """Runs a sweep in this process; that it has the study, and what it trains, is noted in `log`, an error last."""
+    from explore.study import Way, crew, load_sweep, run_sweep
     from explore.train import fitting
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    train, write = fitting._train, fitting.write_json
+    train, write, open_study = fitting._train, fitting.write_json, crew.open_study
+
+    def noted_open(*args: Any, **options: Any) -> optuna.Study:
+        study = open_study(*args, **options)
+        note(log, f"open {study.study_name}")
+        return study
 
     def noted_train(experiment: Any, key: str, *rest: Any) -> Any:
         note(log, f"start {key[:8]}")
@@ -123,7 +128,7 @@ def work(
         if path.name == "result.json":
             note(log, f"end {path.parent.name[-8:]}")
 
-    fitting._train, fitting.write_json = noted_train, noted_write
+    fitting._train, fitting.write_json, crew.open_study = noted_train, noted_write, noted_open
     if before is not None:
         before()
     try:
@@ -132,6 +137,7 @@ def work(
         )
     except (ValueError, OSError) as error:
         note(log, f"error {error}")
+        print(error, file=sys.stderr)
         sys.exit(2)
 
 

@@ -135,6 +135,7 @@ def test_a_postgresql_that_is_restarted_in_the_middle_is_waited_for(tmp_path: Pa
         postgres.database(),
     )
     crew = [start(work, file, runs, TRIALS, log, storage=url) for _ in range(2)]
+    wait_until(lambda: len(noted(log, "open")) == len(crew))  # one that is not open yet is refused, not waited for
     for n_ended in (1, 3):
         wait_until(lambda n=n_ended: len(noted(log, "end")) >= n)  # type: ignore[misc]
         postgres.stop()

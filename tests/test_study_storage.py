@@ -18,7 +18,7 @@ import pytest
 from optuna.storages import InMemoryStorage
 from optuna.storages.journal import JournalStorage
 from small_sweeps import Postgres, finish, free_port, running_postgres, start, wait_until
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from explore.study import serve_storage
 from explore.study.storage import JOURNAL, WholeJournal, open_storage, patient, study_names, without_password
@@ -198,7 +198,12 @@ def wrapped(error: Exception) -> Exception:
 GONE = OperationalError("SELECT", {}, Exception("the server closed the connection\nunexpectedly"))
 
 
-@pytest.mark.parametrize("error", [GONE, wrapped(GONE), ConnectionResetError(), grpc_error("UNAVAILABLE")])
+CUT_OFF = PendingRollbackError("Can't reconnect until invalid transaction is rolled back.")
+
+
+@pytest.mark.parametrize(
+    "error", [GONE, wrapped(GONE), wrapped(CUT_OFF), ConnectionResetError(), grpc_error("UNAVAILABLE")]
+)
 def test_a_patient_storage_waits_and_then_gives_what_the_call_gives(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

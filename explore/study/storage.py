@@ -214,10 +214,11 @@ def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
 
 def _is_away(error: BaseException) -> bool:
     """Whether the error says that the server is away for now, rather than that the call is wrong."""
-    from sqlalchemy.exc import InterfaceError, OperationalError
+    from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     error = _cause(error)
-    if isinstance(error, InterfaceError | OperationalError | ConnectionError):
+    # The last of them: the server went away within a transaction, which Optuna has rolled back by now.
+    if isinstance(error, InterfaceError | OperationalError | ConnectionError | PendingRollbackError):
         return True
     code = getattr(error, "code", None)  # of grpc.RpcError
     return callable(code) and getattr(code(), "name", "") in ("UNAVAILABLE", "CANCELLED", "UNKNOWN")
