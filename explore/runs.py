@@ -23,8 +23,14 @@ PRUNED = "pruned"
 ENDED = (*FINISHED, PRUNED)
 UNFINISHED = "unfinished"
 
+PACKED = ".parquet"
+"""Suffix of a table of records: many runs in one file, which is read as a folder of them is."""
+
 PILOTS = "pilots"
 """Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
+
+FILES = ("experiment.json", "cost.json", "environment.json", "trial.json", "evals.json", "metrics.csv", "result.json")
+"""Files of a run folder that make up its record, in the order in which they may be written; checkpoints do not."""
 
 COLUMNS: Mapping[str, str] = {
     "run": "str",
@@ -116,42 +122,57 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The record of one run on disk. A file that is missing or cannot be read gives an empty record, never an error."""
+    """The record of one run on disk. A file that is missing or cannot be read gives an empty record, never an error.
+
+    Attributes:
+        path: the folder.
+        packed: texts of the files by name, of a run that is a row of a table of records and has no folder.
+    """
 
     path: Path
+    packed: Mapping[str, str] | None = None
+
+    def text(self, name: str) -> str | None:
+        """The text of one of `FILES`, or None where it is missing."""
+        if self.packed is not None:
+            return self.packed.get(name)
+        try:
+            return (self.path / name).read_text(encoding="utf-8", errors="surrogateescape")
+        except OSError:
+            return None
 
     @property
     def experiment(self) -> dict[str, Any]:
         """`experiment.json`: the key, and the experiment under `experiment`."""
-        return _read(self.path / "experiment.json") or {}
+        return _json(self.text("experiment.json")) or {}
 
     @property
     def cost(self) -> dict[str, Any]:
         """`cost.json`: the totals, the ledger and the family."""
-        return _read(self.path / "cost.json") or {}
+        return _json(self.text("cost.json")) or {}
 
     @property
     def environment(self) -> dict[str, Any]:
         """`environment.json`: commit, device, versions and data."""
-        return _read(self.path / "environment.json") or {}
+        return _json(self.text("environment.json")) or {}
 
     @property
     def trial(self) -> dict[str, Any]:
         """`trial.json` of a run that a sweep made: the trial, and how its learning rate and its sizes came about."""
-        return _read(self.path / "trial.json") or {}
+        return _json(self.text("trial.json")) or {}
 
     @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or None while there is none that can be read."""
-        return _read(self.path / "result.json")
+        return _json(self.text("result.json"))
 
     @property
     def metrics(self) -> pd.DataFrame:
         """`metrics.csv`, less a last line that a kill cut off."""
+        text = self.text("metrics.csv") or ""
         try:
-            text = (self.path / "metrics.csv").read_text(encoding="utf-8", errors="replace")
             return pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]), on_bad_lines="skip")
-        except (OSError, pd.errors.EmptyDataError, pd.errors.ParserError):
+        except (pd.errors.EmptyDataError, pd.errors.ParserError):
             return pd.DataFrame()
 
     @property
@@ -165,7 +186,7 @@ class RunFolder:
         """What `result.json` says; `unfinished` while there is none, or where another record is unreadable."""
         status = str((self.result or {}).get("status") or UNFINISHED)
         records = ("experiment.json", "cost.json", "environment.json")
-        broken = any((self.path / name).exists() and _read(self.path / name) is None for name in records)
+        broken = any((text := self.text(name)) is not None and _json(text) is None for name in records)
         return UNFINISHED if status in ENDED and (broken or self.key is None) else status
 
     @property
@@ -204,7 +225,7 @@ def find_run(root: str | Path, key: str) -> RunFolder | None:
     """The run folder below `root` with this full key, a finished one before others, or None."""
     if len(key) < 8:
         raise ValueError(f"key: must be the full key of an experiment, got {key!r}")
-    found = [run for run in _walk(Path(root)) if run.path.name.endswith(f"-{key[:8]}") and run.key == key]
+    found = [run for run in walk_runs(Path(root)) if run.path.name.endswith(f"-{key[:8]}") and run.key == key]
     return min(found, key=lambda run: not run.is_finished, default=None)
 
 
@@ -225,7 +246,10 @@ def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
 
 
 def find_runs(*roots: str | Path) -> list[RunFolder]:
-    """Every run folder at or below the roots, finished or not, each once, sorted by path within its root.
+    """Every run at or below the roots, finished or not, each once, sorted by path within its root.
+
+    Args:
+        roots: folders that hold runs, or tables of records that `explore.records.pack_runs` wrote.
 
     Raises:
         ValueError: a root does not exist or holds no run.
@@ -234,14 +258,45 @@ def find_runs(*roots: str | Path) -> list[RunFolder]:
         raise ValueError("runs: no folder given; name at least one folder that holds runs")
     found: dict[Path, RunFolder] = {}
     for root in map(Path, roots):
-        if not root.is_dir():
-            raise ValueError(f"runs: {str(root)!r} is no folder; name a folder that holds runs")
-        runs = list(_walk(root))
+        if root.suffix == PACKED and root.is_file():
+            runs = [run for run in read_packed(root) if PILOTS not in run.path.relative_to(root).parts]
+        elif root.is_dir():
+            runs = list(walk_runs(root))
+        else:
+            raise ValueError(f"runs: {str(root)!r} is no folder; name a folder that holds runs, or a table of records")
         if not runs:
             raise ValueError(f"runs: {str(root)!r} holds no run; a run is a folder with an experiment.json")
         for run in runs:
             found.setdefault(run.path.resolve(), run)
     return list(found.values())
+
+
+def read_packed(path: str | Path) -> list[RunFolder]:
+    """The runs in a table of records, pilots too; the path of each is that of its folder once, below the table's.
+
+    Raises:
+        ValueError: the file is no such table.
+    """
+    path = Path(path)
+    try:
+        table = pd.read_parquet(path)
+        runs = table.pop("run")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: is no table of records ({' '.join(str(error).split())})") from None
+    rows = table.to_dict("records")
+    return [
+        RunFolder(path / run, {str(name): text for name, text in row.items() if isinstance(text, str)})
+        for run, row in zip(runs, rows, strict=True)
+    ]
+
+
+def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:
+    """The run folders at or below `root` in sorted order, without those of pilots unless they are asked for."""
+    for folder, below, files in os.walk(root):
+        if "experiment.json" in files:
+            below.clear()  # what lies inside a run (checkpoints, logs) is no run
+            yield RunFolder(Path(folder))
+        below[:] = sorted(name for name in below if pilots or name != PILOTS)
 
 
 def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
@@ -282,21 +337,12 @@ def load_metrics(*roots: str | Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _json(text: str | None) -> dict[str, Any] | None:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # ValueError: truncated JSON, or bytes that are not UTF-8
+        content = json.loads((text or "").encode())
+    except ValueError:  # a part of a file, or bytes that were not UTF-8
         return None
     return content if isinstance(content, dict) else None
-
-
-def _walk(root: Path) -> Iterator[RunFolder]:
-    """Run folders in sorted order; what lies inside a run (checkpoints, logs) is no run, nor are pilots asked for."""
-    for folder, below, files in os.walk(root):
-        if "experiment.json" in files:
-            below.clear()
-            yield RunFolder(Path(folder))
-        below[:] = sorted(set(below) - {PILOTS})
 
 
 def _mapping(record: Mapping[str, Any], field: str) -> Mapping[str, Any]:

@@ -54,6 +54,10 @@ def sweep(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Of submitit's executor, e.g. slurm_partition=gpu; repeatable."),
     ] = None,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="A .parquet to go on from, to which all runs are added, hourly: what one commits."),
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     wandb: Wandb = None,
     as_json: Json = False,
@@ -82,6 +86,7 @@ def sweep(
         workers=workers,
         cluster=cluster,
         cluster_options=_options(cluster_option),
+        records=records,
         way=Way(checkpoint_every, wandb, prune, notes),
         console=err,
     )

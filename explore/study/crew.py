@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 
+from explore.records import pack_runs, unpack_runs
 from explore.study.dashboard import describe_study
 from explore.study.identity import open_study
 from explore.study.lease import is_rejected
@@ -34,6 +35,8 @@ from explore.study.worker import Way, Worker, is_counted, n_counted
 
 Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
+RECORD_S = 3600.0
+"""Seconds between two times that the records of a sweep are written."""
 DEATHS = 5
 """Times that each worker may be killed without a trial that ends in between."""
 GRACE_S = 10.0
@@ -77,6 +80,7 @@ def run_sweep(
     workers: int = 1,
     cluster: Cluster | None = None,
     cluster_options: Mapping[str, Any] | None = None,
+    records: Path | None = None,
     way: Way | None = None,
     console: Console | None = None,
 ) -> SweepSummary:
@@ -95,6 +99,8 @@ def run_sweep(
         workers: processes, which share the cores of this machine; or jobs of the cluster.
         cluster: submit the workers with submitit, to SLURM or as processes here, and return when all have ended.
         cluster_options: parameters of submitit's executor, such as `{"slurm_partition": "gpu", "timeout_min": 600}`.
+        records: a table of records, `explore.records`: its runs are not trained again, and every hour and in the end
+            the runs that have ended are added to it.
 
     Raises:
         ValueError: there is no such sampler, the storage does not open, the study is of another file, or the disk
@@ -107,7 +113,7 @@ def run_sweep(
     study.set_user_attr(N_TRIALS, n_trials)
     if way.notes:
         describe_study(study, sweep.question)
-    with SweepTable(study, n_trials, console) as table:
+    with _kept(records, runs, console), SweepTable(study, n_trials, console) as table:
         if workers == 1 and cluster is None:
             Worker(sweep, study, runs, way, console, table.refresh).work(n_trials)
         else:
@@ -129,6 +135,30 @@ def summary(study: optuna.Study) -> SweepSummary:
     rejected = sum(map(is_rejected, trials))
     complete, pruned, failed = (ended[state] for state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
     return SweepSummary(study.study_name, complete, pruned, failed, rejected)
+
+
+@contextlib.contextmanager
+def _kept(records: Path | None, runs: Path, console: Console) -> Iterator[None]:
+    """Takes up what a table of records holds, and adds to it what ends within, hourly and in the end."""
+    if records is None:
+        yield
+        return
+    if records.exists() and (n := unpack_runs(records, runs)):
+        console.print(f"{records}: {n} runs taken up, which are not trained again", highlight=False)
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.wait(RECORD_S):
+            pack_runs(records, runs)
+
+    clerk = threading.Thread(target=keep, daemon=True)
+    clerk.start()
+    try:
+        yield
+    finally:
+        over.set()
+        clerk.join()
+        pack_runs(records, runs)
 
 
 def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable) -> None:

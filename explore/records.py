@@ -1,0 +1,62 @@
+"""Records of many runs in one small file: what of a sweep is committed, and from which it goes on on another machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from explore.files import replacing
+from explore.runs import ENDED, FILES, PACKED, RunFolder, read_packed, walk_runs
+
+
+def pack_runs(path: str | Path, *roots: str | Path) -> int:
+    """Writes the records of the runs below the roots that have ended, pilots too, as one table; no checkpoints.
+
+    Runs that the table holds already and the roots do not stay in it. `explore.runs.find_runs`, and all that reads
+    runs, takes the table as it takes a folder.
+
+    Returns:
+        Runs in the table.
+
+    Raises:
+        ValueError: another suffix than .parquet, or the file that is there is no table of records.
+    """
+    path = Path(path)
+    if path.suffix != PACKED:
+        raise ValueError(f"records: {str(path)!r} is not allowed; the suffix must be {PACKED}")
+    rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
+    for root in map(Path, roots):
+        rows |= {str(run.path.relative_to(root)): run for run in walk_runs(root, pilots=True) if run.status in ENDED}
+    texts = [{"run": name, **_texts(rows[name])} for name in sorted(rows)]
+    table = pd.DataFrame(texts, columns=["run", *FILES], dtype="str")
+    with replacing(path) as temporary:
+        table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
+    return len(table)
+
+
+def unpack_runs(path: str | Path, root: str | Path) -> int:
+    """Makes run folders below `root` of the records that it lacks; what has ended there is left alone.
+
+    Returns:
+        Folders that were made.
+
+    Raises:
+        ValueError: the file is no table of records.
+    """
+    n = 0
+    for run in read_packed(path):
+        folder = Path(root) / run.path.relative_to(path)
+        if RunFolder(folder).status in ENDED:
+            continue
+        for name in FILES:  # the result last: a folder that is cut off is no finished run
+            if (text := run.text(name)) is not None:
+                with replacing(folder / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+        n += 1
+    return n
+
+
+def _texts(run: RunFolder) -> dict[str, str | None]:
+    texts = {name: run.text(name) for name in FILES}
+    return {name: text and text.encode(errors="replace").decode() for name, text in texts.items()}

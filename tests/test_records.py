@@ -1,0 +1,90 @@
+"""Records of many runs in one file: read as their folder is, and gone on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from small_runs import tiny, train, write_corpus
+from small_sweeps import done_by_key, quiet, study_of, write_sweep
+
+from explore.records import pack_runs, unpack_runs
+from explore.runs import PILOTS, RunFolder, find_runs, load_metrics, load_runs
+from explore.study import Way, load_sweep, run_sweep
+from explore.train import fitting
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("records")
+    corpus = write_corpus(folder)
+    for seed in (0, 1):
+        train(tiny(corpus, "-", seed=seed, train__tokens=256), folder / "runs")
+    train(tiny(corpus, "-", name="pilot", seed=2, train__tokens=256), folder / "runs" / PILOTS)
+    return folder / "runs"
+
+
+def test_a_table_of_records_is_read_as_its_folder_is(runs: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "new" / "s.parquet"
+    assert pack_runs(packed, runs) == 3
+    assert len(load_runs(packed)) == 2  # pilots are no rows
+    pd.testing.assert_frame_equal(load_runs(packed), load_runs(runs))
+    pd.testing.assert_frame_equal(load_metrics(packed), load_metrics(runs))
+
+
+def test_unpacked_records_are_the_runs_again_pilots_too(runs: Path, tmp_path: Path) -> None:
+    pack_runs(tmp_path / "s.parquet", runs)
+    assert unpack_runs(tmp_path / "s.parquet", tmp_path / "again") == 3
+    for place in (".", PILOTS):
+        pd.testing.assert_frame_equal(load_runs(tmp_path / "again" / place), load_runs(runs / place))
+    assert unpack_runs(tmp_path / "s.parquet", tmp_path / "again") == 0
+
+
+def test_what_is_packed_stays_when_its_folder_is_gone(runs: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some"
+    shutil.copytree(runs, some)
+    pack_runs(tmp_path / "s.parquet", some)
+    shutil.rmtree(find_runs(some)[0].path)
+    assert pack_runs(tmp_path / "s.parquet", some) == 3
+
+
+def test_a_run_that_has_not_ended_is_not_packed_and_what_has_ended_is_not_overwritten(
+    runs: Path, tmp_path: Path
+) -> None:
+    some = tmp_path / "some"
+    shutil.copytree(runs, some)
+    pack_runs(tmp_path / "all.parquet", some)
+    first, second = find_runs(some)
+    (first.path / "result.json").unlink()
+    assert pack_runs(tmp_path / "ended.parquet", some) == 2
+    (second.path / "metrics.csv").write_text("mine\n")
+    assert unpack_runs(tmp_path / "all.parquet", some) == 1
+    assert RunFolder(first.path).is_finished
+    assert (second.path / "metrics.csv").read_text() == "mine\n"
+
+
+def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"records: '.*s\.csv' is not allowed; the suffix must be \.parquet"):
+        pack_runs(tmp_path / "s.csv")
+    (tmp_path / "text.parquet").write_text("text")
+    pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "other.parquet")
+    for name in ("text.parquet", "other.parquet", "absent.parquet"):
+        with pytest.raises(ValueError, match=rf"{name}: is no table of records \(.*\)$"):
+            unpack_runs(tmp_path / name, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, packed, way = load_sweep(write_sweep(tmp_path)), tmp_path / "s.parquet", Way(notes=False)
+    run_sweep(sweep, 3, tmp_path / "here", records=packed, way=way, console=quiet())
+    trained = []
+    train_one = fitting._train
+    monkeypatch.setattr(fitting, "_train", lambda *args: trained.append(args[1]) or train_one(*args))
+    run_sweep(sweep, 4, tmp_path / "there", records=packed, way=way, console=quiet())
+    here, there = (done_by_key(study_of(tmp_path / place)) for place in ("here", "there"))
+    assert len(here) == 3
+    assert trained == list(there.keys() - here.keys())
+    assert here.items() <= there.items()
+    assert len(load_runs(packed)) == 4
