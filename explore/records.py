@@ -1,4 +1,4 @@
-"""Records of many runs in one small file: what of a sweep is committed, and from which it goes on on another machine."""
+"""Records of many runs in one small file: what of a sweep is committed, and what it goes on from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,0 +1,103 @@
+"""Does a LatentMoE buy more than a standard MoE at the same total and active parameters and training FLOPs?
+
+One hybrid pattern, `MEM*EME`; only its expert layers differ. `moe` has 16 experts, two of them active. With the latent
+a times narrower, `acc` has a times as many experts and a times as many active ones, `eff` a times as many experts and
+two active, `squeezed` neither. The rest are `acc4` with one thing changed: a norm on what the experts read or on what
+they give, or a router that reads the latent. `acc` and `eff` have the total parameters of `moe`, for which they give up
+a few experts, and `acc` its active parameters: as in the released configurations it gives up as many active experts as
+its projections and its larger router cost, and no more than half a routed expert's weight of its shared one. The
+residuals of all budgets are kept. `eff` is meant to be cheaper; `squeezed`, a latent without more experts, is smaller.
+
+Primary, named beforehand: `acc4` and `eff4` against `moe`, at five widths with three seeds. The other arms have one
+width. No run has fewer than five training tokens for each active parameter of its layers. Budget: four CPU hours.
+
+    explore sweep sweeps/latent_or_not.py --trials 24 --workers 2 --records sweeps/records/latent_or_not.parquet
+"""
+
+from typing import Any
+
+import optuna
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.study import Budgets, LearningRates
+from explore.study.budgets import RejectedError
+
+PATTERN = "MEM*EME"
+WIDTHS = (24, 32, 40, 48, 64)
+SECONDARY_WIDTH = 48
+SEQ_LEN = 128
+TOKENS_PER_D2 = 300
+"""Training tokens over d_model squared: the same number of tokens for each parameter of the layers at every size."""
+PRIMARY = ("moe", "acc4", "eff4")
+SECONDARY = ("acc2", "acc8", "eff2", "eff8", "squeezed2", "squeezed4", "acc4-norm-in", "acc4-norm-out", "acc4-router")
+
+objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
+sampler = "grid"
+grid = {"arm": (*PRIMARY, *SECONDARY), "d_model": WIDTHS}
+seeds = 3
+learning_rates = LearningRates(start=3.2e-2, high=0.256, share=0.5)
+
+
+def blocks(arm: str, d_model: int) -> dict[str, Any]:
+    """The layers of an arm, before it is brought to its budget."""
+    kind, _, change = arm.partition("-")
+    name = kind.rstrip("0123456789")
+    factor = int(kind[len(name) :] or 1)
+    experts: dict[str, Any] = {
+        "n_experts": 16 * (1 if name == "squeezed" else factor),
+        "top_k": 2 * (factor if name == "acc" else 1),
+        "d_expert": d_model,
+        "d_shared": d_model,
+        "routed_scaling_factor": 1.0,
+        "bias_update_rate": 0.01,
+    }
+    if factor > 1:
+        experts["d_latent"] = d_model // factor
+    match change:
+        case "norm-in":
+            experts["latent_norm"] = "input"
+        case "norm-out":
+            experts["latent_norm"] = "combined"
+        case "router":
+            experts["router_input"] = "latent"
+    return {
+        "M": {"d_head": d_model // 4, "n_heads": 8, "d_state": 16, "n_groups": 1, "chunk_size": 64},
+        "*": {"d_head": d_model // 4, "n_heads": 4, "n_kv_heads": 2},
+        "E": experts,
+    }
+
+
+def content(arm: str, d_model: int) -> dict[str, Any]:
+    """Fields of the model of an arm."""
+    return {"d_model": d_model, "vocab_size": 2048, "pattern": PATTERN, "blocks": blocks(arm, d_model)}
+
+
+def experiment(trial: optuna.Trial) -> Experiment:
+    """One arm at one width, on as many tokens as every other of that width."""
+    arm = trial.suggest_categorical("arm", grid["arm"])
+    d_model = trial.suggest_categorical("d_model", WIDTHS)
+    if arm in SECONDARY and d_model != SECONDARY_WIDTH:
+        raise RejectedError(f"{arm} is trained at d_model={SECONDARY_WIDTH} only")
+    fields = content(arm, d_model)
+    moe = ModelConfig.model_validate(content("moe", d_model)).cost(SEQ_LEN)
+    if arm == "moe" or arm.startswith("squeezed"):
+        model = ModelConfig.model_validate(fields)
+    else:
+        experts = fields["blocks"]["E"]
+        targets, free = (
+            {"params_total": moe.params_total},
+            [f"E.n_experts={experts['n_experts'] // 2}:{experts['n_experts']}:1"],
+        )
+        if arm.startswith("acc"):
+            half = experts["d_latent"] // 2  # neurons of the shared expert that weigh half a routed expert
+            targets |= {"params_active": moe.params_active}
+            free += ["E.top_k=1:16", f"E.d_shared={d_model - half}:{d_model + half}:1"]
+        model = Budgets(targets, free, SEQ_LEN, compare={"flops_train": moe.flops_train}).model(trial, fields)
+    return Experiment(
+        name=f"{arm}-d{d_model}",
+        model=model,
+        data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=1),
+        train=TrainConfig(
+            tokens=TOKENS_PER_D2 * d_model**2, batch_size=16, lr=3.2e-2, precision="bf16", eval_tokens=65_536
+        ),
+    )
