@@ -75,7 +75,7 @@ class ModelConfig(Config):
         pattern, depths = patterns.split_mtp(data["pattern"])
         if depths:
             mtp = {"n_depths": len(depths), **(mtp or {}), "pattern": depths[0]}
-        known = blocks.keys() | STANDARD_LETTERS.keys()
+        known = list(dict.fromkeys([*STANDARD_LETTERS, *blocks]))
         patterns.check_pattern(pattern, known)
         pattern, letters = patterns.canonical(pattern), pattern
         if mtp is not None and isinstance(mtp.get("pattern"), str):

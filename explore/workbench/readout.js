@@ -1,0 +1,88 @@
+// What the workbench shows of a model: numbers in tiles, and bars of their parts. Made one file with workbench.js.
+
+const TILES = [
+  ["params_total", "Parameters", count,
+    (r) => `${count(r.params_active)} active` + (r.params_mtp ? ` · ${count(r.params_mtp)} more in MTP` : "")],
+  ["flops_fwd", "Forward FLOPs/token", metric, (r) => `decoding ${metric(r.flops_decode)}`],
+  ["kv_bytes_per_token", "KV cache per token", bytes,
+    (r) => `and state ${bytes(r.ssm_state_bytes + r.conv_state_bytes)}`],
+  ["cache_bytes", "Cache of the batch", bytes,
+    (r, s) => `KV is ${percent(s.batch_size * r.kv_bytes, r.cache_bytes)} of it`],
+  ["decode_s", "Decoding step at least", seconds,
+    (r) => `${metric(r.tokens_per_s)} tokens/s`],
+];
+
+/** The elements of a readout. `pin` may hold a `readout` to compare with, its `label`, and for which `use` it is. */
+function readoutOf(shown, state, pin, offers) {
+  const pinned = pin.readout;
+  const tile = (name, title, value, raw, more, full) => h("div", { class: full ? "wb-tile wb-full" : "wb-tile" },
+    h("div", { class: "wb-name" }, title),
+    h("div", { class: "wb-value" },
+      h("span", { "data-name": name, "data-value": raw }, value), ratio(shown, pinned, name)),
+    h("div", { class: "wb-more" }, more));
+  const needed = shown.weight_bytes + shown.cache_bytes;
+  return [
+    pinned ? h("div", { class: "wb-pinned", title: pin.label }, `× against ${pin.use}, `, h("code", {}, pin.label)) : "",
+    h("div", { class: "wb-tiles" },
+      TILES.map(([name, title, format, more]) =>
+        tile(name, title, format(shown[name]), shown[name], more(shown, state))),
+      tile("fits", `Memory of one ${state.hardware}`, shown.fits ? "fits" : "too small", shown.fits,
+        `${bytes(needed)} of ${bytes(shown.memory_bytes)}`, !shown.fits)),
+    bar("Forward pass, FLOPs per token", shown, pinned, "flops_fwd", "flops_by_group", metric, offers.groups,
+      (name) => name),
+    bar("Decoding step, by what it waits for", shown, pinned, "decode_s", "decode_by_bound", seconds, offers.groups,
+      (name) => offers.bounds[name]),
+    h("p", { class: "wb-note" },
+      "A roofline is a bound, not a forecast. Weights, keys and values are bf16, state fp32."),
+  ];
+}
+
+function ratio(shown, pinned, name) {
+  if (!pinned?.[name] || name === "fits") return null;
+  return h("span", { class: "wb-ratio" }, `×${(shown[name] / pinned[name]).toPrecision(3)}`);
+}
+
+/** A stacked bar of the parts of a total, with its legend, and a thin one of what is pinned on the same scale. */
+function bar(title, shown, pinned, total, parts, format, colors, named) {
+  const longest = Math.max(shown[total], pinned?.[total] ?? 0);
+  const stack = (numbers, name) => h("div", { class: name, style: `width:${(100 * numbers[total]) / longest}%` },
+    Object.entries(numbers[parts]).map(([part, value]) => h("i", { title: `${named(part)}: ${format(value)}`,
+      style: `flex-grow:${value / numbers[total]};background:${colors[part].color}` })));
+  const legend = Object.entries(shown[parts]).map(([part, value]) => h("span", {},
+    h("b", { style: `background:${colors[part].color}` }), `${named(part)} `,
+    h("em", { "data-part": part, "data-value": value }, percent(value, shown[total]))));
+  return h("figure", {}, h("figcaption", {}, title), stack(shown, "wb-stack"),
+    pinned ? stack(pinned, "wb-stack wb-thin") : "", h("div", { class: "wb-legend" }, legend));
+}
+
+// ---- numbers
+
+function quantity(value, base, units, digits = 4) {
+  let power = 0;
+  while (value >= base && power < units.length - 1) [value, power] = [value / base, power + 1];
+  return `${Number(value.toPrecision(digits))} ${units[power]}`.trim();
+}
+
+function count(value) { return quantity(value, 1000, ["", "k", "M", "B", "T"]); }
+function metric(value) { return quantity(value, 1000, ["", "k", "M", "G", "T"]); }
+function bytes(value) { return quantity(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]); }
+function seconds(value) { return quantity(1e6 * value, 1000, ["µs", "ms", "s"], 3); }
+function percent(part, whole) {
+  const share = whole ? part / whole : 0;
+  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+}
+function grouped(value) { return value.toLocaleString("en-US"); }
+
+/** An element; attributes that begin with `on` are listeners, children may be nested lists. */
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  if ("tabindex" in attributes || ["BUTTON", "INPUT", "SELECT"].includes(element.tagName)) {
+    element.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes arrows and letters for its own
+  }
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else element.setAttribute(name, value);
+  }
+  element.append(...children.flat(3).filter((child) => child !== null));
+  return element;
+}

@@ -1,0 +1,134 @@
+"""What a workbench shows of a state: a pure function of JSON, which needs no browser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from explore.blocks import STANDARD_LETTERS, BlockConfig
+from explore.cost import MTP_LETTER, Cost, bytes_of, decode_bytes, params_touched
+from explore.figures.cost import GROUPS, group_of
+from explore.model import ModelConfig
+from explore.roofline import Deployment, hardware
+from explore.roofline.regimes import components
+from explore.workbench.state import State
+
+BOUNDS: Mapping[str, str] = {
+    "weights": "reading weights",
+    "kv": "reading keys and values",
+    "state": "reading and writing state",
+    "flops": "matrix products",
+}
+"""What a decoding step can wait for."""
+
+_NAMES = {"mamba2": "Mamba-2", "mla": "latent attention", "mlp": "MLP", "moe": "experts"}
+_ROLE_GROUPS = {"ssm": "Mamba-2 projections", "attention": "attention projections", "mlp": "MLP", "moe": "experts"}
+_SHOWN = (
+    "params_total", "params_active", "params_mtp", "flops_fwd", "flops_mtp", "flops_decode", "weight_bytes",
+    "kv_bytes_per_token", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes",
+)  # fmt: skip
+
+
+def evaluate(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a state of the workbench.
+
+    Args:
+        state: the fields of `State`; those of the model in `model`.
+
+    Returns:
+        Totals under their names in `Cost`, and
+        `flops_by_group`: forward FLOPs per token of each group of components, in the order of a bar;
+        `cache_bytes`: keys, values and state of the whole batch;
+        `decode_s`, `tokens_per_s`: the least time of a decoding step of the batch, and tokens per second of all;
+        `decode_by_bound`: seconds of that step by what they wait for, of `BOUNDS`;
+        `memory_bytes`, `fits`: room for weights and cache, and whether they fit.
+
+    Raises:
+        ValueError: the first thing that is wrong, in one line.
+    """
+    read = State.read(state)
+    return readout(read, read.build())
+
+
+def readout(state: State, model: ModelConfig) -> dict[str, Any]:
+    """What `evaluate` returns, of a state whose model is built."""
+    ledger = model.ledger(state.seq_len)
+    cost = Cost.of(ledger)
+    deployed = Deployment(model, hardware(state.hardware))
+    step_s = deployed.decode_s(state.seq_len, state.batch_size)
+    cache = state.batch_size * deployed.state_bytes(state.seq_len)
+    sums = dict.fromkeys(GROUPS, 0)
+    for n, part in [*ledger.counted(), *((1, part) for part in ledger.mtp)]:
+        for entry in part.entries:
+            sums[group_of(model, part.letter, entry.component)] += n * entry.flops_seq
+    return {
+        **{name: getattr(cost, name) for name in _SHOWN},
+        "flops_by_group": {group: flops / state.seq_len for group, flops in sums.items() if flops},
+        "cache_bytes": cache,
+        "decode_s": step_s,
+        "tokens_per_s": state.batch_size / step_s,
+        "decode_by_bound": decode_by_bound(deployed, state.seq_len, state.batch_size),
+        "memory_bytes": deployed.memory_bytes,
+        "fits": deployed.weight_bytes + cache <= deployed.memory_bytes,
+    }
+
+
+def decode_by_bound(deployed: Deployment, context: int, batch_size: int) -> dict[str, float]:
+    """Seconds of a decoding step on one device by what they wait for; they sum to `Deployment.decode_s`.
+
+    A component that waits for memory waits for its weights, its keys and values and its state in proportion to
+    their bytes.
+    """
+    seconds = dict.fromkeys(BOUNDS, 0.0)
+    for n, entry in components(deployed.model.ledger(context)):
+        flops_s = batch_size * entry.flops_step / deployed.flops_per_s
+        moved = decode_bytes(entry, deployed.dtypes, batch_size)
+        if flops_s >= moved / deployed.bandwidth:
+            seconds["flops"] += n * flops_s
+            continue
+        weights = bytes_of(params_touched(entry, batch_size), deployed.dtypes.weight)
+        kv = batch_size * bytes_of(entry.kv_numel_seq, deployed.dtypes.kv)
+        for name, part in (("weights", weights), ("kv", kv), ("state", moved - weights - kv)):
+            seconds[name] += n * part / deployed.bandwidth
+    return {name: value for name, value in seconds.items() if value > 0}
+
+
+def letters(model: ModelConfig) -> list[dict[str, str]]:
+    """The letters that a pattern may have: what each stands for, and its colour, the same as in the figures."""
+    kinds: dict[str, type[BlockConfig]] = dict(STANDARD_LETTERS)
+    kinds |= {letter: type(block) for letter, block in model.blocks.items()}
+    records = []
+    for letter, kind in kinds.items():
+        name = str(kind.model_fields["kind"].default)
+        group = "attention scores, KV" if name == "mla" else _ROLE_GROUPS[kind.role]
+        records.append({"letter": letter, "name": _NAMES.get(name, name), **_colors(group)})
+    name = "multi-token prediction"
+    return [*records, {"letter": MTP_LETTER, "name": name, **_colors(name)}]
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """The colour of every group of components, and one for what a decoding step can wait for."""
+    alike = {"weights": "embedding, head", "kv": "attention scores, KV", "state": "Mamba-2 scan, state"}
+    colors = {group: _colors(group) for group in GROUPS}
+    return colors | {name: colors[alike.get(name, "latent projections")] for name in BOUNDS}
+
+
+def code(fields: Mapping[str, Any]) -> str:
+    """Python that makes the model of these fields."""
+    lines = ["ModelConfig("]
+    for name, value in fields.items():
+        if name == "blocks":
+            blocks = [f"        {letter!r}: {sizes!r}," for letter, sizes in value.items()]
+            lines += ["    blocks={", *blocks, "    },"] if blocks else []
+        else:
+            lines.append(f"    {name}={value!r},")
+    return "\n".join([*lines, ")"])
+
+
+def _colors(group: str) -> dict[str, str]:
+    """A colour and the ink that is readable on it, for a style sheet."""
+    rgb = GROUPS[group]
+    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    ink = "#fff" if 1.05 / (luminance + 0.05) >= 4.5 else "#111"
+    return {"color": "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb), "ink": ink}

@@ -1,0 +1,147 @@
+"""The widget: it takes what was edited from the browser and gives back what that comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+from pydantic import BaseModel, ValidationError
+
+from explore.config import explain
+from explore.model import ModelConfig
+from explore.pattern import canonical
+from explore.presets import PRESETS, preset
+from explore.roofline import GPUS, HERE
+from explore.workbench.readout import BOUNDS, code, groups, letters, readout
+from explore.workbench.state import State, content_of
+
+_FOLDER = Path(__file__).parent
+
+
+class Workbench(anywidget.AnyWidget):
+    """A model that is edited by hand in JupyterLab: its pattern as coloured letters, its sizes as sliders.
+
+    Examples:
+        >>> bench = Workbench("MEM*E", d_model=256)
+        >>> bench.config.pattern
+        'MEM*E'
+
+    Attributes:
+        edit: what the browser asks for: the number `n` of the change, and a new `state` or the name of a `preset`.
+        view: the answer to the change `n`: the `state`, an `error` or none, and, of the last state without one,
+            the `sliders`, the `readout`, and the config as `json` and as `code`.
+        pinned: what the browser compares with: a `readout`, its `label` and the `use` it is for, or nothing.
+    """
+
+    _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("readout.js", "workbench.js"))
+    _css = _FOLDER / "workbench.css"
+    edit = traitlets.Dict().tag(sync=True, echo_update=False)
+    view = traitlets.Dict().tag(sync=True)
+    pinned = traitlets.Dict().tag(sync=True)
+    offers = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self,
+        pattern: str = "MEM*E",
+        *,
+        seq_len: int = 8192,
+        batch_size: int = 1,
+        hardware: str = "H200",
+        **fields: Any,
+    ) -> None:
+        """Begins with a model.
+
+        Args:
+            pattern: its layers, or the name of a published system.
+            seq_len: tokens of a sequence, and of the context of decoding.
+            batch_size: sequences that are decoded at once.
+            hardware: name of a device of `explore.roofline`, or `here`.
+            fields: further fields of `ModelConfig`; 256 wide with 32,768 tokens unless given.
+
+        Raises:
+            ValueError: the first thing that is wrong, in one line.
+        """
+        super().__init__()
+        if pattern in PRESETS:
+            model: dict[str, Any] = {**content_of(preset(pattern)), **_plain(fields)}
+        else:
+            model = {"d_model": 256, "vocab_size": 32_768, "pattern": pattern, **_plain(fields)}
+        try:
+            built = ModelConfig.model_validate(model)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from None
+        if built.mtp is not None:
+            model |= {name: content_of(built)[name] for name in ("pattern", "mtp")}
+        self.offers = {
+            "hardware": [*GPUS, HERE],
+            "presets": list(PRESETS),
+            "groups": groups(),
+            "bounds": dict(BOUNDS),
+        }
+        self._n = 0
+        others = {"seq_len": seq_len, "batch_size": batch_size, "hardware": hardware}
+        self._show(State.read({"model": model, "home": model, **others}))
+
+    @classmethod
+    def from_config(cls, model: ModelConfig, **others: Any) -> Workbench:
+        """A workbench with a model, all of whose sizes stay as they are when others are changed.
+
+        Args:
+            others: `seq_len`, `batch_size` and `hardware`.
+        """
+        return cls(**content_of(model), **others)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The last valid model; setting it changes what is shown."""
+        return self._config
+
+    @config.setter
+    def config(self, model: ModelConfig) -> None:
+        fields = content_of(model)
+        self._show(self._state.model_copy(update={"model": fields, "home": fields}))
+
+    @property
+    def readout(self) -> dict[str, Any]:
+        """The numbers that are shown: those that `explore.workbench.evaluate` returns."""
+        return dict(self.view["readout"])
+
+    @traitlets.observe("edit")
+    def _edited(self, change: Mapping[str, Any]) -> None:
+        edit = change["new"]
+        self._n = edit.get("n", 0)
+        try:
+            state = State.read(edit.get("state") or self._state.model_dump())
+            if name := edit.get("preset"):
+                fields = content_of(preset(name))
+                state = state.model_copy(update={"model": fields, "home": fields})
+            self._show(state)
+        except ValueError as error:
+            self.view = {**self.view, "n": self._n, "state": edit.get("state"), "error": str(error)}
+
+    def _show(self, state: State) -> None:
+        """Makes a state the one that is shown, if it can be evaluated."""
+        model = state.build()
+        shown = readout(state, model)
+        self._state, self._config = state, model
+        self.view = {
+            "n": self._n,
+            "state": state.model_dump(),
+            "strip": canonical(state.model["pattern"]),
+            "error": "",
+            "letters": letters(model),
+            "sliders": state.sliders(model),
+            "readout": shown,
+            "json": model.model_dump_json(),
+            "code": code(state.fields),
+        }
+
+
+def _plain(value: Any) -> Any:
+    """The same in dictionaries, without configs."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
