@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-Floats = npt.NDArray[np.float64]
+from explore.frontier.columns import numbers
 
 
 def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val_bpb") -> pd.Series[Any]:
@@ -23,7 +22,7 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
     Raises:
         ValueError: a column is missing.
     """
-    x, y = _numbers(table, cost), _numbers(table, error)
+    x, y = numbers(table, cost), numbers(table, error)
     known = np.isfinite(x) & np.isfinite(y)
     costs, which = np.unique(x[known], return_inverse=True)
     best = np.full(len(costs), np.inf)  # the least error at each cost
@@ -55,17 +54,10 @@ def hypervolume(
     limit_cost, limit = reference
     if not (np.isfinite(limit_cost) and limit_cost > 0 and np.isfinite(limit)):
         raise ValueError(f"reference: must be finite with a positive {cost}, got {reference!r}")
-    x, y = _numbers(table, cost), _numbers(table, error)
+    x, y = numbers(table, cost), numbers(table, error)
     if (x <= 0).any():
         raise ValueError(f"{cost}: must be positive on a log axis, got {x[x <= 0][0]:g}")
     front = pareto_front(table, cost, error).to_numpy() & (x < limit_cost) & (y < limit)
     points = np.unique(np.stack([np.log10(x[front]), y[front]], axis=1), axis=0)  # by rising cost, so falling error
     ends = np.append(points[1:, 0], np.log10(limit_cost))
     return float(((ends - points[:, 0]) * (limit - points[:, 1])).sum())
-
-
-def _numbers(table: pd.DataFrame, column: str) -> Floats:
-    if column not in table:
-        raise ValueError(f"column {column!r} is not in the table; it has {', '.join(map(str, table.columns))}")
-    numbers: Any = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    return np.asarray(numbers, dtype=np.float64)

@@ -1,0 +1,44 @@
+"""Frontier statistics: what is best at its cost, and how much of that the noise between seeds could have made."""
+
+from explore.frontier.arms import arms_table
+from explore.frontier.axes import add_axes, experiments_of, front_changes
+from explore.frontier.bands import seed_bands
+from explore.frontier.columns import Floats
+from explore.frontier.comparisons import compare, n_for_half_width, width_reached
+from explore.frontier.flips import order_changes, rank_correlation
+from explore.frontier.front import hypervolume, pareto_front
+from explore.frontier.intervals import NOT_RESOLVED, Interval, holm
+from explore.frontier.laws import PowerLaws, fit_power_laws
+from explore.frontier.multipliers import Crossover, EffectiveCompute, crossover, effective_compute
+from explore.frontier.scores import cluster_interval, success_difference, success_fraction
+from explore.frontier.volumes import hypervolume_difference, hypervolume_interval
+
+__all__ = [
+    "NOT_RESOLVED",
+    "Crossover",
+    "EffectiveCompute",
+    "Floats",
+    "Interval",
+    "PowerLaws",
+    "add_axes",
+    "arms_table",
+    "cluster_interval",
+    "compare",
+    "crossover",
+    "effective_compute",
+    "experiments_of",
+    "fit_power_laws",
+    "front_changes",
+    "holm",
+    "hypervolume",
+    "hypervolume_difference",
+    "hypervolume_interval",
+    "n_for_half_width",
+    "order_changes",
+    "pareto_front",
+    "rank_correlation",
+    "seed_bands",
+    "success_difference",
+    "success_fraction",
+    "width_reached",
+]

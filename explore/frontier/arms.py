@@ -1,0 +1,50 @@
+"""The arms of a study side by side: what each was given, how far that is off its baseline's, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
+SETTINGS = ("tokens", "lr", "tuned", "lr_sensitivity")
+SCORES = ("val_bpb", "test_bpb", "recall")
+
+
+def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = ()) -> pd.DataFrame:
+    """One row an arm: seeds, budgets with their residuals, learning rate and mean scores.
+
+    Args:
+        table: one row a run, with the columns of `explore.runs.COLUMNS`.
+        arm: column that names the arms.
+        baseline: the arm that the residuals are taken from.
+        by: columns of which each combination is a table by itself, such as size.
+
+    Returns:
+        The columns `by` and `arm`, n_seeds, tokens, lr, tuned (all of its runs are), lr_sensitivity, each budget with
+        `_residual` (its share above the baseline's), and the means of the scores that some run has.
+
+    Raises:
+        ValueError: a column is missing, or the baseline has no run somewhere.
+    """
+    keys = [*by, arm]
+    if missing := [column for column in (*keys, *BUDGETS, *SETTINGS) if column not in table]:
+        raise ValueError(f"column {missing[0]!r} is not in the table; it has {', '.join(map(str, table.columns))}")
+    groups = table.groupby(keys, observed=True, sort=False)
+    found = groups[["tokens", "lr", "lr_sensitivity", *BUDGETS]].first().reset_index()
+    found.insert(len(keys), "n_seeds", groups.size().to_numpy())
+    found.insert(len(keys) + 3, "tuned", groups["tuned"].all().to_numpy(dtype=bool))
+    own = {_key(row, by): row for row in found.to_dict("records") if row[arm] == baseline}
+    rows = [(row, own.get(_key(row, by))) for row in found.to_dict("records")]
+    if alone := [_key(row, by) for row, of in rows if of is None]:
+        raise ValueError(f"{arm}: the baseline {baseline!r} has no run" + (f" at {alone[0]}" if by else ""))
+    for budget in BUDGETS:
+        residuals = [row[budget] / of[budget] - 1 for row, of in rows if of is not None]
+        found.insert(list(found.columns).index(budget) + 1, f"{budget}_residual", residuals)
+    scores = groups[[score for score in SCORES if score in table]].mean().dropna(axis="columns", how="all")
+    return found.join(scores.reset_index(drop=True))
+
+
+def _key(row: Mapping[Any, Any], by: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(row[column] for column in by)

@@ -1,0 +1,49 @@
+"""Columns of a table of runs, as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Floats = npt.NDArray[np.float64]
+
+
+def check_columns(table: pd.DataFrame, columns: Iterable[str]) -> None:
+    """Refuses a table that lacks a column.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    for column in columns:
+        if column not in table:
+            raise ValueError(f"column {column!r} is not in the table; it has {', '.join(map(str, table.columns))}")
+
+
+def numbers(table: pd.DataFrame, column: str) -> Floats:
+    """A column as float64, with NaN for what is missing.
+
+    Raises:
+        ValueError: the column is missing.
+    """
+    check_columns(table, [column])
+    values: Any = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(values, dtype=np.float64)
+
+
+def known_rows(table: pd.DataFrame, labels: Iterable[str], *values: str) -> pd.DataFrame:
+    """The rows in which every value is a finite number: the columns `labels` as they are, `values` as float64.
+
+    Raises:
+        ValueError: a column is missing, or no row is left.
+    """
+    labels = list(labels)
+    check_columns(table, labels)
+    rows = table[labels].assign(**{value: numbers(table, value) for value in values})
+    rows = rows[np.isfinite(rows[list(values)].to_numpy(dtype=np.float64)).all(axis=1)]
+    if rows.empty:
+        raise ValueError(f"table: no row has a finite {' and '.join(values)}")
+    return pd.DataFrame(rows).reset_index(drop=True)

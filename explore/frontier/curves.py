@@ -1,0 +1,92 @@
+"""Saturating power laws as functions of their parameters, and their least-squares fit to many data sets at once.
+
+Parameters are kept as logarithms, theta = log (E, A_1, ..., A_F, alpha_1, ..., alpha_F), so all are positive. `which`
+is the family of each run and `log_c` the logarithm of its compute over the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from explore.frontier.columns import Floats
+
+Families = npt.NDArray[np.intp]
+
+MIN_E, MAX_A, MIN_ALPHA, MAX_ALPHA = 1e-6, 1e3, 1e-3, 5.0
+ITERATIONS = 200
+
+
+def bounds(n_families: int, least: float) -> tuple[Floats, Floats]:
+    """Limits of theta, for losses of which `least` is the least: E a millionth of it to all of it."""
+    ones = np.ones(n_families)
+    low = np.concatenate([[MIN_E * least], MIN_E * least * ones, MIN_ALPHA * ones])
+    high = np.concatenate([[least], MAX_A * least * ones, MAX_ALPHA * ones])
+    return np.log(low), np.log(high)
+
+
+def curves(theta: Floats, which: Families, log_c: Floats) -> Floats:
+    """Losses (fits, runs) of parameters (fits, 1 + 2 families)."""
+    return np.asarray(np.exp(theta[:, :1]) + _reducible(theta, which, log_c), dtype=np.float64)
+
+
+def _reducible(theta: Floats, which: Families, log_c: Floats) -> Floats:
+    n = (theta.shape[1] - 1) // 2
+    return np.asarray(np.exp(theta[:, 1 + which] - np.exp(theta[:, 1 + n + which]) * log_c), dtype=np.float64)
+
+
+def slopes(theta: Floats, which: Families, log_c: Floats) -> Floats:
+    """Derivatives (fits, runs, parameters) of `curves`."""
+    n, runs = (theta.shape[1] - 1) // 2, np.arange(len(log_c))
+    reducible = _reducible(theta, which, log_c)
+    found = np.zeros((*reducible.shape, theta.shape[1]))
+    found[:, :, 0] = np.exp(theta[:, :1])
+    found[:, runs, 1 + which] = reducible
+    found[:, runs, 1 + n + which] = -reducible * np.exp(theta[:, 1 + n + which]) * log_c
+    return found
+
+
+def starts(which: Families, log_c: Floats, y: Floats) -> Iterator[Floats]:
+    """Parameters to begin a fit from: for some E, the straight lines through the logarithms of what is above it."""
+    for share in (0.05, 0.4, 0.7, 0.9, 0.98):
+        e = share * float(y.min())
+        lines = [np.polyfit(log_c[which == i], np.log(y[which == i] - e), 1) for i in range(int(which.max()) + 1)]
+        slope, intercept = np.array(lines).T
+        yield np.concatenate([[np.log(e)], intercept, np.log(np.clip(-slope, 10 * MIN_ALPHA, MAX_ALPHA))])
+
+
+def refit(start: Floats, which: Families, log_c: Floats, y: Floats) -> Floats:
+    """Fits every row of `y` (fits, runs) by Levenberg and Marquardt's method, all from the same start.
+
+    Returns:
+        Parameters (fits, 1 + 2 families).
+    """
+    low, high = bounds(int(which.max()) + 1, float(y.min()))
+    low, high = np.minimum(low, start), np.maximum(high, start)
+    theta = np.repeat(start[None], len(y), axis=0)
+    damping = np.full(len(y), 1e-3)
+    errors = y - curves(theta, which, log_c)
+    cost = (errors**2).sum(axis=1)
+    todo = np.arange(len(y))
+    for _ in range(ITERATIONS):
+        if not len(todo):
+            break
+        slope = slopes(theta[todo], which, log_c)
+        square = np.swapaxes(slope, 1, 2) @ slope
+        gradient = (np.swapaxes(slope, 1, 2) @ errors[todo, :, None])[:, :, 0]
+        diagonal = np.einsum("fpp->fp", square)
+        damped = damping[todo, None] * np.maximum(diagonal, 1e-12 * diagonal.max(axis=1, keepdims=True))
+        np.einsum("fpp->fp", square)[:] += damped
+        step = np.clip(np.linalg.solve(square, gradient[:, :, None])[:, :, 0], -1.0, 1.0)
+        tried = np.clip(theta[todo] + step, low, high)
+        missed = y[todo] - curves(tried, which, log_c)
+        found = (missed**2).sum(axis=1)
+        gain = cost[todo] - found
+        better = todo[gain > 0]
+        theta[better], errors[better], cost[better] = tried[gain > 0], missed[gain > 0], found[gain > 0]
+        damping[todo] = np.clip(damping[todo] * np.where(gain > 0, 0.2, 5.0), 1e-12, 1e12)
+        done = np.where(gain > 0, gain <= 1e-10 * cost[todo], damping[todo] >= 1e8)
+        todo = todo[~done]
+    return theta

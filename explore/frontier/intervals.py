@@ -1,0 +1,75 @@
+"""Intervals, the quantiles that they are made of, and the words for what they decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from scipy import special
+
+from explore.frontier.columns import Floats
+
+NOT_RESOLVED: Final = "not resolved"
+"""Verdict on a difference that the noise could have made."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval.
+
+    Attributes:
+        level: share of such intervals that hold the true value.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    level: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the distance between the ends."""
+        return (self.high - self.low) / 2
+
+
+def check_level(level: float) -> float:
+    """Returns a confidence level.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: must lie between 0 and 1, got {level!r}")
+    return level
+
+
+def t_quantile(dof: float, level: float) -> float:
+    """Standard errors on either side of an estimate in a two-sided t interval."""
+    return float(special.stdtrit(dof, (1 + check_level(level)) / 2))
+
+
+def p_two_sided(difference: float, error: float, dof: float) -> float:
+    """The p value of a t test of no difference, given its standard error."""
+    if error <= 0:
+        return float(difference == 0)
+    return float(2 * special.stdtr(dof, -abs(difference) / error))
+
+
+def between(draws: Any, level: float, axis: int = 0) -> tuple[Any, Any]:
+    """Quantiles of draws that leave out equally many at either end."""
+    tail = (1 - check_level(level)) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail], axis=axis)
+    return low, high
+
+
+def holm(p: Floats) -> Floats:
+    """Adjusts p values so that, of all hypotheses that hold, any is rejected with the level's probability at most.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
+    """
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted

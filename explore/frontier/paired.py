@@ -1,0 +1,89 @@
+"""Arms that were run from the same seeds: their effects without what a seed does to all arms alike.
+
+Within a stratum, such as a size, the value of a run is the effect of its arm, plus that of its seed (of the order of
+the data, which all arms share), plus noise. The noise is normal with one variance over all arms and strata.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from explore.frontier.columns import Floats, known_rows
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """The arms of one stratum.
+
+    Attributes:
+        key: values of the columns that make the stratum.
+        effects: of each arm, up to a number that is common to all.
+        covariance: of the effects, over the variance of the noise.
+        seeds: the seeds of each arm.
+    """
+
+    key: tuple[Hashable, ...]
+    effects: dict[Hashable, float]
+    covariance: Floats
+    seeds: dict[Hashable, frozenset[Hashable]]
+
+    def difference(self, arm: Hashable, baseline: Hashable) -> tuple[float, float]:
+        """The effect of an arm less that of another, and the variance of it over that of the noise."""
+        contrast = np.array([float(each == arm) - float(each == baseline) for each in self.effects])
+        variance = float(contrast @ self.covariance @ contrast)
+        return self.effects[arm] - self.effects[baseline], variance
+
+
+@dataclass(frozen=True)
+class Paired:
+    """All strata, with their noise.
+
+    Attributes:
+        sd: standard deviation of the noise of one run, pooled over arms and strata.
+        dof: its degrees of freedom.
+    """
+
+    strata: tuple[Stratum, ...]
+    sd: float
+    dof: int
+
+
+def paired(table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, value: str) -> Paired:
+    """Fits the effects of arms and seeds by least squares, stratum by stratum.
+
+    Where every arm has every seed, an effect is the mean of the arm, and a difference the mean of the paired ones.
+
+    Raises:
+        ValueError: a column is missing, a run is there twice, or no noise can be told from the effects.
+    """
+    labels = [*strata, arm, pair]
+    rows = known_rows(table, labels, value)
+    if (twice := rows.duplicated(labels)).any():
+        raise ValueError(f"table: two rows have the same {', '.join(labels)}: {tuple(rows.loc[twice, labels].iloc[0])}")
+    fitted, squares, dof = [], 0.0, 0
+    groups = rows.groupby(list(strata), sort=False, dropna=False) if strata else [((), rows)]
+    for key, group in groups:
+        arms, seeds = (pd.factorize(group[column]) for column in (arm, pair))
+        design = np.hstack([np.eye(len(arms[1]))[arms[0]], np.eye(len(seeds[1]))[seeds[0]][:, 1:]])
+        inverse = np.linalg.pinv(design.T @ design)
+        values = group[value].to_numpy(dtype=np.float64)
+        found = inverse @ (design.T @ values)
+        squares += float(((values - design @ found) ** 2).sum())
+        dof += len(values) - int(np.linalg.matrix_rank(design))
+        n_arms = len(arms[1])
+        fitted.append(
+            Stratum(
+                tuple(key),
+                dict(zip(arms[1], found[:n_arms].tolist(), strict=True)),
+                np.asarray(inverse[:n_arms, :n_arms], dtype=np.float64),
+                {each: frozenset(group.loc[group[arm] == each, pair]) for each in arms[1]},
+            )
+        )
+    if not dof:
+        raise ValueError(f"table: no noise can be told from the effects; two arms need two of the same {pair}")
+    return Paired(tuple(fitted), math.sqrt(squares / dof), dof)
