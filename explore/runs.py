@@ -162,6 +162,11 @@ class RunFolder:
         return _json(self.text("trial.json")) or {}
 
     @property
+    def evals(self) -> dict[str, Any]:
+        """`evals.json`: what was measured after training, by kind: `pairs` by suite and paradigm, `bpb` by corpus."""
+        return _json(self.text("evals.json")) or {}
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or None while there is none that can be read."""
         return _json(self.text("result.json"))
@@ -313,6 +318,22 @@ def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
     """
     rows = [run.row() for run in find_runs(*roots) if unfinished or run.status in ENDED]
     return pd.DataFrame({column: _column([row[column] for row in rows], dtype) for column, dtype in COLUMNS.items()})
+
+
+def load_pairs(*roots: str | Path) -> pd.DataFrame:
+    """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    rows = [
+        (run.path.resolve().name, suite, uid, accuracy)
+        for run in find_runs(*roots)
+        if run.status in ENDED
+        for suite, shares in _mapping(run.evals, "pairs").items()
+        for uid, accuracy in shares.items()
+    ]
+    return pd.DataFrame(rows, columns=["run", "suite", "uid", "accuracy"])
 
 
 def load_metrics(*roots: str | Path) -> pd.DataFrame:

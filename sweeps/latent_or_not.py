@@ -14,11 +14,23 @@ width. No run has fewer than five training tokens for each active parameter of i
     explore sweep sweeps/latent_or_not.py --trials 24 --workers 2 --records sweeps/records/latent_or_not.parquet
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
+import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.figures import RunFigure, draw_comparisons, draw_laws, stacked
+from explore.frontier import (
+    arms_table,
+    compare,
+    crossover,
+    effective_compute,
+    fit_power_laws,
+    rank_correlation,
+    seed_bands,
+)
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
@@ -101,3 +113,51 @@ def experiment(trial: optuna.Trial) -> Experiment:
             tokens=TOKENS_PER_D2 * d_model**2, batch_size=16, lr=3.2e-2, precision="bf16", eval_tokens=65_536
         ),
     )
+
+
+NAMES = {
+    "acc2": "acc, 2x narrower",
+    "acc4": "acc, 4x",
+    "acc8": "acc, 8x",
+    "eff2": "eff, 2x",
+    "eff4": "eff, 4x",
+    "eff8": "eff, 8x",
+    "squeezed2": "no more experts, 2x",
+    "squeezed4": "no more experts, 4x",
+    "acc4-norm-in": "acc, 4x, norm before",
+    "acc4-norm-out": "acc, 4x, norm after",
+    "acc4-router": "acc, 4x, router in latent",
+}
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm at every width, the differences from `moe`, and what the laws say."""
+    runs = runs[runs["status"] == "finished"].copy()
+    runs["arm"] = runs["name"].str.rpartition("-d")[0]
+    primary = runs[runs["arm"].isin(PRIMARY)]
+    named = [(width, arm) for width in WIDTHS for arm in PRIMARY[1:]]
+    differences = compare(runs, "arm", "moe", by=["d_model"], primary=named)
+    laws = fit_power_laws(primary, "arm", loss="test_bpb")
+    largest = primary.groupby("arm")["flops_run"].max()
+    worth = [effective_compute(laws, arm, "moe", compute=largest[arm]) for arm in PRIMARY[1:]]
+    crossings = [crossover(laws, arm, "moe") for arm in PRIMARY[1:]]
+    return {
+        "arms": arms_table(runs, "arm", "moe", by=["d_model"]),
+        "differences": differences,
+        "bands": seed_bands(primary, ["arm", "d_model"], error="test_bpb"),
+        "laws": laws.table(),
+        "curves": laws.curves().rename(columns={"family": "arm"}),
+        "effective_compute": pd.DataFrame([vars(each) for each in worth]),
+        "crossings": pd.DataFrame([vars(each) for each in crossings]),
+        "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
+    }
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """Loss against compute of the primary arms, and the differences of all arms at the width that all have."""
+    drawn, (above, below) = stacked([2.3, 2.4], "Does a latent pay?")
+    primary = {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]}
+    draw_laws(above, tables["bands"], tables["curves"], primary)
+    at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
+    draw_comparisons(below, at, NAMES, f"Test bits per byte, less standard MoE's (d_model {SECONDARY_WIDTH})")
+    return drawn

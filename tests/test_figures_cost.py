@@ -475,7 +475,7 @@ def test_text_is_seven_to_nine_points_at_both_widths(models, steps):
 
 def test_a_figure_of_models_tells_their_names_in_its_file(models, tmp_path):
     figure = plot_state(models, width=COLUMN_WIDTH, height=COLUMN_HEIGHT)
-    png, _ = save_figure(figure, tmp_path / "state")
+    png, *_ = save_figure(figure, tmp_path / "state")
     with Image.open(png) as image:
         assert image.info["Title"] == "Decoding state against context"
         assert image.info["Description"] == "6 models: attention, hybrid, latent, MLA, window, MLP"

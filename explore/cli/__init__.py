@@ -10,6 +10,7 @@ from explore.cli import (
     training,
     sweeping,
     dashboards,
+    figures,
     using,
     merging,
     doors,

@@ -27,6 +27,7 @@ from explore.figures.decoding import (
 )
 from explore.figures.frontier import MORE_IS_BETTER, draw_frontier, frontier_table, plot_frontier
 from explore.figures.runs import LABELS
+from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, stacked
 
 __all__ = [
     "COLUMN_HEIGHT",
@@ -39,14 +40,18 @@ __all__ = [
     "QUANTITIES",
     "README_HEIGHT",
     "README_WIDTH",
+    "VERDICTS",
     "FamilyStyle",
     "RunFigure",
     "conventions_table",
     "curves_table",
+    "draw_comparisons",
     "draw_conventions",
     "draw_curves",
     "draw_frontier",
     "draw_latency",
+    "draw_laws",
+    "draw_levels",
     "draw_receipts",
     "draw_state",
     "draw_throughput",
@@ -62,5 +67,6 @@ __all__ = [
     "plot_throughput",
     "receipts_table",
     "save_figure",
+    "stacked",
     "state_table",
 ]

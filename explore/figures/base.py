@@ -76,33 +76,40 @@ def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
     return {family: style for family, style in styles.items() if family in present}
 
 
-def save_figure(figure: Figure, path: str | Path) -> tuple[Path, Path]:
+def save_figure(figure: Figure, path: str | Path, *, pdf: bool = False, about: str = "") -> tuple[Path, ...]:
     """Writes a figure as PNG (300 dots per inch) and SVG beside each other, the same bytes for the same figure.
 
-    The title, the number of runs or models and their names, and the software stand in the metadata of both files.
+    The title, the number of runs or models and their names, and the software stand in the metadata of all files.
 
     Args:
-        path: of either file, or of both without a suffix.
+        path: of one of the files, or of all without a suffix.
+        pdf: write a PDF too.
+        about: what else the metadata says of the data.
 
     Returns:
-        The paths of the PNG and the SVG.
+        The paths of the PNG, the SVG and, where it is asked for, the PDF.
 
     Raises:
         ValueError: another suffix.
     """
     path = Path(path)
-    if path.suffix not in ("", ".png", ".svg"):
-        raise ValueError(f"figure: cannot write {str(path)!r}; the suffix must be .png or .svg, and both are written")
+    suffixes = (".png", ".svg", ".pdf")[: 3 if pdf else 2]
+    if path.suffix not in ("", *suffixes):
+        allowed, each = " or ".join(suffixes), "both are written" if not pdf else "all are written"
+        raise ValueError(f"figure: cannot write {str(path)!r}; the suffix must be {allowed}, and {each}")
     title, noun = path.stem, "runs"
     runs: tuple[str, ...] = ()
     if isinstance(figure, RunFigure):
         title, runs, noun = figure.title, figure.runs, figure.noun
-    described = {"Title": title, "Description": f"{len(runs)} {noun}" + (f": {', '.join(runs)}" if runs else "")}
+    said = f"{len(runs)} {noun}" + (f": {', '.join(runs)}" if runs else "") + (f"; {about}" if about else "")
     software = f"hybrid-frontier, Matplotlib {matplotlib.__version__}"
-    png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    with matplotlib.rc_context({"svg.hashsalt": "hybrid-frontier"}):
-        with replacing(png) as temporary:
-            figure.savefig(temporary, format="png", dpi=300, metadata={**described, "Software": software})
-        with replacing(svg) as temporary:
-            figure.savefig(temporary, format="svg", metadata={**described, "Creator": software, "Date": None})
-    return png, svg
+    words: dict[str, dict[str, str | None]] = {
+        ".png": {"Title": title, "Description": said, "Software": software},
+        ".svg": {"Title": title, "Description": said, "Creator": software, "Date": None},
+        ".pdf": {"Title": title, "Subject": said, "Creator": software, "CreationDate": None},
+    }
+    with matplotlib.rc_context({"svg.hashsalt": "hybrid-frontier", "pdf.fonttype": 42}):
+        for suffix in suffixes:
+            with replacing(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, format=suffix[1:], dpi=300, metadata=words[suffix])
+    return tuple(path.with_suffix(suffix) for suffix in suffixes)

@@ -30,7 +30,7 @@ def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[
     quality, (cost, *_) = frontier_axes(study)
     table = runs_of(study, runs)
     try:
-        png, _ = save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")
+        png, *_ = save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")
         log_sweep(study.study_name, table, png, runs, mode, question=str(study.user_attrs.get("question", "")))
     except Exception as error:
         say(f"no frontier for Weights & Biases: {' '.join(str(error).split())}")

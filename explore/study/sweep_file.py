@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
+import pandas as pd
 from pydantic import ValidationError
 
 from explore.config import explain
@@ -24,7 +25,12 @@ from explore.study.learning_rates import LearningRates
 from explore.study.pruning import FrontPruner
 from explore.study.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 
+if TYPE_CHECKING:
+    from explore.figures import RunFigure
+
 Direction = Literal["minimize", "maximize"]
+TELLING = ("tables", "figure")
+"""Functions of a sweep file that tell its results, and may be changed under its study."""
 TRIES = 200
 """Samples that may be rejected in a row before a search space counts as exhausted."""
 
@@ -45,6 +51,8 @@ class Sweep:
         budgets: what every trial comes to; `experiment` asks it for the model.
         learning_rates: search of the learning rate within every trial.
         pruner: what stops a run on its learning curve.
+        tables: what the tables of runs and of minimal pairs come to, as tables by name.
+        figure: drawn from these tables.
     """
 
     path: Path
@@ -58,6 +66,8 @@ class Sweep:
     budgets: Budgets | None = None
     learning_rates: LearningRates | None = None
     pruner: FrontPruner | None = None
+    tables: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
+    figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
 
     @property
     def name(self) -> str:
@@ -65,8 +75,22 @@ class Sweep:
 
     @property
     def code(self) -> str:
-        """The file without its comments and layout, which change no result."""
-        return ast.unparse(ast.parse(self.path.read_text(encoding="utf-8")))
+        """The file without what changes no result: comments, layout, its docstring, and how its results are told."""
+        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+        tree.body = [each for each in tree.body if not _tells(each)]
+        return ast.unparse(tree)
+
+
+def _tells(statement: ast.stmt) -> bool:
+    """Whether a statement of a sweep file is about its results only."""
+    match statement:
+        case ast.Expr(value=ast.Constant()):
+            return True
+        case ast.FunctionDef(name=name):
+            return name in TELLING
+        case ast.ImportFrom(module=str(module)):
+            return module.startswith(("explore.figures", "explore.frontier"))
+    return False
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -104,6 +128,8 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         "budgets": (Budgets, "explore.study.Budgets"),
         "learning_rates": (LearningRates, "explore.study.LearningRates"),
         "pruner": (FrontPruner, "explore.study.FrontPruner"),
+        "tables": (FunctionType, "a function from the tables of runs and of minimal pairs to tables by name"),
+        "figure": (FunctionType, "a function from these tables to a figure"),
     }
     found = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
     for name, value in found.items():

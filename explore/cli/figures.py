@@ -1,0 +1,57 @@
+"""The command that makes figures, tables and quoted numbers again from committed records, or says what has drifted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from explore.cli.app import app, err, out
+
+TEMPLATE, TEXT = "FINDINGS.template.md", "FINDINGS.md"
+
+
+@app.command(
+    rich_help_panel="Train and search",
+    epilog="Example: explore figures --check, as CI does; explore figures latent_or_not draws one of them",
+)
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Studies, by the names of their files; all if absent.")
+    ] = None,
+    sweeps: Annotated[Path, typer.Option(help="Folder of sweep files, with their records in records/.")] = Path(
+        "sweeps"
+    ),
+    output: Annotated[Path, typer.Option("--out", help="Folder of the figures and tables.")] = Path("docs/findings"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; end with 1 where something has drifted.")
+    ] = False,
+) -> None:
+    """Make every figure and table of the findings again, as PDF, SVG, PNG and CSV, from records; nothing is trained."""
+    from explore.findings import find_findings, text_drift, write_text
+
+    found = find_findings(sweeps)
+    if unknown := set(names or ()) - {finding.name for finding in found}:
+        allowed = ", ".join(finding.name for finding in found)
+        raise ValueError(f"NAMES: {', '.join(sorted(unknown))} is no study with records; there are {allowed}")
+    chosen = [finding for finding in found if not names or finding.name in names]
+    template, text = output / TEMPLATE, sweeps.parent / TEXT
+    if check:
+        drifted = [line for finding in chosen for line in finding.drift(output)]
+        drifted += text_drift(template, text, found) if template.exists() else []
+        for line in drifted:
+            err.print(line, highlight=False, markup=False, soft_wrap=True)
+        if drifted:
+            sys.exit(1)
+        out.print(f"{len(chosen)} findings are what their records give: {sum(len(each.runs) for each in chosen)} runs")
+        return
+    for finding in chosen:
+        with err.status(f"{finding.name}: {len(finding.runs)} runs"):
+            paths = finding.write(output)
+        for path in paths:
+            out.print(f"wrote {path}", highlight=False)
+    if template.exists():
+        write_text(template, text, found)
+        out.print(f"wrote {text}", highlight=False)

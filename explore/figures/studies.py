@@ -1,0 +1,127 @@
+"""What a study shows: differences of arms from a baseline with their intervals, and loss against compute with laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
+from explore.figures.base import COLUMN_WIDTH, RunFigure
+from explore.figures.panels import line_styles
+from explore.figures.runs import LABELS
+
+VERDICTS: Mapping[str, tuple[str, str, str]] = {
+    "better": ("#0173b2", "o", "better"),
+    "worse": ("#d55e00", "s", "worse"),
+    "not resolved": ("0.45", "D", "not resolved"),
+    "exploratory": ("0.45", "o", "not a primary comparison"),
+}
+"""Colour, marker and words of each verdict of `explore.frontier.compare`; an exploratory one is drawn hollow."""
+
+
+def stacked(heights: Sequence[float], title: str, width: float = COLUMN_WIDTH) -> tuple[RunFigure, list[Axes]]:
+    """A figure as wide as a paper's column, and its axes above each other with their heights in inches.
+
+    Args:
+        title: in the metadata of its files.
+    """
+    figure = RunFigure(width, sum(heights), title, ())
+    axes = figure.subplots(len(heights), 1, height_ratios=list(heights), squeeze=False)
+    return figure, list(axes[:, 0])
+
+
+def draw_comparisons(
+    ax: Axes, table: pd.DataFrame, names: Mapping[str, str], label: str, *, arm: str = "arm", font_pt: float = 7.0
+) -> None:
+    """Draws differences from a baseline: a row an arm, with its interval, coloured by verdict; zero is the baseline.
+
+    Args:
+        table: from `explore.frontier.compare`.
+        names: the arms that are drawn, from above, and what each is called.
+        label: of the axis, with its unit.
+    """
+    dress(ax, label, "", font_pt)
+    rows = table.set_index(arm)
+    shown = [each for each in names if each in rows.index]
+    if not shown:
+        nothing(ax, "no arms beside the baseline", font_pt)
+        return
+    ax.axvline(0, color=LINE, lw=0.8, zorder=1)
+    for place, each in enumerate(shown):
+        row = rows.loc[each]
+        color, marker, _ = VERDICTS[str(row["verdict"])]
+        ax.plot([row["low"], row["high"]], [place, place], color=color, lw=0.16 * font_pt, zorder=2)
+        face = "white" if row["verdict"] == "exploratory" else color
+        ax.plot(row["difference"], place, marker=marker, ms=0.6 * font_pt, mfc=face, mec=color, zorder=3)
+    rows_of_names(ax, [names[each] for each in shown])
+    present = [verdict for verdict in VERDICTS if verdict in set(rows.loc[shown, "verdict"])]
+    legend(ax, [_verdict_handle(verdict, font_pt) for verdict in present], font_pt)
+
+
+def _verdict_handle(verdict: str, font_pt: float) -> Line2D:
+    color, marker, words = VERDICTS[verdict]
+    face = "white" if verdict == "exploratory" else color
+    return Line2D([], [], color=color, lw=0.16 * font_pt, marker=marker, ms=0.6 * font_pt, mfc=face, label=words)
+
+
+def draw_laws(
+    ax: Axes,
+    bands: pd.DataFrame,
+    curves: pd.DataFrame,
+    names: Mapping[str, str],
+    *,
+    arm: str = "arm",
+    cost: str = "flops_run",
+    error: str = "test_bpb",
+    font_pt: float = 7.0,
+) -> None:
+    """Draws mean loss against compute with the interval of each mean, and the law of each family with its band.
+
+    Args:
+        bands: from `explore.frontier.seed_bands`.
+        curves: columns `arm`, compute, loss, low and high, of laws fitted to the same runs.
+        names: the arms that are drawn, and what each is called.
+    """
+    dress(ax, LABELS.get(cost, cost), LABELS.get(error, error), font_pt)
+    styles = line_styles(names)
+    log_axis(ax, bands[cost], 0.08)
+    for each, name in names.items():
+        rows = bands[bands[arm] == each].sort_values(cost)
+        style = styles[each]
+        curve = curves[curves[arm] == each]
+        ax.fill_between(curve["compute"], curve["low"], curve["high"], color=style.color, alpha=0.15, lw=0)
+        ax.plot(curve["compute"], curve["loss"], color=style.color, ls=style.dashes, lw=0.14 * font_pt)
+        ax.vlines(rows[cost], rows["low"], rows["high"], color=style.color, lw=0.14 * font_pt)
+        ax.plot(rows[cost], rows[error], **style.look(font_pt, line=False), label=name)
+    handles = [Line2D([], [], **styles[each].look(font_pt), label=name) for each, name in names.items()]
+    legend(ax, handles, font_pt)
+
+
+def draw_levels(
+    ax: Axes,
+    levels: pd.DataFrame,
+    names: Mapping[Any, str],
+    x_label: str,
+    y_label: str,
+    *,
+    series: str = "series",
+    font_pt: float = 7.0,
+) -> None:
+    """Draws levels with their intervals against a number, a line for each series of `names`.
+
+    Args:
+        levels: columns `series`, x, estimate, low and high.
+    """
+    dress(ax, x_label, y_label, font_pt)
+    styles = line_styles(names)
+    for i, (each, _) in enumerate(names.items()):
+        rows = levels[levels[series] == each].sort_values("x")
+        beside = 0.012 * (i - (len(names) - 1) / 2) * float(np.ptp(levels["x"]) or 1)  # so that none hides another
+        ax.vlines(rows["x"] + beside, rows["low"], rows["high"], color=styles[each].color, lw=0.14 * font_pt)
+        ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=len(rows) > 1))
+    legend(ax, [Line2D([], [], **styles[each].look(font_pt), label=name) for each, name in names.items()], font_pt)

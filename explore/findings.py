@@ -1,0 +1,196 @@
+"""From the records of a study to its tables, its figure and the sentences that quote them; all can be made again.
+
+A sweep file that defines `tables(runs, pairs)` and `figure(tables)`, and has records beside it in
+`records/<name>.parquet`, is a finding. A text that quotes it is kept as a template, in which
+
+    {{latent_or_not.differences[arm=acc4, d_model=48].difference:+.3f}}
+
+stands for a cell: study, table, the columns that name exactly one row, column and format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from explore.figures import RunFigure, save_figure
+from explore.files import replacing
+from explore.runs import PACKED, find_runs, load_pairs, load_runs, read_table, save_table
+from explore.study import Sweep, load_sweep
+
+TOLERANCE = 1e-6
+"""Relative difference of two numbers of a table that another machine's arithmetic may make."""
+
+CELL = re.compile(r"\{\{(\w+)\.(\w+)\[([^\]]*)\]\.(\w+)(?::([^}]*))?\}\}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A study with its records.
+
+    Attributes:
+        sweep: its file.
+        records: the table of records.
+    """
+
+    sweep: Sweep
+    records: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the sweep file."""
+        return self.sweep.name
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """The table of its runs."""
+        return load_runs(self.records)
+
+    @cached_property
+    def tables(self) -> Mapping[str, pd.DataFrame]:
+        """What the study comes to, by name, with numbers as a file holds them."""
+        assert self.sweep.tables is not None
+        return dict(self.sweep.tables(self.runs, load_pairs(self.records)))
+
+    def figure(self) -> RunFigure:
+        """The figure, drawn from the tables alone."""
+        assert self.sweep.figure is not None
+        drawn = self.sweep.figure(self.tables)
+        drawn.runs = tuple(self.runs["run"])
+        return drawn
+
+    @cached_property
+    def about(self) -> str:
+        """Where the data are from: commits, data, FLOP convention."""
+        environments = [run.environment for run in find_runs(self.records)]
+        commits = sorted({str(each.get("commit")) for each in environments})
+        hashes = {str((each.get("data") or {}).get("train")) for each in environments} - {"None"}
+        return f"commits {', '.join(commits)}; data {', '.join(sorted(hashes)) or 'synthetic'}; FLOPs counted as exact"
+
+    def write(self, folder: Path) -> list[Path]:
+        """Writes every table as CSV, and the figure as PDF, SVG and PNG with its origin in the metadata."""
+        paths = [self._path(folder, name) for name in self.tables]
+        for path, table in zip(paths, self.tables.values(), strict=True):
+            save_table(table, path)
+        about = f"{self.about}; {_digest(paths)}"
+        return [*paths, *save_figure(self.figure(), folder / self.name, pdf=True, about=about)]
+
+    def drift(self, folder: Path) -> list[str]:
+        """What in the folder is not what the records give, one line each; none where all is as it was written."""
+        paths = {name: self._path(folder, name) for name in self.tables}
+        found = [line for name, path in paths.items() if (line := _table_drift(path, self.tables[name])) is not None]
+        if found:
+            return found
+        digest = _digest(list(paths.values())).encode()
+        for suffix in (".pdf", ".svg", ".png"):
+            path = folder / f"{self.name}{suffix}"
+            if not path.exists():
+                found.append(f"{path}: is missing")
+            elif digest not in path.read_bytes():
+                found.append(f"{path}: was drawn from other tables than those beside it")
+        return found
+
+    def _path(self, folder: Path, table: str) -> Path:
+        return folder / f"{self.name}.{table}.csv"
+
+
+def load_finding(path: Path) -> Finding:
+    """The finding of a sweep file.
+
+    Raises:
+        ValueError: the file is no sweep, defines no tables or figure, or has no records beside it.
+    """
+    sweep, records = load_sweep(path), path.parent / "records" / f"{path.stem}{PACKED}"
+    for name in ("tables", "figure"):
+        if getattr(sweep, name) is None:
+            raise ValueError(f"{path}: a function {name} is missing, which a finding needs")
+    if not records.is_file():
+        raise ValueError(f"{records}: is missing; `explore sweep {path} --records {records}` makes it")
+    return Finding(sweep, records)
+
+
+def find_findings(folder: Path) -> list[Finding]:
+    """All findings whose records are in `folder/records`, by name.
+
+    Raises:
+        ValueError: there are none, or a sweep file is wrong.
+    """
+    files = sorted(folder / f"{records.stem}.py" for records in (folder / "records").glob(f"*{PACKED}"))
+    if not files:
+        raise ValueError(f"{folder}: has no records/*{PACKED}, of which figures are made")
+    return [load_finding(file) for file in files]
+
+
+def fill(template: str, findings: Sequence[Finding]) -> str:
+    """A text with the cells of tables in place of their names.
+
+    Raises:
+        ValueError: a name that is not there, or a condition that does not name exactly one row.
+    """
+    by_name = {finding.name: finding for finding in findings}
+
+    def cell(match: re.Match[str]) -> str:
+        study, name, conditions, column, form = match.groups()
+        try:
+            table = by_name[study].tables[name]
+            for condition in filter(None, map(str.strip, conditions.split(","))):
+                key, _, value = condition.partition("=")
+                table = table[table[key.strip()].astype(str) == value.strip()]
+            if len(table) != 1:
+                raise ValueError(f"{match[0]}: names {len(table)} rows, and one is needed")
+            return format(table.iloc[0][column], form or "")
+        except KeyError as error:
+            raise ValueError(f"{match[0]}: there is no {error}") from None
+
+    return CELL.sub(cell, template)
+
+
+def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> None:
+    """Writes the text of a template."""
+    with replacing(path) as temporary:
+        temporary.write_text(fill(template.read_text(encoding="utf-8"), findings), encoding="utf-8")
+
+
+def text_drift(template: Path, path: Path, findings: Sequence[Finding]) -> list[str]:
+    """Says, in one line, that a text is not what its template gives."""
+    now = fill(template.read_text(encoding="utf-8"), findings).splitlines()
+    was = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if now == was:
+        return []
+    number = next((i for i, (a, b) in enumerate(zip(now, was, strict=False)) if a != b), min(len(now), len(was)))
+    return [f"{path}: line {number + 1} is not what {template} gives with the tables"]
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    content = b"".join(path.read_bytes() for path in sorted(paths) if path.exists())
+    return f"tables sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def _table_drift(path: Path, table: pd.DataFrame) -> str | None:
+    if not path.exists():
+        return f"{path}: is missing"
+    was = read_table(path)
+    now = table.reset_index(drop=True)
+    if list(was.columns) != list(now.columns) or len(was) != len(now):
+        shapes = [f"{len(each)} rows of {', '.join(each.columns)}" for each in (was, now)]
+        return f"{path}: has {shapes[0]}, and the records give {shapes[1]}"
+    for column in now:
+        same = _same(now[column], was[column])
+        if not same.all():
+            row = int((~same).to_numpy().argmax())
+            return f"{path}: row {row + 1}, {column}: is {was[column][row]}, and the records give {now[column][row]}"
+    return None
+
+
+def _same(now: pd.Series[Any], was: pd.Series[Any]) -> pd.Series[bool]:
+    numbers = [pd.to_numeric(each, errors="coerce").astype("float64") for each in (now, was)]
+    scale = numbers[0].abs().clip(lower=TOLERANCE)
+    texts = [each.astype("str").fillna("") for each in (now, was)]
+    return ((numbers[0] - numbers[1]).abs() <= TOLERANCE * scale) | (texts[0] == texts[1])
