@@ -1,0 +1,144 @@
+"""How much attention does a Mamba hybrid need: for bits per byte, and for recall, to which that loss is blind?
+
+Four mixers, each followed by an MLP, of which none, one, two, three or all are attention; one of four stands early, in
+the middle or late, and in two arms attention has rotary position embedding. The MLPs bring every arm to the training
+FLOPs of `M-M-M-M-` with 4 d_model; the residuals of active parameters and of the state at 128 tokens are kept. `text`
+is Gutenberg; `recall` is multi-query associative recall, on which a run succeeds or fails: what counts is the share of
+seeds that succeed.
+
+Primary, named beforehand: `25` against `0` and against `100`, on text at two widths and on recall at one, with three
+seeds. The other arms have one width. No run on text has fewer than four training tokens for each active parameter of
+its layers. Budget: three CPU hours.
+
+    explore sweep sweeps/attention_share.py --trials 21 --workers 2 --records sweeps/records/attention_share.parquet
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from explore import Experiment, ModelConfig, RecallData, TextData, TrainConfig
+from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
+from explore.frontier import arms_table, compare, seed_bands, success_difference, success_fraction
+from explore.study import Budgets, LearningRates
+from explore.study.budgets import RejectedError
+
+ARMS = {
+    "0": "M-M-M-M-",
+    "25": "M-*-M-M-",
+    "100": "*-*-*-*-",
+    "25-early": "*-M-M-M-",
+    "25-late": "M-M-M-*-",
+    "50": "M-*-M-*-",
+    "75": "*-M-*-*-",
+    "25-rope": "M-*-M-M-",
+    "100-rope": "*-*-*-*-",
+}
+PRIMARY = ("0", "25", "100")
+WIDTHS = (32, 48)
+SECONDARY_WIDTH = 48
+SEQ_LEN = 128
+TOKENS_PER_D2 = 320
+RECALL = {"seq_len": 32, "n_pairs": 8, "vocab_size": 64}
+RECALL_WIDTH, RECALL_TOKENS = 32, 1_048_576
+
+objectives = {"val_loss": "minimize", "flops_run": "minimize"}
+sampler = "grid"
+grid = {"task": ("text", "recall"), "arm": tuple(ARMS), "d_model": WIDTHS}
+seeds = 3
+learning_rates = LearningRates(start=1.6e-2, high=0.256, share=0.5)
+
+
+def content(arm: str, d_model: int, vocab_size: int) -> dict[str, Any]:
+    """Fields of the model of an arm, before it is brought to its budget."""
+    attention = {"d_head": d_model // 4, "n_heads": 4, "n_kv_heads": 2}
+    if arm.endswith("rope"):
+        attention["rope_theta"] = 10_000.0
+    blocks = {
+        "M": {"d_head": d_model // 4, "n_heads": 8, "d_state": 16, "n_groups": 1, "chunk_size": 64},
+        "*": attention,
+        "-": {"d_ff": 4 * d_model},
+    }
+    used = {letter: block for letter, block in blocks.items() if letter in ARMS[arm]}
+    return {"d_model": d_model, "vocab_size": vocab_size, "pattern": ARMS[arm], "blocks": used}
+
+
+def experiment(trial: optuna.Trial) -> Experiment:
+    """One arm at one width, trained on as much of its task as every other of that width."""
+    task = trial.suggest_categorical("task", grid["task"])
+    arm = trial.suggest_categorical("arm", tuple(ARMS))
+    d_model = trial.suggest_categorical("d_model", WIDTHS)
+    if task == "recall" and d_model != RECALL_WIDTH:
+        raise RejectedError(f"recall is trained at d_model={RECALL_WIDTH} only")
+    if task == "text" and arm not in PRIMARY and d_model != SECONDARY_WIDTH:
+        raise RejectedError(f"{arm} is trained at d_model={SECONDARY_WIDTH} only")
+    vocab_size = 2048 if task == "text" else RECALL["vocab_size"]
+    mamba = ModelConfig.model_validate(content("0", d_model, vocab_size)).cost(SEQ_LEN)
+    state = mamba.kv_bytes + mamba.ssm_state_bytes + mamba.conv_state_bytes
+    compare = {"params_active": mamba.params_active, "params_total": mamba.params_total, "state_bytes": state}
+    tie = Budgets({"flops_train": mamba.flops_train}, (f"-.d_ff={d_model}:{8 * d_model}:1",), SEQ_LEN, compare=compare)
+    data: TextData | RecallData = RecallData(**RECALL)
+    tokens, batch_size = RECALL_TOKENS, 64
+    if task == "text":
+        data = TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=1)
+        tokens, batch_size = TOKENS_PER_D2 * d_model**2, 16
+    return Experiment(
+        name=f"{task}-{arm}-d{d_model}",
+        model=tie.model(trial, content(arm, d_model, vocab_size)),
+        data=data,
+        train=TrainConfig(tokens=tokens, batch_size=batch_size, lr=1.6e-2, precision="bf16", eval_tokens=65_536),
+    )
+
+
+NAMES = {
+    "0": "none",
+    "50": "half",
+    "75": "three of four",
+    "100": "all",
+    "25-early": "one of four, first",
+    "25-late": "one of four, last",
+    "25-rope": "one of four, RoPE",
+    "100-rope": "all, RoPE",
+}
+SHARES = {"0": 0, "25": 25, "50": 50, "75": 75, "100": 100}
+SOLVED = 0.9
+"""Recall accuracy from which a run counts as a success."""
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`."""
+    runs = runs[runs["status"] == "finished"].copy()
+    runs["arm"] = runs["name"].str.extract(r"^[a-z]+-(.*)-d\d+$")[0]
+    text, recall = (runs[runs["name"].str.startswith(task)] for task in grid["task"])
+    named = [(width, arm) for width in WIDTHS for arm in PRIMARY if arm != "25"]
+    solved = recall.groupby("arm")["recall"].agg(n="size", successes=lambda each: int((each >= SOLVED).sum()))
+    of = solved.loc["25"]
+    shares = pd.DataFrame([vars(success_fraction(each.successes, each.n)) for each in solved.itertuples()])
+    against = pd.DataFrame(
+        [vars(success_difference(each.successes, each.n, of.successes, of.n)) for each in solved.itertuples()]
+    )
+    return {
+        "arms": arms_table(text, "arm", "25", by=["d_model"]),
+        "differences": compare(text, "arm", "25", by=["d_model"], primary=named),
+        "bands": seed_bands(text, ["arm", "d_model"], error="test_bpb"),
+        "recall": solved.reset_index().join(shares).join(against[["estimate", "low", "high"]], rsuffix="_difference"),
+        "recall_arms": arms_table(recall, "arm", "25"),
+    }
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """Loss and recall against the share of attention, and the differences of all arms from one layer in four."""
+    drawn, (above, middle, below) = stacked([1.7, 1.7, 2.1], "How much attention does a Mamba hybrid need?")
+    bands = tables["bands"].rename(columns={"test_bpb": "estimate"})
+    bands = bands[bands["arm"].isin(SHARES)]
+    bands = bands.assign(x=bands["arm"].map(SHARES), series=bands["d_model"])
+    label = "Mixers that are attention (%)"
+    draw_levels(above, bands, {width: f"d_model {width}" for width in WIDTHS}, label, "Test bits per byte")
+    recall = tables["recall"][tables["recall"]["arm"].isin(SHARES)]
+    recall = recall.assign(x=recall["arm"].map(SHARES), series="recall")
+    draw_levels(middle, recall, {"recall": f"d_model {RECALL_WIDTH}"}, label, "Share of seeds that recall")
+    at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
+    draw_comparisons(below, at, NAMES, f"Test bits per byte, less one in four's (d_model {SECONDARY_WIDTH})")
+    return drawn
