@@ -320,6 +320,11 @@ def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
     return pd.DataFrame({column: _column([row[column] for row in rows], dtype) for column, dtype in COLUMNS.items()})
 
 
+def model_label(name: str, family: str, pattern: str) -> str:
+    """What to call a model beside its pattern: its name, unless that begins with the pattern, else its family."""
+    return family if not name or (pattern and name.startswith(pattern)) else name
+
+
 def load_pairs(*roots: str | Path) -> pd.DataFrame:
     """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
 

@@ -78,8 +78,10 @@ def table(
     as_json: Json = False,
 ) -> None:
     """One row a run, the Pareto front marked."""
+    import pandas as pd
+
     from explore.frontier import pareto_front
-    from explore.runs import COLUMNS, load_runs, save_table
+    from explore.runs import COLUMNS, load_runs, model_label, save_table
 
     if sort not in COLUMNS:
         raise ValueError(f"--sort: {sort!r} is not a column; allowed are {', '.join(COLUMNS)}")
@@ -91,7 +93,7 @@ def table(
         return
     caption = "● on the front of val bpb against training FLOPs; ? learning rate not tuned"
     view = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for name in ("", "family", "pattern"):
+    for name in ("", "model", "pattern"):
         view.add_column(name, no_wrap=name == "pattern")
     for name in ("d_model", "params", "active", "FLOPs", "lr", "off", "val bpb", "test bpb"):
         view.add_column(name, justify="right", no_wrap=True)
@@ -100,7 +102,8 @@ def table(
         bits = [number(run[name], ".3f") for name in ("val_bpb", "test_bpb")]
         if run["status"] != "finished":
             bits = [str(run["status"]), ""]
-        names = [str(run[name]) for name in ("family", "pattern", "d_model")]
+        told = ["" if pd.isna(run[name]) else str(run[name]) for name in ("name", "family", "pattern")]
+        names = [model_label(*told), told[2], str(run["d_model"])]
         tuned = number(run["lr"], ".2g") + ("" if run["tuned"] is True else "?")
         view.add_row("●" if front else "", *names, *numbers, tuned, number(run["residual"], ".2%"), *bits)
     view.columns = [column for column in view.columns if any(column.cells)]

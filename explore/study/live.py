@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from explore.runs import model_label
 from explore.study.lease import is_left, is_rejected
 from explore.study.storage import objectives_of
 
@@ -65,7 +66,7 @@ class SweepTable:
             title_justify="left",
             caption_justify="left",
         )
-        for column in ("trial", "family", "pattern"):
+        for column in ("trial", "model", "pattern"):
             table.add_column(column, no_wrap=True)
         for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
             table.add_column(column, justify="right", no_wrap=True)
@@ -97,7 +98,7 @@ class SweepTable:
         residuals = about.get("residuals") or {}
         return [
             f"{'●' if trial.number in front else ' '}{trial.number:>3}",
-            about.get("family", ""),
+            model_label(about.get("name", ""), about.get("family", ""), about.get("pattern", "")),
             about.get("pattern", ""),
             _millions(about.get("params_total")),
             _millions(about.get("params_active")),

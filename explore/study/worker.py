@@ -201,6 +201,7 @@ class Worker:
     def _describe(self, trial: optuna.Trial, experiment: Experiment) -> None:
         cost = experiment.model.cost(experiment.data.seq_len)
         attributes = {
+            "name": experiment.name,
             "family": experiment.model.family,
             "pattern": experiment.model.pattern,
             "params_total": cost.params_total,
