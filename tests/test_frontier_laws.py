@@ -233,5 +233,6 @@ def test_families_that_may_be_the_same_have_an_open_interval_for_their_crossing(
         one, other = (runs(rng, sd=0.01, families=("attention",)) for _ in range(2))
         laws = fit_power_laws(pd.concat([one, other.assign(family="twin")]), n_bootstrap=200, seed=i)
         found = crossover(laws, "attention", "twin", n_grid=101)
-        open_ended.append(found.low == 0.0 or found.high == math.inf or math.isnan(found.low))
-    assert np.mean(open_ended) >= 0.8
+        open_ended.append((found.low == 0.0, found.high == math.inf))
+    assert np.min(np.mean(open_ended, axis=0)) >= 0.6  # at either end, and nearly always at one
+    assert np.mean(np.any(open_ended, axis=1)) >= 0.8
