@@ -8,8 +8,9 @@ a few experts, and `acc` its active parameters: as in the released configuration
 its projections and its larger router cost, and no more than half a routed expert's weight of its shared one. The
 residuals of all budgets are kept. `eff` is meant to be cheaper; `squeezed`, a latent without more experts, is smaller.
 
-Primary, named beforehand: `acc4` and `eff4` against `moe`, at five widths with three seeds. The other arms have one
-width. No run has fewer than five training tokens for each active parameter of its layers. Budget: four CPU hours.
+Primary, named beforehand: `acc4` and `eff4` against `moe`, at eight widths with three seeds. The other arms have one
+width. No run has fewer than five training tokens for each active parameter of its layers. Budget: the first 24 trials,
+of widths up to 64, take two CPU hours; the other nine are for a GPU, on which larger batches keep the number of steps.
 
     explore sweep sweeps/latent_or_not.py --trials 24 --workers 2 --records sweeps/records/latent_or_not.parquet
 """
@@ -35,7 +36,7 @@ from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
 PATTERN = "MEM*EME"
-WIDTHS = (24, 32, 40, 48, 64)
+WIDTHS = (24, 32, 40, 48, 64, 128, 192, 256)
 SECONDARY_WIDTH = 48
 SEQ_LEN = 128
 TOKENS_PER_D2 = 300
@@ -45,7 +46,7 @@ SECONDARY = ("acc2", "acc8", "eff2", "eff8", "squeezed2", "squeezed4", "acc4-nor
 
 objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 sampler = "grid"
-grid = {"arm": (*PRIMARY, *SECONDARY), "d_model": WIDTHS}
+grid = {"d_model": WIDTHS, "arm": (*PRIMARY, *SECONDARY)}
 seeds = 3
 learning_rates = LearningRates(start=3.2e-2, high=0.256, share=0.5)
 
@@ -105,12 +106,17 @@ def experiment(trial: optuna.Trial) -> Experiment:
             targets |= {"params_active": moe.params_active}
             free += ["E.top_k=1:16", f"E.d_shared={d_model - half}:{d_model + half}:1"]
         model = Budgets(targets, free, SEQ_LEN, compare={"flops_train": moe.flops_train}).model(trial, fields)
+    large = d_model > 64
     return Experiment(
         name=f"{arm}-d{d_model}",
         model=model,
-        data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=1),
+        data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=3 if large else 1),
         train=TrainConfig(
-            tokens=TOKENS_PER_D2 * d_model**2, batch_size=16, lr=3.2e-2, precision="bf16", eval_tokens=65_536
+            tokens=TOKENS_PER_D2 * d_model**2,
+            batch_size=d_model**2 // 256 if large else 16,
+            lr=3.2e-2,
+            precision="bf16",
+            eval_tokens=65_536,
         ),
     )
 
