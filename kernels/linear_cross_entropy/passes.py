@@ -1,12 +1,12 @@
 """Which kernels run, in which order, on which slices."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import max_shared_mem
 
 from explore.kernels.linear_cross_entropy.tiles import (
     combine_kernel,
@@ -156,13 +156,19 @@ def _add_product(a: Tensor, b: Tensor, total: Tensor, out: Tensor, *, first: boo
     product_kernel[grid](a, b, total, out, n_rows, n_columns, n_inner, *a.shape, *a.stride(), ADD=not first, **how)
 
 
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return H100_SHARED_BYTES
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+
+
 def _launch(operand: Tensor) -> tuple[Tiles, dict[str, int | str | bool]]:
     """The tiles and the keyword arguments of a kernel that multiplies such operands."""
     # fp32 is multiplied as torch's own products are told to; bf16 has one way, whatever is said.
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    tiles = tiles_for(
-        operand.dtype, precision, H100_SHARED_BYTES if interpreted() else max_shared_mem(operand.device.index)
-    )
+    tiles = tiles_for(operand.dtype, precision, _shared_bytes(operand.device))
     return tiles, {
         "ROWS": tiles.rows,
         "COLUMNS": tiles.columns,

@@ -93,6 +93,7 @@ def model(name: str, shape: Shape, flops_per_s: float, bandwidth: float) -> Iter
 def timed(name: str, shape: Shape, flops_per_s: float, bandwidth: float) -> Iterator[str]:
     """Lines of a table: milliseconds of each way, its part of the roofline, and its error against fp32."""
     activation: Activation = "swiglu" if shape.gated else "relu2"
+    torch._dynamo.reset()  # it compiles only so many shapes of one function
     leaves = inputs(shape, torch.device("cuda"), torch.bfloat16)
     capacity = int(leaves[1].flatten().bincount().max())  # outside what is timed, in the padded form's favour
     runs: dict[str, Run] = {

@@ -170,7 +170,7 @@ def worst_error(scan: Scan, shape: Shape) -> float:
     results = []
     for leaves, (Y, state) in ((inputs, scan(*inputs, shape.q)), (exact, ssd_scan_reference(*exact))):
         loss = (Y.double() * weight).sum() + state.double().sum()
-        results.append((Y, state, *torch.autograd.grad(loss, leaves)))
+        results.append((Y.detach(), state.detach(), *torch.autograd.grad(loss, leaves)))
     return max(float((x.double() - truth).norm() / truth.norm()) for x, truth in zip(*results, strict=True))
 
 
@@ -195,6 +195,7 @@ def time_ms(scan: Scan, shape: Shape) -> tuple[float, float]:
 def measure(shapes: Sequence[Shape], card: Card) -> None:
     """Prints time, part of the bound reached, and error, of every implementation at every shape."""
     import torch
+    from torch._inductor.exc import InductorError
 
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bf16, medians, bound from the formulas of --model"
@@ -214,6 +215,8 @@ def measure(shapes: Sequence[Shape], card: Card) -> None:
                 )
             except torch.cuda.OutOfMemoryError:
                 print(f"{'':28} {name:14} out of memory")
+            except InductorError as error:
+                print(f"{'':28} {name:14} does not compile: {str(error).splitlines()[0]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
