@@ -384,3 +384,13 @@ def test_real_sizes_on_a_gpu(activation: str) -> None:
     assert_near(found, results(reference, double(leaves), activation), BF16)
     for a, b in zip(found, results(routed_experts, leaves, activation), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_autocast_changes_nothing_on_a_gpu() -> None:
+    leaves = inputs(256, 2, 8, 64, 48, "relu2", torch.bfloat16, deviation=1)
+    alone = results(routed_experts, leaves, "relu2")
+    with torch.autocast("cuda", torch.bfloat16):
+        within = results(routed_experts, leaves, "relu2")
+    for a, b in zip(alone, within, strict=True):
+        assert torch.equal(a, b)

@@ -47,7 +47,8 @@ def routed_experts(
     _check(x, chosen, weights, up, gate, down, activation)
     leaves = (x, weights, up, gate, down)
     keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    # Triton launches on the current device; autocast would make sums of bf16 fp32, and with them the output.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         y: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
             x, chosen, weights, up, gate, down, activation, keep
         )
