@@ -88,7 +88,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
         name=f"{task}-{arm}-d{d_model}",
         model=tie.model(trial, content(arm, d_model, vocab_size)),
         data=data,
-        train=TrainConfig(tokens=tokens, batch_size=batch_size, lr=1.6e-2, precision="bf16", eval_tokens=65_536),
+        train=TrainConfig(tokens=tokens, batch_size=batch_size, lr=1.6e-2, precision="fp32", eval_tokens=65_536),
     )
 
 

@@ -115,7 +115,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
             tokens=TOKENS_PER_D2 * d_model**2,
             batch_size=d_model**2 // 256 if large else 16,
             lr=3.2e-2,
-            precision="bf16",
+            precision="bf16" if large else "fp32",
             eval_tokens=65_536,
         ),
     )

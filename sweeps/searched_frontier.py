@@ -70,5 +70,5 @@ def experiment(trial: optuna.Trial) -> Experiment:
         name=f"{pattern}",
         model=tie.model(trial, content(pattern, experts)),
         data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=1),
-        train=TrainConfig(tokens=TOKENS, batch_size=16, lr=1.6e-2, precision="bf16", eval_tokens=65_536),
+        train=TrainConfig(tokens=TOKENS, batch_size=16, lr=1.6e-2, precision="fp32", eval_tokens=65_536),
     )
