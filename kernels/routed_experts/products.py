@@ -30,9 +30,9 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
-    def options(self, more_stages: int = 0) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool]:
         """How to launch; fused multiply-adds are named since Triton's default is about to change."""
-        return {"num_warps": self.warps, "num_stages": self.stages + more_stages, "enable_fp_fusion": True}
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 def tiles(

@@ -48,7 +48,7 @@ def ssd_scan_chunked(
     g, n = B.shape[2:]
     c, q, r = seq // chunk_size, chunk_size, h // g
     Xc = X.reshape(b, c, q, g, r, p)
-    cum = (dt * A).reshape(b, c, q, g, r).cumsum(dim=2).permute(0, 1, 3, 4, 2)  # b c g r q
+    cum = (dt * A).reshape(b, c, q, g, r).permute(0, 1, 3, 4, 2).contiguous().cumsum(dim=-1)  # b c g r q
     dtc = dt.reshape(b, c, q, g, r)
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
     dtX = (Xc * dtc[..., None]).permute(0, 1, 3, 4, 2, 5)  # b c g r q p
