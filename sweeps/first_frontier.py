@@ -70,5 +70,5 @@ def experiment(trial: optuna.Trial) -> Experiment:
         name=f"{model.pattern}-d{d_model}",
         model=model,
         data=data,
-        train=TrainConfig(tokens=TOKENS, batch_size=8, lr=4e-3, precision="bf16", val_every=50, eval_tokens=65_536),
+        train=TrainConfig(tokens=TOKENS, batch_size=8, lr=4e-3, val_every=50, eval_tokens=65_536),
     )

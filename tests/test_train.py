@@ -27,7 +27,16 @@ from explore.evals import bits_per_byte
 from explore.experiment import Experiment, TrainConfig
 from explore.model import LanguageModel, ModelConfig
 from explore.runs import RunFolder
-from explore.train import JointOptimizer, LitLanguageModel, build_optimizer, fit, load_model, wsd
+from explore.train import (
+    JointOptimizer,
+    LitLanguageModel,
+    build_optimizer,
+    environment,
+    fit,
+    load_model,
+    slow_precision,
+    wsd,
+)
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +281,18 @@ def test_bf16_comes_close_to_fp32(finished: RunFolder, corpus: Path, tmp_path: P
     folder = train(experiment(corpus, train__precision="bf16", train__val_every=5), tmp_path)
     assert result(folder)["val_loss"] == pytest.approx(result(finished)["val_loss"], rel=0.02)
     assert all(weight.dtype == torch.float32 for weight in load_model(folder).parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+)
+def test_a_precision_without_instructions_is_told(
+    precision: str, instructions: bool, told: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "multiplies_bf16", lambda: instructions)
+    note = slow_precision(experiment(corpus, train__precision=precision))
+    assert (note is not None) == told
+    assert note is None or note.startswith("train.precision: bf16 has no instructions on this ")
 
 
 def test_recall_data_gives_recall_and_no_bits_per_byte(corpus: Path, tmp_path: Path) -> None:

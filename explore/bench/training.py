@@ -10,8 +10,10 @@ from typing import Any
 
 from explore.bench.families import SHAPES, families
 from explore.ops import paths_in_use
+from explore.train import multiplies_bf16
 
 PRECISIONS = ("fp32", "bf16")
+"""Those that are timed; bf16 only where the processor has instructions for it: without them it never is the better."""
 
 
 def compare(
@@ -36,16 +38,17 @@ def compare(
         raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
     size = SHAPES[shape]
     models = families(size.d_model)
+    precisions = PRECISIONS if multiplies_bf16() else PRECISIONS[:1]
     for name in names or models:
         if name not in models:
             raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
         found = {
             (side, precision): _measured(name, shape, side, precision, seconds, dict(paths or {}))
-            for precision in PRECISIONS
+            for precision in precisions
             for side in ("ours", "transformers")
         }
         ours, theirs = (
-            max(PRECISIONS, key=lambda precision: found[side, precision]["tokens_per_s"])
+            max(precisions, key=lambda precision: found[side, precision]["tokens_per_s"])
             for side in ("ours", "transformers")
         )
         one, other = found["ours", ours], found["transformers", theirs]

@@ -126,6 +126,8 @@ def _options(texts: list[str] | None) -> dict[str, Any]:
 
 def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool) -> None:
     """Prints what a sweep would do."""
+    from explore.train import slow_precision
+
     if as_json:
         record = dataclasses.asdict(seen)
         record["examples"] = [_example(each) for each in seen.examples]
@@ -149,6 +151,9 @@ def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool)
     if seen.wall_s is not None:
         crew = f"{workers} worker{'s' if workers > 1 else ''}"
         lines["expected time here"] = f"{_duration(seen.wall_s)} with {crew}, from {len(seen.examples)} timed examples"
+    slow = next((note for note in map(slow_precision, seen.examples) if note is not None), None)
+    if slow is not None:
+        lines["slow here"] = slow
     if seen.noise is None:
         lines["resolvable difference"] = "unknown: no experiment was run here with two seeds yet"
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, Paths, SetOptions, app, count, forced, number, out
+from explore.cli.app import Json, Paths, SetOptions, app, count, err, forced, number, out
 
 WandbMode = Literal["offline", "online"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -44,9 +44,11 @@ def train(
     """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
     from explore.experiment import Experiment
     from explore.ops import forced_paths
-    from explore.train import fit, is_writer
+    from explore.train import fit, is_writer, slow_precision
 
     loaded = Experiment.load(experiment, set_ or [])
+    if (note := slow_precision(loaded)) is not None and is_writer(devices):
+        err.print(note, style="yellow", highlight=False)
     with forced_paths(**forced(path)):
         folder = fit(
             loaded,

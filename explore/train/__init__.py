@@ -1,5 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
+from explore.train.environment import multiplies_bf16, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
@@ -29,8 +30,10 @@ __all__ = [
     "merge_run",
     "merge_weights",
     "merge_window",
+    "multiplies_bf16",
     "read_weights",
     "score_merge",
+    "slow_precision",
     "stable_steps",
     "wsd",
 ]

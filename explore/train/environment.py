@@ -30,6 +30,18 @@ def environment(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def multiplies_bf16() -> bool:
+    """Whether the device has instructions for products in bf16; without them bf16 is several times slower than fp32."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def slow_precision(experiment: Experiment) -> str | None:
+    """One line that says so where this experiment's precision has no instructions here."""
+    if experiment.train.precision == "bf16" and not multiplies_bf16():
+        return f"train.precision: bf16 has no instructions on this {_cpu()}; fp32 trains several times as fast here"
+    return None
+
+
 def _cpu() -> str:
     """Name of the processor and its widest vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
