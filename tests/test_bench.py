@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from explore.bench import SHAPES, compare, compare_decoding, families, time_ops
+from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops
 from explore.ops import PATHS
 
 
@@ -34,13 +34,29 @@ def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_training_and_decoding_are_no_slower_than_the_baseline() -> None:
-    (record,) = compare("small", 3.0, 1e12, names=["hybrid LatentMoE"])
-    assert record["ratio"] > 1.0
+def test_the_fast_paths_train_as_the_reference_does() -> None:
+    for record in compare_curves("tiny", 100, names=["hybrid LatentMoE"]):
+        assert record["n_steps"] == 100
+        assert 0 < record["mean"] < 0.01
+
+
+BOUNDS = {"attention + MLP": 0.6, "Mamba + MLP": 1.0, "hybrid MoE": 0.9, "hybrid LatentMoE": 0.9}
+"""Least tokens per second over those of transformers: generous, for machines are noisy and products bound fp32."""
+
+
+@pytest.mark.slow
+def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
+    records = {record["family"]: record for record in compare("small", 2.0, 1e12)}
+    assert {family: record["ratio"] for family, record in records.items() if record["ratio"] < BOUNDS[family]} == {}
+    assert {
+        family: record["peak_bytes"] / record["baseline_peak_bytes"]
+        for family, record in records.items()
+        if record["peak_bytes"] > 1.15 * record["baseline_peak_bytes"]
+    } == {}
+    record = records["hybrid LatentMoE"]
     assert record["ratio"] == pytest.approx(record["tokens_per_s"] / record["baseline_tokens_per_s"])
     flops = families(192)["hybrid LatentMoE"].cost(512).flops_train
     assert record["gemm_fraction"] == pytest.approx(flops * record["tokens_per_s"] / 1e12)
-    assert record["peak_bytes"] > 0
     assert record["path"].keys() == PATHS.keys()
     (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])
     assert decoded["ratio"] > 1.0

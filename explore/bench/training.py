@@ -12,9 +12,6 @@ from explore.bench.families import SHAPES, families
 from explore.ops import paths_in_use
 from explore.train import multiplies_bf16
 
-PRECISIONS = ("fp32", "bf16")
-"""Those that are timed; bf16 only where the processor has instructions for it: without them it never is the better."""
-
 
 def compare(
     shape: str, seconds: float, rate: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
@@ -38,7 +35,7 @@ def compare(
         raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
     size = SHAPES[shape]
     models = families(size.d_model)
-    precisions = PRECISIONS if multiplies_bf16() else PRECISIONS[:1]
+    precisions = _precisions()
     for name in names or models:
         if name not in models:
             raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
@@ -68,12 +65,46 @@ def compare(
         }
 
 
+def _precisions() -> tuple[str, ...]:
+    """Those that are timed: bf16 only where the processor multiplies it, since without that it never is the better."""
+    return ("fp32", "bf16") if multiplies_bf16() else ("fp32",)
+
+
 def _measured(
     family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
 ) -> dict[str, Any]:
     return in_a_process(
         what="train", family=family, shape=shape, side=side, precision=precision, seconds=seconds, paths=paths
     )
+
+
+REFERENCE = {
+    "attention": "written_out",
+    "conv": "conv1d",
+    "experts": "loop",
+    "linear": "plain",
+    "norm": "eager",
+    "ssd": "recurrent",
+}
+"""The slow, obvious implementation of every op that has one."""
+
+
+def compare_curves(
+    shape: str, n_steps: int, paths: Mapping[str, str] | None = None, names: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Trains every family on the same text by the paths in use and, in fp32, by the reference.
+
+    Yields:
+        Records of family, precision, n_steps, and the mean and largest difference of the loss, in nats.
+    """
+    for name in names or families(SHAPES[shape].d_model):
+        task = {"what": "curve", "family": name, "shape": shape, "n_steps": n_steps}
+        truth = in_a_process(**task, precision="fp32", paths=REFERENCE)["losses"]
+        for precision in _precisions():
+            losses = in_a_process(**task, precision=precision, paths=dict(paths or {}))["losses"]
+            apart = [abs(loss - exact) for loss, exact in zip(losses, truth, strict=True)]
+            mean, largest = sum(apart) / n_steps, max(apart)
+            yield {"family": name, "precision": precision, "n_steps": n_steps, "mean": mean, "largest": largest}
 
 
 def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> Iterator[dict[str, Any]]:

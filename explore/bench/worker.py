@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from explore.bench.families import SHAPES, families
+from explore.bench.families import SHAPES, VOCAB_SIZE, families
+from explore.data import TextData
 from explore.experiment import TrainConfig
 from explore.interop import to_hf
 from explore.ops import forced_paths
@@ -22,19 +23,20 @@ DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
 
 
-def train_step(family: str, shape: str, side: str, precision: str) -> Callable[[], float]:
-    """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW; returns the loss."""
-    size = SHAPES[shape]
+def train_step(family: str, shape: str, side: str, precision: str) -> Callable[[Tensor, Tensor], float]:
+    """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
+
+    Returns:
+        A function from inputs and targets to the loss before the step; transformers shifts the inputs itself.
+    """
     torch.manual_seed(0)
-    model = families(size.d_model)[family].build()
-    tokens = torch.randint(0, model.config.vocab_size, (size.batch_size, size.seq_len + 1))
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    model = families(SHAPES[shape].d_model)[family].build()
     config = TrainConfig(tokens=1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     if side == "ours":
         optimizer = build_optimizer(model, config)
 
-        def loss() -> Tensor:
+        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             found = model.loss(inputs, targets)
             return found.cross_entropy + found.aux_loss
 
@@ -44,14 +46,14 @@ def train_step(family: str, shape: str, side: str, precision: str) -> Callable[[
         del model
         optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.1)
 
-        def loss() -> Tensor:
+        def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             out: Tensor = module(input_ids=inputs, labels=inputs, use_cache=False).loss
             return out
 
-    def step() -> float:
+    def step(inputs: Tensor, targets: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
         with autocast:
-            value = loss()
+            value = loss(inputs, targets)
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
@@ -64,23 +66,36 @@ def measure(
     family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
 ) -> dict[str, Any]:
     """Tokens per second of the median step, and the peak of memory above what was there before the model."""
+    size = SHAPES[shape]
+    tokens = torch.randint(0, VOCAB_SIZE, (size.batch_size, size.seq_len + 1))
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     before = peak_bytes(reset=True)
     with forced_paths(**paths):
         step = train_step(family, shape, side, precision)
-        step()
+        step(*batch)
         times: list[float] = []
         began = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - began < seconds:
             start = time.perf_counter()
-            step()
+            step(*batch)
             times.append(time.perf_counter() - start)
     median = sorted(times)[len(times) // 2]
     return {
-        "tokens_per_s": SHAPES[shape].batch_tokens / median,
-        "fastest_tokens_per_s": SHAPES[shape].batch_tokens / min(times),
+        "tokens_per_s": size.batch_tokens / median,
+        "fastest_tokens_per_s": size.batch_tokens / min(times),
         "n_steps": len(times),
         "peak_bytes": peak_bytes() - before,
     }
+
+
+def curve(family: str, shape: str, precision: str, n_steps: int, paths: dict[str, str]) -> dict[str, Any]:
+    """The loss before each of some steps on the bytes of the embedded text."""
+    size = SHAPES[shape]
+    source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
+    with forced_paths(**paths):
+        step = train_step(family, shape, "ours", precision)
+        batches = (source.batch(i, size.batch_size) for i in range(n_steps))
+        return {"losses": [step(batch.inputs, batch.targets) for batch in batches]}
 
 
 def decode(family: str, shape: str, side: str, n_new: int) -> dict[str, Any]:
@@ -121,4 +136,5 @@ def peak_bytes(*, reset: bool = False) -> int:
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])
-    print(json.dumps(decode(**task) if task.pop("what") == "decode" else measure(**task)))
+    works: dict[str, Callable[..., dict[str, Any]]] = {"train": measure, "curve": curve, "decode": decode}
+    print(json.dumps(works[task.pop("what")](**task)))

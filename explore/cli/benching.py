@@ -13,7 +13,9 @@ from explore.cli.app import Json, Paths, app, count, err, forced, out, size
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
-    what: Annotated[Literal["train", "decode", "ops"], typer.Option(help="What is timed.")] = "train",
+    what: Annotated[
+        Literal["train", "decode", "ops", "curves"], typer.Option(help="What is timed; curves compares losses.")
+    ] = "train",
     shape: Annotated[
         Literal["tiny", "small", "large"],
         typer.Option(help="d_model 64 and 4 x 128 tokens; 192 and 8 x 512; 512 and 8 x 1024."),
@@ -21,15 +23,17 @@ def bench(
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of a training measurement; there are four a family.")] = 10,
     path: Paths = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
     as_json: Json = False,
 ) -> None:
     """Time training and decoding here, beside transformers' nemotron_h, and every op on each of its paths.
 
     Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
-    measurement in a process of its own. The fraction is exact training FLOPs over what matrix products reach in bf16.
+    measurement in a process of its own. `--what curves` trains by the paths in use and by the reference in fp32, and
+    says how far apart their losses are. The fraction is exact training FLOPs over what matrix products reach in bf16.
     """
-    from explore.bench import SHAPES, compare, compare_decoding, time_ops
+    from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops
     from explore.roofline import measured
 
     records: list[dict[str, Any]] = []
@@ -37,8 +41,17 @@ def bench(
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
         _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
         return
-    rate = measured().peak("bfloat16")
     paths = forced(path)
+    if what == "curves":
+        for record in compare_curves(shape, steps, paths, family):
+            err.print(f"{record['family']}, {record['precision']}: {record['mean']:.4f} nats apart", highlight=False)
+            records.append(record)
+        apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest")}
+        _show(records, as_json, ("family", "precision"), apart)
+        if not as_json:
+            out.print(f"nats between the losses of {steps} steps and those of the fp32 reference", highlight=False)
+        return
+    rate = measured().peak("bfloat16")
     timed = compare(shape, seconds, rate, paths, family) if what == "train" else None
     for record in timed if timed is not None else compare_decoding(shape, new_tokens, family):
         err.print(f"{record['family']}: {record['ratio']:.2f} times the baseline", highlight=False)
