@@ -34,10 +34,12 @@ def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_fast_paths_train_as_the_reference_does() -> None:
-    for record in compare_curves("tiny", 100, names=["hybrid LatentMoE"]):
+@pytest.mark.parametrize(("family", "bound"), [("attention + MLP", 0.001), ("hybrid LatentMoE", 0.01)])
+def test_the_fast_paths_train_as_the_reference_does(family: str, bound: float) -> None:
+    """A router may choose another expert for the last bit's sake, so where there is one the losses part sooner."""
+    for record in compare_curves("tiny", 100, names=[family]):
         assert record["n_steps"] == 100
-        assert 0 < record["mean"] < 0.01
+        assert 0 < record["mean"] < (bound if record["precision"] == "fp32" else 0.01)
 
 
 BOUNDS = {"attention + MLP": 0.6, "Mamba + MLP": 1.0, "hybrid MoE": 0.9, "hybrid LatentMoE": 0.9}
