@@ -23,14 +23,23 @@ DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
 
 
-def train_step(family: str, shape: str, side: str, precision: str) -> Callable[[Tensor, Tensor], float]:
+def train_step(
+    family: str, shape: str, side: str, precision: str, nudge: float = 0.0
+) -> Callable[[Tensor, Tensor], float]:
     """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
+
+    Args:
+        nudge: standard deviation of a random part by which every weight is changed at the start.
 
     Returns:
         A function from inputs and targets to the loss before the step; transformers shifts the inputs itself.
     """
     torch.manual_seed(0)
     model = families(SHAPES[shape].d_model)[family].build()
+    if nudge:
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1 + nudge * torch.randn_like(weight))
     config = TrainConfig(tokens=1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     if side == "ours":
@@ -88,12 +97,14 @@ def measure(
     }
 
 
-def curve(family: str, shape: str, precision: str, n_steps: int, paths: dict[str, str]) -> dict[str, Any]:
+def curve(
+    family: str, shape: str, precision: str, n_steps: int, paths: dict[str, str], nudge: float = 0.0
+) -> dict[str, Any]:
     """The loss before each of some steps on the bytes of the embedded text."""
     size = SHAPES[shape]
     source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
     with forced_paths(**paths):
-        step = train_step(family, shape, "ours", precision)
+        step = train_step(family, shape, "ours", precision, nudge)
         batches = (source.batch(i, size.batch_size) for i in range(n_steps))
         return {"losses": [step(batch.inputs, batch.targets) for batch in batches]}
 

@@ -46,7 +46,7 @@ def bench(
         for record in compare_curves(shape, steps, paths, family):
             err.print(f"{record['family']}, {record['precision']}: {record['mean']:.4f} nats apart", highlight=False)
             records.append(record)
-        apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest")}
+        apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest", "rounding")}
         _show(records, as_json, ("family", "precision"), apart)
         if not as_json:
             out.print(f"nats between the losses of {steps} steps and those of the fp32 reference", highlight=False)
