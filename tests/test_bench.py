@@ -42,13 +42,13 @@ def test_the_fast_paths_train_as_the_reference_does(family: str, bound: float) -
         assert 0 < record["mean"] < (bound if record["precision"] == "fp32" else 0.01)
 
 
-BOUNDS = {"attention + MLP": 0.6, "Mamba + MLP": 1.0, "hybrid MoE": 0.9, "hybrid LatentMoE": 0.9}
+BOUNDS = {"attention + MLP": 0.6, "Mamba + MLP": 1.0, "hybrid MoE": 0.9, "hybrid LatentMoE": 1.0}
 """Least tokens per second over those of transformers: generous, for machines are noisy and products bound fp32."""
 
 
 @pytest.mark.slow
 def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
-    records = {record["family"]: record for record in compare("small", 2.0, 1e12)}
+    records = {record["family"]: record for record in compare("small", 3.0, 1e12)}
     assert {family: record["ratio"] for family, record in records.items() if record["ratio"] < BOUNDS[family]} == {}
     assert {
         family: record["peak_bytes"] / record["baseline_peak_bytes"]
@@ -59,6 +59,7 @@ def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
     assert record["ratio"] == pytest.approx(record["tokens_per_s"] / record["baseline_tokens_per_s"])
     flops = families(192)["hybrid LatentMoE"].cost(512).flops_train
     assert record["gemm_fraction"] == pytest.approx(flops * record["tokens_per_s"] / 1e12)
+    assert record["peak_bytes"] > 0
     assert record["path"].keys() == PATHS.keys()
     (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])
     assert decoded["ratio"] > 1.0

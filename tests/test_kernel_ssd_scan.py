@@ -78,10 +78,10 @@ def fill_memory(monkeypatch: pytest.MonkeyPatch, value: float) -> list[Tensor]:
     made_here, empty = [], torch.empty
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        if made.is_floating_point():  # an autotuner asks for integers, of which none is no number
-            made_here.append(made.fill_(value))
-        return made
+        made_here.append(empty(*args, **kwargs))
+        if made_here[-1].is_floating_point():  # an autotuner asks for integers, of which none is no number
+            made_here[-1].fill_(value)
+        return made_here[-1]
 
     monkeypatch.setattr(package.torch, "empty", filled)
     return made_here

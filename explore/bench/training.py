@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from explore.bench.families import SHAPES, families
+from explore.model import ModelConfig
 from explore.ops import paths_in_use
 from explore.train import multiplies_bf16
 
@@ -31,14 +32,8 @@ def compare(
     Raises:
         ValueError: no such shape or family.
     """
-    if shape not in SHAPES:
-        raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
-    size = SHAPES[shape]
-    models = families(size.d_model)
     precisions = _precisions()
-    for name in names or models:
-        if name not in models:
-            raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
+    for name, model in _chosen(shape, names).items():
         found = {
             (side, precision): _measured(name, shape, side, precision, seconds, dict(paths or {}))
             for precision in precisions
@@ -49,7 +44,7 @@ def compare(
             for side in ("ours", "transformers")
         )
         one, other = found["ours", ours], found["transformers", theirs]
-        flops = models[name].cost(size.seq_len).flops_train
+        flops = model.cost(SHAPES[shape].seq_len).flops_train
         yield {
             "family": name,
             "shape": shape,
@@ -63,6 +58,17 @@ def compare(
             "baseline_precision": theirs,
             "path": paths_in_use() | dict(paths or {}),
         }
+
+
+def _chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
+    """Models of the families asked for, of all where none is."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
+    models = families(SHAPES[shape].d_model)
+    for name in names or ():
+        if name not in models:
+            raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
+    return {name: models[name] for name in names or models}
 
 
 def _precisions() -> tuple[str, ...]:
@@ -99,13 +105,17 @@ def compare_curves(
 
     Yields:
         Records of family, precision, n_steps, and the mean and largest difference of the loss, and rounding, in nats.
+
+    Raises:
+        ValueError: no such shape or family.
     """
-    for name in names or families(SHAPES[shape].d_model):
+    for name in _chosen(shape, names):
         task = {"family": name, "shape": shape, "n_steps": n_steps, "precision": "fp32", "paths": dict(paths or {})}
         truth = _losses(task | {"paths": REFERENCE})
-        rounding = _apart(_losses(task), _losses(task | {"nudge": 1e-7}))
-        for precision in _precisions():
-            apart = _apart(_losses(task | {"precision": precision}), truth)
+        found = {precision: _losses(task | {"precision": precision}) for precision in _precisions()}
+        rounding = _apart(found["fp32"], _losses(task | {"nudge": 1e-7}))
+        for precision, losses in found.items():
+            apart = _apart(losses, truth)
             yield {
                 "family": name,
                 "precision": precision,
@@ -126,8 +136,12 @@ def _apart(one: list[float], other: list[float]) -> list[float]:
 
 
 def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Times greedy decoding of 16 sequences: records of family, tokens_per_s, baseline_tokens_per_s and ratio."""
-    for name in names or families(SHAPES[shape].d_model):
+    """Times greedy decoding of 16 sequences: records of family, tokens_per_s, baseline_tokens_per_s and ratio.
+
+    Raises:
+        ValueError: no such shape or family.
+    """
+    for name in _chosen(shape, names):
         ours, theirs = (
             in_a_process(what="decode", family=name, shape=shape, side=side, n_new=n_new)
             for side in ("ours", "transformers")

@@ -21,7 +21,9 @@ def bench(
         typer.Option(help="d_model 64 and 4 x 128 tokens; 192 and 8 x 512; 512 and 8 x 1024."),
     ] = "small",
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Of a training measurement; there are four a family.")] = 10,
+    seconds: Annotated[
+        float, typer.Option(min=1, help="Of a training measurement; there are up to four a family.")
+    ] = 10,
     path: Paths = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
