@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from explore.ops.paths import path_of
 
-MAX_LOGITS = 1 << 21
-"""Logits that are alive at once: 8 MiB in fp32."""
+MAX_LOGITS = 1 << 19
+"""Logits that are alive at once: 2 MiB in fp32, which a cache holds."""
+
+IGNORED = -100
 
 
 def linear_cross_entropy(
@@ -21,19 +26,60 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum of the cross-entropies of softmax(hidden weight^T), in nats; a target of -100 is left out.
 
-    Logits are made, used and dropped a slice of tokens at a time, and made again in the backward pass,
-    so the whole (tokens, vocab_size) matrix never exists.
+    Logits are made, used and dropped a slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
+    exists. Where gradients are wanted, each slice gives its own at once, so that nothing is made a second time.
     """
     if path_of("loss", hidden.device.type) == "triton":
         from explore.kernels import linear_cross_entropy as kernel
 
         return kernel.linear_cross_entropy(hidden, weight, targets)
-    rows = max(1, MAX_LOGITS // weight.shape[0])
+    if torch.is_grad_enabled():
+        total: Tensor = _Sliced.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
+        return total
     total = hidden.new_zeros((), dtype=torch.float32)
-    for h, y in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_slice_loss, h, weight, y, use_reentrant=False, preserve_rng_state=False)
+    for rows in _slices(hidden, weight):
+        logits = F.linear(hidden[rows], weight).float()
+        total = total + F.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="sum")
     return total
 
 
-def _slice_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
+def _slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    size = max(1, MAX_LOGITS // weight.shape[0])
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+class _Sliced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        dhidden, exact = torch.empty_like(hidden), torch.promote_types(dtype, torch.float32)
+        dweight = torch.zeros_like(weight, dtype=exact)  # a row is in every slice, whose parts are added up
+        with torch.autocast(device, enabled=False):
+            for rows in _slices(hidden, weight):
+                counted = (targets[rows] != IGNORED).unsqueeze(1)
+                target = targets[rows].clamp(min=0).unsqueeze(1)
+                logits = (hidden[rows] @ weight.T).float()
+                logits -= logits.amax(1, keepdim=True)
+                picked = logits.gather(1, target)
+                softmax = logits.exp_()
+                norm = softmax.sum(1, keepdim=True)
+                total += ((norm.log() - picked) * counted).sum()
+                dlogits = softmax.mul_(counted / norm).scatter_add_(1, target, -counted.float()).to(dtype)
+                torch.mm(dlogits, weight, out=dhidden[rows])
+                if dtype == exact:
+                    dweight.addmm_(dlogits.T, hidden[rows])
+                else:
+                    dweight += dlogits.T @ hidden[rows]
+        ctx.save_for_backward(dhidden, dweight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
+        dhidden, dweight = ctx.saved_tensors
+        of_hidden, of_weight = ctx.dtypes
+        return (dtotal * dhidden).to(of_hidden), (dtotal * dweight).to(of_weight), None
