@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from explore.ops.paths import compiled, path_of
@@ -23,16 +28,41 @@ def causal_conv1d(
     Args:
         before: the `d_conv` - 1 positions before the first, zero when absent.
     """
-    seq, d_conv = x.shape[1], weight.shape[2]
-    padded = F.pad(x, (0, 0, d_conv - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
+    padded = F.pad(x, (0, 0, weight.shape[2] - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     if path_of("conv", x.device.type) == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
-    return shift(padded, weight, bias, seq)
+    return shift(padded, weight, bias)
 
 
-def _shifted(padded: Tensor, weight: Tensor, bias: Tensor, seq: int) -> Tensor:
-    y = bias.to(padded.dtype)
-    for tap in range(weight.shape[2]):
-        y = torch.addcmul(y, weight[:, 0, tap].to(padded.dtype), padded[:, tap : tap + seq])
+def _shifted(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y: Tensor = _Shifted.apply(padded, weight[:, 0].T.to(padded.dtype), bias.to(padded.dtype))  # type: ignore[no-untyped-call]
     return y
+
+
+class _Shifted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        padded: Float[Tensor, "batch padded channels"],
+        taps: Float[Tensor, "d_conv channels"],
+        bias: Float[Tensor, " channels"],
+    ) -> Float[Tensor, "batch seq channels"]:
+        ctx.save_for_backward(padded, taps)
+        return reduce(lambda y, each: torch.addcmul(y, *each), _windows(padded, taps), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padded, taps = ctx.saved_tensors
+        dpadded = torch.zeros_like(padded)
+        for into, tap in _windows(dpadded, taps):
+            into.addcmul_(tap, dy)
+        dtaps = torch.stack([(x * dy).sum((0, 1)) for x, _ in _windows(padded, taps)])
+        return dpadded, dtaps, dy.sum((0, 1))
+
+
+def _windows(padded: Tensor, taps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each tap multiplies: the part of the padded sequence that is as long as the output, and the tap."""
+    seq = padded.shape[1] - len(taps) + 1
+    return ((padded[:, i : i + seq], tap) for i, tap in enumerate(taps))

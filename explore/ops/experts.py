@@ -6,11 +6,12 @@ Shapes: t tokens, k top_k, e n_experts, d width that experts read and write, f d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from explore.ops.activation import Activation, activate
 from explore.ops.paths import path_of
@@ -78,12 +79,37 @@ def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     loads = load.tolist()
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        parts = zip(rows.split(loads), weight.unbind(), strict=True)
-        y = torch.cat([tokens @ one for tokens, one in parts if len(tokens)])
+        y: Tensor = _Grouped.apply(rows, weight, loads)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias[chosen.flatten()[order]]
 
     outputs = _run(mlp, x[token_of], product)
     return _combined(x, outputs, weights, order, token_of)
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows, sorted by expert, times the weight of each: products that write where their results belong."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Float[Tensor, "choices d"], weight: Float[Tensor, "e d f"], loads: list[int]
+    ) -> Float[Tensor, "choices f"]:
+        ctx.save_for_backward(rows, weight)
+        ctx.loads = loads
+        y = rows.new_empty(len(rows), weight.shape[2])
+        for into, tokens, one in zip(y.split(loads), rows.split(loads), weight, strict=True):
+            torch.mm(tokens, one, out=into)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows, weight = ctx.saved_tensors
+        drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
+        parts = (each.split(ctx.loads) for each in (rows, drows, dy))
+        for tokens, dtokens, given, one, done in zip(*parts, weight, dweight, strict=True):
+            torch.mm(given, one.T, out=dtokens)
+            torch.mm(tokens.T, given, out=done)
+        return drows, dweight, None
 
 
 def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:

@@ -10,9 +10,12 @@ c number of chunks, q positions of a chunk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from explore.ops.mamba_ssm import ssd_mamba_ssm
 from explore.ops.paths import compiled, path_of
@@ -131,15 +134,10 @@ def _ssd_chunks(
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
     dtX = Xc * dtc[..., None]
 
-    # Decay of a position's input up to position i of the chunk: exp(sum of dt A over j+1..i).
-    cum = (dtc * A.view(g, r)).cumsum(dim=2)
-    log_decay = cum.permute(0, 1, 3, 4, 2)  # b c g r q
-    future = torch.ones(q, q, dtype=torch.bool, device=X.device).triu(1)
-    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
-    L = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(future, -torch.inf).exp().to(CB.dtype)
-
     # Within the chunk.
-    Y = (CB[:, :, :, None] * L) @ dtX.permute(0, 1, 3, 4, 2, 5)  # b c g r q p
+    cum = (dtc * A.view(g, r)).cumsum(dim=2)
+    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
+    Y: Tensor = _Within.apply(CB, cum.permute(0, 1, 3, 4, 2), dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
     Y = Y.permute(0, 1, 4, 2, 3, 5)
 
     # What each chunk adds to the state at its end.
@@ -160,3 +158,36 @@ def _ssd_chunks(
     carried = (Cc @ states.to(Cc.dtype).transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
     Y = Y + carried * cum.exp()[..., None]
     return Y.reshape(b, seq, h, p) + D[:, None] * X, H.reshape(b, h, p, n)
+
+
+class _Within(torch.autograd.Function):
+    """Y = (C B^T . L) dtX of every chunk and head, with L_ij = exp(cum_i - cum_j) for j <= i and 0 beyond.
+
+    cum is the sum of dt A from the chunk's first position on, so L_ij is what is left at i of an input at j. Its
+    gradient needs no product of chunk_size^2 numbers: with M = C B^T . L, sum_j M_ij dM_ij = Y_i dY_i and
+    sum_i M_ij dM_ij = dtX_j d(dtX)_j.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, CB: Float[Tensor, "b c g q q"], cum: Float[Tensor, "b c g r q"], dtX: Float[Tensor, "b c g r q p"]
+    ) -> Float[Tensor, "b c g r q p"]:
+        cum = cum.contiguous()  # else L takes its layout, in which every product below would be slow
+        future = torch.ones(cum.shape[-1], cum.shape[-1], dtype=torch.bool, device=cum.device).triu(1)
+        L = (cum[..., :, None] - cum[..., None, :]).masked_fill_(future, -torch.inf).exp_().to(CB.dtype)
+        inputs = dtX.to(CB.dtype).contiguous()
+        Y = (CB[:, :, :, None] * L) @ inputs
+        ctx.save_for_backward(CB, L, inputs, Y)
+        ctx.dtypes = cum.dtype, dtX.dtype
+        return Y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        CB, L, dtX, Y = ctx.saved_tensors
+        of_cum, of_dtX = ctx.dtypes
+        dY = dY.to(CB.dtype).contiguous()
+        ddtX = (CB[:, :, :, None] * L).transpose(-1, -2) @ dY
+        dCB = (dY @ dtX.transpose(-1, -2)).mul_(L).sum(3)
+        dcum = (dY.to(of_cum) * Y).sum(-1) - (ddtX.to(of_cum) * dtX).sum(-1)
+        return dCB, dcum, ddtX.to(of_dtX)
