@@ -190,6 +190,29 @@ def test_routed_experts_are_a_weighted_sum_over_all_experts(activation: str) -> 
     torch.testing.assert_close(y, torch.einsum("te,ted->td", dense, every))
 
 
+@pytest.mark.parametrize("n_groups", [1, 3])
+def test_the_gated_norms_gradients_are_those_of_autograd(n_groups: int) -> None:
+    inputs = tuple(leaf.detach().float().requires_grad_() for leaf in leaves((2, 5, 12), (2, 5, 12), (12,)))
+    dy = torch.randn(2, 5, 12)
+
+    def results() -> tuple[torch.Tensor, ...]:
+        y = gated_group_rms_norm(*inputs, n_groups, 0.1)
+        return y, *torch.autograd.grad(y, inputs, dy)
+
+    found = results()
+    with forced_paths(norm="eager"):
+        for a, b in zip(found, results(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_squared_relu_and_its_gradient() -> None:
+    (x,) = leaves((50,))
+    y = activate(x, None, "relu2")
+    torch.testing.assert_close(y, F.relu(x).square())
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.autograd.grad(F.relu(x).square().sum(), x)[0])
+
+
 def test_loss_without_logits_is_the_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explore.ops.loss.MAX_LOGITS", 3 * 11)
     hidden, weight = leaves((8, 4), (11, 4))

@@ -89,6 +89,7 @@ REFERENCE = {
     "conv": "conv1d",
     "experts": "loop",
     "linear": "plain",
+    "loss": "whole",
     "norm": "eager",
     "ssd": "recurrent",
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Literal["relu2", "swiglu", "swiglu_clamped"]
@@ -30,9 +31,25 @@ def activate(
       (GPT-OSS, arXiv 2508.10925).
     """
     if activation == "relu2":
-        return F.relu(up).square()
+        y: Tensor = _SquaredReLU.apply(up)  # type: ignore[no-untyped-call]
+        return y
     assert gate is not None
     if activation == "swiglu":
         return F.silu(gate) * up
     gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
     return gate * torch.sigmoid(SHARPNESS * gate) * (up + 1)
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        dx: Tensor = (positive * dy).mul_(2)
+        return dx

@@ -58,7 +58,8 @@ class _Shifted(torch.autograd.Function):
         dpadded = torch.zeros_like(padded)
         for into, tap in _windows(dpadded, taps):
             into.addcmul_(tap, dy)
-        dtaps = torch.stack([(x * dy).sum((0, 1)) for x, _ in _windows(padded, taps)])
+        products = torch.empty_like(dy)
+        dtaps = torch.stack([torch.mul(x, dy, out=products).sum((0, 1)) for x, _ in _windows(padded, taps)])
         return dpadded, dtaps, dy.sum((0, 1))
 
 

@@ -33,14 +33,19 @@ def linear_cross_entropy(
         from explore.kernels import linear_cross_entropy as kernel
 
         return kernel.linear_cross_entropy(hidden, weight, targets)
+    if path_of("loss", hidden.device.type) == "whole":
+        return _cross_entropy(hidden, weight, targets)
     if torch.is_grad_enabled():
         total: Tensor = _Sliced.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return total
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows in _slices(hidden, weight):
-        logits = F.linear(hidden[rows], weight).float()
-        total = total + F.cross_entropy(logits, targets[rows], ignore_index=IGNORED, reduction="sum")
+        total = total + _cross_entropy(hidden[rows], weight, targets[rows])
     return total
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
 def _slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from explore.ops.paths import compiled, path_of
@@ -18,13 +21,49 @@ def gated_group_rms_norm(
     eps: float,
 ) -> Float[Tensor, "batch seq d_inner"]:
     """Gates `x` with SiLU(`z`) first, then normalises within each of `n_groups` groups of channels."""
-    norm = compiled(_gated_norm) if path_of("norm", x.device.type) == "compiled" else _gated_norm
+    path = path_of("norm", x.device.type)
+    if path == "by_hand":
+        y: Tensor = _GatedNorm.apply(x, z, weight, n_groups, eps)  # type: ignore[no-untyped-call]
+        return y
+    norm = compiled(_gated_norm) if path == "compiled" else _gated_norm
     return norm(x, z, weight, n_groups, eps)
 
 
 def _gated_norm(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
-    gated = x.float() * F.silu(z.float())
-    groups = gated.unflatten(-1, (n_groups, -1))
-    groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    normed: Tensor = groups.flatten(-2) * weight
-    return normed.to(x.dtype)
+    u = _groups(x.float() * F.silu(z.float()), n_groups)
+    u = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + eps)
+    y: Tensor = u.flatten(-2) * weight
+    return y.to(x.dtype)
+
+
+class _GatedNorm(torch.autograd.Function):
+    """y = u r w within each group, with u = x SiLU(z) and r = (mean(u^2) + eps)^(-1/2).
+
+    Only the inputs and r are kept, and u is made again. With v = w dy: du = r v - u r^3 mean(u v).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+        u = _groups(x.float() * F.silu(z.float()), n_groups)
+        r = torch.rsqrt(torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / u.shape[-1] + eps)
+        ctx.save_for_backward(x, z, weight, r)
+        return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x, z, weight, r = ctx.saved_tensors
+        n_groups, dy = r.shape[-2], dy.float()
+        gate = F.silu(z.float())
+        u = _groups(x.float() * gate, n_groups)
+        du = _groups(dy * weight, n_groups)
+        shrunk = (u * du).sum(-1, keepdim=True) / u.shape[-1] * r**3
+        du = du.mul_(r).addcmul_(u, shrunk, value=-1).flatten(-2)
+        dweight = u.mul_(r).flatten(-2).mul_(dy).sum(tuple(range(dy.ndim - 1)))
+        dz = torch.ops.aten.silu_backward(du * x, z.float())
+        return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+
+
+def _groups(x: Tensor, n_groups: int) -> Tensor:
+    groups: Tensor = x.unflatten(-1, (n_groups, -1))
+    return groups

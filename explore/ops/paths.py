@@ -21,8 +21,8 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "conv": ("shift", "conv1d", "compiled"),
     "experts": ("padded", "loop", "dense", "triton"),
     "linear": ("packed", "plain"),
-    "loss": ("sliced", "triton"),
-    "norm": ("eager", "compiled"),
+    "loss": ("sliced", "whole", "triton"),
+    "norm": ("by_hand", "eager", "compiled"),
     "ssd": ("chunked", "recurrent", "mamba_ssm", "triton", "compiled"),
 }
 """Every op with its implementations, the default on a CPU first."""

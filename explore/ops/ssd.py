@@ -149,9 +149,9 @@ def _ssd_chunks(
     H = added.new_zeros(b, g, r, p, n) if state is None else state.view(b, g, r, p, n)
     whole_chunk = cum[:, :, -1].exp()[..., None, None]
     before = []
-    for i in range(c):
+    for decay, more in zip(whole_chunk.unbind(1), added.unbind(1), strict=True):
         before.append(H)
-        H = whole_chunk[:, i] * H + added[:, i]
+        H = decay * H + more
 
     # What the state before a chunk gives to its positions.
     states = torch.stack(before, dim=1).view(b, c, g, r * p, n)
