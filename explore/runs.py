@@ -29,7 +29,16 @@ PACKED = ".parquet"
 PILOTS = "pilots"
 """Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
 
-FILES = ("experiment.json", "cost.json", "environment.json", "trial.json", "evals.json", "metrics.csv", "result.json")
+FILES = (
+    "experiment.json",
+    "cost.json",
+    "environment.json",
+    "trial.json",
+    "evals.json",
+    "merged.json",
+    "metrics.csv",
+    "result.json",
+)
 """Files of a run folder that make up its record, in the order in which they may be written; checkpoints do not."""
 
 COLUMNS: Mapping[str, str] = {
@@ -50,6 +59,10 @@ COLUMNS: Mapping[str, str] = {
     "test_bpb": "float64",
     "recall": "float64",
     "val_loss": "float64",
+    "val_bpb_flat": "float64",
+    "test_bpb_flat": "float64",
+    "val_bpb_minus_sqrt": "float64",
+    "test_bpb_minus_sqrt": "float64",
     "lr": "float64",
     "tuned": "boolean",
     "lr_sensitivity": "float64",
@@ -73,9 +86,10 @@ COLUMNS: Mapping[str, str] = {
 }
 """Columns of the table of runs, in order, with their dtypes.
 
-`flops_fwd` and `flops_train` are per token. `tuned`: the learning rate was searched for this architecture and lies
-between two others that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far
-the run is off the budgets that its sweep ties, at most, as a share.
+`flops_fwd` and `flops_train` are per token. `val_bpb_flat` and its like: of an average of the run's last checkpoints,
+by the decay that it imitates. `tuned`: the learning rate was searched for this architecture and lies between two others
+that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is off the
+budgets that its sweep ties, at most, as a share.
 """
 
 
@@ -167,6 +181,11 @@ class RunFolder:
         return _json(self.text("evals.json")) or {}
 
     @property
+    def merged(self) -> dict[str, Any]:
+        """`merged.json`: scores of averages of the last checkpoints, by the shape of the decay that they imitate."""
+        return _json(self.text("merged.json")) or {}
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or None while there is none that can be read."""
         return _json(self.text("result.json"))
@@ -217,6 +236,11 @@ class RunFolder:
             "residual": max(map(abs, _mapping(trial, "residuals").values()), default=None),
             "status": self.status,
             **{column: experiment.get(column) for column in ("name", "seed")},
+            **{
+                f"{score}_{shape}": _mapping(self.merged, shape).get(score)
+                for shape in ("flat", "minus_sqrt")
+                for score in ("val_bpb", "test_bpb")
+            },
             **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
             **{column: environment.get(column) for column in ("commit", "device")},
             "lr": train.get("lr"),

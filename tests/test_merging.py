@@ -20,7 +20,8 @@ import explore.cli.merging  # noqa: F401  (adds its command)
 from explore.cli import main
 from explore.evals import bits_per_byte
 from explore.experiment import Experiment, TrainConfig
-from explore.runs import RunFolder
+from explore.records import pack_runs, unpack_runs
+from explore.runs import RunFolder, find_runs, load_runs
 from explore.train import (
     LitLanguageModel,
     decay_weights,
@@ -197,7 +198,7 @@ def test_one_checkpoint_merged_is_itself(finished: RunFolder) -> None:
 
 def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFolder, corpus: Path) -> None:
     record = score_merge(finished, 3, "flat", save=True)
-    assert record == json.loads((finished.path / "merged.json").read_text())
+    assert record == finished.merged["flat"]
     assert (record["shape"], record["steps"]) == ("flat", [24, 27, 30])
     assert record["weights"] == [1 / 3] * 3
     source = experiment(corpus).data.open(0)
@@ -208,6 +209,26 @@ def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFold
     saved = read_weights(finished.path / "checkpoints" / "merged.ckpt")
     for name, weight in merge_run(finished, 3, "flat").state_dict().items():
         assert torch.equal(saved[name], weight)
+
+
+def test_averages_of_both_shapes_are_in_the_table_of_runs_and_in_records(finished: RunFolder, tmp_path: Path) -> None:
+    scores = {shape: score_merge(finished, 4, shape) for shape in ("flat", "minus_sqrt")}  # type: ignore[arg-type]
+    pack_runs(tmp_path / "s.parquet", finished.path.parent)
+    for runs in (load_runs(finished.path.parent), load_runs(tmp_path / "s.parquet")):
+        (row,) = runs.to_dict("records")
+        for shape, record in scores.items():
+            assert (row[f"val_bpb_{shape}"], row[f"test_bpb_{shape}"]) == (record["val_bpb"], record["test_bpb"])
+    unpack_runs(tmp_path / "s.parquet", tmp_path / "again")
+    (again,) = find_runs(tmp_path / "again")
+    assert again.merged == finished.merged
+
+
+def test_the_last_checkpoint_has_the_scores_of_the_run_where_it_is_its_last_step(corpus: Path, tmp_path: Path) -> None:
+    folder = fit(experiment(corpus, decay=0.0, tokens=8 * TOKENS), tmp_path, keep_every=4, accelerator="cpu")
+    record = score_merge(folder, 1)
+    assert (record["steps"], record["val_bpb"]) == ([8], pytest.approx(record["last"]["val_bpb"], rel=1e-6))
+    assert folder.result is not None
+    assert record["last"] == {name: folder.result[name] for name in record["last"]}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +264,7 @@ def test_the_command_shows_the_merge_beside_the_checkpoint_and_the_run(
     code, printed, _ = run("--last", "4", "--json")
     record = json.loads(printed)
     assert code == 0
-    assert record == json.loads((finished.path / "merged.json").read_text())
+    assert record == finished.merged["minus_sqrt"]
     assert record["shape"] == "minus_sqrt"
     code, printed, _ = run("--last", "4")
     lines = printed.splitlines()

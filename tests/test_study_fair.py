@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from optuna.trial import FixedTrial
 from rich.console import Console
+from small_sweeps import study_of, write_sweep
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.runs import load_runs
+from explore.runs import PILOTS, find_runs, load_runs
 from explore.solve import BUDGETS
-from explore.study import Budgets, LearningRates, RejectedError, load_sweep, run_sweep
+from explore.study import Budgets, LearningRates, RejectedError, Sweep, load_sweep, run_sweep
 
 
 @pytest.mark.parametrize("budget", ["params_active", "params_total", "flops_train", "state_bytes"])
@@ -158,3 +159,69 @@ def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> N
         at_edge = scores.idxmin() in (1e-3, 4e-3)
         assert runs["lr"].nunique() == 1
         assert (runs["tuned"] == (not at_edge)).all()
+
+
+def merging_sweep(folder: Path, merging: str = "Merging(share=0.5, last=3)") -> Path:
+    return write_sweep(
+        folder,
+        replaced={
+            "import RejectedError": "import LearningRates, Merging, RejectedError",
+            'sampler = "random"': f'sampler = "grid"\nmerging = {merging}\nlearning_rates = LearningRates(share=1.0)',
+            "lr=lr, eval": "lr=lr, decay=0.0 if n_layers == 1 else 0.2, eval",
+            '"d_model": [32, 64]': '"d_model": [32]',
+            '"lr": [0.002, 0.004]': '"lr": [0.004]',
+            "baselines = (": "tried = (",
+        },
+        tokens=12 * 4 * 32,
+    )
+
+
+@pytest.fixture(scope="module")
+def merged_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]:
+    """A sweep of one model without a decay and one with it, and its runs."""
+    folder = tmp_path_factory.mktemp("merging")
+    sweep = load_sweep(merging_sweep(folder))
+    assert run_sweep(sweep, 2, folder / "runs", console=Console(quiet=True)).complete == 2
+    return sweep, folder / "runs"
+
+
+def test_runs_without_a_decay_are_merged_and_their_rate_is_searched_for_the_average(
+    merged_sweep: tuple[Sweep, Path],
+) -> None:
+    _, runs = merged_sweep
+    for folder in [*find_runs(runs), *find_runs(runs / PILOTS)]:
+        decays = len(folder.row()["pattern"]) == 2
+        assert [*folder.merged] == ([] if decays else ["minus_sqrt", "flat"])
+        if not decays:
+            assert folder.merged["flat"]["steps"] == [8, 10, 12]
+    for trial in study_of(runs).trials:
+        pilots = load_runs(runs / PILOTS).set_index("lr")
+        pilots = pilots[pilots["pattern"] == trial.user_attrs["pattern"]]
+        column = "val_bpb_minus_sqrt" if trial.user_attrs["pattern"] == "-" else "val_bpb"
+        assert pilots[column].to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
+
+
+def test_a_run_that_was_stopped_before_its_averages_were_scored_is_not_trained_again(
+    merged_sweep: tuple[Sweep, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, runs = merged_sweep
+    (merged,) = (run for run in find_runs(runs) if run.merged)
+    before = merged.merged
+    (merged.path / "merged.json").unlink()
+    monkeypatch.setattr("explore.train.fitting._train", lambda *_: pytest.fail("it is trained again"))
+    assert run_sweep(sweep, 2, runs, new_study=True, console=Console(quiet=True)).complete == 2
+    assert merged.merged == before
+
+
+@pytest.mark.parametrize(
+    ("merging", "says"),
+    [
+        ("Merging(share=0.0)", r"merging\.share: 0\.0 is not allowed"),
+        ("Merging(last=0)", "last: 0 is not allowed"),
+        ("Merging(shapes=())", r"merging\.shapes: \(\) is not allowed"),
+        ("0.2", r"merging: 0\.2 is not allowed; explore\.study\.Merging is"),
+    ],
+)
+def test_averages_that_cannot_be_are_refused(tmp_path: Path, merging: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        load_sweep(merging_sweep(tmp_path, merging))

@@ -3,6 +3,7 @@
 from explore.study.budgets import Budgets, RejectedError
 from explore.study.crew import SweepSummary, run_sweep
 from explore.study.learning_rates import LearningRates
+from explore.study.merging import Merging
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
 from explore.study.spaces import PatternSpace
@@ -14,6 +15,7 @@ __all__ = [
     "Budgets",
     "FrontPruner",
     "LearningRates",
+    "Merging",
     "PatternSpace",
     "Preview",
     "RejectedError",

@@ -22,6 +22,7 @@ from explore.runs import COLUMNS
 from explore.study import pruning
 from explore.study.budgets import Budgets, RejectedError, check_objectives
 from explore.study.learning_rates import LearningRates
+from explore.study.merging import Merging
 from explore.study.pruning import FrontPruner
 from explore.study.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 
@@ -51,6 +52,7 @@ class Sweep:
         budgets: what every trial comes to; `experiment` asks it for the model.
         learning_rates: search of the learning rate within every trial.
         pruner: what stops a run on its learning curve.
+        merging: averages of checkpoints that are scored of every run without a decay.
         tables: what the tables of runs and of minimal pairs come to, as tables by name.
         figure: drawn from these tables.
     """
@@ -66,6 +68,7 @@ class Sweep:
     budgets: Budgets | None = None
     learning_rates: LearningRates | None = None
     pruner: FrontPruner | None = None
+    merging: Merging | None = None
     tables: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
 
@@ -128,6 +131,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         "budgets": (Budgets, "explore.study.Budgets"),
         "learning_rates": (LearningRates, "explore.study.LearningRates"),
         "pruner": (FrontPruner, "explore.study.FrontPruner"),
+        "merging": (Merging, "explore.study.Merging"),
         "tables": (FunctionType, "a function from the tables of runs and of minimal pairs to tables by name"),
         "figure": (FunctionType, "a function from these tables to a figure"),
     }

@@ -190,15 +190,22 @@ class Worker:
         assert self.sweep.learning_rates is not None
         pilot = self.sweep.learning_rates.pilot(experiment, lr)
         row = self._fit_alone(pilot, self.runs / PILOTS).row()
-        return float(row["val_bpb"]) if row["status"] == "finished" else float("inf")
+        score = "val_bpb" if self.sweep.merging is None else self.sweep.merging.score(pilot)
+        return float(row[score]) if row["status"] == "finished" else float("inf")
 
     def _fit_alone(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
         """Trains an experiment, after whoever trains it now: another study, or a worker whose lease was lost."""
+        merging = self.sweep.merging
+        keep_every = None if merging is None else merging.keep_every(experiment)
         while True:
             try:
-                return train.fit(experiment, runs, console=self.console, **options)
+                folder = train.fit(experiment, runs, keep_every=keep_every, console=self.console, **options)
             except train.BusyError:
                 time.sleep(IDLE_S)
+                continue
+            if merging is not None and keep_every is not None:
+                merging.merge(folder)
+            return folder
 
     def _describe(self, trial: optuna.Trial, experiment: Experiment) -> None:
         cost = experiment.model.cost(experiment.data.seq_len)

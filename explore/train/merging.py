@@ -108,14 +108,14 @@ def merge_run(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") -> 
 
 
 def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *, save: bool = False) -> dict[str, Any]:
-    """Scores the merged model beside the last of its checkpoints, and writes both into `merged.json`.
+    """Scores the merged model beside the last of its checkpoints, and writes both into `merged.json`, by shape.
 
     Args:
         save: also the merged weights, as `checkpoints/merged.ckpt`.
 
     Returns:
-        What `merged.json` says: shape, steps, weights, the scores of `result.json`, and those of the last
-        checkpoint under `last`.
+        What `merged.json` says of the shape: shape, steps, weights, the scores of `result.json`, and those of the
+        last checkpoint under `last`.
 
     Raises:
         ValueError: fewer were kept, or the shape is unknown.
@@ -124,15 +124,18 @@ def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *
     experiment = Experiment.load(folder.path / "experiment.json")
     source = experiment.data.open(experiment.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    merged = merge_weights(window.paths, window.weights)
+    merged, result = merge_weights(window.paths, window.weights), folder.result or {}
     scores = evaluate(experiment, source, _model(experiment, merged).to(device))
-    before = evaluate(experiment, source, _model(experiment, read_weights(window.paths[-1])).to(device))
+    if folder.status == "finished" and result.get("step") == window.steps[-1]:
+        before = {name: result[name] for name in scores}
+    else:
+        before = evaluate(experiment, source, _model(experiment, read_weights(window.paths[-1])).to(device))
     record = {"shape": shape, "steps": [*window.steps], "weights": [*window.weights], **scores, "last": before}
     if save:
         state = {f"model.{name}": tensor for name, tensor in merged.items()}
         with replacing(folder.path / "checkpoints" / "merged.ckpt") as temporary:
             torch.save({"state_dict": state, "global_step": window.steps[-1]}, temporary)
-    write_json(folder.path / "merged.json", record)
+    write_json(folder.path / "merged.json", {**folder.merged, shape: record})
     return record
 
 
