@@ -9,11 +9,14 @@ here is no finding; `searched_winners.py` trains it on fresh seeds. Budget: two 
     explore sweep sweeps/searched_frontier.py --trials 40 --workers 2 --records sweeps/records/searched_frontier.parquet
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
+import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.figures import RunFigure, draw_search, stacked
 from explore.study import Budgets, LearningRates, PatternSpace
 
 D_MODEL, SEQ_LEN, VOCAB_SIZE = 48, 128, 2048
@@ -72,3 +75,28 @@ def experiment(trial: optuna.Trial) -> Experiment:
         data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=1),
         train=TrainConfig(tokens=TOKENS, batch_size=16, lr=1.6e-2, precision="fp32", eval_tokens=65_536),
     )
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """All trials in the order in which they ended, with their ranks by bits per byte on validation; one seed each."""
+    runs = runs[runs["status"] == "finished"].sort_values("finished_at", ignore_index=True)
+    what = ["n_experts", "top_k", "d_latent"]
+    hand_made = set()
+    for each in baselines:
+        pattern = str(patterns.read(each))
+        experts = content(pattern, each)["blocks"].get("E", {})
+        hand_made.add((pattern, *(experts.get(size, 0) for size in what)))
+    models = runs[["pattern", *what]].fillna(dict.fromkeys(what, 0)).itertuples(index=False, name=None)
+    columns = ["pattern", *what, "params_total", "params_active", "lr", "tuned", "val_bpb"]
+    search = runs[columns].assign(rank=runs["val_bpb"].rank(method="first").astype(int))
+    search.insert(0, "kind", ["hand" if each in hand_made else "found" for each in models])
+    search.insert(0, "trial", search.index + 1)
+    return {"search": search}
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """Bits per byte of every trial in their order; no finding, as each has one seed."""
+    drawn, (ax,) = stacked([2.4], "What did the search find?")
+    label = "Trials in the order of their ends, one seed each"
+    draw_search(ax, tables["search"], {"hand": "hand-made", "found": "found"}, label)
+    return drawn

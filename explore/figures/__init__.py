@@ -27,7 +27,7 @@ from explore.figures.decoding import (
 )
 from explore.figures.frontier import MORE_IS_BETTER, draw_frontier, frontier_table, plot_frontier
 from explore.figures.runs import LABELS
-from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, stacked
+from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, stacked
 
 __all__ = [
     "COLUMN_HEIGHT",
@@ -53,6 +53,7 @@ __all__ = [
     "draw_laws",
     "draw_levels",
     "draw_receipts",
+    "draw_search",
     "draw_state",
     "draw_throughput",
     "family_styles",

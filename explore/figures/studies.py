@@ -1,4 +1,4 @@
-"""What a study shows: differences of arms from a baseline with their intervals, and loss against compute with laws."""
+"""What a study shows: differences of arms from a baseline with their intervals, loss against compute, a search."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
 from explore.figures.base import COLUMN_WIDTH, RunFigure
@@ -58,6 +59,7 @@ def draw_comparisons(
         ax.plot([row["low"], row["high"]], [place, place], color=color, lw=0.16 * font_pt, zorder=2)
         face = "white" if row["verdict"] == "exploratory" else color
         ax.plot(row["difference"], place, marker=marker, ms=0.6 * font_pt, mfc=face, mec=color, zorder=3)
+    ax.xaxis.set_major_locator(MaxNLocator(5))
     rows_of_names(ax, [names[each] for each in shown])
     present = [verdict for verdict in VERDICTS if verdict in set(rows.loc[shown, "verdict"])]
     legend(ax, [_verdict_handle(verdict, font_pt) for verdict in present], font_pt)
@@ -125,3 +127,36 @@ def draw_levels(
         ax.vlines(rows["x"] + beside, rows["low"], rows["high"], color=styles[each].color, lw=0.14 * font_pt)
         ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=len(rows) > 1))
     legend(ax, [Line2D([], [], **styles[each].look(font_pt), label=name) for each, name in names.items()], font_pt)
+
+
+def draw_search(
+    ax: Axes,
+    trials: pd.DataFrame,
+    names: Mapping[str, str],
+    label: str,
+    *,
+    kind: str = "kind",
+    value: str = "val_bpb",
+    font_pt: float = 7.0,
+) -> None:
+    """Draws what every trial of a search came to, a marker a kind of `names`, and the best so far as a line.
+
+    Args:
+        trials: a row a trial, in their order.
+        label: of the axis of trials.
+    """
+    dress(ax, label, LABELS.get(value, value), font_pt)
+    if trials.empty:
+        nothing(ax, "no finished runs", font_pt)
+        return
+    place = np.arange(1, len(trials) + 1)
+    styles = line_styles(names)
+    ax.step(place, trials[value].cummin(), where="post", color=LINE, lw=0.12 * font_pt, zorder=1)
+    handles = [Line2D([], [], color=LINE, lw=0.12 * font_pt, label="best so far")]
+    for each, name in names.items():
+        shown = (trials[kind] == each).to_numpy()
+        look = styles[each].look(font_pt, line=False)
+        ax.plot(place[shown], trials.loc[shown, value], **look, zorder=2)
+        handles.insert(-1, Line2D([], [], **look, label=name))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend(ax, handles, font_pt)
