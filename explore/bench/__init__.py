@@ -2,6 +2,6 @@
 
 from explore.bench.families import SHAPES, Shape, families
 from explore.bench.ops import time_ops
-from explore.bench.training import compare, compare_curves, compare_decoding
+from explore.bench.training import compare, compare_curves, compare_decoding, time_regions
 
-__all__ = ["SHAPES", "Shape", "compare", "compare_curves", "compare_decoding", "families", "time_ops"]
+__all__ = ["SHAPES", "Shape", "compare", "compare_curves", "compare_decoding", "families", "time_ops", "time_regions"]

@@ -11,13 +11,18 @@ from typing import Any
 from explore.bench.families import SHAPES, families
 from explore.model import ModelConfig
 from explore.ops import paths_in_use
-from explore.train import multiplies_bf16
+from explore.train import ELEMENTS, compiled_ops, multiplies_bf16
+
+RUN_TOKENS = 20_000_000
+"""Tokens of the run that a timed step is thought to be of: for so many, ops are compiled that gain by it."""
 
 
 def compare(
     shape: str, seconds: float, rate: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Times every family, ours and the baseline in turn, each in fp32 and in bf16, and takes the better of each.
+
+    Ops are compiled where a run of `RUN_TOKENS` would compile them.
 
     Args:
         seconds: of each of the four measurements of a family.
@@ -26,16 +31,22 @@ def compare(
         names: of families; all when absent.
 
     Yields:
-        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, peak_bytes, baseline_peak_bytes,
-        gemm_fraction (training FLOPs, exact convention, over what the rate allows), precisions and path.
+        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, first_step_s (with what is compiled),
+        peak_bytes, baseline_peak_bytes, gemm_fraction (training FLOPs, exact convention, over what the rate allows),
+        precisions and path.
 
     Raises:
         ValueError: no such shape or family.
     """
     precisions = _precisions()
     for name, model in _chosen(shape, names).items():
+        chosen = {
+            precision: dict.fromkeys(compiled_ops(model.layers, RUN_TOKENS, precision, "cpu"), "compiled")
+            | dict(paths or {})
+            for precision in precisions
+        }
         found = {
-            (side, precision): _measured(name, shape, side, precision, seconds, dict(paths or {}))
+            (side, precision): _measured(name, shape, side, precision, seconds, chosen[precision])
             for precision in precisions
             for side in ("ours", "transformers")
         }
@@ -51,12 +62,13 @@ def compare(
             "tokens_per_s": one["tokens_per_s"],
             "baseline_tokens_per_s": other["tokens_per_s"],
             "ratio": one["tokens_per_s"] / other["tokens_per_s"],
+            "first_step_s": one["first_step_s"],
             "peak_bytes": one["peak_bytes"],
             "baseline_peak_bytes": other["peak_bytes"],
             "gemm_fraction": flops * one["tokens_per_s"] / rate,
             "precision": ours,
             "baseline_precision": theirs,
-            "path": paths_in_use() | dict(paths or {}),
+            "path": paths_in_use() | chosen[ours],
         }
 
 
@@ -154,6 +166,22 @@ def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> 
             "ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
             "baseline_cached": theirs["cached"],
         }
+
+
+def time_regions(shape: str) -> Iterator[dict[str, Any]]:
+    """Times the ops that can be compiled at a shape, by default and compiled, each in a process of its own.
+
+    Yields:
+        Rows of the table of `explore.train.regions`: op, precision, default_ns and compiled_ns an element, forward and
+        backward, compile_s of a first compilation, and the processor.
+
+    Raises:
+        ValueError: no such shape.
+    """
+    _chosen(shape, None)
+    for precision in _precisions():
+        for op in ELEMENTS:
+            yield in_a_process(what="region", shape=shape, op=op, precision=precision)
 
 
 def in_a_process(**task: Any) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,19 @@ import torch
 from torch import Tensor
 
 from explore.bench.families import SHAPES, VOCAB_SIZE, families
+from explore.bench.ops import mamba_works, timed
+from explore.blocks import Mamba2Config
 from explore.data import TextData
 from explore.experiment import TrainConfig
 from explore.interop import to_hf
-from explore.ops import forced_paths
-from explore.train import build_optimizer
+from explore.ops import PATHS, forced_paths
+from explore.train import ELEMENTS, build_optimizer, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
+
+REPEATS = 9
+"""Of the measurement of a region."""
 
 
 def train_step(
@@ -81,8 +88,10 @@ def measure(
     before = peak_bytes(reset=True)
     with forced_paths(**paths):
         step = train_step(family, shape, side, precision)
-        step(*batch)
         times: list[float] = []
+        began = time.perf_counter()
+        step(*batch)
+        first_step_s = time.perf_counter() - began
         began = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - began < seconds:
             start = time.perf_counter()
@@ -91,9 +100,37 @@ def measure(
     median = sorted(times)[len(times) // 2]
     return {
         "tokens_per_s": size.batch_tokens / median,
-        "fastest_tokens_per_s": size.batch_tokens / min(times),
+        "first_step_s": first_step_s,
         "n_steps": len(times),
         "peak_bytes": peak_bytes() - before,
+    }
+
+
+def region(shape: str, op: str, precision: str) -> dict[str, Any]:
+    """The nanoseconds that an op takes for an element, and the seconds of its compilation, where nothing is cached."""
+    size = SHAPES[shape]
+    block = families(size.d_model)["Mamba + MLP"].layers[0]
+    assert isinstance(block, Mamba2Config)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    work = mamba_works(block, size.batch_size, size.seq_len, dtype)[op]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        with forced_paths(**{op: "compiled"}):
+            first = timed(work, precision == "bf16")
+        times: dict[str, list[float]] = {PATHS[op][0]: [], "compiled": []}
+        for _ in range(REPEATS):
+            for path, found in times.items():  # in turn, for the machine may be busy at times
+                with forced_paths(**{op: path}):
+                    found.append(timed(work, precision == "bf16"))
+    default, compiled = (sorted(found)[REPEATS // 2] for found in times.values())
+    n_elements = ELEMENTS[op](block) * size.batch_tokens
+    return {
+        "op": op,
+        "precision": precision,
+        "default_ns": round(1e9 * default / n_elements, 3),
+        "compiled_ns": round(1e9 * compiled / n_elements, 3),
+        "compile_s": round(first - compiled, 1),
+        "device": processor(),
     }
 
 
@@ -147,5 +184,10 @@ def peak_bytes(*, reset: bool = False) -> int:
 
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])
-    works: dict[str, Callable[..., dict[str, Any]]] = {"train": measure, "curve": curve, "decode": decode}
+    works: dict[str, Callable[..., dict[str, Any]]] = {
+        "train": measure,
+        "region": region,
+        "curve": curve,
+        "decode": decode,
+    }
     print(json.dumps(works[task.pop("what")](**task)))

@@ -14,7 +14,8 @@ from explore.cli.app import Json, Paths, app, count, err, forced, out, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves"], typer.Option(help="What is timed; curves compares losses.")
+        Literal["train", "decode", "ops", "curves", "regions"],
+        typer.Option(help="What is timed; curves compares losses, regions says what compiling an op gains and costs."),
     ] = "train",
     shape: Annotated[
         Literal["tiny", "small", "large"],
@@ -27,18 +28,27 @@ def bench(
     path: Paths = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the table of regions: runs here choose by it what they compile.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time training and decoding here, beside transformers' nemotron_h, and every op on each of its paths.
 
     Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
-    measurement in a process of its own. `--what curves` trains by the paths in use and by the reference in fp32, and
-    says how far apart their losses are. The fraction is exact training FLOPs over what matrix products reach in bf16.
+    measurement in a process of its own, with what a run of 20M tokens would compile. `--what curves` trains by the
+    paths in use and by the reference in fp32, and says how far apart their losses are. The fraction is exact training
+    FLOPs over what matrix products reach in bf16.
     """
     from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops
     from explore.roofline import measured
 
+    if save and what != "regions":
+        raise ValueError(f"--save: not with --what {what}; only regions are kept")
     records: list[dict[str, Any]] = []
+    if what == "regions":
+        _regions(shape, save, as_json)
+        return
     if what == "ops":
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
         _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
@@ -73,6 +83,29 @@ def bench(
     _show(records, as_json, ("family",), columns)
     if not as_json:
         out.print(f"matrix products reach {count(rate)} FLOP/s here in bf16", highlight=False)
+
+
+def _regions(shape: str, save: bool, as_json: bool) -> None:
+    import pandas as pd
+
+    from explore.bench import time_regions
+    from explore.runs import save_table
+    from explore.train import own_table
+
+    records = []
+    for record in time_regions(shape):
+        ratio = record["default_ns"] / record["compiled_ns"]
+        err.print(f"{record['op']}, {record['precision']}: {ratio:.2f} times as fast compiled", highlight=False)
+        records.append(record)
+    columns = {
+        "ns an element": lambda r: f"{r['default_ns']:.2f}",
+        "compiled": lambda r: f"{r['compiled_ns']:.2f}",
+        "compilation": lambda r: f"{r['compile_s']:.0f} s",
+    }
+    _show(records, as_json, ("op", "precision"), columns)
+    if save:
+        save_table(pd.DataFrame(records), own_table())
+        err.print(f"wrote {own_table()}", highlight=False)
 
 
 def _show(records: list[dict[str, Any]], as_json: bool, names: tuple[str, ...], columns: dict[str, Any]) -> None:

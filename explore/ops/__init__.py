@@ -7,7 +7,7 @@ from explore.ops.experts import experts
 from explore.ops.linear import packed_linears
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm
-from explore.ops.paths import PATHS, forced_paths, path_of, paths_in_use
+from explore.ops.paths import PATHS, forced_paths, is_forced, path_of, paths_in_use
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "experts",
     "forced_paths",
     "gated_group_rms_norm",
+    "is_forced",
     "is_gated",
     "linear_cross_entropy",
     "packed_linears",

@@ -36,6 +36,9 @@ CUDA: Mapping[str, tuple[str, ...]] = {"experts": ("triton",), "loss": ("triton"
 MODULES: Mapping[str, str] = {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", "triton": "triton"}
 """What an implementation needs to import."""
 
+MAX_SHAPES = 64
+"""Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
+
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
 
@@ -46,6 +49,11 @@ def path_of(op: str, device: str = "cpu") -> str:
         device: torch's name of the type of device.
     """
     return _forced.get().get(op) or _default(op, device)
+
+
+def is_forced(op: str) -> bool:
+    """Whether somebody has forced an implementation of `op`."""
+    return op in _forced.get()
 
 
 assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
@@ -74,6 +82,7 @@ def paths_in_use(device: str = "cpu") -> dict[str, str]:
 @cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
     made: Callable[P, T] = torch.compile(function, dynamic=False)
     return made
 

@@ -1,6 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
-from explore.train.environment import multiplies_bf16, slow_precision
+from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
@@ -9,10 +9,12 @@ from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.record import cost_record
+from explore.train.regions import ELEMENTS, compiled_ops, own_table
 from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
 __all__ = [
+    "ELEMENTS",
     "BusyError",
     "DataModule",
     "DivergedError",
@@ -21,6 +23,7 @@ __all__ = [
     "LitLanguageModel",
     "at_budget",
     "build_optimizer",
+    "compiled_ops",
     "cost_record",
     "decay_weights",
     "evaluate",
@@ -31,6 +34,8 @@ __all__ = [
     "merge_weights",
     "merge_window",
     "multiplies_bf16",
+    "own_table",
+    "processor",
     "read_weights",
     "score_merge",
     "slow_precision",

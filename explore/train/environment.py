@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from explore.experiment import Experiment
-from explore.ops import paths_in_use
 
 PACKAGES = ("hybrid-frontier", "torch", "lightning", "optuna", "numpy", "tokenizers")
 
@@ -20,12 +19,11 @@ def environment(experiment: Experiment) -> dict[str, Any]:
     """What a reader needs to judge whether a number can be made again."""
     return {
         "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: version(package) for package in PACKAGES},
-        "ops": paths_in_use("cuda" if torch.cuda.is_available() else "cpu"),
         "data": experiment.data.fingerprint(),
     }
 
@@ -38,11 +36,13 @@ def multiplies_bf16() -> bool:
 def slow_precision(experiment: Experiment) -> str | None:
     """One line that says so where this experiment's precision has no instructions here."""
     if experiment.train.precision == "bf16" and not multiplies_bf16():
-        return f"train.precision: bf16 has no instructions on this {_cpu()}; fp32 trains several times as fast here"
+        return (
+            f"train.precision: bf16 has no instructions on this {processor()}; fp32 trains several times as fast here"
+        )
     return None
 
 
-def _cpu() -> str:
+def processor() -> str:
     """Name of the processor and its widest vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []

@@ -18,6 +18,7 @@ from rich.console import Console
 from explore import tracking
 from explore.data import Source
 from explore.experiment import Experiment
+from explore.ops import paths_in_use
 from explore.runs import PRUNED, RunFolder, run_folder, write_json
 from explore.train.callbacks import KeptCheckpoints, LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO, quiet
 from explore.train.judging import Judge, LearningCurve, check_judged, has_ended, seen, tell
@@ -26,6 +27,7 @@ from explore.train.models import evaluate, step_of
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.parallel import StrategyName, check_parallel, is_writer, lightning_strategy, wait_for_all
 from explore.train.record import cost_record, describe, result_of
+from explore.train.regions import compiled_ops
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -52,6 +54,12 @@ class _Way:
     points: Mapping[int, float]
     rungs: Mapping[int, Path]
     judge: Judge | None
+    device: str
+    compiled: Mapping[str, Mapping[str, float]]
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return dict.fromkeys(self.compiled, "compiled")
 
 
 def fit(
@@ -118,6 +126,8 @@ def fit(
             f"model.vocab_size: {experiment.model.vocab_size} is too small; "
             f"the data has {source.vocab_size} different tokens"
         )
+    n_tokens = experiment.n_steps * experiment.batch_tokens
+    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     way = _Way(
         checkpoint_every,
         keep_every,
@@ -131,13 +141,16 @@ def fit(
         points,
         {step: rung_path(runs, experiment, step) for step in rung_steps(experiment, rungs)},
         judge,
+        device,
+        compiled_ops(experiment.model.layers, n_tokens, experiment.train.precision, device),
     )
     if not is_writer(devices):
         _train(experiment, key, source, folder, way)
     else:
         with _locked(folder.path):
             if not has_ended(folder, judge):  # by a process that held the lock until now
-                describe(folder.path, experiment, key, {"devices": way.devices, "strategy": way.strategy})
+                compiled = {"ops": paths_in_use(way.device) | way.paths, "compiled": way.compiled}
+                describe(folder.path, experiment, key, {"devices": devices, "strategy": strategy, **compiled})
                 if devices == 1:  # several do not agree on files that others write
                     branch(runs, experiment, folder.path)
                 result = _train(experiment, key, source, folder, way)
@@ -157,12 +170,16 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
     if way.keep_every is not None:
         callbacks.append(KeptCheckpoints(checkpoint.parent, way.keep_every))
     if writes and way.console.is_terminal:
+        if way.compiled:
+            saves, costs = (sum(each[key] for each in way.compiled.values()) for key in ("saves_s", "costs_s"))
+            told = f"compiling {', '.join(way.compiled)}: some {costs:.0f} s, and then some {saves:.0f} s less"
+            way.console.print(told, style="dim", highlight=False)
         callbacks.append(ProgressBar(n_steps, experiment.name, throughput, way.console))
     loggers: list[Logger] = []
     if writes:
         loggers.append(MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at))
     torch.manual_seed(experiment.seed)
-    module = LitLanguageModel(experiment, recompute=way.recompute)
+    module = LitLanguageModel(experiment, recompute=way.recompute, paths=way.paths)
     with quiet(), _mirrored(experiment, key, folder, way, writes) as mirror:
         if mirror is not None:
             loggers.append(mirror)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from explore.data import Batch, Source
 from explore.evals import Score, score_batch
 from explore.experiment import Experiment
+from explore.ops import forced_paths
 from explore.train.optimizer import build_optimizer
 from explore.train.parallel import Sharded, shard, whole
 from explore.train.schedule import wsd
@@ -45,10 +46,14 @@ class LitLanguageModel(LightningModule):
 
     Args:
         recompute: activations of a layer are made again in the backward pass instead of kept.
+        paths: implementations of ops in training; validation has the default ones.
     """
 
-    def __init__(self, experiment: Experiment, *, recompute: bool = False) -> None:
+    def __init__(
+        self, experiment: Experiment, *, recompute: bool = False, paths: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__()
+        self.paths = dict(paths or {})
         self.experiment = experiment
         self.model = experiment.model.build()
         self.model.recompute = recompute
@@ -66,7 +71,8 @@ class LitLanguageModel(LightningModule):
             group["lr"] = lr * wsd(self.global_step, self.experiment.n_steps, self.experiment.train)
 
     def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
-        loss = self.model.loss(batch["inputs"], batch["targets"], mtp=True)
+        with forced_paths(**self.paths):
+            loss = self.model.loss(batch["inputs"], batch["targets"], mtp=True)
         parts = {"loss": loss.cross_entropy * self._share(loss.n_targets)}
         total = parts["loss"] + loss.aux_loss
         if loss.stats:
