@@ -26,7 +26,7 @@ def compare(
 
     Args:
         seconds: of each of the four measurements of a family.
-        rate: FLOP/s that matrix products reach here in bf16.
+        rate: FLOP/s that matrix products reach here.
         paths: implementations to force.
         names: of families; all when absent.
 

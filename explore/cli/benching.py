@@ -38,9 +38,10 @@ def bench(
     Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
     measurement in a process of its own, with what a run of 20M tokens would compile. `--what curves` trains by the
     paths in use and by the reference in fp32, and says how far apart their losses are. The fraction is exact training
-    FLOPs over what matrix products reach in bf16.
+    FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32.
     """
     from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops
+    from explore.cost import Dtype
     from explore.roofline import measured
 
     if save and what != "regions":
@@ -63,7 +64,8 @@ def bench(
         if not as_json:
             out.print(f"nats between the losses of {steps} steps and those of the fp32 reference", highlight=False)
         return
-    rate = measured().peak("bfloat16")
+    fastest: Dtype = max(("bfloat16", "float32"), key=measured().peak)  # bf16, but where it has no instructions
+    rate = measured().peak(fastest)
     timed = compare(shape, seconds, rate, paths, family) if what == "train" else None
     for record in timed if timed is not None else compare_decoding(shape, new_tokens, family):
         err.print(f"{record['family']}: {record['ratio']:.2f} times the baseline", highlight=False)
@@ -82,7 +84,7 @@ def bench(
         }
     _show(records, as_json, ("family",), columns)
     if not as_json:
-        out.print(f"matrix products reach {count(rate)} FLOP/s here in bf16", highlight=False)
+        out.print(f"matrix products reach {count(rate)} FLOP/s here in {fastest}", highlight=False)
 
 
 def _regions(shape: str, save: bool, as_json: bool) -> None:
