@@ -41,6 +41,9 @@ FILES = (
 )
 """Files of a run folder that make up its record, in the order in which they may be written; checkpoints do not."""
 
+MERGED, BPB = ("flat", "minus_sqrt"), ("val_bpb", "test_bpb")
+"""Shapes of averages that have columns of their own, and their scores that do."""
+
 COLUMNS: Mapping[str, str] = {
     "run": "str",
     "key": "str",
@@ -59,10 +62,7 @@ COLUMNS: Mapping[str, str] = {
     "test_bpb": "float64",
     "recall": "float64",
     "val_loss": "float64",
-    "val_bpb_flat": "float64",
-    "test_bpb_flat": "float64",
-    "val_bpb_minus_sqrt": "float64",
-    "test_bpb_minus_sqrt": "float64",
+    **{f"{score}_{shape}": "float64" for shape in MERGED for score in BPB},
     "lr": "float64",
     "tuned": "boolean",
     "lr_sensitivity": "float64",
@@ -221,7 +221,7 @@ class RunFolder:
     def row(self) -> dict[str, Any]:
         """The run as one row of the table, with None for what is not known."""
         record, cost, environment, result = self.experiment, self.cost, self.environment, self.result or {}
-        trial = self.trial
+        trial, merged = self.trial, self.merged
         experiment = _mapping(record, "experiment")
         model, data, train = (_mapping(experiment, part) for part in ("model", "data", "train"))
         pattern = model.get("pattern")
@@ -236,11 +236,7 @@ class RunFolder:
             "residual": max(map(abs, _mapping(trial, "residuals").values()), default=None),
             "status": self.status,
             **{column: experiment.get(column) for column in ("name", "seed")},
-            **{
-                f"{score}_{shape}": _mapping(self.merged, shape).get(score)
-                for shape in ("flat", "minus_sqrt")
-                for score in ("val_bpb", "test_bpb")
-            },
+            **{f"{score}_{shape}": _mapping(merged, shape).get(score) for shape in MERGED for score in BPB},
             **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
             **{column: environment.get(column) for column in ("commit", "device")},
             "lr": train.get("lr"),

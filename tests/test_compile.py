@@ -176,6 +176,18 @@ def test_recomputation_keeps_less_and_changes_nothing(pattern: str) -> None:
     assert kept_less < kept / 2
 
 
+def test_recomputation_takes_the_paths_that_were_forced_when_its_pass_ran() -> None:
+    lm, ids = model("M*-"), tokens(41)
+    lm.recompute = True
+    with forced_paths(ssd="recurrent", attention="written_out"):
+        loss = lm.loss(ids[:, :-1], ids[:, 1:]).cross_entropy
+    gradients = torch.autograd.grad(loss, [*lm.parameters()])  # of other tensors, if other paths ran again
+    lm.recompute = False
+    plain = torch.autograd.grad(lm.loss(ids[:, :-1], ids[:, 1:]).cross_entropy, [*lm.parameters()])
+    for ours, theirs in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def mtp_model(pattern: str) -> LanguageModel:
     torch.manual_seed(0)
     blocks = {letter: BLOCKS[letter] for letter in "*E"}

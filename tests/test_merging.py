@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -244,6 +245,13 @@ def test_what_cannot_be_merged_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         merge_run(finished, last, shape)
+
+
+def test_checkpoints_that_are_not_equally_far_apart_are_refused(finished: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, copy := tmp_path / "copy")
+    (copy / "checkpoints" / merge_window(finished, 3).paths[1].name).unlink()
+    with pytest.raises(ValueError, match=r"last: the last 3 checkpoints of .* are not equally far apart: steps \("):
+        merge_run(RunFolder(copy), 3)
 
 
 def test_a_run_that_kept_nothing_says_how_to_keep(corpus: Path, tmp_path: Path) -> None:

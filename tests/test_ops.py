@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -213,14 +214,61 @@ def test_squared_relu_and_its_gradient() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(F.relu(x).square().sum(), x)[0])
 
 
+def _scan(X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return ssd(X, F.softplus(dt), -A.exp(), B, C, D, 64)[0]
+
+
+CHOSEN = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i))[:2] for i in range(40)])
+HALF: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
+    "attention": (attention, ((2, 4, 100, 8), (2, 2, 100, 8), (2, 2, 100, 8)), (0, 1, 2)),
+    "conv": (causal_conv1d, ((2, 50, 12), (12, 1, 4), (12,)), (0,)),
+    "experts": (
+        lambda x, up, down: experts(x, CHOSEN, torch.full((40, 2), 0.5), up, None, down, "relu2"),
+        ((40, 16), (5, 16, 24), (5, 24, 16)),
+        (),
+    ),
+    "loss": (lambda hidden, weight: linear_cross_entropy(hidden, weight, CHOSEN[:, 0]), ((40, 16), (30, 16)), ()),
+    "norm": (lambda x, z, w: gated_group_rms_norm(x, z, w, 2, 1e-5), ((2, 30, 16), (2, 30, 16), (16,)), (0, 1)),
+    "scan": (_scan, ((2, 130, 4, 8), (2, 130, 4), (4,), (2, 130, 2, 8), (2, 130, 2, 8), (4,)), (0, 3, 4)),
+}
+"""Ops with a backward pass of their own, the shapes of what they read, and which of it arrives in bf16."""
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_gradients_in_mixed_precision_are_those_in_double_but_for_rounding(name: str) -> None:
+    op, shapes, half = HALF[name]
+    exact = leaves(*shapes)
+    mixed = [x.detach().to(torch.bfloat16 if i in half else torch.float32) for i, x in enumerate(exact)]
+    mixed = [x.requires_grad_() for x in mixed]
+    truth = op(*exact)
+    weight = torch.linspace(-1, 3, truth.numel(), dtype=torch.float64).view_as(truth)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op(*mixed)
+    gradients = torch.autograd.grad((found.double() * weight).sum(), mixed)
+    for ours, double in zip(gradients, torch.autograd.grad((truth * weight).sum(), exact), strict=True):
+        assert float((ours.double() - double).norm() / double.norm()) < 0.02
+
+
+def test_a_target_that_is_no_token_is_refused_and_what_is_left_out_may_be_anything() -> None:
+    hidden, weight = leaves((4, 4), (5, 4))
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_cross_entropy(hidden, weight, torch.tensor([0, 1, -1, 2]))
+    targets = torch.tensor([0, 1, -100, 2])
+    loss = linear_cross_entropy(hidden, weight, targets)
+    broken = hidden.detach().clone()
+    broken[2] = math.nan
+    torch.testing.assert_close(linear_cross_entropy(broken.requires_grad_(), weight, targets), loss)
+
+
 def test_loss_without_logits_is_the_cross_entropy_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("explore.ops.loss.MAX_LOGITS", 3 * 11)
+    monkeypatch.setattr("explore.ops.loss.MIN_ROWS", 1)
     hidden, weight = leaves((8, 4), (11, 4))
     targets = torch.tensor([0, 3, -100, 10, 5, -100, 2, 1])
     sliced = linear_cross_entropy(hidden, weight, targets)
     whole = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
     torch.testing.assert_close(sliced, whole)
-    for a, b in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in (sliced, whole)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (sliced, whole)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -14,6 +14,7 @@ from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.runs import PILOTS, find_runs, load_runs
 from explore.solve import BUDGETS
 from explore.study import Budgets, LearningRates, RejectedError, Sweep, load_sweep, run_sweep
+from explore.train import score_merge
 
 
 @pytest.mark.parametrize("budget", ["params_active", "params_total", "flops_train", "state_bytes"])
@@ -210,6 +211,17 @@ def test_a_run_that_was_stopped_before_its_averages_were_scored_is_not_trained_a
     (merged.path / "merged.json").unlink()
     monkeypatch.setattr("explore.train.fitting._train", lambda *_: pytest.fail("it is trained again"))
     assert run_sweep(sweep, 2, runs, new_study=True, console=Console(quiet=True)).complete == 2
+    assert merged.merged == before
+
+
+def test_averages_of_other_checkpoints_are_scored_again(merged_sweep: tuple[Sweep, Path]) -> None:
+    sweep, runs = merged_sweep
+    assert sweep.merging is not None
+    (merged,) = (run for run in find_runs(runs) if run.merged)
+    before = merged.merged
+    score_merge(merged, 2, "flat")
+    assert merged.merged["flat"]["steps"] == [10, 12]
+    sweep.merging.merge(merged)
     assert merged.merged == before
 
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from small_runs import result, tiny, train, write_corpus
+import torch
+from small_runs import STEPS, result, tiny, train, write_corpus
 
-from explore.blocks import Mamba2Config, MLPConfig
+from explore.model import ModelConfig
 from explore.ops import forced_paths
-from explore.runs import RunFolder, read_table, save_table
+from explore.runs import RunFolder, read_table, save_table, write_json
 from explore.train import ELEMENTS, compiled_ops, own_table, regions
 
 PLAIN = {"conv": "shift", "norm": "by_hand", "ssd": "chunked"}
-MAMBA = Mamba2Config(n_heads=4, d_head=8, d_state=8, n_groups=1, chunk_size=16)
-OTHER = Mamba2Config(n_heads=2, d_head=8, d_state=8, n_groups=1, chunk_size=16)
+MAMBA: dict[str, Any] = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 1, "chunk_size": 16}
+ELEMENTS_OF_SCAN = 64
+ENOUGH = round(2 * 10 / (1e-6 * ELEMENTS_OF_SCAN))
+"""Tokens on which the scan of one layer gains twice of what its compilation takes."""
+
+
+def model(pattern: str) -> ModelConfig:
+    blocks = {"M": MAMBA, "N": {**MAMBA, "n_heads": 2, "d_head": 16, "chunk_size": 32}, "-": {"kind": "mlp", "d_ff": 8}}
+    used = {letter: block for letter, block in blocks.items() if letter in pattern}
+    return ModelConfig.model_validate({"d_model": 32, "vocab_size": 64, "pattern": pattern, "blocks": used})
+
+
+def chosen(pattern: str, n_tokens: int, precision: str = "fp32", seq_len: int = 32) -> dict[str, dict[str, float]]:
+    return compiled_ops(model(pattern), seq_len, n_tokens, precision)
 
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A table of this machine, on which every op gains a microsecond an element for ten seconds."""
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("explore.train.regions.shutil.which", lambda name: f"/usr/bin/{name}")
-    rows = [
-        {"op": op, "precision": "fp32", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 10.0}
-        for op in ELEMENTS
-    ]
+    monkeypatch.setattr(regions, "_has_compiler", lambda: True)
+    row = {"precision": "fp32", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 10.0}
+    rows = [{"op": op, **row, "threads": torch.get_num_threads()} for op in ELEMENTS]
     save_table(pd.DataFrame(rows), own_table())
     return own_table()
 
@@ -42,27 +55,52 @@ def test_what_ships_is_measured_and_every_op_gains() -> None:
 
 
 def test_a_run_compiles_once_it_is_long_enough(own: Path) -> None:
-    elements = MAMBA.n_heads * MAMBA.chunk_size
-    enough = round(2 * 10 / (1e-6 * elements))
-    short, long = (compiled_ops([MAMBA], n, "fp32", "cpu") for n in (enough - 1, enough + 1))
-    assert "ssd" not in short
-    assert long["ssd"] == {"saves_s": 20.0, "costs_s": 10.0}
-    twice = compiled_ops([MAMBA, MLPConfig(d_ff=8), MAMBA], enough, "fp32", "cpu")["ssd"]
-    assert twice == {"saves_s": 40.0, "costs_s": 10.0}  # one shape, in two layers
-    assert "ssd" not in compiled_ops([MAMBA, OTHER], enough, "fp32", "cpu")  # two shapes
+    assert "ssd" not in chosen("M", ENOUGH - 1)
+    assert chosen("M", ENOUGH + 1)["ssd"] == {"saves_s": 20.0, "costs_s": 10.0}
+    assert chosen("M-M", ENOUGH)["ssd"] == {"saves_s": 40.0, "costs_s": 10.0}  # one shape, in two layers
+    assert "ssd" not in chosen("MN", ENOUGH - 1)  # two shapes
+
+
+def test_every_length_that_is_called_is_compiled(own: Path) -> None:
+    assert chosen("M", 10 * ENOUGH, seq_len=40)["ssd"]["costs_s"] == 20.0  # two chunks, and half of one
+    found = chosen("M/M", 10 * ENOUGH)  # multi-token prediction sees one position less
+    assert {op: each["costs_s"] for op, each in found.items()} == {"conv": 20.0, "norm": 20.0, "ssd": 30.0}
+    assert found["ssd"]["saves_s"] == pytest.approx(200 * (1 + 31 / 32), abs=0.1)
 
 
 def test_what_is_forced_or_not_on_a_cpu_or_without_a_compiler_is_left_alone(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = 10**9
-    assert set(compiled_ops([MAMBA], n_tokens, "bf16", "cpu")) == set(ELEMENTS)  # by what was measured in fp32
+    assert set(chosen("M", n_tokens, "bf16")) == set(ELEMENTS)  # by what was measured in fp32
     with forced_paths(ssd="chunked"):
-        assert set(compiled_ops([MAMBA], n_tokens, "fp32", "cpu")) == set(ELEMENTS) - {"ssd"}
-    assert compiled_ops([MAMBA], n_tokens, "fp32", "cuda") == {}
-    assert compiled_ops([MLPConfig(d_ff=8)], n_tokens, "fp32", "cpu") == {}
-    monkeypatch.setattr("explore.train.regions.shutil.which", lambda name: None)
-    assert compiled_ops([MAMBA], n_tokens, "fp32", "cpu") == {}
+        assert set(chosen("M", n_tokens)) == set(ELEMENTS) - {"ssd"}
+    assert compiled_ops(model("M"), 32, n_tokens, "fp32", "cuda") == {}
+    assert chosen("-", n_tokens) == {}
+    monkeypatch.setattr(regions, "_has_compiler", lambda: False)
+    assert chosen("M", n_tokens) == {}
+
+
+def test_more_threads_than_measured_gain_less(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4 * int(read_table(own)["threads"].iloc[0]))
+    assert "ssd" not in chosen("M", ENOUGH + 1)
+    assert "ssd" in chosen("M", 4 * ENOUGH + 1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda table: table.drop(columns="compile_s"),
+        lambda table: table[table["op"] != "norm"],
+        lambda table: table.assign(default_ns="fast"),
+        lambda table: table.assign(threads=0),
+    ],
+)
+def test_a_table_that_is_none_is_refused_by_name(own: Path, spoil: Any) -> None:
+    save_table(spoil(read_table(own)), own)
+    with pytest.raises(ValueError, match=rf"{own}: .*; `explore bench --what regions --save` makes it anew"):
+        chosen("M", ENOUGH)
+    assert chosen("-", ENOUGH) == {}
 
 
 def test_a_short_run_compiles_nothing_and_its_record_says_so(tmp_path: Path) -> None:
@@ -71,24 +109,41 @@ def test_a_short_run_compiles_nothing_and_its_record_says_so(tmp_path: Path) -> 
     assert folder.environment["ops"]["ssd"] == "chunked"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(own: Path, tmp_path: Path) -> None:
-    rows = read_table(own)
-    save_table(rows.assign(default_ns=1e12), own)
+def test_a_run_that_goes_on_compiles_what_it_began_with(own: Path, tmp_path: Path) -> None:
     one = tiny(write_corpus(tmp_path), "M-")
-    path = tmp_path / "one.json"
-    path.write_text(one.model_dump_json(), encoding="utf-8")
-    found = {}
-    for name, forced in {"compiled": [], "plain": [f"--path={op}={name}" for op, name in PLAIN.items()]}.items():
-        arguments = ["explore", "train", str(path), "--runs", str(tmp_path / name), *forced]
-        code = f"import sys; sys.argv = {arguments}; from explore.cli import main; main()"
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-        (folder,) = (tmp_path / name).iterdir()
-        found[name] = RunFolder(folder)
-    assert set(found["compiled"].environment["compiled"]) == set(ELEMENTS)
-    assert {found["compiled"].environment["ops"][op] for op in ELEMENTS} == {"compiled"}
-    assert found["plain"].environment["compiled"] == {}
-    losses = [result(folder)["val_loss"] for folder in found.values()]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0] != losses[1]
+    folder = train(one, tmp_path / "runs")
+    (folder.path / "result.json").unlink()
+    save_table(read_table(own).assign(default_ns=1e12), own)
+    assert train(one, tmp_path / "runs").environment["compiled"] == {}
+    write_json(folder.path / "environment.json", {})  # of an earlier version, which had no such choice
+    (folder.path / "result.json").unlink()
+    assert train(one, tmp_path / "runs").environment["compiled"] == {}
+
+
+COMPILES = """
+import json, sys
+from torch._dynamo.utils import counters
+from explore.experiment import Experiment
+from explore.train import fit
+fit(Experiment.load(__import__("pathlib").Path(sys.argv[1])), sys.argv[2], accelerator="cpu", recompute=True)
+print(json.dumps(counters["stats"]["unique_graphs"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(own: Path, tmp_path: Path) -> None:
+    save_table(read_table(own).assign(default_ns=1e12), own)
+    one = tiny(write_corpus(tmp_path), "M-")
+    (path := tmp_path / "one.json").write_text(one.model_dump_json(), encoding="utf-8")
+    command = [sys.executable, "-c", COMPILES, str(path), str(tmp_path / "compiled")]
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
+    assert json.loads(done.stdout.splitlines()[-1]) >= len(ELEMENTS)
+    (compiled,) = map(RunFolder, (tmp_path / "compiled").iterdir())
+    assert set(compiled.environment["compiled"]) == set(ELEMENTS)
+    assert {compiled.environment["ops"][op] for op in ELEMENTS} == {"compiled"}
+    with forced_paths(**PLAIN):
+        plain = train(one, tmp_path / "plain")
+    assert plain.environment["compiled"] == {}
+    assert result(compiled)["step"] == STEPS
+    assert result(compiled)["val_loss"] == pytest.approx(result(plain)["val_loss"], rel=1e-4)

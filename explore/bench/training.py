@@ -41,7 +41,7 @@ def compare(
     precisions = _precisions()
     for name, model in _chosen(shape, names).items():
         chosen = {
-            precision: dict.fromkeys(compiled_ops(model.layers, RUN_TOKENS, precision, "cpu"), "compiled")
+            precision: dict.fromkeys(compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, precision), "compiled")
             | dict(paths or {})
             for precision in precisions
         }

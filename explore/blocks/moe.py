@@ -167,16 +167,15 @@ class MoE(Mixer):
         chosen, weights = self.route(scores)
         if self.config.latent_norm == "input" and self.latent_norm is not None:
             routed = self.latent_norm(routed.to(self.latent_norm.weight.dtype))
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         y = experts(
-            routed.flatten(0, 1).to(dtype),
+            routed.flatten(0, 1),
             chosen.flatten(0, 1),
             weights.flatten(0, 1),
-            self.up.to(dtype),
-            None if self.gate is None else self.gate.to(dtype),
-            self.down.to(dtype),
+            self.up,
+            self.gate,
+            self.down,
             self.config.activation,
-            self._biases(dtype),
+            None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.gate_bias, self.down_bias),
         ).view_as(routed)
         if self.config.latent_norm == "combined" and self.latent_norm is not None:
             y = self.latent_norm(y.to(self.latent_norm.weight.dtype))
@@ -201,12 +200,6 @@ class MoE(Mixer):
         """Moves the bias of each expert towards the mean load; called once per optimizer step."""
         if self.config.expert_bias:
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
-
-    def _biases(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor] | None:
-        if self.up_bias is None or self.down_bias is None:
-            return None
-        gate = None if self.gate_bias is None else self.gate_bias.to(dtype)
-        return self.up_bias.to(dtype), gate, self.down_bias.to(dtype)
 
     def _scores(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

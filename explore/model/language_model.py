@@ -14,7 +14,7 @@ from explore.blocks import MoE, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
-from explore.ops import linear_cross_entropy
+from explore.ops import linear_cross_entropy, same_paths
 
 
 class Loss(NamedTuple):
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
 
     def _run(self, part: nn.Module, *inputs: Tensor) -> Any:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=same_paths)
         return part(*inputs)
 
     def generate(

@@ -1,4 +1,4 @@
-"""Pure tensor functions, the fast ones beside their truth."""
+"""Pure tensor functions, the fast ones beside their truth. Gradients are of first order: most are written by hand."""
 
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
@@ -7,7 +7,7 @@ from explore.ops.experts import experts
 from explore.ops.linear import packed_linears
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm
-from explore.ops.paths import PATHS, forced_paths, is_forced, path_of, paths_in_use
+from explore.ops.paths import PATHS, forced_paths, is_forced, path_of, paths_in_use, same_paths
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "path_of",
     "paths_in_use",
     "rotate",
+    "same_paths",
     "ssd",
     "ssd_chunked",
     "ssd_recurrent",

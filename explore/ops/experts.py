@@ -35,17 +35,17 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
-    name = path_of("experts", x.device.type)
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, up, down, gate = x.to(dtype), up.to(dtype), down.to(dtype), None if gate is None else gate.to(dtype)
+    name = path_of("experts", device)
     if name == "triton" and biases is None:
         from explore.kernels.routed_experts import routed_experts
 
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
-        return routed_experts(x, chosen, weights, up, None if gate is None else gate.to(dtype), down, activation)
+        return routed_experts(x, chosen, weights, up, gate, down, activation)
     path = {"loop": _loop, "dense": _dense}.get(name, _padded)
-    up_bias, gate_bias, down_bias = biases or (None, None, None)
-    return path(x, chosen, weights, _Experts(activation, up, gate, down, up_bias, gate_bias, down_bias))
+    offsets = (None if bias is None else bias.to(dtype) for bias in biases or (None, None, None))
+    return path(x, chosen, weights, _Experts(activation, up, gate, down, *offsets))
 
 
 class _Experts(NamedTuple):

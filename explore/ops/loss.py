@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from explore.ops.paths import path_of
 
 MAX_LOGITS = 1 << 19
-"""Logits that are alive at once: 2 MiB in fp32, which a cache holds."""
+"""Logits that are alive at once, 2 MiB in fp32, which a cache holds."""
+
+MIN_ROWS = 64
+"""But rows of a slice at least, since each adds to the gradient of the whole head."""
 
 IGNORED = -100
 
@@ -27,7 +30,8 @@ def linear_cross_entropy(
     """Sum of the cross-entropies of softmax(hidden weight^T), in nats; a target of -100 is left out.
 
     Logits are made, used and dropped a slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
-    exists. Where gradients are wanted, each slice gives its own at once, so that nothing is made a second time.
+    exists. Where gradients are wanted, each slice gives its own at once, so that nothing is made a second time; they
+    are kept until the backward pass, as large as `hidden` and as `weight` in fp32.
     """
     if path_of("loss", hidden.device.type) == "triton":
         from explore.kernels import linear_cross_entropy as kernel
@@ -49,7 +53,7 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    size = max(1, MAX_LOGITS // weight.shape[0])
+    size = max(MIN_ROWS, MAX_LOGITS // weight.shape[0])
     return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
@@ -65,15 +69,16 @@ class _Sliced(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=exact)  # a row is in every slice, whose parts are added up
         with torch.autocast(device, enabled=False):
             for rows in _slices(hidden, weight):
-                counted = (targets[rows] != IGNORED).unsqueeze(1)
-                target = targets[rows].clamp(min=0).unsqueeze(1)
+                ignored = (targets[rows] == IGNORED).unsqueeze(1)
+                target = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
                 logits = (hidden[rows] @ weight.T).float()
                 logits -= logits.amax(1, keepdim=True)
                 picked = logits.gather(1, target)
                 softmax = logits.exp_()
                 norm = softmax.sum(1, keepdim=True)
-                total += ((norm.log() - picked) * counted).sum()
-                dlogits = softmax.mul_(counted / norm).scatter_add_(1, target, -counted.float()).to(dtype)
+                total += (norm.log() - picked).masked_fill(ignored, 0).sum()
+                dlogits = softmax.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
+                dlogits = dlogits.masked_fill_(ignored, 0).to(dtype)
                 torch.mm(dlogits, weight, out=dhidden[rows])
                 if dtype == exact:
                     dweight.addmm_(dlogits.T, hidden[rows])

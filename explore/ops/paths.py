@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -51,12 +51,17 @@ def path_of(op: str, device: str = "cpu") -> str:
     return _forced.get().get(op) or _default(op, device)
 
 
+assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
+
+
 def is_forced(op: str) -> bool:
     """Whether somebody has forced an implementation of `op`."""
     return op in _forced.get()
 
 
-assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
+def same_paths() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a checkpointed pass and of its recomputation, which may come after a `forced_paths` has ended."""
+    return nullcontext(), forced_paths(**_forced.get())
 
 
 def _default(op: str, device: str) -> str:
@@ -82,7 +87,7 @@ def paths_in_use(device: str = "cpu") -> dict[str, str]:
 @cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
-    torch._dynamo.config.recompile_limit = MAX_SHAPES
+    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
     made: Callable[P, T] = torch.compile(function, dynamic=False)
     return made
 

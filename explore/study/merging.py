@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from explore.experiment import Experiment
 from explore.runs import RunFolder
-from explore.train import decay_weights, score_merge
+from explore.train import decay_weights, score_merge, stable_steps
 from explore.train.merging import Shape
 
 
@@ -44,12 +44,19 @@ class Merging:
         return "val_bpb" if experiment.train.decay else f"val_bpb_{self.shapes[0]}"
 
     def merge(self, folder: RunFolder) -> None:
-        """Scores the averages of a run, if it has finished, that `merged.json` does not tell yet.
+        """Scores the averages of a run, if it has finished, but those of the same checkpoints that are told already.
 
         Raises:
             ValueError: the run did not keep enough checkpoints.
         """
-        if folder.status == "finished":
-            for shape in self.shapes:
-                if shape not in folder.merged:
-                    score_merge(folder, self.last, shape)
+        if folder.status != "finished":
+            return
+        steps = self._steps(Experiment.load(folder.path / "experiment.json"))
+        for shape in self.shapes:
+            if folder.merged.get(shape, {}).get("steps") != steps:
+                score_merge(folder, self.last, shape)
+
+    def _steps(self, experiment: Experiment) -> list[int]:
+        """Steps of the checkpoints in an average."""
+        every, stable = self.keep_every(experiment) or 1, stable_steps(experiment.n_steps, experiment.train)
+        return [step for step in range(every, experiment.n_steps + 1, every) if step in stable][-self.last :]

@@ -1,4 +1,4 @@
-"""Where a run was made: versions, device, code, kernels."""
+"""Where a run was made: versions, device, code."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from explore.train.models import evaluate, step_of
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.parallel import StrategyName, check_parallel, is_writer, lightning_strategy, wait_for_all
 from explore.train.record import cost_record, describe, result_of
-from explore.train.regions import compiled_ops
+from explore.train.regions import compiled_ops, keep_compiled
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -40,7 +40,7 @@ class BusyError(ValueError):
 
 @dataclass(frozen=True)
 class _Way:
-    """How a run is made, as far as it does not change its result."""
+    """How a run is made, as far as it changes its result by no more than rounding."""
 
     checkpoint_every: int | None
     keep_every: int | None
@@ -126,8 +126,7 @@ def fit(
             f"model.vocab_size: {experiment.model.vocab_size} is too small; "
             f"the data has {source.vocab_size} different tokens"
         )
-    n_tokens = experiment.n_steps * experiment.batch_tokens
-    device = "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    device = _device(accelerator)
     way = _Way(
         checkpoint_every,
         keep_every,
@@ -142,7 +141,7 @@ def fit(
         {step: rung_path(runs, experiment, step) for step in rung_steps(experiment, rungs)},
         judge,
         device,
-        compiled_ops(experiment.model.layers, n_tokens, experiment.train.precision, device),
+        _compiled(experiment, folder, devices, device),
     )
     if not is_writer(devices):
         _train(experiment, key, source, folder, way)
@@ -159,6 +158,22 @@ def fit(
     return folder
 
 
+def _device(accelerator: str) -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator == "cpu" or found is None else found.type
+
+
+def _compiled(
+    experiment: Experiment, folder: RunFolder, devices: int, device: str
+) -> Mapping[str, Mapping[str, float]]:
+    """The ops that a run compiles: those that it compiled where it goes on, since rounding differs."""
+    if step_of(folder.path / "checkpoints" / "last.ckpt"):
+        recorded: Mapping[str, Mapping[str, float]] = folder.environment.get("compiled") or {}
+        return recorded
+    n_tokens = experiment.n_steps * experiment.batch_tokens // devices
+    return compiled_ops(experiment.model, experiment.data.seq_len, n_tokens, experiment.train.precision, device)
+
+
 def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, way: _Way) -> dict[str, Any]:
     train, n_steps, writes = experiment.train, experiment.n_steps, is_writer(way.devices)
     checkpoint = folder.path / "checkpoints" / "last.ckpt"
@@ -171,7 +186,7 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
         callbacks.append(KeptCheckpoints(checkpoint.parent, way.keep_every))
     if writes and way.console.is_terminal:
         if way.compiled:
-            saves, costs = (sum(each[key] for each in way.compiled.values()) for key in ("saves_s", "costs_s"))
+            saves, costs = (sum(each[what] for each in way.compiled.values()) for what in ("saves_s", "costs_s"))
             told = f"compiling {', '.join(way.compiled)}: some {costs:.0f} s, and then some {saves:.0f} s less"
             way.console.print(told, style="dim", highlight=False)
         callbacks.append(ProgressBar(n_steps, experiment.name, throughput, way.console))
@@ -179,6 +194,8 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
     if writes:
         loggers.append(MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at))
     torch.manual_seed(experiment.seed)
+    if way.compiled:
+        keep_compiled()
     module = LitLanguageModel(experiment, recompute=way.recompute, paths=way.paths)
     with quiet(), _mirrored(experiment, key, folder, way, writes) as mirror:
         if mirror is not None:

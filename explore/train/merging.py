@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +95,8 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
             f"steps {stable.start} to {stable.stop - 1}; {allowed}"
         )
     steps = tuple(kept[-last:])
+    if len({b - a for a, b in pairwise(steps)}) > 1:
+        raise ValueError(f"last: the last {last} checkpoints of {folder.path} are not equally far apart: steps {steps}")
     return Window(shape, steps, tuple(found[step] for step in steps), weights)
 
 
@@ -127,7 +130,7 @@ def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *
     merged, result = merge_weights(window.paths, window.weights), folder.result or {}
     scores = evaluate(experiment, source, _model(experiment, merged).to(device))
     if folder.status == "finished" and result.get("step") == window.steps[-1]:
-        before = {name: result[name] for name in scores}
+        before = {name: result.get(name) for name in scores}
     else:
         before = evaluate(experiment, source, _model(experiment, read_weights(window.paths[-1])).to(device))
     record = {"shape": shape, "steps": [*window.steps], "weights": [*window.weights], **scores, "last": before}
