@@ -61,6 +61,7 @@ COLUMNS: Mapping[str, str] = {
     "val_bpb": "float64",
     "test_bpb": "float64",
     "recall": "float64",
+    "sotu_bpb": "float64",
     "val_loss": "float64",
     **{f"{score}_{shape}": "float64" for shape in MERGED for score in BPB},
     "lr": "float64",
@@ -86,9 +87,10 @@ COLUMNS: Mapping[str, str] = {
 }
 """Columns of the table of runs, in order, with their dtypes.
 
-`flops_fwd` and `flops_train` are per token. `val_bpb_flat` and its like: of an average of the run's last checkpoints,
-by the decay that it imitates. `tuned`: the learning rate was searched for this architecture and lies between two others
-that were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is off the
+`flops_fwd` and `flops_train` are per token. `sotu_bpb`: of State of the Union addresses, where `explore eval
+--corpus sotu --save` has measured it. `val_bpb_flat` and its like: of an average of the run's last checkpoints, by the
+decay that it imitates. `tuned`: the learning rate was searched for this architecture and lies between two others that
+were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is off the
 budgets that its sweep ties, at most, as a share.
 """
 
@@ -236,6 +238,7 @@ class RunFolder:
             "residual": max(map(abs, _mapping(trial, "residuals").values()), default=None),
             "status": self.status,
             **{column: experiment.get(column) for column in ("name", "seed")},
+            "sotu_bpb": _mapping(self.evals, "bpb").get("sotu"),
             **{f"{score}_{shape}": _mapping(merged, shape).get(score) for shape in MERGED for score in BPB},
             **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
             **{column: environment.get(column) for column in ("commit", "device")},

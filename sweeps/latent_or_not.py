@@ -29,6 +29,7 @@ from explore.frontier import (
     crossover,
     effective_compute,
     fit_power_laws,
+    pairs_table,
     rank_correlation,
     seed_bands,
 )
@@ -140,21 +141,29 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     """Test bits per byte of every arm at every width, the differences from `moe`, and what the laws say."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
-    primary = runs[runs["arm"].isin(PRIMARY)]
-    named = [(width, arm) for width in WIDTHS for arm in PRIMARY[1:]]
-    differences = compare(runs, "arm", "moe", by=["d_model"], primary=named)
+    whole = runs[runs.groupby(["arm", "d_model"])["seed"].transform("nunique") == seeds]
+    primary = whole[whole["arm"].isin(PRIMARY)]
+    widths = primary.groupby("d_model")["arm"].nunique().eq(len(PRIMARY))
+    named = [(width, arm) for width in widths.index[widths] for arm in PRIMARY[1:]]
     laws = fit_power_laws(primary, "arm", loss="test_bpb")
     largest = primary.groupby("arm")["flops_run"].max()
     worth = [effective_compute(laws, arm, "moe", compute=largest[arm]) for arm in PRIMARY[1:]]
     crossings = [crossover(laws, arm, "moe") for arm in PRIMARY[1:]]
+    beyond = runs.drop(whole.index).query("arm in @PRIMARY")
+    predicted = [laws.predict(run.arm, run.flops_run).iloc[0] for run in beyond.itertuples()]
     return {
-        "arms": arms_table(runs, "arm", "moe", by=["d_model"]),
-        "differences": differences,
+        "arms": arms_table(whole, "arm", "moe", by=["d_model"]),
+        "differences": compare(whole, "arm", "moe", by=["d_model"], primary=named),
+        "averages": compare(primary, "arm", "moe", strata=["d_model"], primary=()),
         "bands": seed_bands(primary, ["arm", "d_model"], error="test_bpb"),
         "laws": laws.table(),
         "curves": laws.curves().rename(columns={"family": "arm"}),
+        "beyond": beyond[["arm", "d_model", "seed", "device", "flops_run", "test_bpb"]].assign(
+            **{name: [float(each[name]) for each in predicted] for name in ("loss", "low", "high")}
+        ),
         "effective_compute": pd.DataFrame([vars(each) for each in worth]),
-        "crossings": pd.DataFrame([vars(each) for each in crossings]),
+        "crossings": pd.DataFrame([vars(each) for each in crossings]).drop(columns="range"),
+        "pairs": pairs_table(primary, pairs, "arm", "moe"),
         "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
     }
 

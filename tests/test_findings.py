@@ -17,6 +17,7 @@ from test_cli import run as run_command
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import draw_search, stacked
 from explore.findings import Finding, fill, find_findings, load_finding
+from explore.frontier import pairs_table
 from explore.runs import FILES, load_pairs, load_runs
 from explore.study import load_sweep
 
@@ -215,6 +216,28 @@ def test_evaluations_are_kept_with_a_run_and_added_to(
         assert run_command(capsys, monkeypatch, "eval", str(folder.path), *option, "--save")[0] == 0
     assert folder.evals["pairs"]["suite"]["b"] == 0.5
     assert 0 < folder.evals["bpb"][str(other)] < 20
+
+
+def test_minimal_pairs_are_compared_by_paradigm_and_sotu_is_a_column(tmp_path: Path) -> None:
+    shares = {"base": [0.5, 0.6, 0.7, 0.8, 0.9, 0.6], "new": [0.6, 0.7, 0.8, 0.9, 1.0, 0.7]}
+    rows = [
+        run_of(
+            arm, seed, 2.0, **{"evals.json": {"pairs": {"blimp": dict(zip("abcdef", accuracy, strict=True))}, **bits}}
+        )
+        for arm, accuracy in shares.items()
+        for seed, bits in enumerate(({"bpb": {"sotu": 2.5}}, {}))
+    ]
+    runs, pairs = pack(tmp_path / "records" / "s.parquet", [*rows, run_of("unmeasured", 0, 2.0)])
+    assert sorted(runs["sotu_bpb"].dropna()) == [2.5, 2.5]
+    table = pairs_table(runs.assign(arm=runs["name"]), pairs, "arm", "base").set_index("arm")
+    assert table["n_runs"].to_dict() == {"base": 2, "new": 2}
+    assert table["n_paradigms"].tolist() == [6, 6]
+    assert table.loc["base", "accuracy"] == pytest.approx(4.1 / 6)
+    assert table.loc["base", "low"] < table.loc["base", "accuracy"] < table.loc["base", "high"]
+    found = table.loc["new", ["difference_low", "difference", "difference_high"]]
+    assert found.tolist() == pytest.approx([0.1, 0.1, 0.1])  # the same for every paradigm, so without spread
+    assert table.loc["base", ["difference", "difference_low"]].isna().all()
+    assert pairs_table(runs.assign(arm=runs["name"]), pairs.iloc[:0], "arm", "base").empty
 
 
 # The studies of `sweeps/`, on made-up records

@@ -1,6 +1,6 @@
 """Frontier statistics: what is best at its cost, and how much of that the noise between seeds could have made."""
 
-from explore.frontier.arms import arms_table
+from explore.frontier.arms import arms_table, pairs_table
 from explore.frontier.axes import add_axes, experiments_of, front_changes
 from explore.frontier.bands import seed_bands
 from explore.frontier.columns import Floats
@@ -35,6 +35,7 @@ __all__ = [
     "hypervolume_interval",
     "n_for_half_width",
     "order_changes",
+    "pairs_table",
     "pareto_front",
     "rank_correlation",
     "seed_bands",

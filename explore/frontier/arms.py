@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
+from explore.frontier.scores import cluster_interval
+
 BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
 SETTINGS = ("tokens", "lr", "tuned", "lr_sensitivity")
-SCORES = ("val_bpb", "test_bpb", "recall")
+SCORES = ("val_bpb", "test_bpb", "sotu_bpb", "recall")
 
 
 def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -44,6 +47,44 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
         found.insert(list(found.columns).index(budget) + 1, f"{budget}_residual", residuals)
     scores = groups[[score for score in SCORES if score in table]].mean().dropna(axis="columns", how="all")
     return found.join(scores.reset_index(drop=True))
+
+
+def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Hashable) -> pd.DataFrame:
+    """Accuracy of every arm on minimal pairs and its difference from a baseline; intervals resample paradigms.
+
+    Args:
+        runs: a row a run, with `run` and the column `arm`.
+        pairs: from `explore.runs.load_pairs`; runs that have none are left out.
+
+    Returns:
+        One row a suite and arm: suite, arm, n_runs, n_paradigms, accuracy, low, high, and difference, difference_low
+        and difference_high, which are NaN for the baseline. No row where nothing was measured.
+
+    Raises:
+        ValueError: a suite has fewer than five paradigms, or those of an arm and the baseline differ.
+    """
+    records = []
+    for suite, scores in pairs.merge(runs[["run", arm]], on="run").groupby("suite"):
+        of: dict[Hashable, pd.DataFrame] = dict(list(scores.groupby(arm)))
+        for each, rows in of.items():
+            own = cluster_interval(rows)
+            beside = None if each == baseline or baseline not in of else cluster_interval(rows, baseline=of[baseline])
+            records.append(
+                {
+                    "suite": suite,
+                    arm: each,
+                    "n_runs": rows["run"].nunique(),
+                    "n_paradigms": rows["uid"].nunique(),
+                    "accuracy": own.estimate,
+                    "low": own.low,
+                    "high": own.high,
+                    "difference": math.nan if beside is None else beside.estimate,
+                    "difference_low": math.nan if beside is None else beside.low,
+                    "difference_high": math.nan if beside is None else beside.high,
+                }
+            )
+    columns = ["n_runs", "n_paradigms", "accuracy", "low", "high", "difference", "difference_low", "difference_high"]
+    return pd.DataFrame(records, columns=["suite", arm, *columns])
 
 
 def _key(row: Mapping[Any, Any], by: Sequence[str]) -> tuple[Any, ...]:
