@@ -30,12 +30,13 @@ test: $(VENV)/.installed-dev ## run the fast tests
 test-slow: $(VENV)/.installed-dev ## run the slow tests, and the GPU tests where there is a GPU
 	$(PYTEST) -m "slow or gpu"
 
-lint: $(VENV)/.installed-dev ## check format, style, types, the floors of imports, and that notebooks are stripped
+lint: $(VENV)/.installed-dev ## check format, style, types, floors of imports, stripped notebooks, and figures against their records
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+	$(BIN)/explore figures --check
 
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

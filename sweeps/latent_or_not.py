@@ -151,9 +151,17 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     crossings = [crossover(laws, arm, "moe") for arm in PRIMARY[1:]]
     beyond = runs.drop(whole.index).query("arm in @PRIMARY")
     predicted = [laws.predict(run.arm, run.flops_run).iloc[0] for run in beyond.itertuples()]
+    arms, differences = (
+        arms_table(whole, "arm", "moe", by=["d_model"]),
+        compare(whole, "arm", "moe", by=["d_model"], primary=named),
+    )
+    half = (differences["high"] - differences["low"]).max() / 2
     return {
-        "arms": arms_table(whole, "arm", "moe", by=["d_model"]),
-        "differences": compare(whole, "arm", "moe", by=["d_model"], primary=named),
+        "arms": arms,
+        "differences": differences,
+        "noise": pd.DataFrame([{"sd": differences["sd"].iloc[0], "half_width": half}]),
+        "saved": arms[arms["arm"] == "eff4"].assign(saved=-arms["flops_run_residual"])[["d_model", "saved"]],
+        "counts": pd.DataFrame([{"runs": len(whole), "single": len(beyond)}]),
         "averages": compare(primary, "arm", "moe", strata=["d_model"], primary=()),
         "bands": seed_bands(primary, ["arm", "d_model"], error="test_bpb"),
         "laws": laws.table(),
