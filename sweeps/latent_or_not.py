@@ -22,7 +22,7 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_laws, stacked
+from explore.figures import RunFigure, draw_comparisons, draw_laws, draw_levels, stacked
 from explore.frontier import (
     arms_table,
     compare,
@@ -177,10 +177,15 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss against compute of the primary arms, and the differences of all arms at the width that all have."""
-    drawn, (above, below) = stacked([2.3, 2.4], "Does a latent pay?")
+    """Loss against compute, the primary differences at every width, and those of all arms where all were trained."""
+    drawn, (above, middle, below) = stacked([2.0, 1.6, 2.4], "Does a latent pay?")
     primary = {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]}
     draw_laws(above, tables["bands"], tables["curves"], primary)
+    named = tables["differences"].query("primary").rename(columns={"difference": "estimate", "d_model": "x"})
+    words = "Test bits per byte,\nless standard MoE's"
+    level = named.drop_duplicates("x").assign(arm="moe", estimate=0.0, low=0.0, high=0.0)
+    draw_levels(middle, pd.concat([named, level]), primary, "d_model", words, series="arm")
+    middle.set_xticks(sorted(named["x"].unique()))
     at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
-    draw_comparisons(below, at, NAMES, f"Test bits per byte, less standard MoE's (d_model {SECONDARY_WIDTH})")
+    draw_comparisons(below, at, NAMES, f"{words} (d_model {SECONDARY_WIDTH})")
     return drawn
