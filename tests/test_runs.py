@@ -65,7 +65,7 @@ def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
     table = load_runs(tmp_path)
     assert list(table.columns) == list(COLUMNS)
     row = table.iloc[0]
-    missing = {"recall", "reason", "lr_sensitivity", "residual"}
+    missing = {"recall", "sotu_bpb", "reason", "lr_sensitivity", "residual"}
     missing |= {f"{split}_bpb_{shape}" for split in ("val", "test") for shape in ("flat", "minus_sqrt")}
     assert {column for column in COLUMNS if pd.isna(row[column])} == missing
     assert row.drop(list(missing)).to_dict() == {

@@ -160,7 +160,10 @@ def test_ctrl_c_leaves_without_an_error(runs: Path) -> None:
     """A real terminal of 100 columns, and the signal that its driver sends."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    command = [sys.executable, "-c", "from explore.cli import main; main()", "watch", str(runs), "--trials", "9"]
+    # With the handler of a terminal's process: under nohup the signal would be ignored.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from explore.cli import main; main()"
+    command = [sys.executable, "-c", code, "watch", str(runs), "--trials", "9"]
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
     process = subprocess.Popen(command, stdout=theirs, stderr=theirs, stdin=theirs, env=environment)
     os.close(theirs)
