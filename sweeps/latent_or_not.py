@@ -151,10 +151,8 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     crossings = [crossover(laws, arm, "moe") for arm in PRIMARY[1:]]
     beyond = runs.drop(whole.index).query("arm in @PRIMARY")
     predicted = [laws.predict(run.arm, run.flops_run).iloc[0] for run in beyond.itertuples()]
-    arms, differences = (
-        arms_table(whole, "arm", "moe", by=["d_model"]),
-        compare(whole, "arm", "moe", by=["d_model"], primary=named),
-    )
+    arms = arms_table(whole, "arm", "moe", by=["d_model"])
+    differences = compare(whole, "arm", "moe", by=["d_model"], primary=named)
     half = (differences["high"] - differences["low"]).max() / 2
     return {
         "arms": arms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -46,7 +47,6 @@ def bench(
 
     if save and what != "regions":
         raise ValueError(f"--save: not with --what {what}; only regions are kept")
-    records: list[dict[str, Any]] = []
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -56,9 +56,8 @@ def bench(
         return
     paths = forced(path)
     if what == "curves":
-        for record in compare_curves(shape, steps, paths, family):
-            err.print(f"{record['family']}, {record['precision']}: {record['mean']:.4f} nats apart", highlight=False)
-            records.append(record)
+        curves = compare_curves(shape, steps, paths, family)
+        records = _told(curves, lambda r: f"{r['family']}, {r['precision']}: {r['mean']:.4f} nats apart")
         apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest", "rounding")}
         _show(records, as_json, ("family", "precision"), apart)
         if not as_json:
@@ -66,16 +65,15 @@ def bench(
         return
     fastest: Dtype = max(("bfloat16", "float32"), key=measured().peak)  # bf16, but where it has no instructions
     rate = measured().peak(fastest)
-    timed = compare(shape, seconds, rate, paths, family) if what == "train" else None
-    for record in timed if timed is not None else compare_decoding(shape, new_tokens, family):
-        err.print(f"{record['family']}: {record['ratio']:.2f} times the baseline", highlight=False)
-        records.append(record)
+    training = what == "train"
+    timed = compare(shape, seconds, rate, paths, family) if training else compare_decoding(shape, new_tokens, family)
+    records = _told(timed, lambda r: f"{r['family']}: {r['ratio']:.2f} times the baseline")
     columns = {
         "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
         "baseline": lambda r: f"{r['baseline_tokens_per_s']:,.0f}",
         "ratio": lambda r: f"{r['ratio']:.2f}",
     }
-    if what == "train":
+    if training:
         columns |= {
             "precisions": lambda r: f"{r['precision']}/{r['baseline_precision']}",
             "memory": lambda r: size(r["peak_bytes"]),
@@ -94,11 +92,11 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
     from explore.runs import save_table
     from explore.train import own_table
 
-    records = []
-    for record in time_regions(shape):
+    def told(record: dict[str, Any]) -> str:
         ratio = record["default_ns"] / record["compiled_ns"]
-        err.print(f"{record['op']}, {record['precision']}: {ratio:.2f} times as fast compiled", highlight=False)
-        records.append(record)
+        return f"{record['op']}, {record['precision']}: {ratio:.2f} times as fast compiled"
+
+    records = _told(time_regions(shape), told)
     columns = {
         "ns an element": lambda r: f"{r['default_ns']:.2f}",
         "compiled": lambda r: f"{r['compiled_ns']:.2f}",
@@ -108,6 +106,15 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
     if save:
         save_table(pd.DataFrame(records), own_table())
         err.print(f"wrote {own_table()}", highlight=False)
+
+
+def _told(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    """All records, each told in a line as soon as it is measured."""
+    gathered = []
+    for record in records:
+        err.print(line(record), highlight=False)
+        gathered.append(record)
+    return gathered
 
 
 def _show(records: list[dict[str, Any]], as_json: bool, names: tuple[str, ...], columns: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.ops.activation import Activation, activate
-from explore.ops.paths import path_of
+from explore.ops.paths import path_of, product_dtype
 
 MAX_PADDING = 4
 """Rows of the padded form over those that hold a token."""
@@ -35,10 +35,9 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     x, up, down, gate = x.to(dtype), up.to(dtype), down.to(dtype), None if gate is None else gate.to(dtype)
-    name = path_of("experts", device)
+    name = path_of("experts", x.device.type)
     if name == "triton" and biases is None:
         from explore.kernels.routed_experts import routed_experts
 

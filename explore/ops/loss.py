@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import path_of
+from explore.ops.paths import path_of, product_dtype
 
 MAX_LOGITS = 1 << 19
 """Logits that are alive at once, 2 MiB in fp32, which a cache holds."""
@@ -60,14 +60,13 @@ def _slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = product_dtype(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         dhidden, exact = torch.empty_like(hidden), torch.promote_types(dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=exact)  # a row is in every slice, whose parts are added up
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(hidden, weight):
                 ignored = (targets[rows] == IGNORED).unsqueeze(1)
                 target = targets[rows].unsqueeze(1).masked_fill(ignored, 0)

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.compiler import assume_constant_result
 
 P = ParamSpec("P")
@@ -77,6 +78,12 @@ def _imports(module: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of `x` are made in: autocast's dtype where that is on; for ops that it does not reach."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
