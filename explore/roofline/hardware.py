@@ -163,14 +163,18 @@ def measured() -> Hardware:
     )
 
 
-def _fastest(work: Callable[[], object], device: str, repeats: int = 5) -> float:
+def _fastest(work: Callable[[], object], device: str, repeats: int = 5, limit_s: float = 2.0) -> float:
+    """Seconds of the fastest of several repeats, of which none begins after the limit."""
     import torch
 
-    best = float("inf")
+    best, started = float("inf"), time.perf_counter()
     for _ in range(repeats):
         began = time.perf_counter()
         work()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
+        ended = time.perf_counter()
+        best = min(best, ended - began)
+        if ended - started > limit_s:
+            break
     return best
