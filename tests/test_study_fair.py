@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,23 @@ def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> N
         at_edge = scores.idxmin() in (1e-3, 4e-3)
         assert runs["lr"].nunique() == 1
         assert (runs["tuned"] == (not at_edge)).all()
+
+
+def test_rates_are_searched_by_nats_where_tokens_stand_for_no_bytes(tmp_path: Path) -> None:
+    text = sweep_file(tmp_path, "flops_run").read_text()
+    text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=4, vocab_size=64)", text)
+    for old, new in {
+        "import Budgets": "import Budgets, LearningRates",
+        "TextData": "RecallData",
+        "budgets =": "learning_rates = LearningRates(low=1e-3, high=4e-3, start=2e-3)\nbudgets =",
+        "val_bpb": "val_loss",
+    }.items():
+        text = text.replace(old, new)
+    (tmp_path / "tied.py").write_text(text)
+    assert run_sweep(load_sweep(tmp_path / "tied.py"), 1, tmp_path / "runs", console=Console(quiet=True)).complete == 1
+    (trial,) = study_of(tmp_path / "runs", "tied").trials
+    pilots = load_runs(tmp_path / "runs" / PILOTS).set_index("lr")["val_loss"]
+    assert pilots.to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
 
 
 def merging_sweep(folder: Path, merging: str = "Merging(share=0.5, last=3)") -> Path:

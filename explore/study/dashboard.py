@@ -127,7 +127,7 @@ def _learning_rate(lr: Any, about: dict[str, Any]) -> str | None:
     found = "tuned" if about.get("tuned") else "at the edge of what was tried"
     lost = about.get("lr_sensitivity")
     costs = "" if lost is None else f", half or twice of it costs {lost:.4f}"
-    return f"{lr:.3g}, {found}{costs}; val_bpb of pilots: {pilots}"
+    return f"{lr:.3g}, {found}{costs}; pilots: {pilots}"
 
 
 def _command(path: Path, experiment: Experiment) -> str:

@@ -16,8 +16,8 @@ class Tuned:
 
     Attributes:
         interior: the best of the grid lies between two others that were tried.
-        sensitivity: bits per byte that are lost at half or twice the learning rate, by the parabola; None at an edge.
-        pilots: the rates that were tried, with the bits per byte of each; infinite for a run that diverged.
+        sensitivity: what is lost at half or twice the learning rate, by the parabola; None at an edge.
+        pilots: the rates that were tried, with the score of each; infinite for a run that diverged.
     """
 
     lr: float
@@ -71,7 +71,8 @@ class LearningRates:
         """Walks the grid towards less until the best rate has a neighbour on either side, or the grid ends.
 
         Args:
-            score: bits per byte at a rate; infinite where training diverges.
+            score: what a rate gives, the less the better: bits per byte on validation or, where tokens stand for no bytes,
+                nats a token; infinite where training diverges.
         """
         grid = self.grid
         middle = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / self.start)))

@@ -190,8 +190,11 @@ class Worker:
         assert self.sweep.learning_rates is not None
         pilot = self.sweep.learning_rates.pilot(experiment, lr)
         row = self._fit_alone(pilot, self.runs / PILOTS).row()
-        score = "val_bpb" if self.sweep.merging is None else self.sweep.merging.score(pilot)
-        return float(row[score]) if row["status"] == "finished" else float("inf")
+        if row["status"] != "finished":
+            return float("inf")
+        if self.sweep.merging is not None:
+            return float(row[self.sweep.merging.score(pilot)])
+        return float(row["val_bpb"] if _is_number(row["val_bpb"]) else row["val_loss"])
 
     def _fit_alone(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
         """Trains an experiment, after whoever trains it now: another study, or a worker whose lease was lost."""
