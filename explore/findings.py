@@ -28,6 +28,9 @@ from explore.study import Sweep, load_sweep
 TOLERANCE = 1e-6
 """Relative difference of two numbers of a table that another machine's arithmetic may make."""
 
+STUDIES = "studies.runs.csv"
+"""File of the table of all studies."""
+
 CELL = re.compile(r"\{\{(\w+)\.(\w+)\[([^\]]*)\]\.(\w+)(?::([^}]*))?\}\}")
 
 
@@ -128,18 +131,37 @@ def find_findings(folder: Path) -> list[Finding]:
     return [load_finding(file) for file in files]
 
 
+def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
+    """How many runs stand behind each study and, in the last row, behind all, and on what they were trained.
+
+    Returns:
+        The columns study, runs (that finished), seeds (different ones) and devices.
+    """
+    runs = pd.concat([finding.runs.assign(study=finding.name) for finding in findings])
+    runs = runs[runs["status"] == "finished"]
+    groups = [*runs.groupby("study"), ("all", runs)]
+    return pd.DataFrame(
+        {
+            "study": [name for name, _ in groups],
+            "runs": [len(each) for _, each in groups],
+            "seeds": [each["seed"].nunique() for _, each in groups],
+            "devices": [", ".join(sorted(each["device"].dropna().unique())) for _, each in groups],
+        }
+    )
+
+
 def fill(template: str, findings: Sequence[Finding]) -> str:
-    """A text with the cells of tables in place of their names.
+    """A text with the cells of tables in place of their names; `studies.runs` is the table of all studies.
 
     Raises:
         ValueError: a name that is not there, or a condition that does not name exactly one row.
     """
-    by_name = {finding.name: finding for finding in findings}
+    by_name = {finding.name: finding.tables for finding in findings} | {"studies": {"runs": studies_table(findings)}}
 
     def cell(match: re.Match[str]) -> str:
         study, name, conditions, column, form = match.groups()
         try:
-            table = by_name[study].tables[name]
+            table = by_name[study][name]
             for condition in filter(None, map(str.strip, conditions.split(","))):
                 key, _, value = condition.partition("=")
                 table = table[table[key.strip()].astype(str) == value.strip()]
@@ -152,14 +174,19 @@ def fill(template: str, findings: Sequence[Finding]) -> str:
     return CELL.sub(cell, template)
 
 
-def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> None:
-    """Writes the text of a template."""
+def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> list[Path]:
+    """Writes the text of a template and, beside the template, the table of all studies."""
+    table = template.with_name(STUDIES)
+    save_table(studies_table(findings), table)
     with replacing(path) as temporary:
         temporary.write_text(fill(template.read_text(encoding="utf-8"), findings), encoding="utf-8")
+    return [table, path]
 
 
 def text_drift(template: Path, path: Path, findings: Sequence[Finding]) -> list[str]:
-    """Says, in one line, that a text is not what its template gives."""
+    """Says, in one line, that a text or the table of all studies is not what the records give."""
+    if (line := _table_drift(template.with_name(STUDIES), studies_table(findings))) is not None:
+        return [line]
     now = fill(template.read_text(encoding="utf-8"), findings).splitlines()
     was = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     if now == was:

@@ -60,7 +60,7 @@ def record(arm: str, seed: int) -> dict[str, Any]:
     texts = {
         "experiment.json": {"key": f"{arm}{seed}" * 10, "experiment": experiment},
         "cost.json": cost,
-        "environment.json": {"commit": "abc", "data": {"train": "f00d"}},
+        "environment.json": {"commit": "abc", "data": {"train": "f00d"}, "device": f"CPU {seed % 2}"},
         "trial.json": {"tuned": True, "lr_sensitivity": 0.1},
         "evals.json": {"pairs": {"blimp": {"agreement": 0.5, "binding": 0.75}}},
         "result.json": result,
@@ -154,6 +154,9 @@ def test_the_figure_draws_the_tables(finding: Finding) -> None:
 def test_a_text_takes_its_numbers_from_cells(finding: Finding) -> None:
     text = "{{pays.differences[arm=wide].difference:+.2f}} with {{pays.arms[arm=base].n_seeds}} seeds"
     assert fill(text, [finding]) == "-0.20 with 3 seeds"
+    assert fill("{{studies.runs[study=all].runs}} on {{studies.runs[study=pays].devices}}", [finding]) == (
+        "9 on CPU 0, CPU 1"
+    )
     for wrong, words in {
         "{{pays.differences[].p}}": "names 2 rows, and one is needed",
         "{{pays.differences[arm=none].p}}": "names 0 rows",
@@ -198,6 +201,12 @@ def test_the_command_writes_checks_and_ends_with_one_where_something_drifted(
     (tmp_path / "FINDINGS.md").write_text("# It pays -0.30\n")
     code, _, said = run_command(capsys, monkeypatch, *args, "--check")
     assert (code, "FINDINGS.md: line 1 is not what" in said) == (1, True)
+    assert run_command(capsys, monkeypatch, *args)[0] == 0
+    studies = out / "studies.runs.csv"
+    assert studies.read_text() == 'study,runs,seeds,devices\npays,9,3,"CPU 0, CPU 1"\nall,9,3,"CPU 0, CPU 1"\n'
+    studies.write_text(studies.read_text().replace("pays,9", "pays,8"))
+    code, _, said = run_command(capsys, monkeypatch, *args, "--check")
+    assert (code, "studies.runs.csv: row 1, runs: is 8, and the records give 9" in said) == (1, True)
     code, _, said = run_command(capsys, monkeypatch, *args, "absent")
     assert (code, "NAMES: absent is no study with records; there are pays" in said) == (2, True)
 

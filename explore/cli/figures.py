@@ -53,5 +53,5 @@ def figures(
         for path in paths:
             out.print(f"wrote {path}", highlight=False)
     if template.exists():
-        write_text(template, text, found)
-        out.print(f"wrote {text}", highlight=False)
+        for path in write_text(template, text, found):
+            out.print(f"wrote {path}", highlight=False)
