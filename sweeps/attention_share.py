@@ -3,8 +3,8 @@
 Four mixers, each followed by an MLP, of which none, one, two, three or all are attention; one of four stands early, in
 the middle or late, and in two arms attention has rotary position embedding. The MLPs bring every arm to the training
 FLOPs of `M-M-M-M-` with 4 d_model; the residuals of active parameters and of the state at 128 tokens are kept. `text`
-is Gutenberg; `recall` is multi-query associative recall, on which a run succeeds or fails: what counts is the share of
-seeds that succeed.
+is Gutenberg; `recall` is multi-query associative recall of six pairs, on which a run succeeds or fails: what counts is
+the share of seeds that succeed.
 
 Primary, named beforehand: `25` against `0` and against `100`, on text at two widths and on recall at one, with three
 seeds. The other arms have one width. No run on text has fewer than four training tokens for each active parameter of
@@ -41,7 +41,7 @@ WIDTHS = (32, 48)
 SECONDARY_WIDTH = 48
 SEQ_LEN = 128
 TOKENS_PER_D2 = 320
-RECALL = {"seq_len": 32, "n_pairs": 8, "vocab_size": 64}
+RECALL = {"seq_len": 24, "n_pairs": 6, "vocab_size": 32}
 RECALL_WIDTH, RECALL_TOKENS = 32, 1_048_576
 
 objectives = {"val_loss": "minimize", "flops_run": "minimize"}
