@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 
@@ -189,6 +190,29 @@ def test_routed_experts_are_a_weighted_sum_over_all_experts(activation: str) -> 
     every = torch.einsum("tef,efd->ted", hidden, down)
     dense = torch.zeros(10, 5, dtype=x.dtype).scatter_add(1, chosen, weights)
     torch.testing.assert_close(y, torch.einsum("te,ted->td", dense, every))
+
+
+@pytest.mark.parametrize(("n_tokens", "padded"), [(1, False), (2, True), (40, True), (41, False)])
+def test_the_few_tokens_of_decoding_are_padded_and_nothing_else_is_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, n_tokens: int, padded: bool
+) -> None:
+    x, up, down, weights = (leaf.float() for leaf in leaves((n_tokens, 4), (5, 4, 6), (5, 6, 4), (n_tokens, 2)))
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(n_tokens)])
+
+    def result() -> torch.Tensor:
+        return experts(x, chosen, weights, up, None, down, "relu2")
+
+    with forced_paths(experts="loop"):
+        looped = result()
+    loops: list[int] = []
+    module = importlib.import_module("explore.ops.experts")
+    loop = module._loop
+    monkeypatch.setattr(module, "_loop", lambda x, *rest: (loops.append(len(x)), loop(x, *rest))[1])
+    with torch.no_grad():
+        torch.testing.assert_close(result(), looped.detach(), rtol=1e-5, atol=1e-6)
+    assert loops == ([] if padded else [n_tokens])
+    result()
+    assert loops[-1] == n_tokens  # with gradients
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])

@@ -19,6 +19,9 @@ from explore.ops.paths import path_of, product_dtype
 MAX_PADDING = 4
 """Rows of the padded form over those that hold a token."""
 
+FEW = 16
+"""Choices of an expert, on average, up to which a decoded batch is padded in any precision."""
+
 
 def experts(
     x: Float[Tensor, "t d"],
@@ -116,14 +119,16 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
 
     More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
     much, or there are too few tokens for the experts, it is left to `_loop`. So it is in fp32 on a CPU, where a
-    batch of products is no faster than one after another.
+    batch of large products is no faster than one after another. The few rows of decoding are padded all the same,
+    unless most experts would be read in vain.
     """
     n_experts = len(mlp.up)
-    if x.is_cpu and x.dtype == torch.float32:
+    few = not torch.is_grad_enabled() and n_experts <= 2 * chosen.numel() <= 2 * FEW * n_experts
+    if x.is_cpu and x.dtype == torch.float32 and not few:
         return _loop(x, chosen, weights, mlp)
     order, load = _sorted(chosen, n_experts)
     capacity = int(load.max())
-    if capacity * n_experts > MAX_PADDING * chosen.numel():
+    if capacity * n_experts > MAX_PADDING * chosen.numel() and not few:
         return _loop(x, chosen, weights, mlp)
     start = load.cumsum(0) - load  # of each expert in the sorted order
     sorted_expert = chosen.flatten()[order]

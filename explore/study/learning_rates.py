@@ -71,8 +71,8 @@ class LearningRates:
         """Walks the grid towards less until the best rate has a neighbour on either side, or the grid ends.
 
         Args:
-            score: what a rate gives, the less the better: bits per byte on validation or, where tokens stand for no bytes,
-                nats a token; infinite where training diverges.
+            score: bits per byte on validation at a rate or, where tokens stand for no bytes, nats a token; infinite
+                where training diverges.
         """
         grid = self.grid
         middle = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / self.start)))
