@@ -21,7 +21,14 @@ import pandas as pd
 
 from explore import Experiment, ModelConfig, RecallData, TextData, TrainConfig
 from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
-from explore.frontier import arms_table, compare, seed_bands, success_difference, success_fraction
+from explore.frontier import (
+    arms_table,
+    compare,
+    rank_correlation,
+    seed_bands,
+    success_difference,
+    success_fraction,
+)
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
@@ -108,11 +115,17 @@ SOLVED = 0.9
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte and successes in recall of every arm, and the differences from `25`."""
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`.
+
+    Raises:
+        ValueError: `25` has no run on one of the tasks.
+    """
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.extract(r"^[a-z]+-(.*)-d\d+$")[0]
     text, recall = (runs[runs["name"].str.startswith(task)] for task in grid["task"])
     named = [(width, arm) for width in WIDTHS for arm in PRIMARY if arm != "25"]
+    recall_arms = arms_table(recall, "arm", "25")
+    primary = text[text["arm"].isin(PRIMARY)]
     solved = recall.groupby("arm")["recall"].agg(n="size", successes=lambda each: int((each >= SOLVED).sum()))
     of = solved.loc["25"]
     shares = pd.DataFrame([vars(success_fraction(each.successes, each.n)) for each in solved.itertuples()])
@@ -122,9 +135,11 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     return {
         "arms": arms_table(text, "arm", "25", by=["d_model"]),
         "differences": compare(text, "arm", "25", by=["d_model"], primary=named),
+        "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
+        "counts": pd.DataFrame([{"text": len(text), "recall": len(recall)}]),
         "bands": seed_bands(text, ["arm", "d_model"], error="test_bpb"),
         "recall": solved.reset_index().join(shares).join(against[["estimate", "low", "high"]], rsuffix="_difference"),
-        "recall_arms": arms_table(recall, "arm", "25"),
+        "recall_arms": recall_arms,
     }
 
 
