@@ -6,7 +6,7 @@ of its MLPs and shared experts. All train on the same tokens, so all cost the sa
 alone. The hand-made patterns are the first trials and have the same search of the learning rate. One seed: what wins
 here is no finding; `searched_winners.py` trains it on fresh seeds. Budget: two CPU hours.
 
-    explore sweep sweeps/searched_frontier.py --trials 40 --workers 2 --records sweeps/records/searched_frontier.parquet
+    explore sweep sweeps/searched_frontier.py --trials 21 --workers 2 --records sweeps/records/searched_frontier.parquet
 """
 
 from collections.abc import Mapping
