@@ -144,16 +144,18 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss and recall against the share of attention, and the differences of all arms from one layer in four."""
+    """Loss and, by the first mixer, recall against the share of attention; all differences from one layer in four."""
     drawn, (above, middle, below) = stacked([1.7, 1.7, 2.1], "How much attention does a Mamba hybrid need?")
     bands = tables["bands"].rename(columns={"test_bpb": "estimate"})
     bands = bands[bands["arm"].isin(SHARES)]
     bands = bands.assign(x=bands["arm"].map(SHARES), series=bands["d_model"])
     label = "Mixers that are attention (%)"
     draw_levels(above, bands, {width: f"d_model {width}" for width in WIDTHS}, label, "Test bits per byte")
-    recall = tables["recall"][tables["recall"]["arm"].isin(SHARES)]
-    recall = recall.assign(x=recall["arm"].map(SHARES), series="recall")
-    draw_levels(middle, recall, {"recall": f"d_model {RECALL_WIDTH}"}, label, "Share of seeds that recall")
+    shares = SHARES | {"25-early": 25}
+    recall = tables["recall"][tables["recall"]["arm"].isin(shares)]
+    recall = recall.assign(x=recall["arm"].map(shares), series=[ARMS[arm][0] for arm in recall["arm"]])
+    first = {"M": "Mamba-2 first", "*": "attention first"}
+    draw_levels(middle, recall, first, label, f"Share of seeds that recall\n(d_model {RECALL_WIDTH})")
     at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
     draw_comparisons(below, at, NAMES, f"Test bits per byte, less one in four's (d_model {SECONDARY_WIDTH})")
     return drawn
