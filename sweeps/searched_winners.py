@@ -22,7 +22,7 @@ import pandas as pd
 
 from explore import Experiment
 from explore.figures import RunFigure, draw_comparisons, stacked
-from explore.frontier import arms_table, compare
+from explore.frontier import arms_table, compare, pairs_table
 from explore.runs import RunFolder, find_runs
 from explore.study.budgets import RejectedError
 
@@ -62,7 +62,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """What every arm is, its bits per byte in the search and on fresh seeds, and the differences from `hand1`."""
+    """What every arm is, its bits per byte in the search and on fresh seeds, and its differences from `hand1`."""
     runs = runs[runs["status"] == "finished"].drop(columns=["tuned", "lr_sensitivity"])
     rows = {arm: run.row() for arm, run in ranked().items()}
     searched = pd.DataFrame.from_dict(rows, orient="index")[["tuned", "lr_sensitivity", "val_bpb"]]
@@ -72,6 +72,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     return {
         "arms": models.merge(arms_table(runs, "arm", "hand1"), on="arm"),
         "differences": compare(runs, "arm", "hand1", primary=["found1"]),
+        "pairs": pairs_table(runs, pairs, "arm", "hand1"),
     }
 
 
