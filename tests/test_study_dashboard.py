@@ -200,7 +200,7 @@ def test_a_note_tells_how_the_learning_rate_was_found(tmp_path: Path) -> None:
     for name, value in found.items():
         trial.set_user_attr(name, value)
     note = trial_note(trial._cached_frozen_trial, folder, None)
-    assert "0.004, tuned, half or twice of it costs 0.0100; pilots: 0.002 → 2.5000, 0.004 → inf" in note
+    assert "0.004, tuned, half or twice of it costs 0.0100; val_bpb of pilots: 0.002 → 2.5000, 0.004 → inf" in note
 
 
 def test_what_is_edited_in_the_dashboard_while_a_sweep_writes_loses_nothing(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | N
         "family": row["family"],
         "parameters": f"{_count(row['params_total'])}, of which {_count(row['params_active'])} are active",
         "training FLOPs": f"{_count(row['flops_run'])}, {_count(row['flops_train'])} per token",
-        "learning rate": _learning_rate(row["lr"], about),
+        "learning rate": _learning_rate(row["lr"], about, "val_loss" if _is_number(row["recall"]) else "val_bpb"),
         "training": f"{_count(row['tokens'])} tokens in {_count(row['train_s'])} s" if row["train_s"] else None,
         "seed": row["seed"],
         "run": _code(str(folder.path)),
@@ -118,16 +118,16 @@ def _components(experiment: Experiment) -> str:
     return "\n".join(rows)
 
 
-def _learning_rate(lr: Any, about: dict[str, Any]) -> str | None:
+def _learning_rate(lr: Any, about: dict[str, Any], score: str) -> str | None:
     if not _is_number(lr):
         return None
     if not about.get("lr_pilots"):
         return f"{lr:.3g}, tuned" if about.get("tuned") else f"{lr:.3g}, not tuned"
-    pilots = ", ".join(f"{float(pilot):.3g} → {score:.4f}" for pilot, score in about["lr_pilots"].items())
+    pilots = ", ".join(f"{float(pilot):.3g} → {reached:.4f}" for pilot, reached in about["lr_pilots"].items())
     found = "tuned" if about.get("tuned") else "at the edge of what was tried"
     lost = about.get("lr_sensitivity")
     costs = "" if lost is None else f", half or twice of it costs {lost:.4f}"
-    return f"{lr:.3g}, {found}{costs}; pilots: {pilots}"
+    return f"{lr:.3g}, {found}{costs}; {score} of pilots: {pilots}"
 
 
 def _command(path: Path, experiment: Experiment) -> str:
