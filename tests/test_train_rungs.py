@@ -19,6 +19,7 @@ from explore.experiment import Experiment, TrainConfig
 from explore.frontier import pareto_front
 from explore.runs import RunFolder, load_runs
 from explore.train import LitLanguageModel, at_budget, read_weights, stable_steps
+from explore.train.callbacks import WholeCheckpointIO
 
 LATER = {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
 
@@ -255,6 +256,29 @@ def test_a_run_with_rungs_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
     assert result(stopped)["flops_spent"] == result(through)["flops_spent"]
     names = [{path.name for path in (tmp_path / name / "rungs").iterdir()} for name in ("stopped", "through")]
     assert names[0] == names[1] == {f"{one.rung_key(step)}.ckpt" for step in (8, 10)}
+
+
+@pytest.mark.parametrize("step", [5, 8, 10, 20])
+def test_a_run_that_was_stopped_right_after_a_checkpoint_has_all_its_metrics(
+    corpus: Path, tmp_path: Path, step: int
+) -> None:
+    one = experiment(corpus, "E", train__val_every=4)
+    options: dict[str, Any] = {"rungs": (0.4,), "checkpoint_every": 5}
+    through = train(one, tmp_path / "through", **options)
+    save = WholeCheckpointIO.save_checkpoint
+
+    def save_and_stop(self: WholeCheckpointIO, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        save(self, checkpoint, *args, **kwargs)
+        if checkpoint["global_step"] == step:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WholeCheckpointIO, "save_checkpoint", save_and_stop)
+        with pytest.raises(Stop):
+            train(one, tmp_path / "stopped", **options)
+    stopped = train(one, tmp_path / "stopped", **options)
+    pd.testing.assert_frame_equal(metrics(stopped), metrics(through))
+    assert_same_end(stopped, through)
 
 
 # Judges

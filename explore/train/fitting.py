@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from explore import tracking
@@ -22,7 +22,7 @@ from explore.ops import paths_in_use
 from explore.runs import PRUNED, RunFolder, run_folder, write_json
 from explore.train.callbacks import KeptCheckpoints, LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO, quiet
 from explore.train.judging import Judge, LearningCurve, check_judged, has_ended, seen, tell
-from explore.train.logger import MetricsFile
+from explore.train.metrics import MetricsFile
 from explore.train.models import evaluate, step_of
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.parallel import StrategyName, check_parallel, is_writer, lightning_strategy, wait_for_all
@@ -181,7 +181,11 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
     throughput = Throughput(experiment.batch_tokens)
     curve = LearningCurve(way.points, n_steps, way.judge, seen(folder, way.points, resumed_at))
     every = way.checkpoint_every or math.ceil(n_steps / CHECKPOINTS_PER_RUN)
-    callbacks = [throughput, curve, LastCheckpoint(checkpoint.parent, every, way.points, way.rungs)]
+    row_every = max(1, n_steps // 500)
+    callbacks: list[Callback] = [throughput]
+    if writes:
+        callbacks.append(MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, row_every, resumed_at))
+    callbacks += [curve, LastCheckpoint(checkpoint.parent, every, way.points, way.rungs)]
     if way.keep_every is not None:
         callbacks.append(KeptCheckpoints(checkpoint.parent, way.keep_every))
     if writes and way.console.is_terminal:
@@ -190,16 +194,11 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
             told = f"compiling {', '.join(way.compiled)}: some {costs:.0f} s, and then some {saves:.0f} s less"
             way.console.print(told, style="dim", highlight=False)
         callbacks.append(ProgressBar(n_steps, experiment.name, throughput, way.console))
-    loggers: list[Logger] = []
-    if writes:
-        loggers.append(MetricsFile(folder.path / "metrics.csv", experiment.batch_tokens, resumed_at))
     torch.manual_seed(experiment.seed)
     if way.compiled:
         keep_compiled()
     module = LitLanguageModel(experiment, recompute=way.recompute, paths=way.paths)
     with quiet(), _mirrored(experiment, key, folder, way, writes) as mirror:
-        if mirror is not None:
-            loggers.append(mirror)
         trainer = Trainer(
             accelerator=way.accelerator,
             devices=way.devices,
@@ -211,9 +210,9 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
             check_val_every_n_epoch=None,
             limit_val_batches=None if way.points or resumed_at else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=max(1, n_steps // 500),
+            log_every_n_steps=row_every,
             callbacks=callbacks,
-            logger=loggers,
+            logger=mirror or False,
             plugins=[WholeCheckpointIO()],
             enable_progress_bar=False,
             enable_model_summary=False,

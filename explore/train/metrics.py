@@ -1,0 +1,61 @@
+"""The metrics of a run on disk."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from explore.files import replacing
+
+TRAINING = ("loss", "aux_loss", "mtp_loss", "lr", "grad_norm", "max_violation", "tokens_per_s")
+VALIDATION = ("val_loss", "val_bpb")
+COLUMNS = ("step", "tokens", *TRAINING, *VALIDATION)
+
+
+class MetricsFile(Callback):
+    """Appends metrics to a CSV file. The column `step` counts optimizer steps that are done, from 1.
+
+    A callback, as Lightning tells its loggers of a step after the checkpoint of that step is written: whoever went on
+    from there would have lost the row.
+
+    Args:
+        batch_tokens: tokens of a step, for the column `tokens`.
+        every_n_steps: steps from one row of training to the next.
+        resumed_at: step of the checkpoint that the run goes on from; later rows are dropped, since those
+            steps are made again.
+    """
+
+    def __init__(self, path: Path, batch_tokens: int, every_n_steps: int, resumed_at: int) -> None:
+        self.path, self.batch_tokens, self.every_n_steps = path, batch_tokens, every_n_steps
+        rows = _rows(path)
+        kept = [row for row in rows if float(row["step"]) <= resumed_at] if resumed_at else []
+        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._append(trainer, TRAINING)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._append(trainer, VALIDATION)
+
+    def _append(self, trainer: Trainer, names: tuple[str, ...]) -> None:
+        step, metrics = trainer.global_step, trainer.callback_metrics
+        row = {name: float(metrics[name]) for name in names if name in metrics}
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+    return [row for row in csv.DictReader(whole.splitlines()) if None not in row.values()]
