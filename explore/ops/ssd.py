@@ -68,15 +68,15 @@ def ssd_recurrent(
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The definition, one position after another: the truth that `ssd_chunked` is held against."""
-    b, seq, h, p = X.shape
+    b, _, h, p = X.shape
     heads_per_group = h // B.shape[2]
     B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))
     H = X.new_zeros(b, h, p, B.shape[3]) if state is None else state
     outputs = []
-    for t in range(seq):
-        decay = torch.exp(dt[:, t] * A)
-        H = decay[..., None, None] * H + (dt[:, t, :, None] * X[:, t])[..., None] * B[:, t, :, None, :]
-        outputs.append((H * C[:, t, :, None, :]).sum(-1) + D[:, None] * X[:, t])
+    for X_t, dt_t, B_t, C_t in zip(*(M.unbind(1) for M in (X, dt, B, C)), strict=True):
+        decay = torch.exp(dt_t * A)
+        H = decay[..., None, None] * H + (dt_t[..., None] * X_t)[..., None] * B_t[:, :, None, :]
+        outputs.append((H * C_t[:, :, None, :]).sum(-1) + D[:, None] * X_t)
     return torch.stack(outputs, dim=1), H
 
 
