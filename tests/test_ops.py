@@ -110,7 +110,9 @@ def test_the_gated_norm_gates_first_and_normalises_each_group_alone() -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-@pytest.mark.parametrize(("seq", "before"), [(1, 0), (63, 0), (64, 0), (65, 0), (200, 0), (1, 63), (5, 60)])
+@pytest.mark.parametrize(
+    ("seq", "before"), [(1, 0), (31, 0), (32, 0), (33, 0), (64, 0), (65, 0), (200, 0), (1, 63), (5, 60), (40, 30)]
+)
 def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, seq: int, before: int) -> None:
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
@@ -134,6 +136,19 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
                 seen = slice(max(0, t - 2), t + 1)
                 weights = (k[0, 0, seen] @ q[0, head, t] / 2).exp()
                 torch.testing.assert_close(y[0, head, t], (weights / weights.sum()) @ v[0, 0, seen])
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_heads: int) -> None:
+    q, k, v, sinks = leaves((2, 4, 70, 6), (2, n_kv_heads, 75, 6), (2, n_kv_heads, 75, 5), (4,))
+    results = []
+    for path in ("written_out", "blocked"):
+        with forced_paths(attention=path):
+            y = attention(q, k, v, window, sinks)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v, sinks))))
+    for truth, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, truth)
 
 
 def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def attention(
     """
     seq, context = q.shape[2], k.shape[2]
     path = path_of("attention", q.device.type)
+    if torch.compiler.is_exporting() and path == "blocked":  # a graph with gradients has no place to write to
+        path = "sdpa"
     if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
     if path == "blocked":
@@ -42,8 +45,9 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1, enable_gqa=True)
 
 
-BLOCK = 64
-"""Queries of a block: few, so that little beyond the diagonal is computed, and enough for one product to be large."""
+def _block_rows(q: Tensor) -> int:
+    """Queries of a block: few, so that little beyond the diagonal is computed, enough for one product to be large."""
+    return min(q.shape[1], 64 if q.shape[2] == 1 else 32)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
@@ -51,18 +55,22 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor 
 
     Neither pass keeps what is quadratic in the length: the backward pass makes each block's softmax again.
     """
-    batch, heads, seq, d = q.shape
+    batch, heads, seq, _ = q.shape
     groups = k.shape[1]
     with torch.autocast(q.device.type, enabled=False):
-        q, k = q.to(v.dtype).view(batch, groups, heads // groups, seq, d), k.to(v.dtype)
+        q = q.to(v.dtype).unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 1)
+        k, v = k.to(v.dtype).flatten(0, 1), v.flatten(0, 1)
         if torch.is_grad_enabled():
             y: Tensor = _Blocked.apply(q, k, v, window, sinks)  # type: ignore[no-untyped-call]
         else:
             y = _outputs(q, k, v, window, sinks)
-        return y.view(batch, heads, seq, -1)
+        y = y.unflatten(0, (batch, groups)).transpose(2, 3)
+        return y.reshape(batch, heads, seq, -1)
 
 
 class _Blocked(torch.autograd.Function):
+    """Of q (batch * groups, seq, heads of a group, d_head), k (batch * groups, context, d_head) and v like k."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, sinks)
@@ -74,28 +82,31 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks = ctx.saved_tensors
         # A key is seen by several blocks, whose parts are added up in fp32 at least.
-        dq, exact = torch.empty_like(q), torch.promote_types(v.dtype, torch.float32)
+        dq, dy, exact = q.new_empty(q.shape), dy.contiguous(), torch.promote_types(v.dtype, torch.float32)
         dk, dv = torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
+        room = _room(q, k, ctx.window, sinks)
         for rows, seen, queries, weights in _blocks(q, k, ctx.window, sinks):
-            n, given = seen.stop - seen.start, dy[:, :, :, rows].flatten(2, 3)
-            dv[:, :, seen] += weights[..., :n].transpose(-1, -2) @ given
-            dweights = given @ v[:, :, seen].transpose(-1, -2)
-            if dsinks is not None:  # a sink gives no value
-                dweights = F.pad(dweights, (0, 1))
-            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            n, given = seen.stop - seen.start, dy[:, rows].flatten(1, 2)
+            dv[:, seen] += weights[..., :n].mT @ given
+            dscores = _part(room, weights.shape)
+            torch.bmm(given, v[:, seen].mT, out=dscores[..., :n])
             if dsinks is not None:
-                dsinks += dscores[..., n].unflatten(2, (q.shape[2], -1)).sum((0, 3)).view_as(dsinks)
-            dq[:, :, :, rows] = (dscores[..., :n] @ k[:, :, seen]).unflatten(2, (q.shape[2], -1)) * q.shape[-1] ** -0.5
-            dk[:, :, seen] += dscores[..., :n].transpose(-1, -2) @ queries
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, dsinks
+                dscores[..., n] = 0  # a sink gives no value
+            torch.ops.aten._softmax_backward_data(dscores, weights, -1, weights.dtype, grad_input=dscores)
+            if dsinks is not None:
+                of_heads = dscores[..., n].unflatten(1, (-1, q.shape[2])).sum(1)
+                dsinks += of_heads.view(-1, len(dsinks)).sum(0)
+            torch.bmm(dscores[..., :n], k[:, seen], out=dq[:, rows].view(queries.shape))
+            dk[:, seen] += dscores[..., :n].mT @ queries
+        return dq.mul_(q.shape[-1] ** -0.5), dk.to(k.dtype), dv.to(v.dtype), None, dsinks
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     y = q.new_empty(*q.shape[:-1], v.shape[-1])
     for rows, seen, _, weights in _blocks(q, k, window, sinks):
-        found = weights[..., : seen.stop - seen.start] @ v[:, :, seen]
-        y[:, :, :, rows] = found.unflatten(2, (q.shape[2], -1))
+        found = y[:, rows].view(*weights.shape[:2], -1)
+        torch.bmm(weights[..., : seen.stop - seen.start], v[:, seen], out=found)
     return y
 
 
@@ -104,25 +115,46 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Rows of a block, keys that they see, scaled queries of all heads of a group, and their softmax over the keys.
 
-    Where there are sinks, they are its last column.
+    Where there are sinks, they are its last column. The next block's softmax takes the place of the last one's.
     """
-    batch, groups, per_group, seq, d = q.shape
-    context = k.shape[2]
-    before = context - seq
-    hidden = None if seq == 1 else q.new_full((seq, context), -torch.inf).triu(before + 1)
-    if hidden is not None and window is not None:
-        hidden = hidden.masked_fill(~_visible(seq, context, window, q), -torch.inf)
-    for start in range(0, seq, BLOCK):
-        rows = slice(start, min(start + BLOCK, seq))
+    seq, per_group, d = q.shape[1:]
+    before, block = k.shape[1] - seq, _block_rows(q)
+    hidden = None if seq == 1 else _hidden(block, window, k)  # one query sees all that is left of its context
+    room, q = _room(q, k, window, sinks), q.contiguous() * d**-0.5
+    for start in range(0, seq, block):
+        rows = slice(start, min(start + block, seq))
         seen = slice(0 if window is None else max(0, before + start + 1 - window), before + rows.stop)
-        queries = q[:, :, :, rows].flatten(2, 3) * d**-0.5
-        scores = queries @ k[:, :, seen].transpose(-1, -2)
-        if hidden is not None:  # one query sees all that is left of its context
-            scores.unflatten(2, (per_group, -1)).add_(hidden[rows, seen])
+        n_rows, n = rows.stop - rows.start, seen.stop - seen.start
+        queries = q[:, rows].flatten(1, 2)
+        scores = _part(room, (len(q), n_rows * per_group, n + (sinks is not None)))
+        torch.bmm(queries, k[:, seen].mT, out=scores[..., :n])
+        of_heads = scores.unflatten(1, (n_rows, per_group))
+        if hidden is not None:
+            to_rows = hidden[:n_rows, : hidden.shape[1] - block + n_rows][:, -n:]
+            of_heads[..., n - to_rows.shape[1] : n] += to_rows.unsqueeze(1)
         if sinks is not None:
-            sink = sinks.to(scores.dtype).view(groups, per_group, 1).expand(-1, -1, rows.stop - start)
-            scores = torch.cat((scores, sink.reshape(groups, -1, 1).expand(batch, -1, -1, -1)), dim=-1)
-        yield rows, seen, queries, scores.softmax(dim=-1)
+            of_heads.unflatten(0, (-1, len(sinks) // per_group))[..., n] = sinks.view(-1, 1, per_group)
+        yield rows, seen, queries, torch.softmax(scores, -1, out=scores)
+
+
+def _hidden(block: int, window: int | None, k: Tensor) -> Tensor:
+    """What is added to the scores of a block's rows, from the first key that a window may hide from one of them on."""
+    width = 1 if window is None else min(window, k.shape[1])
+    key, row = torch.arange(1 - width, block, device=k.device), torch.arange(block, device=k.device).unsqueeze(1)
+    hidden = key > row
+    if window is not None:
+        hidden |= key <= row - window
+    return k.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def _room(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """Memory of the scores of any block, to be used again by the next, which is faster than to ask for it each time."""
+    context = k.shape[1] if window is None else min(window + _block_rows(q) - 1, k.shape[1])
+    return q.new_empty(len(q) * _block_rows(q) * q.shape[2] * (context + (sinks is not None)))
+
+
+def _part(room: Tensor, shape: Sequence[int]) -> Tensor:
+    return room[: math.prod(shape)].view(shape)
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
