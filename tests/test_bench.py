@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops
+from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops, time_trials
 from explore.ops import PATHS
 
 
@@ -31,6 +31,13 @@ def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
         next(compare("huge", 1.0, 1e9))
     with pytest.raises(ValueError, match="family: 'RNN' is unknown; allowed are attention"):
         next(compare("tiny", 1.0, 1e9, names=["RNN"]))
+
+
+def test_a_trial_is_timed_up_to_its_first_step() -> None:
+    (record,) = time_trials("tiny", ["hybrid MoE"])
+    assert record["family"] == "hybrid MoE"
+    assert 0 < record["set_up_s"] < 60
+    assert 0 < record["first_s"] < 60
 
 
 @pytest.mark.slow

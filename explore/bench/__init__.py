@@ -2,6 +2,16 @@
 
 from explore.bench.families import SHAPES, Shape, families
 from explore.bench.ops import time_ops
-from explore.bench.training import compare, compare_curves, compare_decoding, time_regions
+from explore.bench.training import compare, compare_curves, compare_decoding, time_regions, time_trials
 
-__all__ = ["SHAPES", "Shape", "compare", "compare_curves", "compare_decoding", "families", "time_ops", "time_regions"]
+__all__ = [
+    "SHAPES",
+    "Shape",
+    "compare",
+    "compare_curves",
+    "compare_decoding",
+    "families",
+    "time_ops",
+    "time_regions",
+    "time_trials",
+]

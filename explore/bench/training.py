@@ -168,6 +168,19 @@ def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> 
         }
 
 
+def time_trials(shape: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Times what a trial of a sweep needs before its first step.
+
+    Yields:
+        Records of family, first_s, of the first trial in a process, and set_up_s, the median of those after it.
+
+    Raises:
+        ValueError: no such shape or family.
+    """
+    for name in _chosen(shape, names):
+        yield {"family": name} | in_a_process(what="trials", family=name, shape=shape)
+
+
 def time_regions(shape: str) -> Iterator[dict[str, Any]]:
     """Times the ops that can be compiled at a shape, by default and compiled, each in a process of its own.
 

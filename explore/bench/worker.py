@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -13,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from explore.bench.families import SHAPES, VOCAB_SIZE, families
 from explore.bench.ops import mamba_works, timed
+from explore.bench.training import RUN_TOKENS
 from explore.blocks import Mamba2Config
 from explore.data import TextData
-from explore.experiment import TrainConfig
+from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
 from explore.ops import PATHS, forced_paths
-from explore.train import ELEMENTS, build_optimizer, processor
+from explore.train import ELEMENTS, build_optimizer, fit, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
@@ -145,6 +148,38 @@ def curve(
         return {"losses": [step(batch.inputs, batch.targets) for batch in batches]}
 
 
+class _Begun(Exception):
+    """A step has begun."""
+
+
+def set_up(family: str, shape: str, n_trials: int = 6) -> dict[str, Any]:
+    """Seconds from asking for a trial to its first step: of the first in a process, and the median of those after."""
+    size = SHAPES[shape]
+
+    def stop(*_: Any) -> None:
+        raise _Begun
+
+    times: list[float] = []
+    for seed in range(n_trials):
+        experiment = Experiment(
+            name="trial",
+            seed=seed,
+            model=families(size.d_model)[family],
+            data=TextData(tokenizer="bytes", seq_len=size.seq_len),
+            train=TrainConfig(tokens=RUN_TOKENS, batch_size=size.batch_size),
+        )
+        hook = register_module_forward_pre_hook(stop)
+        began = time.perf_counter()
+        try:
+            with tempfile.TemporaryDirectory() as runs:
+                fit(experiment, runs, accelerator="cpu")
+        except _Begun:
+            times.append(time.perf_counter() - began)
+        finally:
+            hook.remove()
+    return {"first_s": times[0], "set_up_s": statistics.median(times[1:])}
+
+
 def decode(family: str, shape: str, side: str, n_new: int) -> dict[str, Any]:
     """Tokens per second of greedy decoding of 16 sequences in fp32, prompt included, the faster of two."""
     torch.manual_seed(0)
@@ -188,6 +223,7 @@ if __name__ == "__main__":
         "region": region,
         "curve": curve,
         "decode": decode,
+        "trials": set_up,
     }
     with tempfile.TemporaryDirectory() as cache:  # so that a first compilation is one
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

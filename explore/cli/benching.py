@@ -15,8 +15,11 @@ from explore.cli.app import Json, Paths, app, count, err, forced, out, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "regions"],
-        typer.Option(help="What is timed; curves compares losses, regions says what compiling an op gains and costs."),
+        Literal["train", "decode", "ops", "curves", "trials", "regions"],
+        typer.Option(
+            help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
+            "regions says what compiling an op gains and costs."
+        ),
     ] = "train",
     shape: Annotated[
         Literal["tiny", "small", "large"],
@@ -41,7 +44,7 @@ def bench(
     paths in use and by the reference in fp32, and says how far apart their losses are. The fraction is exact training
     FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32.
     """
-    from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops
+    from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops, time_trials
     from explore.cost import Dtype
     from explore.roofline import measured
 
@@ -53,6 +56,13 @@ def bench(
     if what == "ops":
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
         _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
+        return
+    if what == "trials":
+        records = _told(
+            time_trials(shape, family), lambda r: f"{r['family']}: {r['set_up_s']:.2f} s before the first step"
+        )
+        columns = {"first in a process": lambda r: f"{r['first_s']:.2f} s", "later": lambda r: f"{r['set_up_s']:.2f} s"}
+        _show(records, as_json, ("family",), columns)
         return
     paths = forced(path)
     if what == "curves":
