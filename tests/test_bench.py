@@ -66,6 +66,7 @@ def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
     assert record["ratio"] == pytest.approx(record["tokens_per_s"] / record["baseline_tokens_per_s"])
     flops = families(192)["hybrid LatentMoE"].cost(512).flops_train
     assert record["gemm_fraction"] == pytest.approx(flops * record["tokens_per_s"] / 1e12)
+    assert record["limit"] == pytest.approx(record["ratio"] / record["gemm_fraction"])
     assert record["peak_bytes"] > 0
     assert record["path"].keys() == PATHS.keys()
     (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])

@@ -31,9 +31,9 @@ def compare(
         names: of families; all when absent.
 
     Yields:
-        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, first_step_s (with what is compiled),
-        peak_bytes, baseline_peak_bytes, gemm_fraction (training FLOPs, exact convention, over what the rate allows),
-        precisions and path.
+        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, limit (the ratio, were training as fast as
+        products are), first_step_s (with what is compiled), peak_bytes, baseline_peak_bytes, gemm_fraction (training
+        FLOPs, exact convention, over what the rate allows), precisions and path.
 
     Raises:
         ValueError: no such shape or family.
@@ -55,17 +55,19 @@ def compare(
             for side in ("ours", "transformers")
         )
         one, other = found["ours", ours], found["transformers", theirs]
-        flops = model.cost(SHAPES[shape].seq_len).flops_train
+        ratio = one["tokens_per_s"] / other["tokens_per_s"]
+        gemm_fraction = model.cost(SHAPES[shape].seq_len).flops_train * one["tokens_per_s"] / rate
         yield {
             "family": name,
             "shape": shape,
             "tokens_per_s": one["tokens_per_s"],
             "baseline_tokens_per_s": other["tokens_per_s"],
-            "ratio": one["tokens_per_s"] / other["tokens_per_s"],
+            "ratio": ratio,
+            "limit": ratio / gemm_fraction,
             "first_step_s": one["first_step_s"],
             "peak_bytes": one["peak_bytes"],
             "baseline_peak_bytes": other["peak_bytes"],
-            "gemm_fraction": flops * one["tokens_per_s"] / rate,
+            "gemm_fraction": gemm_fraction,
             "precision": ours,
             "baseline_precision": theirs,
             "path": paths_in_use() | chosen[ours],

@@ -42,7 +42,8 @@ def bench(
     Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
     measurement in a process of its own, with what a run of 20M tokens would compile. `--what curves` trains by the
     paths in use and by the reference in fp32, and says how far apart their losses are. The fraction is exact training
-    FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32.
+    FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32; the limit is the ratio
+    that training at that rate would have.
     """
     from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops, time_trials
     from explore.cost import Dtype
@@ -85,6 +86,7 @@ def bench(
     }
     if training:
         columns |= {
+            "limit": lambda r: f"{r['limit']:.2f}",
             "precisions": lambda r: f"{r['precision']}/{r['baseline_precision']}",
             "memory": lambda r: size(r["peak_bytes"]),
             "baseline memory": lambda r: size(r["baseline_peak_bytes"]),
