@@ -87,7 +87,7 @@ def bench(
     if training:
         columns |= {
             "limit": lambda r: f"{r['limit']:.2f}",
-            "precisions": lambda r: f"{r['precision']}/{r['baseline_precision']}",
+            "dtype": lambda r: "/".join(dict.fromkeys((r["precision"], r["baseline_precision"]))),
             "memory": lambda r: size(r["peak_bytes"]),
             "baseline memory": lambda r: size(r["baseline_peak_bytes"]),
             "of GEMM rate": lambda r: f"{r['gemm_fraction']:.0%}",
