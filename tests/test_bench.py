@@ -41,7 +41,10 @@ def test_a_trial_is_timed_up_to_its_first_step() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "bound"), [("attention + MLP", 0.001), ("hybrid LatentMoE", 0.01)])
+@pytest.mark.parametrize(
+    ("family", "bound"),
+    [("attention + MLP", 0.001), ("Mamba + MLP", 0.001), ("hybrid MoE", 0.01), ("hybrid LatentMoE", 0.01)],
+)
 def test_the_fast_paths_train_as_the_reference_does(family: str, bound: float) -> None:
     """A router may choose another expert for the last bit's sake, so where there is one the losses part sooner."""
     for record in compare_curves("tiny", 100, names=[family]):
