@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,7 @@ def answers(url: str) -> bool:
 @pytest.fixture
 def page(lab: str) -> Iterator[Any]:
     """A page with the notebook, whose first cell has run."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import TimeoutError, sync_playwright
 
     with sync_playwright() as driver:
         flags = ["--no-sandbox", "--disable-dev-shm-usage"]  # tests run as root too, and in small containers
@@ -321,8 +322,13 @@ def page(lab: str) -> Iterator[Any]:
         page = context.new_page()
         page.set_default_timeout(1000 * WAIT_S)
         page.goto(lab)
-        page.locator(".jp-CodeCell .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        for _ in range(5):  # on a busy machine, JupyterLab may show no widget of a cell that ran while it was loading
+            page.locator(".jp-CodeCell .cm-content").first.click()
+            page.keyboard.press("Shift+Enter")
+            with suppress(TimeoutError):
+                page.wait_for_selector(".wb[data-n]", timeout=200 * WAIT_S)
+                break
         page.wait_for_selector(".wb[data-n]")
         yield page
         browser.close()
