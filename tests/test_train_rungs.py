@@ -281,6 +281,12 @@ def test_a_run_that_was_stopped_right_after_a_checkpoint_has_all_its_metrics(
     assert_same_end(stopped, through)
 
 
+def test_a_metric_without_a_column_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LitLanguageModel, "on_train_batch_start", lambda self, *_: self.log("surprise", 1.0))
+    with pytest.raises(ValueError, match="surprise"):
+        train(experiment(corpus), tmp_path)
+
+
 # Judges
 
 

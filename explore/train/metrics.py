@@ -10,13 +10,25 @@ from lightning import Callback, LightningModule, Trainer
 
 from explore.files import replacing
 
-TRAINING = ("loss", "aux_loss", "mtp_loss", "lr", "grad_norm", "max_violation", "tokens_per_s")
 VALIDATION = ("val_loss", "val_bpb")
-COLUMNS = ("step", "tokens", *TRAINING, *VALIDATION)
+COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "aux_loss",
+    "mtp_loss",
+    "lr",
+    "grad_norm",
+    "max_violation",
+    "tokens_per_s",
+    *VALIDATION,
+)
 
 
 class MetricsFile(Callback):
     """Appends metrics to a CSV file. The column `step` counts optimizer steps that are done, from 1.
+
+    A column that is not known is refused.
 
     A callback, as Lightning tells its loggers of a step after the checkpoint of that step is written: whoever went on
     from there would have lost the row.
@@ -41,14 +53,14 @@ class MetricsFile(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every_n_steps == 0:
-            self._append(trainer, TRAINING)
+            self._append(trainer, validation=False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._append(trainer, VALIDATION)
+        self._append(trainer, validation=True)
 
-    def _append(self, trainer: Trainer, names: tuple[str, ...]) -> None:
-        step, metrics = trainer.global_step, trainer.callback_metrics
-        row = {name: float(metrics[name]) for name in names if name in metrics}
+    def _append(self, trainer: Trainer, *, validation: bool) -> None:
+        step, metrics = trainer.global_step, trainer.callback_metrics  # the last of both kinds
+        row = {name: float(value) for name, value in metrics.items() if (name in VALIDATION) == validation}
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
 
