@@ -36,7 +36,8 @@ def causal_conv1d(
 
 
 def _shifted(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y: Tensor = _Shifted.apply(padded, weight[:, 0].T.to(padded.dtype), bias.to(padded.dtype))  # type: ignore[no-untyped-call]
+    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # else no product with them is vectorised
+    y: Tensor = _Shifted.apply(padded, taps, bias.to(padded.dtype))  # type: ignore[no-untyped-call]
     return y
 
 
