@@ -202,3 +202,25 @@ def test_recomputation_leaves_decoding_alone() -> None:
     state = lm.new_state()
     pieces = torch.cat([lm(ids[:, :5], state), lm(ids[:, 5:], state)], dim=1)
     torch.testing.assert_close(pieces, lm(ids), rtol=1e-4, atol=1e-5)
+
+
+# A compiled step of decoding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["ME*", "L-*"])
+def test_a_compiled_step_gives_the_same_tokens_also_after_the_weights_have_changed(
+    unchecked: None, pattern: str
+) -> None:
+    lm = model(pattern, init_std=0.3).eval()
+    before = lm.generate(tokens(), 20)
+    assert torch.equal(lm.generate(tokens(), 20, compiled=True), before)
+    lm.init_weights()
+    after = lm.generate(tokens(), 20)
+    assert not torch.equal(after, before)
+    assert torch.equal(lm.generate(tokens(), 20, compiled=True), after)
+
+
+def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:
+    with pytest.raises(ValueError, match="compiled: True is not allowed on meta; only a CPU's steps are compiled"):
+        model("M").to("meta").generate(tokens().to("meta"), 2, compiled=True)

@@ -150,23 +150,28 @@ def _apart(one: list[float], other: list[float]) -> list[float]:
     return [abs(a - b) for a, b in zip(one, other, strict=True)]
 
 
-def compare_decoding(shape: str, n_new: int, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+def compare_decoding(
+    shape: str, n_new: int, names: list[str] | None = None, *, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
     """Times greedy decoding of 16 sequences: records of family, tokens_per_s, baseline_tokens_per_s and ratio.
+
+    Args:
+        compiled: our step is compiled; its seconds are `compile_s` of a record, and in no other number of it.
 
     Raises:
         ValueError: no such shape or family.
     """
     for name in _chosen(shape, names):
-        ours, theirs = (
-            in_a_process(what="decode", family=name, shape=shape, side=side, n_new=n_new)
-            for side in ("ours", "transformers")
-        )
+        task = {"what": "decode", "family": name, "shape": shape, "n_new": n_new}
+        ours = in_a_process(**task, side="ours", compiled=compiled)
+        theirs = in_a_process(**task, side="transformers")
         yield {
             "family": name,
             "tokens_per_s": ours["tokens_per_s"],
             "baseline_tokens_per_s": theirs["tokens_per_s"],
             "ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
             "baseline_cached": theirs["cached"],
+            **({"compile_s": ours["compile_s"]} if compiled else {}),
         }
 
 

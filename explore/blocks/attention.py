@@ -138,9 +138,9 @@ def remembered(state: State, k: Tensor, v: Tensor, window: int | None) -> tuple[
     """
     new, before = k.shape[2], seen_before(state)
     seen = before + new
-    state["seen"] = torch.tensor(seen)
+    state["seen"] = seen if "room" in state else torch.tensor(seen)  # a compiled step reads a number as it is
     if "room" in state and window is None:
-        if seen > (room := int(state["room"])):
+        if seen > (room := state["room"]):
             raise ValueError(f"room: {room} positions are not enough for {seen}")
         for name, x in (("k", k), ("v", v)):
             if name not in state:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -25,11 +25,12 @@ class RouterStats(NamedTuple):
     aux_loss: Float[Tensor, ""]
 
 
-State = dict[str, Tensor]
+State = dict[str, Any]
 """What decoding keeps of a layer between calls, by name; empty before the first token.
 
 Its tensors are replaced and never written to, so that a copy of the dictionary is a second state. One that begins with
-`room`, a number of positions, is written in place instead, which is several times as fast and cannot be copied so.
+`room`, a number of positions, is written in place instead, which is several times as fast and cannot be copied so; in
+it `seen`, the positions so far, is a plain number as well.
 """
 
 

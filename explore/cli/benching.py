@@ -32,6 +32,9 @@ def bench(
     path: Paths = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile our step of decoding, which is then timed without that.")
+    ] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Keep the table of regions: runs here choose by it what they compile.")
     ] = False,
@@ -51,6 +54,8 @@ def bench(
 
     if save and what != "regions":
         raise ValueError(f"--save: not with --what {what}; only regions are kept")
+    if compiled and what != "decode":
+        raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -77,7 +82,11 @@ def bench(
     fastest: Dtype = max(("bfloat16", "float32"), key=measured().peak)  # bf16, but where it has no instructions
     rate = measured().peak(fastest)
     training = what == "train"
-    timed = compare(shape, seconds, rate, paths, family) if training else compare_decoding(shape, new_tokens, family)
+    timed = (
+        compare(shape, seconds, rate, paths, family)
+        if training
+        else compare_decoding(shape, new_tokens, family, compiled=compiled)
+    )
     records = _told(timed, lambda r: f"{r['family']}: {r['ratio']:.2f} times the baseline")
     columns = {
         "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
@@ -92,6 +101,8 @@ def bench(
             "baseline memory": lambda r: size(r["baseline_peak_bytes"]),
             "of GEMM rate": lambda r: f"{r['gemm_fraction']:.0%}",
         }
+    if compiled:
+        columns["compilation"] = lambda r: f"{r['compile_s']:.0f} s"
     _show(records, as_json, ("family",), columns)
     if not as_json:
         out.print(f"matrix products reach {count(rate)} FLOP/s here in {fastest}", highlight=False)

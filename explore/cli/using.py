@@ -125,16 +125,21 @@ def generate(
     speculate: Annotated[
         bool, typer.Option("--speculate", help="Let multi-token prediction draft; needs a model that has it.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the step of a token first, up to a minute; for long texts.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Let a trained run write: prompts of equal length are decoded as one batch, with their state kept."""
     from explore.model import Sampling
 
+    if compiled and speculate:
+        raise ValueError("--compile: not with --speculate; only steps of one token are compiled")
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, tokenizer, _ = _opened(run)
     prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in prompt]
     began = time.perf_counter()
-    texts, lengths = _continued(model, prompts, max_new_tokens, sampling, tokenizer.eot_id, speculate)
+    texts, lengths = _continued(model, prompts, max_new_tokens, sampling, tokenizer.eot_id, speculate, compiled)
     seconds = time.perf_counter() - began
     n_tokens = sum(map(len, texts))
     record: dict[str, Any] = {"tokens_per_s": n_tokens / seconds}
@@ -152,7 +157,13 @@ def generate(
 
 
 def _continued(
-    model: LanguageModel, prompts: list[list[int]], n: int, sampling: Any, eot_id: int, speculate: bool
+    model: LanguageModel,
+    prompts: list[list[int]],
+    n: int,
+    sampling: Any,
+    eot_id: int,
+    speculate: bool,
+    compiled: bool,
 ) -> tuple[list[list[int]], list[float]]:
     """New tokens of every prompt, and the acceptance lengths where they were drafted."""
     import torch
@@ -166,7 +177,7 @@ def _continued(
     texts: list[list[int]] = [[] for _ in prompts]
     for length in sorted(set(map(len, prompts))):
         rows = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        new = generate(model, torch.tensor([prompts[i] for i in rows]), n, sampling, eot_id)
+        new = generate(model, torch.tensor([prompts[i] for i in rows]), n, sampling, eot_id, compiled)
         for i, tokens in zip(rows, new.tolist(), strict=True):
             texts[i] = tokens[: tokens.index(eot_id)] if eot_id in tokens else tokens
     return texts, []

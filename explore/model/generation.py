@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
-from explore.ops import packed_linears
+from explore.ops import forced_paths, packed_linears
 
 
 @dataclass(frozen=True)
@@ -70,25 +73,34 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     eot_id: int | None = None,
+    compiled: bool = False,
 ) -> Int[Tensor, "batch new"]:
     """Continues every row of a batch of prompts of equal length.
 
     Args:
         eot_id: a row that has drawn it goes on with nothing else, and all stop when every row has; never when absent.
+        compiled: the step of one token runs as one compiled function, for which a C++ compiler is needed. A model's
+            first two steps then take up to a minute, and what is cached of them a quarter of that; those after
+            them a half to two thirds of the time. Every expert computes every token in it.
 
     Returns:
         The new tokens.
+
+    Raises:
+        ValueError: a prompt without tokens, no token asked for, or a compiled step on another device than a CPU.
     """
     _checked(tokens, max_new_tokens)
+    if compiled and tokens.device.type != "cpu":
+        raise ValueError(f"compiled: True is not allowed on {tokens.device.type}; only a CPU's steps are compiled")
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     state = model.new_state(tokens.shape[1] + max_new_tokens)
     new: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     read = tokens
-    with packed_linears(model, rows=len(tokens)):
+    with nullcontext() if compiled else packed_linears(model, rows=len(tokens)):
         while len(new) < max_new_tokens:
-            hidden, _ = model.hidden(read, state)
-            drawn = sampling.draw(model.head(hidden[:, -1]), generator)
+            step = _compiled_logits if compiled and new else _logits
+            drawn = sampling.draw(step(model, read, state), generator)
             if eot_id is not None:
                 drawn = torch.where(ended, eot_id, drawn)
                 ended = ended | (drawn == eot_id)
@@ -97,6 +109,25 @@ def generate(
                 break
             read = drawn[:, None]
     return torch.stack(new, dim=1)
+
+
+def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
+    """Of the token after the last."""
+    hidden, _ = model.hidden(tokens, state)
+    logits: Tensor = model.head(hidden[:, -1])
+    return logits
+
+
+def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
+    with forced_paths(attention="sdpa", experts="dense"):  # no shape in them depends on what is computed
+        return _compiled()(model, tokens, state)
+
+
+@cache
+def _compiled() -> Callable[[LanguageModel, Tensor, list[State]], Tensor]:
+    """The whole step, for what torch checks before it calls compiled code takes too long for every layer."""
+    step: Callable[[LanguageModel, Tensor, list[State]], Tensor] = torch.compile(_logits, options={"cpp_wrapper": True})
+    return step
 
 
 @dataclass
@@ -244,4 +275,4 @@ def _checked(tokens: Tensor, max_new_tokens: int) -> None:
 
 def state_bytes(state: list[State]) -> int:
     """Bytes that decoding keeps."""
-    return sum(value.numel() * value.element_size() for layer in state for value in layer.values() if value.ndim)
+    return sum(value.nbytes for layer in state for value in layer.values() if isinstance(value, Tensor) and value.ndim)

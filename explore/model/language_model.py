@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
             room: positions that there will be at most. With it the state is written in place, so that a copy of it
                 is no second one to go on from.
         """
-        return [{} if room is None else {"room": torch.tensor(room)} for _ in self.layers]
+        return [{} if room is None else {"room": room} for _ in self.layers]
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
@@ -118,15 +118,15 @@ class LanguageModel(nn.Module):
         top_p: float | None = None,
         seed: int = 0,
         eot_id: int | None = None,
+        compiled: bool = False,
     ) -> Int[Tensor, "batch new"]:
         """Continues every row of a batch of prompts of equal length, its state kept; returns the new tokens.
 
-        Temperature, top_k, top_p and seed are those of `Sampling`; a row that has drawn `eot_id` goes on with
-        nothing else.
+        Temperature, top_k, top_p and seed are those of `Sampling`; the rest is of `explore.model.generate`.
         """
         from explore.model.generation import Sampling, generate
 
-        return generate(self, tokens, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eot_id)
+        return generate(self, tokens, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eot_id, compiled)
 
     def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], *, mtp: bool = False) -> Loss:
         """Mean cross-entropy over the targets that are not -100.
