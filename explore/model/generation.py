@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
-from explore.ops import forced_paths, packed_linears
+from explore.ops import compiled, forced_paths, packed_linears
 
 
 @dataclass(frozen=True)
@@ -119,15 +117,11 @@ def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[T
 
 
 def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
+    """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
+    step = compiled(_logits, dynamic=None, cpp_wrapper=True)
     with forced_paths(attention="sdpa", experts="dense"):  # no shape in them depends on what is computed
-        return _compiled()(model, tokens, state)
-
-
-@cache
-def _compiled() -> Callable[[LanguageModel, Tensor, list[State]], Tensor]:
-    """The whole step, for what torch checks before it calls compiled code takes too long for every layer."""
-    step: Callable[[LanguageModel, Tensor, list[State]], Tensor] = torch.compile(_logits, options={"cpp_wrapper": True})
-    return step
+        logits: Tensor = step(model, tokens, state)
+    return logits
 
 
 @dataclass

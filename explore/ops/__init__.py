@@ -7,7 +7,7 @@ from explore.ops.experts import experts
 from explore.ops.linear import packed_linears
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm
-from explore.ops.paths import PATHS, forced_paths, is_forced, path_of, paths_in_use, same_paths
+from explore.ops.paths import PATHS, compiled, forced_paths, is_forced, path_of, paths_in_use, same_paths
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "activate",
     "attention",
     "causal_conv1d",
+    "compiled",
     "experts",
     "forced_paths",
     "gated_group_rms_norm",

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -92,10 +92,16 @@ def paths_in_use(device: str = "cpu") -> dict[str, str]:
 
 
 @cache
-def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
+def compiled(function: Callable[P, T], *, dynamic: bool | None = False, cpp_wrapper: bool = False) -> Callable[P, T]:
+    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute.
+
+    Args:
+        dynamic: whether sizes may change without compiling again; absent, those that were seen to change may.
+        cpp_wrapper: what calls the compiled loops is C++ as well, for functions of many short ones.
+    """
     torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    made: Callable[P, T] = torch.compile(function, dynamic=False)
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"cpp_wrapper": True} if cpp_wrapper else None
+    made: Callable[P, T] = torch.compile(function, dynamic=dynamic, options=options)
     return made
 
 
