@@ -21,6 +21,7 @@ from explore.ops import (
     linear_cross_entropy,
     path_of,
     paths_in_use,
+    rms_norm,
     rotate,
     ssd,
     ssd_chunked,
@@ -245,6 +246,34 @@ def test_the_gated_norms_gradients_are_those_of_autograd(n_groups: int) -> None:
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 12), (7, 33)])
+def test_a_norms_gradients_are_those_of_autograd(shape: tuple[int, ...], offset: float) -> None:
+    x, weight, dy = leaves(shape, shape[-1:], shape)
+    inputs = (x.detach() + offset).requires_grad_(), weight
+
+    def results(*inputs: Tensor) -> tuple[Tensor, ...]:
+        y = rms_norm(*inputs, 0.1)
+        return y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))
+
+    found, single = results(*inputs), results(*(leaf.detach().float().requires_grad_() for leaf in inputs))
+    with forced_paths(norm="eager"):
+        for exact, ours, rounded in zip(results(*inputs), found, single, strict=True):
+            torch.testing.assert_close(ours, exact)
+            torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_reads_what_is_not_laid_out_in_order_and_answers_in_its_dtype() -> None:
+    x, weight = leaves((2, 3, 5, 8), (8,))
+    turned = x.detach().transpose(1, 2).requires_grad_()
+    y = rms_norm(turned, weight, 0.1)
+    assert torch.equal(y, rms_norm(turned.detach().contiguous(), weight, 0.1))
+    (found,) = torch.autograd.grad(y, turned, y.detach())
+    (expected,) = torch.autograd.grad(rms_norm(x, weight, 0.1), x, y.detach().transpose(1, 2))
+    torch.testing.assert_close(found, expected.transpose(1, 2))
+    assert rms_norm(x.to(torch.bfloat16), weight.float(), 0.1).dtype == torch.bfloat16
+
+
 def test_squared_relu_and_its_gradient() -> None:
     (x,) = leaves((50,))
     y = activate(x, None, "relu2")
@@ -268,6 +297,7 @@ HALF: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[
     ),
     "loss": (lambda hidden, weight: linear_cross_entropy(hidden, weight, CHOSEN[:, 0]), ((40, 16), (30, 16)), ()),
     "norm": (lambda x, z, w: gated_group_rms_norm(x, z, w, 2, 1e-5), ((2, 30, 16), (2, 30, 16), (16,)), (0, 1)),
+    "plain norm": (lambda x, w: rms_norm(x, w, 1e-5), ((2, 30, 16), (16,)), (0,)),
     "scan": (_scan, ((2, 130, 4, 8), (2, 130, 4), (4,), (2, 130, 2, 8), (2, 130, 2, 8), (4,)), (0, 3, 4)),
 }
 """Ops with a backward pass of their own, the shapes of what they read, and which of it arrives in bf16."""

@@ -19,6 +19,7 @@ from explore.ops import (
     forced_paths,
     gated_group_rms_norm,
     linear_cross_entropy,
+    rms_norm,
     ssd,
 )
 
@@ -62,6 +63,7 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
 
     targets = torch.randint(4 * d_model, (n_tokens,), generator=generator)
     tokens, weight = leaf(n_tokens, d_model), leaf(4 * d_model, d_model)
+    scale = leaf(d_model)
     q, k, v = leaf(batch, heads, seq_len, 32), leaf(batch, 2, seq_len, 32), leaf(batch, 2, seq_len, 32)
 
     def routed(n: int, top_k: int, d: int, f: int) -> Op:
@@ -73,6 +75,7 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
         "attention": lambda: attention(q, k, v),
         "linear": lambda: F.linear(tokens, weight),
         "loss": lambda: linear_cross_entropy(tokens, weight, targets),
+        "norm, plain": lambda: rms_norm(tokens, scale, 1e-5),
         **mamba_works(mamba, batch, seq_len, dtype),
         "experts, 16 top 2": routed(16, 2, d_model, d_model),
         "experts, 64 top 8, latent": routed(64, 8, d_model // 4, d_model),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
-from explore.blocks.base import BlockConfig, Mixer, RouterStats, State
+from explore.blocks.base import BlockConfig, Mixer, RMSNorm, RouterStats, State
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
@@ -58,6 +58,7 @@ __all__ = [
     "Mixer",
     "MoE",
     "MoEConfig",
+    "RMSNorm",
     "RouterStats",
     "State",
     "latent_acc",

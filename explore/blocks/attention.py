@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Mixer, State, head_width, normed, parameter
+from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width, parameter
 from explore.cost import Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
@@ -90,8 +90,8 @@ class Attention(Mixer):
         self.q_proj = nn.Linear(d_model, d_q, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
-        self.q_norm = nn.RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.sinks = parameter(config.n_heads) if config.sinks else None
         self.o_proj = nn.Linear(d_q, d_model, bias=config.bias == "all")
 
@@ -115,7 +115,7 @@ class Attention(Mixer):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+            q, k = self.q_norm(q), self.k_norm(k)
         if c.rope_theta is not None:
             start = 0 if state is None else seen_before(state)
             q, k = (rotate(heads, c.rope_theta, start) for heads in (q, k))

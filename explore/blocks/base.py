@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from explore.config import Config
 from explore.cost import Entry
+from explore.ops import rms_norm
 
 
 class RouterStats(NamedTuple):
@@ -91,10 +92,12 @@ def parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
-def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-    """The norm in the dtype of its weight, the result in that of `x`: under autocast the two differ."""
-    y: Tensor = norm(x.to(norm.weight.dtype))
-    return y.to(x.dtype)
+class RMSNorm(nn.RMSNorm):
+    """RMS normalisation in the dtype of its weight; the result is in that of what it reads."""
+
+    def forward(self, x: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims width"]:
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:

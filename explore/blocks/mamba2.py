@@ -11,7 +11,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, State, head_width, parameter
+from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width, parameter
 from explore.cost import Entry, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
@@ -110,7 +110,7 @@ class Mamba2(Mixer):
         self.A_log = parameter(config.n_heads)
         self.D = parameter(config.n_heads)
         self.dt_bias = parameter(config.n_heads)
-        self.norm = nn.RMSNorm(config.d_inner, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_inner, eps=config.norm_eps)
         self.out_proj = nn.Linear(config.d_inner, d_model, bias=False)
 
     @torch.no_grad()

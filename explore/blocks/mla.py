@@ -10,7 +10,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from explore.blocks.attention import remembered, seen_before
-from explore.blocks.base import BlockConfig, Mixer, State, head_width, normed
+from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width
 from explore.cost import Entry, attended_keys, matrix, vector
 from explore.ops import attention, rotate
 
@@ -97,10 +97,10 @@ class MLA(Mixer):
             self.q_proj: nn.Module = nn.Linear(d_model, d_q, bias=False)
         else:
             self.q_down = nn.Linear(d_model, c.q_rank, bias=False)
-            self.q_norm = nn.RMSNorm(c.q_rank, eps=c.norm_eps)
+            self.q_norm = RMSNorm(c.q_rank, eps=c.norm_eps)
             self.q_up = nn.Linear(c.q_rank, d_q, bias=False)
         self.kv_down = nn.Linear(d_model, c.kv_rank + c.d_rope, bias=False)
-        self.kv_norm = nn.RMSNorm(c.kv_rank, eps=c.norm_eps)
+        self.kv_norm = RMSNorm(c.kv_rank, eps=c.norm_eps)
         self.kv_up = nn.Linear(c.kv_rank, c.n_heads * (c.d_nope + c.d_v), bias=False)
         self.o_proj = nn.Linear(c.n_heads * c.d_v, d_model, bias=False)
 
@@ -108,7 +108,7 @@ class MLA(Mixer):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=out_std if module is self.o_proj else std)
-            elif isinstance(module, nn.RMSNorm):
+            elif isinstance(module, RMSNorm):
                 module.reset_parameters()
 
     def forward(
@@ -116,11 +116,11 @@ class MLA(Mixer):
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
         start = 0 if state is None else seen_before(state)
-        q = self.q_proj(x) if c.q_rank is None else self.q_up(normed(self.q_norm, self.q_down(x)))
+        q = self.q_proj(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.unflatten(-1, (c.n_heads, -1)).transpose(1, 2).split((c.d_nope, c.d_rope), dim=-1)
         q_rope = rotate(q_rope, c.rope_theta, start)
         latent, k_rope = self.kv_down(x).split((c.kv_rank, c.d_rope), dim=-1)
-        latent = normed(self.kv_norm, latent)[:, None]
+        latent = self.kv_norm(latent)[:, None]
         k_rope = rotate(k_rope[:, None], c.rope_theta, start)
         if state is not None:
             latent, k_rope = remembered(state, latent, k_rope, None)

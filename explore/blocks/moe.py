@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, RouterStats, State, parameter
+from explore.blocks.base import BlockConfig, Mixer, RMSNorm, RouterStats, State, parameter
 from explore.blocks.mlp import MLPConfig
 from explore.cost import Entry, matrix, product, vector
 from explore.ops import Activation, experts, is_gated
@@ -130,7 +130,7 @@ class MoE(Mixer):
         self.register_buffer("expert_bias", torch.zeros(c.n_experts))
         latent = c.d_latent is not None
         self.latent_down = nn.Linear(d_model, d_routed, bias=False) if latent else None
-        self.latent_norm = nn.RMSNorm(d_routed, eps=c.norm_eps) if c.latent_norm != "none" else None
+        self.latent_norm = RMSNorm(d_routed, eps=c.norm_eps) if c.latent_norm != "none" else None
         self.up = parameter(c.n_experts, d_routed, c.d_expert)
         self.gate = parameter(c.n_experts, d_routed, c.d_expert) if is_gated(c.activation) else None
         self.down = parameter(c.n_experts, c.d_expert, d_routed)
@@ -166,7 +166,7 @@ class MoE(Mixer):
         scores = self._scores(routed if self.config.router_input == "latent" else x)
         chosen, weights = self.route(scores)
         if self.config.latent_norm == "input" and self.latent_norm is not None:
-            routed = self.latent_norm(routed.to(self.latent_norm.weight.dtype))
+            routed = self.latent_norm(routed)
         y = experts(
             routed.flatten(0, 1),
             chosen.flatten(0, 1),
@@ -178,7 +178,7 @@ class MoE(Mixer):
             None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.gate_bias, self.down_bias),
         ).view_as(routed)
         if self.config.latent_norm == "combined" and self.latent_norm is not None:
-            y = self.latent_norm(y.to(self.latent_norm.weight.dtype))
+            y = self.latent_norm(y)
         if self.latent_up is not None:
             y = self.latent_up(y)
         if self.shared is not None:

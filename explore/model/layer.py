@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks import BlockConfig, RouterStats, State
+from explore.blocks import BlockConfig, RMSNorm, RouterStats, State
 
 
 class Layer(nn.Module):
@@ -13,7 +13,7 @@ class Layer(nn.Module):
 
     def __init__(self, block: BlockConfig, d_model: int, norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer = block.build(d_model)
 
     def init_weights(self, std: float, out_std: float) -> None:

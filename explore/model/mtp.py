@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks import RouterStats, State
+from explore.blocks import RMSNorm, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 
@@ -24,11 +24,11 @@ class MTPDepth(nn.Module):
         super().__init__()
         assert config.mtp is not None
         d, eps = config.d_model, config.norm_eps
-        self.embedding_norm = nn.RMSNorm(d, eps=eps)
-        self.hidden_norm = nn.RMSNorm(d, eps=eps)
+        self.embedding_norm = RMSNorm(d, eps=eps)
+        self.hidden_norm = RMSNorm(d, eps=eps)
         self.eh_proj = nn.Linear(2 * d, d, bias=False)
         self.layers = nn.ModuleList(Layer(config.blocks[letter], d, eps) for letter in config.mtp.pattern)
-        self.norm = nn.RMSNorm(d, eps=eps)
+        self.norm = RMSNorm(d, eps=eps)
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.eh_proj.weight, std=std)

@@ -6,7 +6,7 @@ from explore.ops.conv import causal_conv1d
 from explore.ops.experts import experts
 from explore.ops.linear import packed_linears
 from explore.ops.loss import linear_cross_entropy
-from explore.ops.norm import gated_group_rms_norm
+from explore.ops.norm import gated_group_rms_norm, rms_norm
 from explore.ops.paths import PATHS, compiled, forced_paths, is_forced, path_of, paths_in_use, same_paths
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
@@ -26,6 +26,7 @@ __all__ = [
     "packed_linears",
     "path_of",
     "paths_in_use",
+    "rms_norm",
     "rotate",
     "same_paths",
     "ssd",

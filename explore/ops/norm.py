@@ -1,4 +1,4 @@
-"""Gated RMS normalisation."""
+"""RMS normalisation, plain and gated."""
 
 from __future__ import annotations
 
@@ -11,6 +11,45 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from explore.ops.paths import compiled, path_of
+
+
+def rms_norm(
+    x: Float[Tensor, "*dims width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "*dims width"]:
+    """RMSNorm: x / sqrt(mean(x^2) + eps) times `weight`, in the dtype of `weight`; the result is in that of `x`.
+
+    Source: arXiv 1910.07467.
+    """
+    read = x.to(weight.dtype)  # under autocast the two differ
+    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") == "by_hand":
+        y: Tensor = _RMSNorm.apply(read, weight, eps)  # type: ignore[no-untyped-call]
+    else:
+        y = F.rms_norm(read, weight.shape, weight, eps)
+    return y.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = (mean(x^2) + eps)^(-1/2), of which only x and r are kept.
+
+    With v = w dy: dx = r v - x r^3 mean(x v). Layer normalisation's backward pass in one loop, told that the mean is
+    0, gives that less r mean(v), which is added.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        width, zero, needed = weight.shape, torch.zeros_like(r), [True, True, False]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(dy, x, width, zero, r, weight, None, needed)
+        with torch.autocast("cpu", enabled=False):
+            total = (dy @ weight).unsqueeze(-1)
+        return dx.addcmul_(total, r, value=1 / x.shape[-1]), dweight, None
 
 
 def gated_group_rms_norm(
