@@ -97,7 +97,7 @@ class _Blocked(torch.autograd.Function):
             if dsinks is not None:
                 of_heads = dscores[..., n].unflatten(1, (-1, q.shape[2])).sum(1)
                 dsinks += of_heads.view(-1, len(dsinks)).sum(0)
-            torch.bmm(dscores[..., :n], k[:, seen], out=dq[:, rows].view(queries.shape))
+            dq[:, rows].view(queries.shape).copy_(dscores[..., :n] @ k[:, seen])
             dk[:, seen] += dscores[..., :n].mT @ queries
         return dq.mul_(q.shape[-1] ** -0.5), dk.to(k.dtype), dv.to(v.dtype), None, dsinks
 
@@ -105,8 +105,8 @@ class _Blocked(torch.autograd.Function):
 def _outputs(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     y = q.new_empty(*q.shape[:-1], v.shape[-1])
     for rows, seen, _, weights in _blocks(q, k, window, sinks):
-        found = y[:, rows].view(*weights.shape[:2], -1)
-        torch.bmm(weights[..., : seen.stop - seen.start], v[:, seen], out=found)
+        found = y[:, rows].view(*weights.shape[:2], -1)  # a product that wrote there itself would go one by one
+        found.copy_(weights[..., : seen.stop - seen.start] @ v[:, seen])
     return y
 
 
