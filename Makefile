@@ -4,7 +4,7 @@ DOORS ?= runs/doors
 TRIALS ?= 16
 VENV := .venv
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
@@ -25,10 +25,11 @@ doors: $(VENV)/.installed-dev ## train a LatentMoE with multi-token prediction, 
 	$(BIN)/explore eval $(DOORS)/latent-moe-mtp-* --acceptance 8
 
 test: $(VENV)/.installed-dev ## run the fast tests
-	$(PYTEST)
+	$(PYTEST) -n 2
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests, and the GPU tests where there is a GPU
-	$(PYTEST) -m "slow or gpu"
+	$(PYTEST) -n 2 -m "(slow or gpu) and not alone"
+	$(PYTEST) -m alone
 
 lint: $(VENV)/.installed-dev ## check format, style, types, floors of imports, stripped notebooks, and figures against their records
 	$(BIN)/ruff format --check

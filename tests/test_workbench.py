@@ -255,18 +255,11 @@ WAIT_S = 60
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a JupyterLab of its own, open on a notebook that shows a workbench."""
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder and the address of a JupyterLab of its own that shows it, up to the name of a notebook."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     folder = tmp_path_factory.mktemp("lab")
-    cells = [
-        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
-        for i, cell in enumerate(CELLS)
-    ]
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    notebook = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
-    (folder / "bench.ipynb").write_text(json.dumps(notebook))
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps(QUIET))
@@ -295,10 +288,19 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 assert server.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() - began < WAIT_S, (folder / "log").read_text()
                 time.sleep(0.2)
-            yield f"{address}/lab/tree/bench.ipynb?token={token}&reset"
+            yield folder, f"{address}/lab/tree/{{}}?token={token}&reset"
         finally:
             server.terminate()  # it ends its kernels first
             server.wait(30)
+
+
+def write_notebook(path: Path) -> None:
+    cells = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
+        for i, cell in enumerate(CELLS)
+    ]
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
 
 
 def answers(url: str) -> bool:
@@ -310,10 +312,13 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture
-def page(lab: str) -> Iterator[Any]:
-    """A page with the notebook, whose first cell has run."""
+def page(lab: tuple[Path, str], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A page with a notebook of its own that shows a workbench: its first cell has run."""
     from playwright.sync_api import TimeoutError, sync_playwright
 
+    folder, address = lab
+    name = f"{request.node.name}.ipynb"
+    write_notebook(folder / name)
     with sync_playwright() as driver:
         flags = ["--no-sandbox", "--disable-dev-shm-usage"]  # tests run as root too, and in small containers
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -321,7 +326,7 @@ def page(lab: str) -> Iterator[Any]:
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         page = context.new_page()
         page.set_default_timeout(1000 * WAIT_S)
-        page.goto(lab)
+        page.goto(address.format(name))
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         for _ in range(5):  # on a busy machine, JupyterLab may show no widget of a cell that ran while it was loading
             page.locator(".jp-CodeCell .cm-content").first.click()
@@ -381,6 +386,7 @@ STOPWATCH = """() => {
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any, tmp_path: Path) -> None:
     nano = preset("nemotron-3-nano")
     check(page, nano)
@@ -446,6 +452,7 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_in_jupyterlab_a_published_system_and_another_device_are_a_choice_away(page: Any) -> None:
     page.get_by_label("Begin with").select_option("qwen3-8b")
     settle(page, preset("qwen3-8b").pattern)
@@ -456,6 +463,7 @@ def test_in_jupyterlab_a_published_system_and_another_device_are_a_choice_away(p
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_in_jupyterlab_it_fits_its_cell_in_both_themes(page: Any, tmp_path: Path) -> None:
     page.get_by_role("button", name="Pin", exact=True).click()
     page.locator(".wb-strip .wb-chip").nth(5).click()
