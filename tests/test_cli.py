@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -253,6 +255,25 @@ def test_a_run_writes_and_drafts(
     assert (code, "--pairs, --corpus, --acceptance: at least one" in err) == (2, True)
     code, _, err = run(capsys, monkeypatch, *args, "--top-p", "2")
     assert (code, "top_p: 2.0 is not allowed" in err) == (2, True)
+
+
+def test_a_run_writes_the_same_by_compiled_steps_which_are_kept_with_what_is_cached(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is taken back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    folders = []
+
+    def compiled(function: Any, **_: Any) -> Any:
+        folders.append(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+        return function
+
+    monkeypatch.setattr("explore.model.generation.compiled", compiled)
+    args = ("generate", run_with_mtp, "--prompt", "Para", "--max-new-tokens", "9", "--temperature", "0", "--json")
+    plain, steps = (json.loads(run(capsys, monkeypatch, *args, *more)[1]) for more in ((), ("--compile",)))
+    assert steps["continuations"] == plain["continuations"]
+    assert set(folders) == {str(tmp_path / "cache" / "inductor")}
 
 
 def test_a_run_that_leaves_and_comes_back_writes_the_same(

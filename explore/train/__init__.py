@@ -9,7 +9,7 @@ from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.record import cost_record
-from explore.train.regions import ELEMENTS, compiled_ops, own_table
+from explore.train.regions import ELEMENTS, compiled_ops, keep_compiled, own_table
 from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "fit",
     "is_writer",
+    "keep_compiled",
     "load_model",
     "merge_run",
     "merge_weights",
