@@ -102,6 +102,15 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
 
+def test_the_line_of_a_mistake_is_told_of_a_relative_path_too(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_file.write_text(sweep_file.read_text().replace("n_layers > 200", "n_layer > 200"))
+    monkeypatch.chdir(sweep_file.parent)
+    with pytest.raises(ValueError, match=r"width\.py: experiment\(trial\): line 16: NameError"):
+        load_sweep(Path(sweep_file.name))
+
+
 @pytest.mark.parametrize(("sampler", "says"), [("foo", "'foo' is not allowed"), ("grid", "needs a mapping")])
 def test_a_sampler_that_cannot_be_is_refused_before_anything_is_created(
     sweep_file: Path, tmp_path: Path, sampler: str, says: str

@@ -105,6 +105,7 @@ def test_a_dry_run_prints_and_leaves_nothing_behind(
 ) -> None:
     path, before = written(tmp_path), {"corpus.txt", "space.py"}
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(path), "--trials", "8", "--workers", "2", "--dry-run"])
     timed = []
     real = train.fit

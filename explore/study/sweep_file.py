@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,14 +146,14 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
 
 
 def _run(path: Path) -> ModuleType:
-    name = f"sweep_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    """The module of a file, by no import: that would leave a folder of compiled code beside it, or take an old one."""
+    if path.suffix != ".py":
         raise ValueError(f"{path}: a sweep file ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    module = ModuleType(f"sweep_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         raise ValueError(f"{path}: {reason(error, path)}") from error
     return module
