@@ -111,6 +111,12 @@ def test_the_line_of_a_mistake_is_told_of_a_relative_path_too(
         load_sweep(Path(sweep_file.name))
 
 
+def test_a_sweep_file_knows_its_whole_path(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(sweep_file.parent)
+    sweep_file.write_text(sweep_file.read_text() + "\nsampler = sampler if __file__[0] == '/' else __file__\n")
+    assert load_sweep(Path(sweep_file.name)).sampler == "random"
+
+
 @pytest.mark.parametrize(("sampler", "says"), [("foo", "'foo' is not allowed"), ("grid", "needs a mapping")])
 def test_a_sampler_that_cannot_be_is_refused_before_anything_is_created(
     sweep_file: Path, tmp_path: Path, sampler: str, says: str

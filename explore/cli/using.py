@@ -132,11 +132,12 @@ def generate(
 ) -> None:
     """Let a trained run write: prompts of equal length are decoded as one batch, with their state kept."""
     from explore.model import Sampling
-    from explore.train import keep_compiled
 
     if compiled and speculate:
         raise ValueError("--compile: not with --speculate; only steps of one token are compiled")
     if compiled:
+        from explore.train import keep_compiled
+
         keep_compiled()
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, tokenizer, _ = _opened(run)

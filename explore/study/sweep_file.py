@@ -150,7 +150,7 @@ def _run(path: Path) -> ModuleType:
     if path.suffix != ".py":
         raise ValueError(f"{path}: a sweep file ends in .py")
     module = ModuleType(f"sweep_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}")
-    module.__file__ = str(path)
+    module.__file__ = str(path.absolute())
     sys.modules[module.__name__] = module
     try:
         exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
