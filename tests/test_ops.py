@@ -263,6 +263,16 @@ def test_a_norms_gradients_are_those_of_autograd(shape: tuple[int, ...], offset:
             torch.testing.assert_close(rounded.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("path", "by_hand"), [("by_hand", True), ("compiled", True), ("eager", False)])
+def test_only_the_gated_norm_is_compiled_and_the_plain_one_goes_back_by_hand_beside_it(
+    path: str, by_hand: bool
+) -> None:
+    x, weight = leaves((2, 5, 12), (12,))
+    with forced_paths(norm=path):
+        y = rms_norm(x, weight, 0.1)
+    assert ("_RMSNorm" in type(y.grad_fn).__name__) == by_hand
+
+
 def test_a_norm_reads_what_is_not_laid_out_in_order_and_answers_in_its_dtype() -> None:
     x, weight = leaves((2, 3, 5, 8), (8,))
     turned = x.detach().transpose(1, 2).requires_grad_()

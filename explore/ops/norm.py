@@ -21,7 +21,7 @@ def rms_norm(
     Source: arXiv 1910.07467.
     """
     read = x.to(weight.dtype)  # under autocast the two differ
-    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") == "by_hand":
+    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") != "eager":  # only the gated one is compiled
         y: Tensor = _RMSNorm.apply(read, weight, eps)  # type: ignore[no-untyped-call]
     else:
         y = F.rms_norm(read, weight.shape, weight, eps)
