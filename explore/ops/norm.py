@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
+        r = _scale(x, eps)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
@@ -84,7 +84,7 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
         u = _groups(x.float() * F.silu(z.float()), n_groups)
-        r = torch.rsqrt(torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / u.shape[-1] + eps)
+        r = _scale(u, eps)
         ctx.save_for_backward(x, z, weight, r)
         return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype)
 
@@ -101,6 +101,11 @@ class _GatedNorm(torch.autograd.Function):
         dweight = u.mul_(r).flatten(-2).mul_(dy).sum(tuple(range(dy.ndim - 1)))
         dz = torch.ops.aten.silu_backward(du * x, z.float())
         return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """(mean(x^2) + eps)^(-1/2), without a tensor of the squares."""
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 
 def _groups(x: Tensor, n_groups: int) -> Tensor:
