@@ -21,7 +21,6 @@ from explore.model import (
     state_bytes,
 )
 from explore.model.generation import _Drafter
-from explore.ops import forced_paths, linear
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 WITH_MTP = ["M*/*E/*E", "ME*L-/M/M/M", "*E/*-", "M/L*/L*"]
@@ -39,20 +38,6 @@ def test_greedy_decoding_takes_the_most_probable_token_of_a_whole_forward() -> N
     new = generate(model, tokens, 20)
     whole = torch.cat((tokens, new), dim=1)
     assert torch.equal(model(whole)[:, 6:-1].argmax(-1), new)
-
-
-def test_packed_weights_change_no_token_and_are_dropped_after_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = built("ME*L-"), torch.randint(0, 12, (3, 7))
-    with forced_paths(linear="plain"):
-        plain = generate(model, tokens, 20)
-    products = []
-    product = linear._product
-    monkeypatch.setattr(linear, "MIN_PACKED", 0)
-    monkeypatch.setattr(linear, "_product", lambda *args: products.append(args) or product(*args))
-    assert torch.equal(generate(model, tokens, 20), plain)
-    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    assert [layer for layer, _ in products] == layers
-    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_greedy_tokens_leave_nothing_to_chance() -> None:

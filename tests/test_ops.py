@@ -18,6 +18,7 @@ from explore.ops import (
     experts,
     forced_paths,
     gated_group_rms_norm,
+    linear,
     linear_cross_entropy,
     path_of,
     paths_in_use,
@@ -32,6 +33,18 @@ from explore.ops import (
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 5), (33, 1), (0, 4)])
+def test_few_rows_are_multiplied_as_the_transpose_to_the_same_values(shape: tuple[int, int], with_bias: bool) -> None:
+    x, weight, bias = (each.detach().float() for each in leaves((*shape, 6), (5, 6), (5,)))
+    offset = bias if with_bias else None
+    with torch.no_grad():
+        found = linear(x, weight, offset)
+    torch.testing.assert_close(found, F.linear(x, weight, offset), rtol=1e-5, atol=1e-5)
+    assert found.shape == (*shape, 5)
+    assert (found.stride(-1) != 1) == (shape in ((2, 1), (3, 5)))  # one row, many and none stay as they are
 
 
 @pytest.mark.parametrize("seq", [1, 63, 64, 65, 200])

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from explore.blocks import Mamba2Config
 from explore.ops import (
@@ -18,6 +17,7 @@ from explore.ops import (
     experts,
     forced_paths,
     gated_group_rms_norm,
+    linear,
     linear_cross_entropy,
     rms_norm,
     ssd,
@@ -37,7 +37,7 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
         for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
             name = op.partition(",")[0]
             for path in PATHS[name]:
-                if path in ("recurrent", "mamba_ssm", "compiled", "packed", "triton"):
+                if path in ("recurrent", "mamba_ssm", "compiled", "transposed", "triton"):
                     continue
                 with forced_paths(**{name: path}):
                     seconds = min(timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))
@@ -73,7 +73,7 @@ def _works(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dic
 
     return {
         "attention": lambda: attention(q, k, v),
-        "linear": lambda: F.linear(tokens, weight),
+        "linear": lambda: linear(tokens, weight),
         "loss": lambda: linear_cross_entropy(tokens, weight, targets),
         "norm, plain": lambda: rms_norm(tokens, scale, 1e-5),
         **mamba_works(mamba, batch, seq_len, dtype),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
-from explore.blocks.base import BlockConfig, Mixer, RMSNorm, RouterStats, State
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RouterStats, State
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
@@ -51,6 +51,7 @@ __all__ = [
     "AttentionConfig",
     "BlockConfig",
     "BlockKind",
+    "Linear",
     "MLAConfig",
     "MLPConfig",
     "Mamba2",

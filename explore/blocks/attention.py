@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width, parameter
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width, parameter
 from explore.cost import Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
@@ -87,13 +87,13 @@ class Attention(Mixer):
         self.config = config
         d_q, d_kv = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
         qkv_bias = config.bias != "none"
-        self.q_proj = nn.Linear(d_model, d_q, bias=qkv_bias)
-        self.k_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
-        self.v_proj = nn.Linear(d_model, d_kv, bias=qkv_bias)
+        self.q_proj = Linear(d_model, d_q, bias=qkv_bias)
+        self.k_proj = Linear(d_model, d_kv, bias=qkv_bias)
+        self.v_proj = Linear(d_model, d_kv, bias=qkv_bias)
         self.q_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.sinks = parameter(config.n_heads) if config.sinks else None
-        self.o_proj = nn.Linear(d_q, d_model, bias=config.bias == "all")
+        self.o_proj = Linear(d_q, d_model, bias=config.bias == "all")
 
     def init_weights(self, std: float, out_std: float) -> None:
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from explore.config import Config
 from explore.cost import Entry
-from explore.ops import rms_norm
+from explore.ops import linear, rms_norm
 
 
 class RouterStats(NamedTuple):
@@ -90,6 +90,13 @@ class BlockConfig(Config, ABC):
 def parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter."""
     return nn.Parameter(torch.empty(*shape))
+
+
+class Linear(nn.Linear):
+    """A linear layer, by the path in use."""
+
+    def forward(self, x: Float[Tensor, "*dims d_in"]) -> Float[Tensor, "*dims d_out"]:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):

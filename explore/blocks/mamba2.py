@@ -11,7 +11,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width, parameter
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width, parameter
 from explore.cost import Entry, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
@@ -103,7 +103,7 @@ class Mamba2(Mixer):
     def __init__(self, config: Mamba2Config, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.in_proj = nn.Linear(d_model, config.d_inner + config.d_conv_channels + config.n_heads, bias=False)
+        self.in_proj = Linear(d_model, config.d_inner + config.d_conv_channels + config.n_heads, bias=False)
         self.conv1d = nn.Conv1d(
             config.d_conv_channels, config.d_conv_channels, config.d_conv, groups=config.d_conv_channels
         )
@@ -111,7 +111,7 @@ class Mamba2(Mixer):
         self.D = parameter(config.n_heads)
         self.dt_bias = parameter(config.n_heads)
         self.norm = RMSNorm(config.d_inner, eps=config.norm_eps)
-        self.out_proj = nn.Linear(config.d_inner, d_model, bias=False)
+        self.out_proj = Linear(config.d_inner, d_model, bias=False)
 
     @torch.no_grad()
     def init_weights(self, std: float, out_std: float) -> None:

@@ -10,7 +10,7 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from explore.blocks.attention import remembered, seen_before
-from explore.blocks.base import BlockConfig, Mixer, RMSNorm, State, head_width
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width
 from explore.cost import Entry, attended_keys, matrix, vector
 from explore.ops import attention, rotate
 
@@ -94,19 +94,19 @@ class MLA(Mixer):
         self.config = c = config
         d_q = c.n_heads * (c.d_nope + c.d_rope)
         if c.q_rank is None:
-            self.q_proj: nn.Module = nn.Linear(d_model, d_q, bias=False)
+            self.q_proj: nn.Module = Linear(d_model, d_q, bias=False)
         else:
-            self.q_down = nn.Linear(d_model, c.q_rank, bias=False)
+            self.q_down = Linear(d_model, c.q_rank, bias=False)
             self.q_norm = RMSNorm(c.q_rank, eps=c.norm_eps)
-            self.q_up = nn.Linear(c.q_rank, d_q, bias=False)
-        self.kv_down = nn.Linear(d_model, c.kv_rank + c.d_rope, bias=False)
+            self.q_up = Linear(c.q_rank, d_q, bias=False)
+        self.kv_down = Linear(d_model, c.kv_rank + c.d_rope, bias=False)
         self.kv_norm = RMSNorm(c.kv_rank, eps=c.norm_eps)
-        self.kv_up = nn.Linear(c.kv_rank, c.n_heads * (c.d_nope + c.d_v), bias=False)
-        self.o_proj = nn.Linear(c.n_heads * c.d_v, d_model, bias=False)
+        self.kv_up = Linear(c.kv_rank, c.n_heads * (c.d_nope + c.d_v), bias=False)
+        self.o_proj = Linear(c.n_heads * c.d_v, d_model, bias=False)
 
     def init_weights(self, std: float, out_std: float) -> None:
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=out_std if module is self.o_proj else std)
             elif isinstance(module, RMSNorm):
                 module.reset_parameters()

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Mixer, State
+from explore.blocks.base import BlockConfig, Linear, Mixer, State
 from explore.cost import Entry, matrix
 from explore.ops import Activation, activate, is_gated
 
@@ -40,9 +40,9 @@ class MLP(Mixer):
     def __init__(self, config: MLPConfig, d_model: int) -> None:
         super().__init__()
         self.config = config
-        self.up = nn.Linear(d_model, config.d_ff, bias=False)
-        self.gate = nn.Linear(d_model, config.d_ff, bias=False) if is_gated(config.activation) else None
-        self.down = nn.Linear(config.d_ff, d_model, bias=False)
+        self.up = Linear(d_model, config.d_ff, bias=False)
+        self.gate = Linear(d_model, config.d_ff, bias=False) if is_gated(config.activation) else None
+        self.down = Linear(config.d_ff, d_model, bias=False)
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.up.weight, std=std)

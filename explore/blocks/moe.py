@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Mixer, RMSNorm, RouterStats, State, parameter
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RouterStats, State, parameter
 from explore.blocks.mlp import MLPConfig
 from explore.cost import Entry, matrix, product, vector
-from explore.ops import Activation, experts, is_gated
+from explore.ops import Activation, experts, is_gated, linear
 
 
 class MoEConfig(BlockConfig):
@@ -126,10 +125,10 @@ class MoE(Mixer):
         super().__init__()
         self.config = c = config
         d_routed = c.d_latent or d_model
-        self.router = nn.Linear(d_routed if c.router_input == "latent" else d_model, c.n_experts, bias=c.bias)
+        self.router = Linear(d_routed if c.router_input == "latent" else d_model, c.n_experts, bias=c.bias)
         self.register_buffer("expert_bias", torch.zeros(c.n_experts))
         latent = c.d_latent is not None
-        self.latent_down = nn.Linear(d_model, d_routed, bias=False) if latent else None
+        self.latent_down = Linear(d_model, d_routed, bias=False) if latent else None
         self.latent_norm = RMSNorm(d_routed, eps=c.norm_eps) if c.latent_norm != "none" else None
         self.up = parameter(c.n_experts, d_routed, c.d_expert)
         self.gate = parameter(c.n_experts, d_routed, c.d_expert) if is_gated(c.activation) else None
@@ -137,7 +136,7 @@ class MoE(Mixer):
         self.up_bias = parameter(c.n_experts, c.d_expert) if c.bias else None
         self.gate_bias = parameter(c.n_experts, c.d_expert) if c.bias and self.gate is not None else None
         self.down_bias = parameter(c.n_experts, d_routed) if c.bias else None
-        self.latent_up = nn.Linear(d_routed, d_model, bias=False) if latent else None
+        self.latent_up = Linear(d_routed, d_model, bias=False) if latent else None
         shared = c.shared_mlp()
         self.shared = None if shared is None else shared.build(d_model)
 
@@ -204,7 +203,7 @@ class MoE(Mixer):
     def _scores(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             bias = self.router.bias.float() if self.config.bias else None
-            logits = F.linear(x.float(), self.router.weight.float(), bias)
+            logits = linear(x.float(), self.router.weight.float(), bias)
             return logits.sigmoid() if self.config.router_score == "sigmoid" else logits.softmax(-1)
 
     def _stats(self, scores: Tensor, chosen: Tensor) -> RouterStats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
-from explore.ops import compiled, forced_paths, packed_linears
+from explore.ops import compiled, forced_paths
 
 
 @dataclass(frozen=True)
@@ -95,17 +94,16 @@ def generate(
     new: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     read = tokens
-    with nullcontext() if compiled else packed_linears(model, rows=len(tokens)):
-        while len(new) < max_new_tokens:
-            step = _compiled_logits if compiled and new else _logits
-            drawn = sampling.draw(step(model, read, state), generator)
-            if eot_id is not None:
-                drawn = torch.where(ended, eot_id, drawn)
-                ended = ended | (drawn == eot_id)
-            new.append(drawn)
-            if eot_id is not None and bool(ended.all()):
-                break
-            read = drawn[:, None]
+    while len(new) < max_new_tokens:
+        step = _compiled_logits if compiled and new else _logits
+        drawn = sampling.draw(step(model, read, state), generator)
+        if eot_id is not None:
+            drawn = torch.where(ended, eot_id, drawn)
+            ended = ended | (drawn == eot_id)
+        new.append(drawn)
+        if eot_id is not None and bool(ended.all()):
+            break
+        read = drawn[:, None]
     return torch.stack(new, dim=1)
 
 

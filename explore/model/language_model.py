@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from explore.blocks import MoE, RMSNorm, RouterStats, State
+from explore.blocks import Linear, MoE, RMSNorm, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(block, config.d_model, config.norm_eps) for block in config.layers)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         n_stored = 0 if config.mtp is None else config.mtp.n_stored

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks import RMSNorm, RouterStats, State
+from explore.blocks import Linear, RMSNorm, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 
@@ -26,7 +26,7 @@ class MTPDepth(nn.Module):
         d, eps = config.d_model, config.norm_eps
         self.embedding_norm = RMSNorm(d, eps=eps)
         self.hidden_norm = RMSNorm(d, eps=eps)
-        self.eh_proj = nn.Linear(2 * d, d, bias=False)
+        self.eh_proj = Linear(2 * d, d, bias=False)
         self.layers = nn.ModuleList(Layer(config.blocks[letter], d, eps) for letter in config.mtp.pattern)
         self.norm = RMSNorm(d, eps=eps)
 

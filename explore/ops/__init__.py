@@ -4,7 +4,7 @@ from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.experts import experts
-from explore.ops.linear import packed_linears
+from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm, rms_norm
 from explore.ops.paths import PATHS, compiled, forced_paths, is_forced, path_of, paths_in_use, same_paths
@@ -22,8 +22,8 @@ __all__ = [
     "gated_group_rms_norm",
     "is_forced",
     "is_gated",
+    "linear",
     "linear_cross_entropy",
-    "packed_linears",
     "path_of",
     "paths_in_use",
     "rms_norm",

@@ -1,51 +1,36 @@
-"""Linear layers whose weights are laid out once, for many products with few rows."""
+"""Linear layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
 
 from explore.ops.paths import path_of
 
-MIN_PACKED = 1 << 19
-"""Rows times elements of a weight from which oneDNN's product is faster, though it costs more to call."""
+FEW_ROWS = 32
+"""Rows of a product up to which its transpose is faster on a CPU: few, as where a batch is decoded."""
 
 
-@contextmanager
-def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
-    """Lays out the weights of a model's linear layers for products with so many rows, inside a `with` block.
-
-    Without gradients, on a CPU and outside autocast. The weights must stay as they are inside the block.
-    """
-    packed = [layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer.weight, rows)]
-    try:
-        for layer in packed:
-            layer.forward = _product(layer, rows)  # type: ignore[assignment, method-assign]
-        yield
-    finally:
-        for layer in packed:
-            vars(layer).pop("forward", None)
+def linear(
+    x: Float[Tensor, "*dims d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
+) -> Float[Tensor, "*dims d_out"]:
+    """The product x W^T + b; of few rows in fp32 on a CPU, without gradients, as the transpose of W x^T."""
+    if not _is_transposed(x, weight):
+        return F.linear(x, weight, bias)
+    columns = x.reshape(-1, x.shape[-1]).T
+    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    of_rows: Tensor = y.T.unflatten(0, x.shape[:-1])
+    return of_rows
 
 
-def _gains(weight: Tensor, rows: int) -> bool:
+def _is_transposed(x: Tensor, weight: Tensor) -> bool:
     return (
-        path_of("linear", weight.device.type) == "packed"
-        and weight.is_cpu
-        and torch.backends.mkldnn.is_available()
+        not torch.is_grad_enabled()
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1] < x.numel() <= FEW_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and weight.dtype == torch.float32
-        and rows * weight.numel() >= MIN_PACKED
+        and path_of("linear", "cpu") == "transposed"
     )
-
-
-def _product(layer: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
-
-    def product(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, layer.bias, "none", [], "")
-        return y
-
-    return product

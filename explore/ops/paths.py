@@ -21,7 +21,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("blocked", "sdpa", "written_out"),
     "conv": ("shift", "conv1d", "compiled"),
     "experts": ("padded", "loop", "dense", "triton"),
-    "linear": ("packed", "plain"),
+    "linear": ("transposed", "plain"),
     "loss": ("sliced", "whole", "triton"),
     "norm": ("by_hand", "eager", "compiled"),
     "ssd": ("chunked", "recurrent", "mamba_ssm", "triton", "compiled"),

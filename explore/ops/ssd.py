@@ -116,7 +116,7 @@ def _ssd_step(
     g, n = B.shape[2:]
     decay = torch.exp(dt[:, 0] * A)[..., None, None]
     dtX = (dt[:, 0, :, None] * X[:, 0]).reshape(b * g, -1, 1)  # all heads of a group below one another
-    H = state.mul_(decay) if in_place else decay * state
+    H = state.mul_(decay) if in_place else state * decay  # in the layout of the state
     rows = H.view(b * g, -1, n).baddbmm_(dtX.to(H.dtype), B.reshape(b * g, 1, n).to(H.dtype))
     # On a CPU a row times a matrix is several times as fast as a matrix times a column.
     Y = torch.bmm(C.reshape(b * g, 1, n).to(H.dtype), rows.transpose(1, 2)).view(b, 1, h, p)
