@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.ops.activation import Activation, activate
+from explore.ops.linear import linear
 from explore.ops.paths import path_of, product_dtype
 
 MAX_PADDING = 4
@@ -68,10 +69,16 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.unsqueeze(-2)
 
 
-def _run(mlp: _Experts, rows: Tensor, product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _product) -> Tensor:
-    inner = product(rows, mlp.up, mlp.up_bias)
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _inner(mlp: _Experts, rows: Tensor, product: Product) -> Tensor:
     gated = None if mlp.gate is None else product(rows, mlp.gate, mlp.gate_bias)
-    return product(activate(inner, gated, mlp.activation), mlp.down, mlp.down_bias)
+    return activate(product(rows, mlp.up, mlp.up_bias), gated, mlp.activation)
+
+
+def _run(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
+    return product(_inner(mlp, rows, product), mlp.down, mlp.down_bias)
 
 
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
@@ -143,11 +150,14 @@ def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """Every expert computes every token, and those that were not chosen have weight zero.
 
     Exact, at n_experts / top_k times the work; no shape depends on data, so that a graph can be exported whole.
+    The weights go to the inner values, so that one product over all experts adds up what they give.
     """
     n_experts = len(mlp.up)
-    y = _run(mlp, x[None].expand(n_experts, -1, -1))  # e t d
     weight = x.new_zeros(x.shape[0], n_experts).scatter_add(1, chosen, weights.to(x.dtype))  # t e
-    return torch.einsum("te,etd->td", weight, y)
+    inner = _inner(mlp, x[None].expand(n_experts, -1, -1), _product)  # e t f
+    weighted = (weight.T[..., None] * inner).transpose(0, 1).flatten(1)
+    y = linear(weighted, mlp.down.flatten(0, 1).T)
+    return y if mlp.down_bias is None else y + weight @ mlp.down_bias
 
 
 def _sorted(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
