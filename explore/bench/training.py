@@ -162,17 +162,7 @@ def compare_decoding(
         ValueError: no such shape or family.
     """
     for name in _chosen(shape, names):
-        task = {"what": "decode", "family": name, "shape": shape, "n_new": n_new}
-        ours = in_a_process(**task, side="ours", compiled=compiled)
-        theirs = in_a_process(**task, side="transformers")
-        yield {
-            "family": name,
-            "tokens_per_s": ours["tokens_per_s"],
-            "baseline_tokens_per_s": theirs["tokens_per_s"],
-            "ratio": ours["tokens_per_s"] / theirs["tokens_per_s"],
-            "baseline_cached": theirs["cached"],
-            **({"compile_s": ours["compile_s"]} if compiled else {}),
-        }
+        yield {"family": name} | in_a_process(what="decode", family=name, shape=shape, n_new=n_new, compiled=compiled)
 
 
 def time_trials(shape: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
