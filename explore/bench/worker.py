@@ -29,7 +29,7 @@ from explore.train import ELEMENTS, build_optimizer, fit, processor
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
 
-DECODE_S = 20.0
+DECODE_S = 10.0
 """Seconds of decoding by turns after a first round, in which what is compiled is."""
 
 REPEATS = 9
