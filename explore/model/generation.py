@@ -117,7 +117,8 @@ def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[T
 def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
     """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
     step = compiled(_logits, dynamic=None, cpp_wrapper=True)
-    with forced_paths(attention="sdpa", experts="dense"):  # no shape in them depends on what is computed
+    # No shape in these depends on what is computed, and the recurrence's definition becomes one loop over the state.
+    with forced_paths(attention="sdpa", experts="dense", ssd="recurrent"):
         logits: Tensor = step(model, tokens, state)
     return logits
 

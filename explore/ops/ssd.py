@@ -46,8 +46,6 @@ def ssd(
     if path_of("ssd", X.device.type) == "recurrent":
         return ssd_recurrent(X, dt, A, B, C, D, state)
     if X.shape[1] == 1 and state is not None:
-        if torch.compiler.is_compiling():  # to compiled code the definition is one loop over the state
-            return ssd_recurrent(X, dt, A, B, C, D, state)
         return _ssd_step(X, dt, A, B, C, D, state, in_place)
     if path_of("ssd", X.device.type) == "mamba_ssm":
         if not X.is_cuda:
