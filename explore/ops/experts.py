@@ -72,7 +72,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def _inner(mlp: _Experts, rows: Tensor, product: Product) -> Tensor:
+def _inner(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
     gated = None if mlp.gate is None else product(rows, mlp.gate, mlp.gate_bias)
     return activate(product(rows, mlp.up, mlp.up_bias), gated, mlp.activation)
 
@@ -154,7 +154,7 @@ def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """
     n_experts = len(mlp.up)
     weight = x.new_zeros(x.shape[0], n_experts).scatter_add(1, chosen, weights.to(x.dtype))  # t e
-    inner = _inner(mlp, x[None].expand(n_experts, -1, -1), _product)  # e t f
+    inner = _inner(mlp, x[None].expand(n_experts, -1, -1))  # e t f
     weighted = (weight.T[..., None] * inner).transpose(0, 1).flatten(1)
     y = linear(weighted, mlp.down.flatten(0, 1).T)
     return y if mlp.down_bias is None else y + weight @ mlp.down_bias
