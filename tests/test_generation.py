@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
-from explore.blocks import BLOCKS
+from explore.blocks import BLOCKS, Linear
 from explore.model import (
     LanguageModel,
     ModelConfig,
@@ -21,6 +21,7 @@ from explore.model import (
     state_bytes,
 )
 from explore.model.generation import _Drafter
+from explore.ops import forced_paths
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 WITH_MTP = ["M*/*E/*E", "ME*L-/M/M/M", "*E/*-", "M/L*/L*"]
@@ -38,6 +39,14 @@ def test_greedy_decoding_takes_the_most_probable_token_of_a_whole_forward() -> N
     new = generate(model, tokens, 20)
     whole = torch.cat((tokens, new), dim=1)
     assert torch.equal(model(whole)[:, 6:-1].argmax(-1), new)
+
+
+def test_products_of_few_rows_change_no_token_and_no_linear_layer_goes_without_them() -> None:
+    model, tokens = built("ME*L-/*-"), torch.randint(0, 12, (3, 7))
+    with forced_paths(linear="plain"):
+        plain = generate(model, tokens, 20)
+    assert torch.equal(generate(model, tokens, 20), plain)
+    assert {type(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {Linear}
 
 
 def test_greedy_tokens_leave_nothing_to_chance() -> None:
