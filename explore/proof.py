@@ -54,7 +54,7 @@ PRODUCTS: Mapping[str, Callable[..., int]] = {
 
 FREE = frozenset({
     "_local_scalar_dense", "_softmax", "_softmax_backward_data", "_unsafe_view", "add", "add_", "addcmul", "addcmul_",
-    "alias", "arange", "bincount", "bitwise_not", "cat", "clamp", "clone", "constant_pad_nd", "copy_", "cos",
+    "alias", "arange", "bincount", "bitwise_not", "cat", "clamp", "clamp_", "clone", "constant_pad_nd", "copy_", "cos",
     "cumsum", "detach", "div", "embedding", "embedding_dense_backward", "empty_like", "exp", "exp_", "expand", "flip",
     "floor_divide", "gather", "ge", "index", "index_add", "index_put", "index_select", "le", "lift_fresh",
     "linalg_vector_norm", "logical_and_", "masked_fill", "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty",

@@ -135,46 +135,42 @@ def _ssd_chunks(
     dtX = Xc * dtc[..., None]
 
     # Within the chunk.
-    cum = (dtc * A.view(g, r)).cumsum(dim=2)
-    CB = Cc @ Bc.transpose(-1, -2)  # b c g q q
-    Y: Tensor = _Within.apply(CB, cum.permute(0, 1, 3, 4, 2), dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
+    cum = (dtc * A.view(g, r)).permute(0, 1, 3, 4, 2).contiguous().cumsum(dim=-1)  # b c g r q
+    CB = (Cc @ Bc.transpose(-1, -2)).tril()  # b c g q q
+    Y: Tensor = _Within.apply(CB, cum, dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
     Y = Y.permute(0, 1, 4, 2, 3, 5)
 
     # What each chunk adds to the state at its end.
-    to_end = (cum[:, :, -1:] - cum).exp()
+    to_end = (cum[..., -1:] - cum).exp().permute(0, 1, 4, 2, 3)
     inputs = (dtX * to_end[..., None]).permute(0, 1, 3, 2, 4, 5).reshape(b, c, g, q, r * p)
-    added = (inputs.transpose(-1, -2) @ Bc).view(b, c, g, r, p, n)
+    added = (Bc.transpose(-1, -2) @ inputs.to(Bc.dtype)).view(b, c, g, n, r, p)
 
     # From chunk to chunk.
-    H = added.new_zeros(b, g, r, p, n) if state is None else state.view(b, g, r, p, n)
-    whole_chunk = cum[:, :, -1].exp()[..., None, None]
-    before = []
-    for decay, more in zip(whole_chunk.unbind(1), added.unbind(1), strict=True):
-        before.append(H)
-        H = decay * H + more
+    H = cum.new_zeros(b, g, n, r, p) if state is None else state.view(b, g, r, p, n).permute(0, 1, 4, 2, 3)
+    whole_chunk = cum[..., -1].exp()[:, :, :, None, :, None]
+    before, H = _Between.apply(added, whole_chunk, H)  # type: ignore[no-untyped-call]
 
     # What the state before a chunk gives to its positions.
-    states = torch.stack(before, dim=1).view(b, c, g, r * p, n)
-    carried = (Cc @ states.to(Cc.dtype).transpose(-1, -2)).view(b, c, g, q, r, p).transpose(2, 3)
-    Y = Y + carried * cum.exp()[..., None]
-    return Y.reshape(b, seq, h, p) + D[:, None] * X, H.reshape(b, h, p, n)
+    carried = (Cc @ before.flatten(-2)).view(b, c, g, q, r, p).transpose(2, 3)
+    Y = Y + carried * cum.exp().permute(0, 1, 4, 2, 3)[..., None]
+    Y = Y.reshape(b, seq, h, p) + D[:, None] * X
+    return Y.to(X.dtype), H.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
 
 class _Within(torch.autograd.Function):
-    """Y = M dtX of every chunk and head, with M = C B^T . L, L_ij = exp(cum_i - cum_j) for j <= i and 0 beyond.
+    """Y = M dtX of every chunk and head, with M = C B^T . L and L_ij = exp(cum_i - cum_j), where C B^T is 0 for j > i.
 
-    cum is the sum of dt A from the chunk's first position on, so L_ij is what is left at i of an input at j. With
-    T = M . dM its gradient is dcum_i = sum_j T_ij - sum_j T_ji. The sums are Y_i dY_i and dtX_i d(dtX)_i, which are
-    cheaper, but have the diagonal of T in both, rounded differently: most of what is left of it would be noise.
+    For j > i, L is 1, lest it overflow. cum is the sum of dt A from the chunk's first position on, so L_ij is what is
+    left at i of an input at j. With T = M . dM its gradient is dcum_i = sum_j T_ij - sum_j T_ji. The sums are Y_i dY_i
+    and dtX_i d(dtX)_i, which are cheaper, but have the diagonal of T in both, rounded differently: most of what is left
+    of it would be noise.
     """
 
     @staticmethod
     def forward(
         ctx: Any, CB: Float[Tensor, "b c g q q"], cum: Float[Tensor, "b c g r q"], dtX: Float[Tensor, "b c g r q p"]
     ) -> Float[Tensor, "b c g r q p"]:
-        cum = cum.contiguous()  # else L takes its layout, in which every product below would be slow
-        future = torch.ones(cum.shape[-1], cum.shape[-1], dtype=torch.bool, device=cum.device).triu(1)
-        L = (cum[..., :, None] - cum[..., None, :]).masked_fill_(future, -torch.inf).exp_().to(CB.dtype)
+        L = (cum[..., :, None] - cum[..., None, :]).clamp_(max=0).exp_().to(CB.dtype)
         inputs = dtX.to(CB.dtype).contiguous()
         Y = (CB[:, :, :, None] * L) @ inputs
         ctx.save_for_backward(CB, L, inputs)
@@ -193,3 +189,40 @@ class _Within(torch.autograd.Function):
         T = M.to(of_cum).mul_(dM)
         dcum = T.sum(-1) - T.sum(-2)
         return dM.mul_(L).sum(3), dcum, ddtX.to(of_dtX)
+
+
+class _Between(torch.autograd.Function):
+    """The recurrence from chunk to chunk: H_c = decay_c H_{c-1} + added_c, and the state before each chunk.
+
+    Its gradient runs backwards: with d the gradient of H_c, dadded_c = d, ddecay_c = d . H_{c-1}, and the state before
+    receives decay_c d beside what it gave to its chunk. States are stacked flat, since inductor takes a stack of such
+    with a size of 1 for images, and puts the chunks innermost.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        added: Float[Tensor, "b c g n r p"],
+        decay: Float[Tensor, "b c g 1 r 1"],
+        H: Float[Tensor, "b g n r p"],
+    ) -> tuple[Float[Tensor, "b c g n r p"], Float[Tensor, "b g n r p"]]:
+        before = []
+        for keep, more in zip(decay.unbind(1), added.unbind(1), strict=True):
+            before.append(H.to(added.dtype).flatten(1))
+            H = keep * H + more
+        states = torch.stack(before, dim=1).view(added.shape)
+        ctx.save_for_backward(states, decay)
+        return states, H
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstates: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        states, decay = ctx.saved_tensors
+        dadded, ddecay = [], []
+        for keep, state, more in zip(*(M.unbind(1)[::-1] for M in (decay, states, dstates)), strict=True):
+            dadded.append(d.to(states.dtype).flatten(1))
+            ddecay.append((d * state).sum((2, 4)).flatten(1))
+            d = keep * d + more
+        shapes = zip((dadded, ddecay), (states.shape, decay.shape), strict=True)
+        of_added, of_decay = (torch.stack(parts[::-1], dim=1).view(shape) for parts, shape in shapes)
+        return of_added, of_decay, d
