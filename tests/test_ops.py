@@ -244,6 +244,23 @@ def test_the_few_tokens_of_decoding_are_padded_and_nothing_else_is_in_fp32(
     assert loops[-1] == n_tokens  # with gradients
 
 
+def test_padded_experts_have_few_sizes_for_many_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    n_tokens, n_experts = 512, 4
+    x, up, down, weights = (
+        leaf.detach().bfloat16() for leaf in leaves((n_tokens, 4), (4, 4, 6), (4, 6, 4), (n_tokens, 2))
+    )
+    module = importlib.import_module("explore.ops.experts")
+    run, sizes, busiest = module._run, [], []
+    monkeypatch.setattr(module, "_run", lambda mlp, rows: (sizes.append(rows.shape[1]), run(mlp, rows))[1])
+    for _ in range(20):
+        chosen = torch.stack([torch.randperm(n_experts)[:2] for _ in range(n_tokens)])
+        busiest.append(int(chosen.flatten().bincount().max()))
+        experts(x, chosen, weights, up, None, down, "relu2")
+    assert len(set(sizes)) < len(set(busiest))
+    mean = 2 * n_tokens // n_experts
+    assert all(load <= size < load + mean / 8 for load, size in zip(busiest, sizes, strict=True))
+
+
 @pytest.mark.parametrize("n_groups", [1, 3])
 def test_the_gated_norms_gradients_are_those_of_autograd(n_groups: int) -> None:
     inputs = tuple(leaf.detach().float().requires_grad_() for leaf in leaves((2, 5, 12), (2, 5, 12), (12,)))

@@ -20,6 +20,9 @@ from explore.ops.paths import path_of, product_dtype
 MAX_PADDING = 4
 """Rows of the padded form over those that hold a token."""
 
+CAPACITIES = 8
+"""Sizes of a padded expert within one mean load: a product in bf16 is compiled anew for each size that it meets."""
+
 FEW = 16
 """Choices of an expert, on average, up to which a decoded batch is padded in any precision."""
 
@@ -134,7 +137,8 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     if x.is_cpu and x.dtype == torch.float32 and not few:
         return _loop(x, chosen, weights, mlp)
     order, load = _sorted(chosen, n_experts)
-    capacity = int(load.max())
+    grain = max(1, chosen.numel() // n_experts // CAPACITIES)
+    capacity = -(-int(load.max()) // grain) * grain
     if capacity * n_experts > MAX_PADDING * chosen.numel() and not few:
         return _loop(x, chosen, weights, mlp)
     start = load.cumsum(0) - load  # of each expert in the sorted order
