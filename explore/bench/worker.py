@@ -24,7 +24,7 @@ from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
 from explore.ops import PATHS, forced_paths
-from explore.train import ELEMENTS, build_optimizer, fit, processor
+from explore.train import ELEMENTS, build_optimizer, fit, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
@@ -56,6 +56,7 @@ def train_step(
     config = TrainConfig(tokens=1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     if side == "ours":
+        keep_freed_memory()  # as `fit` does
         optimizer = build_optimizer(model, config)
 
         def loss(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
+from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
 from explore.train.models import evaluate, load_model, read_weights
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
@@ -30,6 +31,7 @@ __all__ = [
     "fit",
     "is_writer",
     "keep_compiled",
+    "keep_freed_memory",
     "load_model",
     "merge_run",
     "merge_weights",

@@ -22,6 +22,7 @@ from explore.ops import paths_in_use
 from explore.runs import PRUNED, RunFolder, run_folder, write_json
 from explore.train.callbacks import KeptCheckpoints, LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO, quiet
 from explore.train.judging import Judge, LearningCurve, check_judged, has_ended, seen, tell
+from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
 from explore.train.models import evaluate, step_of
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
@@ -197,6 +198,7 @@ def _train(experiment: Experiment, key: str, source: Source, folder: RunFolder, 
     torch.manual_seed(experiment.seed)
     if way.compiled:
         keep_compiled()
+    keep_freed_memory()
     module = LitLanguageModel(experiment, recompute=way.recompute, paths=way.paths)
     with quiet(), _mirrored(experiment, key, folder, way, writes) as mirror:
         trainer = Trainer(
