@@ -87,15 +87,14 @@ def _run(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
     order, load = _sorted(chosen, len(mlp.up))
-    token_of = order // chosen.shape[1]
     loads = load.tolist()
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Grouped.apply(rows, weight, loads)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias[chosen.flatten()[order]]
 
-    outputs = _run(mlp, x[token_of], product)
-    return _combined(x, outputs, weights, order, token_of)
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(chosen)
+    return _combined(_run(mlp, _dispatched(x, row_of, len(order)), product), weights, row_of)
 
 
 class _Grouped(torch.autograd.Function):
@@ -144,10 +143,10 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     start = load.cumsum(0) - load  # of each expert in the sorted order
     sorted_expert = chosen.flatten()[order]
     slot = sorted_expert * capacity + torch.arange(len(order), device=x.device) - start[sorted_expert]
-    token_of = order // chosen.shape[1]
-    rows = x.new_zeros(n_experts * capacity, x.shape[1]).index_copy(0, slot, x[token_of])
-    outputs = _run(mlp, rows.view(n_experts, capacity, -1)).flatten(0, 1)[slot]
-    return _combined(x, outputs, weights, order, token_of)
+    row_of = torch.empty_like(order).scatter_(0, order, slot).view_as(chosen)
+    rows = _dispatched(x, row_of, n_experts * capacity)
+    outputs = _run(mlp, rows.view(n_experts, capacity, -1)).flatten(0, 1)
+    return _combined(outputs, weights, row_of)
 
 
 def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
@@ -170,6 +169,52 @@ def _sorted(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     return expert_of.argsort(stable=True), expert_of.bincount(minlength=n_experts)
 
 
-def _combined(x: Tensor, outputs: Tensor, weights: Tensor, order: Tensor, token_of: Tensor) -> Tensor:
-    """Adds what the experts give, in sorted order, to the tokens that chose them."""
-    return torch.zeros_like(x).index_add(0, token_of, outputs * weights.flatten()[order, None].to(x.dtype))
+def _dispatched(x: Tensor, row_of: Tensor, n_rows: int) -> Tensor:
+    rows: Tensor = _Dispatch.apply(x, row_of, n_rows)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def _combined(outputs: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
+    y: Tensor = _Combine.apply(outputs, weights.to(outputs.dtype), row_of)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copies every token to its rows, one for each choice, and leaves the others zero.
+
+    A gradient is gathered and added up token by token, which many threads can do at once; what autograd does for an
+    index adds up row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "t d"], row_of: Int[Tensor, "t k"], n_rows: int) -> Float[Tensor, "rows d"]:
+        ctx.save_for_backward(row_of)
+        return _placed(x[:, None].expand(-1, row_of.shape[1], -1), row_of, n_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
+        (row_of,) = ctx.saved_tensors
+        return drows[row_of].sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Adds up what a token's rows hold, each times its weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: Float[Tensor, "rows d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"]
+    ) -> Float[Tensor, "t d"]:
+        ctx.save_for_backward(outputs, weights, row_of)
+        return (outputs[row_of] * weights[..., None]).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        outputs, weights, row_of = ctx.saved_tensors
+        dweights = (outputs[row_of] * dy[:, None]).sum(-1)
+        return _placed(weights[..., None] * dy[:, None], row_of, len(outputs)), dweights, None
+
+
+def _placed(values: Float[Tensor, "t k d"], row_of: Int[Tensor, "t k"], n_rows: int) -> Float[Tensor, "rows d"]:
+    return values.new_zeros(n_rows, values.shape[2]).index_copy_(0, row_of.flatten(), values.flatten(0, 1))
