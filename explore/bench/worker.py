@@ -41,6 +41,8 @@ def train_step(
 ) -> Callable[[Tensor, Tensor], float]:
     """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
 
+    Ours balances its experts after that, as in a run; transformers keeps their biases.
+
     Args:
         nudge: standard deviation of a random part by which every weight is changed at the start.
 
@@ -55,17 +57,19 @@ def train_step(
                 weight.mul_(1 + nudge * torch.randn_like(weight))
     config = TrainConfig(tokens=1)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    loads: dict[int, Tensor] = {}
     if side == "ours":
         keep_freed_memory()  # as `fit` does
-        optimizer = build_optimizer(model, config)
+        optimizer, experts = build_optimizer(model, config), model.moe_layers()
 
         def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             found = model.loss(inputs, targets)
+            loads.update((i, stats.load) for i, stats in found.stats.items())
             return found.cross_entropy + found.aux_loss
 
         module: torch.nn.Module = model
     else:
-        module = to_hf(model).train()
+        module, experts = to_hf(model).train(), {}
         del model
         optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.1)
 
@@ -80,6 +84,8 @@ def train_step(
         value.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
+        for i, load in loads.items():
+            experts[i].update_bias(load)
         return float(value.detach())
 
     return step
