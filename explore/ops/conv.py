@@ -32,12 +32,12 @@ def causal_conv1d(
     if path_of("conv", x.device.type) == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
-    return shift(padded, weight, bias)
+    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # before compilation, lest each loop transpose them again
+    return shift(padded, taps, bias.to(padded.dtype))
 
 
-def _shifted(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # else no product with them is vectorised
-    y: Tensor = _Shifted.apply(padded, taps, bias.to(padded.dtype))  # type: ignore[no-untyped-call]
+def _shifted(padded: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    y: Tensor = _Shifted.apply(padded, taps, bias)  # type: ignore[no-untyped-call]
     return y
 
 
