@@ -20,6 +20,12 @@ from explore.ops.paths import path_of, product_dtype
 MAX_PADDING = 4
 """Rows of the padded form over those that hold a token."""
 
+EVEN = 1.33
+"""Load of the busiest expert over the mean, up to which all experts are padded to it."""
+
+BATCHES = 5
+"""Parts in which experts of uneven loads are padded, so that a few of them do not set the size of all."""
+
 CAPACITIES = 8
 """Sizes of a padded expert within one mean load: a product in bf16 is compiled anew for each size that it meets."""
 
@@ -124,7 +130,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """All experts in one batch of products, each padded to the load of the busiest; no token is dropped.
+    """All experts in one batch of products, or a few of them by load, each padded to its busiest; no token is dropped.
 
     More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
     much, or there are too few tokens for the experts, it is left to `_loop`. So it is in fp32 on a CPU, where a
@@ -137,16 +143,41 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
         return _loop(x, chosen, weights, mlp)
     order, load = _sorted(chosen, n_experts)
     grain = max(1, chosen.numel() // n_experts // CAPACITIES)
-    capacity = -(-int(load.max()) // grain) * grain
-    if capacity * n_experts > MAX_PADDING * chosen.numel() and not few:
+    even = few or int(load.max()) * n_experts <= EVEN * chosen.numel()
+    by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()
+    sizes = [n_experts] if even else _sizes(n_experts)
+    capacities = [-(-int(part.max()) // grain) * grain for part in load[by_load].split(sizes)]
+    n_rows = [size * capacity for size, capacity in zip(sizes, capacities, strict=True)]
+    if sum(n_rows) > MAX_PADDING * chosen.numel() and not few:
         return _loop(x, chosen, weights, mlp)
+    capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
+    first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # of each expert
     start = load.cumsum(0) - load  # of each expert in the sorted order
     sorted_expert = chosen.flatten()[order]
-    slot = sorted_expert * capacity + torch.arange(len(order), device=x.device) - start[sorted_expert]
-    row_of = torch.empty_like(order).scatter_(0, order, slot).view_as(chosen)
-    rows = _dispatched(x, row_of, n_experts * capacity)
-    outputs = _run(mlp, rows.view(n_experts, capacity, -1)).flatten(0, 1)
-    return _combined(outputs, weights, row_of)
+    row = first_row[sorted_expert] + torch.arange(len(order), device=x.device) - start[sorted_expert]
+    row_of = torch.empty_like(order).scatter_(0, order, row).view_as(chosen)
+    batches = [mlp] if even else _batches(mlp, by_load, sizes)
+    rows = _dispatched(x, row_of, sum(n_rows)).split(n_rows)
+    outputs = [
+        _run(batch, part.unflatten(0, (len(batch.up), -1))).flatten(0, 1)
+        for batch, part in zip(batches, rows, strict=True)
+    ]
+    return _combined(outputs[0] if even else torch.cat(outputs), weights, row_of)
+
+
+def _sizes(n_experts: int) -> list[int]:
+    """How many experts each batch has: half of them, half of the others, and so on."""
+    sizes: list[int] = []
+    while len(sizes) < BATCHES - 1 and (half := (n_experts - sum(sizes)) // 2):
+        sizes.append(half)
+    return [*sizes, n_experts - sum(sizes)]
+
+
+def _batches(mlp: _Experts, by_load: Tensor, sizes: list[int]) -> list[_Experts]:
+    parts: list[Any] = [
+        [None] * len(sizes) if part is None else part.index_select(0, by_load).split(sizes) for part in mlp[1:]
+    ]
+    return [_Experts(mlp.activation, *each) for each in zip(*parts, strict=True)]
 
 
 def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
