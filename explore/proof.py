@@ -58,11 +58,11 @@ FREE = frozenset({
     "cumsum", "detach", "div", "embedding", "embedding_dense_backward", "empty_like", "exp", "exp_", "expand", "flip",
     "floor_divide", "gather", "ge", "index", "index_copy_", "index_put", "index_select", "le", "lift_fresh",
     "linalg_vector_norm", "logical_and_", "masked_fill", "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty",
-    "new_empty_strided", "new_zeros", "ones", "ones_like", "permute", "pow", "relu", "rsqrt", "scalar_tensor",
-    "scatter_", "scatter_add", "select", "select_backward", "sigmoid", "sigmoid_backward", "silu", "silu_backward",
-    "sin", "slice", "slice_backward", "softplus", "softplus_backward", "sort", "split_with_sizes", "squeeze", "stack",
-    "sub", "sum", "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unbind", "unsqueeze", "view",
-    "where", "zeros", "zeros_like",
+    "new_empty_strided", "new_zeros", "ones", "ones_like", "permute", "pow", "relu", "repeat_interleave", "rsqrt",
+    "scalar_tensor", "scatter_", "scatter_add", "select", "select_backward", "sigmoid", "sigmoid_backward", "silu",
+    "silu_backward", "sin", "slice", "slice_backward", "softplus", "softplus_backward", "sort", "split_with_sizes",
+    "squeeze", "stack", "sub", "sum", "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unbind",
+    "unsqueeze", "view", "where", "zeros", "zeros_like",
 })  # fmt: skip
 """Operations that multiply no matrices, all that the models here run."""
 

@@ -92,15 +92,15 @@ def _run(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
 
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
-    order, load = _sorted(chosen, len(mlp.up))
+    row_of, load = _sorted(chosen, len(mlp.up))
     loads = load.tolist()
+    expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load)  # of each row
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Grouped.apply(rows, weight, loads)  # type: ignore[no-untyped-call]
-        return y if bias is None else y + bias[chosen.flatten()[order]]
+        return y if bias is None else y + bias[expert_of]
 
-    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(chosen)
-    return _combined(_run(mlp, _dispatched(x, row_of, len(order)), product), weights, row_of)
+    return _combined(_run(mlp, _dispatched(x, row_of, chosen.numel()), product), weights, row_of)
 
 
 class _Grouped(torch.autograd.Function):
@@ -141,7 +141,7 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     few = not torch.is_grad_enabled() and n_experts <= 2 * chosen.numel() <= 2 * FEW * n_experts
     if x.is_cpu and x.dtype == torch.float32 and not few:
         return _loop(x, chosen, weights, mlp)
-    order, load = _sorted(chosen, n_experts)
+    sorted_row_of, load = _sorted(chosen, n_experts)
     grain = max(1, chosen.numel() // n_experts // CAPACITIES)
     even = few or int(load.max()) * n_experts <= EVEN * chosen.numel()
     by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()
@@ -152,10 +152,7 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
         return _loop(x, chosen, weights, mlp)
     capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
     first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # of each expert
-    start = load.cumsum(0) - load  # of each expert in the sorted order
-    sorted_expert = chosen.flatten()[order]
-    row = first_row[sorted_expert] + torch.arange(len(order), device=x.device) - start[sorted_expert]
-    row_of = torch.empty_like(order).scatter_(0, order, row).view_as(chosen)
+    row_of = sorted_row_of + (first_row - (load.cumsum(0) - load))[chosen]
     batches = [mlp] if even else _batches(mlp, by_load, sizes)
     rows = _dispatched(x, row_of, sum(n_rows)).split(n_rows)
     outputs = [
@@ -194,10 +191,12 @@ def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     return y if mlp.down_bias is None else y + weight @ mlp.down_bias
 
 
-def _sorted(chosen: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
-    """The order that sorts choices by expert, and how many each expert has."""
+def _sorted(chosen: Int[Tensor, "t k"], n_experts: int) -> tuple[Int[Tensor, "t k"], Int[Tensor, " e"]]:
+    """The row of each choice where choices are sorted by expert, and how many each expert has."""
     expert_of = chosen.flatten()
-    return expert_of.argsort(stable=True), expert_of.bincount(minlength=n_experts)
+    order = expert_of.argsort(stable=True)
+    row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return row_of.view_as(chosen), expert_of.bincount(minlength=n_experts)
 
 
 def _dispatched(x: Tensor, row_of: Tensor, n_rows: int) -> Tensor:

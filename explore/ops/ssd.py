@@ -134,7 +134,7 @@ def _ssd_chunks(
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
     dtX = Xc * dtc[..., None]
 
-    # Within the chunk.
+    # Within the chunk; its positions are innermost in cum, else every loop over its square would transpose it.
     cum = (dtc * A.view(g, r)).permute(0, 1, 3, 4, 2).contiguous().cumsum(dim=-1)  # b c g r q
     CB = (Cc @ Bc.transpose(-1, -2)).tril()  # b c g q q
     Y: Tensor = _Within.apply(CB, cum, dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
@@ -223,6 +223,6 @@ class _Between(torch.autograd.Function):
             dadded.append(d.to(states.dtype).flatten(1))
             ddecay.append((d * state).sum((2, 4)).flatten(1))
             d = keep * d + more
-        shapes = zip((dadded, ddecay), (states.shape, decay.shape), strict=True)
-        of_added, of_decay = (torch.stack(parts[::-1], dim=1).view(shape) for parts, shape in shapes)
+        of_added = torch.stack(dadded[::-1], dim=1).view(states.shape)
+        of_decay = torch.stack(ddecay[::-1], dim=1).view(decay.shape)
         return of_added, of_decay, d
