@@ -208,17 +208,18 @@ def test_recomputation_leaves_decoding_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["ME*", "L-*"])
-def test_a_compiled_step_gives_the_same_tokens_also_after_the_weights_have_changed(
-    unchecked: None, pattern: str
+@pytest.mark.parametrize(("pattern", "batch"), [("ME*", 2), ("L-*", 2), ("ME-*", 6)])
+def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_changed(
+    unchecked: None, pattern: str, batch: int
 ) -> None:
-    lm = model(pattern, init_std=0.3).eval()
-    before = lm.generate(tokens(), 20)
-    assert torch.equal(lm.generate(tokens(), 20, compiled=True), before)
+    lm, prompts = model(pattern, init_std=0.3).eval(), torch.randint(64, (batch, 20))
+    before = lm.generate(prompts, 20)
+    assert torch.equal(lm.generate(prompts, 20, compiled=True), before)
     lm.init_weights()
-    after = lm.generate(tokens(), 20)
+    after = lm.generate(prompts, 20)
     assert not torch.equal(after, before)
-    assert torch.equal(lm.generate(tokens(), 20, compiled=True), after)
+    assert torch.equal(lm.generate(prompts, 20, compiled=True), after)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:

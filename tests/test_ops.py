@@ -35,12 +35,15 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+@pytest.mark.parametrize("path", ["transposed", "vectors"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 5), (33, 1), (0, 4)])
-def test_few_rows_are_multiplied_as_the_transpose_to_the_same_values(shape: tuple[int, int], with_bias: bool) -> None:
+def test_few_rows_are_multiplied_as_the_transpose_to_the_same_values(
+    shape: tuple[int, int], with_bias: bool, path: str
+) -> None:
     x, weight, bias = (each.detach().float() for each in leaves((*shape, 6), (5, 6), (5,)))
     offset = bias if with_bias else None
-    with torch.no_grad():
+    with torch.no_grad(), forced_paths(linear=path):
         found = linear(x, weight, offset)
     torch.testing.assert_close(found, F.linear(x, weight, offset), rtol=1e-5, atol=1e-5)
     assert found.shape == (*shape, 5)

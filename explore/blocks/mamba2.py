@@ -149,7 +149,7 @@ class Mamba2(Mixer):
             in_place=state is not None and "room" in state,
         )
         if state is not None:
-            state["ssm"] = ssm
+            state["ssm"] = ssm.contiguous()  # what the chunks before gave is not kept
         y = gated_group_rms_norm(y.flatten(2), z, self.norm.weight, c.n_groups, c.norm_eps)
         return self.out_proj(y), None
 
@@ -157,4 +157,4 @@ class Mamba2(Mixer):
 def _last(x: Tensor, before: Tensor | None, n: int) -> Tensor:
     """The last `n` positions of a sequence and what came before it, zero where there was nothing."""
     past = x.new_zeros(x.shape[0], n, x.shape[2]) if before is None else before.to(x.dtype)
-    return torch.cat((past, x), dim=1)[:, x.shape[1] :]
+    return torch.cat((past[:, x.shape[1] :], x[:, max(0, x.shape[1] - n) :]), dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
-from explore.ops import compiled, forced_paths
+from explore.ops import compiled_step, forced_paths
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Sampling:
 
 
 GREEDY = Sampling(temperature=0)
+
+SEEN = r".*\['seen'\]"
+"""Torch's name of the positions that a cache has seen, in a compiled step."""
 
 
 @torch.inference_mode()
@@ -116,9 +120,11 @@ def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[T
 
 def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
     """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
-    step = compiled(_logits, dynamic=None, cpp_wrapper=True)
+    step = compiled_step(_logits, varying=SEEN)
     # No shape in these depends on what is computed, and the recurrence's definition becomes one loop over the state.
-    with forced_paths(attention="sdpa", experts="dense", ssd="recurrent"):
+    paths = forced_paths(attention="sdpa", experts="dense", ssd="recurrent", linear="vectors")
+    with paths, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # by torch, where it measures products
         logits: Tensor = step(model, tokens, state)
     return logits
 

@@ -7,7 +7,7 @@ from explore.ops.experts import experts
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm, rms_norm
-from explore.ops.paths import PATHS, compiled, forced_paths, is_forced, path_of, paths_in_use, same_paths
+from explore.ops.paths import PATHS, compiled, compiled_step, forced_paths, is_forced, path_of, paths_in_use, same_paths
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "attention",
     "causal_conv1d",
     "compiled",
+    "compiled_step",
     "experts",
     "forced_paths",
     "gated_group_rms_norm",

@@ -12,25 +12,38 @@ from explore.ops.paths import path_of
 FEW_ROWS = 32
 """Rows of a product up to which its transpose is faster on a CPU: few, as where a batch is decoded."""
 
+VECTOR = 16
+"""Numbers in fp32 that a CPU multiplies at once; rows are padded to a multiple of it for loops over vectors."""
+
 
 def linear(
     x: Float[Tensor, "*dims d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*dims d_out"]:
     """The product x W^T + b; of few rows in fp32 on a CPU, without gradients, as the transpose of W x^T."""
-    if not _is_transposed(x, weight):
+    path = path_of("linear", x.device.type)
+    if path == "plain" or not _has_few_rows(x, weight):
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, x.shape[-1]).T
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    if path == "vectors" and 4 * columns.shape[1] > VECTOR and weight.is_contiguous():
+        y = _by_vectors(weight, columns)
+        y = y if bias is None else y + bias[:, None]
+    else:
+        y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
     of_rows: Tensor = y.T.unflatten(0, x.shape[:-1])
     return of_rows
 
 
-def _is_transposed(x: Tensor, weight: Tensor) -> bool:
+def _by_vectors(weight: Tensor, columns: Tensor) -> Tensor:
+    """As a batch of one product, which torch compiles to loops of its own even where weights may change."""
+    n = columns.shape[1]
+    return torch.bmm(weight[None], F.pad(columns, (0, -n % VECTOR))[None])[0, :, :n]
+
+
+def _has_few_rows(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.is_grad_enabled()
         and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] < x.numel() <= FEW_ROWS * x.shape[-1]
         and not torch.is_autocast_enabled("cpu")
-        and path_of("linear", "cpu") == "transposed"
     )

@@ -21,7 +21,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "attention": ("blocked", "sdpa", "written_out"),
     "conv": ("shift", "conv1d", "compiled"),
     "experts": ("padded", "loop", "dense", "triton"),
-    "linear": ("transposed", "plain"),
+    "linear": ("transposed", "plain", "vectors"),
     "loss": ("sliced", "whole", "triton"),
     "norm": ("by_hand", "eager", "compiled"),
     "ssd": ("chunked", "recurrent", "mamba_ssm", "triton", "compiled"),
@@ -39,6 +39,16 @@ MODULES: Mapping[str, str] = {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", 
 
 MAX_SHAPES = 64
 """Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
+
+STEP: Mapping[str, Any] = {
+    "cpp_wrapper": True,
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "ATEN,CPP",
+    "epilogue_fusion": False,  # fails to compile after some products, and gains nothing after others
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
+"""Options of torch's compiler for a step of decoding."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
@@ -92,17 +102,26 @@ def paths_in_use(device: str = "cpu") -> dict[str, str]:
 
 
 @cache
-def compiled(function: Callable[P, T], *, dynamic: bool | None = False, cpp_wrapper: bool = False) -> Callable[P, T]:
-    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute.
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
+    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def compiled_step(function: Callable[P, T], varying: str) -> Callable[P, T]:
+    """A step of decoding compiled by torch, whose loops are short and many.
+
+    What calls them is C++ as well, and products are loops too where those are measured to be faster.
 
     Args:
-        dynamic: whether sizes may change without compiling again; absent, those that were seen to change may.
-        cpp_wrapper: what calls the compiled loops is C++ as well, for functions of many short ones.
+        varying: the numbers that differ from step to step, as torch names them, by a regular expression. Others that
+            are seen to change cost one more compilation.
     """
+    known = torch.compiler.config.dynamic_sources
+    torch.compiler.config.dynamic_sources = f"{known},{varying}" if known else varying
     torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"cpp_wrapper": True} if cpp_wrapper else None
-    made: Callable[P, T] = torch.compile(function, dynamic=dynamic, options=options)
-    return made
+    return torch.compile(function, options=dict(STEP))
 
 
 @contextmanager
