@@ -53,16 +53,17 @@ PRODUCTS: Mapping[str, Callable[..., int]] = {
 """Operations that multiply matrices, and how many FLOPs they spend."""
 
 FREE = frozenset({
-    "_local_scalar_dense", "_softmax", "_softmax_backward_data", "_unsafe_view", "add", "add_", "addcmul", "addcmul_",
-    "alias", "arange", "bincount", "bitwise_not", "cat", "clamp", "clamp_", "clone", "constant_pad_nd", "copy_", "cos",
-    "cumsum", "detach", "div", "embedding", "embedding_dense_backward", "empty_like", "exp", "exp_", "expand", "flip",
-    "floor_divide", "gather", "ge", "index", "index_copy_", "index_put", "index_select", "le", "lift_fresh",
-    "linalg_vector_norm", "logical_and_", "masked_fill", "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty",
-    "new_empty_strided", "new_zeros", "ones", "ones_like", "permute", "pow", "relu", "repeat_interleave", "rsqrt",
-    "scalar_tensor", "scatter_", "scatter_add", "select", "select_backward", "sigmoid", "sigmoid_backward", "silu",
-    "silu_backward", "sin", "slice", "slice_backward", "softplus", "softplus_backward", "sort", "split_with_sizes",
-    "squeeze", "stack", "sub", "sum", "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unbind",
-    "unsqueeze", "view", "where", "zeros", "zeros_like",
+    "_embedding_bag", "_embedding_bag_forward_only", "_local_scalar_dense", "_softmax", "_softmax_backward_data",
+    "_unsafe_view", "add", "add_", "addcmul", "addcmul_", "alias", "arange", "bincount", "bitwise_not", "cat", "clamp",
+    "clamp_", "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach", "div", "embedding",
+    "embedding_dense_backward", "empty_like", "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "index",
+    "index_put", "index_select", "le", "lift_fresh", "linalg_vector_norm", "logical_and_", "masked_fill",
+    "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty", "new_empty_strided", "new_zeros", "ones", "ones_like",
+    "permute", "pow", "relu", "repeat_interleave", "rsqrt", "scalar_tensor", "scatter_", "scatter_add", "select",
+    "select_backward", "sigmoid", "sigmoid_backward", "silu", "silu_backward", "sin", "slice", "slice_backward",
+    "softplus", "softplus_backward", "sort", "split_with_sizes", "squeeze", "stack", "sub", "sum", "t",
+    "threshold_backward", "topk", "transpose", "tril", "triu", "unbind", "unsqueeze", "view", "where", "zeros",
+    "zeros_like",
 })  # fmt: skip
 """Operations that multiply no matrices, all that the models here run."""
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from explore.ops.activation import Activation, activate
 from explore.ops.linear import linear
@@ -212,20 +213,20 @@ def _combined(outputs: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
 class _Dispatch(torch.autograd.Function):
     """Copies every token to its rows, one for each choice, and leaves the others zero.
 
-    A gradient is gathered and added up token by token, which many threads can do at once; what autograd does for an
+    Bags of embeddings are what torch gathers and adds up in one pass, with many threads; what autograd does for an
     index adds up row by row.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "t d"], row_of: Int[Tensor, "t k"], n_rows: int) -> Float[Tensor, "rows d"]:
         ctx.save_for_backward(row_of)
-        return _placed(x[:, None].expand(-1, row_of.shape[1], -1), row_of, n_rows)
+        return _placed(x, torch.ones_like(row_of, dtype=x.dtype), row_of, n_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (row_of,) = ctx.saved_tensors
-        return drows[row_of].sum(1), None, None
+        return F.embedding_bag(row_of, drows, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -236,15 +237,21 @@ class _Combine(torch.autograd.Function):
         ctx: Any, outputs: Float[Tensor, "rows d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"]
     ) -> Float[Tensor, "t d"]:
         ctx.save_for_backward(outputs, weights, row_of)
-        return (outputs[row_of] * weights[..., None]).sum(1)
+        return F.embedding_bag(row_of, outputs, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         outputs, weights, row_of = ctx.saved_tensors
-        dweights = (outputs[row_of] * dy[:, None]).sum(-1)
-        return _placed(weights[..., None] * dy[:, None], row_of, len(outputs)), dweights, None
+        dweights = (F.embedding(row_of, outputs) * dy[:, None]).sum(-1)
+        return _placed(dy, weights, row_of, len(outputs)), dweights, None
 
 
-def _placed(values: Float[Tensor, "t k d"], row_of: Int[Tensor, "t k"], n_rows: int) -> Float[Tensor, "rows d"]:
-    return values.new_zeros(n_rows, values.shape[2]).index_copy_(0, row_of.flatten(), values.flatten(0, 1))
+def _placed(
+    x: Float[Tensor, "t d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"], n_rows: int
+) -> Float[Tensor, "rows d"]:
+    """Of every row its token times its weight, and zero where it has none."""
+    rows, token = row_of.flatten(), torch.arange(len(x), device=x.device)
+    token_of = rows.new_zeros(n_rows).scatter_(0, rows, token.repeat_interleave(row_of.shape[1]))
+    weight_of = weights.new_zeros(n_rows).scatter_(0, rows, weights.flatten())
+    return F.embedding_bag(token_of[:, None], x, mode="sum", per_sample_weights=weight_of[:, None])
