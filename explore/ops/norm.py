@@ -61,11 +61,10 @@ def gated_group_rms_norm(
 ) -> Float[Tensor, "batch seq d_inner"]:
     """Gates `x` with SiLU(`z`) first, then normalises within each of `n_groups` groups of channels."""
     path = path_of("norm", x.device.type)
-    if path == "by_hand":
-        y: Tensor = _GatedNorm.apply(x, z, weight, n_groups, eps)  # type: ignore[no-untyped-call]
-        return y
-    norm = compiled(_gated_norm) if path == "compiled" else _gated_norm
-    return norm(x, z, weight, n_groups, eps)
+    if path == "eager":
+        return _gated_norm(x, z, weight, n_groups, eps)
+    y: Tensor = _GatedNorm.apply(x, z, weight, n_groups, eps, path == "compiled")  # type: ignore[no-untyped-call]
+    return y
 
 
 def _gated_norm(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
@@ -82,25 +81,38 @@ class _GatedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
-        u = _groups(x.float() * F.silu(z.float()), n_groups)
-        r = _scale(u, eps)
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float, is_compiled: bool) -> Tensor:
+        y, r = (compiled(_gated_forward) if is_compiled else _gated_forward)(x, z, weight, n_groups, eps)
         ctx.save_for_backward(x, z, weight, r)
-        return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype)
+        ctx.is_compiled = is_compiled
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, r = ctx.saved_tensors
-        n_groups, dy = r.shape[-2], dy.float()
-        gate = F.silu(z.float())
-        u = _groups(x.float() * gate, n_groups)
-        du = _groups(dy * weight, n_groups)
-        shrunk = (u * du).sum(-1, keepdim=True) / u.shape[-1] * r**3
-        du = du.mul_(r).addcmul_(u, shrunk, value=-1).flatten(-2)
-        dweight = u.mul_(r).flatten(-2).mul_(dy).sum(tuple(range(dy.ndim - 1)))
-        dz = torch.ops.aten.silu_backward(du * x, z.float())
-        return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+        dx, dz, dweight = (compiled(_gated_backward) if ctx.is_compiled else _gated_backward)(dy, x, z, weight, r)
+        # Added up here, for a compiled sum over rows goes through them once for every few channels.
+        return dx, dz, dweight.sum(tuple(range(dy.ndim - 1))).to(weight.dtype), None, None, None
+
+
+def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, and r."""
+    u = _groups(x.float() * F.silu(z.float()), n_groups)
+    r = _scale(u, eps)
+    return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype), r
+
+
+def _gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and z, and each position's part of the weight's."""
+    n_groups, dy, exact = r.shape[-2], dy.float(), z.float()
+    sigmoid = exact.sigmoid()
+    gate = exact * sigmoid
+    u, du = _groups(x.float() * gate, n_groups), _groups(dy * weight, n_groups)
+    shrunk = (u * du).sum(-1, keepdim=True) / u.shape[-1] * r**3
+    du = du.mul_(r).addcmul_(u, shrunk, value=-1).flatten(-2)
+    dz = (1 - sigmoid).mul_(gate).add_(sigmoid).mul_(du).mul_(x)
+    return du.mul_(gate).to(x.dtype), dz.to(z.dtype), u.mul_(r).flatten(-2).mul_(dy)
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
