@@ -81,8 +81,8 @@ def generate(
     Args:
         eot_id: a row that has drawn it goes on with nothing else, and all stop when every row has; never when absent.
         compiled: the step of one token runs as one compiled function, for which a C++ compiler is needed. A model's
-            first two steps then take up to a minute, and what is cached of them a quarter of that; those after
-            them a half to two thirds of the time. Every expert computes every token in it.
+            first step then takes up to a minute, and what is cached of it a quarter of that; those after it a
+            third to two thirds of the time. Every expert computes every token in it.
 
     Returns:
         The new tokens.
