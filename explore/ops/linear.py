@@ -20,11 +20,10 @@ def linear(
     x: Float[Tensor, "*dims d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None = None
 ) -> Float[Tensor, "*dims d_out"]:
     """The product x W^T + b; of few rows in fp32 on a CPU, without gradients, as the transpose of W x^T."""
-    path = path_of("linear", x.device.type)
-    if path == "plain" or not _has_few_rows(x, weight):
+    if not _has_few_rows(x, weight) or (path := path_of("linear", x.device.type)) == "plain":
         return F.linear(x, weight, bias)
     columns = x.reshape(-1, x.shape[-1]).T
-    if path == "vectors" and 4 * columns.shape[1] > VECTOR and weight.is_contiguous():
+    if path == "vectors" and 4 * columns.shape[1] > VECTOR and weight.is_contiguous():  # of fewer, padding costs more
         y = _by_vectors(weight, columns)
         y = y if bias is None else y + bias[:, None]
     else:
