@@ -134,7 +134,7 @@ def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, s
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
-    for path in ("written_out", "sdpa", "blocked"):
+    for path in ("written_out", "sdpa", "blocked", "sums"):
         with forced_paths(attention=path):
             y = attention(q, k, v, window)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
@@ -145,7 +145,7 @@ def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, s
 
 def test_a_query_averages_the_keys_in_its_window() -> None:
     q, k, v = leaves((1, 2, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4))
-    for path in ("blocked", "sdpa", "written_out"):
+    for path in ("blocked", "sdpa", "sums", "written_out"):
         with forced_paths(attention=path):
             y = attention(q, k, v, 3)
         for head in range(2):
@@ -157,20 +157,22 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
-def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_heads: int) -> None:
-    q, k, v, sinks = leaves((2, 4, 70, 6), (2, n_kv_heads, 75, 6), (2, n_kv_heads, 75, 5), (4,))
+@pytest.mark.parametrize("seq", [70, 1])
+def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_heads: int, seq: int) -> None:
+    q, k, v, sinks = leaves((2, 4, seq, 6), (2, n_kv_heads, 75, 6), (2, n_kv_heads, 75, 5), (4,))
     results = []
-    for path in ("written_out", "blocked"):
+    for path in ("written_out", "blocked", "sums"):
         with forced_paths(attention=path):
             y = attention(q, k, v, window, sinks)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v, sinks))))
-    for truth, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, truth)
+    for truth, *fast in zip(*results, strict=True):
+        for found in fast:
+            torch.testing.assert_close(found, truth)
 
 
 def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:
     q, k, v, sinks = leaves((1, 2, 5, 4), (1, 1, 5, 4), (1, 1, 5, 4), (2,))
-    for path in ("blocked", "sdpa", "written_out"):
+    for path in ("blocked", "sdpa", "sums", "written_out"):
         with forced_paths(attention=path):
             y = attention(q, k, v, None, sinks)
         for head in range(2):

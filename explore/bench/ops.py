@@ -37,7 +37,7 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
         for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
             name = op.partition(",")[0]
             for path in PATHS[name]:
-                if path in ("recurrent", "mamba_ssm", "compiled", "transposed", "triton", "vectors"):
+                if path in ("recurrent", "mamba_ssm", "compiled", "transposed", "triton", "vectors", "sums"):
                     continue
                 with forced_paths(**{name: path}):
                     seconds = min(timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))

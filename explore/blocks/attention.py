@@ -120,7 +120,7 @@ class Attention(Mixer):
             start = 0 if state is None else seen_before(state)
             q, k = (rotate(heads, c.rope_theta, start) for heads in (q, k))
         if state is not None:
-            k, v = remembered(state, k, v, c.window)
+            k, v = remembered(state, k, v, c.window, by_channel=k.is_cpu)
         y = attention(q, k, v, c.window, self.sinks)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
 
@@ -130,8 +130,13 @@ def seen_before(state: State) -> int:
     return int(state["seen"]) if "seen" in state else 0
 
 
-def remembered(state: State, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+def remembered(
+    state: State, k: Tensor, v: Tensor, window: int | None, *, by_channel: bool = False
+) -> tuple[Tensor, Tensor]:
     """Keys and values of the context, new ones included; the cache keeps what later queries can see.
+
+    Args:
+        by_channel: keys that have room lie in memory channel by channel, so that one query reads many at once.
 
     Raises:
         ValueError: the state has no room for them.
@@ -142,9 +147,11 @@ def remembered(state: State, k: Tensor, v: Tensor, window: int | None) -> tuple[
     if "room" in state and window is None:
         if seen > (room := state["room"]):
             raise ValueError(f"room: {room} positions are not enough for {seen}")
+        if "k" not in state:
+            state["k"] = k.new_empty(*k.shape[:2], *((k.shape[3], room) if by_channel else (room, k.shape[3])))
+            state["k"] = state["k"].transpose(2, 3) if by_channel else state["k"]
+            state["v"] = v.new_empty(*v.shape[:2], room, v.shape[3])
         for name, x in (("k", k), ("v", v)):
-            if name not in state:
-                state[name] = x.new_empty(*x.shape[:2], room, x.shape[3])
             state[name][:, :, before:seen] = x
         return state["k"][:, :, :seen], state["v"][:, :, :seen]
     if "k" in state:

@@ -32,7 +32,9 @@ def attention(
     """
     seq, context = q.shape[2], k.shape[2]
     path = path_of("attention", q.device.type)
-    if torch.compiler.is_exporting() and path == "blocked":  # a graph with gradients has no place to write to
+    if path == "sums" and seq == 1:
+        return _sums(q, k, v, window, sinks)
+    if path == "sums" or (torch.compiler.is_exporting() and path == "blocked"):  # an exported graph writes nowhere
         path = "sdpa"
     if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
@@ -158,6 +160,27 @@ def _room(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> Ten
 
 def _part(room: Tensor, shape: Sequence[int]) -> Tensor:
     return room[: math.prod(shape)].view(shape)
+
+
+def _sums(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """One query of each head as sums over channels and over keys, which torch compiles to loops.
+
+    With the heads of a group one by one, a loop reads what they share once and adds to as many sums as there are heads.
+    """
+    if window is not None:
+        k, v = k[:, :, -window:], v[:, :, -window:]
+    q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))  # b g r 1 d
+    scores = torch.stack([(query * k).sum(-1) for query in q.unbind(2)], dim=2)  # b g r n
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        sinks = sinks.view(q.shape[1:3]).unsqueeze(-1)
+        top = torch.maximum(top, sinks)
+    weights = torch.exp(scores - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    y = torch.stack([(weight.unsqueeze(-1) * v).sum(-2) for weight in weights.unbind(2)], dim=2) / total
+    return y.flatten(1, 2).unsqueeze(2).to(v.dtype)
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:

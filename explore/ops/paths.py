@@ -18,7 +18,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PATHS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("blocked", "sdpa", "written_out"),
+    "attention": ("blocked", "sdpa", "written_out", "sums"),
     "conv": ("shift", "conv1d", "compiled"),
     "experts": ("padded", "loop", "dense", "triton"),
     "linear": ("transposed", "plain", "vectors"),
