@@ -182,6 +182,10 @@ def test_cost_tables_show_every_group(
         (["plot", "no-such-folder", "--x", "family"], "--x: 'family' is not a number"),
         (["sweep", "no_such_sweep.py"], "no_such_sweep.py: no such sweep file"),
         (["train", "no_such.json"], "no_such.json: cannot be read"),
+        (["bench", "--path", "attention=fast"], "attention: 'fast' is unknown; allowed are blocked"),
+        (["bench", "--path", "atention=sdpa"], "atention: 'sdpa' is unknown; allowed are attention"),
+        (["bench", "--path", "attention"], "--path: 'attention' is not of the form OP=PATH"),
+        (["bench", "--what", "decode", "--path", "linear=plain"], "--path: not with --what decode"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(

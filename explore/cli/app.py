@@ -33,12 +33,16 @@ Paths = Annotated[
 
 
 def forced(paths: list[str] | None) -> dict[str, str]:
-    """Reads `--path`; which ops and paths there are, `forced_paths` knows."""
+    """Reads `--path`."""
+    from explore.ops import forced_paths
+
     pairs = [text.partition("=") for text in paths or []]
     for op, equals, path in pairs:
         if not equals:
             raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
-    return {op: path for op, _, path in pairs}
+    found = {op: path for op, _, path in pairs}
+    with forced_paths(**found):  # it knows which there are, and refuses others before anything is begun
+        return found
 
 
 def main() -> None:

@@ -56,6 +56,8 @@ def bench(
         raise ValueError(f"--save: not with --what {what}; only regions are kept")
     if compiled and what != "decode":
         raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
+    if path and what not in ("train", "curves"):
+        raise ValueError(f"--path: not with --what {what}; only train and curves can be forced")
     if what == "regions":
         _regions(shape, save, as_json)
         return
