@@ -147,11 +147,11 @@ def remembered(
     if "room" in state and window is None:
         if seen > (room := state["room"]):
             raise ValueError(f"room: {room} positions are not enough for {seen}")
-        if "k" not in state:
-            state["k"] = k.new_empty(*k.shape[:2], *((k.shape[3], room) if by_channel else (room, k.shape[3])))
-            state["k"] = state["k"].transpose(2, 3) if by_channel else state["k"]
-            state["v"] = v.new_empty(*v.shape[:2], room, v.shape[3])
         for name, x in (("k", k), ("v", v)):
+            if name not in state:
+                size = (*x.shape[:2], room, x.shape[3])
+                order = (0, 1, 3, 2) if by_channel and name == "k" else (0, 1, 2, 3)
+                state[name] = torch.empty_permuted(size, order, dtype=x.dtype, device=x.device)
             state[name][:, :, before:seen] = x
         return state["k"][:, :, :seen], state["v"][:, :, :seen]
     if "k" in state:

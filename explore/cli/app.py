@@ -33,7 +33,7 @@ Paths = Annotated[
 
 
 def forced(paths: list[str] | None) -> dict[str, str]:
-    """Reads `--path`."""
+    """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
     from explore.ops import forced_paths
 
     pairs = [text.partition("=") for text in paths or []]
@@ -41,7 +41,7 @@ def forced(paths: list[str] | None) -> dict[str, str]:
         if not equals:
             raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
     found = {op: path for op, _, path in pairs}
-    with forced_paths(**found):  # it knows which there are, and refuses others before anything is begun
+    with forced_paths(**found):  # which knows them
         return found
 
 
