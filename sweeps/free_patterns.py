@@ -8,8 +8,9 @@ and a run whose curve falls behind the front at its own FLOPs is stopped. The ba
 import optuna
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.study import FrontPruner, LearningRates, PatternSpace
-from explore.study.sizes import suggest_moe
+from explore.search import PatternSpace
+from explore.search.sizes import suggest_moe
+from explore.study import FrontPruner, LearningRates
 
 TOKENS = 163_840
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.runs import find_runs
-from explore.study.spaces import PatternSpace
+from explore.search.spaces import PatternSpace
 
 PATTERNS = PatternSpace(letters="M*-E", min_layers=3, max_layers=4, first="M*", last="-E")
 WIDTHS = (64, 96, 128)

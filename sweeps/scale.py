@@ -19,7 +19,8 @@ import optuna
 from rich.console import Console
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.study import PatternSpace, load_sweep
+from explore.search import PatternSpace
+from explore.study import load_sweep
 from explore.study.claim import claim
 from explore.study.identity import open_study
 from explore.study.storage import open_storage

@@ -17,7 +17,8 @@ import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import RunFigure, draw_search, stacked
-from explore.study import Budgets, LearningRates, PatternSpace
+from explore.search import PatternSpace
+from explore.study import Budgets, LearningRates
 
 D_MODEL, SEQ_LEN, VOCAB_SIZE = 48, 128, 2048
 TOKENS = 691_200

@@ -12,10 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from explore.cli import (
-    doors,  # noqa: F401  (adds its commands)
-    main,
-)
+from explore.cli import main
 from explore.data import load_tokenizer
 from explore.experiment import Experiment
 from explore.interop import load_model_folder, megatron_arguments

@@ -17,7 +17,7 @@ import torch
 from small_runs import EXPERTS, write_corpus
 from torch import Tensor
 
-import explore.cli.merging  # noqa: F401  (adds its command)
+import explore.cli.merge  # noqa: F401  (adds its command)
 from explore.cli import main
 from explore.evals import bits_per_byte
 from explore.experiment import Experiment, TrainConfig

@@ -19,7 +19,8 @@ from explore.study.preview import seed_noise
 SWEEP = '''"""How large is this space?"""
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.study import PatternSpace, RejectedError
+from explore.search import PatternSpace
+from explore.study import RejectedError
 
 objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 patterns = PatternSpace(letters="*-", min_layers=2, max_layers=4)

@@ -1,10 +1,10 @@
-"""The application, what its commands share, and how a mistake is told."""
+"""The application, its consoles, and how it reports a mistake."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,29 +20,6 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
 INTERRUPTED = 130
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
-SetOptions = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),
-]
-Paths = Annotated[
-    list[str] | None,
-    typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),
-]
-
-
-def forced(paths: list[str] | None) -> dict[str, str]:
-    """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
-    from explore.ops import forced_paths
-
-    pairs = [text.partition("=") for text in paths or []]
-    for op, equals, path in pairs:
-        if not equals:
-            raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
-    found = {op: path for op, _, path in pairs}
-    with forced_paths(**found):  # which knows them
-        return found
 
 
 def main() -> None:

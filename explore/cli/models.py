@@ -1,29 +1,12 @@
-"""How commands are told which model is meant."""
+"""How commands find the model that the user names."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
-
-from explore.cost import Dtype
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig
-
-WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
-KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
-StateDtype = Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")]
-ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent.")]
-Target = Annotated[
-    str | None,
-    typer.Argument(
-        help="A pattern, a preset (--list), or the path of an experiment, a model, or a config.json of nemotron_h."
-    ),
-]
-DModel = Annotated[int, typer.Option(min=1, help="Width of a pattern's model.")]
-VocabSize = Annotated[int, typer.Option(min=1, help="Vocabulary of a pattern's model.")]
 
 
 def load_model(

@@ -6,7 +6,6 @@ from explore.study.learning_rates import LearningRates
 from explore.study.merging import Merging
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
-from explore.study.spaces import PatternSpace
 from explore.study.storage import serve_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.worker import Way
@@ -16,7 +15,6 @@ __all__ = [
     "FrontPruner",
     "LearningRates",
     "Merging",
-    "PatternSpace",
     "Preview",
     "RejectedError",
     "Sweep",

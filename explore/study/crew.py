@@ -22,12 +22,12 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from explore.records import pack_runs, unpack_runs
+from explore.search.samplers import make_sampler
 from explore.study.dashboard import describe_study
 from explore.study.identity import open_study
 from explore.study.lease import is_rejected
 from explore.study.live import SweepTable
 from explore.study.mirroring import send_sweep
-from explore.study.samplers import make_sampler
 from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.watching import N_TRIALS

@@ -21,8 +21,8 @@ from rich.console import Console
 from explore import train
 from explore.experiment import Experiment
 from explore.runs import RunFolder, find_runs
+from explore.search.spaces import PatternSpace
 from explore.study.budgets import RejectedError
-from explore.study.spaces import PatternSpace
 from explore.study.sweep_file import Sweep
 
 PROBES = 400

@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from explore.config import explain
 from explore.experiment import Experiment
 from explore.runs import COLUMNS
+from explore.search.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 from explore.study import pruning
 from explore.study.budgets import Budgets, RejectedError, check_objectives
 from explore.study.learning_rates import LearningRates
 from explore.study.merging import Merging
 from explore.study.pruning import FrontPruner
-from explore.study.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 
 if TYPE_CHECKING:
     from explore.figures import RunFigure

@@ -22,11 +22,11 @@ from rich.console import Console
 from explore import train
 from explore.experiment import Experiment
 from explore.runs import PILOTS, RunFolder, write_json
+from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
 from explore.study.claim import claim
 from explore.study.dashboard import annotate
 from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, is_left, leave
-from explore.study.samplers import DrawnSampler, ExhaustedError
 from explore.study.sweep_file import TRIES, Sweep, reason
 from explore.tracking import WandbMode
 

@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 from scipy.stats import qmc
 
-from explore.study.spaces import PatternSpace
+from explore.search.spaces import PatternSpace
 
 DIMENSIONS = 512
 """Most parameters of a trial of an indexed sampler."""

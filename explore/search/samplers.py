@@ -14,15 +14,15 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from explore.study.indexed import ExhaustedError, Grid, GridSampler, IndexedSampler, random_point, sobol_point
-from explore.study.informed import (
+from explore.search.indexed import ExhaustedError, Grid, GridSampler, IndexedSampler, random_point, sobol_point
+from explore.search.informed import (
     PatternGPSampler,
     PatternNSGAIIISampler,
     PatternNSGAIISampler,
     PatternTPESampler,
     pruned_in_a_row,
 )
-from explore.study.spaces import PatternSampler, PatternSpace
+from explore.search.spaces import PatternSampler, PatternSpace
 
 __all__ = ["DEFAULT_SAMPLER", "INDEXED", "SAMPLERS", "DrawnSampler", "ExhaustedError", "Grid", "make_sampler"]
 

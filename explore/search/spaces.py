@@ -14,8 +14,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from explore.config import Config, Frozen, FrozenMapping
 from explore.pattern import MTP_MARK, PIPELINE_MARK, canonical, check_pattern
-from explore.study.language import NO_LAYER, Language
-from explore.study.structured import StructuredSpace, with_shares
+from explore.search.language import NO_LAYER, Language
+from explore.search.structured import StructuredSpace, with_shares
 
 __all__ = ["NO_LAYER", "PatternSampler", "PatternSpace", "StructuredSpace", "with_shares"]
 
@@ -36,7 +36,7 @@ class PatternSpace(Config):
     In Optuna a pattern is one categorical per layer position, `pattern_00`, `pattern_01` and so on, each with all
     letters and `.` for no layer. The pattern of a trial is the one of the space that is nearest to its letters, so
     every trial has a feasible one, and the same parameters give the same pattern in any trial. The samplers of
-    `explore.study.samplers` register the letters of feasible patterns only, where the nearest is the pattern
+    `explore.search.samplers` register the letters of feasible patterns only, where the nearest is the pattern
     itself. A stock sampler asked letter by letter may register others; then the parameters in the study are what
     it asked for, and the pattern is what `read` makes of them.
 

@@ -1,4 +1,4 @@
-"""Commands that search: a sweep, what it would do, and a door to its storage for other hosts."""
+"""Search with Optuna, or show what a search would do."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, app, count, err, out
-from explore.cli.training import CheckpointEvery, Wandb
+from explore.cli.app import app, count, err, out
+from explore.cli.options import CheckpointEvery, Json, Wandb
 
 if TYPE_CHECKING:
     from explore.study import Preview, Sweep
@@ -96,21 +96,6 @@ def sweep(
     else:
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
-
-
-@app.command(
-    rich_help_panel="Train and search",
-    epilog="Example: explore proxy postgresql+psycopg://user@db/sweeps --port 13000, then --storage grpc://HOST:13000",
-)
-def proxy(
-    storage: Annotated[str, typer.Argument(metavar="STORAGE", help="A storage URL, or a folder of runs.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 13000,
-) -> None:
-    """Serve a storage to workers on other hosts by Optuna's gRPC proxy, which spares the database their connections."""
-    from explore.study import serve_storage
-
-    serve_storage(storage, host, port, lambda line: err.print(f"{line}; Ctrl-C ends it", highlight=False))
 
 
 def _options(texts: list[str] | None) -> dict[str, Any]:

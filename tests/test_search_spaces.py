@@ -16,8 +16,8 @@ from scipy.stats import chisquare
 
 from explore.model import ModelConfig
 from explore.pattern import distance
-from explore.study.sizes import suggest_attention, suggest_mamba, suggest_mlp, suggest_moe
-from explore.study.spaces import PatternSpace, StructuredSpace, with_shares
+from explore.search.sizes import suggest_attention, suggest_mamba, suggest_mlp, suggest_moe
+from explore.search.spaces import PatternSpace, StructuredSpace, with_shares
 
 SMALL = PatternSpace(letters="M*-E", min_layers=3, max_layers=4, first="M*", last="-E")
 RULED = PatternSpace(

@@ -11,7 +11,8 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from explore.cli.app import Json, app, err, out
+from explore.cli.app import app, err, out
+from explore.cli.options import Json
 
 SPEED_LAYERS = 52
 

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, app, out
+from explore.cli.app import app, out
+from explore.cli.options import Json
 
 
 @app.command(

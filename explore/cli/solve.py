@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, SetOptions, app, count, out
-from explore.cli.models import DModel, Target, VocabSize, load_model, model_content
+from explore.cli.app import app, count, out
+from explore.cli.models import load_model, model_content
+from explore.cli.options import DModel, Json, SetOptions, Target, VocabSize
 
 
 @app.command(

@@ -17,8 +17,8 @@ from optuna.study._multi_objective import _dominates
 from optuna.trial import FrozenTrial, TrialState
 
 from explore.pattern import distance
-from explore.study.indexed import PlannedSampler
-from explore.study.spaces import NO_LAYER, PatternSpace
+from explore.search.indexed import PlannedSampler
+from explore.search.spaces import NO_LAYER, PatternSpace
 
 STARTUP = 10
 """Trials at random before a model is made of them."""

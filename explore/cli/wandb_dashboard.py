@@ -1,4 +1,4 @@
-"""Commands that show a study: live on the terminal, and as pages of Weights & Biases."""
+"""Write the pages of a study in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -9,31 +9,7 @@ from typing import Annotated
 import typer
 
 from explore.cli.app import app, out
-
-Storage = Annotated[
-    str | None, typer.Option(metavar="URL", help="Optuna storage; then STUDY is the name of a study in it.")
-]
-Name = Annotated[str | None, typer.Option("--study", help="Study of a journal with several; the newest when absent.")]
-
-
-@app.command(
-    rich_help_panel="Train and search", epilog="Example: explore watch runs/first_frontier, while a sweep works on it"
-)
-def watch(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of runs, or a journal file.")],
-    storage: Storage = None,
-    name: Name = None,
-    trials: Annotated[
-        int | None, typer.Option(min=1, help="Leave when so many have ended; what was asked for when absent.")
-    ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print how it stands, and leave.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
-) -> None:
-    """Show a study live, from any terminal: its trials, their learning curves and the front. Ctrl-C leaves it alone."""
-    from explore.study.watching import find_study
-    from explore.study.watching import watch as watch_study
-
-    watch_study(find_study(study, storage, name).study, out, trials, once=once, every_s=every)
+from explore.cli.options import StudyName, StudyStorage
 
 
 @app.command(
@@ -43,8 +19,8 @@ def watch(
 )
 def wandb_dashboard(
     place: Annotated[str, typer.Argument(metavar="STUDY_OR_RUNS", help="A folder of runs, or a journal file.")],
-    storage: Storage = None,
-    name: Name = None,
+    storage: StudyStorage = None,
+    name: StudyName = None,
     project: Annotated[str, typer.Option(help="Project of Weights & Biases.")] = "explore",
     entity: Annotated[str, typer.Option(help="Account or team; the account's own when absent.")] = "",
     output: Annotated[

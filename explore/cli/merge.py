@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, app, number, out
+from explore.cli.app import app, number, out
+from explore.cli.options import Json
 
 SCORES = {"val_bpb": "val bpb", "test_bpb": "test bpb", "val_loss": "val loss", "test_loss": "test loss"}
 

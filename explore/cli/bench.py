@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, Paths, app, count, err, forced, out, size
+from explore.cli.app import app, count, err, out, size
+from explore.cli.options import Json, Paths, forced
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")

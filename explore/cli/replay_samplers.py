@@ -10,7 +10,8 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from explore.cli.app import Json, app, err, out
+from explore.cli.app import app, err, out
+from explore.cli.options import Json
 
 
 @app.command(
@@ -35,7 +36,7 @@ def replay_samplers(
     import pandas as pd
 
     from explore.runs import read_table
-    from explore.study.replay import SIMPLEST_FIRST, judge, replay, summarize
+    from explore.search.replay import SIMPLEST_FIRST, judge, replay, summarize
 
     runs = read_table(table)
     n_trials, samplers = sorted(set(trials or [40])), sampler or list(SIMPLEST_FIRST)

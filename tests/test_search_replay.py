@@ -16,9 +16,9 @@ import pytest
 from optuna.trial import FixedTrial, TrialState
 
 from explore.cli import main
+from explore.search.replay import SIMPLEST_FIRST, judge, regret, replay, search, space_of, summarize
+from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study import load_sweep
-from explore.study.replay import SIMPLEST_FIRST, judge, regret, replay, search, space_of, summarize
-from explore.study.samplers import DrawnSampler, ExhaustedError
 
 PATTERNS = ["".join(p) for n in (2, 3) for p in itertools.product("M*", *["M-E"] * (n - 2), "-E")]
 

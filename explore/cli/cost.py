@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from explore.cli.app import Json, SetOptions, app, count, out, size
-from explore.cli.models import (
+from explore.cli.app import app, count, out, size
+from explore.cli.models import load_model
+from explore.cli.options import (
     ActivationDtype,
     DModel,
+    Json,
     KVDtype,
+    SetOptions,
     StateDtype,
     Target,
     VocabSize,
     WeightDtype,
-    load_model,
 )
 from explore.cost import By, ConventionName
 

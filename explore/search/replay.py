@@ -11,8 +11,8 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from explore.frontier import hypervolume
-from explore.study.samplers import DrawnSampler, check_sampler
-from explore.study.spaces import PatternSpace
+from explore.search.samplers import DrawnSampler, check_sampler
+from explore.search.spaces import PatternSpace
 
 SIMPLEST_FIRST = ("random", "qmc", "tpe", "nsga2", "nsga3", "gp")
 BASELINE = "random"

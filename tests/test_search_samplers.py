@@ -15,11 +15,11 @@ from optuna.samplers import GPSampler
 from optuna.trial import TrialState
 from scipy.stats import chisquare, ks_2samp, qmc
 
-from explore.study import informed, samplers
-from explore.study.indexed import DIMENSIONS, from_unit, sobol_point
-from explore.study.informed import PatternGPSampler, PatternNSGAIISampler, PatternTPESampler
-from explore.study.samplers import INDEXED, SAMPLERS, DrawnSampler, ExhaustedError, make_sampler
-from explore.study.spaces import PatternSpace
+from explore.search import informed, samplers
+from explore.search.indexed import DIMENSIONS, from_unit, sobol_point
+from explore.search.informed import PatternGPSampler, PatternNSGAIISampler, PatternTPESampler
+from explore.search.samplers import INDEXED, SAMPLERS, DrawnSampler, ExhaustedError, make_sampler
+from explore.search.spaces import PatternSpace
 
 SPACE = PatternSpace(letters="M*-E", min_layers=3, max_layers=5, first="M*", last="-E", at_most={"*": 2})
 GRID = {"lr": [1e-3, 1e-2], "pattern": SPACE, "d_model": [64, 96, 128]}

@@ -1,0 +1,114 @@
+"""Evaluate trained runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import app, out
+from explore.cli.opening import open_run
+from explore.cli.options import Json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from explore.data import TextData
+
+PROMPT_TOKENS = 64
+
+
+@app.command(
+    "eval",
+    rich_help_panel="Use what was trained",
+    epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz --corpus sotu",
+)
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that import wrote.")],
+    pairs: Annotated[list[Path] | None, typer.Option(help="BLiMP or Zorro file of minimal pairs; repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of each paradigm.")] = None,
+    corpus: Annotated[
+        list[str] | None, typer.Option(help="Bits per byte of the test text of another corpus; repeatable.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens of a corpus.")] = None,
+    acceptance: Annotated[
+        int | None, typer.Option(min=1, help="Acceptance length of drafts, over so many prompts of the test text.")
+    ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="Add the results to evals.json of each run, which tables and records hold.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Minimal pairs, other corpora, or the acceptance length of multi-token prediction, of trained runs."""
+    from explore.evals import read_minimal_pairs
+    from explore.runs import RunFolder, write_json
+
+    if not (pairs or corpus or acceptance):
+        raise ValueError("--pairs, --corpus, --acceptance: at least one of them is required")
+    read = {path.name.partition(".")[0]: read_minimal_pairs(path, limit) for path in pairs or []}
+    found = {}
+    for run in runs:
+        found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
+        if save:
+            kept = RunFolder(run).evals
+            write_json(
+                run / "evals.json",
+                {name: kept.get(name, {}) | each for name, each in results.items()}
+                | {name: each for name, each in kept.items() if name not in results},
+            )
+    if as_json:
+        print(json.dumps(found if len(runs) > 1 else found[str(runs[0])], indent=2))
+        return
+    for name, results in found.items():
+        view = Table("", "", title=name, title_justify="left", show_header=False)
+        for suite, shares in results.get("pairs", {}).items():
+            if len(runs) == 1:
+                for uid, share in sorted(shares.items()):
+                    view.add_row(uid, f"{share:.3f}")
+                view.add_section()
+            view.add_row(f"{suite}, mean of {len(shares)} paradigms", f"{sum(shares.values()) / len(shares):.3f}")
+        for other, bits in results.get("bpb", {}).items():
+            view.add_row(f"{other}, bits per byte", f"{bits:.4f}")
+        for sampling, length in results.get("acceptance_length", {}).items():
+            view.add_row(f"acceptance length over {acceptance} prompts, {sampling}", f"{length:.3f}")
+        out.print(view)
+
+
+def _results(
+    run: Path, pairs: dict[str, Any], corpora: list[str], tokens: int | None, acceptance: int | None
+) -> dict[str, Any]:
+    """What was asked for of one run, by kind: shares of minimal pairs, bits per byte, acceptance lengths."""
+    from explore.evals import acceptance_length, bits_per_byte, minimal_pair_accuracy
+    from explore.model import GREEDY, Sampling
+
+    model, tokenizer, data = open_run(run)
+    results: dict[str, Any] = {}
+    if pairs:
+        results["pairs"] = {name: minimal_pair_accuracy(model, tokenizer, some) for name, some in pairs.items()}
+    if (corpora or acceptance) and data is None:
+        option = "--corpus" if corpora else "--acceptance"
+        raise ValueError(f"{option}: {run} is no run, and windows are those of a run's data")
+    if corpora:
+        assert data is not None
+        other = {name: data.model_copy(update={"corpus": name, "n_shards": None}).open(0) for name in corpora}
+        scores = {name: bits_per_byte(model, each.eval_batches("test", 16, tokens)) for name, each in other.items()}
+        results["bpb"] = {name: score.bits_per_byte for name, score in scores.items()}
+    if acceptance is not None:
+        assert data is not None
+        prompts = list(_prompts(data, acceptance))
+        results["acceptance_length"] = {
+            name: acceptance_length(model, prompts, PROMPT_TOKENS, sampling)
+            for name, sampling in (("greedy", GREEDY), ("temperature 1", Sampling()))
+        }
+    return results
+
+
+def _prompts(data: TextData, n: int) -> Iterator[Tensor]:
+    """Windows of the test text, evenly over it."""
+    batches = list(data.open(0).eval_batches("test", 1, None))
+    for i in range(n):
+        yield batches[i * len(batches) // n].inputs[0, :PROMPT_TOKENS]

@@ -1,0 +1,70 @@
+"""Write a trained model for transformers or Megatron-LM."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from explore.cli.app import app, out
+from explore.cli.opening import describe_size, load_experiment, load_run
+
+Format = Literal["hf", "megatron"]
+
+
+@app.command(
+    rich_help_panel="Use what was trained", epilog="Example: explore export runs/demo/MEM-1a2b3c4d --to hf exported"
+)
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder that import wrote.")],
+    folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="New or empty folder, for hf.")] = None,
+    to: Annotated[Format, typer.Option(help="hf writes a folder; megatron prints arguments.")] = "hf",
+) -> None:
+    """Write a trained model for transformers, or print the arguments with which Megatron-LM trains its architecture.
+
+    The folder has config.json, safetensors, tokenizer and model card; AutoModelForCausalLM and AutoTokenizer load it.
+    What the other side cannot express is refused by name.
+    """
+    if to == "megatron":
+        if folder is not None:
+            raise ValueError(f"DIR: {str(folder)!r} is not needed; --to megatron prints")
+        _print_arguments(source)
+        return
+    if folder is None:
+        raise ValueError("DIR: a new or empty folder is required with --to hf")
+    from explore.data import load_tokenizer
+    from explore.interop import is_model_folder, load_model_folder, save_hf
+
+    record: dict[str, Any] = {}
+    tokenizer = None
+    if is_model_folder(source):
+        model = load_model_folder(source)
+        if (source / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(str(source / "tokenizer.json"))
+    else:
+        experiment, model, record = load_run(source)
+        if experiment.data.kind == "text":
+            tokenizer = load_tokenizer(experiment.data.tokenizer)
+    save_hf(model, folder, tokenizer, record)
+    out.print(f"{folder}: {describe_size(model.config)}", highlight=False)
+    if tokenizer is None:
+        out.print("no tokenizer: the model was not trained on text", highlight=False)
+    if model.config.mtp is not None:
+        out.print("multi-token prediction is stored under mtp.*; transformers ignores it", highlight=False)
+
+
+def _print_arguments(source: Path) -> None:
+    from explore.interop import is_model_folder, load_model_config, megatron_arguments
+
+    if is_model_folder(source):
+        arguments, notes = megatron_arguments(load_model_config(source))
+    else:
+        experiment = load_experiment(source)
+        arguments, notes = megatron_arguments(
+            experiment.model, seq_len=experiment.data.seq_len, mtp_weight=experiment.train.mtp_weight
+        )
+    for note in notes:
+        print(f"# {note}")
+    print(" \\\n".join(shlex.join(argument) for argument in arguments))

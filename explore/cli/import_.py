@@ -1,0 +1,39 @@
+"""Make a model of a checkpoint of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from explore.cli.app import app, out
+from explore.cli.opening import describe_size
+
+
+@app.command(
+    "import",
+    rich_help_panel="Use what was trained",
+    epilog="Example: explore import exported imported && explore cost imported/model.json",
+)
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a nemotron_h checkpoint.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="New or empty folder; DIR-imported, here, when absent.")
+    ] = None,
+) -> None:
+    """Make a model of a nemotron_h checkpoint: model.json and model.safetensors, which other commands accept."""
+    from explore.files import read_json
+    from explore.interop import from_hf, save_model_folder
+
+    model = from_hf(source)
+    folder = folder or Path(f"{source.resolve().name}-imported")
+    tokenizer = source / "tokenizer.json"
+    save_model_folder(model, folder, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
+    out.print(f"{folder}: {describe_size(model.config)}", highlight=False)
+    clamp = read_json(source / "config.json").get("time_step_min", 0.001)
+    if clamp > 1e-20 and "M" in model.config.pattern:
+        out.print(
+            f"dt is not clamped here; transformers clamps it at {clamp:g} (time_step_min) and may give other logits",
+            highlight=False,
+        )

@@ -1,0 +1,55 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from explore.cost import Dtype
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+SetOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),
+]
+Paths = Annotated[
+    list[str] | None,
+    typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),
+]
+WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
+KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")]
+ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent.")]
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        help="A pattern, a preset (--list), or the path of an experiment, a model, or a config.json of nemotron_h."
+    ),
+]
+DModel = Annotated[int, typer.Option(min=1, help="Width of a pattern's model.")]
+VocabSize = Annotated[int, typer.Option(min=1, help="Vocabulary of a pattern's model.")]
+WandbMode = Literal["offline", "online"]
+Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases; off when absent.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints; a twentieth of a run when absent.")
+]
+StudyStorage = Annotated[
+    str | None, typer.Option(metavar="URL", help="Optuna storage; then STUDY is the name of a study in it.")
+]
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="Study of a journal with several; the newest when absent.")
+]
+
+
+def forced(paths: list[str] | None) -> dict[str, str]:
+    """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
+    from explore.ops import forced_paths
+
+    pairs = [text.partition("=") for text in paths or []]
+    for op, equals, path in pairs:
+        if not equals:
+            raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
+    found = {op: path for op, _, path in pairs}
+    with forced_paths(**found):  # which knows them
+        return found

@@ -1,0 +1,77 @@
+"""Train one experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from explore.cli.app import app, err, number, out
+from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
+
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+@app.command(
+    rich_help_panel="Train and search", epilog="Example: explore train experiment.json --set train.lr=1e-3 --runs runs"
+)
+def train(
+    experiment: Annotated[Path, typer.Argument(help="An experiment in JSON, or the experiment.json of a run.")],
+    set_: SetOptions = None,
+    runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
+    checkpoint_every: CheckpointEvery = None,
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between weights that are kept for `explore merge`; none if absent.")
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Compute activations again in the backward pass: less memory, slower.")
+    ] = False,
+    devices: Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")] = 1,
+    strategy: Annotated[
+        Strategy, typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp.")
+    ] = "auto",
+    path: Paths = None,
+    wandb: Wandb = None,
+    as_json: Json = False,
+) -> None:
+    """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
+    from explore.experiment import Experiment
+    from explore.ops import forced_paths
+    from explore.train import fit, is_writer, slow_precision
+
+    loaded = Experiment.load(experiment, set_ or [])
+    if (note := slow_precision(loaded)) is not None and is_writer(devices):
+        err.print(note, style="yellow", highlight=False)
+    with forced_paths(**forced(path)):
+        folder = fit(
+            loaded,
+            runs,
+            checkpoint_every=checkpoint_every,
+            keep_every=keep_every,
+            recompute=recompute,
+            wandb=wandb,
+            devices=devices,
+            strategy=strategy,
+        )
+    result = folder.result or {}
+    if not is_writer(devices):
+        return
+    if as_json:
+        print(json.dumps({"run": str(folder.path), **result}, indent=2))
+    else:
+        out.print(f"{folder.path}: {_outcome(result)}", highlight=False)
+    if result.get("status") != "finished":
+        raise typer.Exit(1)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    if result.get("status") != "finished":
+        return f"{result.get('status', 'unfinished')}: {result.get('reason')}"
+    parts = [
+        f"{name} {result[name]:.4f}"
+        for name in ("val_bpb", "test_bpb", "val_loss", "recall")
+        if result.get(name) is not None
+    ]
+    return f"finished: {', '.join(parts)}, {number(result.get('tokens_per_s'), ',.0f')} tokens/s"

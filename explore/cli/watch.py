@@ -1,0 +1,30 @@
+"""Show a study live on the terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from explore.cli.app import app, out
+from explore.cli.options import StudyName, StudyStorage
+
+
+@app.command(
+    rich_help_panel="Train and search", epilog="Example: explore watch runs/first_frontier, while a sweep works on it"
+)
+def watch(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of runs, or a journal file.")],
+    storage: StudyStorage = None,
+    name: StudyName = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Leave when so many have ended; what was asked for when absent.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print how it stands, and leave.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+) -> None:
+    """Show a study live, from any terminal: its trials, their learning curves and the front. Ctrl-C leaves it alone."""
+    from explore.study.watching import find_study
+    from explore.study.watching import watch as watch_study
+
+    watch_study(find_study(study, storage, name).study, out, trials, once=once, every_s=every)
