@@ -26,7 +26,7 @@ from explore.blocks import (
 )
 from explore.cost import Cost, attended_keys
 from explore.model import LanguageModel, ModelConfig
-from explore.ops import Activation, forced_paths
+from explore.ops import Activation, forced_paths, paths_that
 
 Phase = Literal["params", "forward", "training", "prefill", "decode"]
 
@@ -97,7 +97,7 @@ class OpCounter(TorchDispatchMode):
 def count_flops(work: Callable[[], Any]) -> int:
     """FLOPs of the matrix products in `work`, on the paths whose operations the counter can see."""
     counter = OpCounter()
-    with forced_paths(conv="conv1d", attention="written_out", experts="loop", norm="eager"), counter:
+    with forced_paths(**paths_that(lambda path: path.countable)), counter:
         work()
     return counter.flops
 

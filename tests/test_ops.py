@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.ops import (
+    PATHS,
+    OpPath,
     activate,
     attention,
     causal_conv1d,
@@ -22,12 +26,14 @@ from explore.ops import (
     linear_cross_entropy,
     path_of,
     paths_in_use,
+    paths_that,
     rms_norm,
     rotate,
     ssd,
     ssd_chunked,
     ssd_recurrent,
 )
+from explore.ops.paths import declare
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -102,8 +108,10 @@ def test_both_convolutions_are_the_sum_over_taps(seq: int, d_conv: int) -> None:
         dim=1,
     )
     truths = (truth, *torch.autograd.grad(truth.square().sum(), (x, weight, bias)))
-    for path in ("shift", "conv1d"):
-        with forced_paths(conv=path):
+    for path in PATHS["conv"]:
+        if path.compiled:
+            continue
+        with forced_paths(conv=path.name):
             y = causal_conv1d(x, weight, bias)
         gradients = torch.autograd.grad(y.square().sum(), (x, weight, bias))
         for fast, slow in zip((y, *gradients), truths, strict=True):
@@ -134,8 +142,8 @@ def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, s
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
-    for path in ("written_out", "sdpa", "blocked", "sums"):
-        with forced_paths(attention=path):
+    for path in sorted(PATHS["attention"], key=lambda path: not path.reference):
+        with forced_paths(attention=path.name):
             y = attention(q, k, v, window)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
     for truth, *fast in zip(*results, strict=True):
@@ -145,8 +153,8 @@ def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, s
 
 def test_a_query_averages_the_keys_in_its_window() -> None:
     q, k, v = leaves((1, 2, 7, 4), (1, 1, 7, 4), (1, 1, 7, 4))
-    for path in ("blocked", "sdpa", "sums", "written_out"):
-        with forced_paths(attention=path):
+    for path in PATHS["attention"]:
+        with forced_paths(attention=path.name):
             y = attention(q, k, v, 3)
         for head in range(2):
             for t in range(7):
@@ -172,8 +180,8 @@ def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_he
 
 def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:
     q, k, v, sinks = leaves((1, 2, 5, 4), (1, 1, 5, 4), (1, 1, 5, 4), (2,))
-    for path in ("blocked", "sdpa", "sums", "written_out"):
-        with forced_paths(attention=path):
+    for path in PATHS["attention"]:
+        with forced_paths(attention=path.name):
             y = attention(q, k, v, None, sinks)
         for head in range(2):
             for t in range(5):
@@ -430,6 +438,37 @@ def test_on_cuda_the_first_kernel_that_imports_runs(monkeypatch: pytest.MonkeyPa
         "chunked",
         "padded",
         "sliced",
+    )
+
+
+@pytest.mark.parametrize("op", PATHS)
+def test_an_op_has_a_reference_a_path_that_can_be_counted_and_different_names(op: str) -> None:
+    paths = PATHS[op]
+    assert len({path.name for path in paths}) == len(paths)
+    assert sum(path.reference for path in paths) == 1
+    assert any(path.countable for path in paths)
+    assert {path.default_on for path in paths if path.needs} <= {"cuda", ""}
+    assert not any(path.needs or path.compiled for path in paths if path.reference or path.countable)
+
+
+def test_an_op_that_a_file_declares_can_be_forced_and_is_in_every_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explore.ops.paths._declared", declared := dict(PATHS))
+    monkeypatch.setattr("explore.ops.paths.PATHS", declared)
+    with pytest.raises(ValueError, match="new: one path must have default_on='any' and need no package, got "):
+        declare("new", OpPath("fast", default_on="cpu"), OpPath("kernel", default_on="any", needs="triton"))
+    declare("new", OpPath("fast", default_on="cpu"), OpPath("slow", default_on="any", reference=True))
+    assert (path_of("new"), path_of("new", "meta"), path_of("new", "mps")) == ("fast", "fast", "slow")
+    assert paths_that(lambda path: path.reference)["new"] == "slow"
+    assert "new" not in paths_that(lambda path: path.countable)
+    with forced_paths(new="slow"):
+        assert path_of("new") == paths_in_use()["new"] == "slow"
+
+
+def test_the_paths_that_any_file_of_ops_declares_are_known() -> None:
+    folder = Path(importlib.import_module("explore.ops").__file__ or "").parent
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("*.py")]
+    assert sorted(PATHS) == sorted(
+        op for text in texts for op in re.findall(r'^declare\(\s*"(\w+)"', text, re.MULTILINE)
     )
 
 

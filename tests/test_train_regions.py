@@ -15,11 +15,10 @@ import torch
 from small_runs import STEPS, result, tiny, train, write_corpus
 
 from explore.model import ModelConfig
-from explore.ops import forced_paths
+from explore.ops import forced_paths, paths_in_use
 from explore.runs import RunFolder, read_table, save_table, write_json
 from explore.train import ELEMENTS, compiled_ops, own_table, regions
 
-PLAIN = {"conv": "shift", "norm": "by_hand", "ssd": "chunked"}
 MAMBA: dict[str, Any] = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 1, "chunk_size": 16}
 ELEMENTS_OF_SCAN = 64
 ENOUGH = round(2 * 10 / (1e-6 * ELEMENTS_OF_SCAN))
@@ -142,7 +141,7 @@ def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(ow
     (compiled,) = map(RunFolder, (tmp_path / "compiled").iterdir())
     assert set(compiled.environment["compiled"]) == set(ELEMENTS)
     assert {compiled.environment["ops"][op] for op in ELEMENTS} == {"compiled"}
-    with forced_paths(**PLAIN):
+    with forced_paths(**paths_in_use()):
         plain = train(one, tmp_path / "plain")
     assert plain.environment["compiled"] == {}
     assert result(compiled)["step"] == STEPS

@@ -37,11 +37,11 @@ def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Ite
         for op, work in _works(d_model, n_tokens, seq_len, dtype).items():
             name = op.partition(",")[0]
             for path in PATHS[name]:
-                if path in ("recurrent", "mamba_ssm", "compiled", "transposed", "triton", "vectors", "sums"):
+                if path.needs or path.compiled or path.stepwise or not path.backward:
                     continue
-                with forced_paths(**{name: path}):
+                with forced_paths(**{name: path.name}):
                     seconds = min(timed(work, dtype == torch.bfloat16) for _ in range(repeats + 1))
-                yield {"op": op, "path": path, "precision": str(dtype).removeprefix("torch."), "seconds": seconds}
+                yield {"op": op, "path": path.name, "precision": str(dtype).removeprefix("torch."), "seconds": seconds}
 
 
 def timed(work: Op, autocast: bool) -> float:

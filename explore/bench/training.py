@@ -10,7 +10,7 @@ from typing import Any
 
 from explore.bench.families import SHAPES, families
 from explore.model import ModelConfig
-from explore.ops import paths_in_use
+from explore.ops import paths_in_use, paths_that
 from explore.train import ELEMENTS, compiled_ops, multiplies_bf16
 
 RUN_TOKENS = 20_000_000
@@ -98,18 +98,6 @@ def _measured(
     )
 
 
-REFERENCE = {
-    "attention": "written_out",
-    "conv": "conv1d",
-    "experts": "loop",
-    "linear": "plain",
-    "loss": "whole",
-    "norm": "eager",
-    "ssd": "recurrent",
-}
-"""The slow, obvious implementation of every op that has one."""
-
-
 def compare_curves(
     shape: str, n_steps: int, paths: Mapping[str, str] | None = None, names: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -126,7 +114,7 @@ def compare_curves(
     """
     for name in _chosen(shape, names):
         task = {"family": name, "shape": shape, "n_steps": n_steps, "precision": "fp32", "paths": dict(paths or {})}
-        truth = _losses(task | {"paths": REFERENCE})
+        truth = _losses(task | {"paths": paths_that(lambda path: path.reference)})
         found = {precision: _losses(task | {"precision": precision}) for precision in _precisions()}
         rounding = _apart(found["fp32"], _losses(task | {"nudge": 1e-7}))
         for precision, losses in found.items():

@@ -23,7 +23,7 @@ from explore.blocks import Mamba2Config
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
-from explore.ops import PATHS, forced_paths
+from explore.ops import forced_paths, path_of
 from explore.train import ELEMENTS, build_optimizer, fit, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
@@ -128,7 +128,7 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
     work = mamba_works(block, size.batch_size, size.seq_len, dtype)[op]
     with forced_paths(**{op: "compiled"}):
         first = timed(work, precision == "bf16")
-    times: dict[str, list[float]] = {PATHS[op][0]: [], "compiled": []}
+    times: dict[str, list[float]] = {path_of(op): [], "compiled": []}
     for _ in range(REPEATS):
         for path, found in times.items():  # in turn, for the machine may be busy at times
             with forced_paths(**{op: path}):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
-from explore.ops import compiled_step, forced_paths
+from explore.ops import compiled_step, forced_paths, paths_that
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -
     """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
     step = compiled_step(_logits, varying=SEEN)
     # No shape in these depends on what is computed, and the recurrence's definition becomes one loop over the state.
-    paths = forced_paths(attention="sums", experts="dense", ssd="recurrent", linear="vectors")
+    paths = forced_paths(**paths_that(lambda path: path.decoding))
     with paths, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # by torch, where it measures products
         logits: Tensor = step(model, tokens, state)

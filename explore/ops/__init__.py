@@ -1,5 +1,8 @@
 """Pure tensor functions, the fast ones beside their truth. Gradients are of first order: most are written by hand."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
@@ -7,12 +10,27 @@ from explore.ops.experts import experts
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm, rms_norm
-from explore.ops.paths import PATHS, compiled, compiled_step, forced_paths, is_forced, path_of, paths_in_use, same_paths
+from explore.ops.paths import (
+    PATHS,
+    OpPath,
+    compiled,
+    compiled_step,
+    forced_paths,
+    is_forced,
+    path_of,
+    paths_in_use,
+    paths_that,
+    same_paths,
+)
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
+
+for _module in iter_modules(__path__):  # whose files declare the paths of their ops
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "PATHS",
     "Activation",
+    "OpPath",
     "activate",
     "attention",
     "causal_conv1d",
@@ -27,6 +45,7 @@ __all__ = [
     "linear_cross_entropy",
     "path_of",
     "paths_in_use",
+    "paths_that",
     "rms_norm",
     "rotate",
     "same_paths",

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import path_of
+from explore.ops.paths import OpPath, declare, path_of
+
+declare(
+    "attention",
+    OpPath("blocked", default_on="cpu"),
+    OpPath("sdpa", default_on="any"),
+    OpPath("written_out", reference=True, countable=True),
+    OpPath("sums", backward=False, decoding=True),
+)
 
 
 def attention(

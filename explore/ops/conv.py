@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import compiled, path_of
+from explore.ops.paths import OpPath, compiled, declare, path_of
+
+declare(
+    "conv",
+    OpPath("shift", default_on="cpu"),
+    OpPath("conv1d", default_on="any", reference=True, countable=True),
+    OpPath("compiled", compiled=True),
+)
 
 
 def causal_conv1d(

@@ -16,7 +16,16 @@ from torch.nn import functional as F
 
 from explore.ops.activation import Activation, activate
 from explore.ops.linear import linear
-from explore.ops.paths import path_of, product_dtype
+from explore.ops.paths import OpPath, declare, path_of, product_dtype
+
+declare(
+    "experts",
+    OpPath("padded", default_on="any"),
+    OpPath("loop", reference=True, countable=True),
+    OpPath("dense", decoding=True),
+    OpPath("triton", default_on="cuda", needs="triton"),
+)
+
 
 MAX_PADDING = 4
 """Rows of the padded form over those that hold a token."""

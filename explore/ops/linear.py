@@ -7,7 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from explore.ops.paths import path_of
+from explore.ops.paths import OpPath, declare, path_of
+
+declare(
+    "linear",
+    OpPath("transposed", default_on="cpu", countable=True, backward=False),
+    OpPath("plain", default_on="any", reference=True, countable=True),
+    OpPath("vectors", backward=False, decoding=True),
+)
+
 
 FEW_ROWS = 32
 """Rows of a product up to which its transpose is faster on a CPU: few, as where a batch is decoded."""

@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import path_of, product_dtype
+from explore.ops.paths import OpPath, declare, path_of, product_dtype
+
+declare(
+    "loss",
+    OpPath("sliced", default_on="any"),
+    OpPath("whole", reference=True, countable=True),
+    OpPath("triton", default_on="cuda", needs="triton"),
+)
+
 
 MAX_LOGITS = 1 << 19
 """Logits that are alive at once, 2 MiB in fp32, which a cache holds."""

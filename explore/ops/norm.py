@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import compiled, path_of
+from explore.ops.paths import OpPath, compiled, declare, path_of
+
+declare(
+    "norm",
+    OpPath("by_hand", default_on="any"),
+    OpPath("eager", reference=True, countable=True),
+    OpPath("compiled", compiled=True),
+)
 
 
 def rms_norm(

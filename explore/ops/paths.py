@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,25 +17,39 @@ from torch.compiler import assume_constant_result
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PATHS: Mapping[str, tuple[str, ...]] = {
-    "attention": ("blocked", "sdpa", "written_out", "sums"),
-    "conv": ("shift", "conv1d", "compiled"),
-    "experts": ("padded", "loop", "dense", "triton"),
-    "linear": ("transposed", "plain", "vectors"),
-    "loss": ("sliced", "whole", "triton"),
-    "norm": ("by_hand", "eager", "compiled"),
-    "ssd": ("chunked", "recurrent", "mamba_ssm", "triton", "compiled"),
-}
-"""Every op with its implementations, the default on a CPU first."""
 
-ELSEWHERE: Mapping[str, str] = {"attention": "sdpa", "conv": "conv1d", "linear": "plain"}
-"""The default on other devices, where it is another."""
+class OpPath(NamedTuple):
+    """One implementation of an op.
 
-CUDA: Mapping[str, tuple[str, ...]] = {"experts": ("triton",), "loss": ("triton",), "ssd": ("mamba_ssm", "triton")}
-"""The default on CUDA: the first of these whose package imports, before those above."""
+    Attributes:
+        name: as in `forced_paths`.
+        default_on: type of device on which it is the default: `cpu`, `cuda`, or `any` for those without one of their
+            own. On a type with several, the first whose package imports is.
+        needs: module that it imports; without it the path fails, and is no default.
+        reference: the slow, obvious implementation that the others are held against.
+        countable: its matrix products are all visible to torch's dispatcher, and they are those of the ledger.
+        backward: it has a backward pass. A path without one is for a few positions of decoding, and leaves what is
+            larger or needs gradients to another path.
+        compiled: torch compiles it, once for each shape, in ten seconds to a minute.
+        stepwise: it takes positions one after another, so it is slow for long sequences.
+        decoding: a compiled decoding step takes it.
+    """
 
-MODULES: Mapping[str, str] = {"mamba_ssm": "mamba_ssm.ops.triton.ssd_combined", "triton": "triton"}
-"""What an implementation needs to import."""
+    name: str
+    default_on: Literal["", "cpu", "cuda", "any"] = ""
+    needs: str = ""
+    reference: bool = False
+    countable: bool = False
+    backward: bool = True
+    compiled: bool = False
+    stepwise: bool = False
+    decoding: bool = False
+
+
+_declared: dict[str, tuple[OpPath, ...]] = {}
+
+PATHS: Mapping[str, tuple[OpPath, ...]] = MappingProxyType(_declared)
+"""Every op with its implementations; the file of an op declares them."""
 
 MAX_SHAPES = 64
 """Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
@@ -51,6 +65,23 @@ STEP: Mapping[str, Any] = {
 """Options of torch's compiler for a step of decoding."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
+
+
+def declare(op: str, *paths: OpPath) -> None:
+    """Makes the implementations of an op known; the file of the op calls it once.
+
+    Raises:
+        ValueError: no path is the default on every device.
+    """
+    if not any(path.default_on == "any" and not path.needs for path in paths):
+        raise ValueError(f"{op}: one path must have default_on='any' and need no package, got {paths}")
+    _declared[op] = paths
+
+
+def paths_that(fits: Callable[[OpPath], bool]) -> dict[str, str]:
+    """The first path of each op that fits, for `forced_paths`; an op without one is left out."""
+    first = ((op, next(filter(fits, paths), None)) for op, paths in PATHS.items())
+    return {op: path.name for op, path in first if path is not None}
 
 
 def path_of(op: str, device: str = "cpu") -> str:
@@ -76,9 +107,11 @@ def same_paths() -> tuple[AbstractContextManager[None], AbstractContextManager[N
 
 
 def _default(op: str, device: str) -> str:
-    if device == "cuda" and (kernels := [path for path in CUDA.get(op, ()) if _imports(MODULES[path])]):
-        return kernels[0]
-    return PATHS[op][0] if device in ("cpu", "meta") else ELSEWHERE.get(op, PATHS[op][0])
+    for kind in ("cpu" if device == "meta" else device, "any"):
+        for path in PATHS[op]:
+            if path.default_on == kind and (not path.needs or _imports(path.needs)):
+                return path.name
+    raise AssertionError(f"{op}: `declare` has let no path for every device through")
 
 
 @cache
@@ -98,7 +131,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
     """Every op with the implementation that runs now on a type of device, for the run record."""
-    return {op: path_of(op, device) for op in PATHS}
+    return {op: path_of(op, device) for op in sorted(PATHS)}
 
 
 @cache
@@ -132,9 +165,9 @@ def forced_paths(**paths: str) -> Iterator[None]:
         ValueError: an op or an implementation that does not exist.
     """
     for op, path in paths.items():
-        if path not in PATHS.get(op, ()):
-            known = PATHS.get(op, tuple(PATHS))
-            raise ValueError(f"{op}: {path!r} is unknown; allowed are {', '.join(known)}")
+        known = [each.name for each in PATHS.get(op, ())]
+        if path not in known:
+            raise ValueError(f"{op}: {path!r} is unknown; allowed are {', '.join(known or sorted(PATHS))}")
     token = _forced.set({**_forced.get(), **paths})
     try:
         yield

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.ops.mamba_ssm import ssd_mamba_ssm
-from explore.ops.paths import compiled, path_of
+from explore.ops.paths import OpPath, compiled, declare, path_of
+
+declare(
+    "ssd",
+    OpPath("chunked", default_on="any", countable=True),
+    OpPath("recurrent", reference=True, stepwise=True, decoding=True),
+    OpPath("mamba_ssm", default_on="cuda", needs="mamba_ssm.ops.triton.ssd_combined"),
+    OpPath("triton", default_on="cuda", needs="triton"),
+    OpPath("compiled", compiled=True),
+)
 
 
 def ssd(
