@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import product
 
-from explore.blocks import BlockConfig, MoEConfig
+from explore.blocks import BLOCKS, BlockConfig, Role
 
 PIPELINE_MARK = "|"
 MTP_MARK = "/"
@@ -69,14 +70,32 @@ def distance(a: str, b: str) -> int:
 
 
 def family(pattern: str, blocks: Mapping[str, BlockConfig]) -> str:
-    """Name of the family that a model belongs to in tables and figures, by the kinds of its layers."""
+    """Name of the family that a model belongs to in tables and figures, by what its layers are called and are for."""
     layers = resolve(pattern, blocks)
-    roles = {block.role for block in layers}
-    mamba, attention = "ssm" in roles, "attention" in roles
-    experts = [block for block in layers if isinstance(block, MoEConfig)]
-    if not experts:
-        names = {(True, True): "Mamba hybrid", (True, False): "Mamba + MLP", (False, True): "attention + MLP"}
-        return names.get((mamba, attention), "MLP")
-    mixer = {(True, True): "hybrid ", (True, False): "Mamba ", (False, True): "attention "}.get((mamba, attention), "")
-    latent = any(block.d_latent is not None for block in experts)
-    return mixer + ("LatentMoE" if latent else "MoE")
+    present = {layer.family_name for layer in layers}
+    recurrent = " + ".join(name for name in _names("recurrent") if name in present)
+    experts = [name for name in _names("experts") if name in present]
+    return _family(recurrent, any(layer.role == "attention" for layer in layers), experts[-1] if experts else "")
+
+
+def families() -> tuple[str, ...]:
+    """Every name that `family` gives; a recurrent mixer that comes later in `BLOCKS` adds its own after the others."""
+    recurrent = [""]
+    for name in _names("recurrent"):
+        recurrent += [f"{others} + {name}" if others else name for others in recurrent]
+    experts = ["", *_names("experts")]
+    return tuple(dict.fromkeys(_family(*parts) for parts in product(recurrent, (True, False), experts)))
+
+
+def _names(role: Role) -> list[str]:
+    """What layers of a role are called in the names of families, each name once."""
+    return list(dict.fromkeys(name for kind in BLOCKS if kind.config.role == role for name in kind.config.family_names))
+
+
+def _family(recurrent: str, attention: bool, experts: str) -> str:
+    if not (recurrent and attention):
+        mixer = recurrent or ("attention" if attention else "")
+        return f"{mixer} {experts}".strip() if experts else f"{mixer} + MLP".removeprefix(" + ")
+    # With experts, a hybrid that does not say of which recurrent mixer is one of the first.
+    hybrid = "hybrid" if experts and recurrent == _names("recurrent")[0] else f"{recurrent} hybrid"
+    return f"{hybrid} {experts}".strip()

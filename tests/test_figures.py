@@ -22,6 +22,7 @@ from explore.figures import (
     plot_frontier,
     save_figure,
 )
+from explore.pattern import families
 
 ATTENTION, MAMBA, MOE, LATENT = FAMILIES[:4]
 ROWS = [
@@ -183,8 +184,11 @@ def test_every_cost_axis_has_several_labelled_ticks_that_do_not_touch(runs, deca
 
 
 def test_a_family_keeps_its_colour_and_marker_in_every_figure():
-    alone = {family: family_styles([family])[family] for family in FAMILIES}
-    assert family_styles([*reversed(FAMILIES), "zebra", "ant"]) == alone | family_styles(["zebra", "ant"])
+    assert set(FAMILIES) <= set(families())
+    alone = {family: family_styles([family])[family] for family in families()}
+    assert len(set(alone.values())) == len(alone)
+    assert family_styles([*reversed(families()), "zebra", "ant"]) == alone | family_styles(["zebra", "ant"])
+    assert list(family_styles(families()))[: len(FAMILIES)] == list(FAMILIES)
     assert list(family_styles(["zebra", LATENT, "ant", ATTENTION])) == [ATTENTION, LATENT, "ant", "zebra"]
     many = family_styles([*FAMILIES, *(f"other {i}" for i in range(60))])
     assert len(set(many.values())) == len(many)

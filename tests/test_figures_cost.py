@@ -11,7 +11,6 @@ from explore.cost import CONVENTIONS, Dtypes, flops_train
 from explore.figures import (
     COLUMN_HEIGHT,
     COLUMN_WIDTH,
-    GROUPS,
     QUANTITIES,
     README_WIDTH,
     conventions_table,
@@ -20,6 +19,7 @@ from explore.figures import (
     draw_receipts,
     draw_state,
     draw_throughput,
+    group_colors,
     latency_table,
     plot_conventions,
     plot_latency,
@@ -95,7 +95,7 @@ def test_the_groups_of_a_receipt_sum_to_the_total_of_the_model(models, quantity)
     dtypes = Dtypes("float8", "float8", "bfloat16")
     table = receipts_table(models, SEQ_LEN, [quantity], dtypes)
     assert list(table.columns) == ["quantity", "model", "group", "value"]
-    assert table["group"].tolist() == list(GROUPS) * len(models)
+    assert table["group"].tolist() == list(group_colors()) * len(models)
     sums = table.groupby("model")["value"].sum()
     for name, model in models.items():
         cost = model.cost(SEQ_LEN, weight_dtype="float8", kv_dtype="float8", state_dtype="bfloat16")
@@ -127,7 +127,7 @@ def test_bars_are_stacked_in_the_order_of_the_groups_and_end_at_the_total(models
     for ax, (quantity, scale) in zip(figure.axes, [("params_active", 1e3), ("flops_fwd", 1e3)], strict=True):
         here = table[(table["quantity"] == quantity) & (table["value"] > 0)]
         drawn = bars(ax)
-        assert list(drawn) == [group for group in GROUPS if group in set(here["group"])]
+        assert list(drawn) == [group for group in group_colors() if group in set(here["group"])]
         for i, name in enumerate(models):
             left = 0.0
             for group, value in here[here["model"] == name][["group", "value"]].itertuples(index=False):
@@ -137,7 +137,7 @@ def test_bars_are_stacked_in_the_order_of_the_groups_and_end_at_the_total(models
             assert float(ax.texts[i].get_text()) == pytest.approx(left, rel=5e-3)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(models)
     assert [ax.get_xlabel() for ax in figure.axes] == ["Active parameters\n(thousands)", "Forward pass\n(kFLOPs/token)"]
-    assert legend_of(figure) == [group for group in GROUPS if group in set(table["group"][table["value"] > 0])]
+    assert legend_of(figure) == [group for group in group_colors() if group in set(table["group"][table["value"] > 0])]
 
 
 def test_shares_are_percent_and_totals_keep_their_unit(models):
@@ -196,8 +196,9 @@ def seen(color, sight):
 
 @pytest.mark.parametrize("sight", SIGHT.values(), ids=SIGHT)
 def test_the_colours_of_groups_are_told_apart_whatever_the_sight(sight):
-    for one, other in combinations(GROUPS, 2):
-        distance = np.linalg.norm(seen(GROUPS[one], sight) - seen(GROUPS[other], sight))
+    colors = group_colors()
+    for one, other in combinations(colors, 2):
+        distance = np.linalg.norm(seen(colors[one], sight) - seen(colors[other], sight))
         assert distance > 12, (one, other)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from explore.blocks import BLOCKS, MoEConfig
-from explore.pattern import canonical, check_pattern, counts, distance, family, resolve, split_mtp
+from explore.pattern import canonical, check_pattern, counts, distance, families, family, resolve, split_mtp
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 patterns = st.text("ME*", max_size=6)
@@ -81,3 +81,17 @@ def test_distance_is_the_recursive_edit_distance(a: str, b: str) -> None:
 def test_families_follow_the_kinds_of_layers_and_not_their_letters(pattern: str, name: str) -> None:
     standard = MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32)
     assert family(pattern, EXAMPLES | {"S": standard}) == name
+
+
+@given(pattern=st.text("".join(EXAMPLES) + "S", min_size=1, max_size=6))
+def test_every_family_is_listed(pattern: str) -> None:
+    standard = MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32)
+    assert family(pattern, EXAMPLES | {"S": standard}) in families()
+
+
+def test_families_of_the_blocks_so_far_are_these_and_no_others() -> None:
+    assert set(families()) >= {
+        "Mamba hybrid", "Mamba + MLP", "attention + MLP", "MLP", "hybrid MoE", "Mamba MoE", "attention MoE", "MoE",
+        "hybrid LatentMoE", "Mamba LatentMoE", "attention LatentMoE", "LatentMoE",
+    }  # fmt: skip
+    assert len(set(families())) == len(families())

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RouterStats, State
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RoutedMixer, RouterStats, State
+from explore.blocks.declarations import ROLES, Draw, Group, Powers, Region, Role, Stops, Uncounted, ladder
+from explore.blocks.latent import latent_acc, latent_eff
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
-from explore.blocks.moe import MoE, MoEConfig, latent_acc, latent_eff
+from explore.blocks.moe import MoE, MoEConfig
 
 
 class BlockKind(NamedTuple):
@@ -36,6 +38,18 @@ BLOCKS: tuple[BlockKind, ...] = (
 
 STANDARD_LETTERS: Mapping[str, type[BlockConfig]] = {kind.letter: kind.config for kind in BLOCKS}
 
+KINDS: Mapping[str, type[BlockConfig]] = {kind.config.model_fields["kind"].default: kind.config for kind in BLOCKS}
+"""Every config by the `kind` in its JSON."""
+
+GROUPS: Mapping[str, Group] = {
+    name: group
+    for role in ROLES
+    for kind in BLOCKS
+    if kind.config.role == role
+    for name, group in kind.config.groups.items()
+}
+"""Groups of components of all kinds in the order in which a bar stacks them, those of one role beside one another."""
+
 if TYPE_CHECKING:
     AnyBlock = BlockConfig
 else:
@@ -43,14 +57,19 @@ else:
 
 __all__ = [
     "BLOCKS",
+    "GROUPS",
+    "KINDS",
     "MLA",
     "MLP",
+    "ROLES",
     "STANDARD_LETTERS",
     "AnyBlock",
     "Attention",
     "AttentionConfig",
     "BlockConfig",
     "BlockKind",
+    "Draw",
+    "Group",
     "Linear",
     "MLAConfig",
     "MLPConfig",
@@ -59,9 +78,16 @@ __all__ = [
     "Mixer",
     "MoE",
     "MoEConfig",
+    "Powers",
     "RMSNorm",
+    "Region",
+    "Role",
+    "RoutedMixer",
     "RouterStats",
     "State",
+    "Stops",
+    "Uncounted",
+    "ladder",
     "latent_acc",
     "latent_eff",
 ]

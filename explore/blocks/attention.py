@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width, parameter
-from explore.cost import Entry, attended_keys, matrix, vector, visible_keys
+from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, State, parameter
+from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, divisors, head_width, leaf
+from explore.cost import ConventionName, Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
 
@@ -25,7 +29,14 @@ class AttentionConfig(BlockConfig):
         sinks: a learned logit of each head in its softmax, which takes weight and gives no value.
     """
 
-    role: ClassVar[Literal["attention"]] = "attention"
+    label: ClassVar[str] = "attention"
+    role: ClassVar[Role] = "attention"
+    groups: ClassVar[Mapping[str, Group]] = {
+        "attention projections": Group((0.00, 0.45, 0.70)),
+        "attention scores, KV": Group((0.53, 0.77, 1.00), ("attention",)),
+    }
+    draws: ClassVar[Mapping[str, Draw]] = {"d_head": Powers(16, 64), "sharing": Powers(1, 4)}
+
     kind: Literal["attention"] = "attention"
     n_heads: PositiveInt
     n_kv_heads: PositiveInt
@@ -51,6 +62,37 @@ class AttentionConfig(BlockConfig):
         n_heads = d_model // d_head
         return cls(n_heads=n_heads, n_kv_heads=2 if n_heads % 2 == 0 else 1, d_head=d_head)
 
+    @classmethod
+    def random_example(cls, rng: random.Random) -> AttentionConfig:
+        groups, per_group = rng.randint(1, 4), rng.randint(1, 4)
+        return cls(
+            n_heads=groups * per_group,
+            n_kv_heads=groups,
+            d_head=2 * rng.randint(1, 4),
+            window=rng.choice([None, rng.randint(1, 30)]),
+            rope_theta=rng.choice([None, 1e4]),
+            bias=rng.choice(["none", "qkv", "all"]),
+            qk_norm=rng.random() < 0.5,
+            sinks=rng.random() < 0.5,
+        )
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """The heads together are as wide as the model; `sharing` of them have one head of keys and values."""
+        d_head = math.gcd(drawn["d_head"], d_model)
+        n_heads = d_model // d_head
+        return {"n_heads": n_heads, "n_kv_heads": n_heads // math.gcd(drawn["sharing"], n_heads), "d_head": d_head}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        return {"n_kv_heads": Stops(tuple(divisors(self.n_heads)), open=False)}
+
+    @classmethod
+    def settled(cls, sizes: Mapping[str, Any]) -> dict[str, int]:
+        kv, heads = sizes.get("n_kv_heads"), sizes.get("n_heads")
+        if not (isinstance(kv, int) and isinstance(heads, int) and kv >= 1 and heads >= 1 and heads % kv):
+            return {}
+        return {"n_kv_heads": max(n for n in divisors(heads) if n <= kv)}
+
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         seen = visible_keys(seq_len, self.window)
@@ -71,6 +113,22 @@ class AttentionConfig(BlockConfig):
             ),
             matrix("o_proj", d_q, d_model, seq_len, bias=o_bias),
         )
+
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        square = 2 * 2 * self.n_heads * self.d_head * seq_len**2
+        return {"megatron": {"attention": square // 2}, "palm": {"attention": square}}
+
+    def uncounted(self, seq_len: int) -> Uncounted:
+        """Pairs of positions that causality and the window forbid, as attention written out runs over all of them."""
+        masked = 2 * 2 * self.n_heads * self.d_head * (seq_len**2 - attended_keys(seq_len, self.window))
+        return Uncounted(masked, 3 * masked)
+
+    def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
+        q, k, v = (
+            leaf(batch_size, heads, seq_len, self.d_head, dtype=dtype)
+            for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)
+        )
+        return {"attention": lambda: attention(q, k, v, self.window)}
 
     def build(self, d_model: int) -> Attention:
         return Attention(self, d_model)

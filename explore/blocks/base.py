@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from explore.blocks.declarations import Draw, Group, Region, Role, Stops, Uncounted
 from explore.config import Config
-from explore.cost import Entry
+from explore.cost import ConventionName, Entry
 from explore.ops import linear, rms_norm
 
 
@@ -61,11 +64,42 @@ class Mixer(nn.Module, ABC):
         """
 
 
-class BlockConfig(Config, ABC):
-    """Sizes of one kind of block; `d_model` belongs to the model and is passed in."""
+class RoutedMixer(Mixer):
+    """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics."""
 
-    role: ClassVar[Literal["ssm", "attention", "mlp", "moe"]]
-    """What the block is for, whichever way it does it."""
+    @abstractmethod
+    def update_bias(self, load: Float[Tensor, " n_experts"]) -> None:
+        """Moves the experts towards an even load; called once per optimizer step.
+
+        Args:
+            load: tokens that went to each expert in the step.
+        """
+
+
+class BlockConfig(Config, ABC):
+    """Sizes of one kind of block, and all that is known of the kind; `d_model` belongs to the model and is passed in.
+
+    Costs, figures, families, search, workbench, proof and timing read what is declared here, and none of them asks
+    which kind it has. A new kind is a file beside this one and an entry of `BLOCKS`. It must declare what has no
+    default here; the rest is for kinds that have such a thing.
+
+    Attributes:
+        label: name of the kind in tables and figures.
+        role: what the block is for, whichever way it does it.
+        family_names: what the name of a family calls such layers, the plainest first; of recurrent mixers and experts.
+        groups: parts that figures show, in the order in which a bar stacks them.
+        colored_as: group whose colour the letter has; the first when empty.
+        lines: components that a comparison of conventions shows as one line, by the name of the line.
+        draws: what a search draws, by name; `sized` makes sizes of it.
+    """
+
+    label: ClassVar[str]
+    role: ClassVar[Role]
+    family_names: ClassVar[tuple[str, ...]] = ()
+    groups: ClassVar[Mapping[str, Group]]
+    colored_as: ClassVar[str] = ""
+    lines: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    draws: ClassVar[Mapping[str, Draw]] = {}
 
     kind: str
 
@@ -78,6 +112,11 @@ class BlockConfig(Config, ABC):
             ValueError: no such sizes divide `d_model`.
         """
 
+    @classmethod
+    @abstractmethod
+    def random_example(cls, rng: random.Random) -> BlockConfig:
+        """Small sizes and any options, for the proof; they fit any width."""
+
     @abstractmethod
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         """The ledger of one block over one sequence, norm before the mixer not included."""
@@ -85,6 +124,51 @@ class BlockConfig(Config, ABC):
     @abstractmethod
     def build(self, d_model: int) -> Mixer:
         """The module, uninitialised until `init_weights`."""
+
+    @property
+    def family_name(self) -> str:
+        """The one of `family_names` that these sizes give; empty where there is none."""
+        return self.family_names[0] if self.family_names else ""
+
+    @classmethod
+    def group_of(cls, component: str) -> str:
+        """The group of a component of the ledger."""
+        named = (name for name, group in cls.groups.items() if component in group.components)
+        return next(named, next(iter(cls.groups)))
+
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        """Forward FLOPs of one sequence, by convention and component, where a convention does not go by its rule."""
+        return {}
+
+    def uncounted(self, seq_len: int) -> Uncounted:
+        """What the op counter finds in this block beside the ledger's FLOPs, on the paths that it can count."""
+        return Uncounted()
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """Fields that come of what was drawn from `draws`; what must divide divides, at any width."""
+        return {}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        """The fields that have a slider in the workbench, and where it stops."""
+        return {}
+
+    @classmethod
+    def settled(cls, sizes: Mapping[str, Any]) -> dict[str, int]:
+        """What has to change in fields, of any values, so that they can stand together."""
+        return {}
+
+    def regions(self, seq_len: int) -> Mapping[str, Region]:
+        """The ops that it can pay to compile, by the name that `explore.ops.paths` has for them."""
+        return {}
+
+    def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
+        """The ops between the projections at these sizes, to be timed: by name of the op and, after a comma, sizes."""
+        return {}
+
+
+Call = Callable[[], Tensor]
+"""A call of an op with all its inputs; the result has a gradient."""
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -105,19 +189,3 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims width"]:
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
-
-
-def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
-    """The largest of `widths` that divides `d_model` into `at_least` heads.
-
-    Raises:
-        ValueError: none does.
-    """
-    for width in widths:
-        if d_model % width == 0 and d_model // width >= at_least:
-            return width
-    smallest = widths[-1]
-    raise ValueError(
-        f"d_model: {d_model} is not divisible into heads; "
-        f"allowed are multiples of {smallest}, at least {smallest * at_least}"
-    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,9 +13,13 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width, parameter
-from explore.cost import Entry, matrix, vector
+from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, State, parameter
+from explore.blocks.declarations import Draw, Group, Powers, Region, Role, Stops, head_width, ladder, leaf
+from explore.cost import ConventionName, Entry, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
+
+SCAN = ("ssd C B^T", "ssd (L * C B^T) X", "ssd state update", "ssd state output")
+"""The four products of the chunked algorithm."""
 
 
 class Mamba2Config(BlockConfig):
@@ -26,7 +32,21 @@ class Mamba2Config(BlockConfig):
         dt_max: largest step size at initialisation.
     """
 
-    role: ClassVar[Literal["ssm"]] = "ssm"
+    label: ClassVar[str] = "Mamba-2"
+    role: ClassVar[Role] = "recurrent"
+    family_names: ClassVar[tuple[str, ...]] = ("Mamba",)
+    groups: ClassVar[Mapping[str, Group]] = {
+        "Mamba-2 projections": Group((0.87, 0.56, 0.02)),
+        "Mamba-2 scan, state": Group((0.85, 0.72, 0.50), SCAN),
+    }
+    lines: ClassVar[Mapping[str, tuple[str, ...]]] = {"ssd": SCAN}
+    draws: ClassVar[Mapping[str, Draw]] = {
+        "expand": Powers(2, 2),
+        "d_head": Powers(16, 64),
+        "d_state": Powers(16, 128),
+        "n_groups": Powers(1, 4),
+    }
+
     kind: Literal["mamba2"] = "mamba2"
     n_heads: PositiveInt
     d_head: PositiveInt
@@ -61,6 +81,30 @@ class Mamba2Config(BlockConfig):
         n_heads = 2 * d_model // d_head
         return cls(n_heads=n_heads, d_head=d_head, d_state=128, n_groups=math.gcd(n_heads, 8))
 
+    @classmethod
+    def random_example(cls, rng: random.Random) -> Mamba2Config:
+        groups, per_group = rng.randint(1, 4), rng.randint(1, 4)
+        return cls(
+            n_heads=groups * per_group,
+            d_head=rng.randint(1, 8),
+            d_state=rng.randint(1, 4),
+            n_groups=groups,
+            d_conv=rng.randint(1, 4),
+            chunk_size=4 * rng.randint(1, 4),
+        )
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """The heads together are `expand` times as wide as the model."""
+        d_inner = d_model * drawn["expand"]
+        d_head = math.gcd(drawn["d_head"], d_inner)
+        n_heads = d_inner // d_head
+        groups = math.gcd(drawn["n_groups"], n_heads)
+        return {"n_heads": n_heads, "d_head": d_head, "d_state": drawn["d_state"], "n_groups": groups}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        return {"d_state": Stops(tuple(ladder(8, 512, 8, 2)))}
+
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         channels = self.d_conv_channels
         conv = channels * (self.d_conv + 1)
@@ -80,13 +124,44 @@ class Mamba2Config(BlockConfig):
                 conv_numel=channels * (self.d_conv - 1),
             ),
             vector("A_log, D, dt_bias", 3 * self.n_heads),
-            Entry("ssd C B^T", flops_seq=2 * self.n_groups * self.d_state * squares),
-            Entry("ssd (L * C B^T) X", flops_seq=2 * self.d_inner * squares),
-            Entry("ssd state update", flops_seq=2 * state * seq_len, flops_step=2 * state, ssm_numel=state),
-            Entry("ssd state output", flops_seq=2 * state * seq_len, flops_step=2 * state),
+            Entry(SCAN[0], flops_seq=2 * self.n_groups * self.d_state * squares),
+            Entry(SCAN[1], flops_seq=2 * self.d_inner * squares),
+            Entry(SCAN[2], flops_seq=2 * state * seq_len, flops_step=2 * state, ssm_numel=state),
+            Entry(SCAN[3], flops_seq=2 * state * seq_len, flops_step=2 * state),
             vector("norm", self.d_inner),
             matrix("out_proj", self.d_inner, d_model, seq_len),
         )
+
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        d_inner = 2 * d_model  # fixed, also where n_heads * d_head is another number
+        d_in = 2 * d_inner + 2 * self.n_groups * self.d_state + self.n_heads
+        flops = {"conv1d": 0, "in_proj": 2 * d_model * d_in * seq_len, "out_proj": 2 * d_inner * d_model * seq_len}
+        return {"megatron": flops | dict.fromkeys(SCAN, 0) | {SCAN[0]: 7 * d_inner * self.d_state * seq_len}}
+
+    def regions(self, seq_len: int) -> Mapping[str, Region]:
+        rest = seq_len % self.chunk_size
+        lengths = tuple(filter(None, (seq_len - rest, rest)))  # of the scan: whole chunks, and what is left
+        return {
+            "conv": Region(self.d_conv_channels, (seq_len,)),
+            "norm": Region(self.d_inner, (seq_len,)),
+            "ssd": Region(self.n_heads * self.chunk_size, lengths),
+        }
+
+    def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
+        def inputs(*shape: int) -> Tensor:
+            return leaf(batch_size, seq_len, *shape, dtype=dtype)
+
+        c, h, g, n = self.d_conv_channels, self.n_heads, self.n_groups, self.d_state
+        x, filters, bias = inputs(c), leaf(c, 1, self.d_conv, dtype=dtype), leaf(c, dtype=dtype)
+        y, z, scale = inputs(self.d_inner), inputs(self.d_inner), leaf(self.d_inner, dtype=dtype)
+        X, B, C = inputs(h, self.d_head), inputs(g, n), inputs(g, n)
+        dt = torch.rand(batch_size, seq_len, h).mul_(0.1).requires_grad_()
+        A, D = -torch.rand(h).add_(1), leaf(h, dtype=torch.float32)
+        return {
+            "conv": lambda: causal_conv1d(x, filters, bias),
+            "norm": lambda: gated_group_rms_norm(y, z, scale, g, self.norm_eps),
+            "ssd": lambda: ssd(X, dt, A, B, C, D, self.chunk_size)[0],
+        }
 
     def build(self, d_model: int) -> Mamba2:
         return Mamba2(self, d_model)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.attention import remembered, seen_before
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State, head_width
-from explore.cost import Entry, attended_keys, matrix, vector
+from explore.blocks.attention import AttentionConfig, remembered, seen_before
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State
+from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, head_width, ladder, width
+from explore.cost import ConventionName, Entry, attended_keys, matrix, vector
 from explore.ops import attention, rotate
 
 
@@ -26,7 +30,12 @@ class MLAConfig(BlockConfig):
         d_v: width of a head's value.
     """
 
-    role: ClassVar[Literal["attention"]] = "attention"
+    label: ClassVar[str] = "latent attention"
+    role: ClassVar[Role] = "attention"
+    groups: ClassVar[Mapping[str, Group]] = AttentionConfig.groups
+    colored_as: ClassVar[str] = "attention scores, KV"
+    draws: ClassVar[Mapping[str, Draw]] = {"d_head": Powers(16, 64), "kv_ratio": (0.25, 0.5, 1.0)}
+
     kind: Literal["mla"] = "mla"
     n_heads: PositiveInt
     q_rank: PositiveInt | None = None
@@ -49,6 +58,27 @@ class MLAConfig(BlockConfig):
         n_heads = d_model // d_head
         return cls(n_heads=n_heads, kv_rank=4 * d_head, d_nope=d_head, d_rope=d_head // 2, d_v=d_head)
 
+    @classmethod
+    def random_example(cls, rng: random.Random) -> MLAConfig:
+        return cls(
+            n_heads=rng.randint(1, 4),
+            q_rank=rng.choice([None, rng.randint(1, 4)]),
+            kv_rank=rng.randint(1, 4),
+            d_nope=rng.randint(1, 4),
+            d_rope=2 * rng.randint(1, 4),
+            d_v=rng.randint(1, 4),
+        )
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """The heads together are as wide as the model, and `kv_ratio` is the width of what is cached to that."""
+        d_head = max(4, math.gcd(drawn["d_head"], d_model))
+        n_heads, kv_rank = max(1, d_model // d_head), width(d_model, drawn["kv_ratio"])
+        return {"n_heads": n_heads, "kv_rank": kv_rank, "d_nope": d_head, "d_rope": d_head // 2, "d_v": d_head}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        return {"kv_rank": Stops(tuple(ladder(16, 4 * d_model, 16, 8)))}
+
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         h, d_q = self.n_heads, self.n_heads * (self.d_nope + self.d_rope)
         if self.q_rank is None:
@@ -67,7 +97,7 @@ class MLAConfig(BlockConfig):
             matrix("kv_up", self.kv_rank, h * (self.d_nope + self.d_v), seq_len),
             Entry(
                 "attention",
-                flops_seq=2 * h * (self.d_nope + self.d_rope + self.d_v) * attended_keys(seq_len, None),
+                flops_seq=self._pair * attended_keys(seq_len, None),
                 # Absorbed: scores and values are taken in the narrow width, which all heads share.
                 flops_step=2 * h * (kept + self.kv_rank) * seq_len,
                 kv_numel=kept,
@@ -75,6 +105,19 @@ class MLAConfig(BlockConfig):
             ),
             matrix("o_proj", h * self.d_v, d_model, seq_len),
         )
+
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        return {"palm": {"attention": self._pair * seq_len**2}}
+
+    def uncounted(self, seq_len: int) -> Uncounted:
+        """Pairs of positions that causality forbids, as attention written out runs over all of them."""
+        masked = self._pair * (seq_len**2 - attended_keys(seq_len, None))
+        return Uncounted(masked, 3 * masked)
+
+    @property
+    def _pair(self) -> int:
+        """FLOPs of a query and a key: the score and the weighted value of every head."""
+        return 2 * self.n_heads * (self.d_nope + self.d_rope + self.d_v)
 
     def build(self, d_model: int) -> MLA:
         return MLA(self, d_model)

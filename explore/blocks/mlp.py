@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Linear, Mixer, State
+from explore.blocks.declarations import Draw, Group, Role, Stops, ladder, width
 from explore.cost import Entry, matrix
 from explore.ops import Activation, activate, is_gated
 
@@ -16,7 +19,11 @@ from explore.ops import Activation, activate, is_gated
 class MLPConfig(BlockConfig):
     """Two matrices around a squared ReLU, or three in a SwiGLU."""
 
-    role: ClassVar[Literal["mlp"]] = "mlp"
+    label: ClassVar[str] = "MLP"
+    role: ClassVar[Role] = "mlp"
+    groups: ClassVar[Mapping[str, Group]] = {"MLP": Group((0.95, 0.90, 0.25))}
+    draws: ClassVar[Mapping[str, Draw]] = {"ratio": (1.0, 2.0, 3.0, 4.0, 6.0)}
+
     kind: Literal["mlp"] = "mlp"
     d_ff: PositiveInt
     activation: Activation = "relu2"
@@ -24,6 +31,18 @@ class MLPConfig(BlockConfig):
     @classmethod
     def default(cls, d_model: int) -> MLPConfig:
         return cls(d_ff=4 * d_model)
+
+    @classmethod
+    def random_example(cls, rng: random.Random) -> MLPConfig:
+        return cls(d_ff=rng.randint(1, 40), activation=rng.choice(get_args(Activation)))
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """`ratio` is that of the inner width to the model's."""
+        return {"d_ff": width(d_model, drawn["ratio"])}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        return {"d_ff": Stops(tuple(ladder(16, 8 * d_model, 16, 8)))}
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         up = matrix("up", d_model, self.d_ff, seq_len)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RouterStats, State, parameter
+from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer, RouterStats, State, parameter
+from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, ladder, leaf, width
 from explore.blocks.mlp import MLPConfig
-from explore.cost import Entry, matrix, product, vector
+from explore.cost import ConventionName, Entry, matrix, product, vector
 from explore.ops import Activation, experts, is_gated, linear
 
 
@@ -34,7 +38,23 @@ class MoEConfig(BlockConfig):
         aux_loss_coef: coefficient of the sequence-wise balance loss; 0 leaves it out.
     """
 
-    role: ClassVar[Literal["moe"]] = "moe"
+    label: ClassVar[str] = "experts"
+    role: ClassVar[Role] = "experts"
+    family_names: ClassVar[tuple[str, ...]] = ("MoE", "LatentMoE")
+    groups: ClassVar[Mapping[str, Group]] = {
+        "experts": Group((0.04, 0.60, 0.42)),
+        "shared experts": Group((0.69, 0.95, 0.89), ("shared",)),
+        "latent projections": Group((0.94, 0.41, 0.47), ("latent_down", "latent_up")),
+        "router": Group((0.67, 0.26, 0.13), ("router",)),
+    }
+    draws: ClassVar[Mapping[str, Draw]] = {
+        "n_experts": Powers(8, 64),
+        "sparsity": Powers(2, 16),
+        "ratio": (0.25, 0.5, 1.0),
+        "shared_ratio": (0.0, 1.0, 2.0),
+        "compression": Powers(1, 4),
+    }
+
     kind: Literal["moe"] = "moe"
     n_experts: PositiveInt
     top_k: PositiveInt
@@ -71,6 +91,58 @@ class MoEConfig(BlockConfig):
         d_expert = max(16, 11 * d_model // 16 // 16 * 16)
         return cls(n_experts=128, top_k=6, d_expert=d_expert, d_shared=2 * d_expert, routed_scaling_factor=2.5)
 
+    @classmethod
+    def random_example(cls, rng: random.Random) -> MoEConfig:
+        n_experts, d_latent = rng.randint(1, 8), rng.choice([None, rng.randint(1, 12)])
+        return cls(
+            n_experts=n_experts,
+            top_k=rng.randint(1, n_experts),
+            d_expert=rng.randint(1, 12),
+            n_shared=rng.randint(0, 2),
+            d_shared=rng.randint(1, 12),
+            d_latent=d_latent,
+            latent_norm="none" if d_latent is None else rng.choice(["none", "input", "combined"]),
+            router_input="model" if d_latent is None else rng.choice(["model", "latent"]),
+            activation=rng.choice(get_args(Activation)),
+            bias=rng.random() < 0.5,
+        )
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """Experts to each one that a token uses are `sparsity`; widths of experts are ratios to the model's.
+
+        `compression` is d_model / d_latent as far as it divides; at 1 there is no latent.
+        """
+        n_experts, shared = drawn["n_experts"], drawn["shared_ratio"]
+        sizes = {"n_experts": n_experts, "top_k": max(1, n_experts // drawn["sparsity"])}
+        sizes["d_expert"] = width(d_model, drawn["ratio"])
+        sizes |= {"n_shared": 1, "d_shared": width(d_model, shared)} if shared else {"n_shared": 0}
+        if drawn["compression"] > 1:
+            sizes["d_latent"] = d_model // math.gcd(drawn["compression"], d_model)
+        return sizes
+
+    @property
+    def family_name(self) -> str:
+        return self.family_names[self.d_latent is not None]
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        # The equivalents of a standard MoE, `latent_eff` and `latent_acc`, need a divisor of the width.
+        parts = (d_model // k for k in (2, 3, 4, 6, 8, 16) if d_model % k == 0)
+        stops = {
+            "n_experts": Stops(tuple(ladder(2, 1024, 1, 4))),
+            "top_k": Stops(tuple(ladder(1, min(64, self.n_experts), 1, 8)), open=False),
+            "d_expert": Stops(tuple(ladder(16, 4 * d_model, 16, 8))),
+            "d_latent": Stops((None, *ladder(16, d_model, 16, 8), *parts)),
+        }
+        return stops if self.d_shared is None else stops | {"d_shared": Stops(tuple(ladder(16, 8 * d_model, 16, 8)))}
+
+    @classmethod
+    def settled(cls, sizes: Mapping[str, Any]) -> dict[str, int]:
+        top_k, n_experts = sizes.get("top_k"), sizes.get("n_experts")
+        if isinstance(top_k, int) and isinstance(n_experts, int) and top_k > n_experts:
+            return {"top_k": n_experts}
+        return {}
+
     def shared_mlp(self) -> MLPConfig | None:
         """All shared experts as one MLP: the sum of their outputs is the same."""
         if not self.n_shared or self.d_shared is None:
@@ -105,11 +177,22 @@ class MoEConfig(BlockConfig):
             rows.append(product("shared", matrices * d_model * shared.d_ff, seq_len))
         return tuple(rows)
 
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        return {"megatron": {"router": 0}}
+
+    def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
+        n, k, d, f = self.n_experts, self.top_k, self.d_latent or d_model, self.d_expert
+        x, up, down = leaf(batch_size * seq_len, d, dtype=dtype), leaf(n, d, f, dtype=dtype), leaf(n, f, d, dtype=dtype)
+        gate = leaf(n, d, f, dtype=dtype) if is_gated(self.activation) else None
+        weights, chosen = torch.rand(len(x), n).topk(k, dim=-1)
+        sizes = f"{n} top {k}" + ("" if self.d_latent is None else ", latent")
+        return {f"experts, {sizes}": lambda: experts(x, chosen, weights, up, gate, down, self.activation)}
+
     def build(self, d_model: int) -> MoE:
         return MoE(self, d_model)
 
 
-class MoE(Mixer):
+class MoE(RoutedMixer):
     """y = W_up(sum over top_k of p_i E_i(W_down x)) + shared(x); without a latent W_up and W_down are absent.
 
     Scores are computed in fp32. The choice is made on score + expert_bias, the weights are the chosen
@@ -196,7 +279,7 @@ class MoE(Mixer):
 
     @torch.no_grad()
     def update_bias(self, load: Float[Tensor, " n_experts"]) -> None:
-        """Moves the bias of each expert towards the mean load; called once per optimizer step."""
+        """Moves the bias of each expert towards the mean load."""
         if self.config.expert_bias:
             self.expert_bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
 
@@ -217,41 +300,3 @@ class MoE(Mixer):
         fraction = load * c.n_experts / (c.top_k * chosen.shape[1])
         probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)
         return RouterStats(load.sum(0), c.aux_loss_coef * (fraction * probability).sum(-1).mean())
-
-
-def _alpha(standard: MoEConfig, d_model: int, d_latent: int) -> int:
-    if standard.d_latent is not None:
-        raise ValueError(f"d_latent: a standard MoE is needed, this one has d_latent={standard.d_latent}")
-    if d_latent < 1 or d_model % d_latent:
-        raise ValueError(f"d_latent: {d_latent} does not divide d_model={d_model}")
-    return d_model // d_latent
-
-
-def latent_eff(standard: MoEConfig, d_model: int, d_latent: int) -> MoEConfig:
-    """l-MoE_eff of a standard MoE: alpha times the experts, the same top_k; cheaper at the same quality.
-
-    alpha = d_model / d_latent; total parameters of the routed experts stay as they are.
-
-    Source: arXiv 2601.18089, section 3.
-    """
-    alpha = _alpha(standard, d_model, d_latent)
-    return standard.model_copy(update={"d_latent": d_latent, "n_experts": alpha * standard.n_experts})
-
-
-def latent_acc(standard: MoEConfig, d_model: int, d_latent: int, *, pay_projections: bool = True) -> MoEConfig:
-    """l-MoE_acc of a standard MoE: alpha times the experts and alpha times top_k; better at the same cost.
-
-    Args:
-        pay_projections: lower top_k by what the two latent projections cost, so that active parameters
-            stay equal: alpha * top_k - 2 d_model / (g d_expert), g = 2 matrices in an expert, 3 if gated.
-            Released configurations do (24 becomes 22); the paper's formula does not.
-
-    Source: arXiv 2601.18089, section 3; the rule for top_k is derived from the released configurations.
-    """
-    eff = latent_eff(standard, d_model, d_latent)
-    top_k = float(_alpha(standard, d_model, d_latent) * standard.top_k)
-    if pay_projections:
-        top_k -= 2 * d_model / ((3 if is_gated(standard.activation) else 2) * standard.d_expert)
-    if round(top_k) < 1:
-        raise ValueError(f"d_latent: at {d_latent} the two projections cost more than the experts that a token uses")
-    return eff.model_copy(update={"top_k": round(top_k)})

@@ -1,11 +1,12 @@
 """Closed-form accounting: the ledger, its totals, and FLOP conventions. Knows nothing of torch."""
 
-from explore.cost.conventions import CONVENTIONS, Convention, ConventionName, diff, flops_train
+from explore.cost.conventions import CONVENTIONS, Convention, diff, flops_train
 from explore.cost.ledger import (
     BITS,
     DTYPES,
     MTP_LETTER,
     By,
+    ConventionName,
     Dtype,
     Dtypes,
     Entry,

@@ -3,94 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from explore.cost.ledger import MTP_LETTER, Ledger, Row
-
-ConventionName = Literal["exact", "megatron", "palm", "6nd"]
-
-
-SCAN = ("ssd C B^T", "ssd (L * C B^T) X", "ssd state update", "ssd state output")
-"""The four products of the chunked state-space algorithm, one line in a comparison."""
+from explore.cost.ledger import MTP_LETTER, ConventionName, Entry, Ledger, Part
 
 
 class Convention(NamedTuple):
-    """How some tool counts the FLOPs of training.
+    """How some tool counts the FLOPs of training, which are three times those of a forward pass.
 
     Attributes:
-        flops_train: training FLOPs per token of one row.
+        rule: forward FLOPs of an entry over a sequence of a length. A part of the ledger, which knows what a tool
+            makes of its kind of block, may have other numbers.
         says: what it counts and leaves out.
         source: where it is written.
+        mtp: multi-token prediction counts.
     """
 
-    flops_train: Callable[[Ledger, Row], float]
+    rule: Callable[[Entry, int], int]
     says: str
     source: str
+    mtp: bool = True
 
 
-def _exact(ledger: Ledger, row: Row) -> float:
-    return 3 * row.entry.flops_seq / ledger.seq_len
+def _products(entry: Entry, seq_len: int) -> int:
+    return entry.flops_seq
 
 
-def _megatron(ledger: Ledger, row: Row) -> float:
-    component, sizes = row.entry.component, row.part.sizes
-    kind = sizes.get("kind")
-    if component in ("router", "conv1d", "eh_proj"):
-        return 0.0
-    if kind == "attention" and component == "attention":
-        d_q: int = sizes["n_heads"] * sizes["d_head"]
-        return 3.0 * 2 * ledger.seq_len * d_q  # half of a square, whatever the window
-    if kind == "mamba2":
-        d_inner = 2 * ledger.d_model  # fixed, also where n_heads * d_head is another number
-        if component == "in_proj":
-            width: int = 2 * d_inner + 2 * sizes["n_groups"] * sizes["d_state"] + sizes["n_heads"]
-            return 3.0 * 2 * ledger.d_model * width
-        if component == "out_proj":
-            return 3.0 * 2 * d_inner * ledger.d_model
-        d_state: int = sizes["d_state"]
-        return 3.0 * 7 * d_inner * d_state if component == SCAN[0] else 0.0
-    return _exact(ledger, row)
-
-
-def _palm(ledger: Ledger, row: Row) -> float:
-    if row.letter == MTP_LETTER or row.entry.component == "embedding":
-        return 0.0
-    sizes = row.part.sizes
-    attention = 0.0
-    if row.entry.component == "attention":
-        widths = sizes["n_heads"] * (sizes.get("d_head") or (sizes["d_nope"] + sizes["d_rope"] + sizes["d_v"]) / 2)
-        attention = 12 * widths * ledger.seq_len
-    return 6 * row.entry.params_active + attention
-
-
-def _six_n(ledger: Ledger, row: Row) -> float:
-    if row.letter == MTP_LETTER or row.entry.component in ("embedding", "head"):
-        return 0.0
-    return 6 * row.entry.params_active
+def _parameters(entry: Entry, seq_len: int) -> int:
+    return 2 * entry.params_active * seq_len
 
 
 CONVENTIONS: Mapping[ConventionName, Convention] = {
-    "exact": Convention(_exact, "every matrix product that the maths needs, causal attention halved", "this project"),
+    "exact": Convention(
+        _products, "every matrix product that the maths needs, causal attention halved", "this project"
+    ),
     "megatron": Convention(
-        _megatron,
+        _products,
         "causal attention halved, windows ignored; Mamba with an inner width of 2 d_model and a scan of 7 d_inner "
         "d_state; router, short convolution and the MTP input projection left out",
         "Megatron-LM, num_floating_point_operations in megatron/training/training.py",
     ),
     "palm": Convention(
-        _palm,
+        _parameters,
         "6 active parameters, input embedding left out, and 12 n_heads d_head seq_len an attention layer, not halved",
         "PaLM, arXiv 2204.02311, appendix B; nanoGPT, estimate_mfu",
+        mtp=False,
     ),
-    "6nd": Convention(_six_n, "6 active parameters, embeddings and head left out", "arXiv 2001.08361, section 2.1"),
+    "6nd": Convention(
+        _parameters, "6 active parameters, embeddings and head left out", "arXiv 2001.08361, section 2.1", mtp=False
+    ),
 }
 
 
 def flops_train(ledger: Ledger, convention: str) -> float:
     """Training FLOPs per token as a convention counts them; a forward pass is a third of it."""
-    count = _named(convention).flops_train
+    name = _known(convention)
     parts = [*ledger.counted(), *((1, part) for part in ledger.mtp)]
-    return sum(n * count(ledger, Row(None, part, entry)) for n, part in parts for entry in part.entries)
+    return sum(n * _flops_train(ledger, name, part, entry) for n, part in parts for entry in part.entries)
 
 
 def diff(ledger: Ledger, one: str, other: str) -> list[dict[str, Any]]:
@@ -98,19 +67,19 @@ def diff(ledger: Ledger, one: str, other: str) -> list[dict[str, Any]]:
 
     Returns:
         Records of letter, component, number of layers, training FLOPs per token under each convention (by its name),
-        and `difference`, the second less the first. The products of a state-space scan are one line.
+        and `difference`, the second minus the first. Components that a block declares as one line are one.
     """
-    counts = (_named(one).flops_train, _named(other).flops_train)
+    names = (_known(one), _known(other))
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for row in ledger:
-        component = "ssd" if row.entry.component in SCAN else row.entry.component
+        component = row.part.line_of(row.entry.component)
         line = lines.setdefault(
             (row.letter, component),
             {"letter": row.letter, "component": component, "layers": set(), one: 0.0, other: 0.0},
         )
         line["layers"].add(row.layer)
-        for name, count in zip((one, other), counts, strict=True):
-            line[name] += count(ledger, row)
+        for name in names:
+            line[name] += _flops_train(ledger, name, row.part, row.entry)
     records = [
         line | {"layers": len(line["layers"] - {None}), "difference": line[other] - line[one]}
         for line in lines.values()
@@ -119,8 +88,16 @@ def diff(ledger: Ledger, one: str, other: str) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: -abs(record["difference"]))
 
 
-def _named(name: str) -> Convention:
-    for convention, found in CONVENTIONS.items():
+def _flops_train(ledger: Ledger, name: ConventionName, part: Part, entry: Entry) -> float:
+    convention = CONVENTIONS[name]
+    if part.letter == MTP_LETTER and not convention.mtp:
+        return 0.0
+    flops_seq = part.conventions.get(name, {}).get(entry.component)
+    return 3 * (convention.rule(entry, ledger.seq_len) if flops_seq is None else flops_seq) / ledger.seq_len
+
+
+def _known(name: str) -> ConventionName:
+    for convention in CONVENTIONS:
         if convention == name:
-            return found
+            return convention
     raise ValueError(f"convention: {name!r} is unknown; allowed are {', '.join(CONVENTIONS)}")

@@ -12,11 +12,12 @@ latent attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 By = Literal["letter", "layer", "component"]
+ConventionName = Literal["exact", "megatron", "palm", "6nd"]
 Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4"]
 BITS: Mapping[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4}
 MTP_LETTER = "/"
@@ -65,20 +66,27 @@ def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
 
 @dataclass(frozen=True)
 class Part:
-    """What the ledger says of one block: its letter, its entries, and the sizes they came from.
+    """What the ledger says of one block.
 
     Attributes:
         letter: as in the pattern; empty for embedding, last norm and head, `/` for multi-token prediction.
-        sizes: fields of the block's config, `kind` among them.
+        conventions: forward FLOPs of one sequence, by convention and component, where a convention does not go by
+            its rule.
+        lines: components that a comparison of conventions shows as one line, by the name of the line.
     """
 
     letter: str
-    sizes: Mapping[str, Any]
     entries: tuple[Entry, ...]
+    conventions: Mapping[ConventionName, Mapping[str, int]] = field(default_factory=dict)
+    lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def total(self) -> Entry:
         return total_of(self.entries)
+
+    def line_of(self, component: str) -> str:
+        """The line of a comparison that a component is in: its own, where `lines` does not name it."""
+        return next((line for line, components in self.lines.items() if component in components), component)
 
 
 class Row(NamedTuple):
@@ -110,9 +118,9 @@ class Dtypes:
     activation: Dtype = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if (dtype := getattr(self, field.name)) not in BITS:
-                raise ValueError(f"{field.name}_dtype: {dtype!r} is unknown; allowed are {', '.join(BITS)}")
+        for each in fields(self):
+            if (dtype := getattr(self, each.name)) not in BITS:
+                raise ValueError(f"{each.name}_dtype: {dtype!r} is unknown; allowed are {', '.join(BITS)}")
 
 
 DTYPES = Dtypes()

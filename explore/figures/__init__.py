@@ -13,7 +13,7 @@ from explore.figures.base import (
     save_figure,
 )
 from explore.figures.conventions import conventions_table, draw_conventions, plot_conventions
-from explore.figures.cost import GROUPS, QUANTITIES, draw_receipts, plot_receipts, receipts_table
+from explore.figures.cost import QUANTITIES, draw_receipts, group_colors, plot_receipts, receipts_table
 from explore.figures.curves import curves_table, draw_curves, plot_curves
 from explore.figures.decoding import (
     draw_latency,
@@ -33,7 +33,6 @@ __all__ = [
     "COLUMN_HEIGHT",
     "COLUMN_WIDTH",
     "FAMILIES",
-    "GROUPS",
     "LABELS",
     "MARKERS",
     "MORE_IS_BETTER",
@@ -58,6 +57,7 @@ __all__ = [
     "draw_throughput",
     "family_styles",
     "frontier_table",
+    "group_colors",
     "latency_table",
     "plot_conventions",
     "plot_curves",

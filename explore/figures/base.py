@@ -20,8 +20,8 @@ COLUMN_WIDTH, COLUMN_HEIGHT = 3.35, 2.6
 README_WIDTH, README_HEIGHT = 6.5, 4.0
 """Inches of a figure on a page of its own width."""
 
-FAMILIES = ("attention + MLP", "Mamba hybrid", "hybrid MoE", "hybrid LatentMoE", "pure Mamba", "recall")
-"""Families with a colour and a marker of their own, the same in every figure; others get the next."""
+FAMILIES = ("attention + MLP", "Mamba hybrid", "hybrid MoE", "hybrid LatentMoE")
+"""The families that a legend names first. All that a pattern can have keep their colour and marker in every figure."""
 
 MARKERS = ("s", "o", "^", "D", "v", "P", "X", "<", ">", "p", "h")
 EVEN = {"^": 1.2, "v": 1.2, "<": 1.2, ">": 1.2, "D": 0.9}  # of a marker's size, so that all look equally large
@@ -65,11 +65,15 @@ def text_pt(width: float) -> float:
 
 
 def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
-    """The style of each family, in the order of a legend; those not in `FAMILIES` follow in alphabetical order."""
-    present = set(families)
+    """The style of each family, in the order of a legend; names that no pattern gives follow in alphabetical order."""
+    present, order = set(families), list(FAMILIES)
+    if not present <= set(order):
+        from explore.pattern import families as known  # which needs torch
+
+        order = list(dict.fromkeys([*order, *known(), *sorted(present)]))
     palette = sns.color_palette("colorblind")
     styles = {}
-    for i, family in enumerate([*FAMILIES, *sorted(present.difference(FAMILIES))]):
+    for i, family in enumerate(order):
         red, green, blue = palette[COLOR_ORDER[i % len(COLOR_ORDER)]]
         light = (0.3 * red + 0.7, 0.3 * green + 0.7, 0.3 * blue + 0.7)
         styles[family] = FamilyStyle((red, green, blue), light, MARKERS[i % len(MARKERS)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from explore.cost import DTYPES, MTP_LETTER, Dtypes
-from explore.cost.conventions import SCAN
 from explore.figures.axes import INK, dress, nothing, rows_of_names, tokens
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import in_a_row, outside_legend, panels
@@ -53,42 +53,24 @@ QUANTITIES: Mapping[str, Quantity] = {
 _COUNTS = ((1e12, "trillions", "T"), (1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"))
 _SIZES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
 
-GROUPS: Mapping[str, Color] = {
-    "embedding, head": (0.71, 0.71, 0.71),
-    "attention projections": (0.00, 0.45, 0.70),
-    "attention scores, KV": (0.53, 0.77, 1.00),
-    "Mamba-2 projections": (0.87, 0.56, 0.02),
-    "Mamba-2 scan, state": (0.85, 0.72, 0.50),
-    "MLP": (0.95, 0.90, 0.25),
-    "experts": (0.04, 0.60, 0.42),
-    "shared experts": (0.69, 0.95, 0.89),
-    "latent projections": (0.94, 0.41, 0.47),
-    "router": (0.67, 0.26, 0.13),
-    "multi-token prediction": (0.36, 0.36, 0.36),
-}
-"""Groups of components in the order in which a bar stacks them, with colours that no colour blindness makes alike."""
+HEAD, MTP = "embedding, head", "multi-token prediction"
+"""Groups of what belongs to no block."""
+
+
+@cache
+def group_colors() -> Mapping[str, Color]:
+    """Groups of components in the order in which a bar stacks them; no colour blindness makes two colours alike."""
+    from explore.blocks import GROUPS  # which needs torch
+
+    of_blocks = {name: group.color for name, group in GROUPS.items()}
+    return {HEAD: (0.71, 0.71, 0.71), **of_blocks, MTP: (0.36, 0.36, 0.36)}
 
 
 def group_of(model: ModelConfig, letter: str, component: str) -> str:
-    """The group, of `GROUPS`, of a component of the ledger; a norm belongs to its block."""
+    """The group, of `group_colors`, of a component of the ledger; a norm belongs to its block."""
     if letter == MTP_LETTER:
-        return "multi-token prediction"
-    if not letter:
-        return "embedding, head"
-    role = model.blocks[letter].role
-    if role == "attention":
-        return "attention scores, KV" if component == "attention" else "attention projections"
-    if role == "ssm":
-        return "Mamba-2 scan, state" if component in SCAN else "Mamba-2 projections"
-    if role == "mlp":
-        return "MLP"
-    named = {
-        "router": "router",
-        "shared": "shared experts",
-        "latent_down": "latent projections",
-        "latent_up": "latent projections",
-    }
-    return named.get(component, "experts")
+        return MTP
+    return model.blocks[letter].group_of(component) if letter else HEAD
 
 
 def receipts_table(
@@ -118,7 +100,7 @@ def receipts_table(
     ledgers = {name: model.ledger(seq_len).fold("component", dtypes) for name, model in models.items()}
     for quantity in quantities:
         for name, model in models.items():
-            sums = dict.fromkeys(GROUPS, 0.0)
+            sums = dict.fromkeys(group_colors(), 0.0)
             for record in ledgers[name]:
                 if record["letter"] != MTP_LETTER or QUANTITIES[quantity].mtp:
                     group = group_of(model, record["letter"], record["component"])
@@ -146,7 +128,7 @@ def draw_receipts(table: pd.DataFrame, ax: Axes, quantity: str, *, font_pt: floa
         return
     spoken = unit.removesuffix("/token") if about.unit else unit.removesuffix("s")  # 8.03 billion
     ends = dict.fromkeys(names, 0.0)
-    for group, color in GROUPS.items():
+    for group, color in group_colors().items():
         rows = table[table["group"] == group]
         if rows.empty:
             continue
@@ -205,5 +187,7 @@ def plot_receipts(
         if in_a_row(ax):  # too narrow for the label in one line
             ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
     present = set(table["group"][table["value"] > 0])
-    outside_legend(figure, [Patch(color=c, label=group) for group, c in GROUPS.items() if group in present], font_pt)
+    outside_legend(
+        figure, [Patch(color=c, label=group) for group, c in group_colors().items() if group in present], font_pt
+    )
     return figure

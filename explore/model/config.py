@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +133,8 @@ class ModelConfig(Config):
             d,
             self.pattern,
             {letter: _part(self.blocks[letter], letter, d, seq_len) for letter in dict.fromkeys(self.pattern)},
-            Part("", {}, (embedding,)),
-            Part("", {}, (vector("norm", d), head)),
+            Part("", (embedding,), {"palm": {"embedding": 0}, "6nd": {"embedding": 0}}),
+            Part("", (vector("norm", d), head), {"6nd": {"head": 0}}),
             () if self.mtp is None else self._mtp_parts(self.mtp, head, seq_len),
         )
 
@@ -160,9 +161,13 @@ class ModelConfig(Config):
         around = (vector("embedding norm, hidden norm", 2 * d), matrix("eh_proj", 2 * d, d, seq_len))
         layers = [_part(self.blocks[letter], letter, d, seq_len) for letter in mtp.pattern]
         after = (vector("norm", d), head._replace(params=0, params_active=0))
-        depth = [Part("", {}, around), *layers, Part("", {}, after)]
+        depth = [Part("", around, {"megatron": {"eh_proj": 0}}), *layers, Part("", after)]
         return tuple(
-            Part(MTP_LETTER, part.sizes, tuple(_in_training(entry, stored=i < mtp.n_stored) for entry in part.entries))
+            replace(
+                part,
+                letter=MTP_LETTER,
+                entries=tuple(_in_training(entry, stored=i < mtp.n_stored) for entry in part.entries),
+            )
             for i in range(mtp.n_depths)
             for part in depth
         )
@@ -180,7 +185,8 @@ def _sizes(config: type[BlockConfig], d_model: int, given: Collection[str]) -> d
 
 @lru_cache(maxsize=4096)
 def _part(block: BlockConfig, letter: str, d_model: int, seq_len: int) -> Part:
-    return Part(letter, block.model_dump(), (vector("input norm", d_model), *block.entries(d_model, seq_len)))
+    entries = (vector("input norm", d_model), *block.entries(d_model, seq_len))
+    return Part(letter, entries, block.conventions(d_model, seq_len), block.lines)
 
 
 def _in_training(entry: Entry, *, stored: bool) -> Entry:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from explore.blocks import Linear, MoE, RMSNorm, RouterStats, State
+from explore.blocks import Linear, RMSNorm, RoutedMixer, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
@@ -164,10 +164,10 @@ class LanguageModel(nn.Module):
         assert isinstance(depth, MTPDepth)
         return depth
 
-    def moe_layers(self) -> dict[int, MoE]:
+    def moe_layers(self) -> dict[int, RoutedMixer]:
         """The layers with a router, by index; those of multi-token prediction follow on the main ones."""
         layers = [*self.layers, *(layer for depth in self.mtp for layer in depth.layers)]  # type: ignore[union-attr]
-        return {i: layer.mixer for i, layer in enumerate(layers) if isinstance(layer.mixer, MoE)}
+        return {i: layer.mixer for i, layer in enumerate(layers) if isinstance(layer.mixer, RoutedMixer)}
 
     def _mtp_routers(self, k: int) -> list[int]:
         """Indices in `moe_layers` of the routers of depth k."""

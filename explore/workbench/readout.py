@@ -7,11 +7,12 @@ from typing import Any
 
 from explore.blocks import STANDARD_LETTERS, BlockConfig
 from explore.cost import MTP_LETTER, Cost, bytes_of, decode_bytes, params_touched
-from explore.figures.cost import GROUPS, group_of
+from explore.figures.base import Color
+from explore.figures.cost import MTP, group_colors, group_of
 from explore.model import ModelConfig
 from explore.roofline import Deployment, hardware
 from explore.roofline.regimes import components
-from explore.workbench.state import State
+from explore.workbench.state import Controls
 
 BOUNDS: Mapping[str, str] = {
     "weights": "reading weights",
@@ -21,8 +22,12 @@ BOUNDS: Mapping[str, str] = {
 }
 """What a decoding step can wait for."""
 
-_NAMES = {"mamba2": "Mamba-2", "mla": "latent attention", "mlp": "MLP", "moe": "experts"}
-_ROLE_GROUPS = {"ssm": "Mamba-2 projections", "attention": "attention projections", "mlp": "MLP", "moe": "experts"}
+_BOUND_COLORS: Mapping[str, Color] = {
+    "weights": (0.71, 0.71, 0.71),
+    "kv": (0.53, 0.77, 1.00),
+    "state": (0.85, 0.72, 0.50),
+    "flops": (0.94, 0.41, 0.47),
+}
 _SHOWN = (
     "params_total", "params_active", "params_mtp", "flops_fwd", "flops_mtp", "flops_decode", "weight_bytes",
     "kv_bytes_per_token", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes",
@@ -33,7 +38,7 @@ def evaluate(state: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a state of the workbench.
 
     Args:
-        state: the fields of `State`; those of the model in `model`.
+        state: the fields of `Controls`; those of the model in `model`.
 
     Returns:
         Totals under their names in `Cost`, and
@@ -46,18 +51,18 @@ def evaluate(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: the first thing that is wrong, in one line.
     """
-    read = State.read(state)
+    read = Controls.read(state)
     return readout(read, read.build())
 
 
-def readout(state: State, model: ModelConfig) -> dict[str, Any]:
+def readout(state: Controls, model: ModelConfig) -> dict[str, Any]:
     """What `evaluate` returns, of a state whose model is built."""
     ledger = model.ledger(state.seq_len)
     cost = Cost.of(ledger)
     deployed = Deployment(model, hardware(state.hardware))
     step_s = deployed.decode_s(state.seq_len, state.batch_size)
     cache = state.batch_size * deployed.state_bytes(state.seq_len)
-    sums = dict.fromkeys(GROUPS, 0)
+    sums = dict.fromkeys(group_colors(), 0)
     for n, part in [*ledger.counted(), *((1, part) for part in ledger.mtp)]:
         for entry in part.entries:
             sums[group_of(model, part.letter, entry.component)] += n * entry.flops_seq
@@ -98,19 +103,16 @@ def letters(model: ModelConfig) -> list[dict[str, str]]:
     kinds: dict[str, type[BlockConfig]] = dict(STANDARD_LETTERS)
     kinds |= {letter: type(block) for letter, block in model.blocks.items()}
     records = []
+    colors = group_colors()
     for letter, kind in kinds.items():
-        name = str(kind.model_fields["kind"].default)
-        group = "attention scores, KV" if name == "mla" else _ROLE_GROUPS[kind.role]
-        records.append({"letter": letter, "name": _NAMES.get(name, name), **_colors(group)})
-    name = "multi-token prediction"
-    return [*records, {"letter": MTP_LETTER, "name": name, **_colors(name)}]
+        color = colors[kind.colored_as or next(iter(kind.groups))]
+        records.append({"letter": letter, "name": kind.label, **_style(color)})
+    return [*records, {"letter": MTP_LETTER, "name": MTP, **_style(colors[MTP])}]
 
 
 def groups() -> dict[str, dict[str, str]]:
     """The colour of every group of components, and one for what a decoding step can wait for."""
-    alike = {"weights": "embedding, head", "kv": "attention scores, KV", "state": "Mamba-2 scan, state"}
-    colors = {group: _colors(group) for group in GROUPS}
-    return colors | {name: colors[alike.get(name, "latent projections")] for name in BOUNDS}
+    return {name: _style(color) for name, color in {**group_colors(), **_BOUND_COLORS}.items()}
 
 
 def code(fields: Mapping[str, Any]) -> str:
@@ -125,9 +127,8 @@ def code(fields: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ")"])
 
 
-def _colors(group: str) -> dict[str, str]:
+def _style(rgb: Color) -> dict[str, str]:
     """A colour and the ink that is readable on it, for a style sheet."""
-    rgb = GROUPS[group]
     linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     ink = "#fff" if 1.05 / (luminance + 0.05) >= 4.5 else "#111"

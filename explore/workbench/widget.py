@@ -16,7 +16,7 @@ from explore.pattern import canonical
 from explore.presets import PRESETS, preset
 from explore.roofline import GPUS, HERE
 from explore.workbench.readout import BOUNDS, code, groups, letters, readout
-from explore.workbench.state import State, content_of
+from explore.workbench.state import Controls, content_of
 
 _FOLDER = Path(__file__).parent
 
@@ -83,7 +83,7 @@ class Workbench(anywidget.AnyWidget):
         }
         self._n = 0
         others = {"seq_len": seq_len, "batch_size": batch_size, "hardware": hardware}
-        self._show(State.read({"model": model, "home": model, **others}))
+        self._show(Controls.read({"model": model, "home": model, **others}))
 
     @classmethod
     def from_config(cls, model: ModelConfig, **others: Any) -> Workbench:
@@ -114,7 +114,7 @@ class Workbench(anywidget.AnyWidget):
         edit = change["new"]
         self._n = edit.get("n", 0)
         try:
-            state = State.read(edit.get("state") or self._state.model_dump())
+            state = Controls.read(edit.get("state") or self._state.model_dump())
             if name := edit.get("preset"):
                 fields = content_of(preset(name))
                 state = state.model_copy(update={"model": fields, "home": fields})
@@ -122,7 +122,7 @@ class Workbench(anywidget.AnyWidget):
         except ValueError as error:
             self.view = {**self.view, "n": self._n, "state": edit.get("state"), "error": str(error)}
 
-    def _show(self, state: State) -> None:
+    def _show(self, state: Controls) -> None:
         """Makes a state the one that is shown, if it can be evaluated."""
         model = state.build()
         shown = readout(state, model)

@@ -1,0 +1,111 @@
+"""The words in which a block says what it is to figures, search, workbench, proof, compilation and timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Role = Literal["attention", "recurrent", "mlp", "experts"]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""What a block is for, in the order in which figures stack the groups of its components."""
+
+
+class Group(NamedTuple):
+    """A part of a block that figures show as one.
+
+    Attributes:
+        color: red, green and blue, from 0 to 1; different to every eye from the colours of all other groups.
+        components: of the ledger. The first group of a block has those that no other one names.
+    """
+
+    color: tuple[float, float, float]
+    components: tuple[str, ...] = ()
+
+
+class Powers(NamedTuple):
+    """The powers of two from `low` to `high`, both of which are one."""
+
+    low: int
+    high: int
+
+
+Draw = Powers | tuple[Any, ...]
+"""What a search may draw a size from: powers of two, or a few values."""
+
+
+class Stops(NamedTuple):
+    """Where the slider of a size stops.
+
+    Attributes:
+        values: None stands for a size that is left out.
+        open: the sizes of the model that was begun with, and those that follow its width, are stops too.
+    """
+
+    values: tuple[int | None, ...]
+    open: bool = True
+
+
+class Uncounted(NamedTuple):
+    """FLOPs of one sequence that run and are in no ledger, since the maths does not need them.
+
+    Attributes:
+        forward: of a forward pass.
+        training: of a forward and a backward pass.
+    """
+
+    forward: int = 0
+    training: int = 0
+
+
+class Region(NamedTuple):
+    """Calls of an op that can be compiled.
+
+    Attributes:
+        n_elements: elements per token, to which the time of the op is proportional.
+        lengths: of its calls on one sequence, each of which is compiled for itself.
+    """
+
+    n_elements: int
+    lengths: tuple[int, ...]
+
+
+def ladder(low: int, high: int, step: int, per_octave: int) -> Iterator[int]:
+    """From `low` to `high` in multiples of `step`, and no more than `per_octave` of them to a doubling."""
+    value = low
+    while value <= high:
+        yield value
+        value += max(step, 2 ** (value.bit_length() - 1) // per_octave)
+
+
+def divisors(n: int) -> list[int]:
+    """All numbers that divide `n`, in rising order."""
+    return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
+    """The largest of `widths` that divides `d_model` into `at_least` heads.
+
+    Raises:
+        ValueError: none does.
+    """
+    for width in widths:
+        if d_model % width == 0 and d_model // width >= at_least:
+            return width
+    smallest = widths[-1]
+    raise ValueError(
+        f"d_model: {d_model} is not divisible into heads; "
+        f"allowed are multiples of {smallest}, at least {smallest * at_least}"
+    )
+
+
+def width(d_model: int, ratio: float, multiple: int = 8) -> int:
+    """A multiple of `multiple` near `ratio` times the model's width, and not zero."""
+    return max(multiple, round(ratio * d_model / multiple) * multiple)
+
+
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random numbers near zero that take a gradient: an input of an op that is timed."""
+    return torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
