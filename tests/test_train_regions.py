@@ -17,11 +17,11 @@ from small_runs import STEPS, result, tiny, train, write_corpus
 from explore.model import ModelConfig
 from explore.ops import forced_paths, paths_in_use
 from explore.runs import RunFolder, read_table, save_table, write_json
-from explore.train import ELEMENTS, compiled_ops, own_table, regions
+from explore.train import COMPILED, compiled_ops, own_table, regions
 
 MAMBA: dict[str, Any] = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 1, "chunk_size": 16}
-ELEMENTS_OF_SCAN = 64
-ENOUGH = round(2 * 10 / (1e-6 * ELEMENTS_OF_SCAN))
+N_ELEMENTS = 64
+ENOUGH = round(2 * 10 / (1e-6 * N_ELEMENTS))
 """Tokens on which the scan of one layer gains twice of what its compilation takes."""
 
 
@@ -41,14 +41,14 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(regions, "_has_compiler", lambda: True)
     row = {"precision": "fp32", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 10.0}
-    rows = [{"op": op, **row, "threads": torch.get_num_threads()} for op in ELEMENTS]
+    rows = [{"op": op, **row, "threads": torch.get_num_threads()} for op in COMPILED]
     save_table(pd.DataFrame(rows), own_table())
     return own_table()
 
 
 def test_what_ships_is_measured_and_every_op_gains() -> None:
     table = read_table(regions.SHIPPED)
-    assert set(table["op"]) == set(ELEMENTS)
+    assert set(table["op"]) == set(COMPILED)
     assert (table["default_ns"] > table["compiled_ns"]).all()
     assert table["device"].notna().all()
 
@@ -71,9 +71,9 @@ def test_what_is_forced_or_not_on_a_cpu_or_without_a_compiler_is_left_alone(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = 10**9
-    assert set(chosen("M", n_tokens, "bf16")) == set(ELEMENTS)  # by what was measured in fp32
+    assert set(chosen("M", n_tokens, "bf16")) == set(COMPILED)  # by what was measured in fp32
     with forced_paths(ssd="chunked"):
-        assert set(chosen("M", n_tokens)) == set(ELEMENTS) - {"ssd"}
+        assert set(chosen("M", n_tokens)) == set(COMPILED) - {"ssd"}
     assert compiled_ops(model("M"), 32, n_tokens, "fp32", "cuda") == {}
     assert chosen("-", n_tokens) == {}
     monkeypatch.setattr(regions, "_has_compiler", lambda: False)
@@ -137,10 +137,10 @@ def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(ow
     (path := tmp_path / "one.json").write_text(one.model_dump_json(), encoding="utf-8")
     command = [sys.executable, "-c", COMPILES, str(path), str(tmp_path / "compiled")]
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[-1]) >= len(ELEMENTS)
+    assert json.loads(done.stdout.splitlines()[-1]) >= len(COMPILED)
     (compiled,) = map(RunFolder, (tmp_path / "compiled").iterdir())
-    assert set(compiled.environment["compiled"]) == set(ELEMENTS)
-    assert {compiled.environment["ops"][op] for op in ELEMENTS} == {"compiled"}
+    assert set(compiled.environment["compiled"]) == set(COMPILED)
+    assert {compiled.environment["ops"][op] for op in COMPILED} == {"compiled"}
     with forced_paths(**paths_in_use()):
         plain = train(one, tmp_path / "plain")
     assert plain.environment["compiled"] == {}

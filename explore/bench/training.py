@@ -11,7 +11,7 @@ from typing import Any
 from explore.bench.families import SHAPES, families
 from explore.model import ModelConfig
 from explore.ops import paths_in_use, paths_that
-from explore.train import ELEMENTS, compiled_ops, multiplies_bf16
+from explore.train import COMPILED, compiled_ops, multiplies_bf16
 
 RUN_TOKENS = 20_000_000
 """Tokens of the run that a timed step is thought to be of: for so many, ops are compiled that gain by it."""
@@ -178,7 +178,7 @@ def time_regions(shape: str) -> Iterator[dict[str, Any]]:
     """
     _chosen(shape, None)
     for precision in _precisions():
-        for op in ELEMENTS:
+        for op in COMPILED:
             yield in_a_process(what="region", shape=shape, op=op, precision=precision)
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from explore.bench.families import SHAPES, VOCAB_SIZE, families
-from explore.bench.ops import mamba_works, timed
+from explore.bench.ops import timed
 from explore.bench.training import RUN_TOKENS
-from explore.blocks import Mamba2Config
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
 from explore.ops import forced_paths, path_of
-from explore.train import ELEMENTS, build_optimizer, fit, keep_freed_memory, processor
+from explore.train import build_optimizer, fit, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
@@ -122,19 +121,20 @@ def measure(
 def region(shape: str, op: str, precision: str) -> dict[str, Any]:
     """The nanoseconds that an op takes for an element, and the seconds of its compilation, where nothing is cached."""
     size = SHAPES[shape]
-    block = families(size.d_model)["Mamba + MLP"].layers[0]
-    assert isinstance(block, Mamba2Config)
+    blocks = (block for model in families(size.d_model).values() for block in model.layers)
+    block = next(block for block in blocks if op in block.regions(size.seq_len))
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    work = mamba_works(block, size.batch_size, size.seq_len, dtype)[op]
+    torch.manual_seed(0)
+    call = block.op_calls(size.d_model, size.batch_size, size.seq_len, dtype)[op]
     with forced_paths(**{op: "compiled"}):
-        first = timed(work, precision == "bf16")
+        first = timed(call, precision == "bf16")
     times: dict[str, list[float]] = {path_of(op): [], "compiled": []}
     for _ in range(REPEATS):
         for path, found in times.items():  # in turn, for the machine may be busy at times
             with forced_paths(**{op: path}):
-                found.append(timed(work, precision == "bf16"))
+                found.append(timed(call, precision == "bf16"))
     default, compiled = (sorted(found)[REPEATS // 2] for found in times.values())
-    n_elements = ELEMENTS[op](block) * size.batch_tokens
+    n_elements = block.regions(size.seq_len)[op].n_elements * size.batch_tokens
     return {
         "op": op,
         "precision": precision,
@@ -200,7 +200,7 @@ def decode(family: str, shape: str, n_new: int, compiled: bool = False) -> dict[
     theirs: Any = to_hf(model)
     theirs.eval()
     prompt = torch.randint(0, model.config.vocab_size, (DECODED, PROMPT_TOKENS))
-    cached = "*" in model.config.pattern  # transformers has no cache without attention
+    cached = model.config.cost(1).kv_bytes_per_token > 0  # transformers has no cache without attention
     sides: dict[str, Callable[[], Tensor]] = {
         "ours": lambda: model.generate(prompt, n_new, compiled=compiled),
         "theirs": lambda: theirs.generate(

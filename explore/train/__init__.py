@@ -10,12 +10,12 @@ from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.record import cost_record
-from explore.train.regions import ELEMENTS, compiled_ops, keep_compiled, own_table
+from explore.train.regions import COMPILED, compiled_ops, keep_compiled, own_table
 from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
 __all__ = [
-    "ELEMENTS",
+    "COMPILED",
     "BusyError",
     "DataModule",
     "DivergedError",

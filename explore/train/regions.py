@@ -8,7 +8,7 @@ compiled, the seconds of a first compilation, and the threads that shared the wo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from explore.blocks import Mamba2Config
+from explore.blocks import BlockConfig
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
-from explore.ops import is_forced
+from explore.ops import is_forced, paths_that
 from explore.runs import read_table
 
 SHIPPED = Path(__file__).with_name("regions.csv")
@@ -27,12 +27,8 @@ NUMBERS = ("default_ns", "compiled_ns", "compile_s", "threads")
 MARGIN = 2.0
 """Times the seconds of a compilation that must be gained: shapes differ from the measured ones, and so do machines."""
 
-ELEMENTS: Mapping[str, Callable[[Mamba2Config], int]] = {
-    "conv": lambda block: block.d_conv_channels,
-    "norm": lambda block: block.d_inner,
-    "ssd": lambda block: block.n_heads * block.chunk_size,
-}
-"""Elements a token of a layer, to which the time of an op is proportional."""
+COMPILED = tuple(paths_that(lambda path: path.compiled))
+"""Ops that have a path named `compiled`."""
 
 
 def own_table() -> Path:
@@ -54,39 +50,34 @@ def compiled_ops(
     Raises:
         ValueError: the table that was measured on this machine is none.
     """
-    layers = list(_mamba_layers(model, seq_len))
-    if not layers or device != "cpu" or not _has_compiler():
+    layers = list(_layers(model, seq_len))
+    if device != "cpu" or not any(block.regions(length) for block, length in layers) or not _has_compiler():
         return {}
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
     found = {}
-    for op in ELEMENTS:
-        if is_forced(op):
+    for op in COMPILED:
+        calls = [(block, length, block.regions(length)[op]) for block, length in layers if op in block.regions(length)]
+        if is_forced(op) or not calls:
             continue
         row = _row(table, op, precision)
-        n_elements = sum(ELEMENTS[op](block) * length / seq_len for block, length in layers) * n_tokens
+        n_elements = sum(region.n_elements * length / seq_len for _, length, region in calls) * n_tokens
         spared = 1e-9 * float(row["default_ns"] - row["compiled_ns"]) * float(row["threads"]) / torch.get_num_threads()
-        shapes = {(block, part) for block, length in layers for part in _parts(op, block, length)}
+        shapes = {(block, part) for block, _, region in calls for part in region.lengths}
         saves, costs = spared * n_elements, float(row["compile_s"]) * len(shapes)
         if saves > MARGIN * costs:
             found[op] = {"saves_s": round(saves, 1), "costs_s": round(costs, 1)}
     return found
 
 
-def _mamba_layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[Mamba2Config, int]]:
-    """The Mamba-2 layers, those of multi-token prediction too, and how many positions each of them sees."""
+def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int]]:
+    """The layers, those of multi-token prediction too, and how many positions each of them sees."""
     depths = [(model.layers, seq_len)]
     if model.mtp is not None:
         blocks = tuple(model.blocks[letter] for letter in model.mtp.pattern)
         depths += [(blocks, seq_len - k) for k in range(1, model.mtp.n_depths + 1)]
     for blocks, length in depths:
-        yield from ((block, length) for block in blocks if isinstance(block, Mamba2Config))
-
-
-def _parts(op: str, block: Mamba2Config, length: int) -> tuple[int, ...]:
-    """Lengths of the calls of an op, each of which is compiled: the scan of whole chunks, and that of what is left."""
-    whole = length - length % block.chunk_size
-    return tuple(filter(None, (whole, length - whole))) if op == "ssd" else (length,)
+        yield from ((block, length) for block in blocks)
 
 
 @cache
@@ -102,7 +93,7 @@ def _has_compiler() -> bool:
 def _read(path: Path) -> pd.DataFrame:
     try:
         table = read_table(path)
-        for op in ELEMENTS:
+        for op in COMPILED:
             numbers = table.loc[table["op"] == op, [*NUMBERS]].to_numpy(dtype=float)
             if not (len(numbers) and np.isfinite(numbers).all() and (numbers > 0).all()):
                 raise ValueError(f"{op} has no numbers above 0 in {', '.join(NUMBERS)}")
