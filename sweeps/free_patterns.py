@@ -8,8 +8,9 @@ and a run whose curve falls behind the front at its own FLOPs is stopped. The ba
 import optuna
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.blocks import Powers
 from explore.search import PatternSpace
-from explore.search.sizes import suggest_moe
+from explore.search.sizes import suggest_sizes
 from explore.study import FrontPruner, LearningRates
 
 TOKENS = 163_840
@@ -41,7 +42,8 @@ def experiment(trial: optuna.Trial) -> Experiment:
         "-": {"d_ff": 4 * d_model},
     }
     if "E" in pattern:
-        experts = suggest_moe(trial, d_model, kind="latent", n_experts=(16, 64), ratios=(0.5, 1.0))
+        drawn = {"n_experts": Powers(16, 64), "ratio": (0.5, 1.0), "compression": Powers(2, 4)}
+        experts = suggest_sizes(trial, "E", d_model, **drawn)
         blocks["E"] = experts | {"routed_scaling_factor": 1.0, "bias_update_rate": 0.01}
     model = ModelConfig(d_model=d_model, vocab_size=2048, pattern=pattern, blocks=blocks)
     return Experiment(

@@ -14,9 +14,10 @@ from optuna.trial import FixedTrial
 from pydantic import ValidationError
 from scipy.stats import chisquare
 
+from explore.blocks import STANDARD_LETTERS, Powers
 from explore.model import ModelConfig
 from explore.pattern import distance
-from explore.search.sizes import suggest_attention, suggest_mamba, suggest_mlp, suggest_moe
+from explore.search.sizes import suggest_sizes
 from explore.search.spaces import PatternSpace, StructuredSpace, with_shares
 
 SMALL = PatternSpace(letters="M*-E", min_layers=3, max_layers=4, first="M*", last="-E")
@@ -280,36 +281,52 @@ def test_structured_patterns_are_pairs_within_their_bounds(layout: Any) -> None:
     assert len(found) > 10
 
 
-def test_random_sizes_always_build_a_model() -> None:
+def test_random_sizes_always_build_a_model_and_what_must_divide_divides() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    kinds, widths = set(), itertools.cycle(range(64, 513, 32))
-    for d_model in itertools.islice(widths, 500):
+    families, letters = set(), "".join(STANDARD_LETTERS)
+    for d_model in itertools.islice(itertools.cycle(range(64, 513, 32)), 300):
         trial = study.ask()
-        blocks = {
-            "M": suggest_mamba(trial, d_model, expand=(1, 2)),
-            "*": suggest_attention(trial, d_model),
-            "-": suggest_mlp(trial, d_model),
-            "E": suggest_moe(trial, d_model),
-        }
-        model = ModelConfig(d_model=d_model, vocab_size=512, pattern="M*-E", blocks=blocks)
+        blocks = {letter: suggest_sizes(trial, letter, d_model) for letter in letters}
+        model = ModelConfig(d_model=d_model, vocab_size=512, pattern=letters, blocks=blocks)
         mamba, attention, moe = model.blocks["M"], model.blocks["*"], model.blocks["E"]
-        assert mamba.n_heads * mamba.d_head == d_model << trial.params["mamba_expand_log2"]
+        assert mamba.n_heads * mamba.d_head == d_model << trial.params["mamba2_expand_log2"]
         assert attention.n_heads * attention.d_head == d_model
+        assert (moe.d_latent is None) == (trial.params["moe_compression_log2"] == 0)
         assert moe.d_latent is None or d_model % moe.d_latent == 0
-        kinds.add(model.family)
-    assert kinds == {"hybrid MoE", "hybrid LatentMoE"}
+        assert all(STANDARD_LETTERS[letter].settled(block.model_dump()) == {} for letter, block in model.blocks.items())
+        families.add(model.family)
+    assert families == {"hybrid MoE", "hybrid LatentMoE"}
 
 
-def test_sizes_have_the_same_distributions_at_every_width() -> None:
+@pytest.mark.parametrize("letter", STANDARD_LETTERS)
+def test_sizes_have_the_same_distributions_at_every_width_and_are_named_as_declared(letter: str) -> None:
     def distributions(d_model: int) -> dict[str, Any]:
         trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
-        for suggest in (suggest_mamba, suggest_attention, suggest_mlp, suggest_moe):
-            suggest(trial, d_model)
-        return {name: d for name, d in trial.distributions.items() if name != "moe_compression_log2"}
+        suggest_sizes(trial, letter, d_model, name="x")
+        return trial.distributions
 
     assert distributions(64) == distributions(96) == distributions(512)
+    assert [name.removesuffix("_log2") for name in distributions(64)] == [
+        f"x_{size}" for size in STANDARD_LETTERS[letter].draws
+    ]
 
 
-def test_a_range_that_is_not_of_powers_of_two_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"mamba_d_head: .* two powers of two"):
-        suggest_mamba(FixedTrial({"mamba_expand_log2": 1}), 64, d_head=(24, 64))
+def test_draws_can_be_others_than_are_declared() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        sizes = suggest_sizes(study.ask(), "E", 96, n_experts=Powers(16, 32), ratio=(0.5,), compression=Powers(2, 2))
+        assert sizes["n_experts"] in (16, 32)
+        assert (sizes["d_expert"], sizes["d_latent"]) == (48, 48)
+
+
+@pytest.mark.parametrize(
+    ("letter", "draws", "says"),
+    [
+        ("M", {"d_head": Powers(24, 64)}, "mamba2_d_head must be drawn from two powers of two .*, got 24 and 64"),
+        ("M", {"n_head": Powers(8, 64)}, "n_head must be one of what Mamba-2 draws: expand, d_head, d_state, n_groups"),
+        ("?", {}, r"letter must be one of M \* L - E.*, got '\?'"),
+    ],
+)
+def test_draws_that_cannot_be_are_refused(letter: str, draws: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        suggest_sizes(FixedTrial({"mamba2_expand_log2": 1}), letter, 64, **draws)
