@@ -32,7 +32,7 @@ def import_(
     save_model_folder(model, folder, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
     out.print(f"{folder}: {describe_size(model.config)}", highlight=False)
     clamp = read_json(source / "config.json").get("time_step_min", 0.001)
-    if clamp > 1e-20 and "M" in model.config.pattern:
+    if clamp > 1e-20 and any(hasattr(block, "dt_min") for block in model.config.layers):
         out.print(
             f"dt is not clamped here; transformers clamps it at {clamp:g} (time_step_min) and may give other logits",
             highlight=False,

@@ -145,8 +145,8 @@ class Deployment:
         return batch_size * n_out / self.request_s(n_in, n_out, batch_size) / self.tensor_parallel
 
     def _shares(self, entry: Entry) -> int:
-        """Devices that share the weights of a component."""
-        return self.expert_parallel if entry.component == "experts" else 1
+        """Devices that share the weights of a component: those that tokens are sent to."""
+        return self.expert_parallel if entry.all_to_all_numel else 1
 
 
 def components(ledger: Ledger) -> Iterator[tuple[int, Entry]]:
