@@ -98,22 +98,25 @@ def test_strong_decay_and_long_chunks_stay_finite_in_fp32() -> None:
 
 @pytest.mark.parametrize("seq", [1, 3, 9])
 @pytest.mark.parametrize("d_conv", [1, 4])
-def test_both_convolutions_are_the_sum_over_taps(seq: int, d_conv: int) -> None:
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_both_convolutions_are_the_sum_over_taps(seq: int, d_conv: int, with_bias: bool) -> None:
     x, weight, bias = leaves((2, seq, 5), (5, 1, d_conv), (5,))
+    inputs = (x, weight, bias) if with_bias else (x, weight)
     truth = torch.stack(
         [
-            bias + sum(weight[:, 0, d_conv - 1 - back] * x[:, t - back] for back in range(min(d_conv, t + 1)))
+            with_bias * bias
+            + sum(weight[:, 0, d_conv - 1 - back] * x[:, t - back] for back in range(min(d_conv, t + 1)))
             for t in range(seq)
         ],
         dim=1,
     )
-    truths = (truth, *torch.autograd.grad(truth.square().sum(), (x, weight, bias)))
+    truths = (truth, *torch.autograd.grad(truth.square().sum(), inputs))
     for path in PATHS["conv"]:
         if path.compiled:
             continue
         with forced_paths(conv=path.name):
-            y = causal_conv1d(x, weight, bias)
-        gradients = torch.autograd.grad(y.square().sum(), (x, weight, bias))
+            y = causal_conv1d(x, weight, bias if with_bias else None)
+        gradients = torch.autograd.grad(y.square().sum(), inputs)
         for fast, slow in zip((y, *gradients), truths, strict=True):
             torch.testing.assert_close(fast, slow)
 

@@ -25,7 +25,7 @@ declare(
 def causal_conv1d(
     x: Float[Tensor, "batch seq channels"],
     weight: Float[Tensor, "channels 1 d_conv"],
-    bias: Float[Tensor, " channels"],
+    bias: Float[Tensor, " channels"] | None,
     before: Float[Tensor, "batch past channels"] | None = None,
 ) -> Float[Tensor, "batch seq channels"]:
     """Convolves each channel with its own filter over the current and the `d_conv` - 1 positions before.
@@ -40,7 +40,7 @@ def causal_conv1d(
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
     taps = weight[:, 0].T.to(padded.dtype).contiguous()  # before compilation, lest each loop transpose them again
-    return shift(padded, taps, bias.to(padded.dtype))
+    return shift(padded, taps, taps.new_zeros(taps.shape[1]) if bias is None else bias.to(padded.dtype))
 
 
 def _shifted(padded: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class _Shifted(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         padded, taps = ctx.saved_tensors
         dpadded = torch.zeros_like(padded)
         for into, tap in _windows(dpadded, taps):
             into.addcmul_(tap, dy)
         products = torch.empty_like(dy)
         dtaps = torch.stack([torch.mul(x, dy, out=products).sum((0, 1)) for x, _ in _windows(padded, taps)])
-        return dpadded, dtaps, dy.sum((0, 1))
+        return dpadded, dtaps, dy.sum((0, 1)) if ctx.needs_input_grad[2] else None
 
 
 def _windows(padded: Tensor, taps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
