@@ -22,12 +22,14 @@ from explore.ops import (
     experts,
     forced_paths,
     gated_group_rms_norm,
+    l2_norm,
     linear,
     linear_cross_entropy,
     path_of,
     paths_in_use,
     paths_that,
     rms_norm,
+    rms_norm_before_gate,
     rotate,
     ssd,
     ssd_chunked,
@@ -328,6 +330,28 @@ def test_a_norm_reads_what_is_not_laid_out_in_order_and_answers_in_its_dtype() -
     (expected,) = torch.autograd.grad(rms_norm(x, weight, 0.1), x, y.detach().transpose(1, 2))
     torch.testing.assert_close(found, expected.transpose(1, 2))
     assert rms_norm(x.to(torch.bfloat16), weight.float(), 0.1).dtype == torch.bfloat16
+
+
+def test_unit_length_is_the_root_of_the_sum_of_squares_and_eps() -> None:
+    (x,) = leaves((2, 3, 7))
+    truth = 0.4 * x / (x.square().sum(-1, keepdim=True) + 0.1).sqrt()
+    found = l2_norm(x, 0.1, 0.4)
+    torch.testing.assert_close(found, truth)
+    dy = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(found, x, dy), torch.autograd.grad(truth, x, dy))
+    half = x.detach().bfloat16()
+    torch.testing.assert_close(l2_norm(half, 0.1), l2_norm(half.float(), 0.1).bfloat16(), rtol=0, atol=0)
+    assert not l2_norm(torch.zeros(2, 7), 1e-6).any()
+
+
+def test_the_norm_before_the_gate_normalises_and_then_gates() -> None:
+    x, z, weight = leaves((2, 3, 4, 7), (2, 3, 4, 7), (7,))
+    truth = weight * x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * z * z.sigmoid()
+    found, dy = rms_norm_before_gate(x, z, weight, 0.1), torch.randn_like(x)
+    torch.testing.assert_close(found, truth)
+    for one, other in zip(*(torch.autograd.grad(y, (x, z, weight), dy) for y in (found, truth)), strict=True):
+        torch.testing.assert_close(one, other)
+    assert rms_norm_before_gate(x.bfloat16(), z.bfloat16(), weight.float(), 0.1).dtype == torch.bfloat16
 
 
 def test_squared_relu_and_its_gradient() -> None:

@@ -9,7 +9,7 @@ from explore.ops.conv import causal_conv1d
 from explore.ops.experts import experts
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
-from explore.ops.norm import gated_group_rms_norm, rms_norm
+from explore.ops.norm import gated_group_rms_norm, l2_norm, rms_norm, rms_norm_before_gate
 from explore.ops.paths import (
     PATHS,
     OpPath,
@@ -41,12 +41,14 @@ __all__ = [
     "gated_group_rms_norm",
     "is_forced",
     "is_gated",
+    "l2_norm",
     "linear",
     "linear_cross_entropy",
     "path_of",
     "paths_in_use",
     "paths_that",
     "rms_norm",
+    "rms_norm_before_gate",
     "rotate",
     "same_paths",
     "ssd",

@@ -1,4 +1,4 @@
-"""RMS normalisation, plain and gated."""
+"""RMS normalisation, plain and gated, and normalisation to unit length."""
 
 from __future__ import annotations
 
@@ -57,6 +57,26 @@ class _RMSNorm(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             total = (dy @ weight).unsqueeze(-1)
         return dx.addcmul_(total, r, value=1 / x.shape[-1]), dweight, None
+
+
+def l2_norm(x: Float[Tensor, "*dims width"], eps: float, scale: float = 1.0) -> Float[Tensor, "*dims width"]:
+    """`scale` times x / sqrt(sum(x^2) + eps), computed in fp32 at least; the result is in the dtype of `x`.
+
+    It is RMSNorm with eps / width and the weight scale / sqrt(width).
+    """
+    width = x.shape[-1]
+    exact = x.float() if x.dtype.itemsize < 4 else x
+    return rms_norm(exact, exact.new_full((width,), scale * width**-0.5), eps / width).to(x.dtype)
+
+
+def rms_norm_before_gate(
+    x: Float[Tensor, "*dims width"], z: Float[Tensor, "*dims width"], weight: Float[Tensor, " width"], eps: float
+) -> Float[Tensor, "*dims width"]:
+    """RMSNorm of `x`, then times SiLU(`z`), in the dtype of `weight`; the result is in that of `x`.
+
+    `gated_group_rms_norm` gates first.
+    """
+    return (rms_norm(x.to(weight.dtype), weight, eps) * F.silu(z.to(weight.dtype))).to(x.dtype)
 
 
 def gated_group_rms_norm(
