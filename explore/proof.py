@@ -38,6 +38,8 @@ PRODUCTS: Mapping[str, Callable[..., int]] = {
     "addmm": lambda out, bias, a, b, **_: _mm(a.shape, b.shape),
     "bmm": lambda out, a, b: _mm(a.shape, b.shape),
     "baddbmm_": lambda out, into, a, b: _mm(a.shape, b.shape),
+    # By substitution: row i of the triangle has i - 1 products in each column, (n - 1) / 2 on average.
+    "linalg_solve_triangular": lambda out, a, b, **_: out.numel() * (a.shape[-1] - 1),
     "convolution": lambda out, x, weight, *_: _conv(out.shape, weight.shape),
     # Each gradient that is asked for, of input and weight, is a product as large as the forward one.
     "convolution_backward": lambda out, grad, x, weight, *rest: sum(rest[-1][:2]) * _conv(grad.shape, weight.shape),
@@ -50,11 +52,11 @@ FREE = frozenset({
     "clamp_", "clone", "constant_pad_nd", "copy_", "cos", "cumsum", "detach", "div", "embedding",
     "embedding_dense_backward", "empty_like", "exp", "exp_", "expand", "flip", "floor_divide", "gather", "ge", "index",
     "index_put", "index_select", "le", "lift_fresh", "linalg_vector_norm", "logical_and_", "masked_fill",
-    "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty", "new_empty_strided", "new_zeros", "ones", "ones_like",
-    "permute", "pow", "relu", "repeat_interleave", "rsqrt", "scalar_tensor", "scatter_", "scatter_add", "select",
-    "select_backward", "sigmoid", "sigmoid_backward", "silu", "silu_backward", "sin", "slice", "slice_backward",
-    "softplus", "softplus_backward", "sort", "split_with_sizes", "squeeze", "stack", "sub", "sum", "t",
-    "threshold_backward", "topk", "transpose", "tril", "triu", "unbind", "unsqueeze", "view", "where", "zeros",
+    "masked_fill_", "mean", "mul", "mul_", "neg", "new_empty", "new_empty_strided", "new_full", "new_zeros", "ones",
+    "ones_like", "permute", "pow", "relu", "repeat_interleave", "rsqrt", "scalar_tensor", "scatter_", "scatter_add",
+    "select", "select_backward", "sigmoid", "sigmoid_backward", "silu", "silu_backward", "sin", "slice",
+    "slice_backward", "softplus", "softplus_backward", "sort", "split_with_sizes", "squeeze", "stack", "sub", "sum",
+    "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unbind", "unsqueeze", "view", "where", "zeros",
     "zeros_like",
 })  # fmt: skip
 """Operations that multiply no matrices, all that the models here run."""

@@ -44,6 +44,14 @@ def test_products_are_counted_by_their_shapes_forward_and_backward() -> None:
     assert count_flops(lambda: F.conv1d(x, filters, groups=6)) == one
     assert count_flops(lambda: F.conv1d(x, filters, groups=6).sum().backward()) == 3 * one
     assert count_flops(lambda: F.conv1d(x.detach(), filters, groups=6).sum().backward()) == 2 * one
+    triangle, columns = torch.eye(5).expand(3, 5, 5).clone().requires_grad_(), torch.randn(3, 5, 7, requires_grad=True)
+
+    def solved() -> Tensor:
+        return torch.linalg.solve_triangular(triangle, columns, upper=False, unitriangular=True)
+
+    by_substitution = 3 * 7 * sum(2 * row for row in range(5))
+    assert count_flops(solved) == by_substitution
+    assert count_flops(lambda: solved().sum().backward()) == 2 * by_substitution + 2 * 3 * 5 * 5 * 7
 
 
 def test_an_operation_that_is_not_known_is_an_error_and_never_free() -> None:
