@@ -19,6 +19,7 @@ from explore.ops import (
     activate,
     attention,
     causal_conv1d,
+    delta_rule,
     experts,
     forced_paths,
     gated_group_rms_norm,
@@ -366,10 +367,15 @@ def _scan(X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> 
     return ssd(X, F.softplus(dt), -A.exp(), B, C, D, 64)[0]
 
 
+def _delta(Q: Tensor, K: Tensor, V: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return delta_rule(F.normalize(Q, dim=-1), F.normalize(K, dim=-1), V, F.logsigmoid(alpha), beta.sigmoid(), 64)[0]
+
+
 CHOSEN = torch.stack([torch.randperm(4, generator=torch.Generator().manual_seed(i))[:2] for i in range(40)])
 HALF: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[int, ...]]] = {
     "attention": (attention, ((2, 4, 100, 8), (2, 2, 100, 8), (2, 2, 100, 8)), (0, 1, 2)),
     "conv": (causal_conv1d, ((2, 50, 12), (12, 1, 4), (12,)), (0,)),
+    "delta rule": (_delta, ((2, 130, 2, 8),) * 2 + ((2, 130, 4, 8), (2, 130, 4), (2, 130, 4)), (0, 1, 2)),
     "experts": (
         lambda x, up, down: experts(x, CHOSEN, torch.full((40, 2), 0.5), up, None, down, "relu2"),
         ((40, 16), (5, 16, 24), (5, 24, 16)),

@@ -6,6 +6,7 @@ from pkgutil import iter_modules
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
+from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from explore.ops.experts import experts
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
@@ -36,6 +37,9 @@ __all__ = [
     "causal_conv1d",
     "compiled",
     "compiled_step",
+    "delta_rule",
+    "delta_rule_chunked",
+    "delta_rule_recurrent",
     "experts",
     "forced_paths",
     "gated_group_rms_norm",
