@@ -2,8 +2,8 @@
 
 Letters, as in the paper (arXiv 2405.21060): X input of a head, A decay rate of a head (negative),
 B and C input and output maps shared by the heads of a group, D skip weight of a head, dt step size,
-H state (d_head x d_state). Shapes: b batch, l seq, h n_heads, g n_groups, p d_head, n d_state,
-c number of chunks, q positions of a chunk.
+H state (d_head x d_state). Shapes: b batch, l seq, h n_heads, g n_groups, r heads of a group, p d_head, n d_state,
+c number of chunks, q positions of a chunk. Head i r + j is head j of group i, so h splits into g r.
 
     H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T        Y_t = H_t C_t + D X_t
 """
@@ -42,12 +42,12 @@ def ssd(
     *,
     in_place: bool = False,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """Runs the recurrence by the path in use; one position that goes on from a state is one step of it.
+    """Runs the recurrence by the path in use; a single position that continues from a state takes one step.
 
     Args:
         chunk_size: positions that the chunked form handles by matrix products at once.
         state: state before the first position, zero when absent.
-        in_place: the step may write the new state over the old one, and save the time of making a tensor.
+        in_place: a single step may overwrite `state`, which saves allocating a new one.
 
     Returns:
         Outputs, and the state after the last position.
@@ -76,14 +76,15 @@ def ssd_recurrent(
     D: Float[Tensor, " h"],
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """The definition, one position after another: the truth that `ssd_chunked` is held against."""
+    """The definition, one position after another: the reference for `ssd_chunked`."""
     b, _, h, p = X.shape
     heads_per_group = h // B.shape[2]
-    B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))
+    B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))  # b l h n
     H = X.new_zeros(b, h, p, B.shape[3]) if state is None else state
     outputs = []
     for X_t, dt_t, B_t, C_t in zip(*(M.unbind(1) for M in (X, dt, B, C)), strict=True):
-        decay = torch.exp(dt_t * A)
+        decay = torch.exp(dt_t * A)  # b h
+        # The outer product of dt X (b h p 1) and B (b h 1 n) is added to the state (b h p n), which C then reads.
         H = decay[..., None, None] * H + (dt_t[..., None] * X_t)[..., None] * B_t[:, :, None, :]
         outputs.append((H * C_t[:, :, None, :]).sum(-1) + D[:, None] * X_t)
     return torch.stack(outputs, dim=1), H
@@ -123,12 +124,14 @@ def _ssd_step(
 ) -> tuple[Tensor, Tensor]:
     b, _, h, p = X.shape
     g, n = B.shape[2:]
-    decay = torch.exp(dt[:, 0] * A)[..., None, None]
-    dtX = (dt[:, 0, :, None] * X[:, 0]).reshape(b * g, -1, 1)  # all heads of a group below one another
-    H = state.mul_(decay) if in_place else state * decay  # in the layout of the state
-    rows = H.view(b * g, -1, n).baddbmm_(dtX.to(H.dtype), B.reshape(b * g, 1, n).to(H.dtype))
+    decay = torch.exp(dt[:, 0] * A)[..., None, None]  # b h 1 1
+    # The heads of a group share B and C. Their states, one below the other, are one matrix of r*p rows, so that one
+    # outer product with B updates all of them and one product with C reads all of them.
+    dtX = (dt[:, 0, :, None] * X[:, 0]).reshape(b * g, -1, 1)  # b*g r*p 1
+    H = state.mul_(decay) if in_place else state * decay  # b h p n
+    rows = H.view(b * g, -1, n).baddbmm_(dtX.to(H.dtype), B.reshape(b * g, 1, n).to(H.dtype))  # b*g r*p n
     # On a CPU a row times a matrix is several times as fast as a matrix times a column.
-    Y = torch.bmm(C.reshape(b * g, 1, n).to(H.dtype), rows.transpose(1, 2)).view(b, 1, h, p)
+    Y = torch.bmm(C.reshape(b * g, 1, n).to(H.dtype), rows.transpose(1, 2)).view(b, 1, h, p)  # from b*g 1 r*p
     return Y + D[:, None] * X, H
 
 
@@ -137,51 +140,58 @@ def _ssd_chunks(
 ) -> tuple[Tensor, Tensor]:
     b, seq, h, p = X.shape
     g, n = B.shape[2:]
-    r, c = h // g, seq // q  # heads of a group, chunks
+    r, c = h // g, seq // q
     Xc = X.reshape(b, c, q, g, r, p)
     dtc = dt.reshape(b, c, q, g, r)
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
-    dtX = Xc * dtc[..., None]
+    dtX = Xc * dtc[..., None]  # b c q g r p
 
-    # Within the chunk; its positions are innermost in cum, else every loop over its square would transpose it.
+    # Within the chunks. cum_i is the sum of dt A from the first position of the chunk to i. Positions are innermost in
+    # it, because a square of q by q is made of it: any other layout would be transposed in each loop over that square.
     cum = (dtc * A.view(g, r)).permute(0, 1, 3, 4, 2).contiguous().cumsum(dim=-1)  # b c g r q
+    # How much of the input at column j the output at row i reads, without decay: once for all heads of a group.
     CB = (Cc @ Bc.transpose(-1, -2)).tril()  # b c g q q
     Y: Tensor = _Within.apply(CB, cum, dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
-    Y = Y.permute(0, 1, 4, 2, 3, 5)
+    Y = Y.permute(0, 1, 4, 2, 3, 5)  # b c g r q p to b c q g r p, the order of the sequence
 
-    # What each chunk adds to the state at its end.
-    to_end = (cum[..., -1:] - cum).exp().permute(0, 1, 4, 2, 3)
+    # What each chunk adds to the state at its end: its inputs, decayed from their position to the end, times B.
+    to_end = (cum[..., -1:] - cum).exp().permute(0, 1, 4, 2, 3)  # b c q g r
+    # The heads of a group lie side by side in r*p columns, since they share B: one product for each group.
     inputs = (dtX * to_end[..., None]).permute(0, 1, 3, 2, 4, 5).reshape(b, c, g, q, r * p)
     added = (Bc.transpose(-1, -2) @ inputs.to(Bc.dtype)).view(b, c, g, n, r, p)
 
-    # From chunk to chunk.
+    # From chunk to chunk. In here a state is n by r*p, the transpose of what is passed in and returned, so that neither
+    # the product above nor the one below has to transpose it.
     H = cum.new_zeros(b, g, n, r, p) if state is None else state.view(b, g, r, p, n).permute(0, 1, 4, 2, 3)
-    whole_chunk = cum[..., -1].exp()[:, :, :, None, :, None]
-    before, H = _Between.apply(added, whole_chunk, H)  # type: ignore[no-untyped-call]
+    whole_chunk = cum[..., -1].exp()[:, :, :, None, :, None]  # b c g 1 r 1
+    before, H = _Between.apply(added, whole_chunk, H)  # type: ignore[no-untyped-call]  # b c g n r p, b g n r p
 
-    # What the state before a chunk gives to its positions.
-    carried = (Cc @ before.flatten(-2)).view(b, c, g, q, r, p).transpose(2, 3)
+    # What the state before a chunk gives to its positions: C reads it, decayed from the chunk's start to the position.
+    carried = (Cc @ before.flatten(-2)).view(b, c, g, q, r, p).transpose(2, 3)  # b c q g r p
     Y = Y + carried * cum.exp().permute(0, 1, 4, 2, 3)[..., None]
     Y = Y.reshape(b, seq, h, p) + D[:, None] * X
     return Y.to(X.dtype), H.permute(0, 1, 3, 4, 2).reshape(b, h, p, n)
 
 
 class _Within(torch.autograd.Function):
-    """Y = M dtX of every chunk and head, with M = C B^T . L and L_ij = exp(cum_i - cum_j), where C B^T is 0 for j > i.
+    """Y = M dtX for every chunk and head, with M = C B^T . L and L_ij = exp(cum_i - cum_j), where C B^T is 0 for j > i.
 
-    For j > i, L is 1, lest it overflow. cum is the sum of dt A from the chunk's first position on, so L_ij is what is
-    left at i of an input at j. With T = M . dM its gradient is dcum_i = sum_j T_ij - sum_j T_ji. The sums are Y_i dY_i
-    and dtX_i d(dtX)_i, which are cheaper, but have the diagonal of T in both, rounded differently: most of what is left
-    of it would be noise.
+    L_ij is the share of an input at j that is left at i. For j > i, where the exponent could overflow, L is set to 1.
+
+    With T = M . dM, the gradient of cum is dcum_i = sum_j T_ij - sum_j T_ji. The two sums equal Y_i . dY_i and
+    dtX_i . d(dtX)_i, which would be cheaper. But the diagonal of T is in both of them and should cancel; there it is
+    rounded differently, and where decay is strong the difference would be mostly noise.
     """
 
     @staticmethod
     def forward(
         ctx: Any, CB: Float[Tensor, "b c g q q"], cum: Float[Tensor, "b c g r q"], dtX: Float[Tensor, "b c g r q p"]
     ) -> Float[Tensor, "b c g r q p"]:
-        L = (cum[..., :, None] - cum[..., None, :]).clamp_(max=0).exp_().to(CB.dtype)
+        # Row i is the output's position, column j the input's. CB, of a group, is broadcast over the heads in L.
+        L = (cum[..., :, None] - cum[..., None, :]).clamp_(max=0).exp_().to(CB.dtype)  # b c g r q q
         inputs = dtX.to(CB.dtype).contiguous()
         Y = (CB[:, :, :, None] * L) @ inputs
+        # M is not kept: the backward pass makes it again from CB, which is r times smaller, and L.
         ctx.save_for_backward(CB, L, inputs)
         ctx.dtypes = cum.dtype, dtX.dtype
         return Y
@@ -192,20 +202,24 @@ class _Within(torch.autograd.Function):
         CB, L, dtX = ctx.saved_tensors
         of_cum, of_dtX = ctx.dtypes
         dY = dY.to(CB.dtype).contiguous()
-        M = CB[:, :, :, None] * L
-        ddtX = M.transpose(-1, -2) @ dY
+        M = CB[:, :, :, None] * L  # b c g r q q, as are dM and T
+        ddtX = M.transpose(-1, -2) @ dY  # b c g r q p
         dM = dY @ dtX.transpose(-1, -2)
         T = M.to(of_cum).mul_(dM)
-        dcum = T.sum(-1) - T.sum(-2)
+        dcum = T.sum(-1) - T.sum(-2)  # b c g r q
+        # CB is shared by the heads of a group, so its gradient is their sum. What lies above the diagonal of it is
+        # discarded by the backward pass of tril.
         return dM.mul_(L).sum(3), dcum, ddtX.to(of_dtX)
 
 
 class _Between(torch.autograd.Function):
     """The recurrence from chunk to chunk: H_c = decay_c H_{c-1} + added_c, and the state before each chunk.
 
-    Its gradient runs backwards: with d the gradient of H_c, dadded_c = d, ddecay_c = d . H_{c-1}, and the state before
-    receives decay_c d beside what it gave to its chunk. States are stacked flat, since inductor takes a stack of such
-    with a size of 1 for images, and puts the chunks innermost.
+    Its gradient runs backwards: with d the gradient of H_c, dadded_c = d and ddecay_c = d . H_{c-1}; the gradient of
+    H_{c-1} is decay_c d plus that of the state before chunk c, which the chunk's positions have read.
+
+    States are flattened before they are stacked: inductor takes a stack of such tensors with an axis of size 1 for
+    images, and would put the chunks innermost.
     """
 
     @staticmethod
@@ -217,9 +231,10 @@ class _Between(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "b c g n r p"], Float[Tensor, "b g n r p"]]:
         before = []
         for keep, more in zip(decay.unbind(1), added.unbind(1), strict=True):
+            # Stored in the dtype of the products that read it; the running state stays in its own, mostly fp32.
             before.append(H.to(added.dtype).flatten(1))
             H = keep * H + more
-        states = torch.stack(before, dim=1).view(added.shape)
+        states = torch.stack(before, dim=1).view(added.shape)  # b c g n r p
         ctx.save_for_backward(states, decay)
         return states, H
 
@@ -227,10 +242,11 @@ class _Between(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dstates: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         states, decay = ctx.saved_tensors
+        # From the last chunk to the first. d begins as the gradient of the last state, and is handed to the one before.
         dadded, ddecay = [], []
         for keep, state, more in zip(*(M.unbind(1)[::-1] for M in (decay, states, dstates)), strict=True):
             dadded.append(d.to(states.dtype).flatten(1))
-            ddecay.append((d * state).sum((2, 4)).flatten(1))
+            ddecay.append((d * state).sum((2, 4)).flatten(1))  # over n and p, which share the decay of their head
             d = keep * d + more
         of_added = torch.stack(dadded[::-1], dim=1).view(states.shape)
         of_decay = torch.stack(ddecay[::-1], dim=1).view(decay.shape)
