@@ -1,6 +1,11 @@
 """Routed experts: every token goes to its chosen experts, and none is dropped.
 
 Shapes: t tokens, k top_k, e n_experts, d width that experts read and write, f d_expert.
+
+A choice is one of the t*k pairs of a token and an expert that it was sent to. Every path but `_dense` works on rows:
+it copies the token of each choice to a row of its own, the rows of an expert next to one another, multiplies the rows
+by the weights of their expert, and adds up the rows of each token. `row_of` (t k) holds the row of each choice; it is
+all that copying and adding up need to know.
 """
 
 from __future__ import annotations
@@ -28,19 +33,19 @@ declare(
 
 
 MAX_PADDING = 4
-"""Rows of the padded form over those that hold a token."""
+"""Most rows of the padded form for each row that holds a token; beyond that, experts run one after another."""
 
 EVEN = 1.33
-"""Load of the busiest expert over the mean, up to which all experts are padded to it."""
+"""Ratio of the largest load to the mean load up to which all experts are padded to the largest."""
 
 BATCHES = 5
-"""Parts in which experts of uneven loads are padded, so that a few of them do not set the size of all."""
+"""Batches in which experts of uneven loads are padded, so that a few busy ones do not set the size of all."""
 
 CAPACITIES = 8
-"""Sizes of a padded expert within one mean load: a product in bf16 is compiled anew for each size that it meets."""
+"""Sizes of a padded expert within one mean load. Few, because a product in bf16 is compiled for each new size."""
 
 FEW = 16
-"""Choices of an expert, on average, up to which a decoded batch is padded in any precision."""
+"""Mean load of an expert up to which a decoding batch is padded in any precision."""
 
 
 def experts(
@@ -58,6 +63,7 @@ def experts(
     Args:
         biases: of `up`, `gate` and `down`.
     """
+    # Autocast reaches neither products that write to an `out` nor bags of embeddings, so its dtype is taken here.
     dtype = product_dtype(x)
     x, up, down, gate = x.to(dtype), up.to(dtype), down.to(dtype), None if gate is None else gate.to(dtype)
     name = path_of("experts", x.device.type)
@@ -71,7 +77,7 @@ def experts(
 
 
 class _Experts(NamedTuple):
-    """Weights of all experts, experts first."""
+    """Weights of all experts, or of some of them, on their first axis."""
 
     activation: Activation
     up: Tensor
@@ -83,9 +89,9 @@ class _Experts(NamedTuple):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Each expert over its own rows, as many for all: (e, rows, d)."""
+    """Each expert over its own rows, which are equally many for all: (e, rows, d) to (e, rows, f)."""
     y = rows @ weight
-    return y if bias is None else y + bias.unsqueeze(-2)
+    return y if bias is None else y + bias.unsqueeze(-2)  # e 1 f
 
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -101,10 +107,10 @@ def _run(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
 
 
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """One expert after another, the tokens sorted by expert: its products are exactly as large as its load."""
-    row_of, load = _sorted(chosen, len(mlp.up))
+    """One expert after another over rows sorted by expert: its products are exactly as large as its load."""
+    row_of, load = _sorted(chosen, len(mlp.up))  # t k, e
     loads = load.tolist()
-    expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load)  # of each row
+    expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load)  # t*k: the expert of each row
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Grouped.apply(rows, weight, loads)  # type: ignore[no-untyped-call]
@@ -114,7 +120,10 @@ def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
 
 
 class _Grouped(torch.autograd.Function):
-    """Rows, sorted by expert, times the weight of each: products that write where their results belong."""
+    """Rows, sorted by expert, times the weights of their expert.
+
+    Each product writes into its slice of one result, so no results are concatenated, forward or backward.
+    """
 
     @staticmethod
     def forward(
@@ -122,6 +131,7 @@ class _Grouped(torch.autograd.Function):
     ) -> Float[Tensor, "choices f"]:
         ctx.save_for_backward(rows, weight)
         ctx.loads = loads
+        # An expert without a token has an empty slice, and its product does nothing.
         y = rows.new_empty(len(rows), weight.shape[2])
         for into, tokens, one in zip(y.split(loads), rows.split(loads), weight, strict=True):
             torch.mm(tokens, one, out=into)
@@ -134,38 +144,50 @@ class _Grouped(torch.autograd.Function):
         drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
         parts = (each.split(ctx.loads) for each in (rows, drows, dy))
         for tokens, dtokens, given, one, done in zip(*parts, weight, dweight, strict=True):
-            torch.mm(given, one.T, out=dtokens)
-            torch.mm(tokens.T, given, out=done)
+            torch.mm(given, one.T, out=dtokens)  # (load, f) (f, d)
+            torch.mm(tokens.T, given, out=done)  # (d, load) (load, f): zeros for an expert without a token
         return drows, dweight, None
 
 
 def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """All experts in one batch of products, or a few of them by load, each padded to its busiest; no token is dropped.
+    """Batched products over experts padded to the same number of rows, their capacity; no token is dropped.
 
-    More work than `_loop` by the busiest load over the mean, in far fewer and larger products; where that is too
-    much, or there are too few tokens for the experts, it is left to `_loop`. So it is in fp32 on a CPU, where a
-    batch of large products is no faster than one after another. The few rows of decoding are padded all the same,
-    unless most experts would be read in vain.
+    Experts of even loads are one batch, padded to the busiest of them. Otherwise they are sorted by load and split into
+    a few batches, each padded to its own busiest expert.
+
+    That is more work than `_loop`, by the ratio of capacity to load, in far fewer and larger products. `_loop` runs
+    instead where padding would be too much, as with few tokens for many experts, and in fp32 on a CPU, where a batch of
+    large products is no faster than one after another. The few rows of decoding are padded all the same, unless most
+    experts would be read without having a token.
     """
     n_experts = len(mlp.up)
+    # Decoding with a mean load of 1/2 to FEW. Below 1/2, most experts have no token.
     few = not torch.is_grad_enabled() and n_experts <= 2 * chosen.numel() <= 2 * FEW * n_experts
     if x.is_cpu and x.dtype == torch.float32 and not few:
         return _loop(x, chosen, weights, mlp)
-    sorted_row_of, load = _sorted(chosen, n_experts)
+    sorted_row_of, load = _sorted(chosen, n_experts)  # t k, e
+
+    # Batches: how many experts each has, their order, and the capacity of each, rounded up to multiples of the grain.
     grain = max(1, chosen.numel() // n_experts // CAPACITIES)
     even = few or int(load.max()) * n_experts <= EVEN * chosen.numel()
-    by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()
+    by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()  # the least busy first
     sizes = [n_experts] if even else _sizes(n_experts)
     capacities = [-(-int(part.max()) // grain) * grain for part in load[by_load].split(sizes)]
     n_rows = [size * capacity for size, capacity in zip(sizes, capacities, strict=True)]
     if sum(n_rows) > MAX_PADDING * chosen.numel() and not few:
         return _loop(x, chosen, weights, mlp)
-    capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))
-    first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # of each expert
-    row_of = sorted_row_of + (first_row - (load.cumsum(0) - load))[chosen]
+
+    # From rows of the sorted list, where experts follow one another without a gap, to padded rows: subtract the first
+    # row of the expert in that list, which leaves the place within the expert, and add its first padded row. `capacity`
+    # and its sums are in the order of `by_load`; scatter_ brings first rows back into the order of experts.
+    capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))  # e
+    first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # e
+    row_of = sorted_row_of + (first_row - (load.cumsum(0) - load))[chosen]  # t k
+
     batches = [mlp] if even else _batches(mlp, by_load, sizes)
-    rows = _dispatched(x, row_of, sum(n_rows)).split(n_rows)
+    rows = _dispatched(x, row_of, sum(n_rows)).split(n_rows)  # one (size * capacity, d) for each batch
     outputs = [
+        # (size, capacity, d) through the experts of the batch, and back to rows.
         _run(batch, part.unflatten(0, (len(batch.up), -1))).flatten(0, 1)
         for batch, part in zip(batches, rows, strict=True)
     ]
@@ -173,7 +195,10 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
 
 
 def _sizes(n_experts: int) -> list[int]:
-    """How many experts each batch has: half of them, half of the others, and so on."""
+    """Number of experts in each batch: half of all, then half of the rest, and so on; the last has what is left.
+
+    Batches come by load, least first, so the few busiest experts, whose loads differ most, are in small batches.
+    """
     sizes: list[int] = []
     while len(sizes) < BATCHES - 1 and (half := (n_experts - sum(sizes)) // 2):
         sizes.append(half)
@@ -181,6 +206,8 @@ def _sizes(n_experts: int) -> list[int]:
 
 
 def _batches(mlp: _Experts, by_load: Tensor, sizes: list[int]) -> list[_Experts]:
+    """The weights of each batch of experts."""
+    # For each field its parts by batch, and then for each batch its fields; an absent field is absent in every batch.
     parts: list[Any] = [
         [None] * len(sizes) if part is None else part.index_select(0, by_load).split(sizes) for part in mlp[1:]
     ]
@@ -190,21 +217,24 @@ def _batches(mlp: _Experts, by_load: Tensor, sizes: list[int]) -> list[_Experts]
 def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """Every expert computes every token, and those that were not chosen have weight zero.
 
-    Exact, at n_experts / top_k times the work; no shape depends on data, so that a graph can be exported whole.
-    The weights go to the inner values, so that one product over all experts adds up what they give.
+    Exact, at n_experts / top_k times the work. No shape depends on data, so the graph can be exported whole.
     """
     n_experts = len(mlp.up)
     weight = x.new_zeros(x.shape[0], n_experts).scatter_add(1, chosen, weights.to(x.dtype))  # t e
     inner = _inner(mlp, x[None].expand(n_experts, -1, -1))  # e t f
-    weighted = (weight.T[..., None] * inner).transpose(0, 1).flatten(1)
-    y = linear(weighted, mlp.down.flatten(0, 1).T)
+    # The inner values of all experts side by side, each times its weight: one product with all down matrices, one below
+    # the other, then adds up over experts as well.
+    weighted = (weight.T[..., None] * inner).transpose(0, 1).flatten(1)  # t e*f
+    y = linear(weighted, mlp.down.flatten(0, 1).T)  # t d
     return y if mlp.down_bias is None else y + weight @ mlp.down_bias
 
 
 def _sorted(chosen: Int[Tensor, "t k"], n_experts: int) -> tuple[Int[Tensor, "t k"], Int[Tensor, " e"]]:
-    """The row of each choice where choices are sorted by expert, and how many each expert has."""
-    expert_of = chosen.flatten()
-    order = expert_of.argsort(stable=True)
+    """The row of each choice in a list of choices sorted by expert, and the number of choices of each expert."""
+    expert_of = chosen.flatten()  # t*k
+    # Stable, so that tokens keep their order within an expert, and sums over them do not depend on the sort.
+    order = expert_of.argsort(stable=True)  # t*k: the choice in each row
+    # The inverse permutation: the row of each choice.
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     return row_of.view_as(chosen), expert_of.bincount(minlength=n_experts)
 
@@ -220,10 +250,10 @@ def _combined(outputs: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies every token to its rows, one for each choice, and leaves the others zero.
+    """Copies every token to its rows, one for each choice; rows without a choice are zero.
 
-    Bags of embeddings are what torch gathers and adds up in one pass, with many threads; what autograd does for an
-    index adds up row by row.
+    Torch's bags of embeddings gather and add up in one pass and with many threads, in both directions. The backward
+    pass that autograd has for an index adds up row by row.
     """
 
     @staticmethod
@@ -235,32 +265,38 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (row_of,) = ctx.saved_tensors
+        # A bag for each token: the sum of the gradients in its k rows, t d.
         return F.embedding_bag(row_of, drows, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Adds up what a token's rows hold, each times its weight."""
+    """For each token, the sum of its rows, each times the weight of its choice."""
 
     @staticmethod
     def forward(
         ctx: Any, outputs: Float[Tensor, "rows d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"]
     ) -> Float[Tensor, "t d"]:
         ctx.save_for_backward(outputs, weights, row_of)
+        # A bag for each token, of its k rows: the rows (t k d) are never made.
         return F.embedding_bag(row_of, outputs, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         outputs, weights, row_of = ctx.saved_tensors
-        dweights = (F.embedding(row_of, outputs) * dy[:, None]).sum(-1)
+        dweights = (F.embedding(row_of, outputs) * dy[:, None]).sum(-1)  # from t k d
         return _placed(dy, weights, row_of, len(outputs)), dweights, None
 
 
 def _placed(
     x: Float[Tensor, "t d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"], n_rows: int
 ) -> Float[Tensor, "rows d"]:
-    """Of every row its token times its weight, and zero where it has none."""
+    """Each row holds its token times its weight; rows without a token hold zero.
+
+    The gather that this is, by row instead of by token, needs the inverse of `row_of`: the token of each row.
+    """
     rows, token = row_of.flatten(), torch.arange(len(x), device=x.device)
+    # A row of padding gets token 0 and weight 0.
     token_of = rows.new_zeros(n_rows).scatter_(0, rows, token.repeat_interleave(row_of.shape[1]))
     weight_of = weights.new_zeros(n_rows).scatter_(0, rows, weights.flatten())
     return F.embedding_bag(token_of[:, None], x, mode="sum", per_sample_weights=weight_of[:, None])
