@@ -1,7 +1,19 @@
-"""Leases: a worker marks its trial as alive again and again; a trial whose mark stands still is reaped.
+"""Leases: a worker renews the mark on its trial; a trial whose mark no longer changes is ended and queued again.
 
-It works in any storage; Optuna's own heartbeats exist in its relational one only. No clock is compared with another:
-a lease is judged by how long its mark stood still before whoever judges, or by its process where that ran here.
+It works in any storage; Optuna's own heartbeats exist only in its relational one. The protocol:
+
+1. A worker asks for a trial, which makes it RUNNING, and writes its mark, `lease`, into the trial's user attributes:
+   who it is, where it runs, and a beat that counts up every `BEAT_S` seconds.
+2. Every worker looks at all RUNNING trials before it asks for one (`Reaper.reap`). A trial is dead if its mark has not
+   changed for `LEASE_S` seconds, if its process ran on this machine and is gone, or if it gets no mark at all.
+3. A dead trial is ended first (FAIL, outcome `interrupted`) and queued again second, as a new trial with the same
+   parameters and `retry_of`. A process that is killed between the two leaves a trial that was ended and has no retry:
+   whoever reaps next finds it and queues it. In the other order, the old trial and its retry could run side by side.
+4. Two processes may queue a retry of one trial at the same time. `is_doubled` makes the later of the two give way.
+
+No clock is compared with another: whoever judges measures with its own clock for how long it has seen the same mark.
+Optuna lets nobody write to a trial that has ended. So a worker that was only slow, and whose trial was reaped, gets an
+UpdateFinishedTrialError at its next write, and cannot end the trial a second time.
 """
 
 from __future__ import annotations
@@ -23,9 +35,9 @@ from optuna.trial import FrozenTrial, TrialState
 BEAT_S = 15.0
 """Seconds between two renewals."""
 LEASE_S = 90.0
-"""Seconds after which a mark that stands still is taken for dead."""
+"""Seconds without a change after which a mark counts as dead: six beats, so that a few may be late or lost."""
 MOST_ATTEMPTS = 20
-"""Processes that may die of one trial before it counts as failed: it may be the trial that kills them."""
+"""Processes that may end during one trial before it counts as failed: the trial itself may be what kills them."""
 
 INTERRUPTED = "interrupted"
 """Outcome of a trial whose worker is gone."""
@@ -36,8 +48,9 @@ REJECTED = "rejected"
 
 
 def _place() -> str:
-    """Where process numbers mean something: the host and its name space of processes."""
+    """The host and its name space of processes: two processes with the same place can look up each other's number."""
     try:
+        # Containers on one host have name spaces of their own, in which the same number is another process.
         space = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         space = 0
@@ -52,29 +65,33 @@ class Lease:
     """
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial) -> None:
+        # The storage and not the trial: its set_user_attr would also change the object that the training thread uses.
         self._storage, self._trial_id = study._storage, trial._trial_id
+        # The random name makes sure that no two leases write equal marks.
         self._mark = {"worker": uuid.uuid4().hex[:8], "place": _place(), "pid": os.getpid()}
         self._ended = threading.Event()
+        # A daemon: a process that ends must not wait for it. Its own thread, because training blocks for minutes.
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> None:
-        self._beat(0)
+        self._beat(0)  # in this thread, so that an error of a trial that was reaped already reaches the worker
         self._thread.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # The thread is not joined: a beat may hang in a storage that is away, and one more beat does no harm.
         self._ended.set()
 
     def _renew(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.wait(BEAT_S):  # a sleep that ends at once when the block does
             beat += 1
             try:
                 self._beat(beat)
-            except optuna.exceptions.UpdateFinishedTrialError:  # reaped: the loop of the worker will find out
+            except optuna.exceptions.UpdateFinishedTrialError:  # reaped: the worker gets the same error when it writes
                 return
-            except Exception:  # the disk is full, or the server away for long: perhaps not at the next beat
+            except Exception:  # the disk is full, or the server is away: the next beat may succeed
                 continue
 
     def _beat(self, beat: int) -> None:
@@ -85,14 +102,18 @@ class Reaper:
     """Finds trials whose worker is gone, and puts them back in the queue with their parameters."""
 
     def __init__(self) -> None:
+        # For each trial the last mark that was seen, and when it was first seen by this process's clock. A new process
+        # starts with nothing, so it needs LEASE_S to judge a lease from another machine.
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def reap(self, study: optuna.Study) -> None:
-        """Ends the trials whose lease is dead and queues them again; the next call makes good a kill in between."""
+        """Ends the trials whose lease is dead, and queues again all that were left without a retry."""
         trials = study.get_trials(deepcopy=False)
         dead = [trial for trial in trials if trial.state == TrialState.RUNNING and self._is_dead(trial)]
         for trial in dead:
             leave(study, trial)
+        # Read again after the writes: another process may have ended and queued the same trials by now. Called even if
+        # none is dead, for trials that were given back, or ended by a process that was killed before it queued them.
         _requeue(study, study.get_trials(deepcopy=False) if dead else trials)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
@@ -104,24 +125,34 @@ class Reaper:
             return False
         if lease is None:  # its worker was killed before it took the lease, or is about to take it
             return now - since > BEAT_S
+        # A process of this machine can be looked up, which saves the wait. If another process has its number by now,
+        # the lease expires as one from elsewhere does.
         gone = lease["place"] == _place() and not _runs(lease["pid"])
         return gone or now - since > LEASE_S
 
 
 def leave(study: optuna.Study, trial: FrozenTrial, outcome: str = INTERRUPTED) -> None:
-    """Ends a trial that was not brought to its end; what is done already stays on disk, under its key."""
+    """Ends a trial before it is done. What was trained stays on disk under the experiment's key, for the retry.
+
+    Args:
+        outcome: `INTERRUPTED` counts as an attempt; `RELEASED`, a trial that its own worker gave back, does not.
+    """
     attempts = trial.user_attrs.get("attempt", 1)
     about = {"outcome": outcome}
     if outcome == INTERRUPTED and attempts >= MOST_ATTEMPTS:
         about = {"outcome": "failed", "reason": f"{attempts} processes ended while they trained it"}
-    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # by another process, just now
+    with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process has just ended it
+        # The outcome before the state: an ended trial takes no attributes, and FAIL without an outcome is a failure.
         for name, value in about.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def is_doubled(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether an earlier trial is a retry of the same: two processes may find at once that one is to be retried."""
+    """Whether an earlier trial is a retry of the same trial; the lowest number of all its retries runs.
+
+    Two processes may queue one at the same time. Numbers are given by the storage, so all processes see one order.
+    """
     about = trial.user_attrs
     return "retry_of" in about and any(
         other.user_attrs.get("retry_of") == about["retry_of"] for other in trials if other.number < trial.number
@@ -129,7 +160,7 @@ def is_doubled(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
 
 
 def is_left(trial: FrozenTrial) -> bool:
-    """Whether the trial's parameters are left to another trial, which has them or will have them."""
+    """Whether the trial was left for another trial, queued or still to be queued, that has the same parameters."""
     return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") in (INTERRUPTED, RELEASED)
 
 
@@ -139,22 +170,26 @@ def is_rejected(trial: FrozenTrial) -> bool:
 
 
 def _requeue(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    """Queues a retry of every trial that was left and has none yet."""
     retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
     for trial in trials:
         if is_left(trial) and trial.number not in retried:
             about = trial.user_attrs
             attempt = about.get("attempt", 1) + (about["outcome"] == INTERRUPTED)
             study.enqueue_trial(
+                # A trial that was reaped before it drew anything has no params yet, but may have been queued with some.
                 {**trial.system_attrs.get("fixed_params", {}), **trial.params},
+                # `draw`: what the sampler adds is drawn by the number of the first attempt, so a retry draws the same.
                 user_attrs={"retry_of": trial.number, "draw": about.get("draw", trial.number), "attempt": attempt},
             )
 
 
 def _runs(pid: int) -> bool:
+    """Whether a process with this number runs here."""
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 is not delivered; only the checks are made
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except PermissionError:  # it runs, and belongs to another user
         return True
     return True
