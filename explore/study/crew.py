@@ -1,4 +1,10 @@
-"""Who works on a sweep: this process, several on this machine, or jobs of a cluster; all of them on one study."""
+"""Who works on a sweep: this process, several on this machine, or jobs of a cluster; all of them on one study.
+
+Workers share nothing but the study's storage and the folder of runs. Each of them runs the same loop, `Worker.work`,
+and ends by itself when the study has its trials. The process that started them hands out no trials: it draws the table,
+replaces workers that were killed, and ends them all when it is interrupted. So workers may also be started by hand, on
+any host, beside these.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +42,11 @@ from explore.study.worker import Way, Worker, is_counted, n_counted
 Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
 RECORD_S = 3600.0
-"""Seconds between two times that the records of a sweep are written."""
+"""Seconds between two writes of the records of a sweep."""
 DEATHS = 5
-"""Times that each worker may be killed without a trial that ends in between."""
+"""Deaths for each worker, without a trial that ends in between, after which the sweep ends with an error."""
 GRACE_S = 10.0
-"""Seconds in which a worker that is told to end may give its trial back."""
+"""Seconds that a worker has to give its trial back after SIGTERM, before it is killed."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -57,7 +63,12 @@ class SweepSummary:
 
 @dataclass(frozen=True)
 class _Post:
-    """What a worker in another process needs to know; it can be pickled."""
+    """What a worker in another process needs to know; it can be pickled.
+
+    Attributes:
+        file: the sweep file. The worker loads it again, because the functions in it cannot be pickled.
+        parent: process that the worker must not outlive; none for jobs of a cluster, which run on other hosts.
+    """
 
     file: Path
     study: str
@@ -107,7 +118,8 @@ def run_sweep(
             cannot be written.
     """
     console, way = console or Console(stderr=True), way or Way()
-    make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)  # refuses what is wrong with it
+    # Whatever a person can get wrong is found here, before a worker starts: the sampler, the storage, the study.
+    make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)
     opened = open_storage(runs, storage, lambda line: console.print(line, highlight=False))
     study = open_study(sweep, opened, sampler=sampler, seed=seed, new=new_study)
     study.set_user_attr(N_TRIALS, n_trials)
@@ -118,6 +130,7 @@ def run_sweep(
             Worker(sweep, study, runs, way, console, table.refresh).work(n_trials)
         else:
             parent = os.getpid() if cluster is None else None
+            # Whole paths: a job of a cluster may start in another folder.
             post = _Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, way, parent)
             if cluster is None:
                 _work_here(post, study, workers, table)
@@ -139,7 +152,10 @@ def summary(study: optuna.Study) -> SweepSummary:
 
 @contextlib.contextmanager
 def _kept(records: Path | None, runs: Path, console: Console) -> Iterator[None]:
-    """Takes up what a table of records holds, and adds to it what ends within, hourly and in the end."""
+    """Unpacks the runs of a table of records, and adds to the table what ends inside the block, hourly and at its end.
+
+    Hourly, so that a machine that is lost takes at most an hour of runs with it.
+    """
     if records is None:
         yield
         return
@@ -148,7 +164,7 @@ def _kept(records: Path | None, runs: Path, console: Console) -> Iterator[None]:
     over = threading.Event()
 
     def keep() -> None:
-        while not over.wait(RECORD_S):
+        while not over.wait(RECORD_S):  # a sleep that ends at once when the block does
             pack_runs(records, runs)
 
     clerk = threading.Thread(target=keep, daemon=True)
@@ -157,19 +173,23 @@ def _kept(records: Path | None, runs: Path, console: Console) -> Iterator[None]:
         yield
     finally:
         over.set()
-        clerk.join()
+        clerk.join()  # two writers of one file would overwrite each other
         pack_runs(records, runs)
 
 
 def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable) -> None:
-    """Processes that share the cores; one that is killed is replaced, one that gives up ends the sweep.
+    """Starts processes that share the cores, and waits for them.
+
+    A worker ends in one of three ways. With exit code 0 and no message: the study has its trials. With a message: it
+    gave up for a reason that the others would meet too, such as a full disk, so the sweep ends. Otherwise it was
+    killed, for example for memory: another takes its place, and whoever reaps its lease queues its trial again.
 
     Raises:
         ValueError: a worker gave up, or workers die although no trial ends.
     """
     crew: list[tuple[SpawnProcess, Connection]] = []
     deaths, n_ended = 0, 0
-    with _threads(workers):
+    with _threads(workers):  # around the loop as well, for the workers that replace others
         try:
             crew += [_start(post) for _ in range(workers)]
             while crew:
@@ -179,9 +199,13 @@ def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable
                     if process.is_alive():
                         continue
                     crew.remove((process, ear))
+                    # The process has ended, so all that it sent is in the pipe: nothing has to be waited for.
                     if ear.poll() and (message := _heard(ear)):
                         raise ValueError(message)
                     if process.exitcode != 0:
+                        # Count afresh when a trial has ended since the last death: the study makes progress, and a
+                        # trial that kills its workers fails by itself after some attempts. Without an end, workers
+                        # die of something else, such as a library that does not load, and would do so for ever.
                         n_before, n_ended = n_ended, _n_ended(study)
                         deaths = deaths + 1 if n_ended == n_before else 1
                         if deaths > DEATHS * workers:
@@ -190,40 +214,51 @@ def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable
                             )
                         crew.append(_start(post))
         finally:
+            # Empty unless this process was interrupted or raises. SIGTERM goes to all before any is waited for, so that
+            # they give their trials back at the same time.
             for process, _ in crew:
                 process.terminate()
             for process, _ in crew:
                 process.join(GRACE_S)
-                process.kill()
+                process.kill()  # does nothing to a process that has ended
                 process.join()
             table.refresh()
 
 
 def _n_ended(study: optuna.Study) -> int:
+    """Trials that have ended in any way."""
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 def _heard(ear: Connection) -> str:
+    """The message of a worker that has ended; empty where it sent none."""
     try:
         return str(ear.recv())
-    except EOFError:
+    except EOFError:  # the end of the pipe also counts as something to read
         return ""
 
 
 def _start(post: _Post) -> tuple[SpawnProcess, Connection]:
-    """Starts a worker that does not hear Ctrl-C, from its first moment on: its parent does, and ends it."""
+    """Starts a worker that ignores Ctrl-C. A terminal sends that to all of them; the parent then ends its workers."""
+    # A new interpreter, not a fork: torch's threads and an open storage do not survive a fork.
     context = multiprocessing.get_context("spawn")
     ear, mouth = context.Pipe(duplex=False)
     process = context.Process(target=work_at, args=(post, mouth))
-    with _without_interrupts():
+    with _without_interrupts():  # what is ignored stays ignored in the new process, from its first moment
         process.start()
-    mouth.close()
+    mouth.close()  # the worker has its own copy; only with this one closed does the pipe end when the worker does
     return process, ear
 
 
 def work_at(post: _Post, mouth: Connection | None = None) -> None:
-    """What a worker does in a process of its own: the loop, and one line to the parent where it must give up."""
+    """Runs the worker's loop in a process of its own, and sends one line to the parent if it must give up.
+
+    Args:
+        mouth: where the line goes. A job of a cluster has none and raises; submitit keeps the error.
+    """
     if post.parent is not None:
+        # SIGTERM becomes SystemExit, so that the loop gives its trial back on the way out. A job of a cluster leaves
+        # its signals to submitit.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         threading.Thread(target=_die_with, args=(post.parent,), daemon=True).start()
     try:
@@ -233,19 +268,26 @@ def work_at(post: _Post, mouth: Connection | None = None) -> None:
     except Exception as error:
         if mouth is None:
             raise
+        # These two are written for people; of any other the type says more than the text.
         mouth.send(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent is gone: a sweep that was killed does not go on unseen."""
+    """Ends this process when its parent is gone, so that the workers of a sweep that was killed do not go on unseen.
+
+    A parent that is killed sends nothing. It is polled for: an orphan gets another parent.
+    """
     while os.getppid() == parent:
         time.sleep(1)
-    os._exit(1)
+    os._exit(1)  # sys.exit in this thread would end the thread alone; the trial is reaped by its lease
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Has a process that is started within ignore Ctrl-C; only the main thread can say so."""
+    """Makes processes that are started in the block ignore Ctrl-C.
+
+    Python lets only the main thread set signal handlers; in any other the block changes nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -258,7 +300,11 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads(workers: int) -> Iterator[None]:
-    """Divides the cores among the processes that are started within: two that each take all slow one another down."""
+    """Divides the cores among the processes started in the block: two that use all cores each slow one another down.
+
+    By environment variables, which the processes inherit and which OpenMP and MKL read once, when torch is loaded.
+    """
+    # The cores that this process may use, which may be fewer than the machine has.
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n = max(1, n_cores // workers)
     before = {name: os.environ.get(name) for name in THREADS}
@@ -275,6 +321,11 @@ def _threads(workers: int) -> Iterator[None]:
 def _work_on_cluster(
     post: _Post, study: optuna.Study, workers: int, cluster: Cluster, options: Mapping[str, Any], table: SweepTable
 ) -> None:
+    """Submits the workers as jobs, and waits for all of them; an interruption cancels them.
+
+    Raises:
+        ValueError: submitit is missing or refuses the jobs, or a job failed and the study lacks trials.
+    """
     try:
         import submitit
     except ModuleNotFoundError:
@@ -282,10 +333,12 @@ def _work_on_cluster(
     executor = submitit.AutoExecutor(folder=post.runs / "cluster", cluster=cluster)
     try:
         executor.update_parameters(name=post.study, **options)
+        # Jobs of SLURM have cores of their own. A batch is one array of jobs, submitted when its block ends.
         with _threads(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
             jobs = [executor.submit(work_at, post) for _ in range(workers)]
     except (NameError, TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
+    # No job is replaced here. The others take up its trial, and the same call submits new jobs.
     try:
         while not all(job.done() for job in jobs):
             time.sleep(REDRAW_S)
@@ -294,6 +347,7 @@ def _work_on_cluster(
         for job in jobs:
             if not job.done():
                 job.cancel()
+    # A job that failed matters only if the others did not make up for it.
     for job in jobs:
         if (failure := job.exception()) is not None and n_counted(study) < post.n_trials:
             last = str(failure).strip().splitlines()[-1]
