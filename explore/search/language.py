@@ -10,8 +10,8 @@ NO_LAYER = "."
 """Stands at the positions after a pattern's last layer."""
 
 
-class State(NamedTuple):
-    """What the rules remember of the layers so far: the last letter, and how many of each counted group."""
+class RuleState(NamedTuple):
+    """What the rules need to know of the layers so far: the last letter, and how many of each counted group."""
 
     last: str
     counts: tuple[int, ...]
@@ -38,7 +38,7 @@ class Language:
         self.groups = tuple(sorted({*at_least, *at_most}))
         self.floors = tuple(at_least.get(group, 0) for group in self.groups)
         self.ceilings = tuple(at_most.get(group) for group in self.groups)
-        self.start = State("", (0,) * len(self.groups))
+        self.start = RuleState("", (0,) * len(self.groups))
         self.ways = lru_cache(maxsize=None)(self._ways)
 
     @property
@@ -46,7 +46,7 @@ class Language:
         """How many strings there are."""
         return self.ways(0, self.start)
 
-    def step(self, state: State, letter: str) -> State | None:
+    def step(self, state: RuleState, letter: str) -> RuleState | None:
         """The state after one more layer; None where a rule forbids the letter."""
         allowed = self.before.get(letter, self.letters) if state.last else self.first
         if (state.last or letter) not in allowed:
@@ -57,17 +57,17 @@ class Language:
             if ceiling is not None and count > ceiling:
                 return None
             counts.append(min(count, floor) if ceiling is None else count)  # beyond the floor all counts are alike
-        return State(letter, tuple(counts))
+        return RuleState(letter, tuple(counts))
 
-    def may_end(self, n: int, state: State) -> bool:
+    def may_end(self, n: int, state: RuleState) -> bool:
         """Whether a pattern may end after `n` layers that led to `state`."""
         enough = all(count >= floor for count, floor in zip(state.counts, self.floors, strict=True))
         return self.shortest <= n <= self.longest and state.last in self.last and state.last != "" and enough
 
-    def _ways(self, n: int, state: State) -> int:
+    def _ways(self, n: int, state: RuleState) -> int:
         return self.may_end(n, state) + sum(self.ways(n + 1, after) for _, after in self.steps(n, state))
 
-    def steps(self, n: int, state: State) -> Iterator[tuple[str, State]]:
+    def steps(self, n: int, state: RuleState) -> Iterator[tuple[str, RuleState]]:
         """The letters that may follow after `n` layers, whether or not they lead to an end."""
         if n < self.longest:
             for letter in self.letters:
@@ -76,13 +76,13 @@ class Language:
 
     def accepts(self, pattern: str) -> bool:
         """Whether the pattern keeps all rules."""
-        state: State | None = self.start
+        state: RuleState | None = self.start
         for letter in pattern:
             if letter not in self.letters or state is None or (state := self.step(state, letter)) is None:
                 return False
         return state is not None and self.may_end(len(pattern), state)
 
-    def patterns(self, n: int = 0, state: State | None = None) -> Iterator[str]:
+    def patterns(self, n: int = 0, state: RuleState | None = None) -> Iterator[str]:
         """All strings in order, one after the other."""
         state = state or self.start
         if self.may_end(n, state):
@@ -153,10 +153,10 @@ class Language:
             return whole
 
         @cache
-        def best(n: int, state: State) -> tuple[float, str, State | None]:
+        def best(n: int, state: RuleState) -> tuple[float, str, RuleState | None]:
             """Fewest changes from position n on, and what stands there."""
-            chosen: tuple[float, str, State | None] = (float("inf"), NO_LAYER, None)
-            options: list[tuple[str, State | None]] = [*self.steps(n, state), (NO_LAYER, None)]
+            chosen: tuple[float, str, RuleState | None] = (float("inf"), NO_LAYER, None)
+            options: list[tuple[str, RuleState | None]] = [*self.steps(n, state), (NO_LAYER, None)]
             if n < self.longest:
                 options.sort(key=lambda option: option[0] != asked[n])
             for letter, after in options:
