@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from explore.blocks import STANDARD_LETTERS, BlockConfig, Uncounted
+from explore.blocks import STANDARD_LETTERS, BlockConfig, RecurrentState, State, Uncounted
 from explore.cost import Cost
 from explore.model import LanguageModel, ModelConfig
 from explore.ops import forced_paths, paths_that
@@ -122,33 +122,31 @@ def check(config: ModelConfig, seq_len: int) -> Iterator[Case]:
     tokens = torch.randint(0, config.vocab_size, (1, seq_len))
     forward = count_flops(lambda: torch.no_grad()(model)(tokens))
     yield Case(config, seq_len, "forward", main + more.forward, forward)
-    read = prefill(model, tokens[:, :-1])
-    training = count_flops(lambda: scalar(model, tokens, read).backward())
+    training = count_flops(lambda: scalar(model, tokens).backward())
     yield Case(config, seq_len, "training", 3 * main + more.training, training)
     expected = ledger.flops_prefill + more.forward
     yield Case(config, seq_len, "prefill", expected, count_flops(lambda: prefill(model, tokens)))
-    step = count_flops(lambda: torch.no_grad()(model)(tokens[:, -1:], read))
+    state = prefill(model, tokens[:, :-1])
+    step = count_flops(lambda: torch.no_grad()(model)(tokens[:, -1:], state))
     yield Case(config, seq_len, "decode", ledger.main.flops_step, step)
 
 
-def scalar(model: LanguageModel, tokens: Tensor, read: list[Any]) -> Tensor:
+def scalar(model: LanguageModel, tokens: Tensor) -> Tensor:
     """A number that depends on all that a forward pass computes, as in the midst of a longer sequence.
 
     Gradients flow into the recurrent states before it, and come from those after it.
-
-    Args:
-        read: state after any tokens.
     """
     state = model.new_state()
-    for kept, like in zip(state, read, strict=True):
-        if "ssm" in like:
-            kept["ssm"] = torch.zeros_like(like["ssm"], requires_grad=True)
+    recurrent = [layer for layer in state if isinstance(layer, RecurrentState)]
+    for layer in recurrent:
+        layer.recurrent = torch.zeros(len(tokens), *layer.shape, requires_grad=True)
     logits: Tensor = model(tokens, state)
-    return sum((kept["ssm"].sum() for kept in state if "ssm" in kept), start=logits.square().mean())
+    after = (layer.recurrent.sum() for layer in recurrent if layer.recurrent is not None)
+    return sum(after, start=logits.square().mean())
 
 
 @torch.no_grad()
-def prefill(model: LanguageModel, tokens: Tensor) -> list[Any]:
+def prefill(model: LanguageModel, tokens: Tensor) -> list[State]:
     """Reads a context as decoding does: the head computes for the last token only. Returns the state."""
     state = model.new_state()
     hidden, _ = model.hidden(tokens, state)

@@ -15,6 +15,8 @@ from explore.blocks import (
     AttentionConfig,
     BlockConfig,
     BlockKind,
+    KVCache,
+    LatentCache,
     Mamba2,
     Mamba2Config,
     Mixer,
@@ -22,7 +24,9 @@ from explore.blocks import (
     MLPConfig,
     MoE,
     MoEConfig,
+    RecurrentState,
     State,
+    WindowCache,
     latent_acc,
     latent_eff,
 )
@@ -97,83 +101,145 @@ def test_changing_a_token_leaves_earlier_outputs_alone(config: BlockConfig) -> N
 @pytest.mark.parametrize("cuts", [(18,), (1, 2, 3), (7, 8, 15), tuple(range(1, 19))], ids=str)
 def test_a_sequence_cut_anywhere_goes_on_where_it_stopped(config: BlockConfig, cuts: tuple[int, ...]) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
-    state: State = {}
+    state = config.new_state()
     parts = [mixer(part, state)[0] for part in x.tensor_split(cuts, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), mixer(x)[0], rtol=1e-4, atol=1e-5)
 
 
 @each_variant
 @pytest.mark.parametrize("cuts", [(18,), (1, 2, 3), (7, 8, 15), tuple(range(1, 19))], ids=str)
-def test_a_state_with_room_is_written_in_place_and_goes_on_where_it_stopped(
+def test_a_state_with_capacity_is_written_in_place_and_goes_on_where_it_stopped(
     config: BlockConfig, cuts: tuple[int, ...]
 ) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
-    state: State = {"room": torch.tensor(19)}
+    state = config.new_state(capacity=19)
     parts, places = [], []
     with torch.no_grad():
         for part in x.tensor_split(cuts, dim=1):
             y, stats = mixer(part, state)
             assert stats is None
             parts.append(y)
-            places.append({name: value.data_ptr() for name, value in state.items() if name in ("k", "v")})
-            ssm = state.get("ssm")
+            places.append({name: value.data_ptr() for name, value in tensors(state).items()})
         y, _ = mixer(x)
-    torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-5)
-    if getattr(config, "window", None) is None:
-        assert all(place == places[0] for place in places)
-    assert ssm is None or ssm.data_ptr() == stepped(mixer, x[:, :1], state).data_ptr()
+        torch.testing.assert_close(torch.cat(parts, dim=1), y, rtol=1e-4, atol=1e-5)
+        if isinstance(state, RecurrentState):
+            mixer(x[:, :1], state)
+            assert state.recurrent is not None
+            assert state.recurrent.data_ptr() == places[-1]["recurrent"]
+        elif not isinstance(state, WindowCache):
+            assert all(place == places[0] for place in places)
 
 
-def stepped(mixer: Mixer, x: torch.Tensor, state: State) -> torch.Tensor:
-    """The recurrent state after one more position."""
-    with torch.no_grad():
-        mixer(x, state)
-    return state["ssm"]
+def tensors(state: State) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(state).items() if isinstance(value, torch.Tensor)}
 
 
 @each_variant
-@pytest.mark.parametrize("grad", [False, True])
-def test_a_copy_of_a_state_goes_on_as_if_the_other_had_not(config: BlockConfig, grad: bool) -> None:
+@pytest.mark.parametrize(("capacity", "grad"), [(None, False), (None, True), (12, False)])
+def test_a_copy_of_a_state_goes_on_as_if_the_other_had_not(
+    config: BlockConfig, capacity: int | None, grad: bool
+) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
     with torch.set_grad_enabled(grad):
-        state: State = {}
+        state = config.new_state(capacity)
         mixer(x[:, :7], state)
-        copy = dict(state)
+        copy = state.copy()
+        assert type(copy) is type(state)
         for part in (-x[:, 7:8], -x[:, 8:9], -x[:, 9:12]):
             mixer(part, state)
         y = torch.cat([mixer(part, copy)[0] for part in (x[:, 7:8], x[:, 8:12])], dim=1)
         torch.testing.assert_close(y, mixer(x[:, :12])[0][:, 7:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["*", "L"])
-def test_a_state_without_room_for_what_comes_is_refused(name: str) -> None:
-    mixer, x = built(VARIANTS[name]), torch.randn(2, 7, D_MODEL)
-    state: State = {"room": torch.tensor(8)}
+@pytest.mark.parametrize("name", ["*", "L", "window"])
+def test_more_positions_than_the_capacity_are_refused_and_leave_the_state_alone(name: str) -> None:
+    mixer, x = built(VARIANTS[name]), torch.randn(2, 9, D_MODEL)
+    state = VARIANTS[name].new_state(capacity=8)
     with torch.no_grad():
-        mixer(x, state)
-        with pytest.raises(ValueError, match="room: 8 positions are not enough for 9"):
-            mixer(x[:, :2], state)
+        y = mixer(x[:, :7], state)[0]
+        with pytest.raises(ValueError, match="capacity must be at least 9, the positions so far, got 8"):
+            mixer(x[:, 7:], state)
+        y = torch.cat((y, mixer(x[:, 7:8], state)[0]), dim=1)
+        torch.testing.assert_close(y, mixer(x)[0][:, :8], rtol=1e-4, atol=1e-5)
 
 
 @each_variant
-def test_the_state_that_is_kept_is_what_the_ledger_says(config: BlockConfig) -> None:
-    mixer, x, seq = built(config), torch.randn(3, 19, D_MODEL), 19
-    state: State = {}
-    mixer(x, state)
-    kept = {name: value.numel() // 3 for name, value in state.items() if value.ndim}
+@pytest.mark.parametrize("capacity", [None, 19])
+def test_a_filled_state_has_the_bytes_that_the_ledger_says(config: BlockConfig, capacity: int | None) -> None:
+    mixer, batch, seq = built(config), 3, 19
     entries = config.entries(D_MODEL, seq)
-    assert kept.get("k", 0) + kept.get("v", 0) == sum(entry.kv_numel_seq for entry in entries)
-    assert (kept.get("ssm", 0), kept.get("conv", 0)) == (
-        sum(entry.ssm_numel for entry in entries),
-        sum(entry.conv_numel for entry in entries),
-    )
+    kv, ssm, conv = (sum(getattr(e, name) for e in entries) for name in ("kv_numel_seq", "ssm_numel", "conv_numel"))
+    state = config.new_state(capacity)
+    assert state.n_bytes == 0
+    with torch.no_grad():
+        for part in torch.randn(batch, seq, D_MODEL).split((7, 11, 1), dim=1):
+            mixer(part, state)
+            held = tensors(state)
+            # No tensor is a view that keeps more memory than it shows.
+            assert state.n_bytes == sum(value.untyped_storage().nbytes() for value in held.values())
+    assert state.n_bytes == 4 * batch * (kv + ssm + conv)
+    numel = {name: value.numel() // batch for name, value in held.items()}
+    match state:
+        case KVCache():
+            assert numel["k"] + numel["v"] == kv > ssm + conv == 0
+        case LatentCache():
+            assert numel["latent"] + numel["k_rope"] == kv > ssm + conv == 0
+        case RecurrentState():
+            assert numel == {"recurrent": ssm, "conv": conv}
+            assert kv == 0
+        case _:
+            assert kv + ssm + conv == 0
+
+
+@pytest.mark.parametrize(
+    ("capacity", "parts"),
+    [(None, (1, 1, 8, 1, 1, 5, 2)), (19, (1, 1, 8, 1, 1, 5, 2)), (19, (17, 1, 1)), (5, (1, 2, 2)), (4, (1, 1, 1, 1))],
+)
+@pytest.mark.parametrize("window", [1, 5, 30])
+def test_a_window_cache_never_keeps_more_than_its_window(
+    window: int, capacity: int | None, parts: tuple[int, ...]
+) -> None:
+    config = AttentionConfig(n_heads=2, n_kv_heads=1, d_head=8, window=window, rope_theta=1e4)
+    mixer, x = built(config), torch.randn(2, sum(parts), D_MODEL)
+    state, length = config.new_state(capacity), 0
+    outputs = []
+    with torch.no_grad():
+        for part in x.split(parts, dim=1):
+            outputs.append(mixer(part, state)[0])
+            length += part.shape[1]
+            assert isinstance(state, WindowCache)
+            assert state.length == length
+            most = min(window, length if capacity is None else capacity)
+            for held in tensors(state).values():
+                assert held.shape == (2, 1, most, 8)
+                assert held.untyped_storage().nbytes() == held.nbytes
+        torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_returns_what_was_put_in() -> None:
+    k, v = torch.randn(2, 2, 3, 9, 4)
+    for capacity, window in ((None, None), (12, None), (None, 5), (12, 5)):
+        state = KVCache(capacity=capacity) if window is None else WindowCache(capacity=capacity, window=window)
+        for start, end in ((0, 2), (2, 3), (3, 8), (8, 9)):
+            # A window shows the first new query itself and window - 1 before it.
+            first = 0 if window is None else max(0, start + 1 - window)
+            for found, put in zip(state.update(k[:, :, start:end], v[:, :, start:end]), (k, v), strict=True):
+                assert torch.equal(found, put[:, :, first:end])
+            assert state.k is not None
+            assert state.k.stride(2) == 1 or capacity is None or window is not None  # channel by channel
+    latent, k_rope = k[:, :1], v[:, :1, :, :2]
+    for capacity in (None, 9):
+        cache = LatentCache(capacity=capacity)
+        cache.update(latent[:, :, :4], k_rope[:, :, :4])
+        for found, put in zip(cache.update(latent[:, :, 4:], k_rope[:, :, 4:]), (latent, k_rope), strict=True):
+            assert torch.equal(found, put)
 
 
 @each_variant
 @pytest.mark.parametrize("seq", [2, 5, 19])
 def test_one_step_of_decoding_spends_what_the_ledger_says(config: BlockConfig, seq: int) -> None:
     mixer, x = built(config), torch.randn(1, seq, D_MODEL)
-    state: State = {}
+    state = config.new_state()
     mixer(x[:, :-1], state)
     spent = count_flops(lambda: mixer(x[:, -1:], state))
     assert spent == sum(entry.flops_step for entry in config.entries(D_MODEL, seq))

@@ -18,7 +18,6 @@ from explore.model import (
     Sampling,
     generate,
     speculate,
-    state_bytes,
 )
 from explore.model.generation import _Drafter
 from explore.ops import forced_paths
@@ -76,7 +75,9 @@ def test_the_state_of_decoding_has_the_bytes_that_the_ledger_says() -> None:
     state = model.new_state()
     model(torch.randint(0, 12, (batch, seq)), state)
     cost = model.config.cost(seq, kv_dtype="float32", state_dtype="float32")
-    assert state_bytes(state) == batch * (cost.kv_bytes + cost.ssm_state_bytes + cost.conv_state_bytes)
+    assert sum(layer.n_bytes for layer in state) == batch * (
+        cost.kv_bytes + cost.ssm_state_bytes + cost.conv_state_bytes
+    )
 
 
 def test_a_row_that_has_ended_says_nothing_more_and_all_stop_when_every_row_has() -> None:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RoutedMixer, RouterStats, State
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RoutedMixer, RouterStats
 from explore.blocks.declarations import ROLES, Draw, Group, Powers, Region, Role, Stops, Uncounted, ladder
 from explore.blocks.latent import latent_acc, latent_eff
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
 from explore.blocks.moe import MoE, MoEConfig
+from explore.blocks.state import KVCache, LatentCache, RecurrentState, State, WindowCache
 
 
 class BlockKind(NamedTuple):
@@ -70,6 +71,8 @@ __all__ = [
     "BlockKind",
     "Draw",
     "Group",
+    "KVCache",
+    "LatentCache",
     "Linear",
     "MLAConfig",
     "MLPConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "MoEConfig",
     "Powers",
     "RMSNorm",
+    "RecurrentState",
     "Region",
     "Role",
     "RoutedMixer",
@@ -87,6 +91,7 @@ __all__ = [
     "State",
     "Stops",
     "Uncounted",
+    "WindowCache",
     "ladder",
     "latent_acc",
     "latent_eff",

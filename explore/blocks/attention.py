@@ -7,13 +7,13 @@ import random
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, State, parameter
+from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, divisors, head_width, leaf
+from explore.blocks.state import KVCache, WindowCache
 from explore.cost import ConventionName, Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
@@ -133,8 +133,11 @@ class AttentionConfig(BlockConfig):
     def build(self, d_model: int) -> Attention:
         return Attention(self, d_model)
 
+    def new_state(self, capacity: int | None = None) -> KVCache:
+        return KVCache(capacity=capacity) if self.window is None else WindowCache(capacity=capacity, window=self.window)
 
-class Attention(Mixer):
+
+class Attention(Mixer[KVCache]):
     """softmax(Q K^T / sqrt(d_head)) V over what came before, keys and values shared by groups of heads.
 
     Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925.
@@ -165,7 +168,7 @@ class Attention(Mixer):
             nn.init.zeros_(self.sinks)
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+        self, x: Float[Tensor, "batch seq d_model"], state: KVCache | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
         q, k, v = (
@@ -175,47 +178,9 @@ class Attention(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.rope_theta is not None:
-            start = 0 if state is None else seen_before(state)
+            start = 0 if state is None else state.length
             q, k = (rotate(heads, c.rope_theta, start) for heads in (q, k))
         if state is not None:
-            k, v = remembered(state, k, v, c.window, by_channel=k.is_cpu)
+            k, v = state.update(k, v)
         y = attention(q, k, v, c.window, self.sinks)
         return self.o_proj(y.transpose(1, 2).flatten(2)), None
-
-
-def seen_before(state: State) -> int:
-    """Positions that a cache has seen; more than it holds where a window forgets."""
-    return int(state["seen"]) if "seen" in state else 0
-
-
-def remembered(
-    state: State, k: Tensor, v: Tensor, window: int | None, *, by_channel: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of the context, new ones included; the cache keeps what later queries can see.
-
-    Args:
-        by_channel: keys that have room lie in memory channel by channel, so that one query reads many at once.
-
-    Raises:
-        ValueError: the state has no room for them.
-    """
-    new, before = k.shape[2], seen_before(state)
-    seen = before + new
-    state["seen"] = seen if "room" in state else torch.tensor(seen)  # a compiled step reads a number as it is
-    if "room" in state and window is None:
-        if seen > (room := state["room"]):
-            raise ValueError(f"room: {room} positions are not enough for {seen}")
-        for name, x in (("k", k), ("v", v)):
-            if name not in state:
-                size = (*x.shape[:2], room, x.shape[3])
-                order = (0, 1, 3, 2) if by_channel and name == "k" else (0, 1, 2, 3)
-                state[name] = torch.empty_permuted(size, order, dtype=x.dtype, device=x.device)
-            state[name][:, :, before:seen] = x
-        return state["k"][:, :, :seen], state["v"][:, :, :seen]
-    if "k" in state:
-        k, v = torch.cat((state["k"], k), dim=2), torch.cat((state["v"], v), dim=2)
-    state["k"], state["v"] = (k, v) if window is None else (k[:, :, -window:], v[:, :, -window:])
-    if window is None:
-        return k, v
-    visible = window - 1 + new  # by the first of the new queries and those after it
-    return k[:, :, -visible:], v[:, :, -visible:]

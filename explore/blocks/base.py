@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from explore.blocks.declarations import Draw, Group, Region, Role, Stops, Uncounted
+from explore.blocks.state import State
 from explore.config import Config
 from explore.cost import ConventionName, Entry
 from explore.ops import linear, rms_norm
@@ -29,26 +30,20 @@ class RouterStats(NamedTuple):
     aux_loss: Float[Tensor, ""]
 
 
-State = dict[str, Any]
-"""What decoding keeps of a layer between calls, by name; empty before the first token.
-
-Its tensors are replaced and never written to, so that a copy of the dictionary is a second state. One that begins with
-`room`, a number of positions, is written in place instead, which is several times as fast and cannot be copied so; in
-it `seen`, the positions so far, is a plain number as well.
-"""
+S = TypeVar("S", bound=State)
 
 
-class Mixer(nn.Module, ABC):
-    """The inside of a residual layer: (batch, seq, d_model) in, the same out."""
+class Mixer(nn.Module, ABC, Generic[S]):
+    """The inside of a residual layer: (batch, seq, d_model) in, the same out; `S` is its decoding state."""
 
     @abstractmethod
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+        self, x: Float[Tensor, "batch seq d_model"], state: S | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
         """Mixes a sequence, or goes on with one.
 
         Args:
-            state: what came before, brought up to date in place; the sequence begins with `x` when absent.
+            state: what its config's `new_state` made, updated here; without one the sequence begins with `x`.
 
         Returns:
             The output, and the router's statistics where there is a router and no state: they are for training.
@@ -64,7 +59,7 @@ class Mixer(nn.Module, ABC):
         """
 
 
-class RoutedMixer(Mixer):
+class RoutedMixer(Mixer[State]):
     """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics."""
 
     @abstractmethod
@@ -122,8 +117,16 @@ class BlockConfig(Config, ABC):
         """The ledger of one block over one sequence, norm before the mixer not included."""
 
     @abstractmethod
-    def build(self, d_model: int) -> Mixer:
+    def build(self, d_model: int) -> Mixer[Any]:
         """The module, uninitialised until `init_weights`."""
+
+    def new_state(self, capacity: int | None = None) -> State:
+        """What decoding keeps of one layer, before the first token; nothing unless a block says otherwise.
+
+        Args:
+            capacity: positions that there will be at most; with it the state is written in place.
+        """
+        return State(capacity=capacity)
 
     @property
     def family_name(self) -> str:

@@ -13,8 +13,9 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, State, parameter
+from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Region, Role, Stops, head_width, ladder, leaf
+from explore.blocks.state import RecurrentState
 from explore.cost import ConventionName, Entry, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
@@ -166,8 +167,13 @@ class Mamba2Config(BlockConfig):
     def build(self, d_model: int) -> Mamba2:
         return Mamba2(self, d_model)
 
+    def new_state(self, capacity: int | None = None) -> RecurrentState:
+        return RecurrentState(
+            capacity=capacity, shape=(self.n_heads, self.d_head, self.d_state), n_past=self.d_conv - 1
+        )
 
-class Mamba2(Mixer):
+
+class Mamba2(Mixer[RecurrentState]):
     """Mamba-2: projection, short convolution, selective state space, gated norm, projection.
 
     Parameter names and their order inside `in_proj` (z, x, B, C, dt) are those of state-spaces/mamba.
@@ -201,14 +207,12 @@ class Mamba2(Mixer):
         self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+        self, x: Float[Tensor, "batch seq d_model"], state: RecurrentState | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
         z, xBC, dt = self.in_proj(x).split((c.d_inner, c.d_conv_channels, c.n_heads), dim=-1)
         assert self.conv1d.bias is not None
-        before = None if state is None else state.get("conv")
-        if state is not None:
-            state["conv"] = _last(xBC, before, c.d_conv - 1)
+        before = None if state is None else state.update_conv(xBC)
         xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, before))
         d_BC = c.n_groups * c.d_state
         X, B, C = xBC.split((c.d_inner, d_BC, d_BC), dim=-1)
@@ -220,16 +224,10 @@ class Mamba2(Mixer):
             C.unflatten(-1, (c.n_groups, c.d_state)),
             self.D,
             c.chunk_size,
-            None if state is None else state.get("ssm"),
-            in_place=state is not None and "room" in state,
+            None if state is None else state.recurrent,
+            in_place=state is not None and state.in_place,
         )
         if state is not None:
-            state["ssm"] = ssm.contiguous()  # what the chunks before gave is not kept
+            state.recurrent = ssm.contiguous()  # one layout, whichever path made it
         y = gated_group_rms_norm(y.flatten(2), z, self.norm.weight, c.n_groups, c.norm_eps)
         return self.out_proj(y), None
-
-
-def _last(x: Tensor, before: Tensor | None, n: int) -> Tensor:
-    """The last `n` positions of a sequence and what came before it, zero where there was nothing."""
-    past = x.new_zeros(x.shape[0], n, x.shape[2]) if before is None else before.to(x.dtype)
-    return torch.cat((past[:, x.shape[1] :], x[:, max(0, x.shape[1] - n) :]), dim=1)

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.attention import AttentionConfig, remembered, seen_before
-from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, State
+from explore.blocks.attention import AttentionConfig
+from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, head_width, ladder, width
+from explore.blocks.state import LatentCache
 from explore.cost import ConventionName, Entry, attended_keys, matrix, vector
 from explore.ops import attention, rotate
 
@@ -122,8 +123,11 @@ class MLAConfig(BlockConfig):
     def build(self, d_model: int) -> MLA:
         return MLA(self, d_model)
 
+    def new_state(self, capacity: int | None = None) -> LatentCache:
+        return LatentCache(capacity=capacity)
 
-class MLA(Mixer):
+
+class MLA(Mixer[LatentCache]):
     """Keys [W_uk c; rotated k_r] and values W_uv c of a narrow vector c = norm(W_down x), which is all that is cached.
 
     One token that goes on from a state is decoded in the absorbed form: W_uk goes into the query, W_uv out of
@@ -155,10 +159,10 @@ class MLA(Mixer):
                 module.reset_parameters()
 
     def forward(
-        self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
+        self, x: Float[Tensor, "batch seq d_model"], state: LatentCache | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
-        start = 0 if state is None else seen_before(state)
+        start = 0 if state is None else state.length
         q = self.q_proj(x) if c.q_rank is None else self.q_up(self.q_norm(self.q_down(x)))
         q_nope, q_rope = q.unflatten(-1, (c.n_heads, -1)).transpose(1, 2).split((c.d_nope, c.d_rope), dim=-1)
         q_rope = rotate(q_rope, c.rope_theta, start)
@@ -166,7 +170,7 @@ class MLA(Mixer):
         latent = self.kv_norm(latent)[:, None]
         k_rope = rotate(k_rope[:, None], c.rope_theta, start)
         if state is not None:
-            latent, k_rope = remembered(state, latent, k_rope, None)
+            latent, k_rope = state.update(latent, k_rope)
         if state is not None and start > 0 and x.shape[1] == 1:
             y = self._absorbed(q_nope, q_rope, latent, k_rope)
         else:

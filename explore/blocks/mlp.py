@@ -10,8 +10,9 @@ from jaxtyping import Float
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Linear, Mixer, State
+from explore.blocks.base import BlockConfig, Linear, Mixer
 from explore.blocks.declarations import Draw, Group, Role, Stops, ladder, width
+from explore.blocks.state import State
 from explore.cost import Entry, matrix
 from explore.ops import Activation, activate, is_gated
 
@@ -53,7 +54,7 @@ class MLPConfig(BlockConfig):
         return MLP(self, d_model)
 
 
-class MLP(Mixer):
+class MLP(Mixer[State]):
     """W_down relu(W_up x)^2 (arXiv 2109.08668), or W_down (SiLU(W_gate x) * W_up x) (arXiv 2002.05202)."""
 
     def __init__(self, config: MLPConfig, d_model: int) -> None:

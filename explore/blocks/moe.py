@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer, RouterStats, State, parameter
+from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer, RouterStats, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, ladder, leaf, width
 from explore.blocks.mlp import MLPConfig
+from explore.blocks.state import State
 from explore.cost import ConventionName, Entry, matrix, product, vector
 from explore.ops import Activation, experts, is_gated, linear
 

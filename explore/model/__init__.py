@@ -1,7 +1,7 @@
 """The model: as a config with its cost, and as a module."""
 
 from explore.model.config import ModelConfig, MTPConfig
-from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate, state_bytes
+from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate
 from explore.model.language_model import LanguageModel, Loss
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
@@ -18,5 +18,4 @@ __all__ = [
     "Speculation",
     "generate",
     "speculate",
-    "state_bytes",
 ]

@@ -63,8 +63,8 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0)
 
-SEEN = r".*\['seen'\]"
-"""Torch's name of the positions that a cache has seen, in a compiled step."""
+LENGTH = r".*\.length"
+"""Torch's name of the number of positions in a cache, in a compiled step."""
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[T
 
 def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
     """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
-    step = compiled_step(_logits, varying=SEEN)
+    step = compiled_step(_logits, varying=LENGTH)
     # No shape in these depends on what is computed, and the recurrence's definition becomes one loop over the state.
     paths = forced_paths(**paths_that(lambda path: path.decoding))
     with paths, warnings.catch_warnings():
@@ -175,11 +175,11 @@ def speculate(
     drafter = _Drafter(model, tokens)
     result = Speculation()
     state = model.new_state()
-    unread: list[int] = tokens.tolist()  # known tokens that `state` has not seen
+    unread: list[int] = tokens.tolist()  # known tokens that `state` has not read
     drafts: list[int] = []
     q = torch.empty(0)
     while len(result.tokens) < max_new_tokens:
-        tried = [dict(layer) for layer in state]  # tensors are replaced in it, never written to
+        tried = [layer.copy() for layer in state]
         hidden, _ = model.hidden(torch.tensor([[*unread, *drafts]], device=tokens.device), tried)
         p = sampling.probabilities(model.head(hidden[0, len(unread) - 1 :]))
         n = 0
@@ -195,7 +195,7 @@ def speculate(
         drafter.read(hidden[:, : len(unread) + n], known)
         if n == len(drafts):
             state, unread = tried, known[-1:]
-        else:  # the state has seen a wrong token: what it should have seen is read again with the next drafts
+        else:  # `tried` has read a wrong token: the right ones are read again with the next drafts
             unread = [*unread, *known]
         drafts, q = drafter.draft(sampling, generator)
     end = result.tokens.index(eot_id) + 1 if eot_id in result.tokens else max_new_tokens
@@ -214,7 +214,8 @@ class _Drafter:
         mtp = model.config.mtp
         assert mtp is not None
         self.model, self.tokens = model, prompt
-        self.states: list[list[State]] = [[{} for _ in mtp.pattern] for _ in range(mtp.n_depths)]
+        blocks = [model.config.blocks[letter] for letter in mtp.pattern]
+        self.states = [[block.new_state() for block in blocks] for _ in range(mtp.n_depths)]
         self.n_read = [0] * (mtp.n_depths + 1)  # positions that the main model, and each depth, has certainly read
         # What the main model, and each depth, gave at positions that the next depth has not certainly read.
         self.given = [model.embedding.weight.new_zeros(1, 0, model.config.d_model) for _ in self.n_read]
@@ -244,7 +245,7 @@ class _Drafter:
             n_certain = max(n_certain, 0)
             uncertain = before[:, :0]
             if n_certain < before.shape[1]:
-                tried = [dict(layer) for layer in state]
+                tried = [layer.copy() for layer in state]
                 uncertain, _ = depth(embedding[:, n_certain:], before[:, n_certain:], tried)
             last = (uncertain if uncertain.shape[1] else certain)[:, -1]
             drawn.append(sampling.probabilities(self.model.head(last)))
@@ -270,8 +271,3 @@ def _checked(tokens: Tensor, max_new_tokens: int) -> None:
         raise ValueError("prompt: is empty; at least one token is needed")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} is not allowed; at least 1 is")
-
-
-def state_bytes(state: list[State]) -> int:
-    """Bytes that decoding keeps."""
-    return sum(value.nbytes for layer in state for value in layer.values() if isinstance(value, Tensor) and value.ndim)

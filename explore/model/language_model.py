@@ -70,14 +70,13 @@ class LanguageModel(nn.Module):
             assert isinstance(part, Layer | MTPDepth)
             part.init_weights(std, out_std)
 
-    def new_state(self, room: int | None = None) -> list[State]:
-        """What decoding keeps, one entry a layer, before the first token.
+    def new_state(self, capacity: int | None = None) -> list[State]:
+        """The decoding state of each layer before the first token.
 
         Args:
-            room: positions that there will be at most. With it the state is written in place, so that a copy of it
-                is no second one to go on from.
+            capacity: positions that there will be at most; with it the states are written in place, which is faster.
         """
-        return [{} if room is None else {"room": room} for _ in self.layers]
+        return [block.new_state(capacity) for block in self.config.layers]
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
@@ -85,7 +84,7 @@ class LanguageModel(nn.Module):
         """Logits of the next token at every position.
 
         Args:
-            state: from `new_state`, brought up to date in place: the tokens go on from those it has seen.
+            state: from `new_state`, and updated: the tokens continue those that were read with it before.
         """
         hidden, _ = self.hidden(tokens, state)
         logits: Tensor = self.head(hidden)
