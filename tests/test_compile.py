@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.model import LanguageModel, ModelConfig
-from explore.ops import experts, forced_paths
+from explore.ops import compiled_step, experts, forced_paths
 
 BLOCKS: dict[str, Any] = {
     "M": {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 8},
@@ -21,6 +21,8 @@ BLOCKS: dict[str, Any] = {
     "-": {"kind": "mlp", "d_ff": 48},
     "E": {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16},
     "L": {"kind": "moe", "n_experts": 8, "top_k": 3, "d_expert": 16, "d_shared": 16, "d_latent": 16},
+    "N": {"kind": "mla", "n_heads": 4, "kv_rank": 16, "d_nope": 8, "d_rope": 4, "d_v": 8},
+    "W": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, "d_head": 8, "window": 24, "rope_theta": 1e4},
 }
 
 
@@ -220,6 +222,36 @@ def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_
     assert not torch.equal(after, before)
     assert torch.equal(lm.generate(prompts, 20, compiled=True), after)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.fixture
+def traced(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Steps are traced, as for compilation, and run as they are."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options: compile_(function, backend="eager"))
+    compiled_step.cache_clear()
+    with torch.compiler.config.patch(dynamic_sources=""):
+        yield
+    compiled_step.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n_prompt", "n_graphs"),
+    [
+        ("M*E*", 20, 1),
+        ("N-", 20, 1),
+        ("W*", 25, 1),  # the window is full from the start
+        ("W*", 2, 1),  # it never is
+        ("W*", 20, 2),  # one graph until it is full, and one after
+    ],
+)
+def test_a_step_is_compiled_once_however_long_the_context_gets(
+    traced: None, pattern: str, n_prompt: int, n_graphs: int
+) -> None:
+    lm, prompts = model(pattern, init_std=0.3).eval(), tokens(n_prompt)
+    assert torch.equal(lm.generate(prompts, 20, compiled=True), lm.generate(prompts, 20))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == n_graphs
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:
