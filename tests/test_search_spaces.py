@@ -18,7 +18,7 @@ from explore.blocks import STANDARD_LETTERS, Powers
 from explore.model import ModelConfig
 from explore.pattern import distance
 from explore.search.sizes import suggest_sizes
-from explore.search.spaces import PatternSpace, StructuredSpace, with_shares
+from explore.search.spaces import PatternSpace
 
 SMALL = PatternSpace(letters="M*-E", min_layers=3, max_layers=4, first="M*", last="-E")
 RULED = PatternSpace(
@@ -233,52 +233,6 @@ def test_a_stock_sampler_gets_the_pattern_nearest_to_the_letters_it_asked_for() 
         assert pattern == RULED.suggest(FixedTrial(trial.params)) == RULED.read(trial.params)
         different += "".join(trial.params.values()).rstrip(".") != pattern
     assert different > 25
-
-
-@pytest.mark.parametrize(
-    ("arguments", "pattern"),
-    [
-        ((8, 1), "M-M-*-M-"),
-        ((8, 2, "early"), "*-*-M-M-"),
-        ((8, 2, "late"), "M-M-*-*-"),
-        ((8, 2, "even", 2), "M-*EM-*E"),
-        ((8, 0, "even", 4), "MEMEMEME"),
-        ((5, 3), "*-*-*"),
-        ((12, 3), "M-*-M-*-M-*-"),
-    ],
-)
-def test_shares_and_placement_by_example(arguments: tuple[Any, ...], pattern: str) -> None:
-    assert with_shares(*arguments) == pattern
-
-
-def test_the_counts_of_a_share_are_exact() -> None:
-    for n in range(1, 25):
-        for n_attention in range((n + 1) // 2 + 1):
-            for placement in ("early", "even", "late"):
-                pattern = with_shares(n, n_attention, placement, n_moe=n // 4)
-                assert (len(pattern), pattern.count("*"), pattern.count("E")) == (n, n_attention, n // 4)
-    with pytest.raises(ValueError, match="n_attention: 5 is not allowed; 0 to 4 are"):
-        with_shares(8, 5)
-
-
-@pytest.mark.parametrize("layout", ["shares", "periodic", "free"])
-def test_structured_patterns_are_pairs_within_their_bounds(layout: Any) -> None:
-    space = StructuredSpace(min_layers=4, max_layers=10, layout=(layout,), attention=(0.25,))
-    pairs = PatternSpace(
-        letters="M*-E", min_layers=4, max_layers=10, first="M*", after={"M": "-E", "*": "-E", "-": "M*", "E": "M*"}
-    )
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    found = set()
-    for _ in range(60):
-        trial = study.ask()
-        pattern = space.suggest(trial)
-        pairs.check(pattern)
-        found.add(pattern)
-        assert space.suggest(FixedTrial(trial.params)) == pattern
-        if layout == "periodic":
-            period = 2 * trial.params["pattern_period"]
-            assert all(a == b for a, b in zip(pattern, pattern[period:], strict=False))
-    assert len(found) > 10
 
 
 def test_random_sizes_always_build_a_model_and_what_must_divide_divides() -> None:

@@ -4,8 +4,8 @@ from explore.frontier.arms import arms_table, pairs_table
 from explore.frontier.axes import add_axes, experiments_of, front_changes
 from explore.frontier.bands import seed_bands
 from explore.frontier.columns import Floats
-from explore.frontier.comparisons import compare, n_for_half_width, width_reached
-from explore.frontier.flips import order_changes, rank_correlation
+from explore.frontier.comparisons import compare, n_for_half_width
+from explore.frontier.flips import rank_correlation
 from explore.frontier.front import hypervolume, pareto_front
 from explore.frontier.intervals import NOT_RESOLVED, Interval, holm
 from explore.frontier.laws import PowerLaws, fit_power_laws
@@ -34,12 +34,10 @@ __all__ = [
     "hypervolume_difference",
     "hypervolume_interval",
     "n_for_half_width",
-    "order_changes",
     "pairs_table",
     "pareto_front",
     "rank_correlation",
     "seed_bands",
     "success_difference",
     "success_fraction",
-    "width_reached",
 ]

@@ -1,4 +1,4 @@
-"""The flip detector: does the ranking of arms at one size survive at another, and which pairs change places?"""
+"""The flip detector: does the ranking of arms at one size survive at another?"""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from explore.frontier.intervals import NOT_RESOLVED, check_level, holm, p_two_sided
+from explore.frontier.intervals import check_level, holm, p_two_sided
 from explore.frontier.paired import Paired, Stratum, paired
 
-FLIPS, HOLDS = "flips", "holds"
+Bools = npt.NDArray[np.bool_]
+
 MIN_ARMS = 3
 
 
@@ -24,8 +26,9 @@ def rank_correlation(
 
     Noise in both rankings draws tau towards 0, and a bootstrap, which adds noise once more, even further: where arms
     lie close, its interval often misses the tau of the true effects. So the interval is what tau can be when every pair
-    of arms whose order is not resolved (see `order_changes`) goes either way: from 2 holds - 1 to 1 - 2 flips. It is
-    wide where much is not resolved, and holds the truth with a probability of `level` or more.
+    of arms whose order is not resolved goes either way: from 2 holds - 1 to 1 - 2 flips. It is wide where much is not
+    resolved, and holds the truth with a probability of `level` or more. An order is resolved when both differences are;
+    its p value is the larger of their two, and Holm's correction is over all pairs of arms at a pair of sizes.
 
     Args:
         arm: column that names the arms; those that both sizes have are ranked.
@@ -42,48 +45,29 @@ def rank_correlation(
     """
     from scipy import stats
 
-    changes = order_changes(table, arm, size, error, pair, level)
+    check_level(level)
+    fit = paired(table, arm, [size], pair, error)
     rows = []
-    for one, other, arms in _size_pairs(paired(table, arm, [size], pair, error), size):
+    for one, other, arms in _size_pairs(fit, size):
         sizes = (one.key[0], other.key[0])
         tau = stats.kendalltau([one.effects[each] for each in arms], [other.effects[each] for each in arms]).statistic
-        here = changes[(changes["size_a"] == sizes[0]) & (changes["size_b"] == sizes[1])]
-        flipped = float((here["difference_a"] * here["difference_b"] < 0).mean())
-        flips, holds = (float((here["verdict"] == verdict).mean()) for verdict in (FLIPS, HOLDS))
-        rows.append((*sizes, len(arms), float(tau), 2 * holds - 1, 1 - 2 * flips, flipped, flips, holds))
-    columns = ["size_a", "size_b", "n_arms", "tau", "low", "high", "flipped", FLIPS, HOLDS]
+        flipped, resolved = _order_changes(fit, one, other, arms, level)
+        flips, holds = float((flipped & resolved).mean()), float((~flipped & resolved).mean())
+        rows.append((*sizes, len(arms), float(tau), 2 * holds - 1, 1 - 2 * flips, float(flipped.mean()), flips, holds))
+    columns = ["size_a", "size_b", "n_arms", "tau", "low", "high", "flipped", "flips", "holds"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def order_changes(
-    table: pd.DataFrame, arm: str, size: str, error: str = "val_bpb", pair: str = "seed", level: float = 0.95
-) -> pd.DataFrame:
-    """Every two arms at every two sizes: whether their order flips, holds, or is not resolved.
-
-    An order is resolved when both differences are; its p value is the larger of their two, and Holm's correction is
-    over all pairs of arms at a pair of sizes.
-
-    Returns:
-        One row a pair of sizes and of arms: size_a, size_b, arm_a, arm_b, difference_a and difference_b (arm_a less
-        arm_b at either size), p, p_holm and verdict.
-
-    Raises:
-        ValueError: as `rank_correlation` does.
-    """
-    check_level(level)
-    fit = paired(table, arm, [size], pair, error)
-    tables = []
-    for one, other, arms in _size_pairs(fit, size):
-        rows = []
-        for a, b in combinations(arms, 2):
-            differences, p = zip(*(_difference(fit, stratum, a, b) for stratum in (one, other)), strict=True)
-            rows.append((one.key[0], other.key[0], a, b, *differences, max(p)))
-        columns = ["size_a", "size_b", "arm_a", "arm_b", "difference_a", "difference_b", "p"]
-        found = pd.DataFrame(rows, columns=columns)
-        found["p_holm"] = holm(found["p"].to_numpy(dtype=np.float64))
-        order = np.where(found["difference_a"] * found["difference_b"] < 0, FLIPS, HOLDS)
-        tables.append(found.assign(verdict=np.where(found["p_holm"] <= 1 - level, order, NOT_RESOLVED)))
-    return pd.concat(tables, ignore_index=True)
+def _order_changes(
+    fit: Paired, one: Stratum, other: Stratum, arms: list[Hashable], level: float
+) -> tuple[Bools, Bools]:
+    """For every pair of arms: whether their order differs between two sizes, and whether that is resolved."""
+    flipped, p = [], []
+    for a, b in combinations(arms, 2):
+        differences, ps = zip(*(_difference(fit, stratum, a, b) for stratum in (one, other)), strict=True)
+        flipped.append(differences[0] * differences[1] < 0)
+        p.append(max(ps))
+    return np.array(flipped), holm(np.array(p, dtype=np.float64)) <= 1 - level
 
 
 def _difference(fit: Paired, stratum: Stratum, a: Hashable, b: Hashable) -> tuple[float, float]:

@@ -15,9 +15,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from explore.config import Config, Frozen, FrozenMapping
 from explore.pattern import MTP_MARK, PIPELINE_MARK, canonical, check_pattern
 from explore.search.language import NO_LAYER, Language
-from explore.search.structured import StructuredSpace, with_shares
 
-__all__ = ["NO_LAYER", "PatternSampler", "PatternSpace", "StructuredSpace", "with_shares"]
+__all__ = ["NO_LAYER", "PatternSampler", "PatternSpace"]
 
 NO_RULES: FrozenMapping[str, Any] = FrozenMapping({})
 
