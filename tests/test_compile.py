@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from explore.model import LanguageModel, ModelConfig
+from explore.model import LanguageModel, ModelConfig, generate
 from explore.ops import compiled_step, experts, forced_paths
 
 BLOCKS: dict[str, Any] = {
@@ -215,12 +215,12 @@ def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_
     unchecked: None, pattern: str, batch: int
 ) -> None:
     lm, prompts = model(pattern, init_std=0.3).eval(), torch.randint(64, (batch, 20))
-    before = lm.generate(prompts, 20)
-    assert torch.equal(lm.generate(prompts, 20, compiled=True), before)
+    before = generate(lm, prompts, 20)
+    assert torch.equal(generate(lm, prompts, 20, compiled=True), before)
     lm.init_weights()
-    after = lm.generate(prompts, 20)
+    after = generate(lm, prompts, 20)
     assert not torch.equal(after, before)
-    assert torch.equal(lm.generate(prompts, 20, compiled=True), after)
+    assert torch.equal(generate(lm, prompts, 20, compiled=True), after)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
@@ -249,11 +249,11 @@ def test_a_step_is_compiled_once_however_long_the_context_gets(
     traced: None, pattern: str, n_prompt: int, n_graphs: int
 ) -> None:
     lm, prompts = model(pattern, init_std=0.3).eval(), tokens(n_prompt)
-    assert torch.equal(lm.generate(prompts, 20, compiled=True), lm.generate(prompts, 20))
+    assert torch.equal(generate(lm, prompts, 20, compiled=True), generate(lm, prompts, 20))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == n_graphs
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:
     with pytest.raises(ValueError, match="compiled: True is not allowed on meta; only a CPU's steps are compiled"):
-        model("M").to("meta").generate(tokens().to("meta"), 2, compiled=True)
+        generate(model("M").to("meta"), tokens().to("meta"), 2, compiled=True)

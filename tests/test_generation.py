@@ -57,13 +57,6 @@ def test_greedy_tokens_leave_nothing_to_chance() -> None:
     assert not torch.equal(generator.get_state(), before)
 
 
-def test_a_model_generates_with_the_sampling_that_it_is_told() -> None:
-    model, tokens = built("M*"), torch.randint(0, 12, (2, 7))
-    assert torch.equal(model.generate(tokens, 9), generate(model, tokens, 9))
-    drawn = model.generate(tokens, 9, temperature=0.7, top_k=5, top_p=0.9, seed=3)
-    assert torch.equal(drawn, generate(model, tokens, 9, Sampling(0.7, 5, 0.9, 3)))
-
-
 def test_a_batch_is_decoded_as_its_rows_are() -> None:
     model, tokens = built("ME*L-"), torch.randint(0, 12, (3, 7))
     rows = [generate(model, row[None], 10) for row in tokens]

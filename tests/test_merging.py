@@ -27,7 +27,6 @@ from explore.train import (
     LitLanguageModel,
     decay_weights,
     fit,
-    merge_run,
     merge_weights,
     merge_window,
     read_weights,
@@ -178,23 +177,28 @@ def test_a_kept_checkpoint_is_the_model_at_its_step_also_after_a_stop(
 # The merged model
 
 
+def merged(folder: RunFolder, last: int, shape: Any = "minus_sqrt") -> dict[str, Tensor]:
+    window = merge_window(folder, last, shape)
+    return merge_weights(window.paths, window.weights)
+
+
 @pytest.mark.parametrize("shape", ["flat", "minus_sqrt"])
 def test_a_merged_model_is_the_average_of_the_last_stable_checkpoints(finished: RunFolder, shape: Any) -> None:
     window = merge_window(finished, 4, shape)
     assert window.steps == (21, 24, 27, 30)  # the decay begins with the step after the 30th
-    merged = merge_run(finished, 4, shape).state_dict()
+    average = merged(finished, 4, shape)
     states = [kept(finished, step) for step in window.steps]
-    assert merged.keys() == states[0].keys()
-    for name, weight in merged.items():
+    assert average.keys() == states[0].keys()
+    for name, weight in average.items():
         mean = sum(w * state[name].double() for w, state in zip(window.weights, states, strict=True))
         torch.testing.assert_close(weight.double(), mean, rtol=1e-5, atol=1e-7)
     bias = "layers.1.mixer.expert_bias"
-    assert not torch.equal(merged[bias], states[-1][bias])
+    assert not torch.equal(average[bias], states[-1][bias])
 
 
 def test_one_checkpoint_merged_is_itself(finished: RunFolder) -> None:
-    merged = merge_run(finished, 1).state_dict()
-    assert all(torch.equal(merged[name], weight) for name, weight in kept(finished, 30).items())
+    average = merged(finished, 1)
+    assert all(torch.equal(average[name], weight) for name, weight in kept(finished, 30).items())
 
 
 def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFolder, corpus: Path) -> None:
@@ -204,11 +208,13 @@ def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFold
     assert record["weights"] == [1 / 3] * 3
     source = experiment(corpus).data.open(0)
     for split in ("val", "test"):
-        for scores, model in ((record, merge_run(finished, 3, "flat")), (record["last"], merge_run(finished, 1))):
-            truth = bits_per_byte(model, source.eval_batches(split, 4))  # type: ignore[arg-type]
+        for scores, weights in ((record, merged(finished, 3, "flat")), (record["last"], merged(finished, 1))):
+            model = experiment(corpus).model.build()
+            model.load_state_dict(weights)
+            truth = bits_per_byte(model.eval(), source.eval_batches(split, 4))  # type: ignore[arg-type]
             assert scores[f"{split}_bpb"] == pytest.approx(truth.bits_per_byte, rel=1e-6)
     saved = read_weights(finished.path / "checkpoints" / "merged.ckpt")
-    for name, weight in merge_run(finished, 3, "flat").state_dict().items():
+    for name, weight in merged(finished, 3, "flat").items():
         assert torch.equal(saved[name], weight)
 
 
@@ -244,20 +250,20 @@ def test_what_cannot_be_merged_is_refused(
     finished: RunFolder, unchecked: None, last: int, shape: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        merge_run(finished, last, shape)
+        merge_window(finished, last, shape)
 
 
 def test_checkpoints_that_are_not_equally_far_apart_are_refused(finished: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(finished.path, copy := tmp_path / "copy")
     (copy / "checkpoints" / merge_window(finished, 3).paths[1].name).unlink()
     with pytest.raises(ValueError, match=r"last: the last 3 checkpoints of .* are not equally far apart: steps \("):
-        merge_run(RunFolder(copy), 3)
+        merge_window(RunFolder(copy), 3)
 
 
 def test_a_run_that_kept_nothing_says_how_to_keep(corpus: Path, tmp_path: Path) -> None:
     folder = fit(experiment(corpus, tokens=3 * TOKENS), tmp_path, accelerator="cpu")
     with pytest.raises(ValueError, match=r"last: 5 is more than the 0 checkpoints .*; train with keep_every"):
-        merge_run(folder)
+        merge_window(folder)
 
 
 def test_the_command_shows_the_merge_beside_the_checkpoint_and_the_run(

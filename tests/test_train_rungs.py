@@ -18,7 +18,7 @@ from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
 from explore.experiment import Experiment, TrainConfig
 from explore.frontier import pareto_front
 from explore.runs import RunFolder, load_runs
-from explore.train import LitLanguageModel, at_budget, read_weights, stable_steps
+from explore.train import LitLanguageModel, read_weights, stable_steps
 from explore.train.callbacks import WholeCheckpointIO
 
 LATER = {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
@@ -31,6 +31,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def experiment(corpus: Path, pattern: str = "-", **changes: Any) -> Experiment:
     return tiny(corpus, pattern, **{"train__warmup": 0.1, **changes})
+
+
+def sibling(one: Experiment, n_steps: int) -> Experiment:
+    """The experiment with another budget that is warmed up in the same number of steps."""
+    budget = {"tokens": n_steps * TOKENS, "warmup": one.warmup_steps / n_steps}
+    return one.model_copy(update={"train": one.train.model_copy(update=budget)})
 
 
 def metrics(folder: RunFolder, after: int = 0) -> pd.DataFrame:
@@ -124,22 +130,6 @@ def test_model_data_and_seed_count_in_the_key_of_a_rung_and_the_name_does_not(co
     assert key not in {other.rung_key(4) for other in others}
 
 
-@pytest.mark.parametrize("tokens", [3 * TOKENS, 7 * TOKENS, 1000 * TOKENS + 5])
-def test_a_sibling_has_another_budget_and_the_same_warm_up(corpus: Path, tokens: int) -> None:
-    one = experiment(corpus, train__tokens=None, train__flops=7e8)
-    other = at_budget(one, tokens)
-    assert other.n_steps == round(tokens / TOKENS)
-    assert round(other.train.warmup * other.n_steps) == round(one.train.warmup * one.n_steps)
-    assert other.stable_key() == one.stable_key()
-    fields = {"tokens": None, "flops": None, "warmup": 0.0}
-    assert other.train.model_copy(update=fields) == one.train.model_copy(update=fields)
-
-
-def test_a_sibling_that_would_be_all_warm_up_and_decay_is_refused(corpus: Path) -> None:
-    with pytest.raises(ValueError, match=r"warmup: 1\.0 and decay=0\.2 add up to more than the whole run"):
-        at_budget(experiment(corpus), TOKENS)
-
-
 # Branching
 
 
@@ -152,7 +142,7 @@ def test_a_run_that_branches_from_a_rung_ends_as_if_it_had_begun_with_nothing(
     corpus: Path, tmp_path: Path, pattern: str, changes: dict[str, Any]
 ) -> None:
     long = experiment(corpus, pattern, **changes)
-    short = at_budget(long, 8 * TOKENS)  # its stable phase ends after 6 steps, so it cannot use the rung at 8
+    short = sibling(long, 8)  # its stable phase ends after 6 steps, so it cannot use the rung at 8
     train(long, tmp_path / "runs", rungs=(0.2, 0.3, 0.4))
     branched, alone = train(short, tmp_path / "runs"), train(short, tmp_path / "alone")
     assert_same_end(branched, alone)
@@ -166,7 +156,7 @@ def test_a_run_that_branches_from_a_rung_ends_as_if_it_had_begun_with_nothing(
 
 def test_a_longer_run_branches_from_the_last_step_before_a_decay(corpus: Path, tmp_path: Path) -> None:
     short = experiment(corpus, "E", train__val_every=4)
-    long = at_budget(short, 30 * TOKENS)
+    long = sibling(short, 30)
     assert stable_steps(short.n_steps, short.train)[-1] == 16
     train(short, tmp_path / "runs", rungs=(0.8,))
     branched, alone = train(long, tmp_path / "runs"), train(long, tmp_path / "alone")
@@ -184,7 +174,7 @@ def test_a_run_of_another_past_does_not_branch(corpus: Path, tmp_path: Path) -> 
 
 def test_a_run_that_branched_and_was_stopped_still_says_so(corpus: Path, tmp_path: Path) -> None:
     long = experiment(corpus, "E")
-    short = at_budget(long, 10 * TOKENS)
+    short = sibling(long, 10)
     train(long, tmp_path / "runs", rungs=(0.3,))
     for step in (6, 8):
         with pytest.MonkeyPatch.context() as patch:
@@ -338,7 +328,7 @@ def test_a_pruned_run_can_be_finished_by_a_decay_from_its_rung(corpus: Path, tmp
     one = experiment(corpus, "E")
     pruned = train(one, tmp_path / "runs", rungs=(0.5,), judge=Recorder(until=0.5))
     assert result(pruned)["step"] == 10
-    short = at_budget(one, 13 * TOKENS)
+    short = sibling(one, 13)
     branched = train(short, tmp_path / "runs")
     assert result(branched)["branched_from"]["step"] == 10
     assert_same_end(branched, train(short, tmp_path / "alone"))

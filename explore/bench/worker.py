@@ -22,6 +22,7 @@ from explore.bench.training import RUN_TOKENS
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
+from explore.model import generate
 from explore.ops import forced_paths, path_of
 from explore.train import build_optimizer, fit, keep_freed_memory, processor
 
@@ -202,7 +203,7 @@ def decode(family: str, shape: str, n_new: int, compiled: bool = False) -> dict[
     prompt = torch.randint(0, model.config.vocab_size, (DECODED, PROMPT_TOKENS))
     cached = model.config.cost(1).kv_bytes_per_token > 0  # transformers has no cache without attention
     sides: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: model.generate(prompt, n_new, compiled=compiled),
+        "ours": lambda: generate(model, prompt, n_new, compiled=compiled),
         "theirs": lambda: theirs.generate(
             prompt, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, use_cache=cached, pad_token_id=0
         ),

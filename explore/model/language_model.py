@@ -107,26 +107,6 @@ class LanguageModel(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=same_paths)
         return part(*inputs)
 
-    def generate(
-        self,
-        tokens: Int[Tensor, "batch prompt"],
-        max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        eot_id: int | None = None,
-        compiled: bool = False,
-    ) -> Int[Tensor, "batch new"]:
-        """Continues every row of a batch of prompts of equal length, its state kept; returns the new tokens.
-
-        Temperature, top_k, top_p and seed are those of `Sampling`; the rest is of `explore.model.generate`.
-        """
-        from explore.model.generation import Sampling, generate
-
-        return generate(self, tokens, max_new_tokens, Sampling(temperature, top_k, top_p, seed), eot_id, compiled)
-
     def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], *, mtp: bool = False) -> Loss:
         """Mean cross-entropy over the targets that are not -100.
 

@@ -4,14 +4,13 @@ from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.memory import keep_freed_memory
-from explore.train.merging import decay_weights, merge_run, merge_weights, merge_window, score_merge
+from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
 from explore.train.models import evaluate, load_model, read_weights
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.record import cost_record
 from explore.train.regions import COMPILED, compiled_ops, keep_compiled, own_table
-from explore.train.rungs import at_budget
 from explore.train.schedule import stable_steps, wsd
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "JointOptimizer",
     "Judge",
     "LitLanguageModel",
-    "at_budget",
     "build_optimizer",
     "compiled_ops",
     "cost_record",
@@ -33,7 +31,6 @@ __all__ = [
     "keep_compiled",
     "keep_freed_memory",
     "load_model",
-    "merge_run",
     "merge_weights",
     "merge_window",
     "multiplies_bf16",

@@ -100,16 +100,6 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
     return Window(shape, steps, tuple(found[step] for step in steps), weights)
 
 
-def merge_run(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") -> LanguageModel:
-    """The average of a run's last checkpoints of the stable phase, in evaluation mode.
-
-    Raises:
-        ValueError: fewer were kept, or the shape is unknown.
-    """
-    window = merge_window(folder, last, shape)
-    return _model(Experiment.load(folder.path / "experiment.json"), merge_weights(window.paths, window.weights))
-
-
 def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *, save: bool = False) -> dict[str, Any]:
     """Scores the merged model beside the last of its checkpoints, and writes both into `merged.json`, by shape.
 

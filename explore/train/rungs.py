@@ -20,18 +20,6 @@ from explore.train.schedule import stable_steps
 BRANCH = "branch.json"
 
 
-def at_budget(experiment: Experiment, tokens: int) -> Experiment:
-    """The sibling with another budget that is warmed up in the same number of steps, so that they share rungs.
-
-    Raises:
-        ValueError: the warm-up and the share of the decay leave nothing of so short a run.
-    """
-    record = experiment.model_dump(mode="json")
-    n_steps = experiment.train.model_copy(update={"tokens": tokens}).n_steps(experiment.data.seq_len, 1.0)
-    record["train"] |= {"tokens": tokens, "flops": None, "warmup": min(1, experiment.warmup_steps / n_steps)}
-    return Experiment.model_validate(record)
-
-
 def curve_steps(experiment: Experiment, rungs: Sequence[float] = ()) -> dict[int, float]:
     """Steps done at which a run is validated, and the share of the schedule that each stands for."""
     n_steps, every = experiment.n_steps, experiment.train.val_every
