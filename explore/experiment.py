@@ -159,6 +159,15 @@ class Experiment(Config):
             content = content["experiment"]
         for override in overrides:
             set_field(content, override)
+        return cls.read(content, path)
+
+    @classmethod
+    def read(cls, content: Any, path: Path) -> Experiment:
+        """Reads the content of a file.
+
+        Raises:
+            ValueError: a field that is not allowed, by the path of the file and its own.
+        """
         try:
             return cls.model_validate(content)
         except ValidationError as error:

@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from explore.files import replacing
+
+if TYPE_CHECKING:
+    from explore.experiment import Experiment
 
 FINISHED = ("finished", "diverged")
 """Statuses with which a run has ended for good."""
@@ -161,6 +164,18 @@ class RunFolder:
     def experiment(self) -> dict[str, Any]:
         """`experiment.json`: the key, and the experiment under `experiment`."""
         return _json(self.text("experiment.json")) or {}
+
+    def load_experiment(self) -> Experiment:
+        """The experiment of the run.
+
+        Raises:
+            ValueError: `experiment.json` is missing or no JSON object, or a field in it is not allowed.
+        """
+        from explore.experiment import Experiment
+
+        if not (record := self.experiment):
+            raise ValueError(f"{self.path}: must be a run folder, with an experiment.json that can be read")
+        return Experiment.read(record.get("experiment"), self.path / "experiment.json")
 
     @property
     def cost(self) -> dict[str, Any]:

@@ -57,8 +57,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
     run = ranked().get(arm)
     if run is None:
         raise RejectedError(f"the search has no {arm}")
-    searched = Experiment.model_validate(run.experiment["experiment"])
-    return searched.model_copy(update={"name": arm, "seed": FIRST_SEED})
+    return run.load_experiment().model_copy(update={"name": arm, "seed": FIRST_SEED})
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:

@@ -222,7 +222,7 @@ def test_train_table_and_plot_go_through_the_run_folder(
     code, out, _ = run(capsys, monkeypatch, *args)
     result = json.loads(out)
     assert (code, result["status"]) == (0, "finished")
-    assert Experiment.load(Path(result["run"]) / "experiment.json").train.lr == 1e-3
+    assert RunFolder(Path(result["run"])).load_experiment().train.lr == 1e-3
     assert fit(Experiment.load(experiment_file, ["train.lr=1e-3"]), runs).result == {
         name: value for name, value in result.items() if name != "run"
     }

@@ -34,6 +34,34 @@ def test_a_table_of_records_is_read_as_its_folder_is(runs: Path, tmp_path: Path)
     pd.testing.assert_frame_equal(load_metrics(packed), load_metrics(runs))
 
 
+def test_a_run_gives_its_experiment_packed_or_not(runs: Path, tmp_path: Path) -> None:
+    pack_runs(tmp_path / "s.parquet", runs)
+    corpus = runs.parent
+    for found in (find_runs(runs), find_runs(tmp_path / "s.parquet")):
+        experiments = [run.load_experiment() for run in found]
+        assert sorted(one.seed for one in experiments) == [0, 1]
+        assert tiny(corpus, "-", seed=0, train__tokens=256) in experiments
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, r"must be a run folder, with an experiment\.json that can be read"),
+        ("{", r"must be a run folder, with an experiment\.json that can be read"),
+        ('{"key": "ab"}', r"experiment\.json: input should be a valid dictionary"),
+        ('{"key": "ab", "experiment": {"seed": -1}}', r"experiment\.json: name: field required \(and 4 more\)"),
+    ],
+)
+def test_a_record_without_an_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, says: str) -> None:
+    packed = {} if text is None else {"experiment.json": text}
+    if text is not None:
+        (tmp_path / "experiment.json").write_text(text)
+    for run in (RunFolder(tmp_path), RunFolder(tmp_path, packed)):
+        with pytest.raises(ValueError, match=says) as caught:
+            run.load_experiment()
+        assert "\n" not in str(caught.value)
+
+
 def test_unpacked_records_are_the_runs_again_pilots_too(runs: Path, tmp_path: Path) -> None:
     pack_runs(tmp_path / "s.parquet", runs)
     assert unpack_runs(tmp_path / "s.parquet", tmp_path / "again") == 3

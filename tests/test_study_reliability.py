@@ -35,7 +35,7 @@ from small_sweeps import (
     write_sweep,
 )
 
-from explore import Experiment, train
+from explore import train
 from explore.runs import find_runs
 from explore.study import Way, load_sweep, run_sweep, serve_storage
 from explore.study.lease import is_left
@@ -84,7 +84,7 @@ def check_each_alone(study: optuna.Study, runs: Path, alone: Path) -> None:
     """Every experiment gives what it gives when nothing else runs."""
     found = {folder.key: folder for folder in find_runs(runs)}
     for key, values in done_by_key(study).items():
-        experiment = Experiment.load(found[key].path / "experiment.json")
+        experiment = found[key].load_experiment()
         row = train.fit(experiment, alone, console=quiet()).row()
         assert values == pytest.approx([row["val_bpb"], row["flops_run"]], abs=1e-6)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from explore.cli.app import app, out
-from explore.cli.opening import describe_size, load_experiment, load_run
+from explore.cli.opening import describe_size, load_run
 
 Format = Literal["hf", "megatron"]
 
@@ -57,11 +57,12 @@ def export(
 
 def _print_arguments(source: Path) -> None:
     from explore.interop import is_model_folder, load_model_config, megatron_arguments
+    from explore.runs import RunFolder
 
     if is_model_folder(source):
         arguments, notes = megatron_arguments(load_model_config(source))
     else:
-        experiment = load_experiment(source)
+        experiment = RunFolder(source).load_experiment()
         arguments, notes = megatron_arguments(
             experiment.model, seq_len=experiment.data.seq_len, mtp_weight=experiment.train.mtp_weight
         )

@@ -18,27 +18,16 @@ Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that import
 def open_run(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
     """The model and tokenizer of a run, and its data; there is none with a folder that import wrote."""
     from explore.data import TextData, load_tokenizer
-    from explore.experiment import Experiment
     from explore.interop import is_model_folder, load_model_folder
     from explore.runs import RunFolder
     from explore.train import load_model
 
     if is_model_folder(run):
         return load_model_folder(run), load_tokenizer(str(run / "tokenizer.json")), None
-    data = Experiment.load(run / "experiment.json").data
+    data = RunFolder(run).load_experiment().data
     if not isinstance(data, TextData):
         raise ValueError(f"{run}: was trained on {data.kind}, and this needs text")
     return load_model(RunFolder(run)), load_tokenizer(data.tokenizer), data
-
-
-def load_experiment(folder: Path) -> Experiment:
-    """The experiment of a run folder."""
-    from explore.experiment import Experiment
-
-    path = folder / "experiment.json"
-    if not path.exists():
-        raise ValueError(f"RUN: {str(folder)!r} has neither an experiment.json nor a model.json")
-    return Experiment.load(path)
 
 
 def load_run(folder: Path) -> tuple[Experiment, LanguageModel, dict[str, Any]]:
@@ -46,7 +35,8 @@ def load_run(folder: Path) -> tuple[Experiment, LanguageModel, dict[str, Any]]:
     from explore.runs import RunFolder
     from explore.train import load_model
 
-    experiment, run = load_experiment(folder), RunFolder(folder)
+    run = RunFolder(folder)
+    experiment = run.load_experiment()
     return experiment, load_model(run), {**run.row(), "seq_len": experiment.data.seq_len}
 
 

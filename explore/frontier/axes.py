@@ -27,11 +27,9 @@ def experiments_of(*roots: str | Path) -> dict[str, Experiment]:
     Raises:
         ValueError: a root holds no run.
     """
-    from explore.experiment import Experiment
     from explore.runs import find_runs
 
-    runs = ((run.key, run.experiment.get("experiment")) for run in find_runs(*roots))
-    return {key: Experiment.model_validate(content) for key, content in runs if key is not None}
+    return {run.key: run.load_experiment() for run in find_runs(*roots) if run.key is not None}
 
 
 def add_axes(

@@ -56,7 +56,7 @@ def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifac
         say: told what could not be written.
     """
     try:
-        experiment: Experiment | None = Experiment.load(folder.path / "experiment.json")
+        experiment: Experiment | None = folder.load_experiment()
     except Exception:  # its records are damaged: the note says what is left
         experiment = None
     pieces: dict[str, Callable[[], None]] = {

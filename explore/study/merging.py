@@ -51,7 +51,7 @@ class Merging:
         """
         if folder.status != "finished":
             return
-        steps = self._steps(Experiment.load(folder.path / "experiment.json"))
+        steps = self._steps(folder.load_experiment())
         for shape in self.shapes:
             if folder.merged.get(shape, {}).get("steps") != steps:
                 score_merge(folder, self.last, shape)

@@ -84,7 +84,7 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
         ValueError: fewer were kept, or the shape is unknown.
     """
     weights = decay_weights(last, shape)
-    experiment = Experiment.load(folder.path / "experiment.json")
+    experiment = folder.load_experiment()
     stable = stable_steps(experiment.n_steps, experiment.train)
     found = {int(path.stem[5:]): path for path in (folder.path / "checkpoints").glob("step-*.ckpt")}
     kept = sorted(step for step in found if step in stable)
@@ -114,7 +114,7 @@ def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *
         ValueError: fewer were kept, or the shape is unknown.
     """
     window = merge_window(folder, last, shape)
-    experiment = Experiment.load(folder.path / "experiment.json")
+    experiment = folder.load_experiment()
     source = experiment.data.open(experiment.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     merged, result = merge_weights(window.paths, window.weights), folder.result or {}

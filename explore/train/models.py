@@ -25,7 +25,7 @@ def load_model(folder: RunFolder) -> LanguageModel:
     path = folder.path / "checkpoints" / "last.ckpt"
     if not path.exists():
         raise ValueError(f"{folder.path}: no checkpoint; train the run first")
-    model = Experiment.load(folder.path / "experiment.json").model.build()
+    model = folder.load_experiment().model.build()
     model.load_state_dict(read_weights(path))
     return model.eval()
 
