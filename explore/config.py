@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic.functional_validators import AfterValidator
 
 K = TypeVar("K")
@@ -15,9 +15,45 @@ V = TypeVar("V")
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, hashable, unknown keys refused, JSON in and out."""
+    """Base of every config: immutable, hashable, unknown keys refused, JSON in and out.
+
+    Every field counts in the keys of experiments. A field that is added to a config which has keys already gets its
+    default from `added_later`; any other new field changes the key of every experiment.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a key hashes of this config: its JSON, and the fingerprints of the configs inside it.
+
+        A config that names files overrides this: files count by their content, never by their path.
+        """
+        content = self.model_dump(mode="json")
+        return {name: _fingerprint(getattr(self, name), part) for name, part in content.items()}
+
+
+def added_later(default: Any) -> Any:
+    """Default of a field that is added to a config whose experiments have keys.
+
+        output_gate: bool = added_later(False)
+
+    While the field has this default it is left out of `model_dump` and JSON, so experiments keep the keys that they
+    had, and records of runs look as before. The default must therefore mean what the code did without the field, and
+    must never change.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default)
+
+
+def _fingerprint(value: Any, content: Any) -> Any:
+    """Replaces the JSON of every config within a value by the config's fingerprint."""
+    match value:
+        case Config():
+            return value.fingerprint()
+        case Mapping():
+            return {name: _fingerprint(value[name], part) for name, part in content.items()}
+        case tuple():
+            return [_fingerprint(*pair) for pair in zip(value, content, strict=True)]
+    return content
 
 
 class FrozenMapping(Mapping[K, V]):

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from explore.config import Config, explain, set_field
+from explore.config import Config, added_later, explain, set_field
 from explore.data import DataConfig
 from explore.files import read_json
 from explore.model import ModelConfig
@@ -30,6 +30,28 @@ UNTIL_DECAY = frozenset(
 
 NUMERICS_VERSION = 3
 """Part of every key; raised when the same experiment may give another result than before."""
+
+
+class NextToken(Config):
+    """The cross-entropy of the next token, and of those after it where the model has multi-token prediction."""
+
+    kind: Literal["next_token"] = "next_token"
+
+
+Objective = NextToken
+"""What training minimises. A second kind makes this a union, `Annotated[NextToken | ..., Field(discriminator="kind")]`;
+its code is in `explore.train.objectives`. A teacher counts by the digest of its weights: see `Config.fingerprint`."""
+
+
+class FreshWeights(Config):
+    """Weights that are drawn from the seed of the experiment."""
+
+    kind: Literal["fresh"] = "fresh"
+
+
+Start = FreshWeights
+"""From which weights training begins. A second kind makes this a union, as of `Objective`; its code is in
+`explore.train.start`. A parent counts by the digest of its weights."""
 
 
 class TrainConfig(Config):
@@ -50,6 +72,7 @@ class TrainConfig(Config):
         precision: `fp32`, or `bf16`: matrix products in bfloat16, weights and optimizer state in fp32.
         val_every: steps between validations; only at the end when absent.
         eval_tokens: tokens of a split that an evaluation reads; all when absent.
+        objective: what is minimised.
     """
 
     tokens: PositiveInt | None = None
@@ -68,6 +91,7 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     val_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
+    objective: Objective = added_later(NextToken())
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -90,13 +114,14 @@ class TrainConfig(Config):
 
 
 class Experiment(Config):
-    """One training run: what is trained, on what, how, and from which seed."""
+    """One training run: what is trained, on what, how, from which seed and from which weights."""
 
     name: str = Field(min_length=1)
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     seed: NonNegativeInt = 0
+    start: Start = added_later(FreshWeights())
 
     @property
     def n_steps(self) -> int:
@@ -118,7 +143,7 @@ class Experiment(Config):
 
         The name does not count, nor does any path: corpus and tokenizer count by their content.
         """
-        return self._hash(self.train.model_dump(mode="json"))
+        return self._hash(self.train.fingerprint())
 
     @property
     def warmup_steps(self) -> int:
@@ -127,7 +152,7 @@ class Experiment(Config):
 
     def stable_key(self) -> str:
         """64 hexadecimal digits over everything that decides the states of the stable phase, whatever the budget."""
-        train = self.train.model_dump(mode="json", exclude=set(UNTIL_DECAY))
+        train = {name: value for name, value in self.train.fingerprint().items() if name not in UNTIL_DECAY}
         return self._hash(train | {"warmup_steps": self.warmup_steps})
 
     def rung_key(self, step: int) -> str:
@@ -135,13 +160,8 @@ class Experiment(Config):
         return f"{self.stable_key()}-{step:06d}"
 
     def _hash(self, train: dict[str, Any]) -> str:
-        content = {
-            "numerics": NUMERICS_VERSION,
-            "model": self.model.model_dump(mode="json"),
-            "data": self.data.fingerprint(),
-            "train": train,
-            "seed": self.seed,
-        }
+        content = self.fingerprint() | {"numerics": NUMERICS_VERSION, "train": train}
+        del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from explore.blocks import BLOCKS, AttentionConfig, Mamba2Config
-from explore.config import FrozenMapping, explain
+from explore.config import Config, Frozen, FrozenMapping, added_later, explain
 from explore.model import ModelConfig
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
@@ -114,3 +114,55 @@ def test_a_frozen_mapping_is_the_mapping_it_was_made_of(items: dict[str, int]) -
     assert "new key" not in frozen
     with pytest.raises(AttributeError):
         frozen._items = {}
+
+
+# Fields that were added after experiments were given keys
+
+
+class Part(Config):
+    width: int
+
+
+class LaterPart(Config):
+    width: int
+    gate: bool = added_later(False)
+    inner: Part = added_later(Part(width=1))
+
+
+class Whole(Config):
+    parts: Frozen[str, LaterPart]
+    pair: tuple[LaterPart, ...] = ()
+
+
+def test_a_later_field_with_its_default_leaves_json_and_fingerprint_as_they_were() -> None:
+    before, after = Part(width=3), LaterPart(width=3, gate=False, inner=Part(width=1))
+    assert after.model_dump() == before.model_dump() == after.fingerprint() == {"width": 3}
+    assert after.model_dump_json() == before.model_dump_json()
+    whole = Whole(parts={"a": after}, pair=(after, after))
+    assert whole.fingerprint() == {"parts": {"a": {"width": 3}}, "pair": [{"width": 3}] * 2}
+
+
+def test_a_later_field_with_another_value_is_written_and_counts() -> None:
+    part = LaterPart(width=3, gate=True, inner=Part(width=2))
+    whole = Whole(parts={"a": part, "b": LaterPart(width=4)}, pair=(part,))
+    content = {"width": 3, "gate": True, "inner": {"width": 2}}
+    assert whole.fingerprint() == {"parts": {"a": content, "b": {"width": 4}}, "pair": [content]}
+    assert Whole.model_validate_json(whole.model_dump_json()) == whole
+
+
+def test_a_config_that_names_files_counts_by_its_own_fingerprint_wherever_it_is() -> None:
+    class File(Config):
+        path: str
+
+        def fingerprint(self) -> dict[str, Any]:
+            return {"digest": len(self.path)}
+
+    class Holder(Config):
+        one: File
+        some: tuple[File, ...]
+        named: Frozen[str, File]
+
+    file = File(path="/a/b")
+    holder = Holder(one=file, some=(file,), named={"x": file})
+    assert holder.fingerprint() == {"one": {"digest": 4}, "some": [{"digest": 4}], "named": {"x": {"digest": 4}}}
+    assert holder.model_dump()["one"] == {"path": "/a/b"}

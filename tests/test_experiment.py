@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from explore.experiment import Experiment, TrainConfig, set_field
+from explore.blocks import AttentionConfig
+from explore.config import FrozenMapping, added_later
+from explore.data import TextData
+from explore.experiment import Experiment, FreshWeights, NextToken, TrainConfig, set_field
+from explore.runs import read_packed
+
+SWEEPS = Path(__file__).parents[1] / "sweeps"
+RECORDS = sorted((SWEEPS / "records").glob("*.parquet"))
 
 
 @pytest.fixture
@@ -75,6 +83,81 @@ def test_the_key_changes_with_the_text_of_every_split(corpus: Path, split: str) 
     with (corpus / f"{split}.txt").open("a") as file:
         file.write("one more line\n")
     assert experiment(corpus).key() != key
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "stable_key"),
+    [
+        (
+            "latent_moe",
+            "a837db6dd79a98b0c25fd790f2e485b1cd20be1c3fdc89dd00c118b25266d565",
+            "d7e488b36bd950a1b60582f02f58384476471ba1d623c19b4e388110b978b5a0",
+        ),
+        (
+            "latent_moe_mtp",
+            "b3d449ff1c613d0e4a6f056d2f9b7f87a339535230c41ac6596daefb34293344",
+            "c8ed57a2d139f9567a6a83fb9ef51e349af8cf72d2c0f4a992332a6bb8c2138a",
+        ),
+    ],
+)
+def test_the_keys_of_the_examples_are_what_they_always_were(name: str, key: str, stable_key: str) -> None:
+    one = Experiment.load(SWEEPS / "examples" / f"{name}.json")
+    assert (one.key(), one.stable_key()) == (key, stable_key)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_every_committed_record_still_has_its_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for run in read_packed(path):
+        data, written = run.environment["data"], run.experiment["experiment"]
+        with monkeypatch.context() as patch:
+            patch.setattr(TextData, "fingerprint", lambda _, data=data: data)  # most of the corpora are elsewhere
+            assert run.load_experiment().key() == run.key
+        content = {"numerics": 3, "data": data, **{name: written[name] for name in ("model", "train", "seed")}}
+        assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() == run.key
+
+
+def test_start_and_objective_are_written_only_where_they_are_not_the_default(corpus: Path) -> None:
+    one = experiment(corpus)
+    assert experiment(corpus, start={"kind": "fresh"}, train__objective={"kind": "next_token"}) == one
+    assert one.model_dump(mode="json").keys() == {"name", "model", "data", "train", "seed"}
+    assert "objective" not in one.model_dump(mode="json")["train"]
+
+
+class GatedAttention(AttentionConfig):
+    gate: bool = added_later(False)
+
+
+def test_a_later_field_of_a_block_counts_only_where_it_is_used(corpus: Path) -> None:
+    one = experiment(corpus, model__pattern="*-")
+    sizes = one.model.blocks["*"].model_dump()
+    keys = []
+    for gate in (False, True):
+        blocks = FrozenMapping({**one.model.blocks, "*": GatedAttention(**sizes, gate=gate)})
+        keys.append(one.model_copy(update={"model": one.model.model_copy(update={"blocks": blocks})}).key())
+    assert keys[0] == one.key() != keys[1]
+
+
+class Parent(FreshWeights):
+    path: str
+    digest: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"digest": self.digest}
+
+
+class Distillation(NextToken):
+    temperature: float = 1.0
+
+
+def test_another_start_or_objective_counts_in_both_keys(corpus: Path) -> None:
+    one = experiment(corpus)
+    start = one.model_copy(update={"start": Parent(path="here", digest="ab")})
+    moved = one.model_copy(update={"start": Parent(path="there", digest="ab")})
+    objective = one.model_copy(update={"train": one.train.model_copy(update={"objective": Distillation()})})
+    warmer = one.model_copy(update={"train": one.train.model_copy(update={"objective": Distillation(temperature=2)})})
+    for key in (Experiment.key, Experiment.stable_key):
+        assert key(start) == key(moved)
+        assert len({key(each) for each in (one, start, objective, warmer)}) == 4
 
 
 def test_a_default_that_is_written_out_leaves_the_key_alone(corpus: Path) -> None:
@@ -155,6 +238,8 @@ def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, step
         ("model.d_modell=1", "model.d_modell: unknown field"),
         ("data.seqlen=1", "data.seqlen: unknown field"),
         ("train.lr=0", "train.lr: input should be greater than 0, got 0"),
+        ("start.kind=warm", "start.kind: input should be 'fresh', got 'warm'"),
+        ("train.objective.kind=kl", "train.objective.kind: input should be 'next_token', got 'kl'"),
         ("train.flops=1", "train: tokens and flops: exactly one budget is allowed, got tokens=2560 flops=1.0"),
     ],
 )

@@ -102,10 +102,6 @@ class RecallData(Config):
             )
         return self
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What determines the sequences: every field."""
-        return self.model_dump(mode="json")
-
     def open(self, seed: int) -> Source:
         return RecallSource(**self.model_dump(exclude={"kind"}), seed=seed)
 
