@@ -112,23 +112,23 @@ def work(
     from explore.train import fitting
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    train, write, open_study = fitting._train, fitting.write_json, crew.open_study
+    train, write, open_study = fitting.train_run, fitting.write_json, crew.open_study
 
     def noted_open(*args: Any, **options: Any) -> optuna.Study:
         study = open_study(*args, **options)
         note(log, f"open {study.study_name}")
         return study
 
-    def noted_train(experiment: Any, key: str, *rest: Any) -> Any:
-        note(log, f"start {key[:8]}")
-        return train(experiment, key, *rest)
+    def noted_train(run: Any) -> Any:
+        note(log, f"start {run.key[:8]}")
+        return train(run)
 
     def noted_write(path: Path, record: Any) -> None:
         write(path, record)
         if path.name == "result.json":
             note(log, f"end {path.parent.name[-8:]}")
 
-    fitting._train, fitting.write_json, crew.open_study = noted_train, noted_write, noted_open
+    fitting.train_run, fitting.write_json, crew.open_study = noted_train, noted_write, noted_open
     if before is not None:
         before()
     try:

@@ -18,6 +18,7 @@ from explore.cli import app, main
 from explore.experiment import Experiment
 from explore.presets import PRESETS, preset
 from explore.roofline import Deployment, hardware
+from explore.runs import RunFolder
 from explore.train import fit
 
 EXPERIMENT = {
@@ -205,7 +206,7 @@ def test_a_mistake_in_an_experiment_leaves_nothing_behind(
     runs = tmp_path / "runs"
     for override, says in (
         ("train.lrr=1", "train.lrr: unknown field"),
-        ("model.vocab_size=100", "model.vocab_size: 100 is too small"),
+        ("model.vocab_size=100", "model.vocab_size: must be at least"),
         ("data.corpus=nowhere", "nowhere"),
     ):
         code, _, err = run(capsys, monkeypatch, "train", str(experiment_file), "--runs", str(runs), "--set", override)

@@ -184,7 +184,7 @@ def unchecked() -> Iterator[None]:
         ({"devices": 0}, {}, r"devices: 0 is not allowed; at least 1 is"),
         ({"strategy": "deepspeed"}, {}, r"strategy: 'deepspeed' is unknown; allowed are auto, ddp, fsdp"),
         ({"strategy": "fsdp"}, {"optimizer": "muon"}, r"train\.optimizer: 'muon' needs whole matrices.*only 'adamw'"),
-        ({"keep_every": 0}, {}, r"keep_every: 0 is not allowed; at least 1 is"),
+        ({"keep_every": 0}, {}, r"keep_every: must be at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_nothing_written(

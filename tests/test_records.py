@@ -108,8 +108,8 @@ def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pyt
     sweep, packed, way = load_sweep(write_sweep(tmp_path)), tmp_path / "s.parquet", Way(notes=False)
     run_sweep(sweep, 3, tmp_path / "here", records=packed, way=way, console=quiet())
     trained = []
-    train_one = fitting._train
-    monkeypatch.setattr(fitting, "_train", lambda *args: trained.append(args[1]) or train_one(*args))
+    train_one = fitting.train_run
+    monkeypatch.setattr(fitting, "train_run", lambda run: trained.append(run.key) or train_one(run))
     run_sweep(sweep, 4, tmp_path / "there", records=packed, way=way, console=quiet())
     here, there = (done_by_key(study_of(tmp_path / place)) for place in ("here", "there"))
     assert len(here) == 3

@@ -75,7 +75,7 @@ def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"
     run(sweep, 2, runs)
     (runs / "study.journal").unlink()
-    monkeypatch.setattr(fitting, "_train", None)
+    monkeypatch.setattr(fitting, "train_run", None)
     assert run(sweep, 2, runs).complete == 2
 
 

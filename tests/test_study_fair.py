@@ -227,7 +227,7 @@ def test_a_run_that_was_stopped_before_its_averages_were_scored_is_not_trained_a
     (merged,) = (run for run in find_runs(runs) if run.merged)
     before = merged.merged
     (merged.path / "merged.json").unlink()
-    monkeypatch.setattr("explore.train.fitting._train", lambda *_: pytest.fail("it is trained again"))
+    monkeypatch.setattr("explore.train.fitting.train_run", lambda *_: pytest.fail("it is trained again"))
     assert run_sweep(sweep, 2, runs, new_study=True, console=Console(quiet=True)).complete == 2
     assert merged.merged == before
 

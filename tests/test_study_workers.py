@@ -26,7 +26,7 @@ from explore.study.identity import open_study
 from explore.study.lease import INTERRUPTED, MOST_ATTEMPTS, RELEASED, Lease, Reaper, is_left, leave
 from explore.study.storage import open_storage
 from explore.study.worker import IDLE_S, Worker
-from explore.train import fitting
+from explore.train import LitLanguageModel, fitting
 
 ELSEWHERE = "another-host/1"
 
@@ -349,7 +349,7 @@ def test_ctrl_c_that_lightning_turned_into_an_exit_is_ctrl_c_again(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fitting.LitLanguageModel, "training_step", interrupted)
+    monkeypatch.setattr(LitLanguageModel, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, 1, tmp_path / "runs", way=Way(notes=False), console=quiet())
     assert study_of(tmp_path / "runs").trials[0].user_attrs["outcome"] == RELEASED
@@ -407,8 +407,8 @@ def test_a_trial_that_was_reaped_while_it_was_trained_is_found_by_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Before its outcome is told, or after the last check that it was not."""
-    sweep, runs, real, calls = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", fitting._train, []
-    monkeypatch.setattr(fitting, "_train", lambda *args: (calls.append(args), real(*args))[1])
+    sweep, runs, real, calls = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", fitting.train_run, []
+    monkeypatch.setattr(fitting, "train_run", lambda *args: (calls.append(args), real(*args))[1])
     slow = worker(sweep, runs)
     trial = slow.study.ask()
     place, name = (slow, "_outcome") if moment == "_outcome" else (slow.study, "tell")

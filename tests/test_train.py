@@ -224,7 +224,7 @@ def test_the_folder_holds_the_whole_record_and_nothing_unfinished(finished: RunF
     records = {f"{name}.json" for name in ("experiment", "cost", "environment", "result")}
     assert files == records | {"metrics.csv", "lock", "checkpoints/last.ckpt"}
     one = experiment(corpus, train__val_every=5)
-    assert Experiment.load(finished.path / "experiment.json") == one
+    assert finished.load_experiment() == one
     assert finished.experiment["key"] == one.key()
     found = result(finished)
     assert (found["status"], found["reason"], found["step"]) == ("finished", None, STEPS)
@@ -246,7 +246,7 @@ def test_the_environment_names_versions_and_the_content_of_the_data(finished: Ru
 def test_a_finished_experiment_is_returned_without_training(
     finished: RunFolder, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules[fit.__module__], "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(sys.modules[fit.__module__], "train_run", lambda *_: pytest.fail("trained again"))
     again = experiment(corpus, name="another name", train__val_every=5)
     assert train(again, finished.path.parent).path == finished.path
 
@@ -427,7 +427,7 @@ def test_a_model_that_breaks_in_its_last_step_has_diverged(
 
 
 def test_a_vocabulary_that_is_too_small_is_refused_and_nothing_written(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.vocab_size: 256 is too small; the data has 257"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size: must be at least 257, .*, got 256"):
         train(experiment(corpus, "-", model__vocab_size=256), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 

@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from explore.data import Batch, Source
 from explore.evals import Score, score_batch
 from explore.experiment import Experiment
+from explore.model import LanguageModel
 from explore.ops import forced_paths
+from explore.train.objectives import Objective
 from explore.train.optimizer import build_optimizer
 from explore.train.parallel import Sharded, shard, whole
 from explore.train.schedule import wsd
@@ -39,24 +41,26 @@ class DivergedError(RuntimeError):
 
 
 class LitLanguageModel(LightningModule):
-    """A language model with its loss, optimizer, schedule and metrics.
+    """A language model with its objective, optimizer, schedule and metrics.
 
     After every optimizer step each router's bias moves towards the mean load of that step, over all its
     batches and processes.
 
     Args:
-        recompute: activations of a layer are made again in the backward pass instead of kept.
+        model: with the weights from which training begins.
         paths: implementations of ops in training; validation has the default ones.
     """
 
     def __init__(
-        self, experiment: Experiment, *, recompute: bool = False, paths: Mapping[str, str] | None = None
+        self,
+        experiment: Experiment,
+        model: LanguageModel,
+        objective: Objective,
+        paths: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self.experiment, self.model, self.objective = experiment, model, objective
         self.paths = dict(paths or {})
-        self.experiment = experiment
-        self.model = experiment.model.build()
-        self.model.recompute = recompute
         self._load: dict[int, Tensor] = {}
         self._score = Score()
 
@@ -72,25 +76,27 @@ class LitLanguageModel(LightningModule):
 
     def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
         with forced_paths(**self.paths):
-            loss = self.model.loss(batch["inputs"], batch["targets"], mtp=True)
-        parts = {"loss": loss.cross_entropy * self._share(loss.n_targets)}
-        total = parts["loss"] + loss.aux_loss
-        if loss.stats:
-            parts["aux_loss"] = loss.aux_loss
-        if loss.mtp is not None:
-            parts["mtp_loss"] = loss.mtp.mean()
-            total = total + self.experiment.train.mtp_weight * parts["mtp_loss"]
-        *means, mean_total = self._mean(torch.stack([*parts.values(), total]))
-        if not torch.isfinite(mean_total):
-            raise DivergedError(self.global_step, mean_total.item())
-        if means[0] > WORST * math.log(self.experiment.model.vocab_size):
-            raise DivergedError(self.global_step, means[0].item())
+            loss = self.objective(self.model, batch["inputs"], batch["targets"])
+        share = self._share(loss.n_targets)
+        values = {name: term.value * share if term.over_targets else term.value for name, term in loss.terms.items()}
+        total = torch.zeros_like(values["loss"])
+        for name, term in loss.terms.items():
+            total = total + term.weight * values[name]
+        *means, mean_total = self._mean(torch.stack([*values.values(), total]))
+        logged = dict(zip(values, means, strict=True))
+        self._check_converging(mean_total, logged["loss"])
         for i, stats in loss.stats.items():
             load = stats.load.detach()
             self._load[i] = self._load[i] + load if i in self._load else load
-        self.log_dict(dict(zip(parts, means, strict=True)))
+        self.log_dict(logged)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return total
+
+    def _check_converging(self, total: Tensor, cross_entropy: Tensor) -> None:
+        if not torch.isfinite(total):
+            raise DivergedError(self.global_step, total.item())
+        if cross_entropy > WORST * math.log(self.experiment.model.vocab_size):
+            raise DivergedError(self.global_step, cross_entropy.item())
 
     def _mean(self, values: Tensor) -> Tensor:
         """Mean over the processes, the same on all of them: they stop together where a loss is not finite."""

@@ -1,0 +1,217 @@
+"""The training of one run with Lightning, from where it stands to its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from rich.console import Console
+
+from explore import tracking
+from explore.data import Source
+from explore.experiment import Experiment
+from explore.runs import PRUNED, RunFolder
+from explore.train.callbacks import KeptCheckpoints, LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO, quiet
+from explore.train.judging import Judge, LearningCurve, seen, tell
+from explore.train.memory import keep_freed_memory
+from explore.train.metrics import MetricsFile
+from explore.train.models import evaluate, step_of
+from explore.train.module import DataModule, DivergedError, LitLanguageModel
+from explore.train.objectives import build_objective
+from explore.train.parallel import StrategyName, is_writer, lightning_strategy
+from explore.train.record import cost_record, result_of
+from explore.train.regions import keep_compiled
+from explore.train.start import starting_model
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+CHECKPOINTS_PER_RUN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """A run that is ready to be trained: what is trained, and with which options of `fit`.
+
+    Attributes:
+        points: steps after which it is validated, and the share of the schedule that each stands for.
+        rungs: steps whose whole state is kept for other runs, and where.
+        compiled: ops that are compiled, each with the seconds that this saves and costs.
+    """
+
+    experiment: Experiment
+    key: str
+    source: Source
+    folder: RunFolder
+    points: Mapping[int, float]
+    rungs: Mapping[int, Path]
+    compiled: Mapping[str, Mapping[str, float]]
+    checkpoint_every: int | None
+    keep_every: int | None
+    recompute: bool
+    wandb: tracking.WandbMode | None
+    group: str | None
+    accelerator: str
+    devices: int
+    strategy: StrategyName
+    judge: Judge | None
+    console: Console
+
+    @property
+    def checkpoint(self) -> Path:
+        """From which the run goes on."""
+        return self.folder.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Implementations of the ops that are compiled."""
+        return dict.fromkeys(self.compiled, "compiled")
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the record."""
+        return is_writer(self.devices)
+
+    @property
+    def row_every(self) -> int:
+        """Steps from one row of metrics to the next."""
+        return max(1, self.experiment.n_steps // 500)
+
+
+def train_run(run: TrainingRun) -> dict[str, Any]:
+    """Trains a run to its end.
+
+    Returns:
+        What `result.json` says.
+    """
+    resumed_at, judge = step_of(run.checkpoint), run.judge
+    throughput = Throughput(run.experiment.batch_tokens)
+    curve = LearningCurve(run.points, run.experiment.n_steps, judge, seen(run.folder, run.points, resumed_at))
+    callbacks = _callbacks(run, curve, throughput, resumed_at)
+    module = _module(run)
+    with quiet(), _mirrored(run) as mirror:
+        trainer = _trainer(run, callbacks, mirror, validates=bool(run.points or resumed_at))
+        diverged = _fit(run, trainer, module, resumed_at)
+        if resumed_at == run.experiment.n_steps and judge is not None and run.writes:
+            tell(judge, curve.earlier)  # nothing was trained, so the judge was not asked yet
+        step = trainer.global_step if diverged is None else diverged.step
+        result = result_of(run.experiment, run.folder.path, step, throughput)
+        if curve.reason is not None:  # a model that has not decayed has no scores: they would mislead
+            result |= {"status": PRUNED, "reason": curve.reason, "stopped_val_bpb": curve.value}
+            result |= {"val_bpb": None, "test_bpb": None}
+        elif diverged is not None:
+            result |= {"status": "diverged", "reason": str(diverged)}
+        else:
+            result |= _scores(run, trainer, module)
+        if mirror is not None:
+            cost = run.experiment.model.cost(run.experiment.data.seq_len)
+            tracking.summarize(mirror.experiment, {**result, **cost.to_dict()})
+    return result
+
+
+def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, resumed_at: int) -> list[Callback]:
+    experiment, folder = run.experiment, run.checkpoint.parent
+    callbacks: list[Callback] = [throughput]
+    if run.writes:
+        metrics = run.folder.path / "metrics.csv"
+        callbacks.append(MetricsFile(metrics, experiment.batch_tokens, run.row_every, resumed_at))
+    every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
+    callbacks += [curve, LastCheckpoint(folder, every, run.points, run.rungs)]
+    if run.keep_every is not None:
+        callbacks.append(KeptCheckpoints(folder, run.keep_every))
+    if run.writes and run.console.is_terminal:
+        callbacks.append(ProgressBar(experiment.n_steps, experiment.name, throughput, run.console))
+    return callbacks
+
+
+def _module(run: TrainingRun) -> LitLanguageModel:
+    if run.compiled:
+        keep_compiled()
+        if run.writes and run.console.is_terminal:
+            saves, costs = (sum(op[what] for op in run.compiled.values()) for what in ("saves_s", "costs_s"))
+            line = f"compiling {', '.join(run.compiled)}: takes about {costs:.0f} s, saves about {saves:.0f} s"
+            run.console.print(line, style="dim", highlight=False)
+    keep_freed_memory()
+    model = starting_model(run.experiment)
+    model.recompute = run.recompute
+    return LitLanguageModel(run.experiment, model, build_objective(run.experiment.train), run.paths)
+
+
+def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | None, *, validates: bool) -> Trainer:
+    n_steps = run.experiment.n_steps
+    return Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        strategy=lightning_strategy(run.devices, run.strategy),
+        use_distributed_sampler=False,
+        max_steps=n_steps,
+        precision=PRECISIONS[run.experiment.train.precision],  # type: ignore[arg-type]
+        val_check_interval=n_steps + 1,  # the learning curve says when
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if validates else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=run.row_every,
+        callbacks=callbacks,
+        logger=mirror or False,
+        plugins=[WholeCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _fit(run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_at: int) -> DivergedError | None:
+    """Trains the remaining steps; returns the error of a run that diverged."""
+    try:
+        trainer.fit(
+            module,
+            datamodule=DataModule(run.experiment, run.source),
+            ckpt_path=run.checkpoint if resumed_at else None,
+            weights_only=True,
+        )
+    except DivergedError as error:
+        return error
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+            raise KeyboardInterrupt from None
+        raise
+    return None
+
+
+def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dict[str, Any]:
+    """Scores of the trained model, or that it diverged in its last step."""
+    scores = evaluate(run.experiment, run.source, module.model.to(trainer.strategy.root_device))
+    result: dict[str, Any] = {**scores}
+    if broken := [name for name, score in scores.items() if score is not None and not math.isfinite(score)]:
+        reason = f"{broken[0]} is {scores[broken[0]]} after the last step: the run diverged"
+        result = {"status": "diverged", "reason": reason}
+    if (violation := trainer.callback_metrics.get("max_violation")) is not None:
+        result["max_violation"] = float(violation)
+    return result
+
+
+@contextmanager
+def _mirrored(run: TrainingRun) -> Iterator[WandbLogger | None]:
+    """Lightning's logger of Weights & Biases, whose run is closed however the block ends; None when off."""
+    experiment = run.experiment
+    if run.wandb is None or not run.writes:
+        yield None
+        return
+    mirror = WandbLogger(
+        project=tracking.PROJECT,
+        name=experiment.name,
+        id=tracking.run_id(run.key),
+        resume="allow",
+        save_dir=run.folder.path,
+        offline=run.wandb == "offline",
+        group=run.group,
+        job_type=None if run.group is None else "trial",
+    )
+    try:
+        tracking.describe(mirror.experiment, experiment, run.key, cost_record(experiment))
+        yield mirror
+    finally:
+        mirror.experiment.finish()
