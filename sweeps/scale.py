@@ -24,7 +24,7 @@ from explore.study import load_sweep
 from explore.study.claim import claim
 from explore.study.identity import open_study
 from explore.study.storage import open_storage
-from explore.study.worker import Outcome, Way, Worker
+from explore.study.worker import Outcome, TrialOptions, Worker
 
 objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 sampler = "random"
@@ -63,7 +63,7 @@ def work(runs: Path, storage: str | None, n_trials: int, answers: multiprocessin
         sweep = load_sweep(Path(__file__))
         study = open_study(sweep, open_storage(runs, storage))
         began = time.process_time()
-        SimulatedWorker(sweep, study, runs, Way(notes=False), Console(quiet=True)).work(n_trials)
+        SimulatedWorker(sweep, study, runs, TrialOptions(notes=False), Console(quiet=True)).work(n_trials)
     except Exception as error:
         wrong = repr(error)
     answers.put((time.process_time() - began, wrong))

@@ -108,7 +108,7 @@ def work(
     **kwargs: Any,
 ) -> None:
     """Runs a sweep in this process; that it has the study, and what it trains, is noted in `log`, an error last."""
-    from explore.study import Way, crew, load_sweep, run_sweep
+    from explore.study import TrialOptions, crew, load_sweep, run_sweep
     from explore.train import fitting
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -133,7 +133,12 @@ def work(
         before()
     try:
         run_sweep(
-            load_sweep(file), n_trials, runs, way=Way(checkpoint_every=10, notes=False), console=quiet(), **kwargs
+            load_sweep(file),
+            n_trials,
+            runs,
+            options=TrialOptions(checkpoint_every=10, notes=False),
+            console=quiet(),
+            **kwargs,
         )
     except (ValueError, OSError) as error:
         note(log, f"error {error}")

@@ -12,7 +12,7 @@ from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore.records import pack_runs, unpack_runs
 from explore.runs import PILOTS, RunFolder, find_runs, load_metrics, load_runs
-from explore.study import Way, load_sweep, run_sweep
+from explore.study import TrialOptions, load_sweep, run_sweep
 from explore.train import fitting
 
 
@@ -105,12 +105,12 @@ def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Pat
 
 
 def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep, packed, way = load_sweep(write_sweep(tmp_path)), tmp_path / "s.parquet", Way(notes=False)
-    run_sweep(sweep, 3, tmp_path / "here", records=packed, way=way, console=quiet())
+    sweep, packed, options = load_sweep(write_sweep(tmp_path)), tmp_path / "s.parquet", TrialOptions(notes=False)
+    run_sweep(sweep, 3, tmp_path / "here", records=packed, options=options, console=quiet())
     trained = []
     train_one = fitting.train_run
     monkeypatch.setattr(fitting, "train_run", lambda run: trained.append(run.key) or train_one(run))
-    run_sweep(sweep, 4, tmp_path / "there", records=packed, way=way, console=quiet())
+    run_sweep(sweep, 4, tmp_path / "there", records=packed, options=options, console=quiet())
     here, there = (done_by_key(study_of(tmp_path / place)) for place in ("here", "there"))
     assert len(here) == 3
     assert trained == list(there.keys() - here.keys())

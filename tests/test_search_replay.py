@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import FixedTrial, TrialState
 
 from explore.cli import main
-from explore.search.replay import SIMPLEST_FIRST, judge, regret, replay, search, space_of, summarize
+from explore.search.replay import SIMPLEST_FIRST, judge, mean_regrets, regret, sampler_regrets, search_table, space_of
 from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study import load_sweep
 
@@ -77,11 +77,11 @@ def test_a_table_that_is_no_grid_is_refused(table: pd.DataFrame, change: Any, sa
 
 @pytest.mark.parametrize("name", [name for name in SIMPLEST_FIRST if name != "gp"])
 def test_a_search_finds_every_experiment_once_and_counts_what_it_drew_again(table: pd.DataFrame, name: str) -> None:
-    found, repeats = search(table, space_of(table), name, 0, 20)
+    found, repeats = search_table(table, space_of(table), name, 0, 20)
     assert len(found) == len(set(found)) == len(repeats) == 20
     assert repeats == sorted(repeats)
-    assert search(table, space_of(table), name, 0, 12) == (found[:12], repeats[:12])
-    assert search(table, space_of(table), name, 1, 20)[0] != found
+    assert search_table(table, space_of(table), name, 0, 12) == (found[:12], repeats[:12])
+    assert search_table(table, space_of(table), name, 1, 20)[0] != found
 
 
 def test_a_sampler_is_told_what_the_table_says_of_what_it_drew(
@@ -89,7 +89,7 @@ def test_a_sampler_is_told_what_the_table_says_of_what_it_drew(
 ) -> None:
     created, create = [], optuna.create_study
     monkeypatch.setattr(optuna, "create_study", lambda **how: created.append(create(**how)) or created[0])
-    found, _ = search(table, space_of(table), "nsga2", 0, 25)
+    found, _ = search_table(table, space_of(table), "nsga2", 0, 25)
     (study,) = created
     assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE"]
     done = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
@@ -98,18 +98,18 @@ def test_a_sampler_is_told_what_the_table_says_of_what_it_drew(
 
 
 def test_gp_searches_too(table: pd.DataFrame) -> None:
-    assert len(search(table, space_of(table), "gp", 0, 11)[0]) == 11
+    assert len(search_table(table, space_of(table), "gp", 0, 11)[0]) == 11
 
 
 def test_a_whole_search_leaves_no_regret(table: pd.DataFrame) -> None:
-    (row,) = replay(table, ["random"], [len(table)], [0])
+    (row,) = sampler_regrets(table, ["random"], [len(table)], [0])
     assert row["regret"] == pytest.approx(0)
     assert row["repeats"] > len(table)
 
 
 def test_the_first_trials_of_a_search_are_those_of_a_shorter_one(table: pd.DataFrame) -> None:
-    results = pd.DataFrame(replay(table, ["random", "tpe"], [5, 12, 16], range(3)))
-    shorter = pd.DataFrame(replay(table, ["random", "tpe"], [12], range(3)))
+    results = pd.DataFrame(sampler_regrets(table, ["random", "tpe"], [5, 12, 16], range(3)))
+    shorter = pd.DataFrame(sampler_regrets(table, ["random", "tpe"], [12], range(3)))
     assert results[results["trials"] == 12].reset_index(drop=True).equals(shorter)
     for _, search_of_one in results.groupby(["sampler", "seed"]):
         assert search_of_one.sort_values("trials")["regret"].is_monotonic_decreasing
@@ -126,7 +126,7 @@ def made_up(**regrets: list[float]) -> pd.DataFrame:
 def test_a_summary_has_means_and_paired_differences() -> None:
     noise = np.linspace(-0.1, 0.1, 21)
     results = made_up(random=list(0.3 + noise), tpe=list(0.2 + noise))
-    summary = summarize(results).set_index("sampler")
+    summary = mean_regrets(results).set_index("sampler")
     assert list(summary.index) == ["random", "tpe"]
     assert summary.loc["tpe", "regret"] == pytest.approx(0.2)
     error = noise.std() / math.sqrt(21)
@@ -187,7 +187,7 @@ def test_the_command_prints_the_table_and_the_verdict(
         assert not stop.value.code
         return capsys.readouterr().out
 
-    expected = summarize(pd.DataFrame(replay(table, ["random", "qmc"], [10], range(3))))
+    expected = mean_regrets(pd.DataFrame(sampler_regrets(table, ["random", "qmc"], [10], range(3))))
     found = json.loads(run("--json"))
     assert [row["regret"] for row in found["summary"]] == pytest.approx(list(expected["regret"]))
     least = expected.loc[expected["regret"].idxmin(), "sampler"]

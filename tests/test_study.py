@@ -13,7 +13,7 @@ from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore import train
 from explore.runs import find_runs, load_runs
-from explore.study import Sweep, SweepSummary, Way, load_sweep, run_sweep
+from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, run_sweep
 from explore.study.identity import first_difference, open_study
 from explore.study.storage import open_storage
 from explore.train import fitting
@@ -25,7 +25,7 @@ def sweep_file(tmp_path: Path) -> Path:
 
 
 def run(sweep: Sweep, n_trials: int, runs: Path, **options: object) -> SweepSummary:
-    return run_sweep(sweep, n_trials, runs, way=Way(notes=False), console=quiet(), **options)  # type: ignore[arg-type]
+    return run_sweep(sweep, n_trials, runs, options=TrialOptions(notes=False), console=quiet(), **options)  # type: ignore[arg-type]
 
 
 def trials_of(runs: Path, name: str = "width") -> list[optuna.trial.FrozenTrial]:

@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from explore.cli import main
 from explore.frontier import hypervolume, pareto_front
-from explore.study.prune_replay import read_curves, replay, search, summarize
+from explore.study.prune_replay import mean_outcomes, pruning_outcomes, read_curves, simulate_search
 from explore.study.pruning import Curve, FrontPruner, finished_curves
 
 EAGER = FrontPruner(margin=0.0, min_trials=0, min_fraction=0.0)
@@ -223,7 +223,7 @@ def test_a_replay_is_a_search_trial_by_trial() -> None:
             total += row["flops_run"]
             finished.append(i)
             spent.append(total)
-    found = search(read_curves(rows), order, pruner)
+    found = simulate_search(read_curves(rows), order, pruner)
     assert found.finished == finished
     assert 3 < len(finished) < len(rows)
     assert [*found.spent, found.total] == pytest.approx([*spent, total])
@@ -231,9 +231,9 @@ def test_a_replay_is_a_search_trial_by_trial() -> None:
 
 def test_a_replay_counts_what_was_killed_and_what_was_reached() -> None:
     rows, pruner = table(), FrontPruner(margin=0.0, min_trials=2, min_fraction=0.2)
-    (found,) = replay(rows, [pruner], [5])
+    (found,) = pruning_outcomes(rows, [pruner], [5])
     order = np.random.default_rng(5).permutation(len(rows)).tolist()
-    done = search(read_curves(rows), order, pruner)
+    done = simulate_search(read_curves(rows), order, pruner)
     stopped = set(order) - set(done.finished)
     front = set(np.flatnonzero(pareto_front(rows)))
     assert found["killed"] == pytest.approx(len(stopped & front) / len(front)) != 0
@@ -249,14 +249,14 @@ def test_a_replay_counts_what_was_killed_and_what_was_reached() -> None:
 
 
 def test_a_margin_without_end_is_no_pruning() -> None:
-    (found,) = replay(table(), [FrontPruner(margin=1e9, min_trials=0)], [0])
+    (found,) = pruning_outcomes(table(), [FrontPruner(margin=1e9, min_trials=0)], [0])
     assert (found["spent"], found["stopped"], found["killed"]) == (1.0, 0.0, 0.0)
     assert {found[name] for name in found if name.startswith("volume")} == {1.0}
 
 
 def test_a_wider_margin_spends_more_and_kills_less() -> None:
     pruners = [FrontPruner(margin=margin, min_trials=3) for margin in (0.0, 0.05, 0.2)]
-    summary = summarize(pd.DataFrame(replay(table(), pruners, range(20)))).set_index("margin")
+    summary = mean_outcomes(pd.DataFrame(pruning_outcomes(table(), pruners, range(20)))).set_index("margin")
     assert summary["spent"].is_monotonic_increasing
     assert summary["killed"].is_monotonic_decreasing
     assert summary.loc[0.0, "spent"] < 0.8
@@ -265,8 +265,8 @@ def test_a_wider_margin_spends_more_and_kills_less() -> None:
 
 
 def test_a_summary_is_of_the_orders() -> None:
-    rows = pd.DataFrame(replay(table(), [EAGER, FrontPruner(margin=0.1, min_trials=0)], range(8)))
-    summary = summarize(rows)
+    rows = pd.DataFrame(pruning_outcomes(table(), [EAGER, FrontPruner(margin=0.1, min_trials=0)], range(8)))
+    summary = mean_outcomes(rows)
     assert summary["margin"].tolist() == [0.0, 0.1]
     for margin, part in rows.groupby("margin"):
         row = summary[summary["margin"] == margin].iloc[0]
@@ -288,7 +288,7 @@ def test_a_table_that_cannot_be_replayed_is_refused(change: dict[str, Any], mess
     if "nan" in change:
         rows.loc[3, change["nan"]] = np.nan
     with pytest.raises(ValueError, match=message):
-        list(replay(rows, [EAGER], [0]))
+        list(pruning_outcomes(rows, [EAGER], [0]))
 
 
 def test_the_command_prints_what_the_replay_finds(
@@ -306,7 +306,7 @@ def test_the_command_prints_what_the_replay_finds(
         return capsys.readouterr().out
 
     pruner = FrontPruner(margin=0.05, min_trials=3)
-    expected = summarize(pd.DataFrame(replay(rows, [pruner], range(4)))).to_dict("records")
+    expected = mean_outcomes(pd.DataFrame(pruning_outcomes(rows, [pruner], range(4)))).to_dict("records")
     for row, wanted in zip(json.loads(printed("--json")), expected, strict=True):
         assert row == pytest.approx(wanted)
     assert f"{expected[0]['spent']:.3f}" in printed()

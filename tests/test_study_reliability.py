@@ -37,7 +37,7 @@ from small_sweeps import (
 
 from explore import train
 from explore.runs import find_runs
-from explore.study import Way, load_sweep, run_sweep, serve_storage
+from explore.study import TrialOptions, load_sweep, run_sweep, serve_storage
 from explore.study.lease import is_left
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def progress(runs: Path, log: Path) -> int:
 
 
 def undisturbed(file: Path, runs: Path, n_trials: int = TRIALS, **options: Any) -> dict[str, list[float]]:
-    run_sweep(load_sweep(file), n_trials, runs, way=Way(notes=False), console=quiet(), **options)
+    run_sweep(load_sweep(file), n_trials, runs, options=TrialOptions(notes=False), console=quiet(), **options)
     return done_by_key(study_of(runs))
 
 

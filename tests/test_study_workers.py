@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from small_sweeps import assert_same, done_by_key, finish, note, noted, quiet, start, study_of, wait_until, write_sweep
 
 from explore import train
-from explore.study import RejectedError, Sweep, Way, crew, load_sweep, run_sweep
+from explore.study import RejectedError, Sweep, TrialOptions, crew, load_sweep, run_sweep
 from explore.study import claim as claims
 from explore.study import lease as leases
 from explore.study.claim import claim
@@ -60,7 +60,7 @@ def gone() -> int:
 
 
 def worker(sweep: Sweep, runs: Path) -> Worker:
-    return Worker(sweep, open_study(sweep, open_storage(runs)), runs, Way(notes=False), quiet())
+    return Worker(sweep, open_study(sweep, open_storage(runs)), runs, TrialOptions(notes=False), quiet())
 
 
 # Leases
@@ -324,7 +324,7 @@ def test_what_ends_a_process_gives_its_trial_back_and_draws_keep(
         return real(*args, **kwargs)
 
     def run(runs: Path) -> Any:
-        return run_sweep(sweep, 3, runs, sampler=sampler, way=Way(notes=False), console=quiet())
+        return run_sweep(sweep, 3, runs, sampler=sampler, options=TrialOptions(notes=False), console=quiet())
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", fit)
@@ -351,7 +351,7 @@ def test_ctrl_c_that_lightning_turned_into_an_exit_is_ctrl_c_again(
 
     monkeypatch.setattr(LitLanguageModel, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(sweep, 1, tmp_path / "runs", way=Way(notes=False), console=quiet())
+        run_sweep(sweep, 1, tmp_path / "runs", options=TrialOptions(notes=False), console=quiet())
     assert study_of(tmp_path / "runs").trials[0].user_attrs["outcome"] == RELEASED
 
 
@@ -463,19 +463,19 @@ def test_two_workers_share_the_trials_and_each_experiment_is_trained_once(
 ) -> None:
     file, runs, real, started = write_sweep(tmp_path), tmp_path / "runs", crew._start, []
     monkeypatch.setattr(crew, "_start", lambda post: started.append(os.environ["OMP_NUM_THREADS"]) or real(post))
-    summary = run_sweep(load_sweep(file), 6, runs, workers=2, way=Way(notes=False), console=quiet())
+    summary = run_sweep(load_sweep(file), 6, runs, workers=2, options=TrialOptions(notes=False), console=quiet())
     assert (summary.complete, summary.failed) == (6, 0)
     assert started == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2
-    run_sweep(load_sweep(file), 6, tmp_path / "undisturbed", way=Way(notes=False), console=quiet())
+    run_sweep(load_sweep(file), 6, tmp_path / "undisturbed", options=TrialOptions(notes=False), console=quiet())
     assert_same(done_by_key(study_of(runs)), done_by_key(study_of(tmp_path / "undisturbed")))
 
 
 @pytest.mark.slow
 def test_workers_may_be_jobs_of_submitit(tmp_path: Path) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
-    way = Way(notes=False)
-    summary = run_sweep(sweep, 4, runs, workers=2, cluster="local", way=way, console=quiet())
+    options = TrialOptions(notes=False)
+    summary = run_sweep(sweep, 4, runs, workers=2, cluster="local", options=options, console=quiet())
     assert (summary.complete, summary.failed) == (4, 0)
     assert len(list((runs / "cluster").glob("*_submitted.pkl"))) == 2
     with pytest.raises(ValueError, match=r"^--cluster: local: .*nosuch"):
-        run_sweep(sweep, 5, runs, cluster="local", cluster_options={"nosuch": 1}, way=way, console=quiet())
+        run_sweep(sweep, 5, runs, cluster="local", cluster_options={"nosuch": 1}, options=options, console=quiet())

@@ -37,7 +37,7 @@ def replay_pruning(
 
     from explore.runs import read_table
     from explore.study import FrontPruner
-    from explore.study.prune_replay import BUDGETS, replay, summarize
+    from explore.study.prune_replay import BUDGETS, mean_outcomes, pruning_outcomes
 
     runs = read_table(table)
     default = FrontPruner()
@@ -47,10 +47,10 @@ def replay_pruning(
             min_fraction or [default.min_fraction], min_trials or [default.min_trials], margin or [0, 0.01, 0.02, 0.05]
         )
     ]
-    found = replay(runs, pruners, range(seeds))
+    found = pruning_outcomes(runs, pruners, range(seeds))
     n_searches = len(pruners) * seeds
     rows = pd.DataFrame(track(found, "replaying", n_searches, console=err, transient=True, disable=not err.is_terminal))
-    summary = summarize(rows)
+    summary = mean_outcomes(rows)
     if as_json:
         print(summary.to_json(orient="records", indent=2))
         return

@@ -36,15 +36,15 @@ def replay_samplers(
     import pandas as pd
 
     from explore.runs import read_table
-    from explore.search.replay import SIMPLEST_FIRST, judge, replay, summarize
+    from explore.search.replay import SIMPLEST_FIRST, judge, mean_regrets, sampler_regrets
 
     runs = read_table(table)
     n_trials, samplers = sorted(set(trials or [40])), sampler or list(SIMPLEST_FIRST)
-    found = replay(runs, samplers, n_trials, range(seeds), axis or ["d_model"])
+    found = sampler_regrets(runs, samplers, n_trials, range(seeds), axis or ["d_model"])
     total = len(n_trials) * len(samplers) * seeds
     shown = track(found, "searching", total, console=err, transient=True, disable=not err.is_terminal)
     results = pd.DataFrame(shown)
-    summary = summarize(results)
+    summary = mean_regrets(results)
     verdicts = {n: judge(results, n) for n in n_trials}
     if as_json:
         records = json.loads(summary.to_json(orient="records"))

@@ -66,7 +66,7 @@ def sweep(
 
     The same command from any number of terminals or hosts works on the same study, given the same storage.
     """
-    from explore.study import Way, load_sweep, preview, run_sweep
+    from explore.study import TrialOptions, load_sweep, preview, run_sweep
 
     loaded = load_sweep(file)
     folder = runs or Path("runs") / loaded.name
@@ -87,7 +87,7 @@ def sweep(
         cluster=cluster,
         cluster_options=_options(cluster_option),
         records=records,
-        way=Way(checkpoint_every, wandb, prune, notes),
+        options=TrialOptions(checkpoint_every=checkpoint_every, wandb=wandb, prune=prune, notes=notes),
         console=err,
     )
     numbers = dataclasses.asdict(summary)

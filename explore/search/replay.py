@@ -70,7 +70,7 @@ def regret(table: pd.DataFrame, found: pd.DataFrame) -> float:
     return 1 - hypervolume(found, reference, COST, ERROR) / hypervolume(table, reference, COST, ERROR)
 
 
-def replay(
+def sampler_regrets(
     table: pd.DataFrame,
     samplers: Sequence[str] = SIMPLEST_FIRST,
     n_trials: Sequence[int] = (40,),
@@ -97,7 +97,7 @@ def replay(
     space = space_of(table, axes)
     for name in samplers:
         for seed in seeds:
-            found, repeats = search(table, space, name, seed, max(n_trials))
+            found, repeats = search_table(table, space, name, seed, max(n_trials))
             for n in sorted(n_trials):
                 so_far = table.iloc[found[:n]]
                 repeated = repeats[min(n, len(found)) - 1] if len(found) >= n else repeats[-1]
@@ -110,7 +110,7 @@ def replay(
                 }
 
 
-def search(table: pd.DataFrame, space: Space, name: str, seed: int, n_trials: int) -> tuple[list[int], list[int]]:
+def search_table(table: pd.DataFrame, space: Space, name: str, seed: int, n_trials: int) -> tuple[list[int], list[int]]:
     """One search of the table.
 
     Returns:
@@ -139,7 +139,7 @@ def search(table: pd.DataFrame, space: Space, name: str, seed: int, n_trials: in
     return found, repeats if in_a_row < REPEATS else [*repeats, total]
 
 
-def summarize(results: pd.DataFrame) -> pd.DataFrame:
+def mean_regrets(results: pd.DataFrame) -> pd.DataFrame:
     """One row for every number of trials and sampler: the mean regret over seeds beside that of random draws.
 
     Differences are paired by seed; intervals hold 95 % of the means of resampled seeds.

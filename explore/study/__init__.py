@@ -1,14 +1,14 @@
 """Sweeps: Optuna searches over experiments, on disk, resumed by default."""
 
+from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError
 from explore.study.crew import SweepSummary, run_sweep
 from explore.study.learning_rates import LearningRates
-from explore.study.merging import Merging
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
 from explore.study.storage import serve_storage
 from explore.study.sweep_file import Sweep, load_sweep
-from explore.study.worker import Way
+from explore.study.worker import TrialOptions
 
 __all__ = [
     "Budgets",
@@ -19,7 +19,7 @@ __all__ = [
     "RejectedError",
     "Sweep",
     "SweepSummary",
-    "Way",
+    "TrialOptions",
     "load_sweep",
     "preview",
     "run_sweep",

@@ -37,7 +37,7 @@ from explore.study.mirroring import send_sweep
 from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.watching import N_TRIALS
-from explore.study.worker import Way, Worker, is_counted, n_counted
+from explore.study.worker import TrialOptions, Worker, is_counted, n_counted
 
 Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
@@ -75,7 +75,7 @@ class _Post:
     storage: str | None
     runs: Path
     n_trials: int
-    way: Way
+    options: TrialOptions
     parent: int | None
 
 
@@ -92,7 +92,7 @@ def run_sweep(
     cluster: Cluster | None = None,
     cluster_options: Mapping[str, Any] | None = None,
     records: Path | None = None,
-    way: Way | None = None,
+    options: TrialOptions | None = None,
     console: Console | None = None,
 ) -> SweepSummary:
     """Runs a sweep until the study has `n_trials` trials that were trained or failed.
@@ -117,27 +117,27 @@ def run_sweep(
         ValueError: there is no such sampler, the storage does not open, the study is of another file, or the disk
             cannot be written.
     """
-    console, way = console or Console(stderr=True), way or Way()
+    console, options = console or Console(stderr=True), options or TrialOptions()
     # Whatever a person can get wrong is found here, before a worker starts: the sampler, the storage, the study.
     make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)
     opened = open_storage(runs, storage, lambda line: console.print(line, highlight=False))
     study = open_study(sweep, opened, sampler=sampler, seed=seed, new=new_study)
     study.set_user_attr(N_TRIALS, n_trials)
-    if way.notes:
+    if options.notes:
         describe_study(study, sweep.question)
     with _kept(records, runs, console), SweepTable(study, n_trials, console) as table:
         if workers == 1 and cluster is None:
-            Worker(sweep, study, runs, way, console, table.refresh).work(n_trials)
+            Worker(sweep, study, runs, options, console, table.refresh).work(n_trials)
         else:
             parent = os.getpid() if cluster is None else None
             # Whole paths: a job of a cluster may start in another folder.
-            post = _Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, way, parent)
+            post = _Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, options, parent)
             if cluster is None:
                 _work_here(post, study, workers, table)
             else:
                 _work_on_cluster(post, study, workers, cluster, cluster_options or {}, table)
-    if way.wandb is not None:
-        send_sweep(study, runs, way.wandb, lambda line: console.print(line, highlight=False))
+    if options.wandb is not None:
+        send_sweep(study, runs, options.wandb, lambda line: console.print(line, highlight=False))
     return summary(study)
 
 
@@ -264,7 +264,7 @@ def work_at(post: _Post, mouth: Connection | None = None) -> None:
     try:
         sweep = load_sweep(post.file)
         study = open_study(sweep, open_storage(post.runs, post.storage, patience_s=PATIENCE_S), name=post.study)
-        Worker(sweep, study, post.runs, post.way, Console(quiet=True)).work(post.n_trials)
+        Worker(sweep, study, post.runs, post.options, Console(quiet=True)).work(post.n_trials)
     except Exception as error:
         if mouth is None:
             raise

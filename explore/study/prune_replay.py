@@ -61,7 +61,7 @@ def read_curves(table: pd.DataFrame) -> list[Curve]:
     ]
 
 
-def search(curves: Sequence[Curve], order: Sequence[int], pruner: FrontPruner | None) -> Search:
+def simulate_search(curves: Sequence[Curve], order: Sequence[int], pruner: FrontPruner | None) -> Search:
     """Has runs arrive in an order, and stops those that the pruner would; their cost is their training FLOPs."""
     seen: list[Curve] = []
     finished, spent, total = [], [], 0.0
@@ -80,7 +80,9 @@ def search(curves: Sequence[Curve], order: Sequence[int], pruner: FrontPruner | 
     return Search(finished, spent, total)
 
 
-def replay(table: pd.DataFrame, pruners: Sequence[FrontPruner], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+def pruning_outcomes(
+    table: pd.DataFrame, pruners: Sequence[FrontPruner], seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """One row for every order and pruner, relative to the same order without one.
 
     Yields:
@@ -98,11 +100,11 @@ def replay(table: pd.DataFrame, pruners: Sequence[FrontPruner], seeds: Sequence[
 
     for seed in seeds:
         order = np.random.default_rng(seed).permutation(len(curves)).tolist()
-        plain = search(curves, order, None)
+        plain = simulate_search(curves, order, None)
         total = plain.total
         volumes = {share: volume(plain, share) for share in (*BUDGETS, 1.0)}
         for pruner in pruners:
-            pruned = search(curves, order, pruner)
+            pruned = simulate_search(curves, order, pruner)
             yield {
                 "margin": pruner.margin,
                 "min_trials": pruner.min_trials,
@@ -118,7 +120,7 @@ def replay(table: pd.DataFrame, pruners: Sequence[FrontPruner], seeds: Sequence[
             }
 
 
-def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+def mean_outcomes(rows: pd.DataFrame) -> pd.DataFrame:
     """Means over the orders for each pruner, with `_low` and `_high`: 95% of the orders lie between them."""
     groups = rows.drop(columns="seed").groupby(["margin", "min_trials", "min_fraction"])
     parts = {"": groups.mean(), "_low": groups.quantile(0.025), "_high": groups.quantile(0.975)}

@@ -20,9 +20,9 @@ from explore.experiment import Experiment
 from explore.runs import COLUMNS
 from explore.search.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 from explore.study import pruning
+from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError, check_objectives
 from explore.study.learning_rates import LearningRates
-from explore.study.merging import Merging
 from explore.study.pruning import FrontPruner
 
 if TYPE_CHECKING:

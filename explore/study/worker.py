@@ -36,11 +36,13 @@ LEAST_FREE = 1 << 20
 """Bytes: with less than these a disk is full."""
 
 
-@dataclass(frozen=True)
-class Way:
-    """How the trials are made, as far as it does not change their results.
+@dataclass(frozen=True, kw_only=True)
+class TrialOptions:
+    """How the trials of a sweep are run; none of it changes their results.
 
     Attributes:
+        checkpoint_every: steps between checkpoints of a run, as `fit` takes it.
+        wandb: mirror the runs and the sweep to Weights & Biases.
         prune: let the sweep file's pruner stop runs.
         notes: write a note and figures of each trial for optuna-dashboard.
     """
@@ -73,11 +75,11 @@ class Worker:
         sweep: Sweep,
         study: optuna.Study,
         runs: Path,
-        way: Way,
+        options: TrialOptions,
         console: Console,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.sweep, self.study, self.runs, self.way, self.console = sweep, study, runs, way, console
+        self.sweep, self.study, self.runs, self.options, self.console = sweep, study, runs, options, console
         self.changed = changed
         self.reaper = Reaper()
         study.sampler = DrawnSampler(study.user_attrs["sampler"], study.user_attrs["seed"], sweep.grid)
@@ -175,12 +177,12 @@ class Worker:
         return self._outcome(folders)
 
     def _fit(self, experiment: Experiment, judged: optuna.Trial | None) -> RunFolder:
-        pruner = self.sweep.pruner if self.way.prune and judged is not None else None
+        pruner = self.sweep.pruner if self.options.prune and judged is not None else None
         return self._fit_alone(
             experiment,
             self.runs,
-            checkpoint_every=self.way.checkpoint_every,
-            wandb=self.way.wandb,
+            checkpoint_every=self.options.checkpoint_every,
+            wandb=self.options.wandb,
             group=self.study.study_name,
             rungs=() if pruner is None else pruner.rungs,
             judge=None if pruner is None or judged is None else pruner.judge(self.study, judged),
@@ -250,7 +252,7 @@ class Worker:
             for name, value in attributes.items():
                 if value is not None:
                     trial.set_user_attr(name, value)
-            if self.way.notes and outcome.name != REJECTED and "run" in trial.user_attrs:
+            if self.options.notes and outcome.name != REJECTED and "run" in trial.user_attrs:
                 folder = RunFolder(self.runs / trial.user_attrs["run"])
                 annotate(self.study, trial._cached_frozen_trial, folder, self.runs / "artifacts")
             with warnings.catch_warnings():

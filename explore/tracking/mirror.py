@@ -17,7 +17,7 @@ WandbMode = Literal["offline", "online"]
 PROJECT = "explore"
 
 
-def describe(run: Run, experiment: Experiment, key: str, cost: dict[str, Any]) -> None:
+def send_config(run: Run, experiment: Experiment, key: str, cost: dict[str, Any]) -> None:
     """Sends the experiment, its key, its family and its cost as the run's config."""
     totals = {name: value for name, value in cost.items() if name != "ledger"}
     about = {"key": key, "family": experiment.model.family, "pattern": experiment.model.pattern}
@@ -25,7 +25,7 @@ def describe(run: Run, experiment: Experiment, key: str, cost: dict[str, Any]) -
     run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
 
 
-def summarize(run: Run, row: dict[str, Any]) -> None:
+def send_summary(run: Run, row: dict[str, Any]) -> None:
     """Sends the run's row of the final table as the run's summary."""
     run.summary.update({name: value for name, value in row.items() if value is not None})
 

@@ -109,7 +109,7 @@ def train_run(run: TrainingRun) -> dict[str, Any]:
             result |= _scores(run, trainer, module)
         if mirror is not None:
             cost = run.experiment.model.cost(run.experiment.data.seq_len)
-            tracking.summarize(mirror.experiment, {**result, **cost.to_dict()})
+            tracking.send_summary(mirror.experiment, {**result, **cost.to_dict()})
     return result
 
 
@@ -211,7 +211,7 @@ def _mirrored(run: TrainingRun) -> Iterator[WandbLogger | None]:
         job_type=None if run.group is None else "trial",
     )
     try:
-        tracking.describe(mirror.experiment, experiment, run.key, cost_record(experiment))
+        tracking.send_config(mirror.experiment, experiment, run.key, cost_record(experiment))
         yield mirror
     finally:
         mirror.experiment.finish()

@@ -21,10 +21,10 @@ def cost_record(experiment: Experiment) -> dict[str, Any]:
     return {"family": experiment.model.family, **Cost.of(ledger).to_dict(), "ledger": ledger.to_records()}
 
 
-def describe(path: Path, experiment: Experiment, key: str, way: Mapping[str, Any]) -> None:
-    """Writes what is known before training; `way` tells what shares the work, and which ops do it."""
+def describe(path: Path, experiment: Experiment, key: str, settings: Mapping[str, Any]) -> None:
+    """Writes what is known before training; `settings` of this run are added to the environment."""
     write_json(path / "cost.json", cost_record(experiment))
-    write_json(path / "environment.json", {**environment(experiment), **way})
+    write_json(path / "environment.json", {**environment(experiment), **settings})
     write_json(path / "experiment.json", {"key": key, "experiment": experiment.model_dump(mode="json")})
 
 
