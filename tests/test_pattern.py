@@ -16,14 +16,14 @@ patterns = st.text("ME*", max_size=6)
 @pytest.mark.parametrize(
     ("pattern", "says"),
     [
-        ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are M * L - E"),
+        ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are " + " ".join(EXAMPLES)),
         ("M | eM", "pattern: unknown letter 'e' at position 5 of 'M | eM'"),
         ("", "pattern: '' has no layer"),
         (" | ", "pattern: ' \\| ' has no layer"),
     ],
 )
 def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says.replace("M * L", "M \\* L")):
+    with pytest.raises(ValueError, match=says.replace("*", "\\*")):
         check_pattern(pattern, EXAMPLES)
 
 

@@ -249,7 +249,7 @@ def test_random_sizes_always_build_a_model_and_what_must_divide_divides() -> Non
         assert moe.d_latent is None or d_model % moe.d_latent == 0
         assert all(STANDARD_LETTERS[letter].settled(block.model_dump()) == {} for letter, block in model.blocks.items())
         families.add(model.family)
-    assert families == {"hybrid MoE", "hybrid LatentMoE"}
+    assert {family.split()[-1] for family in families} == {"MoE", "LatentMoE"}
 
 
 @pytest.mark.parametrize("letter", STANDARD_LETTERS)
@@ -278,7 +278,7 @@ def test_draws_can_be_others_than_are_declared() -> None:
     [
         ("M", {"d_head": Powers(24, 64)}, "mamba2_d_head must be drawn from two powers of two .*, got 24 and 64"),
         ("M", {"n_head": Powers(8, 64)}, "n_head must be one of what Mamba-2 draws: expand, d_head, d_state, n_groups"),
-        ("?", {}, r"letter must be one of M \* L - E.*, got '\?'"),
+        ("?", {}, r"letter must be one of M .*, got '\?'"),
     ],
 )
 def test_draws_that_cannot_be_are_refused(letter: str, draws: dict[str, Any], says: str) -> None:
