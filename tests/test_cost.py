@@ -151,6 +151,16 @@ def test_palm_counts_six_a_parameter_and_attention_not_halved() -> None:
     assert flops_train(model.ledger(seq_len), "6nd") == 6 * cost.params_active_no_embeddings
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_multi_token_prediction_counts_where_products_do(convention: str) -> None:
+    model = preset("nemotron-3-super")
+    more, less = (
+        flops_train(each.ledger(4096), convention) for each in (model, model.model_copy(update={"mtp": None}))
+    )
+    assert (more > less) == (convention in ("exact", "megatron"))
+    assert more >= less
+
+
 @pytest.mark.parametrize("other", ["megatron", "palm", "6nd"])
 @pytest.mark.parametrize("name", ["nemotron-3-super", "gpt-oss-20b", "deepseek-v3"])
 def test_a_diff_names_lines_that_add_up_to_the_difference(name: str, other: str) -> None:

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from explore import ModelConfig, preset
-from explore.blocks import BLOCKS, MoEConfig
+from explore.blocks import BLOCKS, AttentionConfig, MoEConfig
 from explore.figures.cost import group_colors, receipts_table
 from explore.presets import PRESETS
 from explore.roofline import Deployment, hardware
@@ -146,6 +146,13 @@ def test_what_was_asked_for_comes_back_as_soon_as_it_can() -> None:
     state["model"]["blocks"]["E"]["n_experts"] = 16
     edit(bench, state)
     assert bench.config == before
+
+
+def test_a_slider_of_what_must_divide_stops_nowhere_else() -> None:
+    bench = Workbench("*", d_model=96, blocks={"*": {"n_heads": 3, "n_kv_heads": 3, "d_head": 32}})
+    assert AttentionConfig.default(96).n_kv_heads == 2
+    (stops,) = [slider["values"] for slider in bench.view["sliders"] if slider["label"] == "n_kv_heads"]
+    assert stops == [1, 3]
 
 
 def test_blocks_and_multi_token_prediction_may_be_configs() -> None:
