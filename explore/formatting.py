@@ -1,0 +1,138 @@
+"""How numbers are written: counts, FLOPs, bytes and seconds, each in one way everywhere."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+_SI = ("", "k", "M", "G", "T", "P", "E")
+_COUNTS = ("", "k", "M", "B", "T", "P", "E")
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
+_WORDS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
+_SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+
+def count(value: float | None) -> str:
+    """Parameters, tokens and other things that are counted: three digits, and k, M, B or T; nothing where missing."""
+    return _prefixed(value, 1000, _COUNTS)
+
+
+def flops(value: float | None) -> str:
+    """FLOPs, FLOP/s and bytes per second: three digits and an SI prefix (k, M, G, T, P, E); nothing where missing."""
+    return _prefixed(value, 1000, _SI)
+
+
+def size(value: float | None) -> str:
+    """Bytes: three digits in binary units; nothing where missing."""
+    return _prefixed(value, 1024, _BYTES, " ")
+
+
+def seconds(value: float) -> str:
+    """A short time: three digits in s, ms or µs."""
+    scale, unit = next((each for each in _SECONDS if value >= each[0]), _SECONDS[-1])
+    return f"{value / scale:.3g} {unit}"
+
+
+def duration(value: float) -> str:
+    """A time that somebody waits: seconds, minutes or hours."""
+    if value < 90:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
+
+
+def number(value: Any, spec: str) -> str:
+    """A formatted number; nothing where it is missing, and text as it is."""
+    if _is_missing(value):
+        return ""
+    return format(value, spec) if isinstance(value, Real) else str(value)
+
+
+def plain(value: float) -> str:
+    """A number without powers of ten, with commas."""
+    return f"{value:,.6g}"
+
+
+def milliseconds(value: float) -> str:
+    """Seconds as a number of milliseconds."""
+    return plain(1e3 * value)
+
+
+def tokens(value: float) -> str:
+    """A number of tokens, in binary thousands (k) and millions (M) where it is a round one."""
+    for unit, scale in (("M", 2**20), ("k", 2**10)):
+        if value >= scale and value % scale == 0:
+            return f"{value / scale:g}{unit}"
+    return plain(value)
+
+
+def with_unit(value: Any, unit: str) -> str:
+    """A value in the way of its unit, which is said where the way does not say it; nothing where it is missing."""
+    if _is_missing(value):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, Real):
+        return str(value)
+    value = float(value)
+    if unit.startswith("FLOPs"):
+        return flops(value)
+    if unit.startswith("bytes"):
+        return size(value)
+    if unit in ("parameters", "tokens"):
+        return count(value)
+    if unit == "s":
+        return duration(value)
+    return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+
+
+def axis_scale(largest: float, unit: str) -> tuple[float, str]:
+    """What values up to the largest are divided by on an axis, and the unit that they are then in.
+
+    Parameters are in words (`billions`), bytes in binary units, everything else has an SI prefix (`GFLOPs/token`).
+    """
+    if unit.startswith("bytes"):
+        power = _power(largest, 1024, len(_BYTES))
+        return 1024.0**power, _BYTES[power]
+    if unit == "parameters":
+        return next(((scale, word) for scale, word in _WORDS if largest >= scale), (1.0, "count"))
+    power = _power(largest, 1000, _SI.index("T") + 1)
+    return 1000.0**power, _SI[power] + unit
+
+
+def read_count(text: str) -> float:
+    """Reads a number with or without a suffix: `2e6`, `128k`, `5M`, `30B` or `30G`.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    scale = _SUFFIXES.get(text[-1:], 1.0)
+    try:
+        value = float(text[:-1] if scale != 1 else text) * scale
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"count must be a number with or without k, M, B (or G) or T, got {text!r}")
+    return value
+
+
+def _prefixed(value: float | None, base: int, units: tuple[str, ...], space: str = "") -> str:
+    if value is None or _is_missing(value):
+        return ""
+    size = abs(value)
+    power = _power(size, base, len(units))
+    if power + 1 < len(units) and size >= 0.9995 * base ** (power + 1):  # three digits would round it up
+        power += 1
+    scaled = value / base**power
+    digits = f"{scaled:.3g}" if abs(scaled) < 999.5 else f"{scaled:.0f}"
+    return digits + space + units[power]
+
+
+def _power(value: float, base: int, n: int) -> int:
+    """The largest power of the base, below `n`, that is no larger than the value."""
+    return next((power for power in range(n - 1, 0, -1) if value >= base**power), 0)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
