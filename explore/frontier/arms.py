@@ -9,24 +9,24 @@ from typing import Any
 import pandas as pd
 
 from explore.frontier.scores import cluster_interval
+from explore.quantities import headlines
 
 BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
 SETTINGS = ("tokens", "lr", "tuned", "lr_sensitivity")
-SCORES = ("val_bpb", "test_bpb", "sotu_bpb", "recall")
 
 
 def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = ()) -> pd.DataFrame:
     """One row an arm: seeds, budgets with their residuals, learning rate and mean scores.
 
     Args:
-        table: one row a run, with the columns of `explore.runs.COLUMNS`.
+        table: one row a run, as `load_runs` gives it.
         arm: column that names the arms.
         baseline: the arm that the residuals are taken from.
         by: columns of which each combination is a table by itself, such as size.
 
     Returns:
         The columns `by` and `arm`, n_seeds, tokens, lr, tuned (all of its runs are), lr_sensitivity, each budget with
-        `_residual` (its share above the baseline's), and the means of the scores that some run has.
+        `_residual` (its share above the baseline's), and the means of the headline scores that some run has.
 
     Raises:
         ValueError: a column is missing, or the baseline has no run somewhere.
@@ -45,8 +45,9 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
     for budget in BUDGETS:
         residuals = [row[budget] / of[budget] - 1 for row, of in rows if of is not None]
         found.insert(list(found.columns).index(budget) + 1, f"{budget}_residual", residuals)
-    scores = groups[[score for score in SCORES if score in table]].mean().dropna(axis="columns", how="all")
-    return found.join(scores.reset_index(drop=True))
+    scores = [each.name for each in headlines(table.columns) if each.is_quality and each.name in table]
+    means = groups[scores].mean().dropna(axis="columns", how="all")
+    return found.join(means.reset_index(drop=True))
 
 
 def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Hashable) -> pd.DataFrame:
@@ -54,7 +55,7 @@ def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Has
 
     Args:
         runs: a row a run, with `run` and the column `arm`.
-        pairs: from `explore.runs.load_pairs`; runs that have none are left out.
+        pairs: from `explore.table.load_pairs`; runs that have none are left out.
 
     Returns:
         One row a suite and arm: suite, arm, n_runs, n_paradigms, accuracy, low, high, and difference, difference_low

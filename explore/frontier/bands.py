@@ -24,7 +24,7 @@ def seed_bands(
     n_bootstrap: int = 4000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Means over seeds with t intervals, and whether each point is on the front; less is better in both columns.
+    """Means over seeds with t intervals, and whether each point is on the front, as `pareto_front` finds it.
 
     The variance between seeds is pooled over all points. A rival of a point is another that costs no more. A point is
     `on the front` when it beats all rivals at once with a probability of `level` or more, `behind` when the hypothesis
@@ -49,8 +49,8 @@ def seed_bands(
     p_front, p_value = _front_tests(points, n_bootstrap, np.random.default_rng(seed))
     standing = np.where(p_value <= 1 - level, BEHIND, NOT_RESOLVED)
     return points.table.drop(columns="n_seeds").assign(
-        low=points.error - half,
-        high=points.error + half,
+        low=points.table[error] - half,
+        high=points.table[error] + half,
         n_seeds=points.table["n_seeds"],
         on_front=pareto_front(points.table, cost, error),
         p_front=p_front,

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from explore.quantities import quantity
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -32,6 +34,26 @@ def numbers(table: pd.DataFrame, column: str) -> Floats:
     check_columns(table, [column])
     values: Any = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     return np.asarray(values, dtype=np.float64)
+
+
+def oriented(table: pd.DataFrame, column: str) -> Floats:
+    """A column as float64 whose lower values are the better ones: negated where higher ones are declared to be.
+
+    Raises:
+        ValueError: the column is missing.
+    """
+    return quantity(column).sign * numbers(table, column)
+
+
+def oriented_reference(reference: tuple[float, float], cost: str, error: str) -> tuple[float, float]:
+    """A reference point of a hypervolume, its error turned as `oriented` turns the column.
+
+    Raises:
+        ValueError: higher costs are better, and the logarithm of a cost is taken.
+    """
+    if quantity(cost).better == "higher":
+        raise ValueError(f"cost must be a column whose lower values are better, got {cost!r}")
+    return reference[0], quantity(error).sign * reference[1]
 
 
 def known_rows(table: pd.DataFrame, labels: Iterable[str], *values: str) -> pd.DataFrame:

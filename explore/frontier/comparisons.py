@@ -11,6 +11,7 @@ import pandas as pd
 
 from explore.frontier.intervals import NOT_RESOLVED, check_level, holm, p_two_sided, t_quantile
 from explore.frontier.paired import Paired, paired
+from explore.quantities import quantity
 
 BETTER, WORSE, EXPLORATORY = "better", "worse", "exploratory"
 MAX_PAIRS = 10_000
@@ -26,7 +27,7 @@ def compare(
     pair: str = "seed",
     value: str = "test_bpb",
     primary: Collection[Hashable] | None = None,
-    better: Literal["lower", "higher"] = "lower",
+    better: Literal["lower", "higher"] | None = None,
     min_pairs: int = 3,
     level: float = 0.95,
 ) -> pd.DataFrame:
@@ -45,7 +46,7 @@ def compare(
         pair: column of the seed, which sets the order of the data.
         primary: the comparisons that were named beforehand: arms, or tuples of the values of `by` and an arm; all
             comparisons unless given. Others have no adjusted p value, and their verdict is `exploratory`.
-        better: which values are better.
+        better: which values are better; as `explore.quantities` declares it when absent.
         min_pairs: seeds that an arm must share with the baseline in every stratum.
 
     Returns:
@@ -56,8 +57,9 @@ def compare(
         ValueError: a column, the baseline or a primary comparison is not there; a run is there twice; too few pairs.
     """
     check_level(level)
+    better = better or quantity(value).better or "lower"
     if better not in ("lower", "higher"):
-        raise ValueError(f"better: {better!r} is not allowed; 'lower' or 'higher' is")
+        raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
     fit = paired(table, arm, [*by, *strata], pair, value)
     labels = [*by, arm]
     rows = list(_differences(fit, len(by), arm, baseline, pair, min_pairs))

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from explore.frontier.columns import numbers
+from explore.frontier.columns import numbers, oriented, oriented_reference
 
 
 def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val_bpb") -> pd.Series[Any]:
-    """Marks the rows that no other row beats; less is better in both columns.
+    """Marks the rows that no other row beats.
+
+    Lower is better in both columns, except in those that `explore.quantities` declares otherwise, such as `recall`.
 
     A row is beaten when another is at least as good in both columns and better in one. Equal rows do not beat each
     other. A row with a missing or infinite value is never on the front and beats nothing.
@@ -22,7 +24,7 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
     Raises:
         ValueError: a column is missing.
     """
-    x, y = numbers(table, cost), numbers(table, error)
+    x, y = oriented(table, cost), oriented(table, error)
     known = np.isfinite(x) & np.isfinite(y)
     costs, which = np.unique(x[known], return_inverse=True)
     best = np.full(len(costs), np.inf)  # the least error at each cost
@@ -36,7 +38,7 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
 def hypervolume(
     table: pd.DataFrame, reference: tuple[float, float], cost: str = "flops_run", error: str = "val_bpb"
 ) -> float:
-    """Area between the Pareto front and a reference point, with the cost on a log axis; more is better.
+    """Area between the Pareto front and a reference point, with the cost on a log axis; higher is better.
 
     The area of the union of the rectangles that span from each run to the reference point (log10 cost, error), so a
     front that is a tenth as costly everywhere gains one decade times its height. It compares tables only at the same
@@ -49,12 +51,12 @@ def hypervolume(
         Decades of cost times units of error (for the defaults: decades of FLOPs times bits per byte).
 
     Raises:
-        ValueError: a column is missing, or a cost or the reference cost is not positive.
+        ValueError: a column is missing, higher costs are better, or a cost or the reference cost is not positive.
     """
-    limit_cost, limit = reference
+    limit_cost, limit = oriented_reference(reference, cost, error)
     if not (np.isfinite(limit_cost) and limit_cost > 0 and np.isfinite(limit)):
         raise ValueError(f"reference: must be finite with a positive {cost}, got {reference!r}")
-    x, y = numbers(table, cost), numbers(table, error)
+    x, y = numbers(table, cost), oriented(table, error)
     if (x <= 0).any():
         raise ValueError(f"{cost}: must be positive on a log axis, got {x[x <= 0][0]:g}")
     front = pareto_front(table, cost, error).to_numpy() & (x < limit_cost) & (y < limit)

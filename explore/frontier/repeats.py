@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from explore.frontier.columns import Floats, known_rows
+from explore.frontier.columns import Floats, known_rows, oriented
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Repeats:
 
     Attributes:
         table: a row a point: its labels, mean cost, mean error, and `n_seeds`.
-        cost: mean cost of each point.
-        error: mean error of each point.
+        cost: mean cost of each point; lower is better, so values of which higher is better are negated.
+        error: mean error of each point, in the same way.
         n_seeds: runs of each point.
         sd: standard deviation of the error of one run, pooled over points; NaN where no point was repeated.
         dof: degrees of freedom of `sd`.
@@ -68,8 +68,8 @@ def repeats(table: pd.DataFrame, by: Sequence[str], cost: str, error: str) -> Re
     dof = len(rows) - len(means)
     return Repeats(
         means,
-        means[cost].to_numpy(dtype=np.float64),
-        means[error].to_numpy(dtype=np.float64),
+        oriented(means, cost),
+        oriented(means, error),
         means["n_seeds"].to_numpy(dtype=np.float64),
         math.sqrt(squares / dof) if dof else math.nan,
         dof,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from explore.frontier.columns import Floats, check_columns
+from explore.frontier.columns import Floats, check_columns, oriented_reference
 from explore.frontier.intervals import Interval, check_level
 from explore.frontier.repeats import Repeats, repeats
 
@@ -58,12 +58,12 @@ def hypervolume_interval(
         Decades of cost times units of error.
 
     Raises:
-        ValueError: a column is missing, a cost is not positive, or no point has two runs.
+        ValueError: a column is missing, a cost is not positive or better where higher, or no point has two runs.
 
     Source: tied points by selection and the least favourable case, Andrews and Soares, Inference for parameters defined
     by moment inequalities, 2010.
     """
-    points = repeats(table, by, cost, error)
+    points, reference = repeats(table, by, cost, error), oriented_reference(reference, cost, error)
     volume = _volume(points, points, reference, cost, n_bootstrap, np.random.default_rng(seed))
     return _interval(volume.found, volume.bias, volume.most, volume.least, level)
 
@@ -90,6 +90,7 @@ def hypervolume_difference(
         ValueError: as `hypervolume_interval` does, or a group has no runs.
     """
     check_columns(table, [group])
+    reference = oriented_reference(reference, cost, error)
     spread = repeats(table[table[group].isin(pair)], [group, *by], cost, error)
     rng = np.random.default_rng(seed)
     one, other = (
