@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from explore.model import LanguageModel as LanguageModel
     from explore.model import ModelConfig as ModelConfig
     from explore.presets import preset as preset
-    from explore.runs import load_runs as load_runs
+    from explore.table import load_runs as load_runs
     from explore.train import fit as fit
 
 _HOMES = {
@@ -39,7 +39,7 @@ _HOMES = {
     "explore.interop": ("from_hf", "to_hf"),
     "explore.model": ("LanguageModel", "ModelConfig"),
     "explore.presets": ("preset",),
-    "explore.runs": ("load_runs",),
+    "explore.table": ("load_runs",),
     "explore.train": ("fit",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

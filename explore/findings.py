@@ -22,8 +22,9 @@ import pandas as pd
 
 from explore.figures import RunFigure, save_figure
 from explore.files import replacing
-from explore.runs import PACKED, find_runs, load_pairs, load_runs, read_table, save_table
+from explore.runs import PACKED, find_runs
 from explore.study import Sweep, load_sweep
+from explore.table import load_pairs, load_runs, read_table, save_table
 
 TOLERANCE = 1e-6
 """Relative difference of two numbers of a table that another machine's arithmetic may make."""

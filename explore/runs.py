@@ -1,4 +1,4 @@
-"""Run folders, and the tidy table made of them. The folder is the record: the rest can be made again from it."""
+"""Run folders on disk. The folder is the record: everything else can be made again from it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from explore.files import replacing
+from explore.quantities import read
 
 if TYPE_CHECKING:
     from explore.experiment import Experiment
@@ -44,59 +45,6 @@ FILES = (
 )
 """Files of a run folder that make up its record, in the order in which they may be written; checkpoints do not."""
 
-MERGED, BPB = ("flat", "minus_sqrt"), ("val_bpb", "test_bpb")
-"""Shapes of averages that have columns of their own, and their scores that do."""
-
-COLUMNS: Mapping[str, str] = {
-    "run": "str",
-    "key": "str",
-    "name": "str",
-    "family": "str",
-    "pattern": "str",
-    "seed": "Int64",
-    "status": "str",
-    "params_total": "Int64",
-    "params_active": "Int64",
-    "flops_fwd": "float64",
-    "flops_train": "float64",
-    "flops_run": "float64",
-    "tokens": "Int64",
-    "val_bpb": "float64",
-    "test_bpb": "float64",
-    "recall": "float64",
-    "sotu_bpb": "float64",
-    "val_loss": "float64",
-    **{f"{score}_{shape}": "float64" for shape in MERGED for score in BPB},
-    "lr": "float64",
-    "tuned": "boolean",
-    "lr_sensitivity": "float64",
-    "residual": "float64",
-    "train_s": "float64",
-    "tokens_per_s": "float64",
-    "d_model": "Int64",
-    "n_layers": "Int64",
-    "n_experts": "Int64",
-    "top_k": "Int64",
-    "d_latent": "Int64",
-    "kv_bytes_per_token": "float64",
-    "ssm_state_bytes": "float64",
-    "corpus": "str",
-    "commit": "str",
-    "finished_at": "str",
-    "step": "Int64",
-    "max_violation": "float64",
-    "device": "str",
-    "reason": "str",
-}
-"""Columns of the table of runs, in order, with their dtypes.
-
-`flops_fwd` and `flops_train` are per token. `sotu_bpb`: of State of the Union addresses, where `explore eval
---corpus sotu --save` has measured it. `val_bpb_flat` and its like: of an average of the run's last checkpoints, by the
-decay that it imitates. `tuned`: the learning rate was searched for this architecture and lies between two others that
-were tried; `lr_sensitivity`: bits per byte that half or twice of it costs. `residual`: how far the run is off the
-budgets that its sweep ties, at most, as a share.
-"""
-
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Writes JSON atomically: a reader sees the old content or the new one, never a part.
@@ -109,34 +57,6 @@ def write_json(path: str | Path, obj: Any) -> None:
     text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def save_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Writes a table atomically, without its index, as the suffix of `path` says: .csv or .parquet.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"table: cannot write {str(path)!r}; the suffix must be .csv or .parquet")
-    with replacing(path) as temporary:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False)
-        else:
-            table.to_parquet(temporary, index=False)
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Reads a table that `save_table` wrote.
-
-    Raises:
-        ValueError: another suffix.
-    """
-    path = Path(path)
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{path}: the suffix must be .csv or .parquet")
-    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
 
 
 @dataclass(frozen=True)
@@ -236,32 +156,19 @@ class RunFolder:
         return self.status in FINISHED
 
     def row(self) -> dict[str, Any]:
-        """The run as one row of the table, with None for what is not known."""
-        record, cost, environment, result = self.experiment, self.cost, self.environment, self.result or {}
-        trial, merged = self.trial, self.merged
-        experiment = _mapping(record, "experiment")
-        model, data, train = (_mapping(experiment, part) for part in ("model", "data", "train"))
-        pattern = model.get("pattern")
-        moe = _first_moe(pattern, _mapping(model, "blocks"))
-        values = {
-            "run": self.path.resolve().name,
-            "key": self.key,
-            "pattern": pattern,
-            "n_layers": len(_layers(pattern)) if isinstance(pattern, str) else None,
-            "tuned": _first("tuned", trial, record, experiment, train),
-            "lr_sensitivity": trial.get("lr_sensitivity"),
-            "residual": max(map(abs, _mapping(trial, "residuals").values()), default=None),
-            "status": self.status,
-            **{column: experiment.get(column) for column in ("name", "seed")},
-            "sotu_bpb": _mapping(self.evals, "bpb").get("sotu"),
-            **{f"{score}_{shape}": _mapping(merged, shape).get(score) for shape in MERGED for score in BPB},
-            **{column: moe.get(column) for column in ("n_experts", "top_k", "d_latent")},
-            **{column: environment.get(column) for column in ("commit", "device")},
-            "lr": train.get("lr"),
-            "d_model": model.get("d_model"),
-            "corpus": data.get("corpus"),
-        }
-        return {column: values[column] if column in values else _first(column, result, cost) for column in COLUMNS}
+        """The run as one row of the table of runs, with None for what is not known."""
+        return read(
+            {
+                "folder": {"run": self.path.resolve().name, "key": self.key, "status": self.status},
+                "experiment": self.experiment.get("experiment") or {},
+                "cost": self.cost,
+                "environment": self.environment,
+                "trial": self.trial,
+                "evals": self.evals,
+                "merged": self.merged,
+                "result": self.result or {},
+            }
+        )
 
 
 def find_run(root: str | Path, key: str) -> RunFolder | None:
@@ -342,102 +249,12 @@ def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:
         below[:] = sorted(name for name in below if pilots or name != PILOTS)
 
 
-def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
-    """The tidy table of the runs below the roots: one row a run folder, the columns of `COLUMNS`.
-
-    Args:
-        unfinished: also the runs that have not ended, with the status `unfinished` where no result tells another.
-
-    Returns:
-        A table in which what is not known is NaN or NA; without rows when no run has finished.
-
-    Raises:
-        ValueError: a root does not exist or holds no run.
-    """
-    rows = [run.row() for run in find_runs(*roots) if unfinished or run.status in ENDED]
-    return pd.DataFrame({column: _column([row[column] for row in rows], dtype) for column, dtype in COLUMNS.items()})
-
-
-def model_label(name: str, family: str, pattern: str) -> str:
-    """What to call a model beside its pattern: its name, unless that begins with the pattern, else its family."""
-    return family if not name or (pattern and name.startswith(pattern)) else name
-
-
-def load_pairs(*roots: str | Path) -> pd.DataFrame:
-    """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
-
-    Raises:
-        ValueError: a root does not exist or holds no run.
-    """
-    rows = [
-        (run.path.resolve().name, suite, uid, accuracy)
-        for run in find_runs(*roots)
-        if run.status in ENDED
-        for suite, shares in _mapping(run.evals, "pairs").items()
-        for uid, accuracy in shares.items()
-    ]
-    return pd.DataFrame(rows, columns=["run", "suite", "uid", "accuracy"])
-
-
-def load_metrics(*roots: str | Path) -> pd.DataFrame:
-    """The learning curves of all runs below the roots: the rows of every `metrics.csv`, led by run, family and pattern.
-
-    Training FLOPs so far (`flops_run`) are added from the tokens so far (`tokens`) where a run did not log them.
-
-    Raises:
-        ValueError: a root does not exist or holds no run.
-    """
-    tables = []
-    for run in find_runs(*roots):
-        row, metrics = run.row(), run.metrics
-        if "flops_run" not in metrics and "tokens" in metrics and isinstance(row["flops_train"], int | float):
-            metrics["flops_run"] = metrics["tokens"] * float(row["flops_train"])
-        labels = {column: row[column] for column in ("run", "family", "pattern")}
-        metrics = metrics.drop(columns=list(labels), errors="ignore")
-        if len(metrics):
-            tables.append(pd.DataFrame(labels, index=metrics.index).join(metrics))
-    if not tables:
-        return pd.DataFrame(columns=["run", "family", "pattern"])
-    return pd.concat(tables, ignore_index=True)
-
-
 def _json(text: str | None) -> dict[str, Any] | None:
     try:
         content = json.loads((text or "").encode())
     except ValueError:  # a part of a file, or bytes that were not UTF-8
         return None
     return content if isinstance(content, dict) else None
-
-
-def _mapping(record: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    value = record.get(field)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _first(field: str, *records: Mapping[str, Any]) -> Any:
-    return next((record[field] for record in records if record.get(field) is not None), None)
-
-
-def _layers(pattern: str) -> str:
-    return pattern.split("/", maxsplit=1)[0].replace("|", "")  # `/` opens the MTP layers, `|` cuts pipeline stages
-
-
-def _first_moe(pattern: Any, blocks: Mapping[str, Any]) -> Mapping[str, Any]:
-    layers = _layers(pattern) if isinstance(pattern, str) else ""
-    used = (_mapping(blocks, letter) for letter in layers)
-    return next((block for block in used if block.get("kind") == "moe"), {})
-
-
-def _column(values: list[Any], dtype: str) -> pd.Series[Any]:
-    if dtype == "str":
-        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
-        return pd.Series(texts, dtype="str")
-    if dtype == "boolean":
-        return pd.Series([value if isinstance(value, bool) else None for value in values], dtype="boolean")
-    numbers = [value if isinstance(value, int | float) and math.isfinite(value) else None for value in values]
-    if dtype == "Int64":
-        return pd.Series([None if value is None else round(value) for value in numbers], dtype="Int64")
-    return pd.Series([math.nan if value is None else float(value) for value in numbers], dtype="float64")
 
 
 def _non_finite(obj: Any, path: str = "value") -> str | None:

@@ -68,8 +68,9 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     runs = runs.assign(arm=runs["name"]).join(searched.rename(columns={"val_bpb": "search_val_bpb"}), on="arm")
     what = ["pattern", "n_experts", "top_k", "d_latent", "search_val_bpb"]
     models = runs.groupby("arm")[what].first().reset_index()
+    fresh = runs.drop(columns="search_val_bpb")
     return {
-        "arms": models.merge(arms_table(runs, "arm", "hand1"), on="arm"),
+        "arms": models.merge(arms_table(fresh, "arm", "hand1"), on="arm"),
         "differences": compare(runs, "arm", "hand1", primary=["found1"]),
         "pairs": pairs_table(runs, pairs, "arm", "hand1"),
     }

@@ -21,6 +21,7 @@ from explore.roofline import Deployment, hardware
 from explore.runs import RunFolder
 from explore.train import fit
 
+RECORDS = str(Path(__file__).parents[1] / "sweeps" / "records" / "latent_or_not.parquet")
 EXPERIMENT = {
     "name": "tiny",
     "model": {
@@ -180,7 +181,10 @@ def test_cost_tables_show_every_group(
         (["cots"], "No such command 'cots'"),
         (["data", "no-such-corpus"], "no-such-corpus"),
         (["table", "no-such-folder"], "no-such-folder"),
-        (["plot", "no-such-folder", "--x", "family"], "--x: 'family' is not a number"),
+        (["plot", RECORDS, "--x", "family"], "--x must be a quantity with numbers, got 'family'"),
+        (["plot", RECORDS, "--y", "sotu_bbp"], "got 'sotu_bbp'; did you mean 'sotu_bpb'?"),
+        (["plot", RECORDS, "--y", "recall"], "--y must be a quantity with numbers, got 'recall'; "),
+        (["table", RECORDS, "--sort", "val_bbp"], "--sort must be a column, got 'val_bbp'; did you mean 'val_bpb'?"),
         (["sweep", "no_such_sweep.py"], "no_such_sweep.py: no such sweep file"),
         (["train", "no_such.json"], "no_such.json: cannot be read"),
         (["bench", "--path", "attention=fast"], "attention: 'fast' is unknown; allowed are blocked"),

@@ -269,8 +269,8 @@ def test_the_title_is_drawn_only_when_asked_for(runs):
 def test_drawing_fits_into_axes_of_ones_own(runs):
     figure = Figure(layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_frontier(frontier_table(runs), left)
-    draw_frontier(frontier_table(runs, y="recall"), right, font_pt=6.0)
+    draw_frontier(frontier_table(runs), left, "flops_run", "val_bpb")
+    draw_frontier(frontier_table(runs, y="recall"), right, "flops_run", "recall", font_pt=6.0)
     assert (left.get_ylabel(), right.get_ylabel()) == ("Validation bits per byte", "Recall accuracy")
 
 

@@ -18,8 +18,9 @@ from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import draw_search, stacked
 from explore.findings import Finding, fill, find_findings, load_finding
 from explore.frontier import pairs_table
-from explore.runs import FILES, load_pairs, load_runs
+from explore.runs import FILES
 from explore.study import load_sweep
+from explore.table import load_pairs, load_runs
 
 SWEEP = '''"""Does an arm pay?"""
 

@@ -22,7 +22,8 @@ from explore.cli import main
 from explore.evals import bits_per_byte
 from explore.experiment import Experiment, TrainConfig
 from explore.records import pack_runs, unpack_runs
-from explore.runs import RunFolder, find_runs, load_runs
+from explore.runs import RunFolder, find_runs
+from explore.table import load_runs
 from explore.train import (
     LitLanguageModel,
     decay_weights,

@@ -11,8 +11,9 @@ from small_runs import tiny, train, write_corpus
 from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore.records import pack_runs, unpack_runs
-from explore.runs import PILOTS, RunFolder, find_runs, load_metrics, load_runs
+from explore.runs import PILOTS, RunFolder, find_runs
 from explore.study import TrialOptions, load_sweep, run_sweep
+from explore.table import load_metrics, load_runs
 from explore.train import fitting
 
 

@@ -12,10 +12,11 @@ from optuna.trial import TrialState
 from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore import train
-from explore.runs import find_runs, load_runs
+from explore.runs import find_runs
 from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, run_sweep
 from explore.study.identity import first_difference, open_study
 from explore.study.storage import open_storage
+from explore.table import load_runs
 from explore.train import fitting
 
 

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.formatting import count, flops
 from explore.runs import RunFolder
 from explore.study import dashboard
 from explore.study.dashboard import annotate, describe_study, trial_note
@@ -111,7 +112,7 @@ def test_the_dashboard_shows_the_study_by_its_names(url: str) -> None:
     assert summary["study_name"] == detail["name"] == "experts"
     assert detail["objective_names"] == ["val_bpb", "flops_run"]
     assert detail["note"]["body"].startswith("Do experts pay?\n\nWith `d_expert` | `top_k` fixed")
-    assert "`flops_run` (less is better)" in detail["note"]["body"]
+    assert "`flops_run`: Training FLOPs (lower is better)" in detail["note"]["body"]
     assert [parameter["name"] for parameter in detail["trials"][0]["params"]] == ["lr"]
 
 
@@ -141,7 +142,7 @@ def test_the_components_of_a_note_add_up_to_the_cost_of_the_model(tmp_path: Path
     one = experiment(tmp_path, "E-E")
     cost = one.model.cost(32)
     (total,) = [line for line in dashboard._components(one).splitlines() if "total" in line]
-    assert total == f"| **total** | {dashboard._count(cost.params_total)} | {dashboard._count(cost.flops_fwd)} | |"
+    assert total == f"| **total** | {count(cost.params_total)} | {flops(cost.flops_fwd)} | |"
 
 
 @pytest.mark.parametrize("lengths", [(10,), (2045,), (2046, 3), (5000, 4091)])

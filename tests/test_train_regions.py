@@ -16,7 +16,8 @@ from small_runs import STEPS, result, tiny, train, write_corpus
 
 from explore.model import ModelConfig
 from explore.ops import forced_paths, paths_in_use
-from explore.runs import RunFolder, read_table, save_table, write_json
+from explore.runs import RunFolder, write_json
+from explore.table import read_table, save_table
 from explore.train import COMPILED, compiled_ops, own_table, regions
 
 MAMBA: dict[str, Any] = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 1, "chunk_size": 16}

@@ -17,7 +17,8 @@ from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
 
 from explore.experiment import Experiment, TrainConfig
 from explore.frontier import pareto_front
-from explore.runs import RunFolder, load_runs
+from explore.runs import RunFolder
+from explore.table import load_runs
 from explore.train import LitLanguageModel, read_weights, stable_steps
 from explore.train.callbacks import WholeCheckpointIO
 

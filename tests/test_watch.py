@@ -72,7 +72,7 @@ def test_once_prints_how_a_study_stands(
     code, out, err = run_cli(capsys, monkeypatch, str(runs / place), "--once", "--trials", "9")
     assert (code, err) == (0, [])
     assert "experts: 2 of 9 trials" in out
-    assert all(text in out for text in ("MEM*E", "M-M-", "2.25", "val_bpb"))
+    assert all(text in out for text in ("MEM*E", "M-M-", "2.25", "val bpb"))
     assert (runs / "study.journal").read_bytes() == before
 
 

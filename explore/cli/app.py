@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -46,26 +46,3 @@ def _refuse(error: Exception) -> NoReturn:
     message = explain(error) if isinstance(error, ValidationError) else str(error)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
-
-
-def count(value: Any) -> str:
-    """A number with three digits and a letter for its power of a thousand; nothing for NaN."""
-    if value != value:
-        return ""
-    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:.0f}{unit}"
-    return f"{value:.0f}"
-
-
-def size(value: float) -> str:
-    """Bytes with three digits, in binary units."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g} {unit}" if value < 999.5 * scale else f"{value / scale:.0f} {unit}"
-    return f"{value:.0f} B"
-
-
-def number(value: Any, spec: str) -> str:
-    """A formatted number; nothing where it is missing."""
-    return "" if value is None or value != value else format(value, spec)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, err, out, size
+from explore.cli.app import app, err, out
 from explore.cli.options import Json, Paths, forced
+from explore.formatting import duration, flops, size
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
@@ -105,17 +106,17 @@ def bench(
             "of GEMM rate": lambda r: f"{r['gemm_fraction']:.0%}",
         }
     if compiled:
-        columns["compilation"] = lambda r: f"{r['compile_s']:.0f} s"
+        columns["compilation"] = lambda r: duration(r["compile_s"])
     _show(records, as_json, ("family",), columns)
     if not as_json:
-        out.print(f"matrix products reach {count(rate)} FLOP/s here in {fastest}", highlight=False)
+        out.print(f"matrix products reach {flops(rate)} FLOP/s here in {fastest}", highlight=False)
 
 
 def _regions(shape: str, save: bool, as_json: bool) -> None:
     import pandas as pd
 
     from explore.bench import time_regions
-    from explore.runs import save_table
+    from explore.table import save_table
     from explore.train import own_table
 
     def told(record: dict[str, Any]) -> str:
@@ -126,7 +127,7 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
     columns = {
         "ns an element": lambda r: f"{r['default_ns']:.2f}",
         "compiled": lambda r: f"{r['compiled_ns']:.2f}",
-        "compilation": lambda r: f"{r['compile_s']:.0f} s",
+        "compilation": lambda r: duration(r["compile_s"]),
     }
     _show(records, as_json, ("op", "precision"), columns)
     if save:

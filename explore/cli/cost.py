@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, out, size
+from explore.cli.app import app, out
 from explore.cli.models import load_model
 from explore.cli.options import (
     ActivationDtype,
@@ -24,6 +24,8 @@ from explore.cli.options import (
     WeightDtype,
 )
 from explore.cost import By, ConventionName
+from explore.formatting import count, flops, size
+from explore.quantities import Quantity, quantity
 
 if TYPE_CHECKING:
     from explore.cost import Ledger
@@ -102,7 +104,7 @@ def cost(
     _summary(totals)
     if convention != "exact":
         out.print(
-            f"{convention}: {count(counted)} training FLOPs per token, {counted / totals['flops_train']:.3f} of exact; "
+            f"{convention}: {flops(counted)} training FLOPs per token, {counted / totals['flops_train']:.3f} of exact; "
             f"it counts {CONVENTIONS[convention].says} ({CONVENTIONS[convention].source})",
             highlight=False,
         )
@@ -111,54 +113,42 @@ def cost(
 WIDE = 100
 """Characters of a terminal that has room for all columns."""
 
-COMPUTES = {
-    "params": "params",
-    "active": "params_active",
-    "forward": "flops_fwd",
-    "training": "flops_train",
-    "prefill": "flops_prefill",
-    "decode": "flops_decode",
-    "share": "share",
-}
+COMPUTES = ("params", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "share")
 """Columns of the first half of a receipt. Prefill is of the whole context, decode of one step."""
 
-HOLDS = {
-    "weights": "weight_bytes",
-    "KV": "kv_bytes",
-    "SSM": "ssm_state_bytes",
-    "conv": "conv_state_bytes",
-    "moved": "decode_bytes",
-    "all-to-all": "all_to_all_bytes",
-}
-"""Columns of the second half, in bytes: state of a sequence at the context, what one decoding step moves."""
+HOLDS = ("weight_bytes", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes")
+"""Columns of the second half: state of a sequence at the context, what one decoding step moves."""
+
+SHARE = Quantity("share", "Share of the forward pass", spec=".1%")
 
 
-def _receipt(title: str, records: list[dict[str, Any]], columns: dict[str, str]) -> Table:
+def _declared(field: str) -> Quantity:
+    """What a column of a ledger's records is."""
+    return {"params": quantity("params_total"), "share": SHARE}.get(field) or quantity(field)
+
+
+def _receipt(title: str, records: list[dict[str, Any]], fields: tuple[str, ...]) -> Table:
     """A table of the records that have something in these columns; training, 3 times forward, where there is room."""
     if out.width < WIDE:
-        columns = {name: field for name, field in columns.items() if name != "training"}
+        fields = tuple(field for field in fields if field != "flops_train")
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
     names = [name for name in ("layer", "letter", "component") if name in records[0]]
     folded = "layer" not in records[0]
     for name in names:
         table.add_column(name, no_wrap=True)
-    for name in (*(("layers",) if folded else ()), *columns):
+    for name in (*(("layers",) if folded else ()), *(_declared(field).header for field in fields)):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         label = [str(record[name]) or ("model" if name == "letter" else "") for name in names]
         layers = [str(record["layers"] or "")] if folded else []
-        cells = [_cell(field, record[field]) for field in columns.values()]
-        if any(record[field] for field in columns.values()):
+        cells = [_cell(field, record[field]) for field in fields]
+        if any(record[field] for field in fields):
             table.add_row(*label, *layers, *cells)
     return table
 
 
 def _cell(field: str, value: float) -> str:
-    if field == "share":
-        return f"{value:.1%}"
-    if not value:
-        return ""
-    return size(value).replace(" ", "") if field.endswith("_bytes") else count(value)
+    return _declared(field).text(value).replace(" ", "") if value or field == "share" else ""
 
 
 def _summary(totals: dict[str, Any]) -> None:
@@ -170,13 +160,13 @@ def _summary(totals: dict[str, Any]) -> None:
     mtp = f"; MTP apart: {count(totals['params_mtp'])}" if totals["params_mtp"] else ""
     lines = [f"parameters: {count(totals['params_total'])}{mtp}; active"]
     lines += [
-        f"  {count(totals[field])} {name}" + f" ({count(totals[field + '_no_router'])} less routers)"
+        f"  {count(totals[field])} {name}" + f" ({count(totals[field + '_no_router'])} without routers)"
         for name, field in active
     ]
     out.print("\n".join(lines), highlight=False)
     out.print(
-        f"FLOPs per token: {count(totals['flops_fwd'])} forward, {count(totals['flops_train'])} training, "
-        f"{count(totals['flops_decode'])} decode; prefill {count(totals['flops_prefill'])}\n"
+        f"FLOPs per token: {flops(totals['flops_fwd'])} forward, {flops(totals['flops_train'])} training, "
+        f"{flops(totals['flops_decode'])} decode; prefill {flops(totals['flops_prefill'])}\n"
         f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']}); "
         f"{size(totals['ssm_state_bytes'])} of SSM and {size(totals['conv_state_bytes'])} of conv state "
         f"per sequence ({totals['state_dtype']})\n"
@@ -208,7 +198,7 @@ def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None
     for name in ("layers", one, other, "difference", "of the total"):
         table.add_column(name, justify="right")
     for record in records:
-        numbers = [count(record[one]), count(record[other]), signed(record["difference"])]
+        numbers = [flops(record[one]), flops(record[other]), signed(record["difference"])]
         share = f"{record['difference'] / totals[one]:+.2%}"
         table.add_row(record["letter"] or "model", record["component"], str(record["layers"] or ""), *numbers, share)
     table.add_section()
@@ -217,8 +207,8 @@ def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None
         "",
         "total",
         "",
-        count(totals[one]),
-        count(totals[other]),
+        flops(totals[one]),
+        flops(totals[other]),
         signed(difference),
         f"{difference / totals[one]:+.2%}",
     )
@@ -226,8 +216,8 @@ def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None
 
 
 def signed(value: float) -> str:
-    """A count with its sign."""
-    return ("-" if value < 0 else "+") + count(abs(value))
+    """FLOPs with their sign."""
+    return ("-" if value < 0 else "+") + flops(abs(value))
 
 
 def _list_presets(as_json: bool) -> None:

@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, number, out
+from explore.cli.app import app, out
 from explore.cli.options import Json
-
-SCORES = {"val_bpb": "val bpb", "test_bpb": "test bpb", "val_loss": "val loss", "test_loss": "test loss"}
+from explore.quantities import columns
 
 
 @app.command(
@@ -40,10 +39,10 @@ def merge(
     rows = {f"step {merged['steps'][-1]}": merged["last"], f"{last} merged, {shape}": merged}
     if (result := folder.result or {}).get("status") == "finished":
         rows[f"step {result.get('step')}, the run's own"] = result
-    columns = [name for name in SCORES if merged[name] is not None]
-    view = Table("", *(SCORES[name] for name in columns), box=None, padding=(0, 1, 0, 0))
+    shown = [each for each in columns() if each.role == "loss" and merged[each.name] is not None]
+    view = Table("", *(each.header for each in shown), box=None, padding=(0, 1, 0, 0))
     for name, scores in rows.items():
-        view.add_row(name, *(number(scores.get(column), ".4f") for column in columns))
+        view.add_row(name, *(each.text(scores.get(each.name)) for each in shown))
     out.print(view, highlight=False)
     written = "merged.json and checkpoints/merged.ckpt" if save else "merged.json"
     out.print(f"wrote {written} in {run}", highlight=False)

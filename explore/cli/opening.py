@@ -36,8 +36,7 @@ def load_run(folder: Path) -> tuple[Experiment, LanguageModel, dict[str, Any]]:
     from explore.train import load_model
 
     run = RunFolder(folder)
-    experiment = run.load_experiment()
-    return experiment, load_model(run), {**run.row(), "seq_len": experiment.data.seq_len}
+    return run.load_experiment(), load_model(run), run.row()
 
 
 def describe_size(model: ModelConfig) -> str:

@@ -8,11 +8,19 @@ from typing import Annotated
 import typer
 
 from explore.cli.app import app, out
+from explore.quantities import QUANTITIES, Family, choose, columns
+
+COSTS = ", ".join(each.name for each in columns() if each.role == "cost" and not each.name.startswith("params_active_"))
+QUALITIES = ", ".join(
+    template.name.replace("{}", "NAME")
+    for each in QUANTITIES.values()
+    if (template := each.template if isinstance(each, Family) else each).is_quality
+)
 
 
 @app.command(
     rich_help_panel="Train and search",
-    epilog="Example: explore plot runs/ --out frontier.png --x flops_run --y val_bpb",
+    epilog="Example: explore plot runs/ --out frontier.png --x flops_decode --y sotu_bpb",
 )
 def plot(
     roots: Annotated[list[Path], typer.Argument(help="Folders that hold runs.")],
@@ -20,19 +28,17 @@ def plot(
         Path | None,
         typer.Option("--out", help="Picture, written as PNG and SVG; frontier.png in the first folder when absent."),
     ] = None,
-    x: Annotated[str, typer.Option(help="Column of the cost, on a logarithmic axis.")] = "flops_run",
-    y: Annotated[str, typer.Option(help="Column of the error.")] = "val_bpb",
+    x: Annotated[str, typer.Option(help=f"Cost: {COSTS}, or any other number in the table.")] = "flops_run",
+    y: Annotated[str, typer.Option(help=f"Quality: {QUALITIES}, or any other number in the table.")] = "val_bpb",
 ) -> None:
-    """Draw the accuracy-per-FLOP frontier, families by colour."""
+    """Draw the accuracy-per-FLOP frontier, or any quantity against any other, families by colour."""
     from explore.figures import plot_frontier, save_figure
-    from explore.runs import COLUMNS, load_runs
+    from explore.table import load_runs
 
-    numeric = [name for name, dtype in COLUMNS.items() if dtype in ("float64", "Int64")]
-    for option, column in (("--x", x), ("--y", y)):
-        if column not in numeric:
-            raise ValueError(
-                f"{option}: {column!r} is not a number in the table of runs; allowed are {', '.join(numeric)}"
-            )
     runs = load_runs(*roots)
-    for path in save_figure(plot_frontier(runs, x, y), output or roots[0] / "frontier.png"):
+    known = [each for each in columns(runs.columns) if runs.empty or runs[each.name].notna().any()]
+    numeric = [each.name for each in known if each.is_number]
+    x, y = choose(x, numeric, "--x"), choose(y, numeric, "--y")
+    folder = roots[0] if roots[0].is_dir() else roots[0].parent
+    for path in save_figure(plot_frontier(runs, x, y), output or folder / "frontier.png"):
         out.print(f"wrote {path}", highlight=False)

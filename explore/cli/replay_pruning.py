@@ -35,9 +35,9 @@ def replay_pruning(
     """Let runs that were trained as a whole arrive in random orders, and see what pruning saves and what it kills."""
     import pandas as pd
 
-    from explore.runs import read_table
     from explore.study import FrontPruner
     from explore.study.prune_replay import BUDGETS, mean_outcomes, pruning_outcomes
+    from explore.table import read_table
 
     runs = read_table(table)
     default = FrontPruner()

@@ -35,8 +35,8 @@ def replay_samplers(
     """
     import pandas as pd
 
-    from explore.runs import read_table
     from explore.search.replay import SIMPLEST_FIRST, judge, mean_regrets, sampler_regrets
+    from explore.table import read_table
 
     runs = read_table(table)
     n_trials, samplers = sorted(set(trials or [40])), sampler or list(SIMPLEST_FIRST)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, out, size
+from explore.cli.app import app, out
 from explore.cli.models import load_model
 from explore.cli.options import (
     ActivationDtype,
@@ -23,6 +23,7 @@ from explore.cli.options import (
     WeightDtype,
 )
 from explore.cost import Dtype
+from explore.formatting import flops, seconds, size
 
 if TYPE_CHECKING:
     from explore.roofline import Deployment
@@ -100,11 +101,11 @@ def roofline(
         return
     devices = f"{deployed.n_devices} {device.name}" if deployed.n_devices > 1 else device.name
     out.print(
-        f"{target} on {devices}: {count(deployed.flops_per_s)} FLOP/s, {count(deployed.bandwidth)} B/s, "
+        f"{target} on {devices}: {flops(deployed.flops_per_s)} FLOP/s, {flops(deployed.bandwidth)} B/s, "
         f"ridge {deployed.flops_per_s / deployed.bandwidth:.0f} FLOP/B\n[dim]{device.source}[/dim]\n"
         f"memory: {size(deployed.weight_bytes)} of weights, {size(deployed.state_bytes(context))} of state for "
         f"{context:,} tokens, of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
-        f"prefill of {context:,} tokens: {_seconds(prefill)}",
+        f"prefill of {context:,} tokens: {seconds(prefill)}",
         highlight=False,
     )
     view = Table(title=f"decoding at {context:,} tokens", title_justify="left", box=None, header_style="dim")
@@ -114,7 +115,7 @@ def roofline(
         note = "largest that fits" if row.batch_size == largest else "" if row.fits else "does not fit"
         step = float(row.step_s)  # type: ignore[arg-type]
         view.add_row(
-            f"{row.batch_size:,}", _seconds(step), f"{row.tokens_per_s:,.0f}", f"{1 / step:,.0f}", f"[dim]{note}[/dim]"
+            f"{row.batch_size:,}", seconds(step), f"{row.tokens_per_s:,.0f}", f"{1 / step:,.0f}", f"[dim]{note}[/dim]"
         )
     out.print(view)
     if expert_parallel > 1:
@@ -122,10 +123,10 @@ def roofline(
 
 
 def _communication(deployed: Deployment, batch_size: int) -> None:
-    seconds = deployed.all_to_all_s(batch_size)
+    step_s = deployed.all_to_all_s(batch_size)
     out.print(
-        f"all-to-all of {deployed.expert_parallel} devices at {batch_size:,} sequences each: {_seconds(seconds)} "
-        f"a step over {count(deployed.device.link)} B/s",
+        f"all-to-all of {deployed.expert_parallel} devices at {batch_size:,} sequences each: {seconds(step_s)} "
+        f"a step over {flops(deployed.device.link)} B/s",
         highlight=False,
     )
 
@@ -166,13 +167,6 @@ def _published(as_json: bool) -> None:
             f"{row['predicted_at_its_batch']:.1f} were ours no larger; {row['why']}"
         )
         out.print(textwrap.fill(reason, 110, initial_indent="  ", subsequent_indent="    "), highlight=False)
-
-
-def _seconds(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value * 1e6:.2g} µs"
 
 
 def _integers(option: str, text: str) -> list[int]:

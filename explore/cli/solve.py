@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, out
+from explore.cli.app import app, out
 from explore.cli.models import load_model, model_content
 from explore.cli.options import DModel, Json, SetOptions, Target, VocabSize
+from explore.formatting import read_count
+from explore.quantities import budgets, quantity
 
 
 @app.command(
@@ -25,8 +27,7 @@ def solve(
         typer.Option(
             "--target",
             metavar="BUDGET=VALUE",
-            help="flops_train (per token), params_active, params_active_no_embeddings, params_total, state_bytes or "
-            "kv_bytes (of a sequence), as 5e6 or 5M; repeatable.",
+            help=f"{', '.join(budgets())}; FLOPs per token, bytes per sequence, as 5e6 or 5M; repeatable.",
         ),
     ] = None,
     like: Annotated[str | None, typer.Option(help="A model whose active and total parameters are the targets.")] = None,
@@ -81,11 +82,11 @@ def solve(
             table.add_column(name, justify="right")
         table.add_column("")
         for line in solution.residuals:
-            wanted_value = "" if line.target is None else count(line.target)
+            wanted_value = quantity(line.name).text(line.target)
             residual = "" if line.residual is None else f"{line.residual:+.2%}"
             verdict = "" if line.ok is None else "✓" if line.ok else "✗"
             note = f"{verdict} [dim]not solved for[/dim]" if line.target is not None and not line.solved else verdict
-            table.add_row(line.name, count(line.value), wanted_value, residual, note)
+            table.add_row(line.name, quantity(line.name).text(line.value), wanted_value, residual, note)
         out.print(table)
         if solution.why:
             out.print(f"infeasible: {solution.why}", highlight=False)
@@ -95,13 +96,8 @@ def solve(
 
 def _target(text: str) -> tuple[str, float]:
     """Reads `params_total=30M`."""
-    name, equals, value = text.partition("=")
-    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(value[-1:], 1.0)
+    name, _, value = text.partition("=")
     try:
-        number = float(value[:-1] if scale != 1 else value) * scale
+        return name, read_count(value)
     except ValueError:
-        equals = ""
-        number = 0.0
-    if not equals:
-        raise ValueError(f"--target: {text!r} is not of the form BUDGET=VALUE, such as params_total=30M")
-    return name, number
+        raise ValueError(f"--target: {text!r} is not of the form BUDGET=VALUE, such as params_total=30M") from None

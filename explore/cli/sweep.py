@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, err, out
+from explore.cli.app import app, err, out
 from explore.cli.options import CheckpointEvery, Json, Wandb
+from explore.formatting import count, duration, flops
+from explore.quantities import quantity
 
 if TYPE_CHECKING:
     from explore.study import Preview, Sweep
@@ -21,6 +23,9 @@ Storage = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Optuna storage, such as postgresql+psycopg:// or grpc://; a journal if absent."),
 ]
+
+EXAMPLE = ("family", "pattern", "d_model", "params_total", "params_active", "flops_run")
+"""What a preview shows of an experiment."""
 
 
 @app.command(
@@ -130,12 +135,12 @@ def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool)
     if seen.rejected:
         lines["rejected before training"] = f"{seen.rejected:.0%} of draws, e.g. {seen.why[0][0]}"
     runs = f"{trials} trials" + (f" of {sweep.seeds} seeds" if sweep.seeds > 1 else "")
-    lines["training FLOPs"] = f"{count(seen.flops)} for {runs}"
+    lines["training FLOPs"] = f"{flops(seen.flops)} for {runs}"
     if seen.pilot_flops:
-        lines["learning-rate pilots"] = f"{count(seen.pilot_flops)} FLOPs"
+        lines["learning-rate pilots"] = f"{flops(seen.pilot_flops)} FLOPs"
     if seen.wall_s is not None:
         crew = f"{workers} worker{'s' if workers > 1 else ''}"
-        lines["expected time here"] = f"{_duration(seen.wall_s)} with {crew}, from {len(seen.examples)} timed examples"
+        lines["expected time here"] = f"{duration(seen.wall_s)} with {crew}, from {len(seen.examples)} timed examples"
     slow = next((note for note in map(slow_precision, seen.examples) if note is not None), None)
     if slow is not None:
         lines["slow here"] = slow
@@ -152,27 +157,15 @@ def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool)
     out.print(view, highlight=False)
     examples = Table(box=None, padding=(0, 2, 0, 0), title="examples, from the cheapest to the dearest")
     examples.title_justify = "left"
-    for name in ("family", "pattern", "d_model", "params", "active", "FLOPs"):
-        examples.add_column(name, justify="left" if name in ("family", "pattern") else "right")
+    for name in EXAMPLE:
+        examples.add_column(quantity(name).header, justify="right" if quantity(name).is_number else "left")
     for each in map(_example, seen.examples):
-        numbers = (count(each[name]) for name in ("params_total", "params_active", "flops_run"))
-        examples.add_row(each["family"], each["pattern"], str(each["d_model"]), *numbers)
+        examples.add_row(*(quantity(name).text(value) for name, value in each.items()))
     out.print(examples, highlight=False)
 
 
 def _example(experiment: Any) -> dict[str, Any]:
-    cost = experiment.model.cost(experiment.data.seq_len)
-    return {
-        "family": experiment.model.family,
-        "pattern": experiment.model.pattern,
-        "d_model": experiment.model.d_model,
-        "params_total": cost.params_total,
-        "params_active": cost.params_active,
-        "flops_run": experiment.flops_run,
-    }
+    from explore.table import expected_row
 
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    row = expected_row(experiment)
+    return {name: row[name] for name in EXAMPLE}

@@ -8,8 +8,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, count, number, out
+from explore.cli.app import app, out
 from explore.cli.options import Json
+from explore.quantities import headlines, quantity, unknown
+
+WIDE = 100
+"""Characters of a terminal that has room for all columns."""
 
 
 @app.command(rich_help_panel="Train and search", epilog="Example: explore table runs/ --out runs.csv")
@@ -21,14 +25,13 @@ def table(
     as_json: Json = False,
 ) -> None:
     """One row a run, the Pareto front marked."""
-    import pandas as pd
-
     from explore.frontier import pareto_front
-    from explore.runs import COLUMNS, load_runs, model_label, save_table
+    from explore.table import cell, load_runs, model_label, save_table
 
-    if sort not in COLUMNS:
-        raise ValueError(f"--sort: {sort!r} is not a column; allowed are {', '.join(COLUMNS)}")
-    runs = load_runs(*roots, unfinished=unfinished).sort_values(sort, ignore_index=True)
+    runs = load_runs(*roots, unfinished=unfinished)
+    if sort not in runs:
+        raise unknown(sort, list(runs.columns), "--sort", "a column")
+    runs = runs.sort_values(sort, ascending=quantity(sort).better != "higher", ignore_index=True)
     if output is not None:
         save_table(runs, output)
     if as_json:
@@ -38,17 +41,17 @@ def table(
     view = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
     for name in ("", "model", "pattern"):
         view.add_column(name, no_wrap=name == "pattern")
-    for name in ("d_model", "params", "active", "FLOPs", "lr", "off", "val bpb", "test bpb"):
-        view.add_column(name, justify="right", no_wrap=True)
-    for (_, run), front in zip(runs.iterrows(), pareto_front(runs), strict=True):
-        numbers = [count(run[name]) for name in ("params_total", "params_active", "flops_run")]
-        bits = [number(run[name], ".3f") for name in ("val_bpb", "test_bpb")]
-        if run["status"] != "finished":
-            bits = [str(run["status"]), ""]
-        told = ["" if pd.isna(run[name]) else str(run[name]) for name in ("name", "family", "pattern")]
-        names = [model_label(*told), told[2], str(run["d_model"])]
-        tuned = number(run["lr"], ".2g") + ("" if run["tuned"] is True else "?")
-        view.add_row("●" if front else "", *names, *numbers, tuned, number(run["residual"], ".2%"), *bits)
+    shown = [each for each in headlines(runs.columns) if out.width >= WIDE or each.name != "d_model"]
+    for each in shown:
+        view.add_column(each.header, justify="right", no_wrap=True)
+    known = runs.astype(object).where(runs.notna(), None)
+    for run, front in zip(known.to_dict("records"), pareto_front(runs), strict=True):
+        name, family, pattern = (run[column] or "" for column in ("name", "family", "pattern"))
+        finished = run["status"] == "finished"
+        cells = {each.name: cell(each, run) if finished or each.is_known else "" for each in shown}
+        if not finished:
+            cells["val_bpb"] = str(run["status"])
+        view.add_row("●" if front else "", model_label(name, family, pattern), pattern, *cells.values())
     view.columns = [column for column in view.columns if any(column.cells)]
     out.print(view)
     if output is not None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from explore.cli.app import app, err, number, out
+from explore.cli.app import app, err, out
 from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
+from explore.quantities import columns, quantity
 
 Strategy = Literal["auto", "ddp", "fsdp"]
 
@@ -69,9 +70,6 @@ def train(
 def _outcome(result: dict[str, Any]) -> str:
     if result.get("status") != "finished":
         return f"{result.get('status', 'unfinished')}: {result.get('reason')}"
-    parts = [
-        f"{name} {result[name]:.4f}"
-        for name in ("val_bpb", "test_bpb", "val_loss", "recall")
-        if result.get(name) is not None
-    ]
-    return f"finished: {', '.join(parts)}, {number(result.get('tokens_per_s'), ',.0f')} tokens/s"
+    scores = [each for each in columns() if each.is_quality and result.get(each.name) is not None]
+    parts = [f"{each.name} {each.text(result[each.name])}" for each in scores]
+    return f"finished: {', '.join(parts)}, {quantity('tokens_per_s').text(result.get('tokens_per_s'))} tokens/s"

@@ -100,5 +100,10 @@ class Cost:
             activation_dtype=dtypes.activation,
         )
 
+    @property
+    def state_bytes(self) -> float:
+        """Everything that decoding keeps of a sequence after `seq_len` tokens."""
+        return self.kv_bytes + self.ssm_state_bytes + self.conv_state_bytes
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

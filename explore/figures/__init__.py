@@ -13,7 +13,7 @@ from explore.figures.base import (
     save_figure,
 )
 from explore.figures.conventions import conventions_table, draw_conventions, plot_conventions
-from explore.figures.cost import QUANTITIES, draw_receipts, group_colors, plot_receipts, receipts_table
+from explore.figures.cost import RECEIPTS, draw_receipts, group_colors, plot_receipts, receipts_table
 from explore.figures.curves import curves_table, draw_curves, plot_curves
 from explore.figures.decoding import (
     draw_latency,
@@ -25,20 +25,17 @@ from explore.figures.decoding import (
     plot_throughput,
     state_table,
 )
-from explore.figures.frontier import MORE_IS_BETTER, draw_frontier, frontier_table, plot_frontier
-from explore.figures.runs import LABELS
+from explore.figures.frontier import draw_frontier, frontier_table, plot_frontier
 from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, stacked
 
 __all__ = [
     "COLUMN_HEIGHT",
     "COLUMN_WIDTH",
     "FAMILIES",
-    "LABELS",
     "MARKERS",
-    "MORE_IS_BETTER",
-    "QUANTITIES",
     "README_HEIGHT",
     "README_WIDTH",
+    "RECEIPTS",
     "VERDICTS",
     "FamilyStyle",
     "RunFigure",

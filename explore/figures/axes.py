@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -47,14 +48,20 @@ def is_log(costs: pd.Series[float]) -> bool:
     return bool((costs > 0).all())
 
 
-def log_axis(ax: Axes, costs: pd.Series[float], left: float) -> None:
-    """A log axis over a factor of two or more, with three labelled ticks or more."""
-    low, high = float(np.log10(costs.min())), float(np.log10(costs.max()))
+def log_axis(
+    ax: Axes, values: pd.Series[float], below: float, above: float = 0.05, *, which: Literal["x", "y"] = "x"
+) -> None:
+    """A log axis over a factor of two or more, with three labelled ticks or more.
+
+    Args:
+        below: room before the values, as a part of what they span.
+        above: room behind them.
+    """
+    low, high = float(np.log10(values.min())), float(np.log10(values.max()))
     middle, width = (low + high) / 2, max(high - low, math.log10(2))
-    start, end = 10 ** (middle - (0.5 + left) * width), 10 ** (middle + 0.55 * width)
-    ax.set_xscale("log")
-    ax.set_xlim(start, end)
-    ticks_of_ten(ax.xaxis, power_of_ten)
+    limits = (10 ** (middle - (0.5 + below) * width), 10 ** (middle + (0.5 + above) * width))
+    ax.set(**{f"{which}scale": "log", f"{which}lim": limits})
+    ticks_of_ten(ax.xaxis if which == "x" else ax.yaxis, power_of_ten)
 
 
 def log_limits(values: pd.Series[float], room: float = 0.05) -> tuple[float, float]:
@@ -64,7 +71,7 @@ def log_limits(values: pd.Series[float], room: float = 0.05) -> tuple[float, flo
     return 2.0 ** (middle - half), 2.0 ** (middle + half)
 
 
-def ticks_of_ten(axis: Axis, text: Callable[[float, int | None], str]) -> None:
+def ticks_of_ten(axis: Axis, text: Callable[[float], str]) -> None:
     """Ticks of a log axis within its limits, three or more of them labelled."""
     start, end = axis.get_view_interval()
     ticks: list[float] = []
@@ -74,22 +81,22 @@ def ticks_of_ten(axis: Axis, text: Callable[[float, int | None], str]) -> None:
         if len(ticks) >= 3:
             break
     axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(LogLocator(subs=range(2, 10)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def ticks_of_two(axis: Axis, text: Callable[[float, int | None], str], at_most: int = 8) -> None:
+def ticks_of_two(axis: Axis, text: Callable[[float], str], at_most: int = 8) -> None:
     """Ticks of a log axis within its limits at powers of two, equally many doublings apart."""
     start, end = np.log2(axis.get_view_interval())
     first, last = math.ceil(start - 1e-9), math.floor(end + 1e-9)
     step = next(n for n in (1, 2, 3, 5, 10, 20, 40, 80, 160, 320) if (last - first) // n < at_most)
     axis.set_major_locator(FixedLocator([2.0**i for i in range(step * math.ceil(first / step), last + 1, step)]))
-    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_locator(NullLocator())
 
 
-def power_of_ten(value: float, position: int | None = None) -> str:
+def power_of_ten(value: float) -> str:
     """A number as a tick label: as it is below ten thousand, else with its power of ten."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     factor = f"{value / 10.0**exponent:.3g}"
@@ -104,32 +111,6 @@ def rows_of_names(ax: Axes, names: Sequence[str]) -> None:
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
     ax.grid(visible=False, axis="y")
-
-
-def plain(value: float, position: int | None = None) -> str:
-    """A number as a tick label, without powers."""
-    return f"{value:,.6g}"
-
-
-def tokens(value: float, position: int | None = None) -> str:
-    """A number of tokens, in binary thousands and millions where it is a round one."""
-    for unit, size in (("M", 2**20), ("k", 2**10)):
-        if value >= size and value % size == 0:
-            return f"{value / size:g}{unit}"
-    return plain(value)
-
-
-def size(value: float, position: int | None = None) -> str:
-    """Bytes with three digits, in binary units."""
-    for unit, scale in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g} B"
-
-
-def milliseconds(value: float, position: int | None = None) -> str:
-    """Seconds, as a number of milliseconds."""
-    return plain(1e3 * value)
 
 
 def legend(ax: Axes, handles: list[Line2D], font_pt: float) -> None:

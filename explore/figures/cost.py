@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -13,45 +13,24 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from explore.cost import DTYPES, MTP_LETTER, Dtypes
-from explore.figures.axes import INK, dress, nothing, rows_of_names, tokens
+from explore.figures.axes import INK, dress, nothing, rows_of_names
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import in_a_row, outside_legend, panels
+from explore.formatting import axis_scale, tokens
+from explore.quantities import quantity
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig
 
 
-class Quantity(NamedTuple):
-    """A number of a receipt.
+RECEIPTS = (
+    "params_total", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "weight_bytes",
+    "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes",
+)  # fmt: skip
+"""Totals of `Cost` that the records of a ledger add up to, so that a receipt can be of them."""
 
-    Attributes:
-        column: its name in the records of a ledger.
-        label: on the axis.
-        unit: what is counted; FLOPs and bytes get a prefix, parameters a word.
-        mtp: multi-token prediction has a part of it.
-    """
-
-    column: str
-    label: str
-    unit: str
-    mtp: bool = False
-
-
-QUANTITIES: Mapping[str, Quantity] = {
-    "params_total": Quantity("params", "Parameters", ""),
-    "params_active": Quantity("params_active", "Active parameters", ""),
-    "flops_fwd": Quantity("flops_fwd", "Forward pass", "FLOPs/token", mtp=True),
-    "flops_train": Quantity("flops_train", "Training", "FLOPs/token", mtp=True),
-    "flops_prefill": Quantity("flops_prefill", "Prefill", "FLOPs"),
-    "flops_decode": Quantity("flops_decode", "Decoding", "FLOPs/token"),
-    "weight_bytes": Quantity("weight_bytes", "Weights", "B"),
-    "kv_bytes": Quantity("kv_bytes", "KV cache", "B"),
-    "decode_bytes": Quantity("decode_bytes", "Decoding step moves", "B"),
-}
-"""What a receipt can be of, by the name of the same total in `Cost`."""
-
-_COUNTS = ((1e12, "trillions", "T"), (1e9, "billions", "G"), (1e6, "millions", "M"), (1e3, "thousands", "k"))
-_SIZES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"))
+_WITH_MTP = ("flops_fwd", "flops_train")
+"""Totals that multi-token prediction has a part of."""
 
 HEAD, MTP = "embedding, head", "multi-token prediction"
 """Groups of what belongs to no block."""
@@ -84,7 +63,7 @@ def receipts_table(
     Args:
         models: by the name on the axis.
         seq_len: tokens of a sequence, and of the context of decoding.
-        quantities: of `QUANTITIES`.
+        quantities: of `RECEIPTS`.
 
     Returns:
         Columns quantity, model, group and value, in parameters, FLOPs or bytes. The groups of a model sum to the total
@@ -93,23 +72,23 @@ def receipts_table(
     Raises:
         ValueError: a quantity is unknown.
     """
-    for quantity in quantities:
-        if quantity not in QUANTITIES:
-            raise ValueError(f"quantities: {quantity!r} is unknown; allowed are {', '.join(QUANTITIES)}")
+    for total in quantities:
+        if total not in RECEIPTS:
+            raise ValueError(f"quantities must be of {', '.join(RECEIPTS)}, got {total!r}")
     rows = []
     ledgers = {name: model.ledger(seq_len).fold("component", dtypes) for name, model in models.items()}
-    for quantity in quantities:
+    for total in quantities:
         for name, model in models.items():
             sums = dict.fromkeys(group_colors(), 0.0)
             for record in ledgers[name]:
-                if record["letter"] != MTP_LETTER or QUANTITIES[quantity].mtp:
+                if record["letter"] != MTP_LETTER or total in _WITH_MTP:
                     group = group_of(model, record["letter"], record["component"])
-                    sums[group] += record[QUANTITIES[quantity].column]
-            rows += [(quantity, name, group, value) for group, value in sums.items()]
+                    sums[group] += record["params" if total == "params_total" else total]
+            rows += [(total, name, group, value) for group, value in sums.items()]
     return pd.DataFrame(rows, columns=["quantity", "model", "group", "value"]).astype({"value": "float64"})
 
 
-def draw_receipts(table: pd.DataFrame, ax: Axes, quantity: str, *, font_pt: float = 8.0, share: bool = False) -> None:
+def draw_receipts(table: pd.DataFrame, ax: Axes, total: str, *, font_pt: float = 8.0, share: bool = False) -> None:
     """Draws the receipts of one quantity: a bar a model, stacked by group, with its total in numbers at its end.
 
     Args:
@@ -118,15 +97,15 @@ def draw_receipts(table: pd.DataFrame, ax: Axes, quantity: str, *, font_pt: floa
         share: bars show percent of the model's total instead of the quantity; totals stay in the quantity.
     """
     table = table.replace([np.inf, -np.inf], np.nan).dropna()
-    names, about = list(dict.fromkeys(table["model"])), QUANTITIES[quantity]
-    table = table[(table["quantity"] == quantity) & (table["value"] > 0)]
+    names, about = list(dict.fromkeys(table["model"])), quantity(total)
+    table = table[(table["quantity"] == total) & (table["value"] > 0)]
     totals = table.groupby("model")["value"].sum().reindex(names, fill_value=0.0)
-    scale, unit = _scale(0.0 if table.empty else float(totals.max()), about.unit)
+    scale, unit = axis_scale(0.0 if table.empty else float(totals.max()), about.unit)
     dress(ax, f"{about.label} ({'%' if share else unit})", "", font_pt)
     if table.empty:
         nothing(ax, "nothing to show", font_pt)
         return
-    spoken = unit.removesuffix("/token") if about.unit else unit.removesuffix("s")  # 8.03 billion
+    spoken = unit.removesuffix("s") if about.unit == "parameters" else unit.removesuffix("/token")  # 8.03 billion
     ends = dict.fromkeys(names, 0.0)
     for group, color in group_colors().items():
         rows = table[table["group"] == group]
@@ -148,16 +127,6 @@ def draw_receipts(table: pd.DataFrame, ax: Axes, quantity: str, *, font_pt: floa
     ticks = np.asarray(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(0, longest))
     ax.set_xticks(ticks[ticks <= longest])
     rows_of_names(ax, names)
-
-
-def _scale(largest: float, unit: str) -> tuple[float, str]:
-    """What values up to the largest are divided by on an axis, and the unit that they are then in."""
-    if unit == "B":
-        return next(((scale, name) for scale, name in _SIZES if largest >= scale), (1.0, "B"))
-    for scale, word, prefix in _COUNTS:
-        if largest >= scale:
-            return scale, prefix + unit if unit else word
-    return 1.0, unit or "count"
 
 
 def plot_receipts(
@@ -182,8 +151,8 @@ def plot_receipts(
     table, font_pt = receipts_table(models, seq_len, quantities, dtypes), text_pt(width)
     label = f"Receipts at {tokens(seq_len)} tokens"
     figure, axes = panels(len(quantities), len(models), width, height, title, label, models)
-    for quantity, ax in zip(quantities, axes, strict=True):
-        draw_receipts(table, ax, quantity, font_pt=font_pt, share=share)
+    for total, ax in zip(quantities, axes, strict=True):
+        draw_receipts(table, ax, total, font_pt=font_pt, share=share)
         if in_a_row(ax):  # too narrow for the label in one line
             ax.set_xlabel(ax.get_xlabel().replace(" (", "\n("))
     present = set(table["group"][table["value"] > 0])

@@ -26,15 +26,16 @@ def curves_table(metrics: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb"
     return finished(metrics, x, y).sort_values(["run", x], ignore_index=True, kind="stable")
 
 
-def draw_curves(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
+def draw_curves(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: float = 8.0) -> None:
     """Draws a table of learning curves: one line a run in the colour of its family, a marker where it ends.
 
     Args:
-        table: from `curves_table`; its fourth and fifth columns are the axes.
+        table: from `curves_table`.
+        x: the horizontal column.
+        y: the vertical column.
         font_pt: size of the text in points; lines and markers follow it.
     """
-    x, y = map(str, table.columns[3:5])
-    if not dress_runs(ax, table, font_pt):
+    if not dress_runs(ax, table, x, y, font_pt):
         return
     handles = []
     for family, style in family_styles(table["family"]).items():
@@ -63,5 +64,5 @@ def plot_curves(
     """The runs' learning curves, by family; the arguments are those of `plot_frontier`."""
     table = curves_table(metrics, x, y)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)
-    draw_curves(table, ax, font_pt=font_pt)
+    draw_curves(table, ax, x, y, font_pt=font_pt)
     return figure

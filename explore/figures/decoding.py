@@ -16,16 +16,13 @@ from explore.figures.axes import (
     dress,
     legend,
     log_limits,
-    milliseconds,
     nothing,
-    plain,
-    size,
     ticks_of_ten,
     ticks_of_two,
-    tokens,
 )
 from explore.figures.base import README_HEIGHT, README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import line_styles
+from explore.formatting import milliseconds, plain, size, tokens
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig

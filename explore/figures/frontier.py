@@ -9,11 +9,9 @@ from matplotlib.lines import Line2D
 from explore.figures.axes import LINE, legend
 from explore.figures.base import EVEN, README_HEIGHT, README_WIDTH, RunFigure, family_styles
 from explore.figures.labels import label_front, label_room
-from explore.figures.runs import dress_runs, finished, one_axes
+from explore.figures.runs import dress_runs, finished, is_log_x, one_axes
 from explore.frontier import pareto_front
-
-MORE_IS_BETTER = frozenset({"recall", "tokens_per_s"})
-"""Columns of which a front takes the largest values."""
+from explore.quantities import quantity
 
 
 def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> pd.DataFrame:
@@ -21,8 +19,8 @@ def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb")
 
     Args:
         runs: a table as `load_runs` gives it; where it has a `status`, only finished runs are drawn.
-        x: the cost column; less is better.
-        y: the quality column; less is better, except for the columns of `MORE_IS_BETTER`.
+        x: the cost column.
+        y: the quality column. Of both, lower is better unless `explore.quantities` declares that higher is.
 
     Returns:
         Columns run, family, pattern, `x`, `y` and on_front.
@@ -31,22 +29,27 @@ def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb")
         ValueError: a column is missing.
     """
     table = finished(runs, x, y)
-    quality = -table[y] if y in MORE_IS_BETTER else table[y]
-    table["on_front"] = pareto_front(pd.DataFrame({"cost": table[x], "error": quality}), "cost", "error")
-    return table.assign(quality=quality).sort_values([x, "quality", "run"], ignore_index=True).drop(columns="quality")
+    table["on_front"] = pareto_front(table, x, y)
+    order = table.assign(cost=quantity(x).sign * table[x], error=quantity(y).sign * table[y])
+    return table.loc[order.sort_values(["cost", "error", "run"]).index].reset_index(drop=True)
 
 
-def draw_frontier(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
+def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: float = 8.0) -> None:
     """Draws a frontier table: runs by family, the front as a step line, its members solid and labelled by pattern.
 
     Args:
-        table: from `frontier_table`; its fourth and fifth columns are the axes.
+        table: from `frontier_table`.
+        x: the cost column.
+        y: the quality column.
         font_pt: size of the text in points; the markers follow it.
     """
-    x, y = map(str, table.columns[3:5])
     front = table[table["on_front"]]
-    sign = -1 if y in MORE_IS_BETTER else 1
-    if not dress_runs(ax, table, font_pt, left=label_room(ax, table, font_pt), side=sign):
+    signs = quantity(x).sign, quantity(y).sign
+    room = label_room(ax, table, x, signs[0], font_pt, log=is_log_x(table, x))
+    # Labels are on the better side of both axes.
+    margins_x = (room, 0.05) if signs[0] > 0 else (0.05, room)
+    margins_y = (0.2, 0.06) if signs[1] > 0 else (0.06, 0.2)
+    if not dress_runs(ax, table, x, y, font_pt, margins_x, margins_y):
         return
     ax.plot(front[x], front[y], drawstyle="steps-post", color=LINE, lw=0.11 * font_pt, zorder=2, label="Pareto front")
     handles = []
@@ -63,7 +66,7 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> Non
     if len(front) > 1:
         handles.append(Line2D([], [], color=LINE, lw=0.11 * font_pt, label="Pareto front"))
     legend(ax, handles, font_pt)
-    label_front(ax, table, sign, font_pt)
+    label_front(ax, table, x, y, signs, font_pt)
 
 
 def plot_frontier(
@@ -84,5 +87,5 @@ def plot_frontier(
     """
     table = frontier_table(runs, x, y)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)
-    draw_frontier(table, ax, font_pt=font_pt)
+    draw_frontier(table, ax, x, y, font_pt=font_pt)
     return figure

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.path import Path
 from matplotlib.transforms import Bbox, BboxBase
 
-from explore.figures.axes import INK, LINE, is_log
+from explore.figures.axes import INK, LINE
 from explore.frontier import Floats
 
 _NEAR = ((-0.5, -0.35), (0.0, -0.7), (-0.7, 0.0), (0.5, -0.35))
@@ -19,36 +19,46 @@ _FAR = tuple((dx, -0.4 - 0.8 * row) for row in range(1, 10) for dx in (-0.6 * ro
 _PLACES = (*_NEAR, *_FAR, (-0.5, 0.4), (0.0, 0.7), (0.5, 0.4))
 
 
-def label_room(ax: Axes, table: pd.DataFrame, font_pt: float) -> float:
-    """Room that the labels of the front need left of the points, as a part of what the points span."""
-    front, x = table[table["on_front"]], str(table.columns[3])
+def label_room(ax: Axes, table: pd.DataFrame, x: str, sign: int, font_pt: float, *, log: bool) -> float:
+    """Room that the labels of the front need on the better side of the points, as a part of what the points span.
+
+    Args:
+        sign: 1 where lower costs are better, so that the labels lie left of the points; -1 where they lie right.
+        log: the horizontal axis is logarithmic.
+    """
+    front = table[table["on_front"]]
     if front.empty:
         return 0.05
-    costs = np.log10(table[x]) if is_log(table[x]) else table[x]
-    along = (costs[table["on_front"]] - costs.min()) / max(float(costs.max() - costs.min()), math.log10(2))
+    costs = sign * (np.log10(table[x]) if log else table[x])
+    width = max(float(costs.max() - costs.min()), math.log10(2) if log else 1e-9)
+    along = (costs[table["on_front"]] - costs.min()) / width
     letters = front["pattern"].str.len() + 1.5  # a letter of the monospaced font is 0.6 of its size wide
     share = 0.6 * (font_pt - 1) * letters / (ax.get_window_extent().width * 72 / ax.figure.dpi)
     return float(((1.05 * share - along) / (1 - share.clip(upper=0.5))).clip(0.08, 0.4).max())
 
 
-def label_front(ax: Axes, table: pd.DataFrame, sign: int, font_pt: float) -> None:
-    """Labels front members, on the side of the front where no run can be; one without a readable place has no label."""
+def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int, int], font_pt: float) -> None:
+    """Labels front members, on the side of the front where no run can be; one without a readable place has no label.
+
+    Args:
+        signs: of each axis, 1 where lower values are better and -1 where higher ones are.
+    """
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # settles the layout, on which the places depend
-    pixel, columns, front = figure.dpi / 72, list(table.columns[3:5]), table[table["on_front"]]
+    pixel, columns, front = figure.dpi / 72, [x, y], table[table["on_front"]]
     texts = [
         ax.annotate(
-            label, (x, y), (0, 0), textcoords="offset points", fontsize=font_pt - 1, color=INK, family="monospace",
-            parse_math=False, zorder=5,
+            label, (cost, error), (0, 0), textcoords="offset points", fontsize=font_pt - 1, color=INK,
+            family="monospace", parse_math=False, zorder=5,
         )
-        for label, x, y in front[["pattern", *columns]].itertuples(index=False)
+        for label, cost, error in front[["pattern", *columns]].itertuples(index=False)
     ]  # fmt: skip
-    corners, unit = ax.transData.transform(front[columns]), np.array([1, sign]) * font_pt * pixel
+    corners, unit = ax.transData.transform(front[columns]), np.array(signs) * font_pt * pixel
     sizes = [np.array([extent.width, extent.height]) for extent in (text.get_window_extent() for text in texts)]
     arranged: list[dict[int, tuple[float, float]]] = []
     for order in (range(len(texts)), reversed(range(len(texts)))):
-        crowd = _Crowd(ax.get_window_extent(), ax.transData.transform(table[columns]), corners, 0.4 * unit[0])
+        crowd = _Crowd(ax.get_window_extent(), ax.transData.transform(table[columns]), corners, 0.4 * font_pt * pixel)
         places = {i: crowd.place(corners[i], sizes[i], unit) for i in order}
         arranged.append({i: place for i, place in places.items() if place is not None})
     best = max(arranged, key=lambda places: (len(places), -sum(map(_PLACES.index, places.values()))))
@@ -56,7 +66,7 @@ def label_front(ax: Axes, table: pd.DataFrame, sign: int, font_pt: float) -> Non
         if i not in best:
             text.remove()
             continue
-        dx, dy = best[i][0] * font_pt, best[i][1] * sign * font_pt
+        dx, dy = (sign * step * font_pt for sign, step in zip(signs, best[i], strict=True))
         text.set_in_layout(False)
         text.set_position((dx, dy))
         text.set_horizontalalignment("right" if dx < 0 else "left" if dx > 0 else "center")

@@ -1,8 +1,8 @@
-"""What the figures of runs share: the labels of columns, which rows are drawn, and the axes they are drawn on."""
+"""What the figures of runs share: which rows are drawn, and the axes they are drawn on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,26 +10,7 @@ from matplotlib.axes import Axes
 
 from explore.figures.axes import dress, is_log, log_axis, nothing, span
 from explore.figures.base import RunFigure, text_pt
-
-LABELS: Mapping[str, str] = {
-    "flops_run": "Training FLOPs",
-    "flops_train": "Training FLOPs per token",
-    "flops_fwd": "Forward FLOPs per token",
-    "params_total": "Parameters",
-    "params_active": "Active parameters",
-    "tokens": "Training tokens",
-    "step": "Optimizer steps",
-    "train_s": "Training time (s)",
-    "tokens_per_s": "Training throughput (tokens/s)",
-    "kv_bytes_per_token": "KV cache (bytes per token)",
-    "ssm_state_bytes": "SSM state (bytes per sequence)",
-    "val_bpb": "Validation bits per byte",
-    "test_bpb": "Test bits per byte",
-    "val_loss": "Validation loss (nats per token)",
-    "train_loss": "Training loss (nats per token)",
-    "recall": "Recall accuracy",
-}
-"""Axis label of a column; another column is labelled with its name."""
+from explore.quantities import quantity
 
 _UNTOLD = {"run": "", "family": "other", "pattern": ""}
 
@@ -53,30 +34,48 @@ def one_axes(
     table: pd.DataFrame, x: str, y: str, width: float, height: float, title: str | None
 ) -> tuple[RunFigure, Axes, float]:
     """A figure of a table of runs with one pair of axes, and the points of its text."""
-    figure = RunFigure(width, height, title or f"{LABELS.get(y, y)} against {LABELS.get(x, x)}", table["run"])
+    words = f"{quantity(y).axis_label} against {quantity(x).axis_label}"
+    figure = RunFigure(width, height, title or words, table["run"])
     font_pt = text_pt(width)
     if title:
         figure.suptitle(title, fontsize=font_pt + 1)
     return figure, figure.add_subplot(), font_pt
 
 
-def dress_runs(ax: Axes, table: pd.DataFrame, font_pt: float, left: float = 0.05, side: int = 0) -> bool:
+def is_log_x(table: pd.DataFrame, x: str) -> bool:
+    """Whether the horizontal axis is logarithmic."""
+    return quantity(x).log is not False and is_log(table[x])
+
+
+def dress_runs(
+    ax: Axes,
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    font_pt: float,
+    margins_x: tuple[float, float] = (0.05, 0.05),
+    margins_y: tuple[float, float] = (0.06, 0.06),
+) -> bool:
     """Scales, labels and grid of the axes; says whether there is anything to draw on them.
 
     Args:
-        left: room left of the points, as a part of what they span.
-        side: where labels need room: below the points (1), above them (-1) or nowhere (0).
+        margins_x: room left and right of the points, as parts of what they span.
+        margins_y: room below and above them.
     """
-    x, y = map(str, table.columns[3:5])
-    dress(ax, LABELS.get(x, x), LABELS.get(y, y), font_pt)
+    dress(ax, quantity(x).axis_label, quantity(y).axis_label, font_pt)
     if table.empty:
         nothing(ax, "no finished runs", font_pt)
         return False
-    low, high = span(table[y])
-    ax.set_ylim(low - (0.2 if side > 0 else 0.06) * (high - low), high + (0.2 if side < 0 else 0.06) * (high - low))
-    if is_log(table[x]):
-        log_axis(ax, table[x], left)
-    else:
-        low, high = span(table[x])
-        ax.set_xlim(low - left * (high - low), high + 0.05 * (high - low))
+    _scale(ax, "x", table[x], margins_x, log=is_log_x(table, x))
+    _scale(ax, "y", table[y], margins_y, log=bool(quantity(y).log) and is_log(table[y]))
     return True
+
+
+def _scale(
+    ax: Axes, which: Literal["x", "y"], values: pd.Series[float], margins: tuple[float, float], *, log: bool
+) -> None:
+    if log:
+        log_axis(ax, values, *margins, which=which)
+    else:
+        low, high = span(values)
+        ax.set(**{f"{which}lim": (low - margins[0] * (high - low), high + margins[1] * (high - low))})

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
 from explore.figures.base import COLUMN_WIDTH, RunFigure
 from explore.figures.panels import line_styles
-from explore.figures.runs import LABELS
+from explore.quantities import quantity
 
 VERDICTS: Mapping[str, tuple[str, str, str]] = {
     "better": ("#0173b2", "o", "better"),
@@ -89,7 +89,7 @@ def draw_laws(
         curves: columns `arm`, compute, loss, low and high, of laws fitted to the same runs.
         names: the arms that are drawn, and what each is called.
     """
-    dress(ax, LABELS.get(cost, cost), LABELS.get(error, error), font_pt)
+    dress(ax, quantity(cost).axis_label, quantity(error).axis_label, font_pt)
     styles = line_styles(names)
     log_axis(ax, bands[cost], 0.08)
     for each, name in names.items():
@@ -145,13 +145,14 @@ def draw_search(
         trials: a row a trial, in their order.
         label: of the axis of trials.
     """
-    dress(ax, label, LABELS.get(value, value), font_pt)
+    dress(ax, label, quantity(value).axis_label, font_pt)
     if trials.empty:
         nothing(ax, "no finished runs", font_pt)
         return
     place = np.arange(1, len(trials) + 1)
     styles = line_styles(names)
-    ax.step(place, trials[value].cummin(), where="post", color=LINE, lw=0.12 * font_pt, zorder=1)
+    sign = quantity(value).sign
+    ax.step(place, sign * (sign * trials[value]).cummin(), where="post", color=LINE, lw=0.12 * font_pt, zorder=1)
     handles = [Line2D([], [], color=LINE, lw=0.12 * font_pt, label="best so far")]
     for each, name in names.items():
         shown = (trials[kind] == each).to_numpy()

@@ -7,23 +7,7 @@ from typing import Any
 
 from explore.data import CORPORA, Tokenizer
 from explore.model import LanguageModel
-
-ROWS: tuple[tuple[str, str, str], ...] = (
-    ("run", "run", "s"),
-    ("key", "key of the experiment", "s"),
-    ("corpus", "corpus", "s"),
-    ("seed", "seed", "d"),
-    ("tokens", "training tokens", ",d"),
-    ("flops_run", "training FLOPs, exact convention", ".4g"),
-    ("lr", "peak learning rate", "g"),
-    ("val_bpb", "validation bits per byte", ".4f"),
-    ("test_bpb", "test bits per byte", ".4f"),
-    ("status", "status", "s"),
-    ("commit", "commit of the code", "s"),
-    ("device", "device", "s"),
-    ("finished_at", "finished", "s"),
-)
-"""Columns of the table of runs that the card shows, what they are called there, and how they are written."""
+from explore.quantities import Quantity, headlines, quantity
 
 
 def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mapping[str, Any]) -> str:
@@ -44,10 +28,10 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
         ("parameters", f"{cost.params_total:,}"),
         ("active parameters", f"{cost.params_active:,}"),
     ]
-    if record.get("flops_fwd") is not None:
-        facts.append(("forward FLOPs a token", f"{record['flops_fwd']:,.0f}"))
     facts += [
-        (label, format(record[column], spec)) for column, label, spec in ROWS if record.get(column) not in (None, "")
+        (_lower(each.axis_label), _exact(each, value))
+        for each in _rows(record)
+        if (value := record.get(each.name)) not in (None, "")
     ]
     known = CORPORA.get(str(record.get("corpus")))
     if known is not None:
@@ -61,7 +45,8 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
         "",
         f"# {record.get('name') or config.family}",
         "",
-        "M is a Mamba-2 layer, `*` attention, `-` an MLP, E a mixture of experts. Exported by hybrid-frontier.",
+        "M is a Mamba-2 layer, `*` attention, `-` an MLP, E a mixture of experts. FLOPs count every matrix product.",
+        "Exported by hybrid-frontier.",
         "",
         "| | |",
         "|---|---|",
@@ -79,6 +64,25 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
         *_notes(model, tokenizer),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rows(record: Mapping[str, Any]) -> list[Quantity]:
+    """What the card shows of the run."""
+    scores = [each for each in headlines(record) if each.is_quality]
+    before = ("run", "key", "corpus", "seed", "tokens", "flops_fwd", "flops_run", "lr")
+    after = ("status", "commit", "device", "finished_at")
+    return [*map(quantity, before), *scores, *map(quantity, after)]
+
+
+def _lower(label: str) -> str:
+    return label[0].lower() + label[1:]
+
+
+def _exact(each: Quantity, value: Any) -> str:
+    """A value with all digits of a count."""
+    if isinstance(value, str):
+        return value
+    return format(value, each.spec or (",.0f" if value == round(value) and value < 1e12 else ".4g"))
 
 
 def _notes(model: LanguageModel, tokenizer: Tokenizer | None) -> list[str]:

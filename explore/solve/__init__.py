@@ -52,8 +52,8 @@ def solve(
     point = search.best()
     cost = (model := search.model(point)).cost(seq_len)
     residuals = tuple(
-        residual(name, value(cost), {**compare, **targets}.get(name), name in targets, tolerance)
-        for name, value in BUDGETS.items()
+        residual(name, getattr(cost, name), {**compare, **targets}.get(name), name in targets, tolerance)
+        for name in BUDGETS
     )
     values = {path(place): n for n, places in zip(point, search.places, strict=True) for place in places}
     solution = Solution(model, values, residuals, seq_len, tolerance)
@@ -71,7 +71,7 @@ def match(
 ) -> Solution:
     """Solves for the budgets of another model, and compares all the others with it."""
     cost = reference.cost(seq_len)
-    everything = {name: value(cost) for name, value in BUDGETS.items()}
+    everything = {name: getattr(cost, name) for name in BUDGETS}
     targets = {name: everything[name] for name in map(known, budgets)}
     compare = {name: value for name, value in everything.items() if value > 0}
     return solve(content, targets, free, seq_len=seq_len, tolerance=tolerance, compare=compare)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 
-from explore.cost import Cost
 from explore.model import ModelConfig
+from explore.quantities import budgets
 
-BUDGETS: Mapping[str, Callable[[Cost], float]] = {
-    "flops_train": lambda cost: cost.flops_train,
-    "params_active": lambda cost: cost.params_active,
-    "params_active_no_embeddings": lambda cost: cost.params_active_no_embeddings,
-    "params_total": lambda cost: cost.params_total,
-    "state_bytes": lambda cost: cost.kv_bytes + cost.ssm_state_bytes + cost.conv_state_bytes,
-    "kv_bytes": lambda cost: cost.kv_bytes,
-}
+BUDGETS = budgets()
 """What can be a target: FLOPs are per token, bytes those of one sequence after `seq_len` tokens."""
 
 RANGES: Mapping[str, tuple[int, int, int]] = {

@@ -16,7 +16,7 @@ from explore import pattern as patterns
 from explore.blocks import BLOCKS, STANDARD_LETTERS, BlockConfig
 from explore.config import explain
 from explore.model import ModelConfig
-from explore.solve.budgets import BUDGETS, RANGES, Free, off
+from explore.solve.budgets import RANGES, Free, off
 
 SMOOTH = RANGES.keys() - {"d_model"}
 """Fields of which every budget is a smooth function that does not fall; heads, for one, jump with `d_model`."""
@@ -111,7 +111,7 @@ class Search:
         if point not in self.found:
             try:
                 cost = self.model(point).cost(self.seq_len)
-                self.found[point] = tuple(BUDGETS[name](cost) for name in self.targets)
+                self.found[point] = tuple(getattr(cost, name) for name in self.targets)
             except ValueError:
                 self.found[point] = None
         return self.found[point]

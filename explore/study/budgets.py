@@ -10,15 +10,8 @@ import optuna
 
 from explore.experiment import Experiment
 from explore.model import ModelConfig
+from explore.quantities import quantity
 from explore.solve import BUDGETS, Free, solve
-
-TIED: Mapping[str, tuple[str, ...]] = {
-    "flops_train": ("flops_train", "flops_fwd"),
-    "params_active": ("params_active",),
-    "params_total": ("params_total",),
-    "kv_bytes": ("kv_bytes_per_token",),
-}
-"""Columns of the table of runs that a budget fixes."""
 
 
 class RejectedError(ValueError):
@@ -78,18 +71,16 @@ def _applies(free: Free, content: Mapping[str, Any]) -> bool:
     return (not letter and name in ModelConfig.model_fields) or any(name in each for each in fields)
 
 
-def check_objectives(objectives: Mapping[str, str], budgets: Budgets | None, experiment: Experiment) -> None:
+def check_not_tied(objectives: Mapping[str, str], budgets: Budgets | None, experiment: Experiment) -> None:
     """Refuses an objective that is the same for every trial.
 
     Raises:
         ValueError: a budget that is tied, or the training FLOPs of runs that are all given the same, as an objective.
     """
     targets = budgets.targets if budgets is not None else {}
-    tied = {column: f"budgets.{name}" for name in targets for column in TIED.get(name, ())}
-    if experiment.train.flops is not None:
-        tied["flops_run"] = "train.flops"
-    elif "flops_train" in targets:
-        tied["flops_run"] = "budgets.flops_train"
-    for column in objectives:
-        if column in tied:
-            raise ValueError(f"objectives: {column!r} is tied by {tied[column]}, so it cannot be an objective too")
+    for name in objectives:
+        by = next((f"budgets.{each}" for each in (name, quantity(name).tied_to) if each in targets), None)
+        if name == "flops_run" and experiment.train.flops is not None:
+            by = "train.flops"
+        if by is not None:
+            raise ValueError(f"objectives: {name!r} is tied by {by}, so it cannot be an objective too")

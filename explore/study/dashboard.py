@@ -20,8 +20,11 @@ from optuna.trial import FrozenTrial
 
 from explore.experiment import Experiment
 from explore.figures import COLUMN_HEIGHT, COLUMN_WIDTH, RunFigure, plot_curves, plot_receipts, receipts_table
-from explore.runs import RunFolder, load_metrics
+from explore.formatting import count, flops
+from explore.quantities import headlines, quantity
+from explore.runs import RunFolder
 from explore.study.storage import objectives_of
+from explore.table import load_metrics
 
 DOTS_PER_INCH = 200
 PIECE = 2045
@@ -38,9 +41,10 @@ def describe_study(study: optuna.Study, question: str) -> None:
     """Writes the note of a study: its question and its objectives. One that is there, perhaps edited, is kept."""
     if _version(study, None):
         return
-    better = {"minimize": "less", "maximize": "more"}
+    better = {"minimize": "lower", "maximize": "higher"}
     objectives = ", ".join(
-        f"`{name}` ({better.get(direction, '?')} is better)" for name, direction in objectives_of(study).items()
+        f"`{name}`: {quantity(name).axis_label} ({better.get(direction, '?')} is better)"
+        for name, direction in objectives_of(study).items()
     )
     _save_note(study, None, f"{inspect.cleandoc(question)}\n\n**Objectives:** {objectives}\n")
 
@@ -77,19 +81,21 @@ def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifac
 def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | None) -> str:
     """What is worth knowing of a trial, in Markdown."""
     row, result, about = folder.row(), folder.result or {}, trial.user_attrs
-    scores = [f"{name} {row[name]:.4f}" for name in ("val_bpb", "test_bpb", "recall") if _is_number(row[name])]
+    shown = [each for each in headlines(row) if each.is_quality and _is_number(row[each.name])]
+    scores = [f"{each.name} {each.text(row[each.name])}" for each in shown]
     if _is_number(result.get("stopped_val_bpb")):
         scores = [f"val_bpb {result['stopped_val_bpb']:.4f} when it was stopped"]
     outcome = " · ".join([f"**{row['status']}**", *scores])
     reason = about.get("reason") or row["reason"]
+    texts = {name: quantity(name).text(value) or "?" for name, value in row.items()}
     lines = {
         "name": _code(row["name"]),
         "pattern": _code(row["pattern"]),
         "family": row["family"],
-        "parameters": f"{_count(row['params_total'])}, of which {_count(row['params_active'])} are active",
-        "training FLOPs": f"{_count(row['flops_run'])}, {_count(row['flops_train'])} per token",
+        "parameters": f"{texts['params_total']}, of which {texts['params_active']} are active",
+        "training FLOPs": f"{texts['flops_run']}, {texts['flops_train']} per token",
         "learning rate": _learning_rate(row["lr"], about, "val_loss" if _is_number(row["recall"]) else "val_bpb"),
-        "training": f"{_count(row['tokens'])} tokens in {_count(row['train_s'])} s" if row["train_s"] else None,
+        "training": f"{texts['tokens']} tokens in {texts['train_s']}" if row["train_s"] else None,
         "seed": row["seed"],
         "run": _code(str(folder.path)),
     }
@@ -111,10 +117,10 @@ def _components(experiment: Experiment) -> str:
     total = float(by_group["flops_fwd"].sum())
     rows = [f"Cost at {experiment.data.seq_len:,} tokens a sequence:", ""]
     rows += ["| component | parameters | forward FLOPs per token | share |", "|---|--:|--:|--:|"]
-    for group, params, flops in by_group[list(quantities)].itertuples():
-        if params or flops:
-            rows.append(f"| {group} | {_count(params) if params else ''} | {_count(flops)} | {flops / total:.1%} |")
-    rows.append(f"| **total** | {_count(by_group['params_total'].sum())} | {_count(total)} | |")
+    for group, params, fwd in by_group[list(quantities)].itertuples():
+        if params or fwd:
+            rows.append(f"| {group} | {count(params) if params else ''} | {flops(fwd)} | {fwd / total:.1%} |")
+    rows.append(f"| **total** | {count(by_group['params_total'].sum())} | {flops(total)} | |")
     return "\n".join(rows)
 
 
@@ -140,10 +146,10 @@ def _command(path: Path, experiment: Experiment) -> str:
 
 def _curve(folder: RunFolder) -> RunFigure:
     """Validation over training, or the training loss where there are no two validations."""
-    metrics = load_metrics(folder.path).rename(columns={"loss": "train_loss"})
+    metrics = load_metrics(folder.path)
     x = "flops_run" if "flops_run" in metrics else "tokens"
     validated = "val_bpb" in metrics and metrics["val_bpb"].notna().sum() > 1
-    y = "val_bpb" if validated else "train_loss"
+    y = "val_bpb" if validated else "loss"
     return plot_curves(metrics, x, y, width=COLUMN_WIDTH, height=COLUMN_HEIGHT)
 
 
@@ -191,13 +197,3 @@ def _code(text: Any) -> str | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _count(value: Any) -> str:
-    """A number with three digits and a letter for its power of a thousand."""
-    if not _is_number(value):
-        return "?"
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + unit
-    return f"{value:.3g}"

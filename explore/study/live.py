@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from explore.runs import model_label
+from explore.formatting import duration
+from explore.quantities import Quantity, headlines, quantity
 from explore.study.lease import is_left, is_rejected
 from explore.study.storage import objectives_of
+from explore.table import cell, model_label
 
 SPARKS = "▁▂▃▄▅▆▇█"
 STATE_WIDTH = 24
@@ -68,7 +70,8 @@ class SweepTable:
         )
         for column in ("trial", "model", "pattern"):
             table.add_column(column, no_wrap=True)
-        for column in ("params", "active", "FLOPs", "lr", "off", *self.objectives, "time"):
+        objectives = (quantity(name) for name in self.objectives)
+        for column in (*(each.header for each in (*self._known(), *objectives)), "time"):
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("curve", no_wrap=True)
         table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=STATE_WIDTH)
@@ -89,24 +92,25 @@ class SweepTable:
             if trial.state != TrialState.WAITING and not is_left(trial) and not is_rejected(trial)
         ]
 
+    def _known(self) -> list[Quantity]:
+        """What is shown of a trial beside its objectives: headlines that are known before training."""
+        return [each for each in headlines() if each.is_known and each.name not in self.objectives]
+
     def _front(self) -> set[int]:
         return {trial.number for trial in self.study.best_trials}
 
     def _row(self, trial: FrozenTrial, front: set[int]) -> list[str]:
         about = trial.user_attrs
-        values = [f"{value:.4g}" for value in trial.values] if trial.values else [""] * len(self.objectives)
-        residuals = about.get("residuals") or {}
+        # The attributes of a trial are those of `trial.json` and, under their names, its costs.
+        known = {each.name: about.get(each.name, each.read({"trial": about})) for each in self._known()}
+        values = trial.values or [None] * len(self.objectives)
         return [
             f"{'●' if trial.number in front else ' '}{trial.number:>3}",
             model_label(about.get("name", ""), about.get("family", ""), about.get("pattern", "")),
             about.get("pattern", ""),
-            _millions(about.get("params_total")),
-            _millions(about.get("params_active")),
-            f"{about['flops_run']:.2g}" if "flops_run" in about and "flops_run" not in self.objectives else "",
-            f"{about['lr']:.2g}{'' if about.get('tuned') else '?'}" if "lr" in about else "",
-            f"{max(map(abs, residuals.values())):.2%}" if residuals else "",
-            *values,
-            f"{about['took_s']:.0f} s" if "took_s" in about else "",
+            *(cell(each, {**about, **known}) for each in self._known()),
+            *(quantity(name).text(value) for name, value in zip(self.objectives, values, strict=True)),
+            duration(about["took_s"]) if "took_s" in about else "",
             sparkline([value for _, value in about.get("curve", [])]),
             _state(trial),
         ]
@@ -126,7 +130,3 @@ def _state(trial: FrozenTrial) -> str:
         return "training" if "confirmed" in about else "starting"
     outcome = about.get("outcome", "failed")
     return str(outcome if outcome == "done" else f"{outcome}: {about.get('reason', '')}".removesuffix(": "))
-
-
-def _millions(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:.2f}M"

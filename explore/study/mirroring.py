@@ -9,13 +9,15 @@ from pathlib import Path
 import optuna
 import pandas as pd
 
-from explore.figures import MORE_IS_BETTER, family_styles, frontier_table, plot_frontier, save_figure
-from explore.runs import COLUMNS, find_runs, load_runs
+from explore.figures import family_styles, frontier_table, plot_frontier, save_figure
+from explore.quantities import quantity
+from explore.runs import find_runs
 from explore.study.storage import objectives_of
+from explore.table import load_runs, tabulate
 from explore.tracking import PROJECT, Pages, WandbMode, log_sweep, run_id
 
-QUALITIES = ("val_bpb", "test_bpb", "val_loss", "recall")
-COSTS = ("flops_run", "params_active")
+QUALITY, COSTS = "val_bpb", ("flops_run", "params_active")
+"""Axes of a frontier unless the objectives of a study name others."""
 LONGEST_TABLE = 30
 
 
@@ -46,14 +48,13 @@ def study_pages(study: optuna.Study, runs: Path | None, project: str = PROJECT, 
     quality, costs = frontier_axes(study)
     trials = Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))
     told = ", ".join(f"{n} {state}" for state, n in sorted(trials.items())) or "none"
-    table = runs_of(study, runs) if runs is not None else _no_runs()
+    table = runs_of(study, runs) if runs is not None else tabulate()
     return Pages(
         name=study.study_name,
         project=project,
         group=study.study_name,
         question=str(study.user_attrs.get("question", "")),
         quality=quality,
-        more_is_better=quality in MORE_IS_BETTER,
         costs=costs,
         table=front_markdown(table, costs[0], quality),
         notes=[f"Trials when this was written: {told}.", *_notes(table)],
@@ -69,7 +70,7 @@ def runs_pages(runs: Path, project: str = PROJECT, entity: str = "") -> Pages:
         name=runs.resolve().name,
         project=project,
         costs=COSTS,
-        table=front_markdown(table, COSTS[0], QUALITIES[0]),
+        table=front_markdown(table, COSTS[0], QUALITY),
         notes=_notes(table),
         colors=_colors(table),
         entity=entity,
@@ -79,8 +80,8 @@ def runs_pages(runs: Path, project: str = PROJECT, entity: str = "") -> Pages:
 def frontier_axes(study: optuna.Study) -> tuple[str, list[str]]:
     """Columns of the figure of a study: the quality, and the costs against which it stands, its own objective first."""
     names = list(objectives_of(study))
-    quality = next((name for name in names if name in QUALITIES), QUALITIES[0])
-    costs = [name for name in names if name not in QUALITIES]
+    quality = next((name for name in names if quantity(name).is_quality), QUALITY)
+    costs = [name for name in names if not quantity(name).is_quality]
     return quality, costs + [cost for cost in COSTS if cost not in costs]
 
 
@@ -89,7 +90,7 @@ def runs_of(study: optuna.Study, runs: Path) -> pd.DataFrame:
     try:
         folders, table = find_runs(runs), load_runs(runs)
     except ValueError:  # there is no run yet
-        return _no_runs()
+        return tabulate()
     keys = {trial.user_attrs.get("key") for trial in study.get_trials(deepcopy=False)}
     own = {folder.key for folder in folders if folder.trial.get("study") == study.study_name}
     return table[table["key"].isin(keys | own)].reset_index(drop=True)
@@ -101,9 +102,11 @@ def front_markdown(table: pd.DataFrame, cost: str, quality: str) -> str:
     front = front[front["on_front"]].head(LONGEST_TABLE)
     if front.empty:
         return ""
-    lines = [f"| family | pattern | {cost} | {quality} | run |", "|---|---|--:|--:|---|"]
-    for run, family, pattern, x, y, _ in front.itertuples(index=False):
-        lines.append(f"| {family} | `{pattern}` | {x:.3g} | {y:.4f} | {run} |")
+    x, y = quantity(cost), quantity(quality)
+    lines = [f"| family | pattern | {x.axis_label} | {y.axis_label} | run |", "|---|---|--:|--:|---|"]
+    for row in front.to_dict("records"):
+        numbers = f"{x.text(row[cost])} | {y.text(row[quality])}"
+        lines.append(f"| {row['family']} | `{row['pattern']}` | {numbers} | {row['run']} |")
     return "\n".join(lines)
 
 
@@ -131,7 +134,3 @@ def _colors(table: pd.DataFrame) -> dict[str, str]:
         run_id(key): "#" + "".join(f"{round(255 * part):02x}" for part in styles[family].color)
         for key, family in zip(known["key"], known["family"], strict=True)
     }
-
-
-def _no_runs() -> pd.DataFrame:
-    return pd.DataFrame({column: pd.Series(dtype=dtype) for column, dtype in COLUMNS.items()})

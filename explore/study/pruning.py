@@ -23,21 +23,10 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import TrialState
 
+from explore.quantities import objectives as allowed_objectives
+from explore.quantities import quantity
 from explore.study.storage import objectives_of
 from explore.train import Judge
-
-ERRORS = ("val_bpb", "val_loss", "test_bpb")
-"""Objectives that the learning curve foretells."""
-COSTS = (
-    "flops_run",
-    "flops_train",
-    "flops_fwd",
-    "params_total",
-    "params_active",
-    "kv_bytes_per_token",
-    "ssm_state_bytes",
-)
-"""Objectives that are known before training."""
 
 
 class Curve(NamedTuple):
@@ -102,8 +91,8 @@ class FrontPruner:
             ValueError: the objectives do not fit, or the trial's user attributes do not tell its costs.
         """
         names = study.metric_names or []
-        check_objectives(objectives_of(study) if names else {})
-        costs = [name for name in names if name in COSTS]
+        check_prunable(objectives_of(study) if names else {})
+        costs = [name for name in names if quantity(name).role == "cost"]
         if missing := [name for name in costs if name not in trial.user_attrs]:
             raise ValueError(f"pruner: {missing[0]} is not among the user attributes of the trial before its training")
         own = [float(trial.user_attrs[name]) for name in costs]
@@ -128,17 +117,20 @@ def finished_curves(study: optuna.Study, costs: Sequence[str]) -> list[Curve]:
     ]
 
 
-def check_objectives(objectives: Mapping[str, str]) -> None:
-    """Refuses objectives for which a curve does not tell who ends on the front.
+def check_prunable(objectives: Mapping[str, str]) -> None:
+    """Refuses objectives for which a learning curve does not foretell the front.
 
     Raises:
-        ValueError: they are not one error that the curve foretells and costs known before training, all minimized.
+        ValueError: they are not one loss of the run's own text and costs known before training, all minimized.
     """
-    n_errors = sum(name in ERRORS for name in objectives)
-    known = all(name in (*ERRORS, *COSTS) for name in objectives)
+    losses, costs = (
+        [name for name, each in allowed_objectives().items() if each.role == role] for role in ("loss", "cost")
+    )
+    n_losses = sum(name in losses for name in objectives)
+    known = all(name in (*losses, *costs) for name in objectives)
     minimized = all(direction == "minimize" for direction in objectives.values())
-    if n_errors != 1 or len(objectives) < 2 or not known or not minimized:
+    if n_losses != 1 or len(objectives) < 2 or not known or not minimized:
         raise ValueError(
             f"pruner: the objectives {', '.join(objectives) or '(unnamed)'} do not fit; allowed is to minimize one of "
-            f"{', '.join(ERRORS)} and at least one of {', '.join(COSTS)}, which are known before training"
+            f"{', '.join(losses)} and at least one of {', '.join(costs)}, which are known before training"
         )

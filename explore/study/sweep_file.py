@@ -17,13 +17,13 @@ from pydantic import ValidationError
 
 from explore.config import explain
 from explore.experiment import Experiment
-from explore.runs import COLUMNS
+from explore.quantities import objectives as allowed_objectives
+from explore.quantities import unknown
 from explore.search.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
-from explore.study import pruning
 from explore.study.averages import Merging
-from explore.study.budgets import Budgets, RejectedError, check_objectives
+from explore.study.budgets import Budgets, RejectedError, check_not_tied
 from explore.study.learning_rates import LearningRates
-from explore.study.pruning import FrontPruner
+from explore.study.pruning import FrontPruner, check_prunable
 
 if TYPE_CHECKING:
     from explore.figures import RunFigure
@@ -43,7 +43,7 @@ class Sweep:
         path: the file.
         question: its docstring.
         experiment: a pure function of an Optuna trial.
-        objectives: columns of the table of runs, and which way is better.
+        objectives: quantities of `explore.quantities.objectives`, and which way is better.
         baselines: parameters of trials that are run first.
         sampler: what draws the parameters, unless the command names another.
         grid: values of every parameter, for the sampler `grid`.
@@ -113,7 +113,7 @@ def load_sweep(path: Path) -> Sweep:
     sweep = Sweep(path, question, experiment, _objectives(path, module), **_options(path, module))
     if sweep.pruner is not None:
         try:
-            pruning.check_objectives(sweep.objectives)
+            check_prunable(sweep.objectives)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     _check(sweep)
@@ -164,11 +164,8 @@ def _objectives(path: Path, module: ModuleType) -> Mapping[str, Direction]:
     if not isinstance(objectives, Mapping) or not objectives:
         raise ValueError(f'{path}: objectives are missing, such as {{"val_bpb": "minimize", "flops_run": "minimize"}}')
     for column, direction in objectives.items():
-        if COLUMNS.get(column) not in ("float64", "Int64"):
-            numeric = ", ".join(name for name, dtype in COLUMNS.items() if dtype in ("float64", "Int64"))
-            raise ValueError(
-                f"{path}: objectives: {column!r} is not a number in the table of runs; allowed are {numeric}"
-            )
+        if column not in (allowed := allowed_objectives()):
+            raise unknown(column, list(allowed), f"{path}: objectives")
         if direction not in ("minimize", "maximize"):
             raise ValueError(f"{path}: objectives.{column}: {direction!r} is not allowed; minimize and maximize are")
     return objectives
@@ -194,7 +191,7 @@ def _check(sweep: Sweep) -> None:
         if not isinstance(experiment, Experiment):
             raise ValueError(f"{sweep.path}: experiment(trial) returned {type(experiment).__name__}, not an Experiment")
         try:
-            check_objectives(sweep.objectives, sweep.budgets, experiment)
+            check_not_tied(sweep.objectives, sweep.budgets, experiment)
         except ValueError as error:
             raise ValueError(f"{sweep.path}: {error}") from None
         if not is_baseline:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from explore import train
 from explore.experiment import Experiment
+from explore.quantities import columns
 from explore.runs import PILOTS, RunFolder, write_json
 from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
@@ -28,6 +29,7 @@ from explore.study.claim import claim
 from explore.study.dashboard import annotate
 from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, is_left, leave
 from explore.study.sweep_file import TRIES, Sweep, reason
+from explore.table import expected_row
 from explore.tracking import WandbMode
 
 IDLE_S = 0.5
@@ -213,17 +215,14 @@ class Worker:
             return folder
 
     def _describe(self, trial: optuna.Trial, experiment: Experiment) -> None:
-        cost = experiment.model.cost(experiment.data.seq_len)
-        attributes = {
-            "name": experiment.name,
-            "family": experiment.model.family,
-            "pattern": experiment.model.pattern,
-            "params_total": cost.params_total,
-            "params_active": cost.params_active,
-            "flops_run": experiment.flops_run,
-        }
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
+        row = expected_row(experiment)
+        costs = [
+            each.name
+            for each in columns()
+            if each.role == "cost" and (each.headline or each.name in self.sweep.objectives)
+        ]
+        for name in ("name", "family", "pattern", *costs):
+            trial.set_user_attr(name, row[name])
 
     def _record(self, trial: optuna.Trial, folder: RunFolder, about: dict[str, Any]) -> None:
         """Says in the run's folder which trial it belongs to; the first that trained it stays."""

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from explore.quantities import METRICS, quantity
+
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
@@ -28,7 +30,6 @@ class Pages:
         group: study whose runs are shown; all runs of the project when absent.
         question: Markdown.
         quality: a summary of every run, the vertical axis of the frontier.
-        more_is_better: of the quality.
         costs: summaries of every run, the horizontal axes; the first is that of the frontier.
         table: Markdown of the runs on the front.
         notes: lines below the table.
@@ -41,7 +42,6 @@ class Pages:
     group: str | None = None
     question: str = ""
     quality: str = "val_bpb"
-    more_is_better: bool = False
     costs: Sequence[str] = ("flops_run", "params_active")
     table: str = ""
     notes: Sequence[str] = ()
@@ -50,7 +50,13 @@ class Pages:
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        return {**self.__dict__, "costs": list(self.costs), "notes": list(self.notes), "colors": dict(self.colors)}
+        """Arguments of both builders: the attributes, and what the declarations of quantities say of them."""
+        plain = {"costs": list(self.costs), "notes": list(self.notes), "colors": dict(self.colors)}
+        declared = {
+            "labels": {name: quantity(name).axis_label for name in (self.quality, *self.costs, *METRICS)},
+            "higher_is_better": quantity(self.quality).better == "higher",
+        }
+        return {**self.__dict__, **plain, **declared}
 
     def specs(self) -> dict[str, Any]:
         """What would be sent to the server, by `workspace` and `report`.
@@ -97,8 +103,9 @@ def build_workspace(
     entity: str,
     group: str | None,
     quality: str,
-    more_is_better: bool,
+    higher_is_better: bool,
     costs: list[str],
+    labels: dict[str, str],
     colors: dict[str, str],
     **of_report: Any,
 ) -> ws.Workspace:
@@ -108,21 +115,21 @@ def build_workspace(
 
     step, by_family = "trainer/global_step", wr.Config("family")
 
-    def curve(metric: str, title: str) -> wr.LinePlot:
-        return wr.LinePlot(title=title, x=step, y=[metric], max_runs_to_show=100)
+    def curve(metric: str) -> wr.LinePlot:
+        return wr.LinePlot(title=labels[metric], x=step, y=[metric], max_runs_to_show=100)
 
     def frontier(cost: str) -> wr.ScatterPlot:
         x, y = wr.SummaryMetric(cost), wr.SummaryMetric(quality)
-        return wr.ScatterPlot(title=f"{quality} against {cost}", x=x, y=y, log_x=True)
+        return wr.ScatterPlot(title=f"{labels[quality]} against {labels[cost]}", x=x, y=y, log_x=True)
 
     best = wr.BarPlot(
-        title=f"best {quality} of a family",
+        title=f"{labels[quality]}, best of a family",
         metrics=[wr.SummaryMetric(quality)],
         groupby=by_family,
-        groupby_aggfunc="max" if more_is_better else "min",
+        groupby_aggfunc="max" if higher_is_better else "min",
     )
     speed = wr.BarPlot(
-        title="median tokens/s of a family",
+        title=f"{labels['tokens_per_s']}, median of a family",
         metrics=[wr.SummaryMetric("tokens_per_s")],
         groupby=by_family,
         groupby_aggfunc="median",
@@ -132,16 +139,13 @@ def build_workspace(
     sections = {
         "Frontier": [*map(frontier, costs), best, published],
         "Learning curves": [
-            curve("val_bpb", "validation bits per byte"),
-            curve("loss", "training loss (nats per token)"),
-            curve("lr", "learning rate"),
-            curve("grad_norm", "norm of the gradient"),
+            curve("val_bpb"),
+            curve("loss"),
+            curve("lr"),
+            curve("grad_norm"),
         ],
-        "Throughput": [speed, curve("tokens_per_s", "tokens/s")],
-        "Balance of experts": [
-            curve("max_violation", "load of the fullest expert over the mean, less 1"),
-            curve("aux_loss", "auxiliary loss"),
-        ],
+        "Throughput": [speed, curve("tokens_per_s")],
+        "Balance of experts": [curve("max_violation"), curve("aux_loss")],
     }
     return ws.Workspace(
         entity=entity,
@@ -151,7 +155,7 @@ def build_workspace(
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters="" if group is None else f"Metric('Group') == {group!r}",
-            order=[ws.Ordering(ws.Summary(quality), ascending=not more_is_better)],
+            order=[ws.Ordering(ws.Summary(quality), ascending=not higher_is_better)],
             pinned_columns=["run:displayName", "config:family", *(f"summary:{column}" for column in (quality, *costs))],
             run_settings={run: ws.RunSettings(color=color) for run, color in colors.items()},
         ),
@@ -166,6 +170,7 @@ def build_report(
     question: str,
     quality: str,
     costs: list[str],
+    labels: dict[str, str],
     table: str,
     notes: list[str],
     colors: dict[str, str],
@@ -179,7 +184,7 @@ def build_report(
         return wr.Runset(name=title, filters=f"{of_group}Metric('JobType') == {kind!r}", **more)
 
     frontier = wr.ScatterPlot(
-        title=f"{quality} against {costs[0]}",
+        title=f"{labels[quality]} against {labels[costs[0]]}",
         x=wr.SummaryMetric(costs[0]),
         y=wr.SummaryMetric(quality),
         log_x=True,
@@ -191,7 +196,7 @@ def build_report(
         wr.WeavePanelSummaryTable(table_name="runs", layout=wr.Layout(w=24, h=12)),
     ]
     curves = wr.LinePlot(
-        title="validation bits per byte, mean and range of a family",
+        title=f"{labels['val_bpb']}, mean and range of a family",
         x="trainer/global_step",
         y=["val_bpb"],
         layout=wr.Layout(w=24, h=10),

@@ -9,20 +9,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from explore.files import replacing
+from explore.quantities import METRICS
 
 VALIDATION = ("val_loss", "val_bpb")
-COLUMNS = (
-    "step",
-    "tokens",
-    "loss",
-    "aux_loss",
-    "mtp_loss",
-    "lr",
-    "grad_norm",
-    "max_violation",
-    "tokens_per_s",
-    *VALIDATION,
-)
 
 
 class MetricsFile(Callback):
@@ -45,7 +34,7 @@ class MetricsFile(Callback):
         rows = _rows(path)
         kept = [row for row in rows if float(row["step"]) <= resumed_at] if resumed_at else []
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, METRICS)
             writer.writeheader()
             writer.writerows(kept)
 
@@ -62,7 +51,7 @@ class MetricsFile(Callback):
         step, metrics = trainer.global_step, trainer.callback_metrics  # the last of both kinds
         row = {name: float(value) for name, value in metrics.items() if (name in VALIDATION) == validation}
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
+            csv.DictWriter(file, METRICS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from explore.blocks import BlockConfig
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
 from explore.ops import is_forced, paths_that
-from explore.runs import read_table
+from explore.table import read_table
 
 SHIPPED = Path(__file__).with_name("regions.csv")
 NUMBERS = ("default_ns", "compiled_ns", "compile_s", "threads")

@@ -1,0 +1,146 @@
+"""The tidy tables made of run folders: one row a run, its learning curve, its accuracy on minimal pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from explore.files import replacing
+from explore.quantities import Quantity, columns, read
+from explore.runs import ENDED, find_runs
+
+if TYPE_CHECKING:
+    from explore.experiment import Experiment
+
+SUFFIXES = (".csv", ".parquet")
+
+
+def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
+    """The tidy table of the runs below the roots: one row a run folder, the columns of `explore.quantities`.
+
+    Scores by corpus and by suite have a column each where some run has them.
+
+    Args:
+        unfinished: also the runs that have not ended, with the status `unfinished` where no result tells another.
+
+    Returns:
+        A table in which what is not known is NaN or NA; without rows when no run has finished.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    return tabulate(run.row() for run in find_runs(*roots) if unfinished or run.status in ENDED)
+
+
+def tabulate(rows: Iterable[Mapping[str, Any]] = ()) -> pd.DataFrame:
+    """A table of runs from their rows, every column with its declared dtype."""
+    rows = list(rows)
+    shown = columns(name for row in rows for name in row)
+    return pd.DataFrame({each.name: _column([row.get(each.name) for row in rows], each.dtype) for each in shown})
+
+
+def expected_row(experiment: Experiment) -> dict[str, Any]:
+    """What the row of a run will say, as far as it is known before training."""
+    records = {
+        "experiment": experiment.model_dump(mode="json"),
+        "cost": {"family": experiment.model.family, **experiment.model.cost(experiment.data.seq_len).to_dict()},
+        "result": {"flops_run": experiment.flops_run},
+    }
+    return {name: value for name, value in read(records).items() if value is not None}
+
+
+def load_pairs(*roots: str | Path) -> pd.DataFrame:
+    """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    rows = [
+        (run.path.resolve().name, suite, uid, accuracy)
+        for run in find_runs(*roots)
+        if run.status in ENDED
+        for suite, shares in (run.evals.get("pairs") or {}).items()
+        for uid, accuracy in shares.items()
+    ]
+    return pd.DataFrame(rows, columns=["run", "suite", "uid", "accuracy"])
+
+
+def load_metrics(*roots: str | Path) -> pd.DataFrame:
+    """The learning curves of all runs below the roots: the rows of every `metrics.csv`, led by run, family and pattern.
+
+    Training FLOPs so far (`flops_run`) are added from the tokens so far (`tokens`) where a run did not log them.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    tables = []
+    for run in find_runs(*roots):
+        row, metrics = run.row(), run.metrics
+        if "flops_run" not in metrics and "tokens" in metrics and isinstance(row["flops_train"], int | float):
+            metrics["flops_run"] = metrics["tokens"] * float(row["flops_train"])
+        labels = {column: row[column] for column in ("run", "family", "pattern")}
+        metrics = metrics.drop(columns=list(labels), errors="ignore")
+        if len(metrics):
+            tables.append(pd.DataFrame(labels, index=metrics.index).join(metrics))
+    if not tables:
+        return pd.DataFrame(columns=["run", "family", "pattern"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def save_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Writes a table atomically, without its index, as the suffix of `path` says: .csv or .parquet.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = _checked(path)
+    with replacing(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+        else:
+            table.to_parquet(temporary, index=False)
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Reads a table that `save_table` wrote.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = _checked(path)
+    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+
+
+def model_label(name: str, family: str, pattern: str) -> str:
+    """What to call a model beside its pattern: its name, unless that begins with the pattern, else its family."""
+    return family if not name or (pattern and name.startswith(pattern)) else name
+
+
+def cell(each: Quantity, row: Mapping[Any, Any]) -> str:
+    """A value of a row as a table on a terminal shows it; a learning rate that was not tuned has a question mark."""
+    text = each.text(row.get(each.name))
+    return f"{text}?" if text and each.name == "lr" and row.get("tuned") is not True else text
+
+
+def _checked(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"table must be a {' or '.join(SUFFIXES)} file, got {str(path)!r}")
+    return path
+
+
+def _column(values: list[Any], dtype: str) -> pd.Series[Any]:
+    if dtype == "str":
+        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        return pd.Series(texts, dtype="str")
+    if dtype == "boolean":
+        return pd.Series([value if isinstance(value, bool) else None for value in values], dtype="boolean")
+    numbers = [value if isinstance(value, int | float) and math.isfinite(value) else None for value in values]
+    if dtype == "Int64":
+        return pd.Series([None if value is None else round(value) for value in numbers], dtype="Int64")
+    return pd.Series([math.nan if value is None else float(value) for value in numbers], dtype="float64")
