@@ -28,10 +28,6 @@ _BOUND_COLORS: Mapping[str, Color] = {
     "state": (0.85, 0.72, 0.50),
     "flops": (0.94, 0.41, 0.47),
 }
-_SHOWN = (
-    "params_total", "params_active", "params_mtp", "flops_fwd", "flops_mtp", "flops_decode", "weight_bytes",
-    "kv_bytes_per_token", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes",
-)  # fmt: skip
 
 
 def evaluate(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +63,7 @@ def readout(state: Controls, model: ModelConfig) -> dict[str, Any]:
         for entry in part.entries:
             sums[group_of(model, part.letter, entry.component)] += n * entry.flops_seq
     return {
-        **{name: getattr(cost, name) for name in _SHOWN},
+        **cost.to_dict(),
         "flops_by_group": {group: flops / state.seq_len for group, flops in sums.items() if flops},
         "cache_bytes": cache,
         "decode_s": step_s,
