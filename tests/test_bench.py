@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
 from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops, time_trials
+from explore.blocks import KINDS
 from explore.ops import PATHS
 
 
@@ -22,7 +24,9 @@ def test_every_op_is_timed_on_every_path_that_runs_here() -> None:
     records = list(time_ops(64, 64, 32, repeats=1))
     timed = {(record["op"].partition(",")[0], record["path"]) for record in records}
     left_out = {"recurrent", "mamba_ssm", "compiled", "transposed", "triton", "vectors", "sums"}
-    every = {(op, path.name) for op, paths in PATHS.items() for path in paths}
+    calls = [call for config in KINDS.values() for call in config.default(64).op_calls(64, 2, 32, torch.float32)]
+    ops = {"linear", "loss", "norm", *(call.partition(",")[0] for call in calls)}
+    every = {(op, path.name) for op in ops for path in PATHS[op]}
     assert {path for _, path in every - timed} == left_out
     assert timed <= every
     assert all(record["seconds"] > 0 for record in records)
