@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from pydantic.functional_validators import AfterValidator
+
+from explore.foreign import echo, parse_json
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -126,7 +127,7 @@ def _reason(problem: Any) -> str:
     if kind == "value_error":
         return message
     message = message[0].lower() + message[1:]
-    return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {value!r}"
+    return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {echo(value)}"
 
 
 def set_field(content: dict[str, Any], override: str) -> None:
@@ -137,14 +138,14 @@ def set_field(content: dict[str, Any], override: str) -> None:
     """
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ValueError(f"--set: {override!r} is not of the form path.to.field=value")
+        raise ValueError(f"--set: {echo(override)} is not of the form path.to.field=value")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except ValueError:
         value = text
     *parents, field = path.split(".")
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise ValueError(f"--set: {parent!r} in {path!r} has no fields")
+            raise ValueError(f"--set: {echo(parent)} in {echo(path)} has no fields")
     content[field] = value

@@ -1,23 +1,42 @@
-"""Files that are whole or absent, and files that may be compressed."""
+"""Files that are whole or absent, files that may be compressed, and JSON files."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import io
-import json
 import lzma
 import os
+import re
 import shutil
+import stat
+import time
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from explore.foreign import parse_json
 
 COMPRESSIONS = (".gz", ".xz")
 UNREADABLE = (EOFError, OSError, lzma.LZMAError, zlib.error)
 """What reading a missing or broken file raises, compressed or not."""
+
+EXPANSION = {".gz": 200, ".xz": 2000}
+"""How many times its size on disk a compressed file may hold; text shrinks 3 to 50 times, bombs over 1000 times."""
+
+EXPANSION_FREE_BYTES = 1 << 26
+"""A compressed file may hold this many bytes however small it is."""
+
+JSON_BYTES = 1 << 26
+"""Largest JSON file that is read."""
+
+POLL_S = 0.1
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp(\.\w+)?")
 
 
 @contextmanager
@@ -28,15 +47,86 @@ def replacing(path: str | Path) -> Iterator[Path]:
     whole. The parent folder is made when missing.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
+    with temporary_beside(path) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+@contextmanager
+def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A hidden temporary file or folder beside `path`, which is gone when the block ends.
+
+    Its owner holds a lock on it. What a killed owner left is no longer locked, and the next writer in the same
+    folder removes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent)
+    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp{'' if folder else path.suffix}")
+    if folder:
+        temporary.mkdir()
+    else:
+        temporary.touch()
+    lock = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR)
+    try:
+        with contextlib.suppress(OSError):
+            try_lock(lock)
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        if folder:
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes the temporary files and folders of `temporary_beside` whose owners are gone."""
+    for path in folder.iterdir():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):  # another process removes it, or it is not ours
+            lock = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if try_lock(lock):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(lock)
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file against other processes until it is closed; False where another holds it.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def held(path: Path, waiting: Callable[[], None]) -> Iterator[BinaryIO]:
+    """Opens a file to read and write, made where absent, that no other process holds at the same time.
+
+    Args:
+        waiting: called again and again while another process holds it.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        with contextlib.suppress(OSError):
+            while not try_lock(file.fileno()):
+                waiting()
+                time.sleep(POLL_S)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # it has got another name or is gone
+    with file:
+        yield file
 
 
 def copy_whole(source: Path, path: Path) -> None:
@@ -45,15 +135,65 @@ def copy_whole(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def open_plain(path: Path) -> io.BufferedIOBase:
-    """Opens a file for reading, decompressed as its name ends: .gz, .xz or anything else."""
-    match path.suffix:
-        case ".gz":
-            return gzip.GzipFile(path)
-        case ".xz":
-            return lzma.LZMAFile(path)
-        case _:
-            return path.open("rb")
+def exists(path: Path) -> bool:
+    """Whether there is anything at a path that a person typed, which may be too long or lead where none may look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what cannot be read like a file: a folder, a FIFO, a socket or a device.
+
+    Raises:
+        ValueError: `path` is one of them.
+        OSError: there is nothing at `path`.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        raise ValueError(f"{path}: must be a file, got a {kinds.get(stat.S_IFMT(mode), 'device')}")
+
+
+def open_plain(path: Path) -> io.BufferedReader:
+    """Opens a file for reading, decompressed as its name ends: .gz, .xz or anything else.
+
+    Raises:
+        ValueError: no regular file; and while reading, more than `EXPANSION` times the size of a compressed file.
+        OSError: no such file.
+    """
+    check_regular(path)
+    if path.suffix not in COMPRESSIONS:
+        return path.open("rb")
+    opener = gzip.GzipFile if path.suffix == ".gz" else lzma.LZMAFile
+    return io.BufferedReader(_Expanded(path, opener(path)), buffer_size=1 << 17)
+
+
+class _Expanded(io.RawIOBase):
+    """A decompressed file that stops a bomb; a reader needs memory for a buffer only."""
+
+    def __init__(self, path: Path, packed: gzip.GzipFile | lzma.LZMAFile) -> None:
+        self.path, self.packed, self.n_read = path, packed, 0
+        self.ratio = EXPANSION[path.suffix]
+        self.limit = max(EXPANSION_FREE_BYTES, self.ratio * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n = self.packed.readinto(buffer)
+        self.n_read += n
+        if self.n_read > self.limit:
+            raise ValueError(
+                f"{self.path}: must hold at most {self.ratio} times its size on disk ({self.limit:,} bytes), "
+                "got more; decompress it first if that is right"
+            )
+        return n
+
+    def close(self) -> None:
+        self.packed.close()
+        super().close()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,11 +203,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: no such file, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        check_regular(path)
+        with path.open("rb") as file:
+            raw = file.read(JSON_BYTES + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if len(raw) > JSON_BYTES:
+        raise ValueError(f"{path}: must have at most {JSON_BYTES:,} bytes of JSON, got more")
+    try:
+        content = parse_json(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed, found {type(content).__name__}")
     return content

@@ -1,0 +1,36 @@
+"""Text from elsewhere: JSON that anyone may have written, and values as error messages quote them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+ECHO_CHARS = 80
+GAP = "..."
+
+
+def echo(value: object) -> str:
+    """A value as an error message shows it: its `repr`, cut in the middle to 80 characters."""
+    if isinstance(value, str) and len(value) > 4 * ECHO_CHARS:  # a long one need not be escaped whole
+        value = value[: 2 * ECHO_CHARS] + value[-2 * ECHO_CHARS :]
+    text = repr(value)
+    half = (ECHO_CHARS - len(GAP)) // 2
+    return text if len(text) <= ECHO_CHARS else text[: ECHO_CHARS - len(GAP) - half] + GAP + text[-half:]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Reads JSON; a byte-order mark is skipped.
+
+    Raises:
+        ValueError: what is wrong, in one line.
+    """
+    try:
+        return json.loads((text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"must be UTF-8, byte {error.start} is not ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON must not be nested this deeply") from None
+    except ValueError:  # the only one left: Python refuses to convert so many digits
+        raise ValueError("an integer in JSON must have at most 4,300 digits") from None
