@@ -145,8 +145,61 @@ def test_pairs_are_read_plain_and_compressed(tmp_path: Path, suffix: str, opener
     assert read_minimal_pairs(path, limit=1) == [PAIRS[0], PAIRS[2]]
 
 
+def published(layout: str, folder: Path) -> Path:
+    """The pairs as BLiMP and Zorro are published: a folder with a file for each paradigm."""
+    folder.mkdir()
+    for uid in dict.fromkeys(pair.uid for pair in PAIRS):
+        some = [pair for pair in PAIRS if pair.uid == uid]
+        if layout == "blimp":
+            records = [
+                {"sentence_good": good, "sentence_bad": bad, "field": "syntax", "UID": uid, "pairID": str(i)}
+                for i, (uid, good, bad) in enumerate(some)
+            ]
+            (folder / f"{uid}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        else:
+            (folder / f"{uid}.txt").write_text("".join(f"{bad}\n{good}\n" for _, good, bad in some))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["blimp", "zorro"])
+def test_the_published_layouts_are_read_as_files_and_as_folders(layout: str, tmp_path: Path) -> None:
+    folder = published(layout, tmp_path / layout)
+    assert read_minimal_pairs(folder) == PAIRS
+    assert read_minimal_pairs(folder, limit=1) == [PAIRS[0], PAIRS[2]]
+    files = sorted(folder.iterdir())
+    assert [pair for file in files for pair in read_minimal_pairs(file)] == PAIRS
+    packed = folder / f"{files[0].name}.gz"
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + files[0].read_bytes().replace(b"\n", b"\r\n")))
+    files[0].unlink()
+    assert read_minimal_pairs(folder) == PAIRS
+
+
+def test_what_is_no_suite_of_pairs_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no .jsonl or .txt file"):
+        read_minimal_pairs(tmp_path)
+    (tmp_path / "order.txt").write_text("She left has.\nShe has left.\n\nIt for rained hours.\n")
+    with pytest.raises(ValueError, match="must have bad and good sentences on alternate lines, got 3 lines"):
+        read_minimal_pairs(tmp_path)
+    (tmp_path / "order.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no minimal pairs"):
+        read_minimal_pairs(tmp_path / "order.txt")
+
+
 @pytest.mark.parametrize(
-    "line", ["{", "[1, 2]", '"text"', '{"uid": "a", "good": "b"}', '{"uid": "a", "good": "b", "bad": 3}']
+    "line",
+    [
+        "{",
+        "[1, 2]",
+        '"text"',
+        '{"uid": "a", "good": "b"}',
+        '{"uid": "a", "good": "b", "bad": 3}',
+        '{"uid": "a", "good": "b", "bad": ""}',
+        '{"UID": "a", "sentence_good": "b", "bad": "c"}',
+        "[" * 100_000,
+        '{"uid": "a", "good": "b", "bad": ' + "9" * 5000 + "}",
+        '{"uid": "a", "good": "' + "b" * 5000 + '"}',
+    ],
+    ids=lambda line: line[:60],
 )
 def test_a_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pairs.jsonl"
@@ -154,6 +207,7 @@ def test_a_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str
     with pytest.raises(ValueError, match=f"line {len(PAIRS) + 2} is not a record") as caught:
         read_minimal_pairs(path)
     assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < len(str(path)) + 250
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "cut.jsonl.gz", "text.jsonl.gz", "text.jsonl.xz", "latin.jsonl"])
@@ -162,7 +216,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     contents = {"cut": gzip.compress(lines().encode())[:60], "text": b"not packed\n", "latin": b'{"uid": "\xe9"}\n'}
     if (content := contents.get(name.split(".", maxsplit=1)[0])) is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read") as caught:
+    with pytest.raises(ValueError, match=r"cannot be read|must be UTF-8, byte 9") as caught:
         read_minimal_pairs(path)
     assert str(caught.value).startswith(f"{path}: ")
 

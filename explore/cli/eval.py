@@ -29,7 +29,9 @@ PROMPT_TOKENS = 64
 )
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that import wrote.")],
-    pairs: Annotated[list[Path] | None, typer.Option(help="BLiMP or Zorro file of minimal pairs; repeatable.")] = None,
+    pairs: Annotated[
+        list[Path] | None, typer.Option(help="File or folder of minimal pairs, as BLiMP or Zorro; repeatable.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of each paradigm.")] = None,
     corpus: Annotated[
         list[str] | None, typer.Option(help="Bits per byte of the test text of another corpus; repeatable.")
@@ -49,7 +51,13 @@ def evaluate(
 
     if not (pairs or corpus or acceptance):
         raise ValueError("--pairs, --corpus, --acceptance: at least one of them is required")
-    read = {path.name.partition(".")[0]: read_minimal_pairs(path, limit) for path in pairs or []}
+    suites: dict[str, Path] = {}
+    for path in pairs or []:
+        suite = path.resolve().name.partition(".")[0]
+        if suite in suites:
+            raise ValueError(f"--pairs: two suites must not have one name, got {suites[suite]} and {path}")
+        suites[suite] = path
+    read = {suite: read_minimal_pairs(path, limit) for suite, path in suites.items()}
     found = {}
     for run in runs:
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)

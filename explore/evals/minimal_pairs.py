@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from explore.data import Tokenizer
-from explore.files import UNREADABLE, open_plain
+from explore.files import COMPRESSIONS, UNREADABLE, open_plain
+from explore.foreign import echo, parse_json
 from explore.model import LanguageModel
 
 
@@ -24,40 +24,83 @@ class MinimalPair(NamedTuple):
     bad: str
 
 
+FIELDS: tuple[tuple[str, str, str], ...] = (("uid", "good", "bad"), ("UID", "sentence_good", "sentence_bad"))
+"""Names of paradigm, good and bad sentence in JSON lines; the second set is BLiMP's."""
+
+SUFFIXES = (".jsonl", ".txt")
+
+
 def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair]:
-    """Reads a BLiMP or Zorro file: JSON lines with `uid`, `good` and `bad`, plain, .gz or .xz.
+    """Reads minimal pairs as they are published, plain, .gz or .xz.
+
+    BLiMP is JSON lines with `UID`, `sentence_good` and `sentence_bad` (`uid`, `good` and `bad` are read as well).
+    Zorro is a .txt file for each paradigm, named after it, with bad and good sentences on alternate lines. A folder
+    stands for all such files in it.
 
     Args:
         limit: keep only the first pairs of each paradigm.
 
     Raises:
-        ValueError: no such file, or a line that is not such a record.
+        ValueError: no such file, a line that is not such a record, or no pair at all.
     """
     try:
-        with open_plain(path) as lines:
-            pairs = [_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        pairs = [pair for file in _files(path) for pair in _read(file)]
     except (*UNREADABLE, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: minimal pairs cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
-    seen: Counter[str] = Counter()
+    if not pairs:
+        raise ValueError(f"{path}: holds no minimal pairs")
+    n_pairs: Counter[str] = Counter()
     kept = []
     for pair in pairs:
-        seen[pair.uid] += 1
-        if limit is None or seen[pair.uid] <= limit:
+        n_pairs[pair.uid] += 1
+        if limit is None or n_pairs[pair.uid] <= limit:
             kept.append(pair)
     return kept
 
 
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.iterdir()) if _format(file) in SUFFIXES and not file.name.startswith(".")]
+    if not files:
+        raise ValueError(f"{path}: holds no .jsonl or .txt file, plain, .gz or .xz (subfolders are not searched)")
+    return files
+
+
+def _format(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _read(path: Path) -> list[MinimalPair]:
+    with open_plain(path) as file:
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    if _format(path) == ".txt":
+        return _alternate_lines(path, [line.decode("utf-8-sig" if number == 1 else "utf-8") for number, line in lines])
+    return [_pair(line, path, number) for number, line in lines]
+
+
+def _alternate_lines(path: Path, lines: Sequence[str]) -> list[MinimalPair]:
+    if len(lines) % 2:
+        raise ValueError(f"{path}: must have bad and good sentences on alternate lines, got {len(lines)} lines")
+    uid = path.name.partition(".")[0]
+    sentences = [line.strip() for line in lines]
+    return [MinimalPair(uid, good, bad) for bad, good in zip(sentences[::2], sentences[1::2], strict=True)]
+
+
 def _pair(line: bytes, path: Path, number: int) -> MinimalPair:
     try:
-        record = json.loads(line)
-        pair = MinimalPair(record["uid"], record["good"], record["bad"])
-        if all(isinstance(text, str) for text in pair):
-            return pair
-    except (json.JSONDecodeError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path}: line {number} is not a record with uid, good and bad")
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: line {number} is not a record ({error})") from None
+    for fields in FIELDS:
+        if isinstance(record, dict) and all(field in record for field in fields):
+            uid, good, bad = (record[field] for field in fields)
+            if isinstance(uid, str) and all(isinstance(text, str) and text.strip() for text in (good, bad)):
+                return MinimalPair(uid, good, bad)
+    expected = " nor ".join(", ".join(fields) for fields in FIELDS)
+    raise ValueError(f"{path}: line {number} is not a record with sentences in {expected}, got {echo(record)}")
 
 
 @torch.inference_mode()
