@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import hashlib
 import json
 import lzma
 import os
-from collections.abc import Sequence
-from itertools import chain
+import random
+import re
+import socket
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from explore.data import SPLITS, load_corpus
-from explore.data.documents import read_documents
-from explore.data.splits import cut, split_of
+from explore import files
+from explore.data import SPLITS, documents, load_corpus, overlap
+from explore.data.cutting import EVAL_SHARE, cut_places
+from explore.data.splits import split_of
 
 BOOKS = [f"Book {i} — café\n\nChapter {i * i}.\n\nThe end of {i}.\n" for i in range(100)]
 
@@ -51,7 +59,7 @@ def test_a_text_file_is_one_document_with_every_byte_kept(folder: Path) -> None:
     text = "One\r\n\r\nTwo é\n\nThree\n\n"
     path = folder / "a.txt"
     path.write_bytes(text.encode())
-    assert list(read_documents(path)) == [text]
+    assert "".join(text for _, text in documents.read_chunks(path)) == text
 
 
 def test_changing_one_letter_changes_the_hash_of_its_split_alone(folder: Path) -> None:
@@ -152,16 +160,39 @@ def test_a_single_document_is_cut_at_paragraphs_without_losing_a_byte(folder: Pa
     assert [round(len(part) / len(text), 2) for part in parts] == [0.9, 0.05, 0.05]
 
 
-@given(st.lists(st.text("ab \n", min_size=1), min_size=1, max_size=30).map("\n".join), st.integers(1, 2))
-def test_a_cut_loses_nothing_and_leaves_no_part_blank(text: str, n_eval: int) -> None:
+def plain_cut(text: str, n_eval: int) -> list[int]:
+    """The rule, on a whole text in memory: every end of a paragraph, or of a line, and the nearest to each share."""
+    for boundary in (r"\n\s*\n", r"\n\s*\n|\n"):
+        ends = [match.end() for match in re.finditer(boundary, text)]
+        ends = [end for end in ends if len(text) - len(text.lstrip()) < end < len(text.rstrip())]
+        if len(ends) >= n_eval:
+            break
+    else:
+        raise ValueError
+    cuts, first = [], 0
+    for left in range(n_eval, 0, -1):
+        target = (1 - left * EVAL_SHARE) * len(text)
+        nearest = min(range(first, len(ends) - left + 1), key=lambda i: abs(ends[i] - target))
+        cuts.append(ends[nearest])
+        first = nearest + 1
+    return cuts
+
+
+@given(
+    st.lists(st.text("ab \n\u3000é", min_size=1), min_size=1, max_size=30).map("\n".join),
+    st.integers(1, 2),
+    st.integers(1, 9),
+)
+def test_a_cut_found_in_chunks_is_that_of_the_whole_text(text: str, n_eval: int, n_chars: int) -> None:
+    chunks = [text[start : start + n_chars] for start in range(0, len(text), n_chars)]
     n_lines = len([line for line in text.split("\n") if line.strip()])
     try:
-        parts = cut(text, n_eval)
+        places, within_line = cut_places(lambda: chunks, n_eval)
     except ValueError:
         assert n_lines <= n_eval
     else:
-        assert "".join(parts) == text
-        assert len(parts) == 1 + n_eval
+        assert (places, within_line) == (plain_cut(text, n_eval), False)
+        parts = [text[start:end] for start, end in zip([0, *places], [*places, None], strict=True)]
         assert all(part.strip() for part in parts)
 
 
@@ -195,10 +226,11 @@ def test_a_rewritten_file_is_hashed_anew(folder: Path) -> None:
     )
 
 
-def test_a_damaged_index_is_made_anew(folder: Path, cache: Path) -> None:
+def test_a_damaged_index_is_made_anew(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(folder / "books.jsonl", BOOKS)
+    monkeypatch.setattr(documents, "SETTLED_NS", 0)
     before = load_corpus(str(path)).content_hash()
-    (index,) = (cache / "documents").glob("*.npy")
+    (index,) = (cache / "documents").glob("*.index")
     index.write_bytes(index.read_bytes()[:-7])
     assert load_corpus(str(path)).content_hash() == before
 
@@ -206,13 +238,16 @@ def test_a_damaged_index_is_made_anew(folder: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a.jsonl, line 3: not valid JSON"),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"body": "y", "id": 1}\n',
             r'line 2: needs a string in the field "text".*body, id',
         ),
-        ("a.jsonl", b'{"text": 5}\n', r'line 1: needs a string in the field "text"'),
+        ("a.jsonl", b'{"text": 5}\n', r'line 1: needs a string in the field "text", found 5'),
+        ("a.jsonl", b'{"text": null}\n', r'line 1: needs a string in the field "text", found null'),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y", "m": ' + b"[" * 100_000, r"line 2: JSON must not be nested"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}", r"line 1: an integer in JSON must have at most 4,300"),
         ("a.jsonl", b"[1]\n", r'line 1: needs a string in the field "text", found list'),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1:.*surrogate"),
         ("a.txt", b"caf\xe9", r"a.txt: must be UTF-8, byte 3"),
@@ -220,7 +255,7 @@ def test_a_damaged_index_is_made_anew(folder: Path, cache: Path) -> None:
         ("a.txt.gz", gzip.compress(b"text", mtime=0)[:-9], r"a.txt.gz cannot be read"),
         ("a.csv", b"text", r"must be .txt or .jsonl"),
         ("a.txt", b" \n", r"no text for train"),
-        ("a.txt", b"one line", r"3 splits cannot be cut from 1 lines"),
+        ("a.txt", b"one line", r"3 splits cannot be cut from 1 lines of text; at least 3 lines, or 1,000 characters"),
     ],
 )
 def test_bad_text_is_named_with_file_and_place(folder: Path, name: str, raw: bytes, message: str) -> None:
@@ -236,3 +271,157 @@ def test_a_folder_that_cannot_be_a_corpus_says_why(folder: Path) -> None:
     (folder / "val.txt").write_text("x")
     with pytest.raises(ValueError, match=r"has val.txt but no training file"):
         load_corpus(str(folder))
+
+
+NOVEL = "\n\n".join(
+    f"Paragraph {i} tells of {i * i} sheep on {i % 7} hills and a shepherd.\nHe sleeps." for i in range(400)
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train": NOVEL, "val": NOVEL}, r"train \(train.txt\) and val \(val.txt\)"),
+        ({"train": NOVEL, "test": NOVEL}, r"train \(train.txt\) and test \(test.txt\)"),
+        ({"train": NOVEL, "val": NOVEL, "test": "other"}, r"train \(train.txt\) and val \(val.txt\)"),
+        ({"train": "other " * 99, "val": NOVEL, "test": NOVEL}, r"val \(val.txt\) and test \(test.txt\)"),
+        ({"train": NOVEL, "val": "\ufeff" + NOVEL}, r"train \(train.txt\) and val \(val.txt\)"),
+        ({"train": NOVEL, "val": NOVEL + "\n"}, "100% of the lines of val.txt are in the training text; val must be"),
+        ({"train": NOVEL.replace("\n", "\r\n"), "val": NOVEL}, "100% of the lines of val.txt are in the training text"),
+        ({"train": NOVEL, "test": NOVEL[-3000:]}, "100% of the lines of test.txt are in the training text"),
+        ({"train-0": "other " * 99, "train-1": NOVEL, "val": NOVEL[:3000]}, "of the lines of val.txt are in the train"),
+    ],
+)
+def test_training_text_as_text_of_an_evaluation_is_refused(folder: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(folder))
+
+
+def test_a_corpus_whose_splits_share_many_lines_says_so(folder: Path) -> None:
+    own = NOVEL.replace("sheep", "goats")
+    for name, text in {"train": NOVEL, "val": own[:6000] + NOVEL[:6000], "test": own[6000:]}.items():
+        (folder / f"{name}.txt").write_text(text)
+    (note,) = load_corpus(str(folder)).notes
+    assert re.fullmatch(r"(49|50|51)% of the lines of val.txt are in the training text: scores on val .*", note)
+    (folder / "val.txt").write_text(own[:6000])
+    assert load_corpus(str(folder)).notes == ()
+
+
+def test_lines_of_a_long_text_are_sampled_alike_in_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "SAMPLE", 100)
+    lines = [f"line {i} of a text that has very many of them" for i in range(10_000)]
+    whole, mask = overlap.sample_lines([(True, "\n".join(lines))])
+    part, part_mask = overlap.sample_lines([(i == 0, f"{line}\n") for i, line in enumerate(lines[:2000])])
+    assert len(whole) <= 100
+    assert mask > part_mask > 0
+    common = part[part & np.uint64(mask) == 0]
+    assert len(common) >= 8
+    assert set(common.tolist()) <= set(whole.tolist())
+
+
+def text8(n_words: int) -> str:
+    return " ".join(f"word{i}" for i in range(n_words))
+
+
+@pytest.mark.parametrize("around", [("", ""), ("\n", "\n"), ("Title\n\n", "\n\nend"), ("One\nTwo\nThree\n", "")])
+def test_a_text_of_one_giant_line_is_cut_between_words_and_says_so(folder: Path, around: tuple[str, str]) -> None:
+    text = around[0] + text8(300_000) + around[1]
+    (folder / "giant.txt").write_text(text)
+    corpus = load_corpus(str(folder / "giant.txt"))
+    parts = ["".join(corpus.documents(split)) for split in SPLITS]
+    assert "".join(parts) == text
+    assert [round(len(part) / len(text), 3) for part in parts] == [0.9, 0.05, 0.05]
+    assert all(part.startswith("word") and before[-1] == " " for before, part in pairwise(parts))
+    assert corpus.notes == ("giant.txt has too few lines: val and test are cut from its end between words",)
+
+
+def test_a_text_without_any_blank_is_cut_where_its_shares_end(folder: Path) -> None:
+    (folder / "dna.txt").write_text("".join(random.Random(0).choices("ACGT", k=200_000)))
+    corpus = load_corpus(str(folder / "dna.txt"))
+    assert [corpus.n_bytes(split) for split in SPLITS] == [180_000, 10_000, 10_000]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(folder: Path) -> None:
+    for name, text in {"with": "\ufeff" + NOVEL, "without": NOVEL}.items():
+        (folder / f"{name}.txt").write_bytes(text.encode())
+    record = json.dumps({"text": NOVEL}).encode()
+    for name, mark in {"with": b"\xef\xbb\xbf", "without": b""}.items():
+        (folder / f"{name}.jsonl").write_bytes(mark + record)
+    hashes = {load_corpus(str(file)).content_hash() for file in folder.iterdir()}
+    assert len(hashes) == 1
+    (folder / "utf-16.txt").write_text(NOVEL, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"utf-16.txt: must be UTF-8, got UTF-16"):
+        load_corpus(str(folder / "utf-16.txt"))
+
+
+def test_a_text_replaced_at_equal_size_and_time_is_read_anew(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(folder / "books.jsonl", BOOKS)
+    time.sleep(2 * documents.SETTLED_NS / 1e9)
+    before, status = load_corpus(str(path)).content_hash(), path.stat()
+    assert len(list((cache / "documents").glob("*.index"))) == 1
+    monkeypatch.setattr(documents, "index_chunks", None)
+    assert load_corpus(str(path)).content_hash() == before
+    monkeypatch.undo()
+    monkeypatch.setenv("EXPLORE_CACHE", str(cache))
+    write_jsonl(path, [text.swapcase() for text in BOOKS])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert load_corpus(str(path)).content_hash() != before
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl.gz"])
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(folder: Path, name: str) -> None:
+    write_jsonl(folder / "books.jsonl", BOOKS)
+    os.mkfifo(folder / name)
+    for path in (folder, folder / name):
+        with pytest.raises(ValueError, match=rf"{name}: must be a file, got a FIFO"):
+            load_corpus(str(path))
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(ValueError, match=rf"{name}: must be a file, got a folder"):
+        load_corpus(str(folder))
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        (folder / name).rmdir()
+        server.bind(name)
+        with pytest.raises(ValueError, match=rf"{name}: must be a file, got a socket"):
+            load_corpus(str(folder))
+    with pytest.raises(ValueError, match=r"/dev/null: must be a file, got a device"):
+        load_corpus("/dev/null")
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("bomb.txt.gz", gzip.compress), ("bomb.txt.xz", lzma.compress), ("bomb.jsonl.gz", gzip.compress)]
+)
+def test_a_bomb_is_refused_with_the_bound(
+    folder: Path, name: str, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "EXPANSION_FREE_BYTES", 1 << 20)
+    (folder / name).write_bytes(pack(bytes(1 << 24)))
+    with pytest.raises(ValueError, match=rf"{name}: must hold at most \d+ times its size on disk"):
+        load_corpus(str(folder / name))
+
+
+def test_a_line_too_long_for_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "LINE_BYTES", 10_000)
+    path = write_jsonl(folder / "books.jsonl", [*BOOKS, "x" * 20_000])
+    with pytest.raises(ValueError, match=r"books.jsonl, line 101: must have at most 10,000 bytes, got more"):
+        load_corpus(str(path))
+
+
+def test_shards_of_many_documents_are_shared_out_as_a_dictionary_would(folder: Path) -> None:
+    write_jsonl(folder / "a.jsonl", BOOKS[:70] + BOOKS[:10])
+    write_jsonl(folder / "b.jsonl", BOOKS[50:])
+    ranked = sorted({hashlib.sha256(text.encode()).digest() for text in BOOKS})
+    owner = dict.fromkeys(ranked, "train") | dict.fromkeys(ranked[:5], "val") | dict.fromkeys(ranked[5:10], "test")
+    corpus = load_corpus(str(folder))
+    for split in SPLITS:
+        expected = [
+            text
+            for text in BOOKS[:70] + BOOKS[:10] + BOOKS[50:]
+            if owner[hashlib.sha256(text.encode()).digest()] == split
+        ]
+        assert list(corpus.documents(split)) == expected

@@ -53,7 +53,7 @@ def test_the_byte_table_counts_the_bytes_of_the_text(tokenizer, text) -> None:
 @given(texts=st.lists(TEXTS, min_size=1, max_size=8), n_chars=st.integers(1, 20))
 def test_pieces_encode_to_the_ids_of_the_whole(tokenizer, texts, n_chars) -> None:
     text = "\n".join(texts)
-    pieces = list(tokenizer.pieces(text, n_chars))
+    pieces = list(tokenizer.pieces([text], n_chars))
     assert list(chain(*tokenizer.encode_batch(pieces))) == tokenizer.encode(text)
 
 
@@ -63,12 +63,12 @@ def test_no_piece_ends_within_blanks_that_a_token_may_join(tmp_path: Path) -> No
     tokenizer = load_tokenizer(str(tmp_path / "blanks.json"))
     assert any(set(tokenizer.decode([i])) == {"\n"} for i in range(257, 262))
     for n_chars in range(1, 9):
-        assert list(chain(*tokenizer.encode_batch(list(tokenizer.pieces(text, n_chars))))) == tokenizer.encode(text)
+        assert list(chain(*tokenizer.encode_batch(list(tokenizer.pieces([text], n_chars))))) == tokenizer.encode(text)
 
 
 def test_a_novel_is_cut_into_pieces_of_bounded_size() -> None:
     text = next(load_corpus("austen").documents("val"))
-    pieces = list(BYTE_LEVEL[1].pieces(text, 10_000))
+    pieces = list(BYTE_LEVEL[1].pieces([text], 10_000))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) < 20_000
 

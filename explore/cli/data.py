@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from explore.cli.app import app, out
+from explore.cli.app import app, err, out
 from explore.cli.options import Json
+
+if TYPE_CHECKING:
+    from explore.data import Corpus
 
 
 @app.command(
@@ -45,17 +50,14 @@ def data(
         out.print(view)
         out.print(f"tokenizers: {', '.join(texts.TOKENIZERS)}", highlight=False)
         return
-    opened = texts.load_corpus(corpus, shards)
     if train_bpe is not None:
-        if output is None:
-            raise ValueError("--out: a path is required with --train-bpe")
-        texts.train_bpe(opened.documents("train"), train_bpe).save(str(output))
-        out.print(f"wrote {output}", highlight=False)
+        _train_bpe(corpus, shards, train_bpe, output)
         return
     loaded = texts.load_tokenizer(tokenizer)
+    opened = texts.load_corpus(corpus, shards)
+    _say(opened)
     rows = []
-    for split in texts.SPLITS:
-        stream = texts.token_stream(opened, split, loaded)
+    for split, stream in texts.token_streams(opened, loaded).items():
         rows.append(
             {
                 "split": split,
@@ -73,10 +75,38 @@ def data(
             )
         )
         return
-    view = Table(title=f"{corpus}, tokenizer {tokenizer} ({loaded.vocab_size} entries)", title_justify="left")
+    title = escape(f"{corpus}, tokenizer {tokenizer} ({loaded.vocab_size} entries)")
+    view = Table(title=title, title_justify="left")
     for name in ("split", "documents", "bytes", "tokens", "bytes/token", "content hash"):
         view.add_column(name, justify="left" if name in ("split", "content hash") else "right")
     for row in rows:
         sizes = [f"{row[name]:,}" for name in ("n_documents", "n_bytes", "n_tokens")]
         view.add_row(str(row["split"]), *sizes, f"{row['bytes_per_token']:.2f}", str(row["content_hash"])[:16])
     out.print(view)
+
+
+def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | None) -> None:
+    """Trains on the training text and writes the tokenizer; whatever is wrong with either is found before."""
+    from explore import data as texts
+    from explore.files import replacing
+
+    if output is None:
+        raise ValueError("--out: a path is required with --train-bpe")
+    texts.check_vocab_size(vocab_size)
+    if output.is_dir():
+        raise ValueError(f"--out: must be a file, got the folder {output}")
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--out: must be in a folder that exists and can be written, got {output}")
+    opened = texts.load_corpus(corpus, shards)
+    _say(opened)
+    pieces = (piece for _, chunks in opened.read(["train"]) for piece in texts.cut_at_blanks(chunks, 1 << 16))
+    trained = texts.train_bpe(pieces, vocab_size)
+    with replacing(output) as temporary:
+        trained.save(str(temporary))
+    out.print(f"wrote {output}", highlight=False, markup=False)
+
+
+def _say(corpus: Corpus) -> None:
+    """Prints what a user should know of the splits, apart from what programs read."""
+    for note in corpus.notes:
+        err.print(f"note: {note}", highlight=False, markup=False)

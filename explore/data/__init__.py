@@ -6,8 +6,16 @@ from explore.data.corpora import Corpus, load_corpus
 from explore.data.known import CORPORA, KnownCorpus
 from explore.data.recall import RecallSource
 from explore.data.splits import SPLITS, Split
-from explore.data.tokenizer import EOT, TOKENIZERS, Tokenizer, load_tokenizer, train_bpe
-from explore.data.tokens import TokenStream, token_stream
+from explore.data.tokenizer import (
+    EOT,
+    TOKENIZERS,
+    Tokenizer,
+    check_vocab_size,
+    cut_at_blanks,
+    load_tokenizer,
+    train_bpe,
+)
+from explore.data.tokens import TokenStream, token_streams
 
 __all__ = [
     "CORPORA",
@@ -27,8 +35,10 @@ __all__ = [
     "TextSource",
     "TokenStream",
     "Tokenizer",
+    "check_vocab_size",
+    "cut_at_blanks",
     "load_corpus",
     "load_tokenizer",
-    "token_stream",
+    "token_streams",
     "train_bpe",
 ]

@@ -12,7 +12,8 @@ from explore.data.corpora import Corpus, load_corpus
 from explore.data.recall import RecallSource
 from explore.data.splits import SPLITS
 from explore.data.tokenizer import load_tokenizer
-from explore.data.tokens import token_stream
+from explore.data.tokens import token_streams
+from explore.foreign import echo
 
 
 class TextData(Config):
@@ -52,12 +53,12 @@ class TextData(Config):
             ValueError: no such corpus or tokenizer, or a split shorter than one window.
         """
         corpus, tokenizer = self._load_corpus(), load_tokenizer(self.tokenizer)
-        streams = {split: token_stream(corpus, split, tokenizer) for split in SPLITS}
+        streams = token_streams(corpus, tokenizer)
         for split, stream in streams.items():
             if stream.n_tokens <= self.seq_len:
                 raise ValueError(
                     f"seq_len: {self.seq_len} needs at least {self.seq_len + 1} tokens in every split, and {split} of "
-                    f"{self.corpus!r} has {stream.n_tokens}; allowed: at most {stream.n_tokens - 1}, or more text"
+                    f"{echo(self.corpus)} has {stream.n_tokens}; allowed: at most {stream.n_tokens - 1}, or more text"
                 )
         return TextSource(streams, tokenizer, self.seq_len, seed)
 

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from explore.data import documents
-from explore.data.documents import digest
+from explore.data.documents import watched
 from explore.data.known import CORPORA, KnownCorpus, locate
-from explore.data.splits import EVAL_SHARE, SPLITS, Part, Split, cut_part, split_of
+from explore.data.overlap import check_overlap
+from explore.data.splits import SPLITS, Part, Split, cut_part, share_out, split_of, without_leaks
+from explore.files import check_regular
+from explore.foreign import echo
+
+BLOCK_ROWS = 1 << 16
 
 
 class Corpus:
-    """Documents in train, val and test; a document stands in exactly one of them.
+    """Documents in train, val and test; a document is in exactly one of them.
 
     A split that has no part of its own is taken from the training documents: the documents with the smallest
     digests, one in twenty (at least one), so that equal documents stay together. Where there are fewer documents
     than splits, each is cut at paragraphs instead, 90/5/5.
 
     Args:
-        leaks: what to do with a document that stands in parts of two splits: `refuse` the corpus, or `drop`
+        leaks: what to do with a document that is in parts of two splits: `refuse` the corpus, or `drop`
             it from training in favour of val, and from val in favour of test.
+
+    Attributes:
+        notes: what a user should know of how the splits were made, one line each.
 
     Raises:
         ValueError: a split without text, or a document in two splits.
@@ -38,50 +49,66 @@ class Corpus:
         leaks: Literal["refuse", "drop"] = "refuse",
     ) -> None:
         self.name, self.source, self.licence = name, source, licence
+        self.notes: tuple[str, ...] = ()
         parts = sorted(parts, key=lambda part: SPLITS.index(part.split))
         taken = [split for split in SPLITS if all(part.split != split for part in parts)]
-        if taken and sum(len(set(part.digests)) for part in parts if part.split == "train") <= len(taken):
-            parts, taken = [piece for part in parts for piece in cut_part(name, part, taken)], []
-        self._owner: dict[bytes, Split] = {}
-        for part in parts:
-            for key in part.digests:
-                if self._owner.get(key, part.split) != part.split and leaks == "refuse":
-                    raise ValueError(_leak(name, parts, key))
-                self._owner[key] = part.split
-        ranked = sorted(key for key, split in self._owner.items() if split == "train")
-        share = max(1, round(EVAL_SHARE * len(ranked)))
-        for i, split in enumerate(taken):
-            self._owner.update(dict.fromkeys(ranked[i * share : (i + 1) * share], split))
-        self._parts = {
-            split: [part for part in parts if part.split == ("train" if split in taken else split)] for split in SPLITS
-        }
-        self._rows = {split: [row for part in self._parts[split] for row in self._own(part, split)] for split in SPLITS}
-        for split, rows in self._rows.items():
-            if not rows:
-                raise ValueError(f"corpus: {name!r} has no text for {split}; every split needs at least one document")
+        parts = without_leaks(name, parts, leaks)
+        if taken and "train" not in taken:
+            sources = [part for part in parts if part.split == "train"]  # they come first
+            others = parts[len(sources) :]
+            shared = share_out(sources, taken)
+            parts = [*shared, *others] if shared else without_leaks(name, [*self._cut(sources, taken), *others], leaks)
+        self._parts = parts
+        for split in SPLITS:
+            if not self.n_documents(split):
+                raise ValueError(f"corpus: {echo(name)} has no text for {split}; every split needs a document")
+
+    def _cut(self, sources: Sequence[Part], taken: Sequence[Split]) -> list[Part]:
+        try:
+            cut = [cut_part(part, taken) for part in sources]
+        except ValueError as error:
+            raise ValueError(f"corpus: {echo(self.name)}: {error}") from error
+        self.notes = tuple(
+            f"{Path(part.name).name} has too few lines: {' and '.join(taken)} are cut from its end between words"
+            for part, cuts_line in cut
+            if cuts_line
+        )
+        return [part for part, _ in cut]
 
     def documents(self, split: Split) -> Iterator[str]:
         """Reads the documents of one split again, in their order in the files."""
-        for part in self._parts[split]:
-            for text in part.read():
-                owner = self._owner.get(digest(text))
-                if owner is None:
-                    raise ValueError(f"corpus: {part.name} changed while it was read; try again")
-                if owner == split:
-                    yield text
+        return ("".join(chunks) for _, chunks in self.read([split]))
+
+    def read(self, splits: Collection[Split] = SPLITS) -> Iterator[tuple[Split, Iterator[str]]]:
+        """Reads every file of these splits once, and yields each of their documents as chunks of text.
+
+        Raises:
+            ValueError: a file changed since it was opened.
+        """
+        wanted = [split in splits for split in SPLITS] + [False]
+        for part in self._parts:
+            if not any(wanted[owner] for owner in np.unique(part.owners)):
+                continue
+            for number, chunks in groupby(_checked(part), key=lambda numbered: numbered[0]):
+                owner = part.owners[number]
+                if wanted[owner]:
+                    yield SPLITS[owner], (text for _, text in chunks)
 
     def content_hash(self, split: Split | None = None) -> str:
         """Hash of the documents of one split in order, or of all three; says nothing of names or paths."""
         if split is None:
             return hashlib.sha256("".join(map(self.content_hash, SPLITS)).encode()).hexdigest()
-        return hashlib.sha256(b"".join(key for key, _ in self._rows[split])).hexdigest()
+        digest = hashlib.sha256()
+        for rows in self._rows(split):
+            digest.update(rows["digest"].tobytes())
+        return digest.hexdigest()
 
     def n_documents(self, split: Split) -> int:
-        return len(self._rows[split])
+        return sum(map(len, self._rows(split)))
 
     def n_bytes(self, split: Split) -> int:
         """Bytes of the split's text as UTF-8."""
-        return sum(n_bytes for _, n_bytes in self._rows[split])
+        return sum(int(rows["n_bytes"].sum()) for rows in self._rows(split))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -92,7 +119,7 @@ class Corpus:
             "licence": self.licence,
             "splits": {
                 split: {
-                    "parts": [part.name for part in self._parts[split]],
+                    "parts": [part.name for part in self._parts if (part.owners == SPLITS.index(split)).any()],
                     "n_documents": self.n_documents(split),
                     "n_bytes": self.n_bytes(split),
                     "content_hash": self.content_hash(split),
@@ -101,9 +128,12 @@ class Corpus:
             },
         }
 
-    def _own(self, part: Part, split: Split) -> Iterator[tuple[bytes, int]]:
-        rows = zip(part.digests, part.index["n_bytes"].tolist(), strict=True)
-        return ((key, n_bytes) for key, n_bytes in rows if self._owner[key] == split)
+    def _rows(self, split: Split) -> Iterator[np.ndarray]:
+        """The index of the split's documents, in blocks."""
+        for part in self._parts:
+            for start in range(0, len(part.index), BLOCK_ROWS):
+                block = slice(start, start + BLOCK_ROWS)
+                yield part.index[block][part.owners[block] == SPLITS.index(split)]
 
 
 def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
@@ -118,44 +148,81 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
         n_shards: use only the first training files, in name order.
 
     Raises:
-        ValueError: nothing stands under that name, or what stands there is not fit for training.
+        ValueError: nothing has that name, or what has it is not fit for training.
     """
     if name.startswith("hf:"):
         from explore.data.hub import load_parts  # the only door to an optional dependency
 
         if n_shards is not None:
-            raise ValueError(f"n_shards: {n_shards} needs training files, which {name!r} does not have; allowed: null")
+            raise ValueError(
+                f"n_shards: {n_shards} needs training files, which {echo(name)} does not have; allowed: null"
+            )
         return Corpus(name, name, load_parts(name), leaks="drop")
     path = locate(name)
     files = _files(name, path)
     known = CORPORA.get(name)
     chosen = files if n_shards is None else _first_shards(name, files, n_shards)
     parts = [
-        Part(str(file), split, partial(documents.read_documents, file), documents.index_file(file))
+        Part.whole(str(file), split, partial(documents.read_chunks, file), documents.index_file(file))
         for file, split in chosen
     ]
     if known is None:
-        return Corpus(name, str(path), parts)
+        corpus = Corpus(name, str(path), parts)
+        try:
+            corpus.notes += tuple(check_overlap(parts))
+        except ValueError as error:
+            raise ValueError(f"corpus: {echo(name)}: {error}") from None
+        return corpus
     _check_record(
         name, known, {documents.stem(file): part for (file, _), part in zip(chosen, parts, strict=True)}, n_shards
     )
     return Corpus(name, known.source, parts, known.licence)
 
 
+def _checked(part: Part) -> Iterator[tuple[int, str]]:
+    """The chunks of a part with the number of their document, each document checked at its end."""
+    digests = part.index["digest"]
+    number = ended = -1
+
+    def check(digest: bytes, n_bytes: int, blank: bool) -> None:
+        nonlocal ended
+        ended += 1
+        if ended >= len(digests) or bytes(digests[ended]) != digest:
+            raise _changed(part)
+
+    for opens, text in watched(part.read(), check):
+        number += opens
+        if number >= len(digests):
+            raise _changed(part)
+        yield number, text
+    if number + 1 != len(digests):
+        raise _changed(part)
+
+
+def _changed(part: Part) -> ValueError:
+    return ValueError(f"corpus: {part.name} changed while it was read; try again")
+
+
 def _files(name: str, path: Path) -> list[tuple[Path, Split]]:
-    if path.is_file():
-        if not documents.is_text_file(path):
-            raise ValueError(f"corpus: {name!r} must be {documents.ALLOWED}, or a folder of such files")
-        return [(path, "train")]
-    files = [file for file in sorted(path.iterdir()) if documents.is_text_file(file)]
+    try:
+        if not path.is_dir():
+            check_regular(path)
+            if not documents.is_text_file(path):
+                raise ValueError(f"corpus: {echo(name)} must be {documents.ALLOWED}, or a folder of such files")
+            return [(path, "train")]
+        files = [file for file in sorted(path.iterdir()) if documents.is_text_file(file)]
+        for file in files:
+            check_regular(file)
+    except OSError as error:
+        raise ValueError(f"corpus: {echo(name)} cannot be read ({error.strerror})") from error
     if not files:
-        raise ValueError(f"corpus: {name!r} holds no {documents.ALLOWED} file (subfolders are not searched)")
+        raise ValueError(f"corpus: {echo(name)} holds no {documents.ALLOWED} file (subfolders are not searched)")
     named = [(file, split) for file in files if (split := split_of(documents.stem(file)))]
     if not named:
         return [(file, "train") for file in files]
     if all(split != "train" for _, split in named):
         raise ValueError(
-            f"corpus: {name!r} has {named[0][0].name} but no training file; name one train*, "
+            f"corpus: {echo(name)} has {named[0][0].name} but no training file; name one train*, "
             "or none of the files after a split"
         )
     return named
@@ -164,12 +231,12 @@ def _files(name: str, path: Path) -> list[tuple[Path, Split]]:
 def _first_shards(name: str, files: list[tuple[Path, Split]], n_shards: int) -> list[tuple[Path, Split]]:
     if any(split not in {split for _, split in files} for split in SPLITS):
         raise ValueError(
-            f"n_shards: {n_shards} needs a corpus with files for train, val and test, which {name!r} is not; "
+            f"n_shards: {n_shards} needs a corpus with files for train, val and test, which {echo(name)} is not; "
             "allowed: null"
         )
     train = [file for file in files if file[1] == "train"]
     if n_shards > len(train):
-        raise ValueError(f"n_shards: {n_shards} must be at most {len(train)}, the training files of {name!r}")
+        raise ValueError(f"n_shards: {n_shards} must be at most {len(train)}, the training files of {echo(name)}")
     return train[:n_shards] + [file for file in files if file[1] != "train"]
 
 
@@ -184,13 +251,3 @@ def _check_record(name: str, known: KnownCorpus, found: dict[str, Part], n_shard
                 f"corpus: {name!r}: {stem} must have the content hash {expected.get(stem, '(no such file on record)')}"
                 f", found {value}; to use other text, give its path"
             )
-
-
-def _leak(name: str, parts: Sequence[Part], key: bytes) -> str:
-    holders = [part for part in parts if key in set(part.digests)]
-    text = next(text for text in holders[0].read() if digest(text) == key)
-    places = " and ".join(f"{part.split} ({Path(part.name).name})" for part in holders)
-    return (
-        f"corpus: {name!r}: the same document stands in {places}, and a document may stand in one split only; "
-        f"it begins {text[:60]!r}"
-    )

@@ -1,28 +1,43 @@
-"""Files as documents: a .txt file is one document, a .jsonl file holds one per line; both may be .gz or .xz."""
+"""Files as documents: a .txt file is one document, a .jsonl file holds one per line; both may be .gz or .xz.
+
+Text is read in chunks, so that a document may be far larger than memory.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
-import json
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
-from explore.data.cache import cache_folder
-from explore.files import COMPRESSIONS, UNREADABLE, open_plain, replacing
+from explore.data.cache import cache_folder, open_array, save_array
+from explore.data.progress import progress
+from explore.files import COMPRESSIONS, UNREADABLE, open_plain
+from explore.foreign import echo, parse_json
 
 SUFFIXES = (".txt", ".jsonl")
 ALLOWED = ".txt or .jsonl, plain, .gz or .xz"
 
+Chunk = tuple[bool, str]
+"""Whether this piece of text opens its document, and the piece."""
+
+CHUNK_BYTES = 1 << 20
+LINE_BYTES = 1 << 27
+"""Longest line of a .jsonl file, which is read whole."""
+
 INDEX_DTYPE = np.dtype([("digest", "V32"), ("n_bytes", "<u8")])
 """One row a document: SHA-256 of its UTF-8 bytes, and their number."""
 
+SETTLED_NS = 50_000_000
+"""Two changes of a file that are closer in time than this may bear the same time stamp."""
+
 
 def is_text_file(path: Path) -> bool:
-    """Whether `read_documents` knows the name's ending; hidden files do not count."""
+    """Whether `read_chunks` knows the name's ending; hidden files do not count."""
     return _format(path) in SUFFIXES and not path.name.startswith(".")
 
 
@@ -32,45 +47,77 @@ def stem(path: Path) -> str:
     return name.removesuffix(_format(path))
 
 
-def digest(text: str) -> bytes:
-    """SHA-256 of the text as UTF-8: equal documents have equal digests."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file, in order; blank ones are left out.
+def read_chunks(path: Path) -> Iterator[Chunk]:
+    """The documents of one file, in order, without a byte-order mark; blank ones of .jsonl files are left out.
 
     Raises:
         ValueError: not UTF-8, not JSON, no string in the field `text`, or a broken archive; with file and line.
     """
-    lines = _format(path) == ".jsonl"
     try:
         with open_plain(path) as file:
-            texts = _json_lines(path, file) if lines else iter([_decoded(file.read(), str(path))])
-            yield from (text for text in texts if text.strip())
+            yield from _json_lines(path, file) if _format(path) == ".jsonl" else _text(path, file)
     except UNREADABLE as error:
         raise ValueError(f"corpus: {path} cannot be read ({error})") from error
 
 
-def index_documents(texts: Iterable[str]) -> np.ndarray:
-    """Digest and length of every document: an array of `INDEX_DTYPE`."""
-    return np.array([(digest(text), len(text.encode())) for text in texts], dtype=INDEX_DTYPE)
+def watched(chunks: Iterable[Chunk], ended: Callable[[bytes, int, bool], None]) -> Iterator[Chunk]:
+    """Passes chunks on and calls `ended` after each document with its digest, its bytes, and whether it is blank."""
+    digest, n_bytes, blank = None, 0, True
+    for opens, text in chunks:
+        if opens:
+            if digest is not None:
+                ended(digest.digest(), n_bytes, blank)
+            digest, n_bytes, blank = hashlib.sha256(), 0, True
+        assert digest is not None
+        raw = text.encode()
+        digest.update(raw)
+        n_bytes += len(raw)
+        blank = blank and (not text or text.isspace())
+        yield opens, text
+    if digest is not None:
+        ended(digest.digest(), n_bytes, blank)
+
+
+def index_chunks(chunks: Iterable[Chunk], report: Callable[[int], None] | None = None) -> np.ndarray:
+    """Digest and length of every document that is not blank: an array of `INDEX_DTYPE`.
+
+    Args:
+        report: called with the number of characters read so far.
+    """
+    rows, n_chars = bytearray(), 0
+
+    def ended(digest: bytes, n_bytes: int, blank: bool) -> None:
+        if not blank:
+            rows.extend(digest + n_bytes.to_bytes(8, "little"))
+
+    for _, text in watched(chunks, ended):
+        n_chars += len(text)
+        if report is not None:
+            report(n_chars)
+    index = np.frombuffer(rows, dtype=INDEX_DTYPE)
+    index.flags.writeable = False
+    return index
 
 
 def index_file(path: Path) -> np.ndarray:
-    """The index of one file, kept in the cache until the file's size or time changes."""
+    """The index of one file, kept in the cache until the file changes.
+
+    A change is seen by size, inode, or either of two times; no user can set the time of the last change of state.
+    """
     status = path.stat()
-    key = hashlib.sha256(f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}".encode()).hexdigest()
-    cached = cache_folder("documents") / f"{key[:32]}.npy"
-    try:
-        index = np.load(cached, allow_pickle=False)
-        if index.dtype == INDEX_DTYPE and index.ndim == 1:
-            return cast(np.ndarray, index)
-    except (EOFError, OSError, ValueError):  # absent or damaged: it is made anew
-        pass
-    index = index_documents(read_documents(path))
-    with replacing(cached) as temporary, temporary.open("wb") as file:
-        np.save(file, index, allow_pickle=False)
+    version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    key = hashlib.sha256("\0".join(map(str, (path.resolve(), *version))).encode()).hexdigest()
+    cached = cache_folder("documents") / f"{key[:32]}.index"
+    if (found := open_array(cached, INDEX_DTYPE, {"file": key})) is not None:
+        return found[0]
+    started = time.time_ns()
+    with progress(f"reading {path.name}", None if path.suffix in COMPRESSIONS else status.st_size) as report:
+        index = index_chunks(read_chunks(path), report)
+    after = path.stat()
+    if version != (after.st_size, after.st_mtime_ns, after.st_ctime_ns, after.st_ino):
+        raise ValueError(f"corpus: {path} changed while it was read; try again")
+    if started - status.st_ctime_ns > SETTLED_NS:
+        save_array(cached, index, {"file": key})
     return index
 
 
@@ -78,27 +125,57 @@ def _format(path: Path) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _json_lines(path: Path, file: io.BufferedIOBase) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+def _text(path: Path, file: io.BufferedReader) -> Iterator[Chunk]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    raw = file.read(CHUNK_BYTES)
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"corpus: {path}: must be UTF-8, got UTF-16")
+    n_read = len(codecs.BOM_UTF8) if raw.startswith(codecs.BOM_UTF8) else 0
+    raw, opens = raw[n_read:], True
+    while True:
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            place = n_read - pending + error.start
+            raise ValueError(f"corpus: {path}: must be UTF-8, byte {place} is not ({error.reason})") from error
+        if text:
+            yield opens, text
+            opens = False
+        if not raw:
+            return
+        n_read += len(raw)
+        raw = file.read(CHUNK_BYTES)
+
+
+def _json_lines(path: Path, file: io.BufferedReader) -> Iterator[Chunk]:
+    number = 0
+    while line := file.readline(LINE_BYTES + 1):
+        number += 1
+        if len(line) > LINE_BYTES:
+            raise ValueError(
+                f"corpus: {path}, line {number}: must have at most {LINE_BYTES:,} bytes, got more; "
+                "a .txt file may hold a document of any length"
+            )
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            record = json.loads(_decoded(line, where))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"corpus: {where}: not JSON ({error.msg}, column {error.colno})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            found = f"the fields {', '.join(map(str, record))}" if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f'corpus: {where}: needs a string in the field "text", found {found}')
-        try:
-            record["text"].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f'corpus: {where}: "text" holds half a surrogate pair, which UTF-8 cannot hold') from error
-        yield record["text"]
+            text = _text_of(parse_json(line))
+        except ValueError as error:
+            raise ValueError(f"corpus: {path}, line {number}: {error}") from None
+        if text and not text.isspace():
+            yield True, text
 
 
-def _decoded(raw: bytes, where: str) -> str:
+def _text_of(record: object) -> str:
+    if not isinstance(record, dict):
+        raise ValueError(f'needs a string in the field "text", found {type(record).__name__}')
+    if "text" not in record:
+        raise ValueError(f'needs a string in the field "text", found the fields {echo(", ".join(map(str, record)))}')
+    if not isinstance(text := record["text"], str):
+        raise ValueError(f'needs a string in the field "text", found {"null" if text is None else echo(text)}')
     try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"corpus: {where}: must be UTF-8, byte {error.start} is not ({error.reason})") from error
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError('"text" holds half a surrogate pair, which UTF-8 cannot hold') from None
+    return text

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from explore.files import exists
+from explore.foreign import echo
+
 ASSETS = Path(__file__).parent / "assets"
 
 
@@ -91,12 +94,12 @@ def locate(name: str) -> Path:
     known = CORPORA.get(name)
     if known is None:
         path = Path(name).expanduser()
-        if path.exists():
+        if exists(path):
             return path
         near = difflib.get_close_matches(name, CORPORA, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"corpus: {name!r} is neither a known name ({', '.join(CORPORA)}), nor an existing file or folder, "
+            f"corpus: {echo(name)} is neither a known name ({', '.join(CORPORA)}), nor an existing file or folder, "
             f"nor hf:NAME{hint}"
         )
     if known.folder is not None:

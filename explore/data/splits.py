@@ -1,4 +1,4 @@
-"""Train, val and test: how a name says it, and how a document is cut where there are too few to share out."""
+"""Train, val and test: how a name says it, and which document goes where."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
-from explore.data.documents import index_documents
+from explore.data.cache import cache_folder, open_array, save_array
+from explore.data.cutting import EVAL_SHARE, cut_chunks, cut_places
+from explore.data.documents import INDEX_DTYPE, Chunk, index_chunks
+from explore.foreign import echo
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+TRAIN, NOWHERE = 0, len(SPLITS)
+"""Owner of a training document, by its place in `SPLITS`, and of one that is left out."""
 
 WORDS: dict[str, Split] = {
     "train": "train",
@@ -28,31 +37,42 @@ _WORD = "|".join(sorted(WORDS, key=len, reverse=True))
 # `train-00`, `train_part1`, `austen-train`, `my-corpus-train-00`; but not `testament` or `crash-test-dummies`.
 _NAMED = re.compile(rf"(?:({_WORD})(?![a-z]).*|.+[-_.]({_WORD})(?:[-_.]?\d.*)?)")
 
-EVAL_SHARE = 0.05
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Part:
     """Documents that come from one place: a file, or one split of a data set.
 
     Attributes:
-        read: opens the part and yields its documents, in order.
+        split: what its name says it is.
+        read: opens the part and yields its documents in chunks, in order.
         index: digest and length of each of them.
+        owners: place in `SPLITS` of each document, or `NOWHERE`; that of `split` when absent.
     """
 
     name: str
     split: Split
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Chunk]]
     index: np.ndarray
+    owners: UInt8[np.ndarray, " documents"]
 
-    @property
-    def digests(self) -> list[bytes]:
-        found: list[bytes] = self.index["digest"].tolist()
-        return found
+    @classmethod
+    def whole(cls, name: str, split: Split, read: Callable[[], Iterator[Chunk]], index: np.ndarray) -> Part:
+        """A part whose documents all are in the split of its name."""
+        return cls(name, split, read, index, np.full(len(index), SPLITS.index(split), np.uint8))
 
     @property
     def content_hash(self) -> str:
         return hashlib.sha256(self.index["digest"].tobytes()).hexdigest()
+
+    def document(self, number: int) -> Iterator[str]:
+        """The chunks of one document."""
+        found = -1
+        for opens, text in self.read():
+            found += opens
+            if found > number:
+                return
+            if found == number:
+                yield text
 
 
 def split_of(name: str) -> Split | None:
@@ -61,48 +81,113 @@ def split_of(name: str) -> Split | None:
     return WORDS[match[1] or match[2]] if match else None
 
 
-def cut_part(name: str, part: Part, taken: Sequence[Split]) -> Iterator[Part]:
-    """The part as one part for each split that has none of its own; parts of val and test stay as they are.
-
-    Raises:
-        ValueError: a document has too few lines.
-    """
-    if part.split != "train":
-        yield part
-        return
-    for i, split in enumerate(("train", *taken)):
-
-        def read(i: int = i) -> Iterator[str]:
-            return (cut(text, len(taken))[i] for text in part.read())
-
-        try:
-            yield replace(part, split=split, read=read, index=index_documents(read()))
-        except ValueError as error:
-            raise ValueError(f"corpus: {name!r}: {error}") from error
+def ranks(parts: Sequence[Part]) -> Int32[np.ndarray, " documents"]:
+    """The place of each document's digest among all different ones, in the order of their bytes."""
+    index = parts[0].index if len(parts) == 1 else np.concatenate([part.index for part in parts])
+    # A row is five words of 8 bytes, of which the first four are the digest.
+    words = np.ascontiguousarray(index).view(">u8").reshape(-1, INDEX_DTYPE.itemsize // 8)[:, :4]
+    order = np.lexsort(words.T[::-1])
+    differs = np.zeros(len(order), bool)  # from the one before
+    for word in words.T:
+        differs[1:] |= word[order[1:]] != word[order[:-1]]
+    found = np.empty(len(order), np.int32)
+    found[order] = np.cumsum(differs, dtype=np.int32)
+    return found
 
 
-def cut(text: str, n_eval: int) -> list[str]:
-    """Cuts one document at paragraphs (or lines, if it has too few) into contiguous parts.
+def with_owners(parts: Sequence[Part], owners: UInt8[np.ndarray, " documents"]) -> list[Part]:
+    """The parts with other owners of their documents, which come one part after the other."""
+    ends = np.cumsum([len(part.index) for part in parts])[:-1]
+    return [replace(part, owners=some) for part, some in zip(parts, np.split(owners, ends), strict=True)]
+
+
+def share_out(sources: Sequence[Part], taken: Sequence[Split]) -> list[Part] | None:
+    """Gives one in twenty of the training documents, those with the smallest digests, to each split in `taken`.
+
+    At least one each; equal documents stay together.
 
     Returns:
-        1 + n_eval parts; all but the first hold about one twentieth of the characters each.
+        The parts with their new owners; None where there are not enough different documents.
+    """
+    rank, owners = ranks(sources), np.concatenate([part.owners for part in sources])
+    training = owners == TRAIN
+    present = np.zeros(len(rank), bool)
+    present[rank[training]] = True
+    n_different = np.count_nonzero(present)
+    if n_different <= len(taken):
+        return None
+    share = max(1, round(EVAL_SHARE * n_different))
+    place = np.cumsum(present, dtype=np.int32) - 1  # of a digest among those of training documents
+    moved = np.full(len(rank), TRAIN, np.uint8)
+    for i, split in enumerate(taken):
+        moved[i * share : (i + 1) * share] = SPLITS.index(split)
+    owners[training] = moved[place[rank[training]]]
+    return with_owners(sources, owners)
+
+
+def without_leaks(name: str, parts: Sequence[Part], leaks: Literal["refuse", "drop"]) -> list[Part]:
+    """Looks for documents that are in two splits, and refuses them or leaves them out of the earlier split.
 
     Raises:
-        ValueError: fewer paragraphs and lines than parts.
+        ValueError: such a document, where `leaks` is `refuse`.
     """
-    ends: list[int] = []
-    for boundary in (r"\n\s*\n", r"\n\s*\n|\n"):
-        ends = [match.end() for match in re.finditer(boundary, text)]
-        ends = [end for end in ends if len(text) - len(text.lstrip()) < end < len(text.rstrip())]
-        if len(ends) >= n_eval:
-            break
-    else:
-        raise ValueError(f"{1 + n_eval} splits cannot be cut from {len(ends) + 1} lines of text")
-    cuts, first = [0], 0
-    for left in range(n_eval, 0, -1):
-        target = (1 - left * EVAL_SHARE) * len(text)
-        open_ends = range(first, len(ends) - left + 1)
-        nearest = min(open_ends, key=lambda i: abs(ends[i] - target))
-        cuts.append(ends[nearest])
-        first = nearest + 1
-    return [text[start:end] for start, end in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    if len(set().union(*(np.unique(part.owners).tolist() for part in parts)) - {NOWHERE}) < 2:
+        return list(parts)
+    rank, owners = ranks(parts), np.concatenate([part.owners for part in parts])
+    kept = owners != NOWHERE
+    last = np.zeros(len(rank), np.uint8)  # split that a digest is in
+    np.maximum.at(last, rank[kept], owners[kept])
+    leaked = kept & (owners != last[rank])
+    if not leaked.any():
+        return list(parts)
+    if leaks == "drop":
+        owners[leaked] = NOWHERE
+        return with_owners(parts, owners)
+    copies = np.flatnonzero(kept & (rank == rank[leaked.argmax()]))
+    firsts = np.cumsum([0, *(len(part.index) for part in parts)])
+    holders = [parts[int(np.searchsorted(firsts, row, side="right")) - 1] for row in copies]
+    places = dict.fromkeys(
+        f"{SPLITS[owners[row]]} ({Path(part.name).name})" for row, part in zip(copies, holders, strict=True)
+    )
+    number = int(copies[0] - firsts[parts.index(holders[0])])
+    beginning = next(holders[0].document(number))[:60]
+    raise ValueError(
+        f"corpus: {echo(name)}: the same document is in {' and '.join(places)}, and a document may be in one split "
+        f"only; it begins {beginning!r}"
+    )
+
+
+def cut_part(part: Part, taken: Sequence[Split]) -> tuple[Part, bool]:
+    """Cuts each training document of a part into one piece for training and one for each split in `taken`.
+
+    Returns:
+        The part with its pieces as documents, and whether a line is cut.
+
+    Raises:
+        ValueError: a document is too short.
+    """
+    digests, owners = part.index["digest"].tolist(), part.owners.tolist()
+    key = hashlib.sha256(f"{part.content_hash} {owners} {len(taken)}".encode()).hexdigest()
+    cached = cache_folder("documents") / f"{key[:32]}.pieces"
+    found = open_array(cached, INDEX_DTYPE, {"pieces": key})
+    cuts: dict[str, list[int]] = {} if found is None else found[1]["cuts"]
+    cuts_line = False if found is None else bool(found[1]["cuts_line"])
+    if found is None:
+        for number, (digest, owner) in enumerate(zip(digests, owners, strict=True)):
+            if owner == TRAIN and digest.hex() not in cuts:
+                cuts[digest.hex()], within = cut_places(partial(part.document, number), len(taken))
+                cuts_line = cuts_line or within
+    places = [cuts[digest.hex()] if owner == TRAIN else [] for digest, owner in zip(digests, owners, strict=True)]
+
+    def read() -> Iterator[Chunk]:
+        # A document that was not there before is found out by its digest.
+        return cut_chunks(part.read(), lambda number: places[number] if number < len(places) else [])
+
+    index = index_chunks(read()) if found is None else found[0]
+    if len(index) != len(places) + sum(map(len, places)):
+        raise ValueError(f"a piece of {part.name} without text would be a split")
+    if found is None:
+        save_array(cached, index, {"pieces": key, "cuts": cuts, "cuts_line": cuts_line})
+    pieces = [TRAIN, *(SPLITS.index(split) for split in taken)]
+    owner_of_pieces = [piece for owner in owners for piece in (pieces if owner == TRAIN else [owner])]
+    return replace(part, read=read, index=index, owners=np.array(owner_of_pieces, np.uint8)), cuts_line

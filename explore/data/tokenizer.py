@@ -18,11 +18,30 @@ from jaxtyping import Int64
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from explore.data.known import ASSETS
+from explore.files import check_regular, exists
+from explore.foreign import echo, parse_json
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 TOKENIZERS: tuple[str, ...] = ("bytes", "austen-bpe-2048")
+
 PIECE_CHARS = 1 << 16
+"""A text is cut into pieces of about this size where that does not change its tokens."""
+
+WHOLE_CHARS = 1 << 23
+"""Where no such places are known, a text is only cut into pieces of this size."""
+
+LONGEST_WORD = 1 << 20
+"""Longest piece in which no blank is, beyond the size asked for; there the cut may change a token."""
+
+LARGEST_VOCABULARY = 1 << 20
+"""Entries of a vocabulary that is trained here, at most."""
+
+LARGEST_ID = (1 << 24) - 1
+"""Largest id that a tokenizer may have: tables have an entry for each."""
+
+# GPT-2's pattern never looks back, and none of its matches has a blank behind a character that is none.
+_BLANK = re.compile(r"(?<=\S)[ \n]")
 
 
 class Tokenizer(ABC):
@@ -52,9 +71,17 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
-    def pieces(self, text: str, n_chars: int = PIECE_CHARS) -> Iterator[str]:
-        """Cuts a long text where its pieces encode to the same ids as the whole, if such places are known."""
-        yield text
+    def pieces(self, chunks: Iterable[str], n_chars: int = PIECE_CHARS) -> Iterator[str]:
+        """Cuts a document into pieces that are encoded by themselves.
+
+        They encode to the same ids as the whole, if places where they do are known; else only a document of more than
+        `WHOLE_CHARS` is cut at all.
+
+        Args:
+            chunks: the document, cut anywhere.
+            n_chars: characters of a piece, at least; all but the last have more.
+        """
+        return cut_at_blanks(chunks, max(n_chars, WHOLE_CHARS))
 
 
 class ByteTokenizer(Tokenizer):
@@ -71,8 +98,8 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if i != self.eot_id).decode(errors="replace")
 
-    def pieces(self, text: str, n_chars: int = PIECE_CHARS) -> Iterator[str]:
-        yield from (text[start : start + n_chars] for start in range(0, len(text), n_chars))
+    def pieces(self, chunks: Iterable[str], n_chars: int = PIECE_CHARS) -> Iterator[str]:
+        return cut_at_blanks(chunks, n_chars)
 
 
 class JsonTokenizer(Tokenizer):
@@ -84,11 +111,11 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, name: str, text: str) -> None:
         try:
-            layout = json.loads(text)
+            layout = parse_json(text)
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the Rust side raises bare Exception
             raise ValueError(
-                f"tokenizer: {name!r} must be a JSON file of the `tokenizers` package ({error})"
+                f"tokenizer: {echo(name)} must be a JSON file of the `tokenizers` package ({str(error)[:160]})"
             ) from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -97,16 +124,19 @@ class JsonTokenizer(Tokenizer):
         ends = [vocab[end] for end in EOT_NAMES if end in vocab]
         if not ends:
             raise ValueError(
-                f"tokenizer: {name!r} must have one of the tokens {', '.join(EOT_NAMES)} to end a document"
+                f"tokenizer: {echo(name)} must have one of the tokens {', '.join(EOT_NAMES)} to end a document"
             )
-        self.name, self.vocab_size, self.eot_id = name, max(vocab.values()) + 1, ends[0]
+        if (largest := max(vocab.values())) > LARGEST_ID:
+            raise ValueError(f"tokenizer: {echo(name)} must have ids of at most {LARGEST_ID:,}, got {largest:,}")
+        self.name, self.vocab_size, self.eot_id = name, largest + 1, ends[0]
         self.content_hash = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
-        self.token_bytes = _byte_table(layout, vocab, self.vocab_size)
+        complete = json.loads(self._tokenizer.to_str())  # a file may leave out what has a default
+        self.token_bytes = _byte_table(complete, vocab, self.vocab_size)
         plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         self._separable = (
             self.token_bytes is not None
-            and plain.items() <= layout["pre_tokenizer"].items()
-            and all(token["special"] for token in layout["added_tokens"])
+            and plain.items() <= complete["pre_tokenizer"].items()
+            and all(token["special"] for token in complete["added_tokens"])
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -120,14 +150,25 @@ class JsonTokenizer(Tokenizer):
         """The JSON of the `tokenizers` package."""
         return self._tokenizer.to_str()
 
-    def pieces(self, text: str, n_chars: int = PIECE_CHARS) -> Iterator[str]:
-        # GPT-2's pattern never looks back, and none of its matches runs from a visible character into a newline.
-        place = re.compile(r"(?<=[!-~])\n")
-        start = 0
-        while self._separable and (match := place.search(text, start + n_chars)):
-            yield text[start : match.start()]
-            start = match.start()
-        yield text[start:]
+    def pieces(self, chunks: Iterable[str], n_chars: int = PIECE_CHARS) -> Iterator[str]:
+        return cut_at_blanks(chunks, n_chars) if self._separable else super().pieces(chunks, n_chars)
+
+
+def cut_at_blanks(chunks: Iterable[str], n_chars: int) -> Iterator[str]:
+    """Cuts a text before the first blank behind each `n_chars` characters; a word of over `LONGEST_WORD` is cut too."""
+    rest = ""
+    for chunk in chunks:
+        rest, start = rest + chunk, 0
+        while len(rest) - start > n_chars:
+            place = _BLANK.search(rest, start + n_chars, start + n_chars + LONGEST_WORD)
+            if place is None and len(rest) - start < n_chars + LONGEST_WORD:
+                break
+            end = start + n_chars + LONGEST_WORD if place is None else place.start()
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -141,33 +182,48 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
     path = ASSETS / f"{name}.json" if name in TOKENIZERS else Path(name).expanduser()
-    if not path.is_file() and (root := os.environ.get("EXPLORE_DATA")):
+    if not exists(path) and (root := os.environ.get("EXPLORE_DATA")):
         path = Path(root).expanduser() / path
-    if not path.is_file():
+    if not exists(path):
         near = difflib.get_close_matches(name, TOKENIZERS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(
-            f"tokenizer: {name!r} is neither a known name ({', '.join(TOKENIZERS)}) nor a JSON file of the "
+            f"tokenizer: {echo(name)} is neither a known name ({', '.join(TOKENIZERS)}) nor a JSON file of the "
             f"`tokenizers` package, here or under EXPLORE_DATA{hint}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        check_regular(path)
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"tokenizer: {name!r} cannot be read ({error})") from error
+        raise ValueError(f"tokenizer: {echo(name)} cannot be read ({error})") from error
     return JsonTokenizer(name, text)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuses a size that no vocabulary of `train_bpe` can have.
+
+    Raises:
+        ValueError: fewer than 257 entries, or more than 1,048,576.
+    """
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+    if not smallest <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size: {vocab_size} must be at least {smallest}, all bytes and the end of text, "
+            f"and at most {LARGEST_VOCABULARY:,}"
+        )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Trains a byte-level BPE: the end of text is id 0, then 256 bytes, then merges, most frequent first.
 
+    Args:
+        texts: documents, or their pieces from `cut_at_blanks`.
+
     Raises:
         ValueError: fewer than 257 entries, or more than the text yields.
     """
+    check_vocab_size(vocab_size)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise ValueError(
-            f"vocab_size: {vocab_size} must be at least {len(alphabet) + 1}: all bytes and the end of text"
-        )
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()

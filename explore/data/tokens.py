@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
+import hashlib
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
-from explore.data.cache import cache_folder
+from explore.data.cache import HEADER_BYTES, cache_folder, open_array, read_header, sealed, update_digest, write_header
 from explore.data.corpora import Corpus
-from explore.data.splits import Split
-from explore.data.tokenizer import Tokenizer
-from explore.files import replacing
+from explore.data.progress import progress
+from explore.data.splits import SPLITS, Split
+from explore.data.tokenizer import PIECE_CHARS, Tokenizer
+from explore.files import held, remove_abandoned, try_lock
 
-HEADER_BYTES = 1024
 BATCH_CHARS = 1 << 21
-PATIENCE_S = 2.0
+"""Text that is tokenized at once, in memory."""
+
+SHARD_BATCHES = 8
+"""Batches after which what is done is on record: all that a kill can cost."""
+
+PARTIAL = ".partial"
+PARTIAL_KEPT_S = 7 * 86400
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,92 +49,186 @@ class TokenStream:
         return len(self.ids)
 
 
-def token_stream(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> TokenStream:
-    """Opens the cached tokens of a split; makes them if they are absent or damaged.
+def token_streams(corpus: Corpus, tokenizer: Tokenizer, splits: Collection[Split] = SPLITS) -> dict[Split, TokenStream]:
+    """Opens the cached tokens of some splits; makes those that are absent or damaged, reading the text once.
 
-    The file is a header of 1024 bytes, JSON and blanks, and then the ids, uint16 if they fit and else uint32.
+    After a kill, the next process goes on from the last shard. Of two processes that need the same tokens, one makes
+    them and the other waits.
 
     Raises:
-        ValueError: the tokenizer loses bytes that its table counts.
+        ValueError: the tokenizer loses bytes that its table counts, or the text changes while it is read.
     """
-    key = {"content_hash": corpus.content_hash(split), "tokenizer_hash": tokenizer.content_hash}
-    path = cache_folder("tokens") / f"{key['content_hash'][:24]}-{key['tokenizer_hash'][:24]}.tokens"
-    stream = _opened(path, key)
-    if stream is None:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            _write(file, corpus, split, tokenizer, key)
-        stream = _opened(path, key)
-    assert stream is not None
-    return stream
+    files = {split: _File.of(corpus, split, tokenizer) for split in splits}
+    streams = {split: file.open() for split, file in files.items()}
+    if not all(streams.values()):
+        _make({split: file for split, file in files.items() if streams[split] is None}, corpus, tokenizer)
+        streams = {split: streams[split] or file.open() for split, file in files.items()}
+    found = {split: stream for split, stream in streams.items() if stream is not None}
+    assert len(found) == len(files)
+    return found
 
 
-def _opened(path: Path, key: dict[str, str]) -> TokenStream | None:
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(HEADER_BYTES))
-        n_tokens, dtype = int(header["n_tokens"]), np.dtype(header["dtype"])
-        whole = path.stat().st_size == HEADER_BYTES + n_tokens * dtype.itemsize
-        if not whole or any(header[name] != value for name, value in key.items()):
-            return None
-        ids = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-        return TokenStream(ids, int(header["n_bytes"]), int(header["n_documents"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+@dataclass(frozen=True)
+class _File:
+    """Where the tokens of a split are kept, and what they are tokens of."""
+
+    path: Path
+    content_hash: str
+    tokenizer_hash: str
+    dtype: str
+
+    @classmethod
+    def of(cls, corpus: Corpus, split: Split, tokenizer: Tokenizer) -> _File:
+        text, vocabulary = corpus.content_hash(split), tokenizer.content_hash
+        path = cache_folder("tokens") / f"{text[:24]}-{vocabulary[:24]}.tokens"
+        return cls(path, text, vocabulary, "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+    @property
+    def key(self) -> dict[str, str]:
+        return {"content_hash": self.content_hash, "tokenizer_hash": self.tokenizer_hash, "dtype": self.dtype}
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_suffix(PARTIAL)
+
+    def open(self) -> TokenStream | None:
+        found = open_array(self.path, np.dtype(self.dtype), self.key)
+        return None if found is None else TokenStream(found[0], found[1]["n_bytes"], found[1]["n_documents"])
 
 
-def _write(file: BinaryIO, corpus: Corpus, split: Split, tokenizer: Tokenizer, key: dict[str, str]) -> None:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-    n_tokens = n_bytes = counted = 0
-    file.write(b" " * HEADER_BYTES)
-    with _progress(f"tokenizing {corpus.name} {split}", corpus.n_bytes(split)) as reach:
-        for batch in _batches(corpus.documents(split), tokenizer):
-            for (_, opens), piece in zip(batch, tokenizer.encode_batch([text for text, _ in batch]), strict=True):
-                ids = np.array([tokenizer.eot_id, *piece] if opens else piece, dtype=dtype)
-                file.write(ids.tobytes())
-                n_tokens += len(ids)
-                counted += 0 if tokenizer.token_bytes is None else int(tokenizer.token_bytes[ids].sum())
-            n_bytes += sum(len(text.encode()) for text, _ in batch)
-            reach(n_bytes)
-    if tokenizer.token_bytes is not None and counted != n_bytes:
-        raise ValueError(
-            f"tokenizer: {tokenizer.name!r} must keep every byte: its tokens of {corpus.name} {split} stand for "
-            f"{counted} bytes, the text has {n_bytes}"
-        )
-    header = {**key, "dtype": dtype.str, "n_tokens": n_tokens, "n_bytes": n_bytes}
-    header |= {"n_documents": corpus.n_documents(split)}
-    file.seek(0)
-    file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
+def _make(files: Mapping[Split, _File], corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Tokenizes the splits whose tokens no other process has made by the time this one may."""
+    _remove_old(cache_folder("tokens"))
+    with ExitStack() as stack:
+        opened: dict[Path, BinaryIO] = {}
+        with progress("waiting for another process that tokenizes the same text", None) as report:
+            # In the order of paths, so that no two processes wait for each other.
+            for path in sorted({file.partial for file in files.values()}):
+                opened[path] = stack.enter_context(held(path, lambda: report(0)))
+        writers = {}
+        for split, file in files.items():
+            if file.open() is None:
+                writers[split] = _Writer(file, opened[file.partial], tokenizer)
+            else:
+                file.partial.unlink(missing_ok=True)
+        try:
+            _fill(corpus, tokenizer, writers)
+        except ValueError:  # text or tokenizer are at fault, and another try begins anew
+            for writer in writers.values():
+                writer.file.partial.unlink(missing_ok=True)
+            raise
 
 
-def _batches(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of documents in groups of bounded size, each with whether it opens its document."""
-    batch: list[tuple[str, bool]] = []
-    n_chars = 0
-    for text in texts:
-        for i, piece in enumerate(tokenizer.pieces(text)):
-            batch.append((piece, i == 0))
-            n_chars += len(piece)
-            if n_chars >= BATCH_CHARS:
-                yield batch
-                batch, n_chars = [], 0
-    if batch:
-        yield batch
+def _fill(corpus: Corpus, tokenizer: Tokenizer, writers: Mapping[Split, _Writer]) -> None:
+    with progress(f"tokenizing {corpus.name}", sum(map(corpus.n_bytes, writers))) as report:
+        for split, chunks in corpus.read(writers):
+            for i, piece in enumerate(tokenizer.pieces(chunks)):
+                writers[split].add(piece, opens=i == 0)
+                report(sum(writer.n_bytes for writer in writers.values()))
+        for split, writer in writers.items():
+            writer.finish(f"{corpus.name} {split}")
 
 
-@contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal for work that turns out to take long, and nothing for the rest."""
-    start = time.monotonic()
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=total)
+class _Writer:
+    """Writes the tokens of one split, going on from what an earlier process left."""
 
-    def reach(done: int) -> None:
-        bar.update(task, completed=done)
-        if sys.stderr.isatty() and time.monotonic() - start > PATIENCE_S:
-            bar.start()
+    def __init__(self, file: _File, output: BinaryIO, tokenizer: Tokenizer) -> None:
+        self.file, self.output, self.tokenizer = file, output, tokenizer
+        self.key = {**file.key, "batch_chars": BATCH_CHARS, "piece_chars": PIECE_CHARS}
+        self.batch: list[tuple[str, bool]] = []
+        self.n_chars = self.n_bytes = self.n_documents = self.n_batches = 0
+        self.n_tokens = self.counted = 0
+        self.text_digest, self.ids_digest = hashlib.sha256(), hashlib.sha256()
+        self.resumed = self._resume()
 
-    try:
-        yield reach
-    finally:
-        if bar.live.is_started:  # stopping prints an empty line otherwise
-            bar.stop()
+    def add(self, text: str, opens: bool) -> None:
+        """Takes a piece of text, and whether it opens a document."""
+        self.batch.append((text, opens))
+        self.n_chars += len(text)
+        if self.n_chars >= BATCH_CHARS:
+            self._flush()
+
+    def finish(self, what: str) -> None:
+        """Puts the whole stream in its place.
+
+        Raises:
+            ValueError: the tokens of `what` do not stand for its bytes.
+        """
+        self._flush()
+        if self.tokenizer.token_bytes is not None and self.counted != self.n_bytes:
+            raise ValueError(
+                f"tokenizer: {self.tokenizer.name!r} must keep every byte: its tokens of {what} stand for "
+                f"{self.counted} bytes, the text has {self.n_bytes}"
+            )
+        fields = {"n": self.n_tokens, "n_bytes": self.n_bytes, "n_documents": self.n_documents}
+        self.output.truncate(HEADER_BYTES + self.n_tokens * np.dtype(self.file.dtype).itemsize)
+        write_header(self.output, sealed({**self.file.key, **fields}, self.ids_digest))
+        self.output.flush()
+        os.fsync(self.output.fileno())
+        self.file.partial.replace(self.file.path)
+
+    def _flush(self) -> None:
+        if not self.batch:
+            return
+        batch, self.batch, self.n_chars = self.batch, [], 0
+        for text, opens in batch:
+            raw = text.encode()
+            self.text_digest.update(b"\1" if opens else b"\0")
+            self.text_digest.update(raw)
+            self.n_bytes += len(raw)
+            self.n_documents += opens
+        self.n_batches += 1
+        resumed_batches = self.resumed.get("n_batches", 0)
+        if self.n_batches == resumed_batches and self.text_digest.hexdigest() != self.resumed["text_sha256"]:
+            raise ValueError("corpus: the text changed while it was read; try again")
+        if self.n_batches > resumed_batches:
+            self._write(batch)
+            if self.n_batches % SHARD_BATCHES == 0:
+                self._save_progress()
+
+    def _write(self, batch: list[tuple[str, bool]]) -> None:
+        table = self.tokenizer.token_bytes
+        for (_, opens), piece in zip(batch, self.tokenizer.encode_batch([text for text, _ in batch]), strict=True):
+            ids = np.array([self.tokenizer.eot_id, *piece] if opens else piece, dtype=self.file.dtype)
+            self.output.write(ids.data)
+            self.ids_digest.update(ids.data)
+            self.n_tokens += len(ids)
+            self.counted += 0 if table is None else int(table[ids].sum())
+
+    def _save_progress(self) -> None:
+        self.output.flush()  # no record of tokens that are not in the file
+        done = {"n_batches": self.n_batches, "n_tokens": self.n_tokens, "counted": self.counted}
+        digests = {"text_sha256": self.text_digest.hexdigest(), "ids_sha256": self.ids_digest.hexdigest()}
+        write_header(self.output, {**self.key, **done, **digests})
+        self.output.flush()
+        self.output.seek(0, os.SEEK_END)
+
+    def _resume(self) -> dict[str, Any]:
+        """The record of an earlier process whose tokens are whole; the file then ends behind them."""
+        digest, n_bytes = hashlib.sha256(), 0
+        resumed: dict[str, Any] = {}
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = read_header(self.output)
+            if all(record[name] == value for name, value in self.key.items()):
+                n_bytes = record["n_tokens"] * np.dtype(self.file.dtype).itemsize
+                whole = update_digest(digest, self.output, n_bytes) == n_bytes
+                if whole and digest.hexdigest() == record["ids_sha256"]:
+                    self.n_tokens, self.counted, self.ids_digest = record["n_tokens"], record["counted"], digest
+                    resumed = record
+        self.output.truncate(HEADER_BYTES + n_bytes if resumed else 0)
+        self.output.seek(HEADER_BYTES + n_bytes if resumed else HEADER_BYTES)
+        return resumed
+
+
+def _remove_old(folder: Path) -> None:
+    """Removes what killed processes left and no other will go on with."""
+    remove_abandoned(folder)
+    for path in folder.glob(f"*{PARTIAL}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > PARTIAL_KEPT_S:
+                lock = os.open(path, os.O_RDWR)
+                try:
+                    if try_lock(lock):
+                        path.unlink()
+                finally:
+                    os.close(lock)
