@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from explore.blocks import (
     latent_acc,
     latent_eff,
 )
+from explore.blocks.moe import _shares
 from explore.proof import count_flops
 
 D_MODEL = 32
@@ -432,6 +434,43 @@ def test_the_router_works_in_fp32_under_autocast_and_its_weights_sum_to_the_fact
         torch.testing.assert_close(moe._scores(x), exact, rtol=0, atol=0)
     _, weights = moe.route(exact)
     torch.testing.assert_close(weights.sum(-1), torch.full((2, 9), 2.5))
+
+
+def published_shares(scores: torch.Tensor) -> torch.Tensor:
+    """As transformers' Nemotron-H and DeepSeek-V3 write it."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
+def test_shares_of_ordinary_scores_are_the_published_ones_to_the_last_bit() -> None:
+    logits = 6 * torch.randn(500, 22, generator=torch.Generator().manual_seed(0))
+    for score in (torch.sigmoid, partial(torch.softmax, dim=-1)):
+        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        shares = [_shares(score(ours)), published_shares(score(theirs))]
+        assert torch.equal(*shares)
+        for each in shares:
+            each.square().sum().backward()
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("logit", [-20.0, -50.0, -68.0, -88.0, -100.0, -200.0])
+def test_scores_that_underflow_still_sum_to_one_and_keep_their_ratios_while_they_can(logit: float) -> None:
+    moe = built(MoEConfig(n_experts=8, top_k=3, d_expert=8, d_shared=8, routed_scaling_factor=2.5, aux_loss_coef=0.5))
+    assert isinstance(moe, MoE)
+    spread = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    logits = (logit + spread).requires_grad_()
+    scores = logits.sigmoid()
+    chosen, weights = moe.route(scores)
+    torch.testing.assert_close(weights.sum(-1), torch.full((2, 9), 2.5))
+    if logit >= -68:
+        exact = torch.nn.functional.logsigmoid(logits.double()).gather(-1, chosen).softmax(-1)
+        torch.testing.assert_close(weights.double() / 2.5, exact, rtol=1e-4, atol=0)
+    loss = moe._stats(scores, chosen).aux_loss
+    assert 0.4 < float(loss.detach()) < 1.5  # 0.5 where all experts are alike
+    (loss + weights.square().sum()).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_the_expert_bias_moves_towards_balance_and_changes_the_choice_but_not_the_weights() -> None:

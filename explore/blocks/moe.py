@@ -19,6 +19,9 @@ from explore.blocks.state import State
 from explore.cost import ConventionName, Entry, matrix, product, vector
 from explore.ops import Activation, experts, is_gated, linear
 
+SMALLEST_SCORE = 2.0**-100
+"""Far below any score that matters, and large enough that neither sums nor gradients of shares leave fp32."""
+
 
 class MoEConfig(BlockConfig):
     """Routed and shared experts.
@@ -275,7 +278,7 @@ class MoE(RoutedMixer):
         chosen = (scores + self.expert_bias).topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.config.normalize_weights:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            weights = _shares(weights)
         return chosen, weights * self.config.routed_scaling_factor
 
     @torch.no_grad()
@@ -299,5 +302,11 @@ class MoE(RoutedMixer):
         if c.aux_loss_coef == 0:
             return RouterStats(load.sum(0), scores.new_zeros(()))
         fraction = load * c.n_experts / (c.top_k * chosen.shape[1])
-        probability = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(dim=1)
+        probability = _shares(scores).mean(dim=1)
         return RouterStats(load.sum(0), c.aux_loss_coef * (fraction * probability).sum(-1).mean())
+
+
+def _shares(scores: Float[Tensor, "*batch experts"]) -> Float[Tensor, "*batch experts"]:
+    """Scores over their sum, which is never 0: below logits of -69 all experts are alike."""
+    scores = scores.clamp(min=SMALLEST_SCORE)
+    return scores / scores.sum(-1, keepdim=True)
