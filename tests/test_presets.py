@@ -17,7 +17,7 @@ import explore
 from explore.blocks import MoEConfig
 from explore.cost import attended_keys
 from explore.model import ModelConfig, MTPConfig
-from explore.presets import PRESETS, from_released, preset, published_table
+from explore.presets import PRESETS, from_released, language_part, preset, published_table
 
 LETTERS = {"M": "linear_attention", "*": "full_attention", "E": "moe", "-": "mlp"}
 
@@ -300,6 +300,22 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
         ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type: 'rnn' is unknown"),
         ({"layers_block_type": None}, "layers_block_type: field required, or hybrid_override_pattern"),
         ({"num_experts_per_tok": 99}, "top_k: 99 is above n_experts=8"),
+        ({"model_type": None}, "model_type: field required; 'nemotron_h' is the only model that can be read"),
+        ({"block_configs": [{"a": 1}]}, "block_configs: .* has no counterpart here"),
+        ({"num_hidden_layers": 52}, "num_hidden_layers: must be the number of layers in layers_block_type, 2, got 52"),
+        (
+            {"hybrid_override_pattern": "MEM"},
+            "layers_block_type: must have the layers of hybrid_override_pattern, got 2 in layers_block_type and 3 in",
+        ),
+        (
+            {"hybrid_override_pattern": "EM"},
+            "got 2 in layers_block_type and 2 in hybrid_override_pattern, which differ",
+        ),
+        ({"head_dim": 64, "attention_head_dim": 128}, "head_dim: must be equal to attention_head_dim, its old name"),
+        ({"layers_block_type": "mamba"}, "layers_block_type: must be a list of layer types, got 'mamba'"),
+        ({"layers_block_type": [["mamba"]]}, "layers_block_type: .* is unknown"),
+        ({"layers_block_type": [], "hybrid_override_pattern": 7}, "hybrid_override_pattern: must be letters, got 7"),
+        ({"mlp_hidden_act": "x" * 5000}, "mlp_hidden_act: 'xxx.*x' has no counterpart"),
     ],
 )
 def test_what_a_released_configuration_cannot_say_here_is_refused_by_name(
@@ -308,8 +324,48 @@ def test_what_a_released_configuration_cannot_say_here_is_refused_by_name(
     content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"], "hidden_size": 256} | change
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as caught:
         preset(str(path))
+    assert len(str(caught.value)) < 300
+
+
+def test_layers_in_letters_may_come_as_a_list_and_beside_the_same_layers_by_name() -> None:
+    content = {"model_type": "nemotron_h", "hidden_size": 256, "mamba_num_heads": 8, "num_hidden_layers": 4}
+    letters = {"hybrid_override_pattern": list("ME|M*")}
+    names = {"layers_block_type": ["mamba", "moe", "mamba", "attention"]}
+    for fields in (letters, names, {"layer_types": names["layers_block_type"]}, letters | names):
+        assert from_released(content | fields).pattern == "MEM*"
+
+
+def test_old_names_of_fields_mean_what_the_new_ones_do() -> None:
+    content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention"], "hidden_size": 256}
+    new = {"head_dim": 32, "n_routed_experts": 16, "n_groups": 4, "conv_kernel": 3, "chunk_size": 64}
+    old = {
+        "attention_head_dim": 32,
+        "num_local_experts": 16,
+        "mamba_n_groups": 4,
+        "mamba_d_conv": 3,
+        "mamba_chunk_size": 64,
+    }
+    assert from_released(content | new) == from_released(content | old) != from_released(content)
+    assert from_released(content | new | old) == from_released(content | new)
+
+
+@pytest.mark.parametrize("wrapper", ["llm_config", "text_config"])
+def test_the_language_model_of_a_vision_language_model_is_read(wrapper: str) -> None:
+    content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "mlp"], "hidden_size": 256}
+    wrapped = {"model_type": "Nano_VL", wrapper: content, "vision_config": {"model_type": "radio"}}
+    assert language_part(wrapped) == (content, wrapper)
+    assert from_released(wrapped) == from_released(content)
+    wrapped[wrapper] = content | {"model_type": "llama"}
+    with pytest.raises(ValueError, match="model_type: 'Nano_VL' cannot be read"):
+        from_released(wrapped)
+
+
+def test_a_byte_order_mark_before_a_configuration_is_skipped(tmp_path: Path) -> None:
+    content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "mlp"], "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert preset(str(tmp_path / "config.json")) == from_released(content)
 
 
 def test_the_readme_shows_the_table_in_print() -> None:

@@ -20,6 +20,7 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
 INTERRUPTED = 130
+LONGEST_ERROR = 390
 
 
 def main() -> None:
@@ -44,5 +45,13 @@ def _refuse(error: Exception) -> NoReturn:
     from explore.config import explain
 
     message = explain(error) if isinstance(error, ValidationError) else str(error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST_ERROR:
+        line = f"{line[: LONGEST_ERROR - 100]} ... {line[-90:]}"
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(2)
+
+
+def note(text: str) -> None:
+    """Says something in one line, apart from the output that programs read."""
+    err.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from explore.cli.app import app, err, out
+from explore.cli.app import app, note, out
 from explore.cli.options import Json
-
-if TYPE_CHECKING:
-    from explore.data import Corpus
 
 
 @app.command(
@@ -55,7 +52,8 @@ def data(
         return
     loaded = texts.load_tokenizer(tokenizer)
     opened = texts.load_corpus(corpus, shards)
-    _say(opened)
+    for line in opened.notes:
+        note(line)
     rows = []
     for split, stream in texts.token_streams(opened, loaded).items():
         rows.append(
@@ -98,15 +96,10 @@ def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | 
     if not os.access(output.parent, os.W_OK):
         raise ValueError(f"--out: must be in a folder that exists and can be written, got {output}")
     opened = texts.load_corpus(corpus, shards)
-    _say(opened)
+    for line in opened.notes:
+        note(line)
     pieces = (piece for _, chunks in opened.read(["train"]) for piece in texts.cut_at_blanks(chunks, 1 << 16))
     trained = texts.train_bpe(pieces, vocab_size)
     with replacing(output) as temporary:
         trained.save(str(temporary))
     out.print(f"wrote {output}", highlight=False, markup=False)
-
-
-def _say(corpus: Corpus) -> None:
-    """Prints what a user should know of the splits, apart from what programs read."""
-    for note in corpus.notes:
-        err.print(f"note: {note}", highlight=False, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ from pydantic import ValidationError
 
 from explore.blocks import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, MoEConfig
 from explore.config import explain
+from explore.foreign import echo
 from explore.interop.refusals import of_kind, one_config_a_kind, refuse, require, standard_pattern
 from explore.model import ModelConfig
-from explore.presets import from_released
+from explore.presets import from_released, language_part, with_new_names
 
 TARGET = "nemotron_h"
 OWN = "explore_model"
@@ -19,6 +21,9 @@ OWN = "explore_model"
 
 UNCLAMPED = 1e-30
 """As `time_step_min`: transformers clamps dt there, reads no other limit, and takes its logarithm, so not 0."""
+
+INFINITY = {"__float__": "Infinity"}
+"""How transformers writes infinity, which JSON has not."""
 
 UNREAD = ("initializer_range", "n_shared_experts", "time_step_min", "time_step_max")
 """Fields that no output depends on, and that a config is not read for."""
@@ -104,7 +109,13 @@ def model_config(fields: Mapping[str, Any], names: Iterable[str]) -> ModelConfig
     Raises:
         ValueError: another model, an option without a counterpart here, or fields that contradict each other.
     """
+    if (wrapper := language_part(fields)[1]) is not None:
+        raise ValueError(
+            f"{wrapper}: the weights of a vision-language model cannot be read, only those of nemotron_h "
+            "(explore cost reads the sizes)"
+        )
     released = _stored_depths(_explained("", from_released, fields), names)
+    _check_time_steps(with_new_names(fields))
     if OWN not in fields:
         return released
     own = _explained(OWN, ModelConfig.model_validate, fields[OWN])
@@ -116,6 +127,21 @@ def model_config(fields: Mapping[str, Any], names: Iterable[str]) -> ModelConfig
                 f"make them equal, or remove {OWN}"
             )
     return own
+
+
+def _check_time_steps(fields: Mapping[str, Any]) -> None:
+    """Refuses a clamp of the step size dt, and bounds that are no numbers.
+
+    Raises:
+        ValueError: the field, by name.
+    """
+    limit = fields.get("time_step_limit", (0, math.inf))
+    if not isinstance(limit, list | tuple) or [math.inf if end == INFINITY else end for end in limit] != [0, math.inf]:
+        raise ValueError(f"time_step_limit: must be [0, Infinity], since dt is not clamped here, got {echo(limit)}")
+    for field in ("time_step_min", "time_step_max"):
+        value = fields.get(field, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ValueError(f"{field}: must be a positive number, got {echo(value)}")
 
 
 def _explained(root: str, read: Callable[[Any], ModelConfig], content: Any) -> ModelConfig:

@@ -10,13 +10,14 @@ from types import MappingProxyType
 from typing import Any
 
 from explore.files import read_json
+from explore.foreign import echo
 from explore.model import ModelConfig
 from explore.presets.base import Preset, Published
 from explore.presets.comparators import COMPARATORS
 from explore.presets.latentmoe import LATENTMOE
 from explore.presets.llama_nemotron import LLAMA_NEMOTRON
 from explore.presets.nemotron import NEMOTRON
-from explore.presets.released import from_released, is_released
+from explore.presets.released import from_released, is_released, language_part, with_new_names
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({**NEMOTRON, **LATENTMOE, **LLAMA_NEMOTRON, **COMPARATORS})
 
@@ -38,7 +39,7 @@ def preset(name: str) -> ModelConfig:
         return from_released(content)
     near = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.4)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
-    raise ValueError(f"preset: {name!r} is unknown{hint} (explore cost --list shows all)")
+    raise ValueError(f"preset: {echo(name)} is unknown{hint} (explore cost --list shows all)")
 
 
 def published_table() -> list[dict[str, Any]]:
@@ -67,4 +68,14 @@ def published_table() -> list[dict[str, Any]]:
     return records
 
 
-__all__ = ["PRESETS", "Preset", "Published", "from_released", "is_released", "preset", "published_table"]
+__all__ = [
+    "PRESETS",
+    "Preset",
+    "Published",
+    "from_released",
+    "is_released",
+    "language_part",
+    "preset",
+    "published_table",
+    "with_new_names",
+]

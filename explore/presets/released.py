@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from explore.foreign import echo
 from explore.model import ModelConfig
+from explore.pattern import MTP_MARK, canonical
+
+TARGET = "nemotron_h"
 
 LETTERS: Mapping[str, str] = {
     "linear_attention": "M",
@@ -15,7 +19,28 @@ LETTERS: Mapping[str, str] = {
     "moe": "E",
     "mlp": "-",
 }
-"""Of the layer types, as they are called now and as they were."""
+"""Letters of the layer types, by the names they have now and had before."""
+
+OLD_NAMES: Mapping[str, str] = {
+    "attention_head_dim": "head_dim",
+    "num_local_experts": "n_routed_experts",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+}
+"""Fields of older configurations, and what they are called now."""
+
+WRAPPERS = ("llm_config", "text_config", "language_config")
+"""Fields in which the configuration of a vision-language model holds that of its language model."""
+
+MARKS = frozenset(
+    {"model_type", "architectures", "transformers_version", "hidden_size", "num_hidden_layers", *WRAPPERS}
+)
+"""Fields of Hugging Face's configurations that no JSON of ours has."""
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 131_072,
@@ -55,26 +80,54 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "sliding_window": (None,),
     "n_group": (1, None),
     "topk_group": (1, None),
+    "block_configs": (None,),
 }
 """Fields with no counterpart here, and the values with which they change nothing."""
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
     """Whether a JSON object is a configuration of Hugging Face's, of whatever model."""
-    return "model_type" in content
+    return not MARKS.isdisjoint(content)
+
+
+def language_part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The configuration itself, or that of the language model which it wraps, and the field that holds it."""
+    if content.get("model_type") != TARGET:
+        for field in WRAPPERS:
+            if isinstance(content.get(field), Mapping) and content[field].get("model_type") == TARGET:
+                return content[field], field
+    return content, None
+
+
+def with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without old names of fields.
+
+    Raises:
+        ValueError: a field is there under both names, with different values.
+    """
+    renamed = {field: value for field, value in content.items() if field not in OLD_NAMES}
+    for old, new in OLD_NAMES.items():
+        if old in content and renamed.setdefault(new, content[old]) != content[old]:
+            raise ValueError(
+                f"{new}: must be equal to {old}, its old name, got {echo(renamed[new])} and {echo(content[old])}"
+            )
+    return renamed
 
 
 def from_released(content: Mapping[str, Any]) -> ModelConfig:
-    """Reads a released configuration.
+    """Reads a released configuration, or that of the language model in a vision-language model's.
 
     Raises:
-        ValueError: of another model, or with an option that has no counterpart here.
+        ValueError: of another model, with an option that has no counterpart here, or with fields that disagree.
     """
-    if (model_type := content.get("model_type")) != "nemotron_h":
-        raise ValueError(f"model_type: {model_type!r} cannot be read; allowed is 'nemotron_h'")
+    content = with_new_names(language_part(content)[0])
+    if content.get("model_type") is None:
+        raise ValueError(f"model_type: field required; {TARGET!r} is the only model that can be read")
+    if content["model_type"] != TARGET:
+        raise ValueError(f"model_type: {echo(content['model_type'])} cannot be read; allowed is {TARGET!r}")
     for field, allowed in FIXED.items():
         if field in content and content[field] not in allowed:
-            raise ValueError(f"{field}: {content[field]!r} has no counterpart here; allowed is {allowed[0]!r}")
+            raise ValueError(f"{field}: {echo(content[field])} has no counterpart here; allowed is {allowed[0]!r}")
     c = {field: content.get(field, default) for field, default in DEFAULTS.items()}
     mtp = None
     if c["num_nextn_predict_layers"]:
@@ -122,14 +175,39 @@ def from_released(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: str | None) -> str:
-    """The layers, which old configurations write as letters and new ones as a list."""
-    layers = content.get(as_list) or content.get("layer_types" if absent is None else as_list)
-    if layers:
-        if unknown := [layer for layer in layers if layer not in LETTERS]:
-            raise ValueError(f"{as_list}: {unknown[0]!r} is unknown; allowed are {', '.join(LETTERS)}")
-        return "".join(LETTERS[layer] for layer in layers)
-    if isinstance(content.get(as_letters), str):
-        return str(content[as_letters])
-    if absent is None:
-        raise ValueError(f"{as_list}: field required, or {as_letters}")
-    return absent
+    """The layers, which old configurations write as letters and new ones as a list.
+
+    Raises:
+        ValueError: there are none, or two fields that do not agree.
+    """
+    if absent is None and not content.get(as_list) and content.get("layer_types"):
+        as_list = "layer_types"
+    found = {}
+    if layers := content.get(as_list):
+        if not isinstance(layers, list | tuple):
+            raise ValueError(f"{as_list}: must be a list of layer types, got {echo(layers)}")
+        if unknown := [layer for layer in layers if not isinstance(layer, str) or layer not in LETTERS]:
+            raise ValueError(f"{as_list}: {echo(unknown[0])} is unknown; allowed are {', '.join(LETTERS)}")
+        found[as_list] = "".join(LETTERS[layer] for layer in layers)
+    if letters := content.get(as_letters):
+        if not isinstance(letters, str) and not (
+            isinstance(letters, list | tuple) and all(isinstance(letter, str) for letter in letters)
+        ):
+            raise ValueError(f"{as_letters}: must be letters, got {echo(letters)}")
+        found[as_letters] = "".join(letters)
+    if not found:
+        if absent is None:
+            raise ValueError(f"{as_list}: field required, or {as_letters}")
+        return absent
+    # What follows a slash is no layer of the model itself.
+    main = {field: canonical(pattern.partition(MTP_MARK)[0]) for field, pattern in found.items()}
+    if len(set(main.values())) > 1:
+        counts = " and ".join(f"{len(pattern)} in {field}" for field, pattern in main.items())
+        raise ValueError(f"{as_list}: must have the layers of {as_letters}, got {counts}, which differ")
+    n_layers = content.get("num_hidden_layers") if absent is None else None
+    if n_layers is not None and n_layers != len(main[next(iter(main))]):
+        field, pattern = next(iter(main.items()))
+        raise ValueError(
+            f"num_hidden_layers: must be the number of layers in {field}, {len(pattern)}, got {echo(n_layers)}"
+        )
+    return found.get(as_letters, found[next(iter(found))])
