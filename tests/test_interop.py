@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import explore.interop.folder
 from explore.blocks import BLOCKS, Mamba2Config
 from explore.data import load_tokenizer
+from explore.data.known import ASSETS
 from explore.data.tokenizer import Tokenizer
 from explore.interop import (
     GRADIENT_TOLERANCE,
@@ -29,6 +31,7 @@ from explore.interop import (
     from_hf,
     load_model_folder,
     random_config,
+    read_tokenizer_json,
     save_hf,
     save_model_folder,
     to_hf,
@@ -222,6 +225,18 @@ def test_the_card_tells_what_the_record_holds(tmp_path: Path) -> None:
     assert "learning rate" not in card
 
 
+def test_a_name_in_the_card_is_text_and_nothing_else(tmp_path: Path) -> None:
+    name = "a|b\n# c <script>alert(1)</script> [x](javascript:y) ![z](http://w) `code`"
+    save_hf(drawn(config()), tmp_path / "hf", load_tokenizer("bytes"), {"name": name, "corpus": name, "run": name})
+    card = (tmp_path / "hf" / "README.md").read_text()
+    shown = r"a\|b # c &lt;script&gt;alert(1)&lt;/script&gt; \[x\](javascript:y) !\[z\](http://w) \`code\`"
+    assert f"\n# {shown}\n" in card
+    assert f"| corpus | {shown} |" in card
+    assert card.count(shown) == 3
+    assert "<script>" not in card
+    assert len(re.findall(r"^# ", card, flags=re.MULTILINE)) == 1
+
+
 @pytest.mark.slow
 def test_a_new_process_loads_the_folder_without_this_package(tmp_path: Path) -> None:
     ours = drawn(config("ME*-/*E", tie_embeddings=True))
@@ -295,6 +310,18 @@ def edit(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps({name: v for name, v in content.items() if v is not None}))
 
 
+def null(folder: Path, field: str) -> None:
+    """Sets a field of config.json to null."""
+    content = json.loads((folder / "config.json").read_text()) | {field: None}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def wrap(folder: Path) -> None:
+    """Makes config.json that of a vision-language model."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({"model_type": "VL", "llm_config": content}))
+
+
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     """A change of the tensors of a folder."""
 
@@ -343,6 +370,18 @@ HEAD, DOWN = "lm_head.weight", "backbone.layers.1.mixer.experts.5.down_proj.weig
         (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
         (lambda folder: edit(folder, mlp_hidden_act="silu"), "mlp_hidden_act: 'silu' has no counterpart here"),
         (lambda folder: edit(folder, model_type="llama"), "model_type: 'llama' cannot be read"),
+        (
+            lambda folder: edit(folder, time_step_limit=[0.001, 0.1]),
+            r"time_step_limit: must be \[0, Infinity\], since dt is",
+        ),
+        (lambda folder: edit(folder, time_step_limit=7), "time_step_limit: must be"),
+        (lambda folder: null(folder, "time_step_limit"), "time_step_limit: must be"),
+        (lambda folder: edit(folder, mamba_dt_limit=[0.0, 0.1]), "time_step_limit: must be"),
+        (lambda folder: edit(folder, time_step_min="x"), "time_step_min: must be a positive number, got 'x'"),
+        (lambda folder: edit(folder, time_step_max=True), "time_step_max: must be a positive number, got True"),
+        (lambda folder: null(folder, "time_step_min"), "time_step_min: must be a positive number, got None"),
+        (lambda folder: null(folder, "model_type"), "model_type: field required"),
+        (wrap, "llm_config: the weights of a vision-language model cannot be read"),
         (lambda folder: edit(folder, hidden_size=64), "explore_model: hidden_size is 32 there and 64 beside it"),
         (lambda folder: edit(folder, explore_model={"d_model": 3}), "explore_model"),
         (lambda folder: edit(folder, num_nextn_predict_layers=1), "num_nextn_predict_layers: 1, but there are no"),
@@ -359,6 +398,39 @@ def test_a_broken_checkpoint_is_refused_by_name(damage: Callable[[Path], None], 
     with pytest.raises(ValueError, match=says) as found:
         from_hf(tmp_path / "hf")
     assert "\n" not in str(found.value)
+
+
+def test_a_tokenizer_of_a_checkpoint_is_its_own_file(tmp_path: Path) -> None:
+    hub = tmp_path / "models--x--y"
+    folder = hub / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    assert read_tokenizer_json(folder) is None
+    text = (ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8")
+    (hub / "blobs" / "89ab").write_text("\ufeff" + text, encoding="utf-8")
+    (folder / "tokenizer.json").symlink_to("../../blobs/89ab")  # as huggingface_hub lays its cache out
+    assert read_tokenizer_json(folder) == text
+    for target, says in (
+        (tmp_path / "secret", "must be a file of the folder, got a link to a file elsewhere"),
+        (tmp_path / "nothing", "must be a file of the folder, got a link to a file elsewhere"),
+        (folder / "nothing", "cannot be read"),
+        (folder / "tokenizer.json", "cannot be read"),
+        (folder / "secret", "must be a JSON file of the `tokenizers` package"),
+    ):
+        for secret in (tmp_path / "secret", folder / "secret"):
+            secret.write_text("root:x:0:0")
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.json").symlink_to(target)
+        with pytest.raises(ValueError, match=says) as caught:
+            read_tokenizer_json(folder)
+        assert "root:x" not in str(caught.value)
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".0123abcd.tmp").mkdir()
+    (tmp_path / ".0123abcd.tmp" / "model.safetensors").write_bytes(b"half")
+    save_model_folder(drawn(config()), tmp_path / "own")
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def test_a_tied_head_that_is_not_the_embedding_is_refused() -> None:

@@ -24,14 +24,14 @@ def import_(
 ) -> None:
     """Make a model of a nemotron_h checkpoint: model.json and model.safetensors, which other commands accept."""
     from explore.files import read_json
-    from explore.interop import from_hf, save_model_folder
+    from explore.interop import from_hf, read_tokenizer_json, save_model_folder
+    from explore.presets import with_new_names
 
-    model = from_hf(source)
+    model, tokenizer = from_hf(source), read_tokenizer_json(source)
     folder = folder or Path(f"{source.resolve().name}-imported")
-    tokenizer = source / "tokenizer.json"
-    save_model_folder(model, folder, tokenizer.read_text(encoding="utf-8") if tokenizer.exists() else None)
-    out.print(f"{folder}: {describe_size(model.config)}", highlight=False)
-    clamp = read_json(source / "config.json").get("time_step_min", 0.001)
+    save_model_folder(model, folder, tokenizer)
+    out.print(f"{folder}: {describe_size(model.config)}", highlight=False, markup=False)
+    clamp = with_new_names(read_json(source / "config.json")).get("time_step_min", 0.001)
     if clamp > 1e-20 and any(hasattr(block, "dt_min") for block in model.config.layers):
         out.print(
             f"dt is not clamped here; transformers clamps it at {clamp:g} (time_step_min) and may give other logits",

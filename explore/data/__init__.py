@@ -13,6 +13,7 @@ from explore.data.tokenizer import (
     check_vocab_size,
     cut_at_blanks,
     load_tokenizer,
+    tokenizer_json,
     train_bpe,
 )
 from explore.data.tokens import TokenStream, token_streams
@@ -40,5 +41,6 @@ __all__ = [
     "load_corpus",
     "load_tokenizer",
     "token_streams",
+    "tokenizer_json",
     "train_bpe",
 ]

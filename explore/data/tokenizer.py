@@ -110,13 +110,7 @@ class JsonTokenizer(Tokenizer):
     """
 
     def __init__(self, name: str, text: str) -> None:
-        try:
-            layout = parse_json(text)
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the Rust side raises bare Exception
-            raise ValueError(
-                f"tokenizer: {echo(name)} must be a JSON file of the `tokenizers` package ({str(error)[:160]})"
-            ) from error
+        layout, self._tokenizer = _parsed(name, text)
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -191,12 +185,35 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"tokenizer: {echo(name)} is neither a known name ({', '.join(TOKENIZERS)}) nor a JSON file of the "
             f"`tokenizers` package, here or under EXPLORE_DATA{hint}"
         )
+    return JsonTokenizer(name, _text_of(name, path))
+
+
+def tokenizer_json(path: Path) -> str:
+    """The content of a JSON file of the `tokenizers` package, whether or not a model can be trained with it.
+
+    Raises:
+        ValueError: it is no such file.
+    """
+    text = _text_of(str(path), path)
+    _parsed(str(path), text)
+    return text
+
+
+def _text_of(name: str, path: Path) -> str:
     try:
         check_regular(path)
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"tokenizer: {echo(name)} cannot be read ({error})") from error
-    return JsonTokenizer(name, text)
+
+
+def _parsed(name: str, text: str) -> tuple[Any, tokenizers.Tokenizer]:
+    try:
+        return parse_json(text), tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise ValueError(
+            f"tokenizer: {echo(name)} must be a JSON file of the `tokenizers` package ({str(error)[:160]})"
+        ) from error
 
 
 def check_vocab_size(vocab_size: int) -> None:

@@ -1,6 +1,13 @@
 """Doors to other systems: Hugging Face's nemotron_h, Megatron-LM, and folders of our own with safetensors."""
 
-from explore.interop.folder import is_model_folder, load_model_config, load_model_folder, save_hf, save_model_folder
+from explore.interop.folder import (
+    is_model_folder,
+    load_model_config,
+    load_model_folder,
+    read_tokenizer_json,
+    save_hf,
+    save_model_folder,
+)
 from explore.interop.fresh import greedy_text
 from explore.interop.hf import from_hf, hf_config, to_hf
 from explore.interop.megatron import megatron_arguments
@@ -20,6 +27,7 @@ __all__ = [
     "megatron_arguments",
     "parity",
     "random_config",
+    "read_tokenizer_json",
     "save_hf",
     "save_model_folder",
     "to_hf",

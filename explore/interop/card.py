@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,14 +45,14 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
         "tags: [nemotron_h]",
         "---",
         "",
-        f"# {record.get('name') or config.family}",
+        f"# {_inline(str(record.get('name') or config.family))}",
         "",
         "M is a Mamba-2 layer, `*` attention, `-` an MLP, E a mixture of experts. FLOPs count every matrix product.",
         "Exported by hybrid-frontier.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {label} | {text.replace('|', chr(92) + '|')} |" for label, text in facts),
+        *(f"| {_inline(label)} | {text if label == 'pattern' else _inline(text)} |" for label, text in facts),
         "",
         "## How to load it",
         "",
@@ -83,6 +85,12 @@ def _exact(each: Quantity, value: Any) -> str:
     if isinstance(value, str):
         return value
     return format(value, each.spec or (",.0f" if value == round(value) and value < 1e12 else ".4g"))
+
+
+def _inline(text: str) -> str:
+    """Any text as one line of Markdown that is shown as it is: no HTML, no link, no cell of its own."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
 
 
 def _notes(model: LanguageModel, tokenizer: Tokenizer | None) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,8 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from explore.config import explain
-from explore.data import Tokenizer
-from explore.files import read_json
+from explore.data import Tokenizer, tokenizer_json
+from explore.files import read_json, temporary_beside
 from explore.interop.card import model_card
 from explore.interop.extra import needs_extra
 from explore.interop.hf import hf_config, with_weights
@@ -26,7 +24,7 @@ from explore.interop.tokenizer import tokenizer_files
 from explore.model import LanguageModel, ModelConfig
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MODEL = "model.json"
+MODEL, TOKENIZER = "model.json", "tokenizer.json"
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
@@ -79,8 +77,11 @@ def read_hf_folder(folder: Path) -> LanguageModel:
     return with_weights(config, state)
 
 
-def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer_json: str | None = None) -> None:
+def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer: str | None = None) -> None:
     """Writes a model under our own names: model.json, which commands accept as a model, and model.safetensors.
+
+    Args:
+        tokenizer: JSON of the `tokenizers` package.
 
     Raises:
         ValueError: a folder that is not empty; nothing is written then.
@@ -95,8 +96,8 @@ def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer_json: 
         text = json.dumps(model.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (temporary / MODEL).write_text(text + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
-        if tokenizer_json is not None:
-            (temporary / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+        if tokenizer is not None:
+            (temporary / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
 
 def load_model_folder(folder: str | Path) -> LanguageModel:
@@ -152,17 +153,29 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: is there already; an empty or a new folder is needed")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
+    with temporary_beside(path, folder=True) as temporary:
         yield temporary
         for file in temporary.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
         temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_tokenizer_json(folder: Path) -> str | None:
+    """The tokenizer of a checkpoint for `save_model_folder`; None where the folder has none.
+
+    Raises:
+        ValueError: no tokenizer, or a link to a file elsewhere, which nobody may have meant to give away. Links within
+            the folder are followed, and from a snapshot in Hugging Face's cache those to its own blobs.
+    """
+    path = folder / TOKENIZER
+    if not os.path.lexists(path):
+        return None
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
+        raise ValueError(f"{path}: must be a file of the folder, got a link to a file elsewhere; copy it there")
+    return tokenizer_json(path)
 
 
 def _only_safetensors(folder: Path) -> None:
