@@ -1,0 +1,97 @@
+"""Number formats: which values an element can take, which elements share a scale, and how many bits both take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+FormatName = Literal[
+    "fp32", "bf16", "fp16", "e5m2", "e4m3", "e2m1", "e8m0",
+    "fp8", "fp8-e5m2", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4", "int8",
+]  # fmt: skip
+Scaling = Literal["none", "tensor", "block", "power", "e8m0", "e4m3"]
+
+
+class Element(NamedTuple):
+    """The values that one element can take.
+
+    Attributes:
+        bits: bits of an element.
+        mantissa: bits of the fraction; an integer has none and a step of 1.
+        min_exponent: exponent of the smallest normal value.
+        largest: largest finite value.
+    """
+
+    bits: int
+    mantissa: int
+    min_exponent: int
+    largest: float
+
+
+class Format(NamedTuple):
+    """Elements with the scale that they share.
+
+    Attributes:
+        name: as recipes and tables write it.
+        element: name of the element in `ELEMENTS`.
+        scaling: what elements are multiplied by. `none`: nothing. `tensor`: one fp32 number that maps the largest
+            magnitude to `largest`. `block`: such a number a block. `power`: the same, rounded down to a power of two.
+            `e8m0`: a power of two a block, rounded so that nothing saturates. `e4m3`: an E4M3 number a block, and one
+            fp32 number for the tensor.
+        block: elements along an axis that share a scale; 0 where no block has one.
+        stored_block: elements of a weight for each stored scale, where blocks of weights are squares.
+    """
+
+    name: FormatName
+    element: str
+    scaling: Scaling
+    block: int = 0
+    stored_block: int = 0
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of a weight with its share of the block's scale; the one scale of a whole tensor is not counted."""
+        bits = ELEMENTS[self.element].bits
+        return bits + SCALE_BITS[self.scaling] / self.stored_block if self.stored_block else bits
+
+
+ELEMENTS: Mapping[str, Element] = MappingProxyType(
+    {
+        "fp32": Element(32, 23, -126, 3.4028234663852886e38),
+        "bf16": Element(16, 7, -126, 3.3895313892515355e38),
+        "fp16": Element(16, 10, -14, 65504.0),
+        "e5m2": Element(8, 2, -14, 57344.0),
+        "e4m3": Element(8, 3, -6, 448.0),
+        "e2m1": Element(4, 1, 0, 6.0),
+        "e8m0": Element(8, 0, -127, 2.0**127),
+        "int8": Element(8, 0, 0, 127.0),
+    }
+)
+
+SCALE_BITS: Mapping[Scaling, int] = MappingProxyType(
+    {"none": 0, "tensor": 0, "block": 32, "power": 32, "e8m0": 8, "e4m3": 8}
+)
+"""Bits of the scale of a block."""
+
+FORMATS: Mapping[str, Format] = MappingProxyType(
+    {
+        entry.name: entry
+        for entry in (
+            Format("fp32", "fp32", "none"),
+            Format("bf16", "bf16", "none"),
+            Format("fp16", "fp16", "none"),
+            Format("e5m2", "e5m2", "none"),
+            Format("e4m3", "e4m3", "none"),
+            Format("e2m1", "e2m1", "none"),
+            Format("e8m0", "e8m0", "none"),
+            Format("fp8", "e4m3", "tensor"),
+            Format("fp8-e5m2", "e5m2", "tensor"),
+            Format("fp8-blocks", "e4m3", "power", 128, 128 * 128),
+            Format("mxfp8", "e4m3", "e8m0", 32, 32),
+            Format("mxfp4", "e2m1", "e8m0", 32, 32),
+            Format("nvfp4", "e2m1", "e4m3", 16, 16),
+            Format("int8", "int8", "block", 128, 128),
+        )
+    }
+)
