@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.model import LanguageModel, ModelConfig, generate
-from explore.ops import compiled_step, experts, forced_paths
+from explore.ops import compiled_step, experts, forced_paths, hadamard, quantize, rounding_generator
+from explore.ops.quantize import _quantize
+from explore.ops.rounding import rounding_noise
+from explore.precision import FORMATS
 
 BLOCKS: dict[str, Any] = {
     "M": {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 8},
@@ -204,6 +207,30 @@ def test_recomputation_leaves_decoding_alone() -> None:
     state = lm.new_state()
     pieces = torch.cat([lm(ids[:, :5], state), lm(ids[:, 5:], state)], dim=1)
     torch.testing.assert_close(pieces, lm(ids), rtol=1e-4, atol=1e-5)
+
+
+# Quantisers
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["fp16", "fp8-blocks", "mxfp8", "nvfp4"])
+def test_a_compiled_quantiser_gives_the_same_bits(unchecked: None, name: str) -> None:
+    """A compiler may leave out a cast and its inverse, or divide by a product with a reciprocal."""
+    x = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(_quantize, dynamic=False)
+    noise = rounding_noise(x, rounding_generator(0, 0, 0, "x"))
+    for drawn, axis, scale_rounding in ((None, 0, "nearest"), (noise, 1, "up")):
+        arguments = (x, drawn, FORMATS[name], axis, False, False, False, scale_rounding)
+        assert torch.equal(compiled(*arguments), _quantize(*arguments)), scale_rounding
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_compiled_rotation_gives_the_same_bits(unchecked: None) -> None:
+    x = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
+    rotated = torch.compile(lambda x: _quantize(hadamard(x, 0), None, FORMATS["nvfp4"], 0, *[False] * 3, "nearest"))
+    assert torch.equal(rotated(x), quantize(hadamard(x, 0), "nvfp4", block_axis=0))
 
 
 # A compiled step of decoding

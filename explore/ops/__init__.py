@@ -8,6 +8,7 @@ from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from explore.ops.experts import experts
+from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
 from explore.ops.norm import gated_group_rms_norm, l2_norm, rms_norm, rms_norm_before_gate
@@ -23,6 +24,8 @@ from explore.ops.paths import (
     paths_that,
     same_paths,
 )
+from explore.ops.quantize import quantize
+from explore.ops.rounding import rounding_generator
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 
 for _module in iter_modules(__path__):  # whose files declare the paths of their ops
@@ -43,6 +46,7 @@ __all__ = [
     "experts",
     "forced_paths",
     "gated_group_rms_norm",
+    "hadamard",
     "is_forced",
     "is_gated",
     "l2_norm",
@@ -51,9 +55,11 @@ __all__ = [
     "path_of",
     "paths_in_use",
     "paths_that",
+    "quantize",
     "rms_norm",
     "rms_norm_before_gate",
     "rotate",
+    "rounding_generator",
     "same_paths",
     "ssd",
     "ssd_chunked",

@@ -1,0 +1,218 @@
+"""Quantisation: tensors as narrow formats hold them, exactly, in fp32.
+
+A quantiser divides a tensor into blocks, finds a scale for each, rounds the scaled elements, and multiplies them back.
+
+x: tensor; q: elements, values of the narrow element; s_b: scale of a block; S: scale of the tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn import functional as F
+
+from explore.ops.rounding import power_of_two_below, round_nearest, round_stochastic, round_up, rounding_noise
+from explore.precision import ELEMENTS, FORMATS, Format
+
+Rounding = Literal["nearest", "stochastic"]
+
+FLOAT_MAX = ELEMENTS["fp32"].largest
+FOUR_OVER_SIX = 256
+"""Largest scale of a block of NVFP4 that takes the better of two scales: 1.5 times as much is still an E4M3 number."""
+
+
+@torch.no_grad()
+def quantize(
+    x: Float[Tensor, "*dims"],
+    format: str,
+    *,
+    rounding: Rounding = "nearest",
+    generator: torch.Generator | None = None,
+    block_axis: int = -1,
+    square: bool = False,
+    per_expert: bool = False,
+    four_over_six: bool = False,
+    scale_rounding: Literal["nearest", "up"] = "nearest",
+) -> Float32[Tensor, "*dims"]:
+    """The tensor as a format holds it: quantised and dequantised. No gradient passes.
+
+    The last block of an axis is shorter where the block does not divide it. A block with a NaN becomes NaN, and so does
+    a whole tensor in NVFP4; in `fp8`, `fp8-blocks` and `int8` a block with a NaN or an infinity has a scale of 1.
+
+    Args:
+        format: a name in `explore.precision.FORMATS`.
+        generator: source of stochastic rounding, such as `rounding_generator(seed, step, layer, tensor)`.
+        block_axis: axis along which a block lies: the one that a product sums over.
+        square: blocks are squares on the last two axes, as for weights, so that both products see the same values.
+        per_expert: the first axis counts experts, and each has a scale of the tensor of its own.
+        four_over_six: each block of NVFP4 takes the better, by squared error of nearest rounding, of the scales that
+            map its largest magnitude to 6 and to 4.
+        scale_rounding: rounding of an E4M3 scale. Nearest saturates the largest elements of half the blocks, by up to
+            1/16, so stochastic rounding has the mean of the tensor only with `up`.
+
+    Raises:
+        ValueError: an unknown format or rounding, no generator for stochastic rounding, or blocks that `x` cannot have.
+
+    Source: NVFP4, arXiv 2509.25149 and Transformer Engine; four over six, arXiv 2512.02010; MX formats, OCP
+    microscaling 1.0 with scales rounded up; blocks of fp8, arXiv 2412.19437, section 3.3.
+    """
+    entry = _check(x, format, rounding, generator, block_axis, square, per_expert, four_over_six)
+    if x.numel() == 0:
+        return x.float()
+    noise = None if generator is None or rounding == "nearest" else rounding_noise(x, generator)
+    return _quantize(x, noise, entry, block_axis, square, per_expert, four_over_six, scale_rounding)
+
+
+def _check(
+    x: Tensor,
+    format: str,
+    rounding: str,
+    generator: torch.Generator | None,
+    block_axis: int,
+    square: bool,
+    per_expert: bool,
+    four_over_six: bool,
+) -> Format:
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
+    entry = FORMATS[format]
+    if rounding == "stochastic":
+        if generator is None:
+            raise ValueError("generator must be given where rounding is stochastic, such as rounding_generator(...)")
+        if entry.element == "e8m0":
+            raise ValueError("rounding of e8m0 must be nearest, got 'stochastic'")
+    if four_over_six and entry.scaling != "e4m3":
+        raise ValueError(f"four_over_six needs nvfp4, got {format!r}")
+    if entry.block:
+        if not -x.ndim <= block_axis < x.ndim:
+            raise ValueError(f"block_axis must be an axis of the tensor, which has {x.ndim}, got {block_axis}")
+        if square and x.ndim < 2:
+            raise ValueError(f"square needs a tensor of at least 2 axes, got {x.ndim}")
+    if per_expert and x.ndim < (3 if square else 2):
+        raise ValueError(f"per_expert needs an axis of experts before the others, got a tensor of {x.ndim} axes")
+    if per_expert and entry.block and not square and block_axis % x.ndim == 0:
+        raise ValueError(f"block_axis must not be the axis of the experts, got {block_axis}")
+    return entry
+
+
+def _quantize(
+    x: Float[Tensor, "*dims"],
+    noise: Float32[Tensor, "*dims"] | None,
+    entry: Format,
+    block_axis: int,
+    square: bool,
+    per_expert: bool,
+    four_over_six: bool,
+    scale_rounding: str,
+) -> Float32[Tensor, "*dims"]:
+    """What `quantize` does with valid arguments; of one tensor of random bits, so that it compiles as one region."""
+    x = x.float()
+    if entry.scaling == "none":
+        return _rounded(x, entry.element, noise)
+    axes = _block_axes(x.ndim, entry, block_axis, square)
+    blocks, within = _split(x, axes, entry.block)
+    drawn = None if noise is None else _split(noise, axes, entry.block)[0]
+    of_tensor = tuple(range(per_expert, blocks.ndim))
+    amax = blocks.abs().amax(within or of_tensor, keepdim=True)
+    if entry.scaling == "e8m0":
+        y = _shared_exponent(blocks, amax, entry.element, drawn)
+    elif entry.scaling == "e4m3":
+        S = _tensor_scale(amax.amax(of_tensor, keepdim=True), four_over_six)
+        y = _two_scales(blocks, amax, S, drawn, within if four_over_six else (), scale_rounding)
+    else:
+        y = _to_largest(blocks, amax, entry, drawn)
+    return _join(y, axes, x.shape)
+
+
+def _rounded(x: Tensor, element: str, noise: Tensor | None) -> Tensor:
+    return round_nearest(x, element) if noise is None else round_stochastic(x, element, noise)
+
+
+def _to_largest(x: Tensor, amax: Tensor, entry: Format, noise: Tensor | None) -> Tensor:
+    """One fp32 scale that maps the largest magnitude to the largest value."""
+    scale = _over(ELEMENTS[entry.element].largest, amax).clamp(max=FLOAT_MAX)
+    if entry.scaling == "power":
+        scale = power_of_two_below(scale)
+    scale = torch.where(amax < torch.inf, scale, 1.0)
+    return _rounded(x * scale, entry.element, noise) / scale
+
+
+def _shared_exponent(x: Tensor, amax: Tensor, element: str, noise: Tensor | None) -> Tensor:
+    """A power of two a block, at least the largest magnitude over the largest value, as far as E8M0 reaches.
+
+    Where the power is the smallest, elements are not scaled up, and nearly all become zero: as in hardware.
+    """
+    wanted = amax / ELEMENTS[element].largest
+    scale = power_of_two_below(wanted)
+    scale = torch.where(scale < wanted, scale * 2, scale).clamp(2.0**-127, 2.0**127)
+    encode = torch.where(scale == 2.0**-127, 1.0, scale.reciprocal())
+    return _rounded(x * encode, element, noise) * scale
+
+
+def _tensor_scale(amax: Tensor, four_over_six: bool) -> Tensor:
+    """The scale of a tensor in NVFP4, which lets the largest scale of a block reach the end of its range."""
+    largest = FOUR_OVER_SIX if four_over_six else ELEMENTS["e4m3"].largest
+    S = _over(largest * ELEMENTS["e2m1"].largest, amax).clamp(max=FLOAT_MAX)
+    return torch.where((amax == 0) | (S == 0), 1.0, S)
+
+
+def _two_scales(
+    x: Tensor, amax: Tensor, S: Tensor, noise: Tensor | None, four_over_six: tuple[int, ...], scale_rounding: str
+) -> Tensor:
+    """NVFP4: an E4M3 scale a block, and an fp32 scale S for the tensor.
+
+    Args:
+        four_over_six: axes within a block, where it takes the better of two scales.
+    """
+    wanted = amax * (S * (1 / 6))  # one rounding: (amax / 6) * S differs for some blocks
+    s_b = _block_scale(wanted, scale_rounding)
+    if four_over_six:
+        larger = _block_scale(wanted * 1.5, scale_rounding)
+        error, error_larger = (
+            (_dequantized(x, scale, S, None) - x).square().sum(four_over_six, keepdim=True) for scale in (s_b, larger)
+        )
+        s_b = torch.where(error_larger < error, larger, s_b)
+    return _dequantized(x, s_b, S, noise)
+
+
+def _block_scale(wanted: Tensor, rounding: str) -> Tensor:
+    return round_up(wanted, "e4m3") if rounding == "up" else round_nearest(wanted, "e4m3")
+
+
+def _dequantized(x: Tensor, s_b: Tensor, S: Tensor, noise: Tensor | None) -> Tensor:
+    """Elements at the two scales; those of a block whose scale is 0 are 0."""
+    encode = (s_b * S.reciprocal()).reciprocal().clamp(max=FLOAT_MAX)
+    return _rounded(x * encode, "e2m1", noise) * s_b / S
+
+
+def _over(number: float, x: Tensor) -> Tensor:
+    """The quotient, rounded once; `number / x` would multiply by a rounded reciprocal."""
+    return torch.full_like(x, number) / x
+
+
+def _block_axes(ndim: int, entry: Format, block_axis: int, square: bool) -> tuple[int, ...]:
+    """Axes that are cut into blocks, in order."""
+    if not entry.block:
+        return ()
+    return (ndim - 2, ndim - 1) if square else (block_axis % ndim,)
+
+
+def _split(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[int, ...]]:
+    """Cuts axes into blocks, each axis into two, the last block filled up with zeros; and the axes within a block."""
+    for axis in reversed(axes):
+        if missing := -x.shape[axis] % block:
+            x = F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))
+        x = x.unflatten(axis, (-1, block))
+    return x, tuple(axis + i + 1 for i, axis in enumerate(axes))
+
+
+def _join(x: Tensor, axes: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Undoes `_split`."""
+    for axis in axes:
+        x = x.flatten(axis, axis + 1).narrow(axis, 0, shape[axis])
+    return x

@@ -1,0 +1,108 @@
+"""Rounding of fp32 numbers to the values of a narrow element: to nearest even, stochastic, or away from zero."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from explore.precision import ELEMENTS
+
+CASTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
+"""Elements that torch casts to, to nearest even. Not fp16 and bf16: a compiled cast to them and back is left out."""
+
+SATURATING = frozenset({"e5m2", "e4m3", "e2m1", "int8"})
+"""Elements whose largest value stands for everything above it; fp16 and bf16 become infinite, as in IEEE 754."""
+
+
+def rounding_generator(
+    seed: int, step: int, layer: int | str, tensor: str, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator for the stochastic rounding of one tensor: a resumed run draws what the first run drew.
+
+    Args:
+        seed: seed of the run.
+        step: optimizer step.
+        layer: index of the layer, or the name of a part outside the layers.
+        tensor: name of the tensor, such as `in_proj dy`; where devices hold parts of it, the name of the part.
+    """
+    key = hashlib.blake2b(repr((seed, step, layer, tensor)).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+
+
+def rounding_noise(x: Float[Tensor, "*dims"], generator: torch.Generator) -> Float32[Tensor, "*dims"]:
+    """An integer from -2^15 to 2^15 - 1 for every element of `x`, uniformly; probabilities are right to 2^-17.
+
+    They are 16 bits of an integer each, and then fp32, since torch draws the one and compiles the other fastest.
+    """
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: x.numel()].view(x.shape).float()
+
+
+def round_nearest(x: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*dims"]:
+    """The nearest value of an element, ties to the even code. NaN stays NaN; E8M0 has no zero and no sign: NaN."""
+    if element == "fp32":
+        return x
+    if element == "e8m0":
+        return torch.where(x > 0, x, torch.nan).to(CASTS[element]).float()
+    if element in CASTS:
+        return x.clamp(-ELEMENTS[element].largest, ELEMENTS[element].largest).to(CASTS[element]).float()
+    return _round(x, element, torch.round)
+
+
+def round_stochastic(x: Float[Tensor, "*dims"], element: str, noise: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """One of the two neighbouring values, drawn so that the mean is `x`, or the largest value where `x` is above it.
+
+    Args:
+        noise: from `rounding_noise`.
+    """
+    if element == "fp32":
+        return x
+    uniform = (noise + (2**15 + 0.5)) / 2**16
+
+    def drawn(steps: Tensor) -> Tensor:
+        below = steps.floor()
+        return below + (uniform < steps - below)
+
+    return _round(x, element, drawn)
+
+
+def round_up(x: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*dims"]:
+    """The nearest value of an element that is no smaller in magnitude, or the largest value."""
+    return _round(x, element, torch.ceil)
+
+
+def power_of_two_below(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
+    """The largest power of two in fp32 that is at most `x`; 0 and NaN stay.
+
+    By logarithm and exponential, which compile to vector instructions as work on bits does not; comparisons correct a
+    logarithm that was rounded to the wrong side of an integer.
+    """
+    power = x.log2().floor().clamp(max=127).exp2()
+    power = torch.where(power > x, power / 2, power)
+    return torch.where(power * 2 <= x, power * 2, power)
+
+
+def _round(x: Tensor, element: str, to_integer: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rounds magnitudes as multiples of the step between neighbouring values, all of which is exact."""
+    saturates, largest = element in SATURATING, ELEMENTS[element].largest
+    magnitude = x.abs().clamp(max=largest if saturates else ELEMENTS["fp32"].largest)
+    step = _step(magnitude, element)
+    rounded = to_integer(magnitude / step) * step
+    if not saturates:
+        rounded = torch.where(rounded > largest, torch.inf, rounded)
+    return torch.copysign(rounded, x)
+
+
+def _step(magnitude: Tensor, element: str) -> Tensor:
+    """Distance from a magnitude to the next larger value of the element."""
+    if element == "int8":
+        return torch.ones_like(magnitude)
+    if element == "e2m1":
+        return torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    smallest_normal = 2.0 ** ELEMENTS[element].min_exponent
+    return power_of_two_below(magnitude.clamp(min=smallest_normal)) * 2.0 ** -ELEMENTS[element].mantissa
