@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from explore.threads import choose_waiting
+
 if TYPE_CHECKING:
     from explore.blocks import AttentionConfig as AttentionConfig
     from explore.blocks import Mamba2Config as Mamba2Config
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from explore.presets import preset as preset
     from explore.table import load_runs as load_runs
     from explore.train import fit as fit
+
+choose_waiting()  # before anything below loads torch
 
 _HOMES = {
     "explore.blocks": ("AttentionConfig", "Mamba2Config", "MLPConfig", "MoEConfig", "latent_acc", "latent_eff"),

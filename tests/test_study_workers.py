@@ -462,7 +462,7 @@ def test_two_workers_share_the_trials_and_each_experiment_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, runs, real, started = write_sweep(tmp_path), tmp_path / "runs", crew._start, []
-    monkeypatch.setattr(crew, "_start", lambda post: started.append(os.environ["OMP_NUM_THREADS"]) or real(post))
+    monkeypatch.setattr(crew, "_start", lambda post: started.append(os.environ["EXPLORE_THREADS"]) or real(post))
     summary = run_sweep(load_sweep(file), 6, runs, workers=2, options=TrialOptions(notes=False), console=quiet())
     assert (summary.complete, summary.failed) == (6, 0)
     assert started == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2

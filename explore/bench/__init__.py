@@ -1,6 +1,7 @@
 """Speed on this machine, beside what a user would otherwise run."""
 
 from explore.bench.families import SHAPES, Shape, families
+from explore.bench.neighbours import time_neighbours
 from explore.bench.ops import time_ops
 from explore.bench.training import compare, compare_curves, compare_decoding, time_regions, time_trials
 
@@ -11,6 +12,7 @@ __all__ = [
     "compare_curves",
     "compare_decoding",
     "families",
+    "time_neighbours",
     "time_ops",
     "time_regions",
     "time_trials",

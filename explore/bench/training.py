@@ -182,11 +182,14 @@ def time_regions(shape: str) -> Iterator[dict[str, Any]]:
             yield in_a_process(what="region", shape=shape, op=op, precision=precision)
 
 
-def in_a_process(**task: Any) -> dict[str, Any]:
-    """The result of one measurement, made in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "explore.bench.worker", json.dumps(task)], capture_output=True, text=True, check=False
-    )
+def in_a_process(variables: Mapping[str, str] | None = None, **task: Any) -> dict[str, Any]:
+    """The result of one measurement, made in a process of its own.
+
+    Args:
+        variables: its whole environment; this process's when absent.
+    """
+    command = [sys.executable, "-m", "explore.bench.worker", json.dumps(task)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{task}: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -191,6 +191,24 @@ def set_up(family: str, shape: str, n_trials: int = 6) -> dict[str, Any]:
     return {"first_s": times[0], "set_up_s": statistics.median(times[1:])}
 
 
+def run(shape: str, seconds: float, family: str = "hybrid LatentMoE") -> dict[str, Any]:
+    """Speed of a run as `fit` makes it, and its number of threads: a short run says how long the timed one must be."""
+    size, found = SHAPES[shape], {"tokens_per_s": 0.0}
+    n_steps = 4
+    for seed in range(2):
+        experiment = Experiment(
+            name="run",
+            seed=seed,
+            model=families(size.d_model)[family],
+            data=TextData(tokenizer="bytes", seq_len=size.seq_len),
+            train=TrainConfig(tokens=n_steps * size.batch_tokens, batch_size=size.batch_size, eval_tokens=1),
+        )
+        with tempfile.TemporaryDirectory() as runs:
+            found = fit(experiment, runs, accelerator="cpu").result or found
+        n_steps = max(4, round(seconds * found["tokens_per_s"] / size.batch_tokens))
+    return {"tokens_per_s": found["tokens_per_s"], "threads": torch.get_num_threads()}
+
+
 def decode(family: str, shape: str, n_new: int, compiled: bool = False) -> dict[str, Any]:
     """Tokens per second of greedy decoding of 16 sequences in fp32, prompt included, ours and transformers' by turns.
 
@@ -240,6 +258,7 @@ if __name__ == "__main__":
         "curve": curve,
         "decode": decode,
         "trials": set_up,
+        "run": run,
     }
     with tempfile.TemporaryDirectory() as cache:  # so that a first compilation is one
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

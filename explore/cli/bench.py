@@ -17,10 +17,10 @@ from explore.formatting import duration, flops, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "trials", "regions"],
+        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours"],
         typer.Option(
             help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
-            "regions says what compiling an op gains and costs."
+            "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes."
         ),
     ] = "train",
     shape: Annotated[
@@ -50,7 +50,7 @@ def bench(
     FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32; the limit is the ratio
     that training at that rate would have.
     """
-    from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_ops, time_trials
+    from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_neighbours, time_ops, time_trials
     from explore.cost import Dtype
     from explore.roofline import measured
 
@@ -73,6 +73,19 @@ def bench(
         )
         columns = {"first in a process": lambda r: f"{r['first_s']:.2f} s", "later": lambda r: f"{r['set_up_s']:.2f} s"}
         _show(records, as_json, ("family",), columns)
+        return
+    if what == "neighbours":
+        records = _told(
+            time_neighbours(shape, seconds), lambda r: f"beside {r['neighbours']} busy: {r['of_idle']:.0%} of idle"
+        )
+        columns = {
+            "threads": lambda r: str(r["threads"]),
+            "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
+            "of idle": lambda r: f"{r['of_idle']:.0%}",
+            "torch's choice": lambda r: f"{r['torch_tokens_per_s']:,.0f}",
+            "of idle, torch's": lambda r: f"{r['torch_of_idle']:.0%}",
+        }
+        _show(records, as_json, ("neighbours",), columns)
         return
     paths = forced(path)
     if what == "curves":

@@ -38,6 +38,7 @@ from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.watching import N_TRIALS
 from explore.study.worker import TrialOptions, Worker, is_counted, n_counted
+from explore.threads import SHARE, n_cores
 
 Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
@@ -47,7 +48,6 @@ DEATHS = 5
 """Deaths for each worker, without a trial that ends in between, after which the sweep ends with an error."""
 GRACE_S = 10.0
 """Seconds that a worker has to give its trial back after SIGTERM, before it is killed."""
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _work_here(post: _Post, study: optuna.Study, workers: int, table: SweepTable
     """
     crew: list[tuple[SpawnProcess, Connection]] = []
     deaths, n_ended = 0, 0
-    with _threads(workers):  # around the loop as well, for the workers that replace others
+    with _share(workers):  # around the loop as well, for the workers that replace others
         try:
             crew += [_start(post) for _ in range(workers)]
             while crew:
@@ -299,23 +299,17 @@ def _without_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads(workers: int) -> Iterator[None]:
-    """Divides the cores among the processes started in the block: two that use all cores each slow one another down.
-
-    By environment variables, which the processes inherit and which OpenMP and MKL read once, when torch is loaded.
-    """
-    # The cores that this process may use, which may be fewer than the machine has.
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n = max(1, n_cores // workers)
-    before = {name: os.environ.get(name) for name in THREADS}
-    os.environ.update(dict.fromkeys(THREADS, str(n)))
+def _share(workers: int) -> Iterator[None]:
+    """Divides the cores among the processes started in the block, by an environment variable that they inherit."""
+    before = os.environ.get(SHARE)
+    os.environ[SHARE] = str(max(1, n_cores() // workers))
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        if before is None:
+            del os.environ[SHARE]
+        else:
+            os.environ[SHARE] = before
 
 
 def _work_on_cluster(
@@ -334,7 +328,7 @@ def _work_on_cluster(
     try:
         executor.update_parameters(name=post.study, **options)
         # Jobs of SLURM have cores of their own. A batch is one array of jobs, submitted when its block ends.
-        with _threads(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
+        with _share(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
             jobs = [executor.submit(work_at, post) for _ in range(workers)]
     except (NameError, TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from explore.experiment import Experiment
+from explore.threads import n_cores, waiting
 
 PACKAGES = ("hybrid-frontier", "torch", "lightning", "optuna", "numpy", "tokenizers")
 
@@ -21,6 +22,8 @@ def environment(experiment: Experiment) -> dict[str, Any]:
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
+        "cores": n_cores(),
+        "waiting": waiting(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: version(package) for package in PACKAGES},

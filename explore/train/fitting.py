@@ -15,6 +15,7 @@ from explore.data import Source
 from explore.experiment import Experiment
 from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder, write_json
+from explore.threads import n_cores, use_free_cores
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
 from explore.train.models import step_of
@@ -87,6 +88,7 @@ def fit(
             tell(judge, seen(folder, points))
         return folder
     device = _device(accelerator)
+    threads = use_free_cores(devices)
     run = TrainingRun(
         experiment=experiment,
         key=key,
@@ -107,6 +109,8 @@ def fit(
         console=console or Console(stderr=True),
     )
     if run.writes:
+        if threads < n_cores() // devices and run.console.is_terminal:
+            run.console.print(f"threads: {threads} of {n_cores()}, as other processes are busy", style="dim")
         with _locked(folder.path):
             if not has_ended(folder, judge):  # a process that held the lock until now may have finished it
                 _train_and_record(run, Path(runs), device)

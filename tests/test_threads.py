@@ -1,0 +1,111 @@
+"""Threads: how they wait, how many there are, and that what the user said wins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from explore import threads
+
+FREE = {name: value for name, value in os.environ.items() if name not in (*threads.COUNTS, *threads.OWN)}
+SAY = "import os; print({name: os.environ[name] for name in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME') if name in os.environ})"
+
+
+def said(code: str, **variables: str) -> str:
+    """What a fresh process prints."""
+    command = [sys.executable, "-c", f"{code}; {SAY}"]
+    return subprocess.run(command, env=FREE | variables, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_explore_limits_spinning() -> None:
+    assert said("import explore") == str(threads.SPINS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("KMP_BLOCKTIME", "200")])
+def test_a_wait_policy_of_the_user_stays(name: str, value: str) -> None:
+    expected = {name: value} if name in threads.SPINS else {}
+    assert said("import explore", **{name: value}) == str(expected)
+
+
+def test_nothing_is_set_once_torch_is_loaded() -> None:
+    assert said("import torch, explore") == "{}"
+
+
+@pytest.fixture
+def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A process of four cores in which nobody has chosen threads yet."""
+    before = torch.get_num_threads()
+    for name in (*threads.COUNTS, threads.SHARE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_chosen", [])
+    monkeypatch.setattr(threads, "n_cores", lambda: 4)
+    torch.set_num_threads(4)
+    yield monkeypatch
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(4, 4), (3, 3), (1, 1), (0, 1)])
+def test_there_are_as_many_threads_as_free_cores_and_at_least_one(
+    torch_threads: pytest.MonkeyPatch, free: int, expected: int
+) -> None:
+    torch_threads.setattr(threads, "free_cores", lambda: free)
+    assert threads.use_free_cores() == torch.get_num_threads() == expected
+
+
+def test_threads_come_back_when_a_neighbour_has_gone(torch_threads: pytest.MonkeyPatch) -> None:
+    torch_threads.setattr(threads, "free_cores", lambda: 1)
+    assert threads.use_free_cores() == 1
+    torch_threads.setattr(threads, "free_cores", lambda: 4)
+    assert threads.use_free_cores() == 4
+
+
+@pytest.mark.parametrize(("share", "n_processes", "expected"), [("2", 1, 2), ("4", 2, 2), ("1", 1, 1), ("1", 2, 1)])
+def test_a_worker_keeps_to_its_share(
+    torch_threads: pytest.MonkeyPatch, share: str, n_processes: int, expected: int
+) -> None:
+    torch_threads.setenv(threads.SHARE, share)
+    torch_threads.setattr(threads, "free_cores", lambda: 4)
+    assert threads.use_free_cores(n_processes) == expected
+
+
+def test_a_number_of_the_user_stays(torch_threads: pytest.MonkeyPatch) -> None:
+    torch_threads.setattr(threads, "free_cores", lambda: 1)
+    torch.set_num_threads(3)
+    assert threads.use_free_cores() == 3
+    torch.set_num_threads(4)
+    torch_threads.setenv("OMP_NUM_THREADS", "4")
+    assert threads.use_free_cores() == 4
+
+
+def test_free_cores_are_those_that_others_leave_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, idle, own = iter([10.0, 10.5]), iter([100.0, 100.5]), iter([7.0, 7.25])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(threads, "_idle_s", lambda cores: next(idle))
+    monkeypatch.setattr(threads, "_own_s", lambda: next(own))
+    assert threads.free_cores(0) == 2  # one core idle and half of one used here: 1.5, rounded to even
+
+
+def test_all_cores_are_free_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_idle_s", lambda cores: None)
+    assert threads.free_cores() == threads.n_cores()
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
+def test_idle_time_does_not_run_faster_than_the_clock() -> None:
+    assert 0 <= threads.free_cores(0.1) <= threads.n_cores() + 1
+
+
+@pytest.mark.alone
+@pytest.mark.slow
+def test_a_busy_neighbour_costs_its_share_and_not_more() -> None:
+    from explore.bench import time_neighbours
+
+    alone, beside_one, _ = time_neighbours("tiny", 3)
+    assert alone["tokens_per_s"] > 0.8 * alone["torch_tokens_per_s"]
+    assert beside_one["of_idle"] > 0.35
