@@ -122,6 +122,12 @@ def test_a_step_is_one_position_of_the_recurrence_and_may_overwrite_the_state() 
     assert S.data_ptr() == state.data_ptr()
 
 
+def test_a_step_takes_inputs_in_any_layout() -> None:
+    x = inputs(1)
+    turned = (M.transpose(0, -1).contiguous().transpose(0, -1) for M in x)  # the batch lies innermost
+    assert_equal(delta_rule(*x[:-1], 64, x.state), delta_rule(*list(turned)[:-1], 64, x.state), 1e-12)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("keys", ["identical", "similar", "random"])
 @pytest.mark.parametrize("beta", [1.0, 0.5])

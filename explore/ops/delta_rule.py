@@ -126,7 +126,7 @@ def _step(
     error = (beta.view(b, h, 1) * (V[:, 0] - held)).to(state.dtype)
     S = state.mul_(decay) if in_place else state * decay
     # The value heads that share a key head lie below one another, so one outer product writes to all of them.
-    rows = S.reshape(b * g, -1, k).baddbmm_(error.view(b * g, -1, 1), key)  # b*g r*v k
+    rows = S.reshape(b * g, -1, k).baddbmm_(error.reshape(b * g, -1, 1), key)  # b*g r*v k
     Y = torch.bmm(query, rows.mT).view(b, 1, h, v)
     return Y.to(V.dtype), rows.view(b, h, v, k)
 
