@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import explore.interop.folder
-from explore.blocks import BLOCKS, Mamba2Config
+from explore.blocks import BLOCKS, BlockKind, Mamba2Config
 from explore.data import load_tokenizer
 from explore.data.known import ASSETS
 from explore.data.tokenizer import Tokenizer
@@ -36,7 +36,9 @@ from explore.interop import (
     save_model_folder,
     to_hf,
 )
+from explore.interop.megatron import megatron_arguments
 from explore.interop.names import to_ours, to_theirs
+from explore.interop.nemotron_h import KINDS as NEMOTRON_H
 from explore.model import LanguageModel, ModelConfig
 
 TEXT = "Emma Woodhouse,\n\n handsome <|endoftext|> clever, né 1816 ☃"
@@ -280,10 +282,6 @@ def test_our_own_folder_comes_back_the_same(tie_embeddings: bool, tmp_path: Path
         (config(blocks={"*": {"bias": "qkv"}}), r"blocks.\*.bias: 'qkv'"),
         (config(blocks={"M": {"norm_eps": 1e-6}}), "blocks.M.norm_eps: 1e-06 .* only 1e-05 can"),
         (config("M-F", blocks={"F": {"kind": "mlp", "d_ff": 48}}), "blocks.F.d_ff: 48 differs from 24 of '-'"),
-        (
-            config("ML", blocks={"L": BLOCKS[2].example.model_dump()}),
-            "blocks.L.kind: 'mla' cannot be written for nemotron_h; only 'mamba2', 'attention', 'mlp', 'moe'",
-        ),
         (config("M/*E"), "mtp: transformers has no module"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -295,6 +293,20 @@ def test_what_nemotron_h_cannot_express_is_refused_by_name(model: ModelConfig, s
         with pytest.raises(ValueError, match=says):
             save_hf(model.build(), tmp_path / "hf")
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BLOCKS if kind.config not in NEMOTRON_H], ids=lambda kind: kind.config.__name__
+)
+def test_a_kind_of_block_that_others_do_not_have_is_refused_by_name(kind: BlockKind) -> None:
+    model = ModelConfig(d_model=32, vocab_size=300, pattern=kind.letter, blocks={kind.letter: kind.example})
+    for target, write in (
+        ("nemotron_h", lambda: to_hf(model.build())),
+        ("Megatron-LM", lambda: megatron_arguments(model)),
+    ):
+        says = f"blocks.{kind.letter}.kind: {kind.example.kind!r} cannot be written for {target}; only 'mamba2', "
+        with pytest.raises(ValueError, match=re.escape(says)):
+            write()
 
 
 def test_multi_token_prediction_is_left_out_only_on_request() -> None:
