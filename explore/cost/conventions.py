@@ -39,8 +39,8 @@ CONVENTIONS: Mapping[ConventionName, Convention] = {
     ),
     "megatron": Convention(
         _products,
-        "causal attention halved, windows ignored; Mamba with an inner width of 2 d_model and a scan of 7 d_inner "
-        "d_state; router, short convolution and the MTP input projection left out",
+        "causal attention halved, windows ignored; recurrent layers by their own formulas: Mamba-2 has an inner width "
+        "of 2 d_model, a scan of 7 d_inner d_state and no convolution; router and MTP input projection left out",
         "Megatron-LM, num_floating_point_operations in megatron/training/training.py",
     ),
     "palm": Convention(
