@@ -16,6 +16,7 @@ from explore.blocks import (
     AttentionConfig,
     BlockConfig,
     BlockKind,
+    GatedDeltaNetConfig,
     KVCache,
     LatentCache,
     Mamba2,
@@ -50,6 +51,7 @@ VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS
     ),
     "one group": Mamba2Config(n_heads=2, d_head=16, d_state=8, n_groups=1, chunk_size=8),
     "softmax": MoEConfig(n_experts=6, top_k=3, d_expert=8, n_shared=0, activation="swiglu", router_score="softmax"),
+    "a key head each": GatedDeltaNetConfig(n_heads=3, n_key_heads=3, d_k=12, d_v=8, d_conv=2, chunk_size=8),
     "many groups": Mamba2Config(n_heads=8, d_head=4, d_state=8, n_groups=8, d_conv=2, chunk_size=64),
     "latent norm": MoEConfig(n_experts=4, top_k=1, d_expert=8, n_shared=2, d_shared=8, d_latent=8, latent_norm="input"),
     "latent router": MoEConfig(

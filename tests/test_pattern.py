@@ -76,6 +76,9 @@ def test_distance_is_the_recursive_edit_distance(a: str, b: str) -> None:
         ("*S", "attention MoE"),
         ("S-", "MoE"),
         ("MSE", "Mamba LatentMoE"),
+        ("G-G-", "Gated DeltaNet + MLP"),
+        ("GS*S", "Gated DeltaNet hybrid MoE"),
+        ("MG*-", "Mamba + Gated DeltaNet hybrid"),
     ],
 )
 def test_families_follow_the_kinds_of_layers_and_not_their_letters(pattern: str, name: str) -> None:

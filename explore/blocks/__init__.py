@@ -12,6 +12,7 @@ from pydantic import Field
 from explore.blocks.attention import Attention, AttentionConfig
 from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RoutedMixer, RouterStats
 from explore.blocks.declarations import ROLES, Draw, Group, Powers, Region, Role, Stops, Uncounted, ladder
+from explore.blocks.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from explore.blocks.latent import latent_acc, latent_eff
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
@@ -30,6 +31,7 @@ class BlockKind(NamedTuple):
 
 BLOCKS: tuple[BlockKind, ...] = (
     BlockKind("M", Mamba2Config, Mamba2Config(n_heads=4, d_head=8, d_state=16, n_groups=2, chunk_size=16)),
+    BlockKind("G", GatedDeltaNetConfig, GatedDeltaNetConfig(n_heads=4, n_key_heads=2, d_k=8, d_v=12, chunk_size=16)),
     BlockKind("*", AttentionConfig, AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8)),
     BlockKind("L", MLAConfig, MLAConfig(n_heads=4, q_rank=12, kv_rank=16, d_nope=8, d_rope=4, d_v=8)),
     BlockKind("-", MLPConfig, MLPConfig(d_ff=48)),
@@ -70,6 +72,8 @@ __all__ = [
     "BlockConfig",
     "BlockKind",
     "Draw",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
     "Group",
     "KVCache",
     "LatentCache",

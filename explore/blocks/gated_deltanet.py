@@ -1,0 +1,254 @@
+"""The Gated DeltaNet mixer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
+from explore.blocks.declarations import (
+    Draw,
+    Group,
+    Powers,
+    Region,
+    Role,
+    Stops,
+    Uncounted,
+    divisors,
+    head_width,
+    ladder,
+    leaf,
+)
+from explore.blocks.state import RecurrentState
+from explore.cost import ConventionName, Entry, matrix, vector
+from explore.ops import causal_conv1d, delta_rule, l2_norm, rms_norm_before_gate
+from explore.ops.delta_rule import backward_extra_flops, chunked_flops, step_flops
+
+RULE = tuple(f"delta {name}" for name in chunked_flops(1, 1, 1, 1, 1, 1))
+"""The products of the gated delta rule in chunks."""
+
+QK_EPS = 1e-6
+"""Added to the squared length of a query or key before its root is taken."""
+
+
+class GatedDeltaNetConfig(BlockConfig):
+    """Sizes of the mixer. Heads are those of the values; several of them may share a key head.
+
+    Attributes:
+        n_key_heads: heads of queries and keys; divides n_heads.
+        d_k: width of a query and of a key.
+        d_v: width of a value; the state of a head is d_v x d_k.
+        chunk_size: positions that are handled by matrix products at once; part of the FLOP count.
+        dt_min: smallest step size at initialisation.
+        dt_max: largest step size at initialisation.
+    """
+
+    label: ClassVar[str] = "Gated DeltaNet"
+    role: ClassVar[Role] = "recurrent"
+    family_names: ClassVar[tuple[str, ...]] = ("Gated DeltaNet",)
+    groups: ClassVar[Mapping[str, Group]] = {
+        "Gated DeltaNet projections": Group((0.45, 0.05, 0.50)),
+        "delta rule, state": Group((0.72, 0.46, 0.95), RULE),
+    }
+    lines: ClassVar[Mapping[str, tuple[str, ...]]] = {"delta rule": RULE}
+    draws: ClassVar[Mapping[str, Draw]] = {"expand": Powers(1, 2), "d_head": Powers(16, 64), "sharing": Powers(1, 4)}
+
+    kind: Literal["gated_deltanet"] = "gated_deltanet"
+    n_heads: PositiveInt
+    n_key_heads: PositiveInt
+    d_k: PositiveInt
+    d_v: PositiveInt
+    d_conv: PositiveInt = 4
+    chunk_size: PositiveInt = 64
+    dt_min: PositiveFloat = 0.001
+    dt_max: PositiveFloat = 0.1
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> GatedDeltaNetConfig:
+        if self.n_heads % self.n_key_heads:
+            raise ValueError(f"n_key_heads must divide n_heads={self.n_heads}, got {self.n_key_heads}")
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min must be at most dt_max={self.dt_max}, got {self.dt_min}")
+        return self
+
+    @property
+    def d_keys(self) -> int:
+        """Width of the keys of all heads, and of the queries."""
+        return self.n_key_heads * self.d_k
+
+    @property
+    def d_values(self) -> int:
+        """Width of the values of all heads, of their gates and of the output."""
+        return self.n_heads * self.d_v
+
+    @property
+    def d_conv_channels(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.d_keys + self.d_values
+
+    @property
+    def d_in_proj(self) -> int:
+        """Width of the input projection: the channels of the convolution, gates, beta and step sizes."""
+        return self.d_conv_channels + self.d_values + 2 * self.n_heads
+
+    @classmethod
+    def default(cls, d_model: int) -> GatedDeltaNetConfig:
+        """Keys as wide as the model and values twice as wide, as in Qwen3-Next."""
+        d_head = head_width(d_model, (128, 64, 32, 16), at_least=4)
+        n_key_heads = d_model // d_head
+        return cls(n_heads=2 * n_key_heads, n_key_heads=n_key_heads, d_k=d_head, d_v=d_head)
+
+    @classmethod
+    def random_example(cls, rng: random.Random) -> GatedDeltaNetConfig:
+        n_key_heads, sharing = rng.randint(1, 3), rng.randint(1, 3)
+        return cls(
+            n_heads=n_key_heads * sharing,
+            n_key_heads=n_key_heads,
+            d_k=rng.randint(1, 6),
+            d_v=rng.randint(1, 6),
+            d_conv=rng.randint(1, 4),
+            chunk_size=rng.randint(1, 16),
+        )
+
+    @classmethod
+    def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
+        """The values are `expand` times as wide as the model; `sharing` of their heads have one key head."""
+        d_values = d_model * drawn["expand"]
+        d_head = math.gcd(drawn["d_head"], d_values)
+        n_heads = d_values // d_head
+        n_key_heads = n_heads // math.gcd(drawn["sharing"], n_heads)
+        return {"n_heads": n_heads, "n_key_heads": n_key_heads, "d_k": d_head, "d_v": d_head}
+
+    def stops(self, d_model: int) -> Mapping[str, Stops]:
+        return {
+            "n_key_heads": Stops(tuple(divisors(self.n_heads)), open=False),
+            "d_k": Stops(tuple(ladder(8, 256, 8, 2))),
+        }
+
+    @classmethod
+    def settled(cls, sizes: Mapping[str, Any]) -> dict[str, int]:
+        keys, heads = sizes.get("n_key_heads"), sizes.get("n_heads")
+        if not (isinstance(keys, int) and isinstance(heads, int) and keys >= 1 and heads >= 1 and heads % keys):
+            return {}
+        return {"n_key_heads": max(n for n in divisors(heads) if n <= keys)}
+
+    def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
+        conv = self.d_conv_channels * self.d_conv
+        products = chunked_flops(seq_len, self.n_heads, self.n_key_heads, self.d_k, self.d_v, self.chunk_size)
+        step = step_flops(self.n_heads, self.d_k, self.d_v)
+        rule = [Entry(f"delta {name}", flops_seq=n, flops_step=step.get(name, 0)) for name, n in products.items()]
+        rule[-1] = rule[-1]._replace(ssm_numel=self.d_values * self.d_k)  # written by the last product
+        return (
+            matrix("in_proj", d_model, self.d_in_proj, seq_len),
+            Entry(
+                "conv1d",
+                params=conv,
+                params_active=conv,
+                params_read=conv,
+                flops_seq=2 * conv * seq_len,
+                flops_step=2 * conv,
+                conv_numel=self.d_conv_channels * (self.d_conv - 1),
+            ),
+            vector("A_log, dt_bias", 2 * self.n_heads),
+            *rule,
+            vector("norm", self.d_v),
+            matrix("out_proj", self.d_values, d_model, seq_len),
+        )
+
+    def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
+        rule = 2 * self.n_heads * 4 * self.d_v**2 * seq_len  # four d_v x d_v products a head, whatever d_k is
+        return {"megatron": dict.fromkeys(RULE, 0) | {RULE[0]: rule}}
+
+    def uncounted(self, seq_len: int) -> Uncounted:
+        """What the gradients of the triangular solves compute beyond the triangles."""
+        return Uncounted(0, backward_extra_flops(seq_len, self.n_heads, self.d_k, self.d_v, self.chunk_size))
+
+    def regions(self, seq_len: int) -> Mapping[str, Region]:
+        return {"conv": Region(self.d_conv_channels, (seq_len,))}
+
+    def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
+        def inputs(*shape: int) -> Tensor:
+            return leaf(batch_size, seq_len, *shape, dtype=dtype)
+
+        g, h, k, v = self.n_key_heads, self.n_heads, self.d_k, self.d_v
+        queries, keys, values = inputs(g, k), inputs(g, k), inputs(h, v)
+        log_alpha = torch.rand(batch_size, seq_len, h).neg_().requires_grad_()
+        beta = torch.rand(batch_size, seq_len, h).requires_grad_()
+
+        def rule() -> Tensor:
+            Q, K = l2_norm(queries, QK_EPS, k**-0.5), l2_norm(keys, QK_EPS)
+            return delta_rule(Q, K, values, log_alpha, beta, self.chunk_size)[0]
+
+        return {"delta_rule": rule}
+
+    def build(self, d_model: int) -> GatedDeltaNet:
+        return GatedDeltaNet(self, d_model)
+
+    def new_state(self, capacity: int | None = None) -> RecurrentState:
+        return RecurrentState(capacity=capacity, shape=(self.n_heads, self.d_v, self.d_k), n_past=self.d_conv - 1)
+
+
+class GatedDeltaNet(Mixer[RecurrentState]):
+    """Projection, short convolution, gated delta rule, norm before the gate, projection.
+
+    alpha = exp(-exp(A_log) softplus(a + dt_bias)) and beta = sigmoid(b), where a and b are a number a head. Queries,
+    keys and values go through the convolution and SiLU; queries and keys have unit length, and queries are scaled by
+    d_k^(-1/2). The order inside `in_proj` is queries, keys, values, gate z, b, a.
+
+    Source: arXiv 2412.06464, section 3.4; sizes, scale and order of heads as in Qwen3-Next. Initial weights follow the
+    paper's code, but A is drawn from 0.01 on, so that its logarithm is finite.
+    """
+
+    def __init__(self, config: GatedDeltaNetConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.d_conv_channels
+        self.in_proj = Linear(d_model, config.d_in_proj, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=False)
+        self.A_log = parameter(config.n_heads)
+        self.dt_bias = parameter(config.n_heads)
+        self.norm = RMSNorm(config.d_v, eps=config.norm_eps)  # of each head, with one weight for all
+        self.out_proj = Linear(config.d_values, d_model, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self, std: float, out_std: float) -> None:
+        c = self.config
+        nn.init.normal_(self.in_proj.weight, std=std)
+        nn.init.normal_(self.out_proj.weight, std=out_std)
+        self.conv1d.reset_parameters()
+        self.norm.reset_parameters()
+        self.A_log.uniform_(0.01, 16).log_()
+        dt = torch.empty_like(self.dt_bias).uniform_(math.log(c.dt_min), math.log(c.dt_max)).exp()
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus(dt_bias) = dt
+
+    def forward(
+        self, x: Float[Tensor, "batch seq d_model"], state: RecurrentState | None = None
+    ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
+        c = self.config
+        qkv, z, b, a = self.in_proj(x).split((c.d_conv_channels, c.d_values, c.n_heads, c.n_heads), dim=-1)
+        before = None if state is None else state.update_conv(qkv)
+        qkv = F.silu(causal_conv1d(qkv, self.conv1d.weight, None, before))
+        q, k, v = qkv.split((c.d_keys, c.d_keys, c.d_values), dim=-1)
+        y, recurrent = delta_rule(
+            l2_norm(q.unflatten(-1, (c.n_key_heads, c.d_k)), QK_EPS, c.d_k**-0.5),
+            l2_norm(k.unflatten(-1, (c.n_key_heads, c.d_k)), QK_EPS),
+            v.unflatten(-1, (c.n_heads, c.d_v)),
+            -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias),
+            b.float().sigmoid(),
+            c.chunk_size,
+            None if state is None else state.recurrent,
+            in_place=state is not None and state.in_place,
+        )
+        if state is not None:
+            state.recurrent = recurrent.contiguous()  # one layout, whichever path made it
+        y = rms_norm_before_gate(y, z.unflatten(-1, (c.n_heads, c.d_v)), self.norm.weight, c.norm_eps)
+        return self.out_proj(y.flatten(2)), None
