@@ -18,6 +18,7 @@ from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
 from explore.blocks.moe import MoE, MoEConfig
+from explore.blocks.sliding_window import SlidingWindowConfig
 from explore.blocks.state import KVCache, LatentCache, RecurrentState, State, WindowCache
 
 
@@ -33,6 +34,7 @@ BLOCKS: tuple[BlockKind, ...] = (
     BlockKind("M", Mamba2Config, Mamba2Config(n_heads=4, d_head=8, d_state=16, n_groups=2, chunk_size=16)),
     BlockKind("G", GatedDeltaNetConfig, GatedDeltaNetConfig(n_heads=4, n_key_heads=2, d_k=8, d_v=12, chunk_size=16)),
     BlockKind("*", AttentionConfig, AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8)),
+    BlockKind("W", SlidingWindowConfig, SlidingWindowConfig(n_heads=4, n_kv_heads=2, d_head=8, window=6)),
     BlockKind("L", MLAConfig, MLAConfig(n_heads=4, q_rank=12, kv_rank=16, d_nope=8, d_rope=4, d_v=8)),
     BlockKind("-", MLPConfig, MLPConfig(d_ff=48)),
     BlockKind("E", MoEConfig, MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32, d_latent=16)),
@@ -92,6 +94,7 @@ __all__ = [
     "Role",
     "RoutedMixer",
     "RouterStats",
+    "SlidingWindowConfig",
     "State",
     "Stops",
     "Uncounted",
