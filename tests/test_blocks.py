@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from explore.blocks import (
     BLOCKS,
     STANDARD_LETTERS,
+    Attention,
     AttentionConfig,
     BlockConfig,
     BlockKind,
@@ -43,6 +45,7 @@ VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS
     "norms and sinks": AttentionConfig(
         n_heads=4, n_kv_heads=2, d_head=8, bias="all", qk_norm=True, sinks=True, window=6, rope_theta=1e4
     ),
+    "gate": AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, bias="qkv", output_gate=True, rope_theta=1e4, d_rope=4),
     "full-rank queries": MLAConfig(n_heads=2, kv_rank=8, d_nope=8, d_rope=4, d_v=16),
     "swiglu": MLPConfig(d_ff=24, activation="swiglu"),
     "clamped": MLPConfig(d_ff=24, activation="swiglu_clamped"),
@@ -53,6 +56,7 @@ VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS
     "softmax": MoEConfig(n_experts=6, top_k=3, d_expert=8, n_shared=0, activation="swiglu", router_score="softmax"),
     "a key head each": GatedDeltaNetConfig(n_heads=3, n_key_heads=3, d_k=12, d_v=8, d_conv=2, chunk_size=8),
     "many groups": Mamba2Config(n_heads=8, d_head=4, d_state=8, n_groups=8, d_conv=2, chunk_size=64),
+    "shared gate": MoEConfig(n_experts=4, top_k=2, d_expert=8, n_shared=2, d_shared=8, shared_gate=True),
     "latent norm": MoEConfig(n_experts=4, top_k=1, d_expert=8, n_shared=2, d_shared=8, d_latent=8, latent_norm="input"),
     "latent router": MoEConfig(
         n_experts=4, top_k=2, d_expert=8, d_shared=8, d_latent=8, latent_norm="combined", router_input="latent"
@@ -475,6 +479,54 @@ def test_scores_that_underflow_still_sum_to_one_and_keep_their_ratios_while_they
     (loss + weights.square().sum()).backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+def test_the_output_of_attention_is_multiplied_by_a_sigmoid_of_the_input() -> None:
+    config = AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, output_gate=True)
+    mixer, plain = built(config), built(config.model_copy(update={"output_gate": False}))
+    assert isinstance(mixer, Attention)
+    assert isinstance(plain, Attention)
+    assert mixer.gate_proj is not None
+    plain.load_state_dict({name: w for name, w in mixer.state_dict().items() if name != "gate_proj.weight"})
+    heads: list[torch.Tensor] = []
+    plain.o_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    x = torch.randn(2, 9, D_MODEL)
+    plain(x)
+    truth = (heads[0] * (x @ mixer.gate_proj.weight.T).sigmoid()) @ mixer.o_proj.weight.T
+    torch.testing.assert_close(mixer(x)[0], truth, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_first_channels_of_a_head_are_rotated() -> None:
+    sizes: dict[str, Any] = {"n_heads": 2, "n_kv_heads": 2, "d_head": 8, "rope_theta": 1e4}
+    whole, part = (built(AttentionConfig(**sizes, d_rope=d_rope)) for d_rope in (8, 4))
+    same = built(AttentionConfig(**sizes))
+    x = torch.randn(1, 9, D_MODEL)
+    assert torch.equal(whole(x)[0], same(x)[0])
+    # Where the rotated channels are zero, positions have no influence: equal to attention without them.
+    assert isinstance(part, Attention)
+    for projection in (part.q_proj, part.k_proj):
+        projection.weight.data.view(2, 8, D_MODEL)[:, :4] = 0
+    nope = built(AttentionConfig(**{**sizes, "rope_theta": None}))
+    nope.load_state_dict(part.state_dict())
+    torch.testing.assert_close(part(x)[0], nope(x)[0], rtol=1e-5, atol=1e-5)
+    for projection in (part.q_proj, part.k_proj):
+        projection.weight.data.view(2, 8, D_MODEL)[:, :2] = 0.3
+    nope.load_state_dict(part.state_dict())
+    assert not torch.allclose(part(x)[0], nope(x)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_shared_experts_are_multiplied_by_a_sigmoid_of_one_number_a_token() -> None:
+    config = MoEConfig(n_experts=4, top_k=2, d_expert=8, n_shared=2, d_shared=8, shared_gate=True)
+    mixer = built(config)
+    assert isinstance(mixer, MoE)
+    assert mixer.shared is not None
+    assert mixer.shared_gate is not None
+    x = torch.randn(2, 9, D_MODEL)
+    shared, gate = mixer.shared(x)[0], (x @ mixer.shared_gate.weight.T).sigmoid()
+    mixer.shared_gate.register_forward_hook(lambda *_: torch.full((2, 9, 1), -torch.inf))
+    routed = mixer(x)[0]
+    assert gate.shape == (2, 9, 1)
+    torch.testing.assert_close(built(config)(x)[0], routed + gate * shared, rtol=1e-5, atol=1e-5)
 
 
 def test_the_expert_bias_moves_towards_balance_and_changes_the_choice_but_not_the_weights() -> None:

@@ -40,6 +40,19 @@ def test_json_is_an_identity(pattern: str, tied: bool) -> None:
         ({"blocks": {"E": {"latent_norm": "input"}}}, "model.blocks.E.latent_norm: 'input' needs d_latent"),
         ({"blocks": {"*": {"n_heads": 6, "n_kv_heads": 4}}}, "model.blocks.*.n_kv_heads: 4 does not divide n_heads=6"),
         ({"blocks": {"M": {"n_groups": 3}}}, "model.blocks.M.n_groups: 3 does not divide n_heads=8"),
+        (
+            {"blocks": {"*": {"rope_theta": 1e4, "d_head": 5}}},
+            "model.blocks.*: d_head must be even with rope_theta, got 5",
+        ),
+        ({"blocks": {"*": {"d_rope": 4}}}, "model.blocks.*: d_rope must be absent without rope_theta, got 4"),
+        (
+            {"blocks": {"*": {"rope_theta": 1e4, "d_rope": 130}}},
+            "model.blocks.*: d_rope must be even and at most d_head=64, got 130",
+        ),
+        (
+            {"blocks": {"E": {"n_shared": 0, "shared_gate": True}}},
+            "model.blocks.E: shared_gate must be False with n_shared=0, got True",
+        ),
         ({"blocks": {"-": {"d_ff": -1}}}, "model.blocks.-.d_ff: input should be greater than 0, got -1"),
         ({"blocks": {"M": {"kind": "mamba2"}}}, "model.blocks.M.n_heads: field required (and 2 more)"),
         ({"blocks": {"M": {"kind": "mamba3"}}}, "model.blocks.M: "),

@@ -279,6 +279,8 @@ def test_our_own_folder_comes_back_the_same(tie_embeddings: bool, tmp_path: Path
         (config(blocks={"*": {"window": 8}}), r"blocks.\*.window: 8"),
         (config(blocks={"*": {"qk_norm": True}}), r"blocks.\*.qk_norm: True"),
         (config(blocks={"*": {"sinks": True}}), r"blocks.\*.sinks: True"),
+        (config(blocks={"*": {"output_gate": True}}), r"blocks.\*.output_gate: True"),
+        (config(blocks={"E": {"shared_gate": True}}), "blocks.E.shared_gate: True"),
         (config(blocks={"*": {"bias": "qkv"}}), r"blocks.\*.bias: 'qkv'"),
         (config(blocks={"M": {"norm_eps": 1e-6}}), "blocks.M.norm_eps: 1e-06 .* only 1e-05 can"),
         (config("M-F", blocks={"F": {"kind": "mlp", "d_ff": 48}}), "blocks.F.d_ff: 48 differs from 24 of '-'"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, divisors, head_width, leaf
 from explore.blocks.state import KVCache, WindowCache
+from explore.config import added_later
 from explore.cost import ConventionName, Entry, attended_keys, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
@@ -28,6 +29,8 @@ class AttentionConfig(BlockConfig):
         bias: which projections have biases: none, query, key and value, or the output's too.
         qk_norm: RMSNorm over every head of queries and of keys, before the rotation.
         sinks: a learned logit of each head in its softmax, which takes weight and gives no value.
+        output_gate: the heads' outputs are multiplied by a sigmoid of another projection of the input.
+        d_rope: width of a head that is rotated, from its start; the whole head when absent.
     """
 
     label: ClassVar[str] = "attention"
@@ -48,13 +51,20 @@ class AttentionConfig(BlockConfig):
     qk_norm: bool = False
     sinks: bool = False
     norm_eps: PositiveFloat = 1e-5
+    output_gate: bool = added_later(False)
+    d_rope: PositiveInt | None = added_later(None)
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads={self.n_heads}")
-        if self.rope_theta is not None and self.d_head % 2:
-            raise ValueError(f"d_head: {self.d_head} is odd; rotary embedding needs an even width")
+        if self.d_rope is not None:
+            if self.rope_theta is None:
+                raise ValueError(f"d_rope must be absent without rope_theta, got {self.d_rope}")
+            if self.d_rope % 2 or self.d_rope > self.d_head:
+                raise ValueError(f"d_rope must be even and at most d_head={self.d_head}, got {self.d_rope}")
+        elif self.rope_theta is not None and self.d_head % 2:
+            raise ValueError(f"d_head must be even with rope_theta, got {self.d_head}")
         return self
 
     @classmethod
@@ -66,15 +76,18 @@ class AttentionConfig(BlockConfig):
     @classmethod
     def random_example(cls, rng: random.Random) -> AttentionConfig:
         groups, per_group = rng.randint(1, 4), rng.randint(1, 4)
+        d_head, rope_theta = 2 * rng.randint(1, 4), rng.choice([None, 1e4])
         return cls(
             n_heads=groups * per_group,
             n_kv_heads=groups,
-            d_head=2 * rng.randint(1, 4),
+            d_head=d_head,
             window=rng.choice([None, rng.randint(1, 30)]),
-            rope_theta=rng.choice([None, 1e4]),
+            rope_theta=rope_theta,
             bias=rng.choice(["none", "qkv", "all"]),
             qk_norm=rng.random() < 0.5,
             sinks=rng.random() < 0.5,
+            output_gate=rng.random() < 0.5,
+            d_rope=None if rope_theta is None else rng.choice([None, *range(2, d_head + 1, 2)]),
         )
 
     @classmethod
@@ -102,6 +115,7 @@ class AttentionConfig(BlockConfig):
             matrix("q_proj", d_model, d_q, seq_len, bias=qkv_bias),
             matrix("k_proj", d_model, d_kv, seq_len, bias=qkv_bias),
             matrix("v_proj", d_model, d_kv, seq_len, bias=qkv_bias),
+            *((matrix("gate_proj", d_model, d_q, seq_len, bias=qkv_bias),) if self.output_gate else ()),
             *((vector("qk_norm", 2 * self.d_head),) if self.qk_norm else ()),
             *((vector("sinks", self.n_heads),) if self.sinks else ()),
             Entry(
@@ -141,7 +155,7 @@ class AttentionConfig(BlockConfig):
 class Attention(Mixer[KVCache]):
     """softmax(Q K^T / sqrt(d_head)) V over what came before, keys and values shared by groups of heads.
 
-    Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925.
+    Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925; output gate as in arXiv 2505.06708 and Qwen3-Next.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
@@ -152,13 +166,15 @@ class Attention(Mixer[KVCache]):
         self.q_proj = Linear(d_model, d_q, bias=qkv_bias)
         self.k_proj = Linear(d_model, d_kv, bias=qkv_bias)
         self.v_proj = Linear(d_model, d_kv, bias=qkv_bias)
+        self.gate_proj = Linear(d_model, d_q, bias=qkv_bias) if config.output_gate else None
         self.q_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.sinks = parameter(config.n_heads) if config.sinks else None
         self.o_proj = Linear(d_q, d_model, bias=config.bias == "all")
 
     def init_weights(self, std: float, out_std: float) -> None:
-        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
+        for projection in filter(None, projections):
             nn.init.normal_(projection.weight, std=out_std if projection is self.o_proj else std)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
@@ -180,8 +196,16 @@ class Attention(Mixer[KVCache]):
             q, k = self.q_norm(q), self.k_norm(k)
         if c.rope_theta is not None:
             start = 0 if state is None else state.length
-            q, k = (rotate(heads, c.rope_theta, start) for heads in (q, k))
+            q, k = (self._rotate(heads, c.rope_theta, start) for heads in (q, k))
         if state is not None:
             k, v = state.update(k, v)
-        y = attention(q, k, v, c.window, self.sinks)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), None
+        y = attention(q, k, v, c.window, self.sinks).transpose(1, 2).flatten(2)
+        if self.gate_proj is not None:
+            y = y * self.gate_proj(x).sigmoid()
+        return self.o_proj(y), None
+
+    def _rotate(self, heads: Tensor, theta: float, start: int) -> Tensor:
+        d_rope = self.config.d_rope
+        if d_rope is None:
+            return rotate(heads, theta, start)
+        return torch.cat((rotate(heads[..., :d_rope], theta, start), heads[..., d_rope:]), dim=-1)

@@ -16,6 +16,7 @@ from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer,
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, ladder, leaf, width
 from explore.blocks.mlp import MLPConfig
 from explore.blocks.state import State
+from explore.config import added_later
 from explore.cost import ConventionName, Entry, matrix, product, vector
 from explore.ops import Activation, experts, is_gated, linear
 
@@ -33,6 +34,7 @@ class MoEConfig(BlockConfig):
         latent_norm: RMSNorm on what the experts read (`input`) or on their combined output (`combined`).
         router_input: what the router reads.
         n_shared: experts that see every token at full width, kept as one MLP of n_shared * d_shared.
+        shared_gate: the shared experts' output is multiplied by a sigmoid of one number a token.
         bias: router and routed experts have biases.
         router_score: how logits become scores.
         normalize_weights: divide the chosen scores by their sum.
@@ -47,7 +49,7 @@ class MoEConfig(BlockConfig):
     family_names: ClassVar[tuple[str, ...]] = ("MoE", "LatentMoE")
     groups: ClassVar[Mapping[str, Group]] = {
         "experts": Group((0.04, 0.60, 0.42)),
-        "shared experts": Group((0.69, 0.95, 0.89), ("shared",)),
+        "shared experts": Group((0.69, 0.95, 0.89), ("shared", "shared_gate")),
         "latent projections": Group((0.94, 0.41, 0.47), ("latent_down", "latent_up")),
         "router": Group((0.67, 0.26, 0.13), ("router",)),
     }
@@ -77,6 +79,7 @@ class MoEConfig(BlockConfig):
     bias_update_rate: NonNegativeFloat = 1e-3
     aux_loss_coef: NonNegativeFloat = 1e-4
     norm_eps: PositiveFloat = 1e-5
+    shared_gate: bool = added_later(False)
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -84,6 +87,8 @@ class MoEConfig(BlockConfig):
             raise ValueError(f"top_k: {self.top_k} is above n_experts={self.n_experts}")
         if self.n_shared and self.d_shared is None:
             raise ValueError(f"d_shared: a width is required with n_shared={self.n_shared}")
+        if self.shared_gate and not self.n_shared:
+            raise ValueError("shared_gate must be False with n_shared=0, got True")
         if self.d_latent is None and self.latent_norm != "none":
             raise ValueError(f"latent_norm: {self.latent_norm!r} needs d_latent; without it only 'none' is allowed")
         if self.d_latent is None and self.router_input == "latent":
@@ -98,17 +103,19 @@ class MoEConfig(BlockConfig):
     @classmethod
     def random_example(cls, rng: random.Random) -> MoEConfig:
         n_experts, d_latent = rng.randint(1, 8), rng.choice([None, rng.randint(1, 12)])
+        n_shared = rng.randint(0, 2)
         return cls(
             n_experts=n_experts,
             top_k=rng.randint(1, n_experts),
             d_expert=rng.randint(1, 12),
-            n_shared=rng.randint(0, 2),
+            n_shared=n_shared,
             d_shared=rng.randint(1, 12),
             d_latent=d_latent,
             latent_norm="none" if d_latent is None else rng.choice(["none", "input", "combined"]),
             router_input="model" if d_latent is None else rng.choice(["model", "latent"]),
             activation=rng.choice(get_args(Activation)),
             bias=rng.random() < 0.5,
+            shared_gate=n_shared > 0 and rng.random() < 0.5,
         )
 
     @classmethod
@@ -179,10 +186,12 @@ class MoEConfig(BlockConfig):
             rows.append(matrix("latent_up", self.d_latent, d_model, seq_len))
         if (shared := self.shared_mlp()) is not None:
             rows.append(product("shared", matrices * d_model * shared.d_ff, seq_len))
+        if self.shared_gate:
+            rows.append(matrix("shared_gate", d_model, 1, seq_len))
         return tuple(rows)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
-        return {"megatron": {"router": 0}}
+        return {"megatron": {"router": 0} | ({"shared_gate": 0} if self.shared_gate else {})}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         n, k, d, f = self.n_experts, self.top_k, self.d_latent or d_model, self.d_expert
@@ -226,6 +235,7 @@ class MoE(RoutedMixer):
         self.latent_up = Linear(d_routed, d_model, bias=False) if latent else None
         shared = c.shared_mlp()
         self.shared = None if shared is None else shared.build(d_model)
+        self.shared_gate = Linear(d_model, 1, bias=False) if c.shared_gate else None
 
     def init_weights(self, std: float, out_std: float) -> None:
         nn.init.normal_(self.router.weight, std=std)
@@ -244,6 +254,8 @@ class MoE(RoutedMixer):
             self.latent_norm.reset_parameters()
         if self.shared is not None:
             self.shared.init_weights(std, out_std)
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=std)
 
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
@@ -268,7 +280,8 @@ class MoE(RoutedMixer):
         if self.latent_up is not None:
             y = self.latent_up(y)
         if self.shared is not None:
-            y = y + self.shared(x)[0]
+            shared, _ = self.shared(x)
+            y = y + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
         return y, self._stats(scores, chosen) if state is None else None
 
     def route(

@@ -19,8 +19,15 @@ ATTENTION: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", "qkv"),
     "qk_norm": (False,),
     "sinks": (False,),
+    "output_gate": (False,),
+    "d_rope": (None,),
 }
-MOE: Mapping[str, tuple[Any, ...]] = {"router_input": ("model",), "latent_norm": ("none",), "bias": (False,)}
+MOE: Mapping[str, tuple[Any, ...]] = {
+    "router_input": ("model",),
+    "latent_norm": ("none",),
+    "bias": (False,),
+    "shared_gate": (False,),
+}
 ACTIVATIONS = {"relu2": "--squared-relu", "swiglu": "--swiglu"}
 
 Arguments = list[tuple[str, ...]]

@@ -37,6 +37,8 @@ ATTENTION: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "qk_norm": (False,),
     "sinks": (False,),
+    "output_gate": (False,),
+    "d_rope": (None,),
 }
 MOE: Mapping[str, tuple[Any, ...]] = {
     "activation": ("relu2",),
@@ -44,6 +46,7 @@ MOE: Mapping[str, tuple[Any, ...]] = {
     "router_input": ("model",),
     "latent_norm": ("none",),
     "bias": (False,),
+    "shared_gate": (False,),
 }
 
 
