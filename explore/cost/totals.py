@@ -101,6 +101,11 @@ class Cost:
         )
 
     @property
+    def params_total_no_embeddings(self) -> int:
+        """All parameters without embeddings and head, which count as active in full."""
+        return self.params_total - (self.params_active - self.params_active_no_embeddings)
+
+    @property
     def state_bytes(self) -> float:
         """Everything that decoding keeps of a sequence after `seq_len` tokens."""
         return self.kv_bytes + self.ssm_state_bytes + self.conv_state_bytes

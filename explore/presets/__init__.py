@@ -17,9 +17,12 @@ from explore.presets.comparators import COMPARATORS
 from explore.presets.latentmoe import LATENTMOE
 from explore.presets.llama_nemotron import LLAMA_NEMOTRON
 from explore.presets.nemotron import NEMOTRON
+from explore.presets.qwen3_next import QWEN3_NEXT
 from explore.presets.released import from_released, is_released, language_part, with_new_names
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({**NEMOTRON, **LATENTMOE, **LLAMA_NEMOTRON, **COMPARATORS})
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {**NEMOTRON, **LATENTMOE, **LLAMA_NEMOTRON, **COMPARATORS, **QWEN3_NEXT}
+)
 
 
 @cache
