@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from explore.blocks import BLOCKS, MoEConfig
 from explore.pattern import canonical, check_pattern, counts, distance, families, family, resolve, split_mtp
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
+README = Path(__file__).parents[1] / "README.md"
 patterns = st.text("ME*", max_size=6)
 
 
@@ -98,3 +101,8 @@ def test_families_of_the_blocks_so_far_are_these_and_no_others() -> None:
         "hybrid LatentMoE", "Mamba LatentMoE", "attention LatentMoE", "LatentMoE",
     }  # fmt: skip
     assert len(set(families())) == len(families())
+
+
+def test_the_readme_says_what_every_letter_stands_for() -> None:
+    readme = " ".join(README.read_text(encoding="utf-8").split())
+    assert [kind.letter for kind in BLOCKS if f"`{kind.letter}` " not in readme] == []
