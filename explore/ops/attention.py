@@ -1,4 +1,9 @@
-"""Causal grouped-query attention and rotary position embedding."""
+"""Causal grouped-query attention and rotary position embedding.
+
+Shapes: b batch, h n_heads, g n_kv_heads (groups), r heads of a group (h = g r, the heads of a group side by side),
+l queries, n keys, d d_head, e d_v; (bg) is b and g as one axis. The queries are the last l of n positions: query i is
+at position n - l + i.
+"""
 
 from __future__ import annotations
 
@@ -36,18 +41,22 @@ def attention(
 
     Args:
         window: positions that a query sees at most, itself included; all when absent.
-        sinks: a logit of each head that takes its part of the softmax and gives no value.
+        sinks: one logit a head that takes its part of the softmax and has no value.
     """
     seq, context = q.shape[2], k.shape[2]
     path = path_of("attention", q.device.type)
     if path == "sums" and seq == 1:
         return _sums(q, k, v, window, sinks)
-    if path == "sums" or (torch.compiler.is_exporting() and path == "blocked"):  # an exported graph writes nowhere
+    # "sums" is for one query. "blocked" writes into its output block by block, which an exported graph cannot.
+    if path == "sums" or (torch.compiler.is_exporting() and path == "blocked"):
         path = "sdpa"
+    # Torch's attention has no sinks.
     if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
     if path == "blocked":
         return _blocked(q, k, v, window, sinks)
+    # Torch's causal mask puts the first query at the first key: right only for as many queries as keys. One query
+    # needs no mask, for it sees every key.
     if window is not None and window < context:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(seq, context, window, q), enable_gqa=True)
     if seq not in (1, context):
@@ -56,33 +65,42 @@ def attention(
 
 
 def _block_rows(q: Tensor) -> int:
-    """Queries of a block: few, so that little beyond the diagonal is computed, enough for one product to be large.
+    """Positions of a block of q, (bg) l r d: few waste less above the diagonal, many make one product large.
 
-    That is more of them in bf16, whose products take longer to begin and less to end.
+    bf16 takes more of them, since its products take longer to start and less time to run.
     """
     return min(q.shape[1], 64 if q.shape[2] == 1 or q.dtype.itemsize == 2 else 32)
 
 
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-    """A block of queries after another against the keys that it can see, the heads of a group in one product.
+    """One block of queries after another against the keys that it can see, the heads of a group in one product.
 
     Neither pass keeps what is quadratic in the length: the backward pass makes each block's softmax again.
     """
     batch, heads, seq, _ = q.shape
     groups = k.shape[1]
+    # Norms and rotation may have left q and k wider than v under autocast; products are made in the dtype of v.
     with torch.autocast(q.device.type, enabled=False):
+        # b h l d -> b g r l d -> b g l r d -> (bg) l r d. The heads of a group read the same keys, so the rows of all
+        # of them lie below one another: a block of positions is one matrix.
         q = q.to(v.dtype).unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 1)
+        # b g n d -> (bg) n d
         k, v = k.to(v.dtype).flatten(0, 1), v.flatten(0, 1)
         if torch.is_grad_enabled():
             y: Tensor = _Blocked.apply(q, k, v, window, sinks)  # type: ignore[no-untyped-call]
         else:
             y = _outputs(q, k, v, window, sinks)
+        # (bg) l r e -> b g l r e -> b g r l e -> b h l e
         y = y.unflatten(0, (batch, groups)).transpose(2, 3)
         return y.reshape(batch, heads, seq, -1)
 
 
 class _Blocked(torch.autograd.Function):
-    """Of q (batch * groups, seq, heads of a group, d_head), k (batch * groups, context, d_head) and v like k."""
+    """Attention of q ((bg) l r d), k ((bg) n d) and v ((bg) n e), with its gradients.
+
+    With P = softmax(S), S = Q K^T / sqrt(d) and Y = P V: dV = P^T dY, dP = dY V^T, dS = P . (dP - rowsum(P . dP)),
+    dQ = dS K / sqrt(d), dK = dS^T Q / sqrt(d).
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
@@ -94,117 +112,155 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks = ctx.saved_tensors
-        # A key is seen by several blocks, whose parts are added up in fp32 at least.
+        # Several blocks see a key. Their parts of dk and dv are added up in fp32 at least.
         dq, dy, exact = q.new_empty(q.shape), dy.contiguous(), torch.promote_types(v.dtype, torch.float32)
         dk, dv = torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
         dsinks = None if sinks is None else torch.zeros_like(sinks)
-        room = _room(q, k, ctx.window, sinks)
-        for rows, seen, queries, weights in _blocks(q, k, ctx.window, sinks):
-            n, given = seen.stop - seen.start, dy[:, rows].flatten(1, 2)
-            dv[:, seen] += weights[..., :n].mT @ given
-            dscores = _part(room, weights.shape)
-            torch.bmm(given, v[:, seen].mT, out=dscores[..., :n])
+        buffer = _score_buffer(q, k, ctx.window, sinks)
+        for rows, keys, queries, weights in _blocks(q, k, ctx.window, sinks):
+            # (bg) rows r e -> (bg) (rows r) e, in the order of the rows of `weights`, P: (bg) (rows r) n
+            n, dy_rows = keys.stop - keys.start, dy[:, rows].flatten(1, 2)
+            dv[:, keys] += weights[..., :n].mT @ dy_rows
+            # dP, which becomes dS in the same memory
+            dscores = _part(buffer, weights.shape)
+            torch.bmm(dy_rows, v[:, keys].mT, out=dscores[..., :n])
             if dsinks is not None:
-                dscores[..., n] = 0  # a sink gives no value
+                # A sink has no value: its weight changes the output only through the sum of the softmax.
+                dscores[..., n] = 0
             torch.ops.aten._softmax_backward_data(dscores, weights, -1, weights.dtype, grad_input=dscores)
             if dsinks is not None:
-                of_heads = dscores[..., n].unflatten(1, (-1, q.shape[2])).sum(1)
-                dsinks += of_heads.view(-1, len(dsinks)).sum(0)
-            dq[:, rows].view(queries.shape).copy_(dscores[..., :n] @ k[:, seen])
-            dk[:, seen] += dscores[..., :n].mT @ queries
+                # (bg) (rows r) -> (bg) rows r -> (bg) r: a sink is the same logit at all positions
+                per_head = dscores[..., n].unflatten(1, (-1, q.shape[2])).sum(1)
+                # (bg) r -> b h -> h
+                dsinks += per_head.view(-1, len(dsinks)).sum(0)
+            dq[:, rows].view(queries.shape).copy_(dscores[..., :n] @ k[:, keys])
+            # `queries` are scaled already, which is dK's factor of 1 / sqrt(d); dQ gets its own at the end.
+            dk[:, keys] += dscores[..., :n].mT @ queries
         return dq.mul_(q.shape[-1] ** -0.5), dk.to(k.dtype), dv.to(v.dtype), None, dsinks
 
 
 def _outputs(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """Weighted sums of values, (bg) l r e; the column of a sink has no value."""
     y = q.new_empty(*q.shape[:-1], v.shape[-1])
-    for rows, seen, _, weights in _blocks(q, k, window, sinks):
-        found = y[:, rows].view(*weights.shape[:2], -1)  # a product that wrote there itself would go one by one
-        found.copy_(weights[..., : seen.stop - seen.start] @ v[:, seen])
+    for rows, keys, _, weights in _blocks(q, k, window, sinks):
+        # (bg) rows r e seen as (bg) (rows r) e. The product is copied there: written into rows of a larger tensor, it
+        # would be made matrix by matrix instead of as one batch.
+        y_rows = y[:, rows].view(*weights.shape[:2], -1)
+        y_rows.copy_(weights[..., : keys.stop - keys.start] @ v[:, keys])
     return y
 
 
 def _blocks(
     q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-    """Rows of a block, keys that they see, scaled queries of all heads of a group, and their softmax over the keys.
+    """For each block: its rows of q, the keys that they see, their scaled queries, and the softmax over those keys.
 
-    Where there are sinks, they are its last column. The next block's softmax takes the place of the last one's.
+    Queries are (bg) (rows r) d and the softmax is (bg) (rows r) n, with the sinks as one more column where there are
+    any. The next block's softmax overwrites it.
     """
     seq, per_group, d = q.shape[1:]
     before, block = k.shape[1] - seq, _block_rows(q)
-    hidden = None if seq == 1 else _hidden(block, window, k)  # one query sees all that is left of its context
-    room, q = _room(q, k, window, sinks), q.contiguous() * d**-0.5
+    # One query sees all keys that are left to it, so nothing is masked.
+    mask_bias = None if seq == 1 else _mask_bias(block, window, k)
+    buffer, q = _score_buffer(q, k, window, sinks), q.contiguous() * d**-0.5
     for start in range(0, seq, block):
         rows = slice(start, min(start + block, seq))
-        seen = slice(0 if window is None else max(0, before + start + 1 - window), before + rows.stop)
-        n_rows, n = rows.stop - rows.start, seen.stop - seen.start
+        # From the first key in the window of the first row to the last row's own key.
+        keys = slice(0 if window is None else max(0, before + start + 1 - window), before + rows.stop)
+        n_rows, n = rows.stop - rows.start, keys.stop - keys.start
+        # (bg) rows r d -> (bg) (rows r) d
         queries = q[:, rows].flatten(1, 2)
-        scores = _part(room, (len(q), n_rows * per_group, n + (sinks is not None)))
-        torch.bmm(queries, k[:, seen].mT, out=scores[..., :n])
-        of_heads = scores.unflatten(1, (n_rows, per_group))
-        if hidden is not None:
-            to_rows = hidden[:n_rows, : hidden.shape[1] - block + n_rows][:, -n:]
-            of_heads[..., n - to_rows.shape[1] : n] += to_rows.unsqueeze(1)
+        # (bg) (rows r) n, and a column for the sinks
+        scores = _part(buffer, (len(q), n_rows * per_group, n + (sinks is not None)))
+        torch.bmm(queries, k[:, keys].mT, out=scores[..., :n])
+        # The same memory as (bg) rows r n: mask and sinks go by position and by head.
+        by_head = scores.unflatten(1, (n_rows, per_group))
+        if mask_bias is not None:
+            # A shorter last block leaves out the bias's last rows and the keys of those rows, which are its last
+            # columns. At the start of the sequence there are fewer keys before a block than a window has.
+            bias = mask_bias[:n_rows, : mask_bias.shape[1] - block + n_rows][:, -n:]
+            # rows n -> rows 1 n, on the last columns: every key before them is seen by all rows
+            by_head[..., n - bias.shape[1] : n] += bias.unsqueeze(1)
         if sinks is not None:
-            of_heads.unflatten(0, (-1, len(sinks) // per_group))[..., n] = sinks.view(-1, 1, per_group)
-        yield rows, seen, queries, torch.softmax(scores, -1, out=scores)
+            # (bg) rows r -> b g rows r; sinks h -> g 1 r
+            by_head.unflatten(0, (-1, len(sinks) // per_group))[..., n] = sinks.view(-1, 1, per_group)
+        yield rows, keys, queries, torch.softmax(scores, -1, out=scores)
 
 
-def _hidden(block: int, window: int | None, k: Tensor) -> Tensor:
-    """What is added to the scores of a block's rows, from the first key that a window may hide from one of them on."""
+def _mask_bias(block: int, window: int | None, k: Tensor) -> Tensor:
+    """Minus infinity where a row of a block does not see a key, else zero: (block, width - 1 + block).
+
+    Keys are counted from the block's first row. They begin with the first key of that row's window, or with the row's
+    own where there is no window, and end with the last row's own.
+    """
     width = 1 if window is None else min(window, k.shape[1])
     key, row = torch.arange(1 - width, block, device=k.device), torch.arange(block, device=k.device).unsqueeze(1)
-    hidden = key > row
+    masked = key > row
     if window is not None:
-        hidden |= key <= row - window
-    return k.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        masked |= key <= row - window
+    return k.new_zeros(masked.shape).masked_fill_(masked, -torch.inf)
 
 
-def _room(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-    """Memory of the scores of any block, to be used again by the next, which is faster than to ask for it each time."""
+def _score_buffer(q: Tensor, k: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """Memory for the scores of the largest block; to use it again is faster than to ask for new memory each time."""
     context = k.shape[1] if window is None else min(window + _block_rows(q) - 1, k.shape[1])
     return q.new_empty(len(q) * _block_rows(q) * q.shape[2] * (context + (sinks is not None)))
 
 
-def _part(room: Tensor, shape: Sequence[int]) -> Tensor:
-    return room[: math.prod(shape)].view(shape)
+def _part(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    """The start of the buffer as a contiguous tensor."""
+    return buffer[: math.prod(shape)].view(shape)
 
 
 def _sums(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     """One query of each head as sums over channels and over keys, which torch compiles to loops.
 
-    With the heads of a group one by one, a loop reads what they share once and adds to as many sums as there are heads.
+    The heads of a group are terms of their own in one loop, which reads their keys once for all of them.
     """
     if window is not None:
         k, v = k[:, :, -window:], v[:, :, -window:]
-    q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))  # b g r 1 d
-    scores = torch.stack([(query * k).sum(-1) for query in q.unbind(2)], dim=2)  # b g r n
+    # b h 1 d -> b g r 1 d
+    q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[1], -1))
+    # For each head of a group b g 1 d times b g n d, summed over d: b g n; all of them b g r n.
+    scores = torch.stack([(query * k).sum(-1) for query in q.unbind(2)], dim=2)
+    # Softmax is of all heads at once, since torch gives a loop as short as one head's to one thread. The largest
+    # score is subtracted, lest the exponential overflow.
     top = scores.amax(-1, keepdim=True)
     if sinks is not None:
+        # h -> g r -> g r 1
         sinks = sinks.view(q.shape[1:3]).unsqueeze(-1)
         top = torch.maximum(top, sinks)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
         total = total + torch.exp(sinks - top)
+    # For each head of a group b g n 1 times b g n e, summed over n: b g e; all of them b g r e. The division by the
+    # sum is left to the end, where there are e numbers a head and not n.
     y = torch.stack([(weight.unsqueeze(-1) * v).sum(-2) for weight in weights.unbind(2)], dim=2) / total
+    # b g r e -> b h e -> b h 1 e
     return y.flatten(1, 2).unsqueeze(2).to(v.dtype)
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+    """The definition, whole: the truth that the other forms are held against."""
     repeats = q.shape[1] // k.shape[1]
+    # b g n d -> b h n d: each head has its own copy of its group's keys and values
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    # b h l n
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~_visible(q.shape[2], k.shape[2], window, q), -torch.inf)
     if sinks is not None:
+        # h -> b h l 1, a column of scores more
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sink), dim=-1)
+    # The sink's weight is left out of the sum over values.
     weights = scores.softmax(dim=-1).to(v.dtype)
     y: Tensor = weights[..., : k.shape[2]] @ v
     return y
 
 
 def _visible(seq: int, context: int, window: int | None, like: Tensor) -> Tensor:
+    """Which of n keys each of the last l positions sees, (l, n): its own, at n - l + i, is the last."""
     visible = torch.ones(seq, context, dtype=torch.bool, device=like.device).tril(context - seq)
     return visible if window is None else visible.triu(context - seq + 1 - window)
 
@@ -220,9 +276,11 @@ def rotate(
     Source: arXiv 2104.09864; pairs are (i, i + d_head / 2), not neighbours.
     """
     half = x.shape[-1] // 2
+    # (d/2), (l) and (l, d/2), in fp32 whatever x is: bf16 cannot tell far positions from their neighbours.
     frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     position = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)
     angle = position[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    # Component i and component i + d/2 are a point in a plane, which turns by the angle of its position.
     first, second = x[..., :half], x[..., half:]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
