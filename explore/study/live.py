@@ -52,7 +52,7 @@ class SweepTable:
         front = self._front() if new else set()
         for trial in new:
             self._printed.add(trial.number)
-            cells = [cell for cell in self._row(trial, front) if cell]
+            cells = [text for text in self._row(trial, front) if text]
             self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
     def render(self) -> Table:
