@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from explore.config import Config, added_later, explain, set_field
-from explore.data import DataConfig
+from explore.data import DataConfig, Source
 from explore.files import read_json
 from explore.model import ModelConfig
 
@@ -27,6 +27,9 @@ UNTIL_DECAY = frozenset(
     {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
 )
 """Fields of `TrainConfig` that do not act on a run before its decay; of the warm-up, only its steps do."""
+
+VOCABULARY_MULTIPLE = 128
+"""A vocabulary that is padded to a multiple of this is no mistake."""
 
 NUMERICS_VERSION = 3
 """Part of every key; raised when the same experiment may give another result than before."""
@@ -137,6 +140,15 @@ class Experiment(Config):
     def flops_run(self) -> float:
         """Training FLOPs of the whole run."""
         return self.model.cost(self.data.seq_len).flops_train * self.n_steps * self.batch_tokens
+
+    def notes(self, source: Source) -> tuple[str, ...]:
+        """What a user should know of a run on data that was opened for it, one line each."""
+        n_tokens, n_rows = source.vocab_size, self.model.vocab_size
+        padded = -(-n_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        if n_rows <= padded:
+            return source.notes
+        unused = f"{n_rows - n_tokens:,} rows of the embedding and the head stand for nothing"
+        return (*source.notes, f"model.vocab_size is {n_rows:,} and the data has {n_tokens:,} tokens: {unused}")
 
     def key(self) -> str:
         """64 hexadecimal digits over everything that decides the result, and nothing else.

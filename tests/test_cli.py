@@ -15,6 +15,7 @@ import torch
 
 from explore import ModelConfig
 from explore.cli import app, main
+from explore.data import load_corpus, train_bpe
 from explore.experiment import Experiment
 from explore.presets import PRESETS, preset
 from explore.roofline import Deployment, hardware
@@ -329,3 +330,94 @@ def test_every_command_shows_an_example() -> None:
 def test_help_is_quick_to_import() -> None:
     code = "import sys, explore.cli; print([m for m in ('torch', 'pandas', 'optuna', 'lightning') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_tokenizer_smaller_than_the_vocabulary_is_noted_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
+) -> None:
+    args = ("train", str(experiment_file), "--runs", str(tmp_path / "runs"), "--json", "--set", "model.vocab_size=2048")
+    for seed, n_notes in ((0, 1), (1, 0)):
+        code, out, err = run(capsys, monkeypatch, *args, "--set", f"seed={seed}")
+        assert (code, json.loads(out)["status"]) == (0, "finished")
+        assert err.count("note: model.vocab_size is 2,048 and the data has 257 tokens: 1,791 rows") == n_notes
+
+
+def test_data_shows_the_same_text_with_and_without_a_byte_order_mark(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400))
+    shown = []
+    for name, encoding in (("plain.txt", "utf-8"), ("marked [bold].txt", "utf-8-sig")):
+        (tmp_path / name).write_text(text, encoding=encoding)
+        code, out, _ = run(capsys, monkeypatch, "data", str(tmp_path / name), "--tokenizer", "bytes", "--json")
+        assert code == 0
+        shown.append(json.loads(out)["splits"])
+        assert name in run(capsys, monkeypatch, "data", str(tmp_path / name), "--tokenizer", "bytes")[1]
+    assert shown[0] == shown[1]
+    assert sum(row["n_bytes"] for row in shown[0]) == len(text)
+
+
+def test_a_tokenizer_is_trained_on_the_training_text_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = "\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    out = tmp_path / "bpe.json"
+    code, _, _ = run(capsys, monkeypatch, "data", str(tmp_path / "text.txt"), "--train-bpe", "300", "--out", str(out))
+    assert code == 0
+    trained = train_bpe(load_corpus(str(tmp_path / "text.txt")).documents("train"), 300)
+    assert json.loads(out.read_text()) == json.loads(trained.to_str())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bpe.json", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("data", "hf:"), "corpus: 'hf:' must name a data set: hf:NAME"),
+        (("data", "hf::config"), "corpus: 'hf::config' must name a data set"),
+        (("data", "FIFO"), "must be a file, got a FIFO"),
+        (("data", "/dev/zero"), "must be a file, got a device"),
+        (("data", "x" * 5000), "is neither a known name"),
+        (("data", "TEXT", "--tokenizer", "FIFO"), "must be a file, got a FIFO"),
+        (("data", "TEXT", "--tokenizer", "TEXT"), "must be a JSON file of the `tokenizers` package"),
+        (("data", "TEXT", "--train-bpe", "300"), "--out: a path is required with --train-bpe"),
+        (("data", "TEXT", "--train-bpe", "300", "--out", "FOLDER"), "--out: must be a file, got the folder"),
+        (("data", "TEXT", "--train-bpe", "300", "--out", "FOLDER/a/b"), "--out: must be in a folder that exists"),
+        (("data", "TEXT", "--train-bpe", "300", "--out", "TEXT/b"), "--out: must be in a folder that exists"),
+        (
+            ("data", "TEXT", "--train-bpe", "1000000000000", "--out", "NEW"),
+            "vocab_size: 1000000000000 must be at least",
+        ),
+        (("data", "TEXT", "--train-bpe", "9" * 5000, "--out", "NEW"), "Invalid value for '--train-bpe'"),
+        (("cost", "M" * 300 + "X"), "pattern: unknown letter 'X' at position 301"),
+        (("cost", "m" * 5000), "preset: 'mmm"),
+        (("cost", "FOREIGN"), "must be an experiment, a model (with the field pattern) or a config.json"),
+        (("cost", "FIFO"), "must be a file, got a FIFO"),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
+)
+def test_bad_input_of_any_origin_is_one_short_line_and_leaves_nothing(
+    args: tuple[str, ...],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(40)))
+    (tmp_path / "foreign.json").write_text(
+        json.dumps({"n_layer": 12, "ssm_cfg": {}} | {f"field{i}": i for i in range(99)})
+    )
+    os.mkfifo(tmp_path / "fifo.json")
+    os.mkfifo(tmp_path / "fifo.txt")
+    fifo = "fifo.json" if "--tokenizer" in args or args[0] == "cost" else "fifo.txt"
+    places = {"TEXT": "text.txt", "FOREIGN": "foreign.json", "FIFO": fifo, "NEW": "new.json"}
+    for name, place in places.items():
+        args = tuple(arg.replace(name, str(tmp_path / place)) for arg in args)
+    args = tuple(arg.replace("FOLDER", str(tmp_path)) for arg in args)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, monkeypatch, *args)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.count("\n") == 1
+    assert len(err) <= 400
+    assert sorted(tmp_path.rglob("*")) == before

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers
 
-from explore.data import EOT, TOKENIZERS, load_corpus, load_tokenizer, train_bpe
+from explore.data import EOT, TOKENIZERS, load_corpus, load_tokenizer, tokenizer, train_bpe
 from explore.data.known import ASSETS
 
 
@@ -124,5 +124,92 @@ def test_a_wrong_tokenizer_is_named_with_what_is_allowed(tmp_path: Path) -> None
 def test_a_vocabulary_of_impossible_size_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size: 256 must be at least 257"):
         train_bpe(["text"], 256)
+    for size in (1 << 21, 10**12):
+        with pytest.raises(ValueError, match=r"vocab_size: \d+ must be at least 257, .*, and at most 1,048,576"):
+            train_bpe(["text"], size)
     with pytest.raises(ValueError, match="vocab_size: 400 must be at most 258"):
         train_bpe(["aa"], 400)
+
+
+@given(
+    text=st.text(st.sampled_from("ab \n\té日"), max_size=200),
+    n_chars=st.integers(1, 20),
+    n_chunk=st.integers(1, 30),
+)
+def test_a_text_is_cut_alike_however_it_is_read_and_into_pieces_of_bounded_size(
+    text: str, n_chars: int, n_chunk: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "LONGEST_WORD", 8)
+        chunks = [text[start : start + n_chunk] for start in range(0, len(text), n_chunk)]
+        pieces = list(tokenizer.cut_at_blanks(chunks, n_chars))
+        assert "".join(pieces) == text
+        assert pieces == list(tokenizer.cut_at_blanks([text], n_chars))
+        assert all(len(piece) <= n_chars + 8 for piece in pieces[:-1])
+        assert all(len(piece) >= n_chars for piece in pieces[:-1])
+
+
+def test_a_cut_before_a_blank_changes_no_token_whatever_character_is_before_it() -> None:
+    places = [*range(0x3000), *range(0x3000, 0x20000, 61)]
+    characters = [c for c in map(chr, places) if not c.isspace() and not "\ud800" <= c <= "\udfff"]
+    for blank in (" ", "\n", "  ", " \n", "\n\n"):
+        heads, tails = [f"x{c}" for c in characters], [f"{blank}y{c}" for c in characters]
+        whole = BYTE_LEVEL[1].encode_batch([head + tail for head, tail in zip(heads, tails, strict=True)])
+        parts = zip(BYTE_LEVEL[1].encode_batch(heads), BYTE_LEVEL[1].encode_batch(tails), strict=True)
+        assert whole == [head + tail for head, tail in parts]
+
+
+def test_a_word_of_megabytes_is_encoded_in_pieces() -> None:
+    text = "a" * 3_000_000
+    pieces = list(BYTE_LEVEL[1].pieces([text]))
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= tokenizer.PIECE_CHARS + tokenizer.LONGEST_WORD
+
+
+def test_a_document_is_whole_for_a_tokenizer_whose_cuts_are_not_known(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    loaded = load_tokenizer(str(tmp_path / "words.json"))
+    assert list(loaded.pieces(["word " * 200_000] * 8)) == ["word " * 1_600_000]
+    pieces = list(loaded.pieces(["word " * 200_000] * 9))
+    assert "".join(pieces) == "word " * 1_800_000
+    assert len(pieces) == 2
+
+
+@pytest.mark.parametrize(
+    "left_out", ["normalizer", "added_tokens", "post_processor", "decoder", "truncation", "version"]
+)
+def test_what_a_file_leaves_out_has_its_default(tmp_path: Path, left_out: str) -> None:
+    layout = json.loads((ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8"))
+    del layout[left_out]
+    (tmp_path / "a.json").write_text(json.dumps(layout), encoding="utf-8-sig")
+    loaded, text = load_tokenizer(str(tmp_path / "a.json")), "It is a truth universally acknowledged"
+    assert loaded.encode(text) == BYTE_LEVEL[1].encode(text)
+    assert loaded.eot_id == 0
+
+
+def test_without_pre_tokenizer_there_is_no_byte_table(tmp_path: Path) -> None:
+    layout = json.loads((ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8"))
+    del layout["pre_tokenizer"]
+    (tmp_path / "a.json").write_text(json.dumps(layout))
+    assert load_tokenizer(str(tmp_path / "a.json")).token_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "JSON must not be nested this deeply"),
+        ("null", "must be a JSON file of the `tokenizers` package"),
+        ('{"model": {"type": "BPE", "vocab": {"a": ' + "9" * 5000 + '}, "merges": []}}', "at most 4,300 digits"),
+        (
+            '{"model": {"type": "WordLevel", "vocab": {"</s>": 4000000000, "a": 0}, "unk_token": "a"}}',
+            "must have ids of at most 16,777,215, got 4,000,000,000",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(str(tmp_path / "a.json"))
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from explore.data import TextData
 from explore.experiment import Experiment, FreshWeights, NextToken, TrainConfig, set_field
+from explore.model import ModelConfig
 from explore.runs import read_packed
 
 SWEEPS = Path(__file__).parents[1] / "sweeps"
@@ -258,3 +259,15 @@ def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path: Path, tex
         Experiment.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_larger_than_the_tokenizer_is_noted_unless_it_is_padding(tmp_path: Path) -> None:
+    (tmp_path / "giant.txt").write_text(" ".join(f"word{i}" for i in range(3000)))
+    data = TextData(corpus=str(tmp_path / "giant.txt"), tokenizer="bytes", seq_len=32)
+    cut = "giant.txt has too few lines: val and test are cut from its end between words"
+    for vocab_size, expected in ((257, []), (384, []), (385, ["128 rows"]), (2048, ["1,791 rows"])):
+        model = ModelConfig.model_validate({"d_model": 64, "vocab_size": vocab_size, "pattern": "M"})
+        experiment = Experiment(name="a", model=model, data=data, train=TrainConfig(tokens=64))
+        notes = experiment.notes(data.open(0))
+        assert notes[0] == cut
+        assert [note.split(": ")[1][: len(rows)] for note, rows in zip(notes[1:], expected, strict=True)] == expected

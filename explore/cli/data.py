@@ -93,7 +93,7 @@ def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | 
     texts.check_vocab_size(vocab_size)
     if output.is_dir():
         raise ValueError(f"--out: must be a file, got the folder {output}")
-    if not os.access(output.parent, os.W_OK):
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise ValueError(f"--out: must be in a folder that exists and can be written, got {output}")
     opened = texts.load_corpus(corpus, shards)
     for line in opened.notes:

@@ -42,6 +42,10 @@ class Source(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the data, one line each."""
+
+    @property
     def n_train_tokens(self) -> int | None:
         """Tokens of the training text; None where it never ends."""
 
@@ -77,8 +81,15 @@ class TextSource:
     reads them in a random order; offset and order are derived from the seed and the number of the epoch.
     """
 
-    def __init__(self, streams: Mapping[Split, TokenStream], tokenizer: Tokenizer, seq_len: int, seed: int) -> None:
-        self.streams, self.tokenizer, self.seq_len, self.seed = streams, tokenizer, seq_len, seed
+    def __init__(
+        self,
+        streams: Mapping[Split, TokenStream],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.streams, self.tokenizer, self.seq_len, self.seed, self.notes = streams, tokenizer, seq_len, seed, notes
         self.windows_per_epoch = windows_per_epoch(streams["train"].n_tokens, seq_len)
 
     @property

@@ -60,7 +60,7 @@ class TextData(Config):
                     f"seq_len: {self.seq_len} needs at least {self.seq_len + 1} tokens in every split, and {split} of "
                     f"{echo(self.corpus)} has {stream.n_tokens}; allowed: at most {stream.n_tokens - 1}, or more text"
                 )
-        return TextSource(streams, tokenizer, self.seq_len, seed)
+        return TextSource(streams, tokenizer, self.seq_len, seed, corpus.notes)
 
     def _load_corpus(self) -> Corpus:
         return load_corpus(self.corpus, self.n_shards)

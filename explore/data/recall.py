@@ -32,6 +32,7 @@ class RecallSource:
     """
 
     n_train_tokens: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self, seq_len: int, n_pairs: int, n_queries: int, vocab_size: int, power_a: float, n_eval: int, seed: int

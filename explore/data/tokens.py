@@ -187,13 +187,17 @@ class _Writer:
                 self._save_progress()
 
     def _write(self, batch: list[tuple[str, bool]]) -> None:
-        table = self.tokenizer.token_bytes
+        flat: list[int] = []
         for (_, opens), piece in zip(batch, self.tokenizer.encode_batch([text for text, _ in batch]), strict=True):
-            ids = np.array([self.tokenizer.eot_id, *piece] if opens else piece, dtype=self.file.dtype)
-            self.output.write(ids.data)
-            self.ids_digest.update(ids.data)
-            self.n_tokens += len(ids)
-            self.counted += 0 if table is None else int(table[ids].sum())
+            if opens:
+                flat.append(self.tokenizer.eot_id)
+            flat += piece
+        ids = np.array(flat, dtype=self.file.dtype)
+        self.output.write(ids.data)
+        self.ids_digest.update(ids.data)
+        self.n_tokens += len(ids)
+        if self.tokenizer.token_bytes is not None:
+            self.counted += int(self.tokenizer.token_bytes[ids].sum())
 
     def _save_progress(self) -> None:
         self.output.flush()  # no record of tokens that are not in the file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from explore.train.parallel import StrategyName, check_parallel, is_writer, wait
 from explore.train.record import describe
 from explore.train.regions import compiled_ops
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
+
+_SAID: set[str] = set()
 
 
 class BusyError(ValueError):
@@ -123,11 +125,20 @@ def fit(
 def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
     """Writes the record of a run: what is known before training, and after it the result."""
     folder = run.folder.path
+    _say(run.experiment.notes(run.source), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
     if run.devices == 1:  # several processes would not agree on files that others write
         branch(runs, run.experiment, folder)
     write_json(folder / "result.json", train_run(run))
+
+
+def _say(notes: Iterable[str], console: Console) -> None:
+    """Prints notes that this process has not printed yet: the trials of a sweep have them in common."""
+    for note in notes:
+        if note not in _SAID:
+            _SAID.add(note)
+            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _open_data(experiment: Experiment) -> Source:
