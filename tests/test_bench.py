@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops, time_trials
+from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops, time_text, time_trials
+from explore.bench.text import FORMS
 from explore.blocks import KINDS
 from explore.ops import PATHS
 
@@ -81,3 +82,21 @@ def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
     (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])
     assert decoded["ratio"] > 1.0
     assert math.isfinite(decoded["tokens_per_s"])
+
+
+def test_text_of_every_form_is_timed_beside_the_tokenizer() -> None:
+    records = list(time_text(300_000))
+    assert [record["form"] for record in records] == list(FORMS)
+    for record in records:
+        assert 250_000 < record["n_bytes"] <= 300_000
+        assert 0 < record["split_s"] < record["seconds"]
+        assert record["ratio"] == record["seconds"] / record["tokenizer_s"] > 1
+        assert 0 < record["start_bytes"] <= record["peak_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_text_is_cached_at_the_speed_of_the_tokenizer_and_in_bounded_memory() -> None:
+    for record in time_text(10**7):
+        assert record["ratio"] < 1.6, record["form"]
+        assert record["peak_bytes"] - record["start_bytes"] < 1 << 28, record["form"]

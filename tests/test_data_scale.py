@@ -15,11 +15,13 @@ from explore.data import load_corpus
 PARAGRAPH = "It was a dark and stormy night number {i}, and the wind blew\nover the hills of the county.\n\n"
 
 PEAK = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from explore.data import load_corpus, load_tokenizer, token_streams
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 before = peak()
 streams = token_streams(load_corpus(sys.argv[1]), load_tokenizer("bytes"))

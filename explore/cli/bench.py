@@ -17,10 +17,11 @@ from explore.formatting import duration, flops, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours"],
+        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "text"],
         typer.Option(
             help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
-            "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes."
+            "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
+            "text splits, tokenizes and caches text."
         ),
     ] = "train",
     shape: Annotated[
@@ -33,6 +34,7 @@ def bench(
     ] = 10,
     path: Paths = None,
     steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
+    megabytes: Annotated[int, typer.Option(min=1, help="Size of the text, in millions of bytes.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile our step of decoding, which is then timed without that.")
@@ -62,6 +64,9 @@ def bench(
         raise ValueError(f"--path: not with --what {what}; only train and curves can be forced")
     if what == "regions":
         _regions(shape, save, as_json)
+        return
+    if what == "text":
+        _text(megabytes, as_json)
         return
     if what == "ops":
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
@@ -146,6 +151,22 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
     if save:
         save_table(pd.DataFrame(records), own_table())
         err.print(f"wrote {own_table()}", highlight=False)
+
+
+def _text(megabytes: int, as_json: bool) -> None:
+    from explore.bench import time_text
+
+    timed = time_text(megabytes * 10**6)
+    records = _told(timed, lambda r: f"{r['form']}: {r['ratio']:.2f} times the time of the tokenizer")
+    columns = {
+        "MB/s": lambda r: f"{r['n_bytes'] / r['seconds'] / 1e6:.2f}",
+        "tokenizer alone": lambda r: f"{r['n_bytes'] / r['tokenizer_s'] / 1e6:.2f}",
+        "time ratio": lambda r: f"{r['ratio']:.2f}",
+        "splitting": lambda r: duration(r["split_s"]),
+        "peak memory": lambda r: size(r["peak_bytes"]),
+        "at the start": lambda r: size(r["start_bytes"]),
+    }
+    _show(records, as_json, ("form",), columns)
 
 
 def _told(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
