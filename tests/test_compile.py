@@ -20,6 +20,7 @@ from explore.precision import FORMATS
 
 BLOCKS: dict[str, Any] = {
     "M": {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 8},
+    "G": {"kind": "gated_deltanet", "n_heads": 4, "n_key_heads": 2, "d_k": 8, "d_v": 12, "chunk_size": 8},
     "*": {"kind": "attention", "n_heads": 4, "n_kv_heads": 2, "d_head": 8, "rope_theta": 1e4},
     "-": {"kind": "mlp", "d_ff": 48},
     "E": {"kind": "moe", "n_experts": 8, "top_k": 2, "d_expert": 16, "d_shared": 16},
@@ -92,7 +93,7 @@ def test_dense_and_padded_experts_compute_the_loop_and_all_its_gradients(
 # Compilation and export
 
 
-@pytest.mark.parametrize("pattern", ["M*-", "M*-EL"])
+@pytest.mark.parametrize("pattern", ["M*-", "M*-EL", "G-"])
 def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients(unchecked: None, pattern: str) -> None:
     lm = model(pattern)
     with forced_paths(experts="dense"):
@@ -130,7 +131,7 @@ def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("default")
 def test_compiled_ops_give_the_same_logits_and_gradients(unchecked: None) -> None:
-    lm = model("M*-")
+    lm = model("MG*-")
     plain = logits_and_gradients(lm, lm)
     with forced_paths(ssd="compiled", norm="compiled", conv="compiled"):
         found = logits_and_gradients(lm, lm)
@@ -138,7 +139,7 @@ def test_compiled_ops_give_the_same_logits_and_gradients(unchecked: None) -> Non
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("pattern", ["M*-", "EL", "M*-EL"])
+@pytest.mark.parametrize("pattern", ["M*-", "EL", "M*-EL", "G-"])
 def test_an_exported_forward_gives_the_same_logits(pattern: str) -> None:
     lm = model(pattern).eval()
     with forced_paths(experts="dense"):
@@ -170,7 +171,7 @@ def losses_and_gradients(lm: LanguageModel) -> tuple[list[Tensor], int]:
     return [loss.cross_entropy, loss.aux_loss, *deeper, *loads, *gradients], waiting
 
 
-@pytest.mark.parametrize("pattern", ["M*-", "M*-EL", "*E/*E/*E"])
+@pytest.mark.parametrize("pattern", ["M*-", "M*-EL", "G*-", "*E/*E/*E"])
 def test_recomputation_keeps_less_and_changes_nothing(pattern: str) -> None:
     lm = model(pattern) if "/" not in pattern else mtp_model(pattern)
     plain, kept = losses_and_gradients(lm)
@@ -237,7 +238,7 @@ def test_a_compiled_rotation_gives_the_same_bits(unchecked: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pattern", "batch"), [("ME*", 2), ("L-*", 2), ("ME-*", 6)])
+@pytest.mark.parametrize(("pattern", "batch"), [("ME*", 2), ("L-*", 2), ("ME-*", 6), ("G*-", 2)])
 def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_changed(
     unchecked: None, pattern: str, batch: int
 ) -> None:
@@ -267,6 +268,7 @@ def traced(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [
         ("M*E*", 20, 1),
         ("N-", 20, 1),
+        ("G*-", 20, 1),
         ("W*", 25, 1),  # the window is full from the start
         ("W*", 2, 1),  # it never is
         ("W*", 20, 2),  # one graph until it is full, and one after
