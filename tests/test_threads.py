@@ -99,13 +99,3 @@ def test_all_cores_are_free_where_the_system_does_not_tell(monkeypatch: pytest.M
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_idle_time_does_not_run_faster_than_the_clock() -> None:
     assert 0 <= threads.free_cores(0.1) <= threads.n_cores() + 1
-
-
-@pytest.mark.alone
-@pytest.mark.slow
-def test_a_busy_neighbour_costs_its_share_and_not_more() -> None:
-    from explore.bench import time_neighbours
-
-    alone, beside_one, _ = time_neighbours("tiny", 3)
-    assert alone["tokens_per_s"] > 0.8 * alone["torch_tokens_per_s"]
-    assert beside_one["of_idle"] > 0.35
