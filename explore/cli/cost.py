@@ -168,7 +168,7 @@ def _summary(totals: dict[str, Any]) -> None:
         f"FLOPs per token: {flops(totals['flops_fwd'])} forward, {flops(totals['flops_train'])} training, "
         f"{flops(totals['flops_decode'])} decode; prefill {flops(totals['flops_prefill'])}\n"
         f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']}); "
-        f"{size(totals['ssm_state_bytes'])} of SSM and {size(totals['conv_state_bytes'])} of conv state "
+        f"{size(totals['ssm_state_bytes'])} of recurrent and {size(totals['conv_state_bytes'])} of conv state "
         f"per sequence ({totals['state_dtype']})\n"
         f"a decoding step of one sequence moves {size(totals['decode_bytes'])} (weights in {totals['weight_dtype']})",
         highlight=False,

@@ -19,7 +19,7 @@ Paths = Annotated[
 ]
 WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
 KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
-StateDtype = Annotated[Dtype, typer.Option(help="Of SSM and convolution state.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Of recurrent and convolution state.")]
 ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent.")]
 Target = Annotated[
     str | None,

@@ -108,7 +108,7 @@ class Dtypes:
     Attributes:
         weight: of the weights in memory.
         kv: of keys and values.
-        state: of SSM and convolution state.
+        state: of recurrent and convolution state.
         activation: of what experts are sent and send back.
     """
 
@@ -124,7 +124,7 @@ class Dtypes:
 
 
 DTYPES = Dtypes()
-"""In which decoding state is kept unless another is asked for: keys and values bf16, SSM and convolution fp32."""
+"""Default dtypes of decoding state: bf16 for keys and values, fp32 for recurrent and convolution state."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def params_touched(entry: Entry, batch_size: float) -> float:
 def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: int = 1) -> float:
     """Bytes that one decoding step of a batch reads and writes: weights once, the state of every sequence.
 
-    Keys and values are read but for the newest, which is written; SSM and convolution state are read and written.
+    Keys and values are read but for the newest, which is written; recurrent and convolution state is read and written.
 
     Args:
         n_shares: devices with such a batch each that share the weights; the bytes are those of one.

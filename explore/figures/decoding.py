@@ -74,7 +74,7 @@ def plot_state(
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """Keys, values, SSM and convolution state against context: where the lines cross, another model keeps less.
+    """Keys, values, recurrent and convolution state against context: where the lines cross, another model keeps less.
 
     Args:
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.

@@ -175,7 +175,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _cost("weight_bytes", "Weights", "bytes", short="weights"),
     _cost("kv_bytes_per_token", "KV cache", "bytes per token", tied_to="kv_bytes"),
     _cost("kv_bytes", "KV cache", "bytes per sequence", short="KV", budget=True),
-    _cost("ssm_state_bytes", "SSM state", "bytes per sequence", short="SSM"),
+    _cost("ssm_state_bytes", "Recurrent state", "bytes per sequence", short="recurrent"),
     _cost("conv_state_bytes", "Convolution state", "bytes per sequence", short="conv"),
     _cost("state_bytes", "Decoding state", "bytes per sequence", "cost", take=_state_bytes, budget=True),
     _cost("decode_bytes", "Decoding step moves", "bytes", short="moved"),
