@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-SPINS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
-"""How long threads spin before they sleep: rounds of GNU's OpenMP, milliseconds of Intel's."""
+SPINS = {"GOMP_SPINCOUNT": "50000", "KMP_BLOCKTIME": "1"}
+"""How long threads spin before they sleep: rounds of GNU's OpenMP, milliseconds of Intel's.
+
+A thread that sleeps at once costs a quarter of the speed on an idle machine. One that spins for longer than the
+scheduler's slice gains nothing there, and costs most of the speed beside a busy process.
+"""
 
 OWN = ("OMP_WAIT_POLICY", *SPINS)
 """Variables by which a user says how threads wait; any of them wins over `SPINS`."""
@@ -25,6 +30,7 @@ SHARE = "EXPLORE_THREADS"
 """Variable by which a sweep gives each of its workers a share of the cores."""
 
 SAMPLE_S = 0.2
+EVERY_S = 5.0
 
 _chosen: list[int] = []  # the count that `use_free_cores` set last in this process, if it did
 
@@ -48,12 +54,46 @@ def use_free_cores(n_processes: int = 1) -> int:
     """
     import torch
 
-    set_by_user = any(name in os.environ for name in COUNTS) or torch.get_num_threads() not in (*_chosen, n_cores())
-    if not set_by_user:
-        limit = int(os.environ.get(SHARE, n_cores())) // n_processes
-        _chosen[:] = [max(1, min(limit, free_cores())) if limit > 1 else 1]
-        torch.set_num_threads(*_chosen)
+    if not _set_by_user():
+        _use(free_cores() if _limit(n_processes) > 1 else 1, n_processes)
     return torch.get_num_threads()
+
+
+class CoreWatch:
+    """Follows the load of the machine: the number of threads is that of the free cores, looked at every few seconds.
+
+    Args:
+        n_processes: as of `use_free_cores`.
+    """
+
+    def __init__(self, n_processes: int = 1) -> None:
+        self._n_processes = n_processes
+        self._before = _usage()
+
+    def look(self) -> None:
+        """Sets the number of threads anew once `EVERY_S` have passed since that was done."""
+        if time.monotonic() - self._before.at < EVERY_S or _set_by_user() or _limit(self._n_processes) == 1:
+            return
+        now = _usage()
+        _use(_free_between(self._before, now), self._n_processes)
+        self._before = now
+
+
+def _set_by_user() -> bool:
+    import torch
+
+    return any(name in os.environ for name in COUNTS) or torch.get_num_threads() not in (*_chosen, n_cores())
+
+
+def _limit(n_processes: int) -> int:
+    return int(os.environ.get(SHARE, n_cores())) // n_processes
+
+
+def _use(free: int, n_processes: int) -> None:
+    import torch
+
+    _chosen[:] = [max(1, min(_limit(n_processes), free))]
+    torch.set_num_threads(*_chosen)
 
 
 def waiting() -> dict[str, str]:
@@ -71,16 +111,30 @@ def free_cores(sample_s: float = SAMPLE_S) -> int:
 
     All cores where the system does not tell, as outside of Linux.
     """
+    before = _usage()
+    if before.idle_s is not None:
+        time.sleep(sample_s)
+    return _free_between(before, _usage())
+
+
+@dataclass(frozen=True)
+class _Usage:
+    """Seconds on the clock, those that the cores have been idle (None where the system does not tell), and our own."""
+
+    at: float
+    idle_s: float | None
+    own_s: float
+
+
+def _usage() -> _Usage:
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    before, own_before = _idle_s(cores), _own_s()
-    if before is None:
+    return _Usage(time.monotonic(), _idle_s(cores), _own_s())
+
+
+def _free_between(before: _Usage, after: _Usage) -> int:
+    if before.idle_s is None or after.idle_s is None:
         return n_cores()
-    began = time.monotonic()
-    time.sleep(sample_s)
-    after, own_after = _idle_s(cores), _own_s()
-    if after is None:
-        return n_cores()
-    return round((after - before + own_after - own_before) / (time.monotonic() - began))
+    return round((after.idle_s - before.idle_s + after.own_s - before.own_s) / (after.at - before.at))
 
 
 def _idle_s(cores: set[int]) -> float | None:

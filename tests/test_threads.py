@@ -83,12 +83,35 @@ def test_a_number_of_the_user_stays(torch_threads: pytest.MonkeyPatch) -> None:
     assert threads.use_free_cores() == 4
 
 
+def machine(monkeypatch: pytest.MonkeyPatch, *usages: tuple[float, float, float]) -> None:
+    """Says at each look: the time, the idle seconds of all cores, and those that this process used."""
+    answers = iter([threads._Usage(*usage) for usage in usages])
+    monkeypatch.setattr(threads, "_usage", lambda: next(answers))
+
+
 def test_free_cores_are_those_that_others_leave_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, idle, own = iter([10.0, 10.5]), iter([100.0, 100.5]), iter([7.0, 7.25])
-    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(threads, "_idle_s", lambda cores: next(idle))
-    monkeypatch.setattr(threads, "_own_s", lambda: next(own))
+    machine(monkeypatch, (10.0, 100.0, 7.0), (10.5, 100.5, 7.25))
     assert threads.free_cores(0) == 2  # one core idle and half of one used here: 1.5, rounded to even
+
+
+def test_a_run_gives_way_to_a_neighbour_and_takes_its_cores_back(torch_threads: pytest.MonkeyPatch) -> None:
+    machine(torch_threads, (0.0, 0.0, 0.0), (6.0, 1.0, 11.0), (12.0, 19.0, 17.0))
+    torch_threads.setattr(threads.time, "monotonic", iter([4.0, 6.0, 7.0, 12.0]).__next__)
+    watch = threads.CoreWatch()
+    seen = []
+    for _ in range(4):
+        watch.look()
+        seen.append(torch.get_num_threads())
+    assert seen == [4, 2, 2, 4]  # too early, two cores busy elsewhere, too early again, all free
+
+
+def test_a_run_keeps_the_threads_of_the_user_whatever_the_load(torch_threads: pytest.MonkeyPatch) -> None:
+    machine(torch_threads, (0.0, 0.0, 0.0))
+    torch_threads.setattr(threads.time, "monotonic", lambda: 6.0)
+    watch = threads.CoreWatch()
+    torch.set_num_threads(3)
+    watch.look()
+    assert torch.get_num_threads() == 3
 
 
 def test_all_cores_are_free_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from explore.files import copy_whole, replacing
+from explore.threads import CoreWatch
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -75,6 +76,20 @@ class LastCheckpoint(ModelCheckpoint):
         path = self.rungs.get(trainer.global_step)
         if path is not None and trainer.is_global_zero and not path.exists():
             copy_whole(self.path, path)
+
+
+class FreeCores(Callback):
+    """Trains with as many threads as there are free cores, also when a neighbour starts or ends during the run.
+
+    Args:
+        devices: processes that train together.
+    """
+
+    def __init__(self, devices: int) -> None:
+        self._watch = CoreWatch(devices)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._watch.look()
 
 
 class KeptCheckpoints(Callback):

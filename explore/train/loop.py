@@ -17,7 +17,15 @@ from explore import tracking
 from explore.data import Source
 from explore.experiment import Experiment
 from explore.runs import PRUNED, RunFolder
-from explore.train.callbacks import KeptCheckpoints, LastCheckpoint, ProgressBar, Throughput, WholeCheckpointIO, quiet
+from explore.train.callbacks import (
+    FreeCores,
+    KeptCheckpoints,
+    LastCheckpoint,
+    ProgressBar,
+    Throughput,
+    WholeCheckpointIO,
+    quiet,
+)
 from explore.train.judging import Judge, LearningCurve, seen, tell
 from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
@@ -116,6 +124,8 @@ def train_run(run: TrainingRun) -> dict[str, Any]:
 def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, resumed_at: int) -> list[Callback]:
     experiment, folder = run.experiment, run.checkpoint.parent
     callbacks: list[Callback] = [throughput]
+    if not run.compiled:  # what is compiled is so for a number of threads, and would be compiled again
+        callbacks.append(FreeCores(run.devices))
     if run.writes:
         metrics = run.folder.path / "metrics.csv"
         callbacks.append(MetricsFile(metrics, experiment.batch_tokens, run.row_every, resumed_at))
