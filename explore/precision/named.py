@@ -1,0 +1,115 @@
+"""The recipes that have a name, with their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from explore.config import explain
+from explore.files import read_json
+from explore.precision.recipe import Recipe, Rule
+
+
+class NamedRecipe(NamedTuple):
+    """A recipe and where it stands."""
+
+    recipe: Recipe
+    source: str
+
+
+def _rule(format: str, **conditions: Any) -> Rule:
+    return Rule.model_validate({"format": format, "optional": True, **conditions})
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_down", "q_up", "kv_down", "kv_up")
+ROUTER = _rule("fp32", components=("router",))
+EXPERTS = _rule("nvfp4", letters="E", components=("experts",))
+MAMBA = _rule("fp8", letters="M", components=("in_proj", "out_proj"))
+NVFP4 = Recipe(format="nvfp4", stochastic=("dy",), hadamard=("weight_gradient",), square_weights=True)
+NEMOTRON_3 = (
+    _rule("bf16", last=0.16),
+    _rule("bf16", letters="/"),
+    _rule("bf16", components=(*ATTENTION, "latent_down", "latent_up")),
+    _rule("mxfp8", letters="M", components=("out_proj",)),
+)
+ULTRA = "Nemotron 3 Ultra, released checkpoint: routers in fp32, MTP in bf16"
+
+RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
+    {
+        "fp32": NamedRecipe(Recipe(format="fp32"), "every product in fp32"),
+        "bf16": NamedRecipe(Recipe(format="bf16"), "every product in bf16"),
+        "fp8": NamedRecipe(
+            Recipe(format="fp8"), "Transformer Engine, Float8CurrentScaling: E4M3, gradients E5M2, a scale a tensor"
+        ),
+        "fp8-blocks": NamedRecipe(
+            Recipe(format="fp8-blocks", square_weights=True), "DeepSeek-V3, arXiv 2412.19437, section 3.3"
+        ),
+        "mxfp8": NamedRecipe(Recipe(format="mxfp8"), "Transformer Engine, MXFP8BlockScaling"),
+        "mxfp4": NamedRecipe(
+            Recipe(format="mxfp4", stochastic=("dy",), hadamard=("weight_gradient",)),
+            "rounding and rotation as for NVFP4, with which arXiv 2509.25149, section 5, compares it",
+        ),
+        "nvfp4": NamedRecipe(NVFP4, "arXiv 2509.25149, section 4, without the layers that it keeps in bf16"),
+        "nemotron-h-fp8": NamedRecipe(
+            Recipe(format="fp8", rules=(_rule("bf16", layers=(0, 1, 2, 3, -4, -3, -2, -1)),)),
+            "Nemotron-H, arXiv 2504.03624: the first and the last four layers in bf16",
+        ),
+        "nemotron-3-nvfp4": NamedRecipe(
+            NVFP4.model_copy(update={"rules": NEMOTRON_3}),
+            "Nemotron 3 Super, arXiv 2604.12374: the last 14 of 88 layers, attention, latents and MTP in bf16, the "
+            "output projection of Mamba, of which NVFP4 flushes up to 40% to zero, in MXFP8",
+        ),
+        "ultra-ptq-experts": NamedRecipe(Recipe(rules=(ROUTER, EXPERTS)), f"{ULTRA}; routed experts in NVFP4"),
+        "ultra-ptq": NamedRecipe(
+            Recipe(
+                rules=(ROUTER, EXPERTS, _rule("fp8", letters="E", components=("shared",)), MAMBA),
+                four_over_six=("w",),
+                kv="fp8",
+                state="fp16",
+            ),
+            f"{ULTRA}; routed experts in NVFP4, shared experts and Mamba projections in FP8",
+        ),
+        "fp8-ptq": NamedRecipe(
+            Recipe(
+                rules=(ROUTER, _rule("fp8", letters="E", components=("experts", "shared")), MAMBA),
+                kv="fp8",
+                state="fp16",
+            ),
+            "Nemotron 3 Super and Ultra, released checkpoints in FP8: experts and Mamba projections",
+        ),
+    }
+)
+
+
+def named(name: str, field: str = "precision") -> Recipe:
+    """The recipe with this name.
+
+    Args:
+        field: what an error begins with.
+
+    Raises:
+        ValueError: no recipe has this name.
+    """
+    if name not in RECIPES:
+        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, RECIPES, 1))
+        raise ValueError(f"{field} must be one of {', '.join(RECIPES)}, got {name!r}{hint}")
+    return RECIPES[name].recipe
+
+
+def read_recipe(name: str) -> Recipe:
+    """The recipe with this name, or that of a JSON file.
+
+    Raises:
+        ValueError: neither, or a field of the file is not allowed.
+    """
+    if not (name.endswith(".json") or Path(name).is_file()):
+        return named(name)
+    try:
+        return Recipe.model_validate(read_json(Path(name)))
+    except ValidationError as error:
+        raise ValueError(f"{name}: {explain(error)}") from None
