@@ -40,8 +40,9 @@ def test_attended_keys_are_those_of_the_mask(seq: int, window: int | None) -> No
 
 
 def test_a_matrix_spends_two_flops_a_weight_and_token_and_a_vector_none() -> None:
-    assert matrix("a", 3, 5, 7) == product("a", 15, 7) == Entry("a", 15, 15, 15, 2 * 15 * 7, 2 * 15)
-    assert matrix("a", 3, 5, 7, bias=True) == Entry("a", 20, 20, 20, 2 * 15 * 7, 2 * 15)
+    expected = Entry("a", 15, 15, 15, 2 * 15 * 7, 2 * 15, sums_over=(3,))
+    assert matrix("a", 3, 5, 7) == product("a", 15, 7, (3,)) == expected
+    assert matrix("a", 3, 5, 7, bias=True) == expected._replace(params=20, params_active=20, params_read=20)
     assert vector("a", 4) == Entry("a", 4, 4, 4)
 
 

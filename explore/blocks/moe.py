@@ -180,12 +180,13 @@ class MoEConfig(BlockConfig):
                 flops_seq=2 * self.top_k * weights * seq_len,
                 flops_step=2 * self.top_k * weights,
                 all_to_all_numel=2 * self.top_k * d_routed,
+                sums_over=(d_routed, self.d_expert),
             )
         )
         if self.d_latent is not None:
             rows.append(matrix("latent_up", self.d_latent, d_model, seq_len))
         if (shared := self.shared_mlp()) is not None:
-            rows.append(product("shared", matrices * d_model * shared.d_ff, seq_len))
+            rows.append(product("shared", matrices * d_model * shared.d_ff, seq_len, (d_model, shared.d_ff)))
         if self.shared_gate:
             rows.append(matrix("shared_gate", d_model, 1, seq_len))
         return tuple(rows)

@@ -17,11 +17,13 @@ from explore.cli.options import (
     DModel,
     Json,
     KVDtype,
+    Precision,
     SetOptions,
     StateDtype,
     Target,
     VocabSize,
     WeightDtype,
+    recipe_of,
 )
 from explore.cost import By, ConventionName
 from explore.formatting import count, flops, size
@@ -51,6 +53,7 @@ def cost(
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     activation_dtype: ActivationDtype = "bfloat16",
+    precision: Precision = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
@@ -62,8 +65,9 @@ def cost(
     twice d_model, d_state 128, up to 8 groups) and of up to 128 (attention, 2 KV heads), d_ff = 4 d_model with
     squared ReLU, 128 experts of 11/16 d_model with top 6 and a shared expert of twice that width. Change any of
     them with --set blocks.LETTER.FIELD=VALUE. Forward and training FLOPs are per token, averaged over a sequence.
+    Under --precision, weights have the formats of the recipe, with their scales, and count multi-token prediction.
     """
-    from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train
+    from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train, in_formats, storage
 
     if list_:
         _list_presets(as_json)
@@ -76,10 +80,14 @@ def cost(
     dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
     model = load_model(target, d_model, vocab_size, set_ or [])
     ledger = model.ledger(seq_len)
+    if (recipe := recipe_of(precision)) is not None:
+        ledger, dtypes = in_formats(ledger, recipe), dtypes.under(recipe)
     if diff is not None:
         _diff(model, ledger, diff, as_json)
         return
     totals = Cost.of(ledger, dtypes).to_dict()
+    if recipe is not None:
+        totals |= {"precision": precision, "weight_dtype": None} | ledger.flops_quantized(ledger) | storage(ledger)
     counted = flops_train(ledger, convention)
     if as_csv:
         records = ledger.to_records(dtypes)
@@ -99,8 +107,11 @@ def cost(
         highlight=False,
     )
     records = ledger.fold(by, dtypes)
-    out.print(_receipt("computes", records, COMPUTES))
+    quantized = () if recipe is None else ("flops_train_quantized",)
+    out.print(_receipt("computes", records, (*COMPUTES, *quantized)))
     out.print(_receipt("holds and moves", records, HOLDS))
+    if recipe is not None:
+        out.print(_formats(ledger))
     _summary(totals)
     if convention != "exact":
         out.print(
@@ -119,12 +130,19 @@ COMPUTES = ("params", "params_active", "flops_fwd", "flops_train", "flops_prefil
 HOLDS = ("weight_bytes", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes")
 """Columns of the second half: state of a sequence at the context, what one decoding step moves."""
 
-SHARE = Quantity("share", "Share of the forward pass", spec=".1%")
+LEDGER_ONLY = {
+    "params": quantity("params_total"),
+    "share": Quantity("share", "Share of the forward pass", spec=".1%"),
+    "flops_train_quantized": Quantity(
+        "flops_train_quantized", "Training with quantised operands", unit="FLOPs/token", short="quantised"
+    ),
+}
+"""Columns of a ledger's records that no run has, or has by another name."""
 
 
 def _declared(field: str) -> Quantity:
     """What a column of a ledger's records is."""
-    return {"params": quantity("params_total"), "share": SHARE}.get(field) or quantity(field)
+    return LEDGER_ONLY.get(field) or quantity(field)
 
 
 def _receipt(title: str, records: list[dict[str, Any]], fields: tuple[str, ...]) -> Table:
@@ -144,6 +162,23 @@ def _receipt(title: str, records: list[dict[str, Any]], fields: tuple[str, ...])
         cells = [_cell(field, record[field]) for field in fields]
         if any(record[field] for field in fields):
             table.add_row(*label, *layers, *cells)
+    return table
+
+
+def _formats(ledger: Ledger) -> Table:
+    """Which component of which layers is in which format."""
+    from explore.cost import formats_of
+
+    table = Table(title="in formats", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for name in ("letter", "component", "format", "layers"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("params", justify="right", no_wrap=True)
+    for record in formats_of(ledger):
+        layers = record["layers"]
+        where = f"{len(layers)} ({layers[0]} to {layers[-1]})" if layers else ""
+        table.add_row(
+            record["letter"] or "model", record["component"], record["format"], where, count(record["params"])
+        )
     return table
 
 
@@ -170,9 +205,17 @@ def _summary(totals: dict[str, Any]) -> None:
         f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']}); "
         f"{size(totals['ssm_state_bytes'])} of recurrent and {size(totals['conv_state_bytes'])} of conv state "
         f"per sequence ({totals['state_dtype']})\n"
-        f"a decoding step of one sequence moves {size(totals['decode_bytes'])} (weights in {totals['weight_dtype']})",
+        f"a decoding step of one sequence moves {size(totals['decode_bytes'])} "
+        f"(weights in {totals['weight_dtype'] or totals['precision']})",
         highlight=False,
     )
+    if "bits_per_element" in totals:
+        out.print(
+            f"{totals['precision']}: {totals['bits_per_element']:.2f} bits per element, scales included; "
+            f"{size(totals['weight_bytes'])} of weights, MTP included; "
+            f"{totals['flops_train_quantized'] / totals['flops_train']:.1%} of training FLOPs with quantised operands",
+            highlight=False,
+        )
 
 
 def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import sys
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from explore.cost import Dtype
+
+if TYPE_CHECKING:
+    from explore.precision import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 SetOptions = Annotated[
@@ -16,6 +20,9 @@ SetOptions = Annotated[
 Paths = Annotated[
     list[str] | None,
     typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),
+]
+Precision = Annotated[
+    str | None, typer.Option(metavar="RECIPE", help="Formats of the components: a recipe's name, or its JSON file.")
 ]
 WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
 KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
@@ -53,3 +60,15 @@ def forced(paths: list[str] | None) -> dict[str, str]:
     found = {op: path for op, _, path in pairs}
     with forced_paths(**found):  # which knows them
         return found
+
+
+def recipe_of(precision: str | None) -> Recipe | None:
+    """Reads `--precision`; what print says against the recipe goes to stderr."""
+    from explore.precision import read_recipe
+
+    if precision is None:
+        return None
+    recipe = read_recipe(precision)
+    for warning in recipe.warnings:
+        print(f"warning: precision.stochastic: {warning}", file=sys.stderr)
+    return recipe

@@ -16,11 +16,13 @@ from explore.cli.options import (
     DModel,
     Json,
     KVDtype,
+    Precision,
     SetOptions,
     StateDtype,
     Target,
     VocabSize,
     WeightDtype,
+    recipe_of,
 )
 from explore.cost import Dtype
 from explore.formatting import flops, seconds, size
@@ -42,6 +44,7 @@ def roofline(
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     activation_dtype: ActivationDtype = "bfloat16",
+    precision: Precision = None,
     compute_dtype: Annotated[Dtype | None, typer.Option(help="Of products; that of the weights when absent.")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every matrix.")] = 1,
     expert_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")] = 1,
@@ -70,7 +73,10 @@ def roofline(
 
     model, device = load_model(target, d_model, vocab_size, set_ or []), device_named(hardware)
     dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
-    deployed = Deployment(model, device, dtypes, compute_dtype, tensor_parallel, expert_parallel)
+    if (recipe := recipe_of(precision)) is not None:
+        dtypes = dtypes.under(recipe)
+    deployed = Deployment(model, device, dtypes, compute_dtype, tensor_parallel, expert_parallel, recipe=recipe)
+    ridges = {dtype: device.ridge(dtype) for dtype in device.flops_per_s}
     largest = deployed.largest_batch(context)
     sizes = sorted({*_integers("--batch-sizes", batch_sizes), largest})
     table = decode_table(
@@ -82,6 +88,7 @@ def roofline(
         compute_dtype=compute_dtype,
         tensor_parallel=tensor_parallel,
         expert_parallel=expert_parallel,
+        recipe=recipe,
     )
     prefill = deployed.prefill_s(context)
     if as_json:
@@ -89,6 +96,7 @@ def roofline(
             "model": target,
             "hardware": device.name,
             "source": device.source,
+            "ridges": ridges,
             "context": context,
             "prefill_s": prefill,
             "largest_batch": largest,
@@ -103,6 +111,7 @@ def roofline(
     out.print(
         f"{target} on {devices}: {flops(deployed.flops_per_s)} FLOP/s, {flops(deployed.bandwidth)} B/s, "
         f"ridge {deployed.flops_per_s / deployed.bandwidth:.0f} FLOP/B\n[dim]{device.source}[/dim]\n"
+        f"ridges: {', '.join(f'{dtype} {ridge:.0f} FLOP/B' for dtype, ridge in ridges.items())}\n"
         f"memory: {size(deployed.weight_bytes)} of weights, {size(deployed.state_bytes(context))} of state for "
         f"{context:,} tokens, of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
         f"prefill of {context:,} tokens: {seconds(prefill)}",

@@ -1,6 +1,7 @@
 """Closed-form accounting: the ledger, its totals, and FLOP conventions. Knows nothing of torch."""
 
 from explore.cost.conventions import CONVENTIONS, Convention, diff, flops_train
+from explore.cost.formats import formats_of, in_formats, storage
 from explore.cost.ledger import (
     BITS,
     DTYPES,
@@ -13,6 +14,7 @@ from explore.cost.ledger import (
     Ledger,
     Part,
     Row,
+    Stored,
     attended_keys,
     bytes_of,
     decode_bytes,
@@ -21,6 +23,7 @@ from explore.cost.ledger import (
     product,
     vector,
     visible_keys,
+    weight_bytes,
 )
 from explore.cost.totals import Cost
 
@@ -39,14 +42,19 @@ __all__ = [
     "Ledger",
     "Part",
     "Row",
+    "Stored",
     "attended_keys",
     "bytes_of",
     "decode_bytes",
     "diff",
     "flops_train",
+    "formats_of",
+    "in_formats",
     "matrix",
     "params_touched",
     "product",
+    "storage",
     "vector",
     "visible_keys",
+    "weight_bytes",
 ]

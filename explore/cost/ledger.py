@@ -12,14 +12,21 @@ latent attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from explore.precision import FORMATS, UNQUANTIZED, FormatName, Recipe
+
 By = Literal["letter", "layer", "component"]
 ConventionName = Literal["exact", "megatron", "palm", "6nd"]
-Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4"]
-BITS: Mapping[str, int] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4}
+Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4", "mxfp8", "mxfp4", "nvfp4", "int8"]
+Stored = Dtype | FormatName
+BITS: Mapping[str, float] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4} | {
+    name: entry.bits_per_element for name, entry in FORMATS.items()
+}
+"""Bits of an element; formats have their scales in them, and the floats have none."""
+
 MTP_LETTER = "/"
 
 
@@ -38,6 +45,9 @@ class Entry(NamedTuple):
         ssm_numel: elements of recurrent state kept for a sequence, whatever its length.
         conv_numel: elements of convolution state kept for a sequence, whatever its length.
         all_to_all_numel: elements that a token sends to its experts and gets back from them.
+        sums_over: widths that products with these weights sum over in a forward pass; none where there is no product
+            of a linear layer.
+        weight: format of the weights where a recipe of precision gives one.
     """
 
     component: str
@@ -51,6 +61,19 @@ class Entry(NamedTuple):
     ssm_numel: int = 0
     conv_numel: int = 0
     all_to_all_numel: int = 0
+    sums_over: tuple[int, ...] = ()
+    weight: FormatName | None = None
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What adds up."""
+        numbers: tuple[int, ...] = self[1:-2]
+        return numbers
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether products with these weights have quantised operands."""
+        return self.weight is not None and self.weight not in UNQUANTIZED and bool(self.sums_over)
 
     @property
     def flops_prefill(self) -> int:
@@ -60,8 +83,13 @@ class Entry(NamedTuple):
 
 def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
     """Adds up the numbers of some entries."""
-    columns = list(zip(*(entry[1:] for entry in entries), strict=True))
-    return Entry(component, *map(sum, columns)) if columns else Entry(component)
+    return _added_up(component, (entry.numbers for entry in entries))
+
+
+def _added_up(component: str, rows: Iterable[Iterable[int]]) -> Entry:
+    """An entry whose numbers are the sums of columns."""
+    columns = list(zip(*rows, strict=True))
+    return Entry._make((component, *map(sum, columns), *Entry(component)[-2:])) if columns else Entry(component)
 
 
 @dataclass(frozen=True)
@@ -112,10 +140,14 @@ class Dtypes:
         activation: of what experts are sent and send back.
     """
 
-    weight: Dtype = "bfloat16"
-    kv: Dtype = "bfloat16"
-    state: Dtype = "float32"
-    activation: Dtype = "bfloat16"
+    weight: Stored = "bfloat16"
+    kv: Stored = "bfloat16"
+    state: Stored = "float32"
+    activation: Stored = "bfloat16"
+
+    def under(self, recipe: Recipe) -> Dtypes:
+        """These dtypes with what a recipe of precision says of decoding state."""
+        return replace(self, kv=recipe.kv or self.kv, state=recipe.state or self.state)
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -139,6 +171,7 @@ class Ledger:
         before: the embedding.
         after: last norm and head.
         mtp: multi-token prediction, depth by depth, in training: it has FLOPs and parameters, and no state.
+        recipe: recipe of precision that gave the entries the formats of their weights; see `in_formats`.
     """
 
     seq_len: int
@@ -148,6 +181,7 @@ class Ledger:
     before: Part
     after: Part
     mtp: tuple[Part, ...] = ()
+    recipe: Recipe | None = None
 
     def __iter__(self) -> Iterator[Row]:
         for layer, part in self._placed():
@@ -172,8 +206,7 @@ class Ledger:
     @cached_property
     def main(self) -> Entry:
         """Everything added up, multi-token prediction apart. It does not walk the layers: it counts letters."""
-        numbers = [[n * number for number in part.total[1:]] for n, part in self.counted()]
-        return Entry("", *map(sum, zip(*numbers, strict=True)))
+        return _added_up("", ([n * number for number in part.total.numbers] for n, part in self.counted()))
 
     @cached_property
     def extra(self) -> Entry:
@@ -189,6 +222,10 @@ class Ledger:
     def flops_prefill(self) -> int:
         """FLOPs of reading a whole context of `seq_len`: the head computes for its last token only."""
         return sum(n * entry.flops_prefill for n, part in self.counted() for entry in part.entries)
+
+    def weight_bytes(self, dtypes: Dtypes = DTYPES) -> float:
+        """Bytes of the weights, multi-token prediction apart."""
+        return sum(n * weight_bytes(entry, dtypes) for n, part in self.counted() for entry in part.entries)
 
     def decode_bytes(self, dtypes: Dtypes, batch_size: float = 1) -> float:
         """Bytes that one decoding step of a batch reads and writes."""
@@ -224,10 +261,13 @@ class Ledger:
 
         Parameters; FLOPs of a forward and a training pass per token, of the prefill of a whole context and of one
         decoding step; bytes of weights, of the state after `seq_len` tokens, of what one decoding step of one
-        sequence moves, and of what a token sends through an all-to-all.
+        sequence moves, and of what a token sends through an all-to-all. Under a recipe of precision also `format`, and
+        FLOPs of products with quantised operands.
         """
         return [
-            {"layer": row.layer, "letter": row.letter, "component": row.entry.component} | self._numbers([row], dtypes)
+            {"layer": row.layer, "letter": row.letter, "component": row.entry.component}
+            | ({} if self.recipe is None else {"format": row.entry.weight})
+            | self._numbers([row], dtypes)
             for row in self
         ]
 
@@ -241,18 +281,31 @@ class Ledger:
             "flops_train": 3 * flops_fwd,
             "flops_prefill": sum(row.entry.flops_prefill for row in rows if row.letter != MTP_LETTER),
             "flops_decode": entry.flops_step,
-            "weight_bytes": bytes_of(entry.params, dtypes.weight),
+            "weight_bytes": sum(weight_bytes(row.entry, dtypes) for row in rows),
             "kv_bytes": bytes_of(entry.kv_numel_seq, dtypes.kv),
             "ssm_state_bytes": bytes_of(entry.ssm_numel, dtypes.state),
             "conv_state_bytes": bytes_of(entry.conv_numel, dtypes.state),
             "decode_bytes": sum(decode_bytes(row.entry, dtypes) for row in rows),
             "all_to_all_bytes": bytes_of(entry.all_to_all_numel, dtypes.activation),
-        }
+        } | self.flops_quantized(rows)
+
+    def flops_quantized(self, rows: Iterable[Row]) -> dict[str, float]:
+        """FLOPs per token in products with quantised operands, where a recipe says which they are."""
+        if (recipe := self.recipe) is None:
+            return {}
+        flops_fwd = sum(row.entry.flops_seq for row in rows if row.entry.is_quantized) / self.seq_len
+        n_products = recipe.forward + recipe.input_gradient + recipe.weight_gradient
+        return {"flops_fwd_quantized": flops_fwd * recipe.forward, "flops_train_quantized": flops_fwd * n_products}
 
 
-def bytes_of(numel: float, dtype: Dtype) -> float:
-    """Bytes of so many elements; scales of narrow formats are not counted."""
+def bytes_of(numel: float, dtype: Stored) -> float:
+    """Bytes of `numel` elements, with the scales of a format."""
     return numel * BITS[dtype] / 8
+
+
+def weight_bytes(entry: Entry, dtypes: Dtypes) -> float:
+    """Bytes of the weights of a component."""
+    return bytes_of(entry.params, entry.weight or dtypes.weight)
 
 
 def params_touched(entry: Entry, batch_size: float) -> float:
@@ -276,20 +329,25 @@ def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: 
     """
     state = 2 * (entry.ssm_numel + entry.conv_numel)
     return (
-        bytes_of(params_touched(entry, batch_size * n_shares) / n_shares, dtypes.weight)
+        bytes_of(params_touched(entry, batch_size * n_shares) / n_shares, entry.weight or dtypes.weight)
         + batch_size * bytes_of(entry.kv_numel_seq, dtypes.kv)
         + batch_size * bytes_of(state, dtypes.state)
     )
 
 
-def product(component: str, params: int, seq_len: int) -> Entry:
-    """Weights that take part in one matrix product for every token, each once."""
-    return Entry(component, params, params, params, flops_seq=2 * params * seq_len, flops_step=2 * params)
+def product(component: str, params: int, seq_len: int, sums_over: tuple[int, ...]) -> Entry:
+    """Weights that take part in one matrix product for every token, each once.
+
+    Args:
+        sums_over: widths that the products sum over.
+    """
+    flops = 2 * params
+    return Entry(component, params, params, params, flops_seq=flops * seq_len, flops_step=flops, sums_over=sums_over)
 
 
 def matrix(component: str, d_in: int, d_out: int, seq_len: int, *, bias: bool = False) -> Entry:
     """A linear layer that every token passes through."""
-    entry = product(component, d_in * d_out, seq_len)
+    entry = product(component, d_in * d_out, seq_len, (d_in,))
     params = entry.params + (d_out if bias else 0)
     return entry._replace(params=params, params_active=params, params_read=params)
 

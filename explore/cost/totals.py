@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from explore.cost.ledger import DTYPES, Dtype, Dtypes, Ledger, bytes_of
+from explore.cost.ledger import DTYPES, Dtypes, Ledger, Stored, bytes_of
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Cost:
     conv_state_bytes: float
     decode_bytes: float
     all_to_all_bytes: float
-    weight_dtype: Dtype
-    kv_dtype: Dtype
-    state_dtype: Dtype
-    activation_dtype: Dtype
+    weight_dtype: Stored
+    kv_dtype: Stored
+    state_dtype: Stored
+    activation_dtype: Stored
 
     @classmethod
     def of(cls, ledger: Ledger, dtypes: Dtypes = DTYPES) -> Cost:
@@ -87,7 +87,7 @@ class Cost:
             flops_mtp=mtp.flops_seq / ledger.seq_len,
             flops_prefill=ledger.flops_prefill,
             flops_decode=main.flops_step,
-            weight_bytes=bytes_of(main.params, dtypes.weight),
+            weight_bytes=ledger.weight_bytes(dtypes),
             kv_bytes_per_token=bytes_of(main.kv_numel, dtypes.kv),
             kv_bytes=bytes_of(main.kv_numel_seq, dtypes.kv),
             ssm_state_bytes=bytes_of(main.ssm_numel, dtypes.state),

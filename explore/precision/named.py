@@ -26,7 +26,7 @@ def _rule(format: str, **conditions: Any) -> Rule:
     return Rule.model_validate({"format": format, "optional": True, **conditions})
 
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_down", "q_up", "kv_down", "kv_up")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "gate_proj", "o_proj", "q_down", "q_up", "kv_down", "kv_up")
 ROUTER = _rule("fp32", components=("router",))
 EXPERTS = _rule("nvfp4", letters="E", components=("experts",))
 MAMBA = _rule("fp8", letters="M", components=("in_proj", "out_proj"))

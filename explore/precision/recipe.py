@@ -14,7 +14,7 @@ WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mx
 Operand = Literal["x", "w", "dy"]
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 
-HIGH = frozenset({"embedding", "head", "router"})
+HIGH = frozenset({"embedding", "head", "router", "shared_gate"})
 """Components with matrices that stay high unless a rule names them."""
 
 UNQUANTIZED = frozenset({"fp32", "bf16", "fp16"})

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 
-from explore.cost import Dtype
+from explore.cost import Dtype, Stored
+from explore.precision import FORMATS
 
 GB, GIB, TERA = 1e9, 2**30, 1e12
 
@@ -34,24 +35,31 @@ class Hardware:
     link: float
     source: str
 
-    def peak(self, dtype: Dtype) -> float:
+    def peak(self, dtype: Stored) -> float:
         """Peak FLOP/s for operands of `dtype`; of the next wider dtype that the device multiplies.
 
         Raises:
             ValueError: it multiplies neither.
         """
-        for wider in ORDER[ORDER.index(dtype) :]:
+        operands = OPERANDS.get(dtype, dtype)
+        for wider in ORDER[ORDER.index(operands) :]:
             if wider in self.flops_per_s:
                 return self.flops_per_s[wider]
         raise ValueError(f"dtype: {self.name} has no rate for {dtype!r}; allowed are {', '.join(self.flops_per_s)}")
 
-    def ridge(self, dtype: Dtype) -> float:
+    def ridge(self, dtype: Stored) -> float:
         """FLOPs per byte above which matrix products, not memory, are the limit."""
         return self.peak(dtype) / self.bandwidth
 
 
 ORDER: tuple[Dtype, ...] = ("float4", "float8", "float16", "bfloat16", "float32")
 """Dtypes in which products can be taken, the narrow first: operands are widened where a device knows no product."""
+
+_ELEMENTS: Mapping[str, Dtype] = {
+    "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "e2m1": "float4", "int8": "bfloat16",
+}  # fmt: skip
+OPERANDS: Mapping[str, Dtype] = {name: _ELEMENTS.get(entry.element, "float8") for name, entry in FORMATS.items()}
+"""Dtypes in which elements of a format are multiplied; int8 is for storage."""
 
 
 def _gpu(name: str, tera: Mapping[Dtype, float], memory: float, bandwidth: float, link: float, source: str) -> Hardware:

@@ -3,7 +3,7 @@
 A roofline is a bound, not a forecast. Every component of every layer takes the longer of its FLOPs at the peak rate
 and its bytes at the peak bandwidth, one component after another. Left out are: kernels that reach less than the
 peak, launches, norms and activations, the traffic of activations, attention's softmax, sampling, scheduling,
-communication between tensor-parallel devices, imbalance between experts, and scales of narrow formats.
+communication between tensor-parallel devices, and imbalance between experts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from explore.cost import DTYPES, Dtype, Dtypes, Entry, Ledger, bytes_of, decode_bytes, params_touched
+from explore.cost import DTYPES, Dtypes, Entry, Ledger, Stored, bytes_of, decode_bytes, in_formats, params_touched
 from explore.model import ModelConfig
+from explore.precision import Recipe
 from explore.roofline.hardware import Hardware
 from explore.roofline.hardware import hardware as device_named
 
@@ -36,15 +37,17 @@ class Deployment:
         tensor_parallel: devices that share every matrix and every sequence, at no cost of communication.
         expert_parallel: devices that each keep a part of the experts and all else whole, and decode a batch each.
         reserved_bytes: memory of a device that is taken by something else.
+        recipe: formats of weights and of operands, in place of one dtype for all.
     """
 
     model: ModelConfig
     device: Hardware
     dtypes: Dtypes = DTYPES
-    compute_dtype: Dtype | None = None
+    compute_dtype: Stored | None = None
     tensor_parallel: int = 1
     expert_parallel: int = 1
     reserved_bytes: float = 0
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "expert_parallel"):
@@ -57,6 +60,7 @@ class Deployment:
 
     @cached_property
     def flops_per_s(self) -> float:
+        """Peak of products that no recipe speaks of."""
         return self.tensor_parallel * self.device.peak(self.compute_dtype or self.dtypes.weight)
 
     @cached_property
@@ -72,8 +76,8 @@ class Deployment:
     def weight_bytes(self) -> float:
         """Weights on the devices that share a batch."""
         total = 0.0
-        for n, entry in components(self.model.ledger(1)):
-            total += n * bytes_of(entry.params / self._shares(entry), self.dtypes.weight)
+        for n, entry in components(self._ledger(1)):
+            total += n * bytes_of(entry.params / self._shares(entry), entry.weight or self.dtypes.weight)
         return total
 
     def state_bytes(self, context: int) -> float:
@@ -103,23 +107,23 @@ class Deployment:
         """Seconds of decoding one token of every sequence of a batch, all of which see `context` tokens."""
         _positive("batch_size", batch_size)
         seconds = 0.0
-        for n, entry in components(self.model.ledger(_positive("context", context))):
+        for n, entry in components(self._ledger(_positive("context", context))):
             flops = batch_size * entry.flops_step
             moved = decode_bytes(entry, self.dtypes, batch_size, self._shares(entry))
-            seconds += n * max(flops / self.flops_per_s, moved / self.bandwidth)
+            seconds += n * max(flops / self._peak(entry), moved / self.bandwidth)
         return seconds + self.all_to_all_s(batch_size)
 
     def prefill_s(self, context: int, batch_size: int = 1) -> float:
         """Seconds of reading a context of every sequence of a batch."""
         _positive("batch_size", batch_size)
         seconds = 0.0
-        for n, entry in components(self.model.ledger(_positive("context", context))):
+        for n, entry in components(self._ledger(_positive("context", context))):
             flops = batch_size * entry.flops_prefill
-            weights = bytes_of(params_touched(entry, batch_size * context), self.dtypes.weight)
+            weights = bytes_of(params_touched(entry, batch_size * context), entry.weight or self.dtypes.weight)
             written = bytes_of(entry.kv_numel_seq, self.dtypes.kv) + bytes_of(
                 entry.ssm_numel + entry.conv_numel, self.dtypes.state
             )
-            seconds += n * max(flops / self.flops_per_s, (weights + batch_size * written) / self.bandwidth)
+            seconds += n * max(flops / self._peak(entry), (weights + batch_size * written) / self.bandwidth)
         return seconds + self.all_to_all_s(batch_size * context)
 
     def all_to_all_s(self, n_tokens: int) -> float:
@@ -143,6 +147,16 @@ class Deployment:
     def throughput(self, n_in: int, n_out: int, batch_size: int) -> float:
         """Tokens written per second and device."""
         return batch_size * n_out / self.request_s(n_in, n_out, batch_size) / self.tensor_parallel
+
+    def _ledger(self, context: int) -> Ledger:
+        ledger = self.model.ledger(context)
+        return ledger if self.recipe is None else in_formats(ledger, self.recipe)
+
+    def _peak(self, entry: Entry) -> float:
+        """Peak FLOP/s of the products of a component."""
+        if entry.weight is None or self.compute_dtype is not None:
+            return self.flops_per_s
+        return self.tensor_parallel * self.device.peak(entry.weight)
 
     def _shares(self, entry: Entry) -> int:
         """Devices that share the weights of a component: those that tokens are sent to."""

@@ -1,0 +1,125 @@
+"""A ledger under a recipe of precision: the format of every line, and the bits that it comes to."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from difflib import get_close_matches
+from typing import Any
+
+from explore.cost.ledger import BITS, DTYPES, MTP_LETTER, Dtypes, Ledger, Part, Row
+from explore.precision import FORMATS, UNQUANTIZED, FormatName, Place, Recipe, Rule
+
+FIRST_VARIANT = 0xE000
+"""Code of the first letter, of those that nobody writes, for layers of one letter that differ in their formats."""
+
+
+def in_formats(ledger: Ledger, recipe: Recipe) -> Ledger:
+    """The ledger with the formats that a recipe gives to weights, layer by layer.
+
+    A format's blocks must divide the widths that products sum over. Other widths are filled up with zeros.
+
+    Raises:
+        ValueError: a rule with an unknown component, or that matches nothing; a format that a component cannot have; a
+            width that a block does not divide.
+    """
+    rows = list(ledger)
+    for i, rule in enumerate(recipe.rules):
+        _check_rule(rule, f"precision.rules.{i}", ledger, rows)
+    pattern, blocks = "", dict[str, Part]()
+    for layer, letter in enumerate(ledger.pattern):
+        part = _in_formats(ledger.blocks[letter], layer, ledger, recipe)
+        variants = (each for each, known in blocks.items() if known == part)
+        key = next(variants, letter if letter not in blocks else chr(FIRST_VARIANT + len(blocks)))
+        blocks[key] = part
+        pattern += key
+    return replace(
+        ledger,
+        pattern=pattern,
+        blocks=blocks,
+        before=_in_formats(ledger.before, None, ledger, recipe),
+        after=_in_formats(ledger.after, None, ledger, recipe),
+        mtp=tuple(_in_formats(part, None, ledger, recipe) for part in ledger.mtp),
+        recipe=recipe,
+    )
+
+
+def _in_formats(part: Part, layer: int | None, ledger: Ledger, recipe: Recipe) -> Part:
+    rows = [Row(layer, part, entry) for entry in part.entries]
+    entries = tuple(row.entry._replace(weight=recipe.format_of(_place(row, ledger))) for row in rows)
+    for row, entry in zip(rows, entries, strict=True):
+        if entry.is_quantized:
+            _check_widths(row._replace(entry=entry))
+    return replace(part, entries=entries)
+
+
+def _place(row: Row, ledger: Ledger) -> Place:
+    return Place(row.layer, len(ledger.pattern), row.letter, row.entry.component, bool(row.entry.sums_over))
+
+
+def _check_rule(rule: Rule, field: str, ledger: Ledger, rows: list[Row]) -> None:
+    known = dict.fromkeys(row.entry.component for row in rows)
+    for component in rule.components:
+        if component not in known and not rule.optional:
+            hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(component, known, 1))
+            allowed = f"{hint}allowed are {', '.join(known)}"
+            raise ValueError(f"{field}.components must be components of the model, got {component!r}; {allowed}")
+    found = [row for row in rows if rule.matches(_place(row, ledger))]
+    if not found and not rule.optional:
+        letters = "".join(dict.fromkeys(row.letter for row in rows))
+        given = rule.model_dump(exclude_defaults=True, exclude={"format"}, mode="json")
+        what = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        raise ValueError(
+            f"{field} must match a component of the model, got {what}; "
+            f"it has layers 0 to {len(ledger.pattern) - 1} and letters {letters}"
+        )
+    for row in found:
+        if rule.format not in UNQUANTIZED and not row.entry.sums_over:
+            raise ValueError(
+                f"{field}.format must be one of {', '.join(sorted(UNQUANTIZED))} for {row.entry.component}, "
+                f"which is no linear layer, got {rule.format!r}"
+            )
+
+
+def _check_widths(row: Row) -> None:
+    entry, block = row.entry, FORMATS[row.entry.weight or ""].block
+    for width in entry.sums_over:
+        if block and width % block:
+            outside = "MTP" if row.letter == MTP_LETTER else "the model"
+            where = outside if row.layer is None else f"layer {row.layer} ({row.letter})"
+            near = " or ".join(str(n) for n in (width // block * block, -(-width // block) * block) if n)
+            raise ValueError(
+                f"precision: {entry.weight} needs widths that are multiples of {block}, got {width} in "
+                f"{entry.component} of {where}; {near} would fit"
+            )
+
+
+def storage(ledger: Ledger, dtypes: Dtypes = DTYPES) -> dict[str, float]:
+    """What a checkpoint holds, multi-token prediction included.
+
+    Returns:
+        `bits_per_element` with the scales of blocks, and `weight_bytes`.
+    """
+    params, bits = 0, 0.0
+    for row in ledger:
+        params += row.entry.params
+        bits += row.entry.params * BITS[row.entry.weight or dtypes.weight]
+    return {"bits_per_element": bits / params, "weight_bytes": bits / 8}
+
+
+def formats_of(ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Which component of which layers is in which format.
+
+    Yields:
+        Records of letter, component, format, `layers` (indices) and parameters, for components that have some.
+    """
+    groups: dict[tuple[str, str], dict[FormatName | None, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in ledger:
+        if row.entry.params:
+            groups[row.letter, row.entry.component][row.entry.weight].append(row)
+    for (letter, component), by_format in groups.items():
+        for weight, rows in by_format.items():
+            layers = [row.layer for row in rows if row.layer is not None]
+            params = sum(row.entry.params for row in rows)
+            yield {"letter": letter, "component": component, "format": weight, "layers": layers, "params": params}
