@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from explore.config import Config
-from explore.precision.formats import FormatName
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
+StateFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4", "int8"]
 Operand = Literal["x", "w", "dy"]
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 
@@ -138,8 +138,8 @@ class Recipe(Config):
     four_over_six: tuple[Operand, ...] = ()
     scale_rounding: Literal["nearest", "up"] = "nearest"
     until: Until = Until()
-    kv: FormatName | None = None
-    state: FormatName | None = None
+    kv: StateFormat | None = None
+    state: StateFormat | None = None
 
     @model_validator(mode="before")
     @classmethod
