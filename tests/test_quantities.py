@@ -48,6 +48,7 @@ SCORES = {
     "bpb": {"mars": 2.5, "val": 9.0},
     "pairs": {"blimp": {"a": 0.5, "b": 0.75}},
     "acceptance_length": {"greedy": 1.5, "temperature 1": 1.25},
+    "ngram": {"order": 3, "val_bpb": 2.2, "test_bpb": 2.3},
 }
 MEMBERS = {"mars_bpb", "blimp_accuracy"}
 ABSENT = {"recall", "d_latent", "reason", "stopped_val_bpb"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -17,7 +17,8 @@ from explore.cli.options import Json
 
 @app.command(
     rich_help_panel="Train and search",
-    epilog="Example: explore data ../books --tokenizer bytes; explore data ../books --train-bpe 4096 --out bpe.json",
+    epilog="Example: explore data ../books --tokenizer bytes; explore data ../books --train-bpe 4096 --out bpe.json; "
+    "explore data austen --ngram 3",
 )
 def data(
     corpus: Annotated[
@@ -29,6 +30,12 @@ def data(
     shards: Annotated[int | None, typer.Option(min=1, help="Use only the first training files.")] = None,
     train_bpe: Annotated[
         int | None, typer.Option(min=257, help="Train a byte-level BPE of this many entries on the training text.")
+    ] = None,
+    ngram: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=5, help="Score val and test by a Kneser-Ney model of this order: what a model has to beat."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Where --train-bpe writes the tokenizer.")] = None,
     as_json: Json = False,
@@ -54,8 +61,9 @@ def data(
     opened = texts.load_corpus(corpus, shards)
     for line in opened.notes:
         note(line)
-    rows = []
-    for split, stream in texts.token_streams(opened, loaded).items():
+    rows: list[dict[str, Any]] = []
+    streams = texts.token_streams(opened, loaded)
+    for split, stream in streams.items():
         rows.append(
             {
                 "split": split,
@@ -66,6 +74,12 @@ def data(
                 "content_hash": opened.content_hash(split),
             }
         )
+    if ngram is not None:
+        from explore.evals import ngram_scores
+
+        scores = ngram_scores(texts.TextSource(streams, loaded, seq_len=1, seed=0), ngram)
+        for row in rows:
+            row[f"{ngram}gram_bits_per_byte"] = scores[row["split"]].bits_per_byte if row["split"] in scores else None
     if as_json:
         print(
             json.dumps(
@@ -74,12 +88,17 @@ def data(
         )
         return
     title = escape(f"{corpus}, tokenizer {tokenizer} ({loaded.vocab_size} entries)")
-    view = Table(title=title, title_justify="left")
-    for name in ("split", "documents", "bytes", "tokens", "bytes/token", "content hash"):
-        view.add_column(name, justify="left" if name in ("split", "content hash") else "right")
+    view = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    scored = [] if ngram is None else [f"{ngram}-gram bpb"]
+    for name in ("split", "documents", "bytes", "tokens", "bytes/token", *scored, "content hash"):
+        view.add_column(name, justify="left" if name in ("split", "content hash") else "right", no_wrap=True)
     for row in rows:
-        sizes = [f"{row[name]:,}" for name in ("n_documents", "n_bytes", "n_tokens")]
-        view.add_row(str(row["split"]), *sizes, f"{row['bytes_per_token']:.2f}", str(row["content_hash"])[:16])
+        cells = [f"{row[name]:,}" for name in ("n_documents", "n_bytes", "n_tokens")]
+        cells.append(f"{row['bytes_per_token']:.2f}")
+        if ngram is not None:
+            bits = row[f"{ngram}gram_bits_per_byte"]
+            cells.append("" if bits is None else f"{bits:.4f}")
+        view.add_row(row["split"], *cells, row["content_hash"][:16])
     out.print(view)
 
 

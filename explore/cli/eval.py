@@ -40,17 +40,21 @@ def evaluate(
     acceptance: Annotated[
         int | None, typer.Option(min=1, help="Acceptance length of drafts, over so many prompts of the test text.")
     ] = None,
+    ngram: Annotated[
+        int | None,
+        typer.Option(min=2, max=5, help="Bits per byte of a Kneser-Ney model of this order on the tokens of the run."),
+    ] = None,
     save: Annotated[
         bool, typer.Option("--save", help="Add the results to evals.json of each run, which tables and records hold.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Minimal pairs, other corpora, or the acceptance length of multi-token prediction, of trained runs."""
+    """Minimal pairs, other corpora, an n-gram model of the same tokens, or the acceptance length of drafts."""
     from explore.evals import read_minimal_pairs
     from explore.runs import RunFolder, write_json
 
-    if not (pairs or corpus or acceptance):
-        raise ValueError("--pairs, --corpus, --acceptance: at least one of them is required")
+    if not (pairs or corpus or acceptance or ngram):
+        raise ValueError("--pairs, --corpus, --acceptance, --ngram: at least one of them is required")
     suites: dict[str, Path] = {}
     for path in pairs or []:
         suite = path.resolve().name.partition(".")[0]
@@ -61,6 +65,8 @@ def evaluate(
     found = {}
     for run in runs:
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
+        if ngram is not None:
+            results["ngram"] = _ngram(run, ngram)
         if save:
             kept = RunFolder(run).evals
             write_json(
@@ -81,6 +87,9 @@ def evaluate(
             view.add_row(f"{suite}, mean of {len(shares)} paradigms", f"{sum(shares.values()) / len(shares):.3f}")
         for other, bits in results.get("bpb", {}).items():
             view.add_row(f"{other}, bits per byte", f"{bits:.4f}")
+        for split in ("val", "test") if "ngram" in results else ():
+            label = f"{split} by a {ngram}-gram model of the same tokens, bits per byte"
+            view.add_row(label, f"{results['ngram'][f'{split}_bpb']:.4f}")
         for sampling, length in results.get("acceptance_length", {}).items():
             view.add_row(f"acceptance length over {acceptance} prompts, {sampling}", f"{length:.3f}")
         out.print(view)
@@ -113,6 +122,21 @@ def _results(
             for name, sampling in (("greedy", GREEDY), ("temperature 1", Sampling()))
         }
     return results
+
+
+def _ngram(run: Path, order: int) -> dict[str, Any]:
+    """Bits per byte of an n-gram model of the tokens that the run was trained on, for `evals.json`."""
+    from explore.data import TextSource
+    from explore.evals import ngram_scores
+    from explore.runs import RunFolder
+
+    experiment = RunFolder(run).load_experiment()
+    source = experiment.data.open(experiment.seed)
+    if not isinstance(source, TextSource):
+        raise ValueError(f"--ngram: {run} was trained on {experiment.data.kind}, and this needs text")
+    train = experiment.train
+    scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, train.eval_tokens)
+    return {"order": order, **{f"{split}_bpb": score.bits_per_byte for split, score in scores.items()}}
 
 
 def _prompts(data: TextData, n: int) -> Iterator[Tensor]:

@@ -108,6 +108,29 @@ class TextSource:
         inputs, targets = windows[:, :-1], windows[:, 1:]
         return _batch(inputs, targets, self._bytes(targets))
 
+    def tokens_read(self, n_windows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The training tokens in the first windows that a run reads, in the order of the text, each once.
+
+        Args:
+            n_windows: all tokens of the text when absent, or when that is an epoch or more.
+
+        Returns:
+            The tokens, and where a stretch begins that does not follow what stands before it.
+        """
+        ids = self.streams["train"].ids
+        if n_windows is None or n_windows >= self.windows_per_epoch:
+            begins = np.zeros(len(ids), bool)
+            begins[:1] = True
+            return ids, begins
+        starts = np.sort(window_starts(len(ids), self.seq_len, self.seed, 0)[:n_windows])
+        last = np.append(np.diff(starts) > self.seq_len, True)  # of a stretch: its last target is read as well
+        places = starts[:, None] + np.arange(self.seq_len + 1)
+        read = np.ones(places.shape, bool)
+        read[:, -1] = last
+        begins = np.zeros(places.shape, bool)
+        begins[:, 0] = np.append(True, last[:-1])
+        return ids[places[read]], begins[read]
+
     def eval_batches(
         self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
     ) -> Iterator[Batch]:
@@ -122,16 +145,19 @@ class TextSource:
         Raises:
             ValueError: `max_tokens` cuts the split and the tokenizer has no table of bytes per token.
         """
-        stream = self.streams[split]
-        n_targets = stream.n_tokens - 1
-        if max_tokens is not None and max_tokens < n_targets:
-            if self.tokenizer.token_bytes is None:
-                raise ValueError(
-                    f"max_tokens: {max_tokens} must be null with the tokenizer {self.tokenizer.name!r}, "
-                    "which does not say how many bytes a token stands for: only those of the whole split are known"
-                )
-            n_targets = min(n_targets, max(1, max_tokens // self.seq_len) * self.seq_len)
-        return self._eval_batches(stream, n_targets, batch_size)
+        return self._eval_batches(self.streams[split], self.n_targets(split, max_tokens), batch_size)
+
+    def n_targets(self, split: Literal["val", "test"], max_tokens: int | None = None) -> int:
+        """Tokens of a split that `eval_batches` predicts; what raises there raises here."""
+        n_targets = self.streams[split].n_tokens - 1
+        if max_tokens is None or max_tokens >= n_targets:
+            return n_targets
+        if self.tokenizer.token_bytes is None:
+            raise ValueError(
+                f"max_tokens: {max_tokens} must be null with the tokenizer {self.tokenizer.name!r}, "
+                "which does not say how many bytes a token stands for: only those of the whole split are known"
+            )
+        return min(n_targets, max(1, max_tokens // self.seq_len) * self.seq_len)
 
     def _eval_batches(self, stream: TokenStream, n_targets: int, batch_size: int) -> Iterator[Batch]:
         per_batch = batch_size * self.seq_len

@@ -1,16 +1,19 @@
-"""Evaluations: bits per byte, minimal pairs, recall, acceptance length of drafts."""
+"""Evaluations: bits per byte, minimal pairs, recall, acceptance length of drafts, and the floor of n-grams."""
 
 from explore.evals.acceptance import acceptance_length
 from explore.evals.bits_per_byte import Score, bits_per_byte, score_batch
 from explore.evals.minimal_pairs import MinimalPair, minimal_pair_accuracy, read_minimal_pairs
+from explore.evals.ngram import NgramModel, ngram_scores
 from explore.evals.recall import recall_accuracy
 
 __all__ = [
     "MinimalPair",
+    "NgramModel",
     "Score",
     "acceptance_length",
     "bits_per_byte",
     "minimal_pair_accuracy",
+    "ngram_scores",
     "read_minimal_pairs",
     "recall_accuracy",
     "score_batch",

@@ -23,12 +23,15 @@ def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb")
         y: the quality column. Of both, lower is better unless `explore.quantities` declares that higher is.
 
     Returns:
-        Columns run, family, pattern, `x`, `y` and on_front.
+        Columns run, family, pattern, `x`, `y` and on_front; and `floor`, the score of an n-gram model of the same
+        tokens, where `runs` tell it.
 
     Raises:
         ValueError: a column is missing.
     """
     table = finished(runs, x, y)
+    if (floor := f"ngram_{y}") in runs:
+        table["floor"] = table["run"].map(runs.drop_duplicates("run").set_index("run")[floor].astype("float64"))
     table["on_front"] = pareto_front(table, x, y)
     order = table.assign(cost=quantity(x).sign * table[x], error=quantity(y).sign * table[y])
     return table.loc[order.sort_values(["cost", "error", "run"]).index].reset_index(drop=True)
@@ -44,12 +47,14 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
         font_pt: size of the text in points; the markers follow it.
     """
     front = table[table["on_front"]]
+    floor = table.dropna(subset="floor") if "floor" in table else table.iloc[:0].assign(floor=[])
+    drawn = pd.concat([table[[x, y]], floor[[x, "floor"]].rename(columns={"floor": y})])
     signs = quantity(x).sign, quantity(y).sign
     room = label_room(ax, table, x, signs[0], font_pt, log=is_log_x(table, x))
     # Labels are on the better side of both axes.
     margins_x = (room, 0.05) if signs[0] > 0 else (0.05, room)
     margins_y = (0.2, 0.06) if signs[1] > 0 else (0.06, 0.2)
-    if not dress_runs(ax, table, x, y, font_pt, margins_x, margins_y):
+    if not dress_runs(ax, drawn, x, y, font_pt, margins_x, margins_y):
         return
     ax.plot(front[x], front[y], drawstyle="steps-post", color=LINE, lw=0.11 * font_pt, zorder=2, label="Pareto front")
     handles = []
@@ -65,6 +70,9 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
         handles.append(Line2D([], [], marker=style.marker, ls="", ms=size, color=style.color, label=family))
     if len(front) > 1:
         handles.append(Line2D([], [], color=LINE, lw=0.11 * font_pt, label="Pareto front"))
+    if len(floor):
+        ax.plot(floor[x], floor["floor"], ls=":", color=LINE, lw=0.15 * font_pt, zorder=1)
+        handles.append(Line2D([], [], ls=":", color=LINE, lw=0.15 * font_pt, label="n-gram model"))
     legend(ax, handles, font_pt)
     label_front(ax, table, x, y, signs, font_pt)
 

@@ -143,6 +143,14 @@ _DECLARED: tuple[Quantity | Family, ...] = (
             unit=BITS, short="{} bpb", better="lower", headline=True,
         )
     ),
+    _score(
+        "ngram_val_bpb", "N-gram model of the same tokens, validation bits per byte", "evals", "ngram", "val_bpb",
+        unit=BITS, short="n-gram val bpb", better="lower", headline=True,
+    ),
+    _score(
+        "ngram_test_bpb", "N-gram model of the same tokens, test bits per byte", "evals", "ngram", "test_bpb",
+        unit=BITS, better="lower",
+    ),
     Family(_score("{}_accuracy", "Accuracy on {}", "evals", "pairs", "{}", take=_mean, better="higher")),
     _score("acceptance_length", "Acceptance length, greedy", "evals", "acceptance_length", "greedy", better="higher"),
     _score(
