@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from explore.model import LanguageModel, ModelConfig, generate
 from explore.ops import compiled_step, experts, forced_paths, hadamard, quantize, rounding_generator
-from explore.ops.quantize import _quantize
+from explore.ops.quantize import Blocks, quantize_blocks
 from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS
 
@@ -219,18 +219,18 @@ def test_recomputation_leaves_decoding_alone() -> None:
 def test_a_compiled_quantiser_gives_the_same_bits(unchecked: None, name: str) -> None:
     """A compiler may leave out a cast and its inverse, or divide by a product with a reciprocal."""
     x = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(_quantize, dynamic=False)
+    compiled = torch.compile(quantize_blocks, dynamic=False)
     noise = rounding_noise(x, rounding_generator(0, 0, 0, "x"))
     for drawn, axis, scale_rounding in ((None, 0, "nearest"), (noise, 1, "up")):
-        arguments = (x, drawn, FORMATS[name], axis, False, False, False, scale_rounding)
-        assert torch.equal(compiled(*arguments), _quantize(*arguments)), scale_rounding
+        arguments = (x, drawn, Blocks(FORMATS[name], axis, scale_rounding=scale_rounding))
+        assert torch.equal(compiled(*arguments), quantize_blocks(*arguments)), scale_rounding
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_a_compiled_rotation_gives_the_same_bits(unchecked: None) -> None:
     x = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
-    rotated = torch.compile(lambda x: _quantize(hadamard(x, 0), None, FORMATS["nvfp4"], 0, *[False] * 3, "nearest"))
+    rotated = torch.compile(lambda x: quantize_blocks(hadamard(x, 0), None, Blocks(FORMATS["nvfp4"], 0)))
     assert torch.equal(rotated(x), quantize(hadamard(x, 0), "nvfp4", block_axis=0))
 
 

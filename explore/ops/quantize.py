@@ -7,10 +7,10 @@ x: tensor; q: elements, values of the narrow element; s_b: scale of a block; S: 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,10 +18,36 @@ from explore.ops.rounding import power_of_two_below, round_nearest, round_stocha
 from explore.precision import ELEMENTS, FORMATS, Format
 
 Rounding = Literal["nearest", "stochastic"]
+ScaleRounding = Literal["nearest", "up"]
 
 FLOAT_MAX = ELEMENTS["fp32"].largest
 FOUR_OVER_SIX = 256
 """Largest scale of a block of NVFP4 that takes the better of two scales: 1.5 times as much is still an E4M3 number."""
+
+
+class Blocks(NamedTuple):
+    """How a tensor is divided into blocks and scaled; the arguments of `quantize` say what each field means."""
+
+    format: Format
+    axis: int = -1
+    square: bool = False
+    per_expert: bool = False
+    four_over_six: bool = False
+    scale_rounding: ScaleRounding = "nearest"
+
+    def axes(self, ndim: int) -> tuple[int, ...]:
+        """Axes that are cut into blocks, in order."""
+        if not self.format.block:
+            return ()
+        return (ndim - 2, ndim - 1) if self.square else (self.axis % ndim,)
+
+
+class _Scale(NamedTuple):
+    """Elements are rounded after `encode`, and then multiplied and divided: each is rounded for itself."""
+
+    encode: Tensor | float
+    times: Tensor | float = 1.0
+    over: Tensor | float = 1.0
 
 
 @torch.no_grad()
@@ -35,7 +61,7 @@ def quantize(
     square: bool = False,
     per_expert: bool = False,
     four_over_six: bool = False,
-    scale_rounding: Literal["nearest", "up"] = "nearest",
+    scale_rounding: ScaleRounding = "nearest",
 ) -> Float32[Tensor, "*dims"]:
     """The tensor as a format holds it: quantised and dequantised. No gradient passes.
 
@@ -63,7 +89,8 @@ def quantize(
     if x.numel() == 0:
         return x.float()
     noise = None if generator is None or rounding == "nearest" else rounding_noise(x, generator)
-    return _quantize(x, noise, entry, block_axis, square, per_expert, four_over_six, scale_rounding)
+    how = Blocks(entry, block_axis, square, per_expert, four_over_six, scale_rounding)
+    return quantize_blocks(x, noise, how)
 
 
 def _check(
@@ -100,49 +127,81 @@ def _check(
     return entry
 
 
-def _quantize(
+def quantize_blocks(
     x: Float[Tensor, "*dims"],
     noise: Float32[Tensor, "*dims"] | None,
-    entry: Format,
-    block_axis: int,
-    square: bool,
-    per_expert: bool,
-    four_over_six: bool,
-    scale_rounding: str,
+    how: Blocks,
+    amax: Float32[Tensor, "*ones"] | None = None,
 ) -> Float32[Tensor, "*dims"]:
-    """What `quantize` does with valid arguments; of one tensor of random bits, so that it compiles as one region."""
+    """What `quantize` does with valid arguments; of one tensor of random bits, so that it compiles as one region.
+
+    Args:
+        amax: largest magnitude of the tensor that an element belongs to, where `x` is a part of one or holds several;
+            broadcasts against `x`, and is the same within a block.
+    """
     x = x.float()
-    if entry.scaling == "none":
-        return _rounded(x, entry.element, noise)
-    axes = _block_axes(x.ndim, entry, block_axis, square)
+    if how.format.scaling == "none":
+        return _rounded(x, how.format.element, noise)
+    axes = how.axes(x.ndim)
+    blocks, scale = _scaled(x, how, amax)
+    drawn = None if noise is None else _split(noise, axes, how.format.block)[0]
+    y = _rounded(blocks * scale.encode, how.format.element, drawn) * scale.times / scale.over
+    return _join(y, axes, x.shape)
+
+
+@torch.no_grad()
+def count_lost(
+    x: Float[Tensor, "*dims"],
+    y: Float32[Tensor, "*dims"],
+    how: Blocks,
+    amax: Float32[Tensor, "*ones"] | None = None,
+) -> Int64[Tensor, "3"]:
+    """Elements that are not zero, those of them that became zero, and those that were saturated.
+
+    Saturated are elements beyond the largest value at their scale, by more than a scale is rounded in fp32.
+
+    Args:
+        y: what `quantize_blocks` made of `x`, with the same `how` and `amax`.
+    """
+    blocks, scale = _scaled(x.float(), how, amax)
+    beyond = (blocks * scale.encode).abs() > ELEMENTS[how.format.element].largest * (1 + 2**-12)
+    saturated = _join(beyond, how.axes(x.ndim), x.shape) & (y != 0)
+    return torch.stack([(x != 0).sum(), ((x != 0) & (y == 0)).sum(), saturated.sum()])
+
+
+def _scaled(x: Tensor, how: Blocks, amax_tensor: Tensor | None) -> tuple[Tensor, _Scale]:
+    """The tensor in blocks, and their scales."""
+    entry, axes = how.format, how.axes(x.ndim)
     blocks, within = _split(x, axes, entry.block)
-    drawn = None if noise is None else _split(noise, axes, entry.block)[0]
-    of_tensor = tuple(range(per_expert, blocks.ndim))
+    if entry.scaling == "none":
+        return blocks, _Scale(1.0)
+    of_tensor = tuple(range(how.per_expert, blocks.ndim))
+    if entry.scaling == "tensor" and amax_tensor is not None:
+        return blocks, _to_largest(amax_tensor, entry)
     amax = blocks.abs().amax(within or of_tensor, keepdim=True)
     if entry.scaling == "e8m0":
-        y = _shared_exponent(blocks, amax, entry.element, drawn)
-    elif entry.scaling == "e4m3":
-        S = _tensor_scale(amax.amax(of_tensor, keepdim=True), four_over_six)
-        y = _two_scales(blocks, amax, S, drawn, within if four_over_six else (), scale_rounding)
-    else:
-        y = _to_largest(blocks, amax, entry, drawn)
-    return _join(y, axes, x.shape)
+        return blocks, _shared_exponent(amax, entry.element)
+    if entry.scaling != "e4m3":
+        return blocks, _to_largest(amax, entry)
+    whole = amax.amax(of_tensor, keepdim=True) if amax_tensor is None else _in_blocks(amax_tensor, axes, entry.block)
+    S = _tensor_scale(whole, how.four_over_six)
+    return blocks, _two_scales(blocks, amax, S, within if how.four_over_six else (), how.scale_rounding)
 
 
 def _rounded(x: Tensor, element: str, noise: Tensor | None) -> Tensor:
     return round_nearest(x, element) if noise is None else round_stochastic(x, element, noise)
 
 
-def _to_largest(x: Tensor, amax: Tensor, entry: Format, noise: Tensor | None) -> Tensor:
+def _to_largest(amax: Tensor, entry: Format) -> _Scale:
     """One fp32 scale that maps the largest magnitude to the largest value."""
     scale = _over(ELEMENTS[entry.element].largest, amax).clamp(max=FLOAT_MAX)
     if entry.scaling == "power":
         scale = power_of_two_below(scale)
     scale = torch.where(amax < torch.inf, scale, 1.0)
-    return _rounded(x * scale, entry.element, noise) / scale
+    return _Scale(scale, over=scale)
 
 
-def _shared_exponent(x: Tensor, amax: Tensor, element: str, noise: Tensor | None) -> Tensor:
+def _shared_exponent(amax: Tensor, element: str) -> _Scale:
     """A power of two a block, at least the largest magnitude over the largest value, as far as E8M0 reaches.
 
     Where the power is the smallest, elements are not scaled up, and nearly all become zero: as in hardware.
@@ -150,8 +209,7 @@ def _shared_exponent(x: Tensor, amax: Tensor, element: str, noise: Tensor | None
     wanted = amax / ELEMENTS[element].largest
     scale = power_of_two_below(wanted)
     scale = torch.where(scale < wanted, scale * 2, scale).clamp(2.0**-127, 2.0**127)
-    encode = torch.where(scale == 2.0**-127, 1.0, scale.reciprocal())
-    return _rounded(x * encode, element, noise) * scale
+    return _Scale(torch.where(scale == 2.0**-127, 1.0, scale.reciprocal()), times=scale)
 
 
 def _tensor_scale(amax: Tensor, four_over_six: bool) -> Tensor:
@@ -161,10 +219,8 @@ def _tensor_scale(amax: Tensor, four_over_six: bool) -> Tensor:
     return torch.where((amax == 0) | (S == 0), 1.0, S)
 
 
-def _two_scales(
-    x: Tensor, amax: Tensor, S: Tensor, noise: Tensor | None, four_over_six: tuple[int, ...], scale_rounding: str
-) -> Tensor:
-    """NVFP4: an E4M3 scale a block, and an fp32 scale S for the tensor.
+def _two_scales(x: Tensor, amax: Tensor, S: Tensor, four_over_six: tuple[int, ...], scale_rounding: str) -> _Scale:
+    """NVFP4: an E4M3 scale a block, and an fp32 scale S for the tensor. Elements of a block whose scale is 0 are 0.
 
     Args:
         four_over_six: axes within a block, where it takes the better of two scales.
@@ -173,21 +229,23 @@ def _two_scales(
     s_b = _block_scale(wanted, scale_rounding)
     if four_over_six:
         larger = _block_scale(wanted * 1.5, scale_rounding)
-        error, error_larger = (
-            (_dequantized(x, scale, S, None) - x).square().sum(four_over_six, keepdim=True) for scale in (s_b, larger)
-        )
+        error, error_larger = (_squared_error(x, scale, S, four_over_six) for scale in (s_b, larger))
         s_b = torch.where(error_larger < error, larger, s_b)
-    return _dequantized(x, s_b, S, noise)
+    return _Scale(_encode(s_b, S), times=s_b, over=S)
+
+
+def _encode(s_b: Tensor, S: Tensor) -> Tensor:
+    return (s_b * S.reciprocal()).reciprocal().clamp(max=FLOAT_MAX)
+
+
+def _squared_error(x: Tensor, s_b: Tensor, S: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Of rounding to nearest."""
+    y = _rounded(x * _encode(s_b, S), "e2m1", None) * s_b / S
+    return (y - x).square().sum(axes, keepdim=True)
 
 
 def _block_scale(wanted: Tensor, rounding: str) -> Tensor:
     return round_up(wanted, "e4m3") if rounding == "up" else round_nearest(wanted, "e4m3")
-
-
-def _dequantized(x: Tensor, s_b: Tensor, S: Tensor, noise: Tensor | None) -> Tensor:
-    """Elements at the two scales; those of a block whose scale is 0 are 0."""
-    encode = (s_b * S.reciprocal()).reciprocal().clamp(max=FLOAT_MAX)
-    return _rounded(x * encode, "e2m1", noise) * s_b / S
 
 
 def _over(number: float, x: Tensor) -> Tensor:
@@ -195,11 +253,12 @@ def _over(number: float, x: Tensor) -> Tensor:
     return torch.full_like(x, number) / x
 
 
-def _block_axes(ndim: int, entry: Format, block_axis: int, square: bool) -> tuple[int, ...]:
-    """Axes that are cut into blocks, in order."""
-    if not entry.block:
-        return ()
-    return (ndim - 2, ndim - 1) if square else (block_axis % ndim,)
+def _in_blocks(amax: Tensor, axes: tuple[int, ...], block: int) -> Tensor:
+    """Broadcasts against blocks as `amax` does against the tensor, since it is the same within a block."""
+    for axis in reversed(axes):
+        every_block = (slice(None),) * axis + (slice(None, None, block),)
+        amax = amax[every_block].unsqueeze(axis + 1)
+    return amax
 
 
 def _split(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[int, ...]]:
