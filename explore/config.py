@@ -104,7 +104,7 @@ def explain(error: ValidationError, root: str = "") -> str:
     problems = error.errors(include_url=False)
     path, reason = _path(root, problems[0]["loc"]), _reason(problems[0])
     # A check of a whole config begins with the field that it is about.
-    line = path + ("." if re.match(r"\w+: ", reason) else ": ") + reason if path else reason
+    line = path + ("." if re.match(r"[\w.]+: ", reason) else ": ") + reason if path else reason
     return line if len(problems) == 1 else f"{line} (and {len(problems) - 1} more)"
 
 

@@ -15,7 +15,7 @@ from explore.blocks.declarations import Draw, Group, Region, Role, Stops, Uncoun
 from explore.blocks.state import State
 from explore.config import Config
 from explore.cost import ConventionName, Entry
-from explore.ops import linear, rms_norm
+from explore.ops import Quantizer, linear, rms_norm
 
 
 class RouterStats(NamedTuple):
@@ -60,7 +60,13 @@ class Mixer(nn.Module, ABC, Generic[S]):
 
 
 class RoutedMixer(Mixer[State]):
-    """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics."""
+    """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics.
+
+    Attributes:
+        quantizer: of the products of its routed experts, which are the component `experts` of the ledger.
+    """
+
+    quantizer: Quantizer | None = None
 
     @abstractmethod
     def update_bias(self, load: Float[Tensor, " n_experts"]) -> None:
@@ -180,9 +186,13 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Linear):
-    """A linear layer, by the path in use."""
+    """A linear layer, by the path in use, or by its quantiser where it has one."""
+
+    quantizer: Quantizer | None = None
 
     def forward(self, x: Float[Tensor, "*dims d_in"]) -> Float[Tensor, "*dims d_out"]:
+        if self.quantizer is not None:
+            return self.quantizer.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
 

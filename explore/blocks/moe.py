@@ -275,6 +275,8 @@ class MoE(RoutedMixer):
             self.down,
             self.config.activation,
             None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.gate_bias, self.down_bias),
+            self.quantizer,
+            n_sequences=len(x),
         ).view_as(routed)
         if self.config.latent_norm == "combined" and self.latent_norm is not None:
             y = self.latent_norm(y)
@@ -304,7 +306,8 @@ class MoE(RoutedMixer):
     def _scores(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             bias = self.router.bias.float() if self.config.bias else None
-            logits = linear(x.float(), self.router.weight.float(), bias)
+            product = linear if self.router.quantizer is None else self.router.quantizer.linear
+            logits = product(x.float(), self.router.weight.float(), bias)
             return logits.sigmoid() if self.config.router_score == "sigmoid" else logits.softmax(-1)
 
     def _stats(self, scores: Tensor, chosen: Tensor) -> RouterStats:

@@ -4,6 +4,7 @@ from explore.model.config import ModelConfig, MTPConfig
 from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate
 from explore.model.language_model import LanguageModel, Loss
 from explore.model.layer import Layer
+from explore.model.low_precision import QuantizablePart, quantizable_parts, quantize_products
 from explore.model.mtp import MTPDepth
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "MTPConfig",
     "MTPDepth",
     "ModelConfig",
+    "QuantizablePart",
     "Sampling",
     "Speculation",
     "generate",
+    "quantizable_parts",
+    "quantize_products",
     "speculate",
 ]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from explore.blocks import Linear, RMSNorm, RoutedMixer, RouterStats, State
@@ -115,10 +116,17 @@ class LanguageModel(nn.Module):
         """
         hidden, stats = self.hidden(tokens)
         n_targets = (targets != -100).sum()
-        total = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        total = self._cross_entropy(hidden, targets)
         deeper = self._deeper_losses(hidden, tokens, targets, stats) if mtp and self.config.mtp is not None else None
         aux_loss = sum((s.aux_loss for s in stats.values()), start=hidden.new_zeros(()))
         return Loss(total / n_targets, aux_loss, stats, n_targets, deeper)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed over the targets that are not -100."""
+        if self.head.quantizer is not None:
+            logits = self.head(hidden).flatten(0, 1).float()
+            return F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
 
     def _deeper_losses(
         self, hidden: Tensor, tokens: Tensor, targets: Tensor, stats: dict[int, RouterStats]
@@ -132,8 +140,7 @@ class LanguageModel(nn.Module):
                 before = stats.get(i)
                 stats[i] = found if before is None else RouterStats(*map(torch.add, before, found))
             deeper = targets[:, k:]
-            total = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, deeper.flatten())
-            losses.append(total / (deeper != -100).sum())
+            losses.append(self._cross_entropy(hidden, deeper) / (deeper != -100).sum())
         return torch.stack(losses)
 
     def mtp_depth(self, k: int) -> MTPDepth:

@@ -11,6 +11,7 @@ from explore.ops.experts import experts
 from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
+from explore.ops.low_precision import Emulation, Quantizer
 from explore.ops.norm import gated_group_rms_norm, l2_norm, rms_norm, rms_norm_before_gate
 from explore.ops.paths import (
     PATHS,
@@ -34,7 +35,9 @@ for _module in iter_modules(__path__):  # whose files declare the paths of their
 __all__ = [
     "PATHS",
     "Activation",
+    "Emulation",
     "OpPath",
+    "Quantizer",
     "activate",
     "attention",
     "causal_conv1d",

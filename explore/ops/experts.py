@@ -20,7 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from explore.ops.activation import Activation, activate
+from explore.ops.grouped import grouped_outer, grouped_product
 from explore.ops.linear import linear
+from explore.ops.low_precision import Layout, Quantizer
 from explore.ops.paths import OpPath, declare, path_of, product_dtype
 
 declare(
@@ -57,12 +59,19 @@ def experts(
     down: Float[Tensor, "e f d"],
     activation: Activation,
     biases: tuple[Float[Tensor, "e f"], Float[Tensor, "e f"] | None, Float[Tensor, "e d"]] | None = None,
+    quantizer: Quantizer | None = None,
+    n_sequences: int = 1,
 ) -> Float[Tensor, "t d"]:
     """Sum over the chosen experts of weight times expert(x), by the path in use.
 
     Args:
         biases: of `up`, `gate` and `down`.
+        quantizer: of the operands of all products.
+        n_sequences: equally long sequences that the tokens are of, for the quantiser.
     """
+    if quantizer is not None:
+        mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
+        return _quantized(x, chosen, weights, mlp, quantizer, n_sequences)
     # Autocast reaches neither products that write to an `out` nor bags of embeddings, so its dtype is taken here.
     dtype = product_dtype(x)
     x, up, down, gate = x.to(dtype), up.to(dtype), down.to(dtype), None if gate is None else gate.to(dtype)
@@ -120,10 +129,7 @@ def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
 
 
 class _Grouped(torch.autograd.Function):
-    """Rows, sorted by expert, times the weights of their expert.
-
-    Each product writes into its slice of one result, so no results are concatenated, forward or backward.
-    """
+    """Rows, sorted by expert, times the weights of their expert."""
 
     @staticmethod
     def forward(
@@ -131,22 +137,42 @@ class _Grouped(torch.autograd.Function):
     ) -> Float[Tensor, "choices f"]:
         ctx.save_for_backward(rows, weight)
         ctx.loads = loads
-        # An expert without a token has an empty slice, and its product does nothing.
-        y = rows.new_empty(len(rows), weight.shape[2])
-        for into, tokens, one in zip(y.split(loads), rows.split(loads), weight, strict=True):
-            torch.mm(tokens, one, out=into)
-        return y
+        return grouped_product(rows, weight, loads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
-        drows, dweight = torch.empty_like(rows), torch.empty_like(weight)
-        parts = (each.split(ctx.loads) for each in (rows, drows, dy))
-        for tokens, dtokens, given, one, done in zip(*parts, weight, dweight, strict=True):
-            torch.mm(given, one.T, out=dtokens)  # (load, f) (f, d)
-            torch.mm(tokens.T, given, out=done)  # (d, load) (load, f): zeros for an expert without a token
-        return drows, dweight, None
+        return grouped_product(dy, weight.transpose(1, 2), ctx.loads), grouped_outer(rows, dy, ctx.loads), None
+
+
+def _quantized(
+    x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts, quantizer: Quantizer, n_sequences: int
+) -> Tensor:
+    """One expert after another, as `_loop`, over rows that are sorted by sequence within each expert.
+
+    The rows of an expert and a sequence are filled up with zeros to whole blocks.
+    """
+    n_experts = len(mlp.up)
+    sequence_of = torch.arange(len(x), device=x.device) // (len(x) // n_sequences)  # t
+    group_of = chosen * n_sequences + sequence_of[:, None]  # t k: expert and sequence of each choice
+    sorted_row_of, load = _sorted(group_of, n_experts * n_sequences)  # t k, e*b
+    filled = load + -load % quantizer.grain  # e*b
+    # From rows without a gap to filled ones, as in `_padded`.
+    row_of = sorted_row_of + ((filled.cumsum(0) - filled) - (load.cumsum(0) - load))[group_of]  # t k
+    layout = Layout(filled.view(n_experts, n_sequences).tolist())
+    n_rows = sum(layout.loads)
+    holds_token = torch.zeros(n_rows, 1, dtype=torch.bool, device=x.device).index_fill_(0, row_of.flatten(), True)
+    expert_of = layout.expert_of(x.device)  # rows
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        name = next(name for name in ("up", "gate", "down") if getattr(mlp, name) is weight)
+        y = quantizer.product(rows, weight, layout, name)
+        # A row without a token stays zero, or it would take part in the scales of its block.
+        return y if bias is None else torch.where(holds_token, y + bias.to(y.dtype)[expert_of], 0)
+
+    rows = _dispatched(x.to(product_dtype(x)), row_of, n_rows)
+    return _combined(_run(mlp, rows, product), weights, row_of)
 
 
 def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,15 @@ from explore.precision.recipe import Recipe, Rule
 
 
 class NamedRecipe(NamedTuple):
-    """A recipe and where it stands."""
+    """A recipe and its source.
+
+    Attributes:
+        trains: it is for training, and not for a trained model.
+    """
 
     recipe: Recipe
     source: str
+    trains: bool = True
 
 
 def _rule(format: str, **conditions: Any) -> Rule:
@@ -64,7 +69,9 @@ RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
             "Nemotron 3 Super, arXiv 2604.12374: the last 14 of 88 layers, attention, latents and MTP in bf16, the "
             "output projection of Mamba, of which NVFP4 flushes up to 40% to zero, in MXFP8",
         ),
-        "ultra-ptq-experts": NamedRecipe(Recipe(rules=(ROUTER, EXPERTS)), f"{ULTRA}; routed experts in NVFP4"),
+        "ultra-ptq-experts": NamedRecipe(
+            Recipe(rules=(ROUTER, EXPERTS)), f"{ULTRA}; routed experts in NVFP4", trains=False
+        ),
         "ultra-ptq": NamedRecipe(
             Recipe(
                 rules=(ROUTER, EXPERTS, _rule("fp8", letters="E", components=("shared",)), MAMBA),
@@ -73,6 +80,7 @@ RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
                 state="fp16",
             ),
             f"{ULTRA}; routed experts in NVFP4, shared experts and Mamba projections in FP8",
+            trains=False,
         ),
         "fp8-ptq": NamedRecipe(
             Recipe(
@@ -81,23 +89,28 @@ RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
                 state="fp16",
             ),
             "Nemotron 3 Super and Ultra, released checkpoints in FP8: experts and Mamba projections",
+            trains=False,
         ),
     }
 )
 
+TRAINED: Mapping[str, Recipe] = MappingProxyType({name: each.recipe for name, each in RECIPES.items() if each.trains})
+"""The recipes for training."""
 
-def named(name: str, field: str = "precision") -> Recipe:
+
+def named(name: str, field: str = "precision", allowed: Collection[str] = RECIPES.keys()) -> Recipe:
     """The recipe with this name.
 
     Args:
         field: what an error begins with.
+        allowed: names of recipes, all when absent.
 
     Raises:
-        ValueError: no recipe has this name.
+        ValueError: no recipe that is allowed has this name.
     """
-    if name not in RECIPES:
-        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, RECIPES, 1))
-        raise ValueError(f"{field} must be one of {', '.join(RECIPES)}, got {name!r}{hint}")
+    if name not in allowed:
+        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, allowed, 1))
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {name!r}{hint}")
     return RECIPES[name].recipe
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, model_serializer, model_validator
 
 from explore.config import Config
 
@@ -38,7 +38,17 @@ class Place(NamedTuple):
     quantizable: bool
 
 
-class Rule(Config):
+class _Brief(Config):
+    """A config whose JSON has what differs from the defaults."""
+
+    @model_serializer(mode="wrap")
+    def _differences(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        content = whole(self)
+        fields = type(self).model_fields
+        return {name: part for name, part in content.items() if getattr(self, name) != fields[name].default}
+
+
+class Rule(_Brief):
     """A format for the components that meet all conditions that are given.
 
     Attributes:
@@ -91,7 +101,7 @@ class Rule(Config):
         )
 
 
-class Until(Config):
+class Until(_Brief):
     """Shares of the schedule after which products return to bf16.
 
     Attributes:
@@ -103,7 +113,7 @@ class Until(Config):
     backward: float = Field(default=1, ge=0, le=1)
 
 
-class Recipe(Config):
+class Recipe(_Brief):
     """Formats of a model's products, and how their operands are quantised.
 
     JSON may name a recipe as `base` and give the fields in which it differs.

@@ -1,0 +1,251 @@
+"""Products whose operands are quantised: the one door for linear layers, experts and latent projections.
+
+A linear layer has three products: y = x W, dx = dy W^T and dW = x^T dy. Each operand of each product is quantised from
+the tensor in high precision, along the axis that the product sums over, and dequantised; the product is made in fp32,
+and its result is rounded to the dtype of the run.
+
+Shapes: rows (r, d) of all tokens, those of an expert next to one another, and within them those of a sequence; e
+experts, 1 in a linear layer. The rows of a sequence are filled up with zeros to whole blocks, so that no block along
+tokens crosses from one sequence to another, as blocks do in hardware. What is quantised, and how it is rounded, is then
+the same however devices share the sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import lcm
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from explore.ops.grouped import grouped_outer, grouped_product
+from explore.ops.hadamard import hadamard
+from explore.ops.paths import product_dtype
+from explore.ops.quantize import Blocks, count_lost, quantize_blocks
+from explore.ops.rounding import rounding_generator, rounding_noise
+from explore.precision import FORMATS, OPERANDS, UNQUANTIZED, Operand, OperandFormat, Product, Products
+
+
+@dataclass(eq=False)
+class Emulation:
+    """What the quantisers of a model have in common, at one step of a run.
+
+    Attributes:
+        seed: seed of the run, on which stochastic rounding depends.
+        step: optimizer steps that are done.
+        products: products that are quantised now.
+        first: place of this process's first sequence in the whole batch.
+        stride: places from one of its sequences to the next.
+        reduce_max: takes the maximum of a tensor over all processes, in place; absent where there is one process.
+        lost: counts of `count_lost` by letter, component and operand, added up where this is no None.
+    """
+
+    seed: int = 0
+    step: int = 0
+    products: frozenset[Product] = frozenset(OPERANDS)
+    first: int = 0
+    stride: int = 1
+    reduce_max: Callable[[Tensor], None] | None = None
+    lost: dict[tuple[str, str, str], Tensor] | None = None
+
+
+@dataclass(eq=False)
+class Layout:
+    """Which rows belong to which expert and sequence.
+
+    Attributes:
+        counts: rows of every sequence, by expert.
+    """
+
+    counts: list[list[int]]
+
+    @cached_property
+    def loads(self) -> list[int]:
+        """Rows of each expert."""
+        return [sum(of_expert) for of_expert in self.counts]
+
+    def expert_of(self, device: torch.device) -> Tensor:
+        """The expert of each row."""
+        loads = torch.tensor(self.loads, device=device)
+        return torch.arange(len(loads), device=device).repeat_interleave(loads)
+
+
+@dataclass(eq=False)
+class Quantizer:
+    """Quantises the operands of a linear layer, or of the experts of a layer.
+
+    Attributes:
+        format: of the component.
+        products: how operands are quantised; products that are not here are made as without a quantiser.
+        layer: index of the layer, or the name of a part outside the layers.
+        name: of the module in it. Both are what stochastic rounding depends on.
+        component: letter and component of the ledger under which elements are counted.
+    """
+
+    format: str
+    products: Products
+    emulation: Emulation = field(default_factory=Emulation)
+    layer: int | str = 0
+    name: str = ""
+    component: tuple[str, str] = ("", "")
+
+    @property
+    def grain(self) -> int:
+        """What the rows of a sequence are filled up to a multiple of; 1 where there is no backward pass."""
+        if "weight_gradient" not in self.products or not torch.is_grad_enabled():
+            return 1
+        x, dy = self.products["weight_gradient"]
+        return lcm(x.grain, dy.grain)
+
+    def linear(
+        self,
+        x: Float[Tensor, "*dims d_in"],
+        weight: Float[Tensor, "d_out d_in"],
+        bias: Float[Tensor, " d_out"] | None = None,
+    ) -> Float[Tensor, "*dims d_out"]:
+        """The product x W^T + b; the last of `dims` are the positions of a sequence."""
+        sequences = x.flatten(0, -3) if x.ndim > 2 else x.reshape(1, -1, x.shape[-1])
+        n_sequences, length, _ = sequences.shape
+        filled = length + -length % self.grain
+        rows = F.pad(sequences, (0, 0, 0, filled - length)).flatten(0, 1)  # r d_in
+        y = self.product(rows, weight.T[None], Layout([[filled] * n_sequences]))
+        y = y.unflatten(0, (n_sequences, filled))[:, :length].reshape(*x.shape[:-1], len(weight))
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def product(
+        self, rows: Float[Tensor, "r d_in"], weight: Float[Tensor, "e d_in d_out"], layout: Layout, name: str = ""
+    ) -> Float[Tensor, "r d_out"]:
+        """Rows times the weights of their expert.
+
+        Args:
+            weight: in the dtype of the optimizer, to which its gradient is not rounded on the way.
+            layout: the rows of an expert and a sequence are a multiple of `grain`.
+            name: of the weight where the module has several.
+        """
+        dtype = torch.float32 if self.format in UNQUANTIZED else product_dtype(rows)
+        y: Tensor = _Product.apply(rows.to(dtype), weight, _Call(self, layout, name))  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Call(NamedTuple):
+    """One product of a layer, and what its operands are quantised by."""
+
+    quantizer: Quantizer
+    layout: Layout
+    name: str
+
+    def rows(self, product: Product, operand: Operand, rows: Tensor) -> Tensor:
+        """Activations or gradients, in blocks along tokens for the weight gradient, and else along features."""
+        how = self._how(product, operand)
+        if how is None or how.format is None:
+            return rows if how is None else rows.float()
+        axis = 0 if product == "weight_gradient" else 1
+        if how.hadamard:
+            rows = hadamard(rows, axis, how.hadamard)
+        blocks = _blocks(how, axis, per_expert=False)
+        amax = self._amax(rows) if blocks.format.scaling in ("tensor", "e4m3") else None
+        noise = self._noise_of_rows(rows, f"{operand} {product}") if how.stochastic else None
+        return self._quantized(rows, noise, blocks, amax, f"{operand} {product}")
+
+    def weight(self, product: Product, weight: Tensor) -> Tensor:
+        """Weights (e, d_in, d_out), in blocks along the axis that the product sums over."""
+        how = self._how(product, "w")
+        if how is None or how.format is None:
+            return weight if how is None else weight.float()
+        axis = 1 if product == "forward" else 2
+        if how.hadamard:
+            weight = hadamard(weight, axis, how.hadamard)
+        # Under one name, values that do not depend on the product are drawn alike for both.
+        generator = (
+            self._generator("w" if how.has_no_axis else f"w {product}", weight.device) if how.stochastic else None
+        )
+        noise = None if generator is None else rounding_noise(weight, generator)
+        return self._quantized(weight, noise, _blocks(how, axis, per_expert=True), None, f"w {product}")
+
+    def has_one_weight(self) -> bool:
+        """Whether the forward product and the input gradient take the same values of the weight."""
+        one, other = self._how("forward", "w"), self._how("input_gradient", "w")
+        return one is not None and one == other and one.has_no_axis
+
+    def _how(self, product: Product, operand: Operand) -> OperandFormat | None:
+        """How an operand is quantised; None where its product is made as without a quantiser."""
+        if product not in self.quantizer.emulation.products or product not in self.quantizer.products:
+            return None
+        return self.quantizer.products[product][OPERANDS[product].index(operand)]
+
+    def _quantized(self, x: Tensor, noise: Tensor | None, blocks: Blocks, amax: Tensor | None, operand: str) -> Tensor:
+        y = quantize_blocks(x, noise, blocks, amax)
+        if (lost := self.quantizer.emulation.lost) is not None:
+            key, counts = (*self.quantizer.component, operand), count_lost(x, y, blocks, amax)
+            lost[key] = lost[key] + counts if key in lost else counts
+        return y
+
+    def _amax(self, rows: Tensor) -> Tensor:
+        """Largest magnitude of an expert's rows over all processes, for each row; of all rows where there is one."""
+        n_experts = len(self.layout.counts)
+        amax = rows.new_zeros(n_experts, dtype=torch.float32)
+        expert_of = None if n_experts == 1 else self.layout.expert_of(rows.device)
+        if expert_of is None:
+            amax += rows.abs().amax()
+        else:
+            amax = amax.scatter_reduce(0, expert_of, rows.abs().amax(1).float(), "amax")
+        if (reduce_max := self.quantizer.emulation.reduce_max) is not None:
+            reduce_max(amax)
+        return (amax if expert_of is None else amax[expert_of])[:, None]
+
+    def _noise_of_rows(self, rows: Tensor, operand: str) -> Tensor:
+        """Random bits of every row, drawn by sequence, so that they are the same on whichever device it is."""
+        emulation, by_sequence = self.quantizer.emulation, []
+        for i, counts in enumerate(zip(*self.layout.counts, strict=True)):
+            generator = self._generator(f"{operand} {emulation.first + i * emulation.stride}", rows.device)
+            drawn = rounding_noise(rows.new_empty(()).expand(sum(counts), rows.shape[1]), generator)
+            by_sequence.append(drawn.split(counts))
+        return torch.cat([part for of_expert in zip(*by_sequence, strict=True) for part in of_expert])
+
+    def _generator(self, operand: str, device: torch.device) -> torch.Generator:
+        quantizer = self.quantizer
+        tensor = " ".join(filter(None, (quantizer.name, self.name, operand)))
+        return rounding_generator(quantizer.emulation.seed, quantizer.emulation.step, quantizer.layer, tensor, device)
+
+
+def _blocks(how: OperandFormat, axis: int, *, per_expert: bool) -> Blocks:
+    assert how.format is not None
+    return Blocks(FORMATS[how.format], axis, how.square, per_expert, how.four_over_six, how.scale_rounding)
+
+
+class _Product(torch.autograd.Function):
+    """Rows times the weights of their expert, and both gradients, each of operands as the quantiser wants them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Float[Tensor, "r d_in"], weight: Float[Tensor, "e d_in d_out"], call: _Call
+    ) -> Float[Tensor, "r d_out"]:
+        with torch.autocast(rows.device.type, enabled=False):
+            w = call.weight("forward", weight.to(rows.dtype))
+            y = grouped_product(call.rows("forward", "x", rows), w, call.layout.loads)
+        ctx.save_for_backward(rows, weight, w if call.has_one_weight() else None)
+        ctx.call = call
+        return y.to(rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weight, w = ctx.saved_tensors
+        call, loads = ctx.call, ctx.call.layout.loads
+        dx = dweight = None
+        with torch.autocast(rows.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                if w is None:
+                    w = call.weight("input_gradient", weight.to(rows.dtype))
+                dy_rows = call.rows("input_gradient", "dy", dy)
+                dx = grouped_product(dy_rows, w.transpose(1, 2), loads).to(rows.dtype)
+            if ctx.needs_input_grad[1]:
+                x, given = (call.rows("weight_gradient", *each) for each in (("x", rows), ("dy", dy)))
+                dweight = grouped_outer(x, given, loads).to(weight.dtype)
+        return dx, dweight, None
