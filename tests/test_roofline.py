@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from itertools import pairwise
-from types import MappingProxyType
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +25,14 @@ from explore.roofline import (
     tokens_at_ridge,
 )
 
-TOY = Hardware("toy", MappingProxyType({"bfloat16": 1e6, "float32": 5e5}), 4e6, 1e4, 1e3, "made up")
+TOY = Hardware(
+    name="toy",
+    flops_per_s={"bfloat16": 1e6, "float32": 5e5},
+    memory_bytes=4e6,
+    bandwidth=1e4,
+    link=1e3,
+    source="made up",
+)
 DENSE = ModelConfig.model_validate(
     {
         "d_model": 16,
@@ -136,12 +143,31 @@ def test_published_speed_ups_are_predicted_in_direction_and_each_says_why_it_dif
 
 
 def test_every_device_has_a_source_and_a_wider_dtype_is_taken_where_a_narrow_one_is_not_known() -> None:
-    assert list(GPUS) == ["A10G", "A100", "H100", "H200", "B200", "GB200"]
+    assert list(GPUS) == ["A10G", "A100", "H100", "H200", "B200", "GB200", "B300", "GB300", "MI300X"]
     assert all(gpu.source for gpu in GPUS.values())
     assert hardware("a100").peak("float8") == hardware("A100").peak("bfloat16")
     assert hardware("b200").peak("float4") == 2 * hardware("b200").peak("float8")
     with pytest.raises(ValueError, match="hardware: 'H10' is unknown; the nearest are H100"):
         hardware("H10")
+
+
+def test_a_device_of_ones_own_is_read_from_json(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(TOY.model_dump_json())
+    assert hardware(str(path)) == TOY
+    assert all(Hardware.model_validate_json(gpu.model_dump_json()) == gpu for gpu in GPUS.values())
+    path.write_text(json.dumps(TOY.model_dump() | {"bandwidth": -1}))
+    with pytest.raises(ValueError, match=r"mine\.json: bandwidth: input should be greater than 0, got -1"):
+        hardware(str(path))
+
+
+def test_known_devices_have_links_and_about_the_memory_of_their_datasheet() -> None:
+    for gpu in GPUS.values():
+        assert gpu.network is not None
+        assert gpu.host_link is not None
+        assert gpu.usable_bytes is not None
+        assert gpu.network <= gpu.link
+        assert 0.98 < gpu.usable_bytes / gpu.memory_bytes < 1.08
 
 
 def test_this_machine_is_measured_within_reason() -> None:

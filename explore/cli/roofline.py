@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 )
 def roofline(
     target: Target = None,
-    hardware: Annotated[str, typer.Option(help="A10G, A100, H100, H200, B200, GB200, or here: measured.")] = "H100",
+    hardware: Annotated[
+        str, typer.Option(help="A known GPU, such as H100; a JSON file of one; or here: measured.")
+    ] = "H100",
     context: Annotated[int, typer.Option(min=1, help="Tokens that a sequence has.")] = 65_536,
     batch_sizes: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,4,16,64,256",
     weight_dtype: WeightDtype = "bfloat16",

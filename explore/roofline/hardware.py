@@ -1,4 +1,4 @@
-"""Named hardware: peak rates, memory and links, each with its source; and this machine, measured."""
+"""Hardware: peak rates, memory and links of known devices, of a user's own, and of this machine, measured."""
 
 from __future__ import annotations
 
@@ -6,33 +6,46 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 
+from pydantic import ConfigDict, PositiveFloat, PositiveInt, ValidationError
+
+from explore.config import Config, Frozen, explain
 from explore.cost import Dtype, Stored
+from explore.files import read_json
 from explore.precision import FORMATS
 
-GB, GIB, TERA = 1e9, 2**30, 1e12
+GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """One device.
+class Hardware(Config):
+    """A device and its links. Known devices are in `gpus.json`; a file of one's own has the same fields and a name.
 
     Attributes:
         flops_per_s: peak of dense matrix products by dtype of their operands, without sparsity.
-        memory_bytes: what models and state can live in.
-        bandwidth: bytes per second between that memory and the processor.
-        link: bytes per second to other devices, one direction.
+        memory_bytes: memory in the datasheet.
+        usable_bytes: memory that the driver leaves to a process; that in the datasheet when absent.
+        bandwidth: bytes per second between memory and processor.
+        link: bytes per second to the devices of the same domain, one direction.
+        domain_size: devices that share the fast link.
+        network: bytes per second of a device to other domains, one direction; `link` when absent.
+        host_link: bytes per second between a device and its CPU's memory, one direction; none when absent.
         source: where the figures stand.
     """
 
+    model_config = ConfigDict(allow_inf_nan=True)
+
     name: str
-    flops_per_s: Mapping[Dtype, float] = field(hash=False)
-    memory_bytes: float
-    bandwidth: float
-    link: float
+    flops_per_s: Frozen[Dtype, PositiveFloat]
+    memory_bytes: PositiveFloat
+    usable_bytes: PositiveFloat | None = None
+    bandwidth: PositiveFloat
+    link: PositiveFloat
+    domain_size: PositiveInt = 1
+    network: PositiveFloat | None = None
+    host_link: PositiveFloat | None = None
     source: str
 
     def peak(self, dtype: Stored) -> float:
@@ -61,85 +74,31 @@ _ELEMENTS: Mapping[str, Dtype] = {
 OPERANDS: Mapping[str, Dtype] = {name: _ELEMENTS.get(entry.element, "float8") for name, entry in FORMATS.items()}
 """Dtypes in which elements of a format are multiplied; int8 is for storage."""
 
-
-def _gpu(name: str, tera: Mapping[Dtype, float], memory: float, bandwidth: float, link: float, source: str) -> Hardware:
-    """A device in teraFLOP/s, bytes, GB/s and GB/s."""
-    rates = MappingProxyType({dtype: value * TERA for dtype, value in tera.items()})
-    return Hardware(name, rates, memory, bandwidth * GB, link * GB, source)
-
-
 GPUS: Mapping[str, Hardware] = MappingProxyType(
-    {
-        gpu.name: gpu
-        for gpu in (
-            _gpu(
-                "A10G",
-                {"bfloat16": 70, "float32": 35},
-                22.06 * GIB,
-                600,
-                32,
-                "NVIDIA A10G in AWS G5: 70 TFLOP/s tensor, 600 GB/s; PCIe 4.0 x16; 22.06 GiB usable, arXiv 2508.14444",
-            ),
-            _gpu(
-                "A100",
-                {"bfloat16": 312, "float32": 19.5},
-                80 * GB,
-                2039,
-                300,
-                "NVIDIA A100 80GB SXM datasheet: 312 TFLOP/s, 2,039 GB/s, NVLink 600 GB/s in both directions",
-            ),
-            _gpu(
-                "H100",
-                {"bfloat16": 989.4, "float8": 1978.9, "float32": 67},
-                80 * GB,
-                3350,
-                450,
-                "NVIDIA H100 SXM datasheet, half the figures with sparsity; NVLink 900 GB/s in both directions",
-            ),
-            _gpu(
-                "H200",
-                {"bfloat16": 989.4, "float8": 1978.9, "float32": 67},
-                141 * GB,
-                4800,
-                450,
-                "NVIDIA H200 SXM datasheet, half the figures with sparsity; NVLink 900 GB/s in both directions",
-            ),
-            _gpu(
-                "B200",
-                {"bfloat16": 2250, "float8": 4500, "float4": 9000, "float32": 75},
-                180 * GB,
-                7700,
-                900,
-                "NVIDIA HGX B200 datasheet, an eighth of eight devices, dense; NVLink 1.8 TB/s in both directions",
-            ),
-            _gpu(
-                "GB200",
-                {"bfloat16": 2500, "float8": 5000, "float4": 10_000, "float32": 80},
-                186 * GB,
-                8000,
-                900,
-                "NVIDIA GB200 NVL72 datasheet, per device, dense; the figures of arXiv 2601.18089",
-            ),
-        )
-    }
+    {name: Hardware(name=name, **record) for name, record in read_json(Path(__file__).with_name("gpus.json")).items()}
 )
 HERE = "here"
 
 
 def hardware(name: str) -> Hardware:
-    """A device by name; `here` is this machine, measured on first use.
+    """A device by name, or from a JSON file of its fields; `here` is this machine, measured on first use.
 
     Raises:
-        ValueError: no such device; the nearest names are given.
+        ValueError: no such device (the nearest names are given), or a file that describes none.
     """
     if name == HERE:
         return measured()
+    if name.endswith(".json"):
+        try:
+            return Hardware.model_validate(read_json(Path(name)))
+        except ValidationError as error:
+            raise ValueError(f"{name}: {explain(error)}") from None
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu
     near = difflib.get_close_matches(name.upper(), GPUS, n=2, cutoff=0.3)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
-    raise ValueError(f"hardware: {name!r} is unknown{hint}; allowed are {', '.join(GPUS)} and {HERE}")
+    raise ValueError(f"hardware: {name!r} is unknown{hint}; allowed are {', '.join(GPUS)}, a JSON file, and {HERE}")
 
 
 @cache
@@ -162,12 +121,12 @@ def measured() -> Hardware:
     else:
         where, memory = f"{os.cpu_count()} cores", float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Hardware(
-        HERE,
-        MappingProxyType(rates),
-        memory,
-        2 * block.numel() * block.element_size() / seconds,
-        float("inf"),
-        f"measured on {where}: products of {n} x {n} matrices, a copy of {block.numel() * 4 / GIB:g} GiB",
+        name=HERE,
+        flops_per_s=rates,
+        memory_bytes=memory,
+        bandwidth=2 * block.numel() * block.element_size() / seconds,
+        link=float("inf"),
+        source=f"measured on {where}: products of {n} x {n} matrices, a copy of {block.numel() * 4 / GIB:g} GiB",
     )
 
 
