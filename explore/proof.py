@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from explore.blocks import STANDARD_LETTERS, BlockConfig, RecurrentState, State, Uncounted
 from explore.cost import Cost
-from explore.model import LanguageModel, ModelConfig
+from explore.model import LanguageModel, ModelConfig, saved_bytes_of
 from explore.ops import forced_paths, paths_that
 
-Phase = Literal["params", "forward", "training", "prefill", "decode"]
+Phase = Literal["params", "forward", "training", "prefill", "decode", "saved"]
 
 Shape = tuple[int, ...]
 
@@ -129,6 +129,32 @@ def check(config: ModelConfig, seq_len: int) -> Iterator[Case]:
     state = prefill(model, tokens[:, :-1])
     step = count_flops(lambda: torch.no_grad()(model)(tokens[:, -1:], state))
     yield Case(config, seq_len, "decode", ledger.main.flops_step, step)
+    yield Case(
+        config, seq_len, "saved", int(saved_bytes_of(config, seq_len)["exact"]), saved_by_autograd(model, seq_len)
+    )
+
+
+def saved_by_autograd(model: LanguageModel, seq_len: int) -> int:
+    """Bytes that autograd keeps in training for one sequence more, on the default paths; weights do not count."""
+    fewer, more = (_saved_by_batch(model, torch.zeros(n, seq_len, dtype=torch.int64)) for n in (2, 3))
+    return more - fewer
+
+
+def _saved_by_batch(model: LanguageModel, tokens: Tensor) -> int:
+    sizes = {weight.untyped_storage().data_ptr(): 0 for weight in model.parameters()}
+    alive: list[Tensor] = []  # lest memory be used again and two tensors pass for one
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        storage = tensor.untyped_storage()
+        sizes.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model.loss(tokens, torch.zeros_like(tokens), mtp=True)
+        total = loss.cross_entropy + loss.aux_loss
+        total = total if loss.mtp is None else total + loss.mtp.sum()
+    return sum(sizes.values())
 
 
 def scalar(model: LanguageModel, tokens: Tensor) -> Tensor:

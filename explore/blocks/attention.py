@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, divisors, head_width, leaf
+from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kept
 from explore.blocks.state import KVCache, WindowCache
 from explore.config import added_later
-from explore.cost import ConventionName, Entry, attended_keys, matrix, vector, visible_keys
+from explore.cost import ConventionName, Entry, Saved, attended_keys, linear_input, matrix, vector, visible_keys
 from explore.ops import attention, rotate
 
 
@@ -40,6 +41,7 @@ class AttentionConfig(BlockConfig):
         "attention scores, KV": Group((0.53, 0.77, 1.00), ("attention",)),
     }
     draws: ClassVar[Mapping[str, Draw]] = {"d_head": Powers(16, 64), "sharing": Powers(1, 4)}
+    ranks: ClassVar[Ranks] = Ranks(replicated=("qk_norm",), recomputed=(("core_attn", ("attention",)),))
 
     kind: Literal["attention"] = "attention"
     n_heads: PositiveInt
@@ -128,6 +130,35 @@ class AttentionConfig(BlockConfig):
             ),
             matrix("o_proj", d_q, d_model, seq_len, bias=o_bias),
         )
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        return (
+            linear_input("q_proj", d_model * seq_len),
+            *((Saved("qk_norm", "norm", (d_q + d_kv) * seq_len, cut="width"),) if self.qk_norm else ()),
+            Saved("attention", "attention", (d_q + 2 * d_kv) * seq_len, cut="width"),
+            # The gate, and what it makes of the heads' outputs.
+            *((Saved("gate_proj", "activation", 2 * d_q * seq_len, cut="width"),) if self.output_gate else ()),
+            *attention_saved(self.n_heads, d_q, d_model, seq_len),
+        )
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        heads, d_q, d_kv = self.n_heads + self.n_kv_heads, self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        return (
+            Saved("q_proj", "linear input", d_model * seq_len, "float32"),
+            *((norm_kept("qk_norm", d_q + d_kv, seq_len, heads),) if self.qk_norm else ()),
+            Saved("attention", "attention", (d_q + 2 * d_kv) * seq_len, "float32"),
+            *((Saved("gate_proj", "activation", 2 * d_q * seq_len, "float32"),) if self.output_gate else ()),
+            Saved("o_proj", "linear input", d_q * seq_len, "float32"),
+        )
+
+    def context_numel(self, cp: int) -> float:
+        return (cp - 1) * 2.0 * self.n_kv_heads * self.d_head  # keys and values go round a ring
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        check_divides("tp", tp, "n_heads", self.n_heads)
+        if tp % self.n_kv_heads:  # more ranks than keys and values share them
+            check_divides("tp", tp, "n_kv_heads", self.n_kv_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         square = 2 * 2 * self.n_heads * self.d_head * seq_len**2

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from explore.blocks.declarations import Draw, Group, Region, Role, Stops, Uncounted
+from explore.blocks.saved import Ranks
 from explore.blocks.state import State
 from explore.config import Config
-from explore.cost import ConventionName, Entry
+from explore.cost import ConventionName, Entry, Saved
 from explore.ops import Quantizer, linear, rms_norm
 
 
@@ -92,6 +93,7 @@ class BlockConfig(Config, ABC):
         colored_as: group whose colour the letter has; the first when empty.
         lines: components that a comparison of conventions shows as one line, by the name of the line.
         draws: what a search draws, by name; `sized` makes sizes of it.
+        ranks: how weights and products are divided where a model is trained on many devices.
     """
 
     label: ClassVar[str]
@@ -101,6 +103,7 @@ class BlockConfig(Config, ABC):
     colored_as: ClassVar[str] = ""
     lines: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     draws: ClassVar[Mapping[str, Draw]] = {}
+    ranks: ClassVar[Ranks] = Ranks()
 
     kind: str
 
@@ -121,6 +124,18 @@ class BlockConfig(Config, ABC):
     @abstractmethod
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         """The ledger of one block over one sequence, norm before the mixer not included."""
+
+    @abstractmethod
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        """What Megatron-LM keeps of one sequence for the backward pass, the input of the norm before not included.
+
+        That is with Transformer Engine's fused kernels. A tensor says by which of Megatron's recomputed modules, or by
+        which of `fused_attention`, `memory_efficient_permutation` and `no_dropout`, it becomes unnecessary.
+        """
+
+    @abstractmethod
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        """What this kit keeps of one sequence, in fp32 on a CPU by the default paths; the same is not included."""
 
     @abstractmethod
     def build(self, d_model: int) -> Mixer[Any]:
@@ -148,6 +163,17 @@ class BlockConfig(Config, ABC):
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         """Forward FLOPs of one sequence, by convention and component, where a convention does not go by its rule."""
         return {}
+
+    def context_numel(self, cp: int) -> float:
+        """Elements that a context-parallel rank sends in a forward pass for each of its tokens."""
+        return 0.0
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        """Refuses sizes that tensor, context, expert or expert-tensor ranks cannot divide.
+
+        Raises:
+            ValueError: which ranks do not divide which size, and which would.
+        """
 
     def uncounted(self, seq_len: int) -> Uncounted:
         """What the op counter finds in this block beside the ledger's FLOPs, on the paths that it can count."""

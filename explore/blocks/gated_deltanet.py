@@ -27,8 +27,9 @@ from explore.blocks.declarations import (
     ladder,
     leaf,
 )
+from explore.blocks.saved import Ranks, check_divides, dropout_mask, norm_kept
 from explore.blocks.state import RecurrentState
-from explore.cost import ConventionName, Entry, matrix, vector
+from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, vector
 from explore.ops import causal_conv1d, delta_rule, l2_norm, rms_norm_before_gate
 from explore.ops.delta_rule import backward_extra_flops, chunked_flops, step_flops
 
@@ -60,6 +61,7 @@ class GatedDeltaNetConfig(BlockConfig):
     }
     lines: ClassVar[Mapping[str, tuple[str, ...]]] = {"delta rule": RULE}
     draws: ClassVar[Mapping[str, Draw]] = {"expand": Powers(1, 2), "d_head": Powers(16, 64), "sharing": Powers(1, 4)}
+    ranks: ClassVar[Ranks] = Ranks(replicated=("norm",), full_width=("conv1d",))
 
     kind: Literal["gated_deltanet"] = "gated_deltanet"
     n_heads: PositiveInt
@@ -163,6 +165,58 @@ class GatedDeltaNetConfig(BlockConfig):
             vector("norm", self.d_v),
             matrix("out_proj", self.d_values, d_model, seq_len),
         )
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        values, unit = self.d_values * seq_len, 2 * self.n_heads * self.d_k * seq_len
+        return (
+            linear_input("in_proj", d_model * seq_len),
+            # What the convolution reads, gates, and what the step sizes and beta are made from are parts of one tensor.
+            Saved("conv1d", "scan", self.d_in_proj * seq_len, cut="width"),
+            Saved("conv1d", "activation", self.d_conv_channels * seq_len, cut="width"),
+            # Queries and keys of unit length, of every head; values are part of what the convolution gives.
+            Saved(RULE[0], "scan", unit, cut="width"),
+            # The kernel keeps the decay, beta and a chunk's triangle, and makes the states again.
+            Saved(RULE[0], "scan", 2 * self.n_heads * seq_len, "float32", cut="width"),
+            Saved(RULE[0], "scan", self.n_heads * self.chunk_size * seq_len, cut="width"),
+            Saved("norm", "norm", values, cut="width"),
+            linear_input("out_proj", values, cut="width"),
+            dropout_mask("out_proj", d_model, seq_len),
+        )
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        channels, rest = self.d_conv_channels, seq_len % self.chunk_size
+        parts = [((seq_len - rest) // self.chunk_size, self.chunk_size), (1, rest)]
+        rule = sum(self._kept_by_chunks(n, length, seq_len) for n, length in parts if n * length)
+        if seq_len < 2 * self.chunk_size:  # the first chunk is apart, and what reads its state of zeros is not kept
+            rule -= self.n_heads * self.d_k * min(seq_len, self.chunk_size)
+        return (
+            Saved("in_proj", "linear input", d_model * seq_len, "float32"),
+            Saved("conv1d", "scan", (seq_len + self.d_conv - 1) * channels, "float32"),
+            Saved("conv1d", "activation", 2 * channels * seq_len, "float32"),  # before and after SiLU
+            # Step sizes before and after softplus, beta, and the lengths of queries and keys.
+            Saved("A_log, dt_bias", "scan", (3 * self.n_heads + 2 * self.n_key_heads) * seq_len, "float32"),
+            Saved(RULE[0], "scan", rule, "float32"),
+            norm_kept("norm", self.d_values, seq_len, self.n_heads),
+            # The gate is a view of all that `in_proj` gives; its SiLU multiplies what the norm gives.
+            Saved("norm", "norm", (self.d_in_proj + 2 * self.d_values) * seq_len, "float32"),
+            Saved("out_proj", "linear input", self.d_values * seq_len, "float32"),
+        )
+
+    def _kept_by_chunks(self, n: int, length: int, seq_len: int) -> int:
+        """Elements that the products of `n` chunks keep of one sequence."""
+        g, h = self.n_key_heads, self.n_heads
+        # Beta is copied into chunks, unless one head of it already lies so.
+        numbers = 4 + (h > 1 or n * length < seq_len or n > 1)
+        squares = (2 * g + 3 * h) * length  # K K^T, Q K^T, decays, T and scores
+        widths = 2 * self.d_keys + 3 * h * self.d_k + 2 * self.d_values  # of inputs, then of W, queries, keys, U and N
+        return n * (length * (numbers * h + squares + widths) + h * self.d_v * self.d_k)
+
+    def context_numel(self, cp: int) -> float:
+        # Ranks exchange tokens for heads before the rule, and back after it.
+        return (1 - 1 / cp) * (self.d_in_proj + self.d_values)
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        check_divides("tp * cp", tp * cp, "n_key_heads", self.n_key_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         rule = 2 * self.n_heads * 4 * self.d_v**2 * seq_len  # four d_v x d_v products a head, whatever d_k is

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import Draw, Group, Powers, Region, Role, Stops, head_width, ladder, leaf
+from explore.blocks.saved import Ranks, check_divides, dropout_mask, norm_kept
 from explore.blocks.state import RecurrentState
-from explore.cost import ConventionName, Entry, matrix, vector
+from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
 SCAN = ("ssd C B^T", "ssd (L * C B^T) X", "ssd state update", "ssd state output")
@@ -47,6 +48,7 @@ class Mamba2Config(BlockConfig):
         "d_state": Powers(16, 128),
         "n_groups": Powers(1, 4),
     }
+    ranks: ClassVar[Ranks] = Ranks(full_width=("conv1d",))
 
     kind: Literal["mamba2"] = "mamba2"
     n_heads: PositiveInt
@@ -132,6 +134,53 @@ class Mamba2Config(BlockConfig):
             vector("norm", self.d_inner),
             matrix("out_proj", self.d_inner, d_model, seq_len),
         )
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        d_in_proj, inner = self.d_inner + self.d_conv_channels + self.n_heads, self.d_inner * seq_len
+        return (
+            linear_input("in_proj", d_model * seq_len),
+            # The fused kernel keeps its input and its result before the gate, and makes convolution and states again.
+            Saved(SCAN[0], "scan", d_in_proj * seq_len, cut="width"),
+            Saved(SCAN[0], "scan", inner, cut="width"),
+            Saved("norm", "norm", inner, cut="width"),
+            linear_input("out_proj", inner, cut="width"),
+            dropout_mask("out_proj", d_model, seq_len),
+        )
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        channels = self.d_conv_channels
+        rest = seq_len % self.chunk_size
+        parts = [((seq_len - rest) // self.chunk_size, self.chunk_size), (1, rest)]
+        scan = sum(self._kept_by_chunks(n, length, seq_len) for n, length in parts if n * length)
+        return (
+            Saved("in_proj", "linear input", d_model * seq_len, "float32"),
+            Saved("conv1d", "scan", (seq_len + self.d_conv - 1) * channels, "float32"),
+            Saved("conv1d", "activation", 2 * channels * seq_len, "float32"),  # before and after SiLU
+            Saved("A_log, D, dt_bias", "scan", 2 * self.n_heads * seq_len, "float32"),  # dt before and after softplus
+            Saved(SCAN[0], "scan", scan, "float32"),
+            norm_kept("norm", self.d_inner, seq_len, self.n_groups),
+            # The gate is a view of all that `in_proj` gives.
+            Saved("norm", "norm", (self.d_inner + channels + self.n_heads) * seq_len, "float32"),
+            Saved("out_proj", "linear input", self.d_inner * seq_len, "float32"),
+        )
+
+    def _kept_by_chunks(self, n: int, length: int, seq_len: int) -> int:
+        """Elements that the products of `n` chunks keep of one sequence."""
+        h, maps = self.n_heads, self.n_groups * self.d_state
+        # B and C are copied for two products each, unless one group of them lies in memory as the products read it;
+        # the inputs of one head or one position need no copy either.
+        copies = 0 if self.n_groups == 1 and (n == 1 or n * length == seq_len) else 4
+        inputs = 3 if h == 1 or length == 1 else 4
+        of_position = copies * maps + (self.n_groups + h) * length + inputs * self.d_inner + 2 * h
+        return n * (length * of_position + h + self.d_inner * self.d_state)
+
+    def context_numel(self, cp: int) -> float:
+        # Ranks exchange tokens for heads before the scan, and back after it.
+        return (1 - 1 / cp) * (2 * self.d_inner + self.d_conv_channels + self.n_heads)
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        check_divides("tp", tp, "n_groups", self.n_groups)
+        check_divides("tp * cp", tp * cp, "n_heads", self.n_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         d_inner = 2 * d_model  # fixed, also where n_heads * d_head is another number

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from explore.blocks.attention import AttentionConfig
 from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm
 from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, head_width, ladder, width
+from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kept
 from explore.blocks.state import LatentCache
-from explore.cost import ConventionName, Entry, attended_keys, matrix, vector
+from explore.cost import ConventionName, Entry, Saved, attended_keys, linear_input, matrix, vector
 from explore.ops import attention, rotate
 
 
@@ -36,6 +37,10 @@ class MLAConfig(BlockConfig):
     groups: ClassVar[Mapping[str, Group]] = AttentionConfig.groups
     colored_as: ClassVar[str] = "attention scores, KV"
     draws: ClassVar[Mapping[str, Draw]] = {"d_head": Powers(16, 64), "kv_ratio": (0.25, 0.5, 1.0)}
+    ranks: ClassVar[Ranks] = Ranks(
+        replicated=("q_down", "q_norm", "kv_down", "kv_norm"),
+        recomputed=(("core_attn", ("attention",)), ("mla_up_proj", ("q_up", "kv_up"))),
+    )
 
     kind: Literal["mla"] = "mla"
     n_heads: PositiveInt
@@ -106,6 +111,38 @@ class MLAConfig(BlockConfig):
             ),
             matrix("o_proj", h * self.d_v, d_model, seq_len),
         )
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        h, q_rank = self.n_heads, self.q_rank or 0
+        d_qk, d_v, up = h * (self.d_nope + self.d_rope), h * self.d_v, ("mla_up_proj",)
+        return (
+            # Two projections, of queries and of the latent, read the same vector and keep a narrow copy each.
+            Saved("kv_down", "linear input", d_model * seq_len, "activation", 2, wide=False, dropped_by=("layernorm",)),
+            Saved("kv_norm", "norm", (q_rank + self.kv_rank + self.d_rope) * seq_len),
+            linear_input("kv_up", (q_rank + self.kv_rank) * seq_len, dropped_by=up),
+            Saved("attention", "attention", (2 * d_qk + d_v) * seq_len, cut="width", dropped_by=up),
+            *attention_saved(h, d_v, d_model, seq_len),
+        )
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        h, d_qk = self.n_heads, self.n_heads * (self.d_nope + self.d_rope)
+        # Values are copied; those of one head or one position are a view of what keys were made from as well.
+        d_v = h * self.d_v if h > 1 and seq_len > 1 else h * (self.d_nope + self.d_v)
+        q_rank = () if self.q_rank is None else (norm_kept("q_norm", self.q_rank, seq_len),)
+        return (
+            Saved("kv_down", "linear input", d_model * seq_len, "float32"),
+            *q_rank,
+            norm_kept("kv_norm", self.kv_rank + self.d_rope, seq_len),
+            Saved("kv_up", "linear input", ((self.q_rank or 0) + self.kv_rank) * seq_len, "float32"),
+            Saved("attention", "attention", (2 * d_qk + d_v) * seq_len, "float32"),
+            Saved("o_proj", "linear input", h * self.d_v * seq_len, "float32"),
+        )
+
+    def context_numel(self, cp: int) -> float:
+        return (cp - 1) * float(self.n_heads * (self.d_nope + self.d_rope + self.d_v))
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        check_divides("tp", tp, "n_heads", self.n_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         return {"palm": {"attention": self._pair * seq_len**2}}

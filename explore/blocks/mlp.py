@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Linear, Mixer
 from explore.blocks.declarations import Draw, Group, Role, Stops, ladder, width
+from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
 from explore.blocks.state import State
-from explore.cost import Entry, matrix
+from explore.cost import Entry, Saved, linear_input, matrix
 from explore.ops import Activation, activate, is_gated
 
 
@@ -24,6 +25,7 @@ class MLPConfig(BlockConfig):
     role: ClassVar[Role] = "mlp"
     groups: ClassVar[Mapping[str, Group]] = {"MLP": Group((0.95, 0.90, 0.25))}
     draws: ClassVar[Mapping[str, Draw]] = {"ratio": (1.0, 2.0, 3.0, 4.0, 6.0)}
+    ranks: ClassVar[Ranks] = Ranks(recomputed=(("mlp", ("up", "gate", "down")),))
 
     kind: Literal["mlp"] = "mlp"
     d_ff: PositiveInt
@@ -49,6 +51,17 @@ class MLPConfig(BlockConfig):
         up = matrix("up", d_model, self.d_ff, seq_len)
         gate = (matrix("gate", d_model, self.d_ff, seq_len),) if is_gated(self.activation) else ()
         return (up, *gate, matrix("down", self.d_ff, d_model, seq_len))
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        inner = inner_saved("up", self.d_ff * seq_len, self.activation, cut="width", dropped_by=("mlp",))
+        return (linear_input("up", d_model * seq_len), *inner, dropout_mask("down", d_model, seq_len))
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        inner = inner_kept("up", self.d_ff * seq_len, self.activation)
+        return (Saved("up", "linear input", d_model * seq_len, "float32"), *inner)
+
+    def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
+        check_divides("tp", tp, "d_ff", self.d_ff)
 
     def build(self, d_model: int) -> MLP:
         return MLP(self, d_model)

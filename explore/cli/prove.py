@@ -24,7 +24,7 @@ def prove(
     patterns: Annotated[int, typer.Option(min=0, help="Random 52-layer patterns to time the ledger with.")] = 10_000,
     as_json: Json = False,
 ) -> None:
-    """Build random models and count them op by op, against the ledger: parameters and FLOPs of every phase.
+    """Build random models and hold the ledger against them: parameters, FLOPs of every phase, and what autograd keeps.
 
     A model has up to ten layers of every kind of block, with random sizes and options. Operations that multiply
     matrices are counted by their shapes, those that do not are known by name, and any other is an error.

@@ -25,6 +25,7 @@ from explore.cost.ledger import (
     visible_keys,
     weight_bytes,
 )
+from explore.cost.saved import SAVED_GROUPS, Cut, Saved, linear_input, saved_bytes
 from explore.cost.totals import Cost
 
 __all__ = [
@@ -32,16 +33,19 @@ __all__ = [
     "CONVENTIONS",
     "DTYPES",
     "MTP_LETTER",
+    "SAVED_GROUPS",
     "By",
     "Convention",
     "ConventionName",
     "Cost",
+    "Cut",
     "Dtype",
     "Dtypes",
     "Entry",
     "Ledger",
     "Part",
     "Row",
+    "Saved",
     "Stored",
     "attended_keys",
     "bytes_of",
@@ -50,9 +54,11 @@ __all__ = [
     "flops_train",
     "formats_of",
     "in_formats",
+    "linear_input",
     "matrix",
     "params_touched",
     "product",
+    "saved_bytes",
     "storage",
     "vector",
     "visible_keys",

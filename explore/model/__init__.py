@@ -6,6 +6,7 @@ from explore.model.language_model import LanguageModel, Loss
 from explore.model.layer import Layer
 from explore.model.low_precision import QuantizablePart, quantizable_parts, quantize_products
 from explore.model.mtp import MTPDepth
+from explore.model.saved import SavedRow, saved_bytes_of, saved_rows, saved_table
 
 __all__ = [
     "GREEDY",
@@ -17,9 +18,13 @@ __all__ = [
     "ModelConfig",
     "QuantizablePart",
     "Sampling",
+    "SavedRow",
     "Speculation",
     "generate",
     "quantizable_parts",
     "quantize_products",
+    "saved_bytes_of",
+    "saved_rows",
+    "saved_table",
     "speculate",
 ]

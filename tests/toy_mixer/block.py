@@ -11,7 +11,7 @@ from torch import nn
 
 from explore.blocks.base import BlockConfig, Linear, Mixer
 from explore.blocks.declarations import Group, Powers, Stops, Uncounted, leaf
-from explore.cost import Entry, matrix
+from explore.cost import Entry, Saved, linear_input, matrix
 from explore.ops.toy import toy
 
 
@@ -41,6 +41,15 @@ class ToyConfig(BlockConfig):
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         return matrix("up", d_model, self.d_toy, seq_len), matrix("down", self.d_toy, d_model, seq_len)
+
+    def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        return linear_input("up", d_model * seq_len), linear_input("down", self.d_toy * seq_len)
+
+    def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
+        return (
+            Saved("up", "linear input", d_model * seq_len, "float32"),
+            Saved("down", "linear input", self.d_toy * seq_len, "float32"),
+        )
 
     def conventions(self, d_model: int, seq_len: int) -> dict[str, dict[str, int]]:
         return {"megatron": {"up": 0}}
