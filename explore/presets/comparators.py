@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from explore.model import ModelConfig
+from explore.model import ModelConfig, MTPConfig
 from explore.presets.base import Preset, Published
 
 
@@ -79,12 +79,15 @@ def gpt_oss(n_layers: int, n_experts: int) -> ModelConfig:
     return ModelConfig(d_model=2880, vocab_size=201_088, pattern="WE*E" * (n_layers // 2), blocks=blocks)
 
 
-def deepseek(n_dense: int, n_heads: int, n_experts: int, vocab_size: int, scaling: float, theta: float) -> ModelConfig:
+def deepseek(
+    n_dense: int, n_heads: int, n_experts: int, vocab_size: int, scaling: float, theta: float, n_mtp: int = 0
+) -> ModelConfig:
     """DeepSeek-V3 and its likes: 61 layers of latent attention, the first ones dense.
 
     Args:
         n_dense: layers with an MLP instead of experts.
         scaling: factor on the routing weights.
+        n_mtp: depths of multi-token prediction, each a layer of experts of its own.
     """
     blocks: dict[str, Any] = {
         "L": {
@@ -107,7 +110,8 @@ def deepseek(n_dense: int, n_heads: int, n_experts: int, vocab_size: int, scalin
         },
     }
     pattern = "L-" * n_dense + "LE" * (61 - n_dense)
-    return ModelConfig(d_model=7168, vocab_size=vocab_size, pattern=pattern, blocks=blocks, norm_eps=1e-6)
+    mtp = MTPConfig(pattern="LE", n_depths=n_mtp, shared=False) if n_mtp else None
+    return ModelConfig(d_model=7168, vocab_size=vocab_size, pattern=pattern, blocks=blocks, mtp=mtp, norm_eps=1e-6)
 
 
 LLAMA = "Llama 3.1, arXiv 2407.21783, table 3"
@@ -159,7 +163,7 @@ COMPARATORS: dict[str, Preset] = {
         (Published("params_total", "116.83"), Published("params_active_no_input_embedding", "5.13", UNEMBEDDED)),
     ),
     "deepseek-v3": Preset(
-        partial(deepseek, 3, 128, 256, 129_280, 2.5, 1e4),
+        partial(deepseek, 3, 128, 256, 129_280, 2.5, 1e4, n_mtp=1),
         "DeepSeek-V3, arXiv 2412.19437, section 4.2",
         (Published("params_total", "671"), Published("params_active_no_input_embedding", "37")),
     ),
