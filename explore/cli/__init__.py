@@ -5,6 +5,7 @@
 from explore.cli import (
     cost,
     roofline,
+    plan,
     solve,
     data,
     train,

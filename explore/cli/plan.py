@@ -1,0 +1,239 @@
+"""The command that plans large training runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from explore.cli.app import app, out
+from explore.cli.models import load_model
+from explore.cli.options import DModel, Json, SetOptions, VocabSize
+from explore.cli.plan_tables import print_plan, print_published, print_side_by_side, row_of
+from explore.formatting import read_count
+
+if TYPE_CHECKING:
+    from explore.plan import Found, Plan, Run
+
+Objective = Literal["tokens_per_s", "gpus", "memory"]
+Precision = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
+
+
+@app.command(
+    rich_help_panel="Count",
+    epilog="Example: explore plan nemotron-3-super --cluster GB200x256 --seq-len 8192 --global-batch 3072 "
+    "--precision mxfp8 --tokens 25T",
+)
+def plan(
+    targets: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Patterns, presets or paths.")] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="GPUxN", help="GPUs: a known one or a JSON file of one, and how many.")
+    ] = "GB200x256",
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
+    global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a micro-batch.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
+    cp: Annotated[int | None, typer.Option(min=1, help="Context-parallel ranks.")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks.")] = None,
+    vpp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages of a rank.")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel ranks.")] = None,
+    etp: Annotated[int | None, typer.Option(min=1, help="Ranks that divide an expert.")] = None,
+    pipeline_layout: Annotated[
+        str | None, typer.Option(metavar="LAYOUT", help="Megatron's, as 'Et*4|(tttt|)*14tmL', or a pattern with |.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of products and weights.")] = "bf16",
+    recompute: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="Module to compute again, or full; repeatable.")
+    ] = None,
+    moments: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of Adam's moments.")] = "float32",
+    grads: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of gradients.")] = "float32",
+    zero: Annotated[int, typer.Option(min=0, max=3, help="1 shares optimizer state, 2 gradients, 3 weights.")] = 1,
+    offload_optimizer: Annotated[
+        bool, typer.Option("--offload-optimizer", help="Keep optimizer state in the host's memory.")
+    ] = False,
+    offload_activations: Annotated[float, typer.Option(help="Part of the activations in the host's memory.")] = 0.0,
+    memory_efficient_permutation: Annotated[
+        bool, typer.Option("--memory-efficient-permutation", help="Weigh experts before their last matrix.")
+    ] = False,
+    expert_groups: Annotated[
+        str | None, typer.Option(metavar="GROUPS:CHOSEN", help="Experts come from so many groups, as 8:4.")
+    ] = None,
+    objective: Annotated[Objective, typer.Option(help="What the best layout has.")] = "tokens_per_s",
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Training tokens, as 25T: days and GPU-hours.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 8,
+    largest: Annotated[
+        Literal["batch", "context", "model"] | None, typer.Option(help="The largest of it that fits.")
+    ] = None,
+    free: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD", help="Size that --largest model changes (default: d_model).")
+    ] = None,
+    megatron: Annotated[bool, typer.Option("--megatron", help="Print Megatron-LM's arguments.")] = False,
+    megatron_args: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON of Megatron-LM's arguments to cost.")
+    ] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of --megatron-args.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write memory and throughput as PNG and SVG.")] = None,
+    d_model: DModel = 256,
+    vocab_size: VocabSize = 2048,
+    set_: SetOptions = None,
+    published: Annotated[bool, typer.Option("--published", help="Numbers in print beside those computed.")] = False,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the layouts as CSV.")] = False,
+) -> None:
+    """What training a model on a cluster needs: memory of each rank, traffic, throughput, and the best layouts.
+
+    With all of --tp --cp --pp --vpp --ep --micro-batch one layout is costed; what is not given is searched. The
+    ceiling has every product at the peak and all traffic hidden; the estimate has efficiencies fitted to runs in print.
+    """
+    from explore.plan import Cluster, Plan, Run
+
+    if published:
+        from explore.plan import published as rows_in_print
+
+        rows = rows_in_print()
+        print(json.dumps([row.to_dict() for row in rows], indent=2)) if as_json else print_published(rows)
+        return
+    fixed = {
+        name: value
+        for name, value in (
+            ("tp", tp), ("cp", cp), ("pp", pp), ("vpp", vpp), ("ep", ep), ("etp", etp), ("micro_batch", micro_batch),
+        )
+        if value is not None
+    }  # fmt: skip
+    if megatron_args is not None:
+        from explore.files import read_json
+        from explore.interop.megatron_layout import read_arguments
+
+        if world_size is None:
+            raise ValueError("--world-size: required with --megatron-args")
+        device = cluster.rpartition("x")[0] or cluster
+        plans = {str(megatron_args): read_arguments(read_json(megatron_args), world_size, device)}
+        _show(plans, {}, tokens, as_json, as_csv, megatron, figure)
+        return
+    if not targets:
+        raise ValueError("MODEL: a pattern, preset or path is required, or --published, or --megatron-args")
+    run = Run.model_validate(
+        {
+            "seq_len": seq_len, "global_batch": global_batch, "precision": precision, "moments": moments,
+            "grads": grads, "zero": zero, "recompute": _modules(recompute), "offload_optimizer": offload_optimizer,
+            "offload_activations": offload_activations, "expert_groups": _groups(expert_groups),
+            "memory_efficient_permutation": memory_efficient_permutation,
+        }
+    )  # fmt: skip
+    on, plans = Cluster.named(cluster), dict[str, Plan]()
+    found: dict[str, Any] = {}
+    for target in targets:
+        model = load_model(target, d_model, vocab_size, set_ or [])
+        if largest is not None:
+            from explore.plan.largest import describe
+            from explore.plan.largest import largest as find_largest
+
+            most = find_largest(
+                largest, model, on, run, fixed, pipeline=pipeline_layout, free=tuple(free or ["d_model"])
+            )
+            plans[target] = most.plan
+            if not as_json and not as_csv:
+                out.print(f"[bold]{target}[/bold]: {describe(most)}", highlight=False)
+            found[target] = most.value
+        else:
+            plans[target], found[target] = _planned(model, run, on, fixed, pipeline_layout, objective, top)
+    _show(plans, found, tokens, as_json, as_csv, megatron, figure)
+
+
+def _planned(
+    model: Any, run: Run, on: Any, fixed: dict[str, int], pipeline: str | None, objective: Objective, top: int
+) -> tuple[Plan, Found | None]:
+    """One layout where all degrees are given, else the best one and the search that found it."""
+    from explore.plan import Layout, Plan, search
+
+    needed = {"tp", "cp", "pp", "ep", "micro_batch"} | (set() if pipeline else {"vpp"})
+    if needed <= set(fixed):
+        return Plan.of(model, run, Layout(**fixed, pipeline=pipeline), on), None
+    found = search(model, on, run, fixed, objective=objective, pipeline=pipeline, n=top)
+    if not found.plans:
+        raise ValueError(found.refusal())
+    return found.plans[0], found
+
+
+def _show(
+    plans: dict[str, Plan],
+    found: dict[str, Any],
+    tokens: str | None,
+    as_json: bool,
+    as_csv: bool,
+    megatron: bool,
+    figure: Path | None,
+) -> None:
+    from explore.plan import Found
+
+    budget = None if tokens is None else _tokens(tokens)
+    searches = {name: value for name, value in found.items() if isinstance(value, Found)}
+    if figure is not None:
+        from explore.figures import plot_plans, save_figure
+
+        save_figure(plot_plans(plans, searches), figure)
+    if megatron:
+        _arguments(plans)
+    elif as_csv:
+        shown = {name: searches[name].plans if name in searches else (plan,) for name, plan in plans.items()}
+        rows = [row_of(name, plan, budget) for name, several in shown.items() for plan in several]
+        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif as_json:
+        records = []
+        for name, plan in plans.items():
+            record = {"model": name} | plan.to_dict(budget)
+            if name in searches:
+                record |= {
+                    "alternatives": [other.to_dict(budget) for other in searches[name].plans[1:]],
+                    "walls": [wall._asdict() for wall in searches[name].walls],
+                    "n_layouts": searches[name].n_legal,
+                    "n_fitting": searches[name].n_fitting,
+                }
+            elif name in found and found[name] is not None:
+                record |= {"largest": found[name]}
+            records.append(record)
+        print(json.dumps(records[0] if len(records) == 1 else {"plans": records}, indent=2))
+    else:
+        for name, plan in plans.items():
+            print_plan(name, plan, searches.get(name), budget)
+        if len(plans) > 1:
+            print_side_by_side(plans, budget)
+
+
+def _arguments(plans: dict[str, Plan]) -> None:
+    from explore.interop.megatron_layout import plan_arguments
+
+    for name, plan in plans.items():
+        arguments, notes = plan_arguments(plan)
+        for note in [f"{name} on {plan.cluster.name}", *notes]:
+            print(f"# {note}")
+        print(" \\\n".join(shlex.join(argument) for argument in arguments))
+
+
+def _modules(given: list[str] | None) -> tuple[str, ...]:
+    return tuple(module for text in given or [] for module in text.replace(",", " ").split())
+
+
+def _groups(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    n, colon, chosen = text.partition(":")
+    if not colon or not n.isdigit() or not chosen.isdigit():
+        raise ValueError(f"--expert-groups must be GROUPS:CHOSEN, such as 8:4, got {text[:60]!r}")
+    return int(n), int(chosen)
+
+
+def _tokens(text: str) -> float:
+    tokens = read_count(text)
+    if tokens <= 0:
+        raise ValueError(f"--tokens must be a positive number such as 25T, got {text[:60]!r}")
+    return tokens

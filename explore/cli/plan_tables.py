@@ -1,0 +1,172 @@
+"""How plans, searches and numbers in print are shown in a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from explore.cli.app import out
+from explore.formatting import count
+
+if TYPE_CHECKING:
+    from explore.plan import Found, Held, Plan, Run
+
+GIB = 2**30
+WIDTH = 100
+"""Characters of a line at the most."""
+
+
+def row_of(name: str, plan: Plan, tokens: float | None) -> dict[str, Any]:
+    """A plan as one row of a table."""
+    ceiling, estimate = plan.tflops
+    row: dict[str, Any] = {"model": name} | plan.layout.model_dump(exclude={"pipeline"})
+    row |= {
+        "dp": plan.layout.dp(plan.cluster.n_gpus), "fits": plan.fits, "gib": plan.needed / GIB,
+        "relief": relief_of(plan.run), "tflops_ceiling": ceiling, "tflops_estimate": estimate,
+        "tokens_per_s_gpu": plan.tokens_per_s_gpu, "step_s": plan.step_s, "bubble": plan.batch.bubble,
+        "all_to_all_s": float(plan.throughput.experts_s[0]), "binds": plan.binds, "pipeline": plan.pipeline(),
+    }  # fmt: skip
+    if tokens is not None:
+        row |= {"days": plan.days(tokens), "gpu_hours": plan.days(tokens) * 24 * plan.cluster.n_gpus}
+    return row
+
+
+def relief_of(run: Run) -> str:
+    """What a run does to save memory."""
+    named = {"memory-efficient permutation": run.memory_efficient_permutation, "offload": run.offload_optimizer}
+    return ", ".join([*(name for name, on in named.items() if on), *run.recompute])
+
+
+def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None) -> None:
+    """A plan in full, and the search that found it."""
+    from explore.plan import cheapest_relief
+
+    ceiling, estimate = plan.tflops
+    over = (plan.needed - plan.capacity) / GIB
+    _say(
+        f"[bold]{name}[/bold] on {plan.cluster.name}: {plan.layout}, DP{plan.layout.dp(plan.cluster.n_gpus)}; "
+        f"{plan.run.precision}, {plan.run.seq_len:,} tokens, batch {plan.run.global_batch:,}"
+    )
+    if relief := relief_of(plan.run):
+        _say(f"saves memory by: {relief}")
+    if plan.batch.pp > 1:
+        _say(f"pipeline: {plan.pipeline()}")
+    table = _table("GiB of rank", "weights", "grads", "optimizer", "activations", "total", left=0)
+    for i, rank in enumerate(plan.ranks()):
+        table.add_row(str(i), *(f"{value:,.1f}" for value in rank.values()))
+    out.print(table)
+    _say(
+        f"{'fits' if plan.fits else f'does not fit, {over:,.1f} GiB too much'}: {plan.needed / GIB:,.1f} of "
+        f"{plan.capacity / GIB:,.1f} GiB"
+    )
+    if not plan.fits:
+        relief_found = cheapest_relief(plan)
+        help_ = (
+            "no recomputation and no offload makes it fit" if relief_found is None else f"fits with {relief_found[1]}"
+        )
+        _say(help_)
+    _say(
+        f"{estimate:,.0f} TFLOP/s a GPU estimated, {ceiling:,.0f} at most; {plan.tokens_per_s_gpu:,.0f} tokens/s a GPU;"
+        f" step {plan.step_s:.3g} s; {plan.binds} binds"
+    )
+    parts = {part: seconds / plan.step_s for part, seconds in plan.parts.items()}
+    _say("of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items() if share > 0.005))
+    if tokens is not None:
+        days = plan.days(tokens)
+        _say(f"{count(tokens)} tokens: {days:,.1f} days, {days * 24 * plan.cluster.n_gpus:,.0f} GPU-hours")
+    _print_assumptions(plan)
+    if found is not None:
+        _print_search(found)
+
+
+def _print_assumptions(plan: Plan) -> None:
+    rests = plan.assumptions()
+    fitted = "fitted to runs in print" if rests["product_efficiency_fitted"] else "the mean of other GPUs"
+    hidden = ", ".join(f"{kind} {part:.0%}" for kind, part in rests["hidden_traffic"].items())
+    _say(f"[dim]assumed: products at {rests['product_efficiency']:.0%} of the peak ({fitted}),[/dim]")
+    _say(f"[dim]hidden traffic: {hidden}; {rests['reserve']:.0%} of the memory free[/dim]")
+
+
+def _print_search(found: Found) -> None:
+    _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit; the best:")
+    table = _table("layout", "tokens/s", "TFLOP/s", "GiB", "saves memory by", left=(0, 4))
+    for plan in found.plans:
+        numbers = (f"{plan.tokens_per_s_gpu:,.0f}", f"{plan.tflops[1]:,.0f}", f"{plan.needed / GIB:,.0f}")
+        table.add_row(str(plan.layout), *numbers, relief_of(plan.run))
+    out.print(table, width=min(WIDTH, out.width))
+    _say("\nthe others: the best with each value, and what stops or slows it")
+    table = _table("degree", "values", "of the best", "wall", left=(0, 1, 3))
+    for row in merged_walls(found):
+        table.add_row(*row)
+    out.print(table, width=min(WIDTH, out.width))
+
+
+def merged_walls(found: Found) -> list[tuple[str, str, str, str]]:
+    """Degree, values, tokens/s of the best and wall; neighbouring values with the same wall share a row."""
+    groups: list[list[Any]] = []
+    for wall in found.walls:
+        last = groups[-1][-1] if groups else None
+        if last is not None and (last.degree, last.wall, last.relative > 0) == (
+            wall.degree, wall.wall, wall.relative > 0,
+        ):  # fmt: skip
+            groups[-1].append(wall)
+        else:
+            groups.append([wall])
+    rows = []
+    for group in groups:
+        values = str(group[0].value) + (f" to {group[-1].value}" if len(group) > 1 else "")
+        shares = sorted({round(100 * wall.relative) for wall in group})
+        share = "" if not shares[-1] else "–".join(f"{each}" for each in dict.fromkeys((shares[0], shares[-1]))) + "%"
+        words = group[0].wall + (f": {group[0].detail}" if group[0].detail else "")
+        rows.append((group[0].degree, values, share, words))
+    return rows
+
+
+def print_side_by_side(plans: dict[str, Plan], tokens: float | None) -> None:
+    """Several models, one a column."""
+    rows = [row_of(name, plan, tokens) for name, plan in plans.items()]
+    table = _table("", *plans, left=0)
+    for column in (column for column in rows[0] if column not in ("model", "pipeline")):
+        table.add_row(column.replace("_", " "), *(_cell(row[column]) for row in rows))
+    _say("\nside by side")
+    out.print(table, width=min(WIDTH, out.width))
+
+
+def print_published(rows: list[Held]) -> None:
+    """Every number in print beside the one computed, and how far the estimates are off."""
+    for section in dict.fromkeys(row.section for row in rows):
+        table = _table(section, "published", "computed", "difference", "", left=0)
+        for row in (row for row in rows if row.section == section):
+            mark = "" if row.ok is None else "✓" if row.ok else "✗"
+            table.add_row(row.name, f"{row.published:,.4g}", f"{row.computed:,.4g}", f"{row.difference:+.1%}", mark)
+        out.print(table, width=min(WIDTH, out.width))
+    for half in ("fitted", "predicted"):
+        errors = sorted(
+            abs(row.difference) for row in rows if row.section == "throughput" and row.note.startswith(half)
+        )
+        _say(
+            f"throughput, {len(errors)} runs {half}: mean error {sum(errors) / len(errors):.1%}, median "
+            f"{errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}"
+        )
+    held = [row for row in rows if row.ok is not None]
+    _say(
+        f"{sum(bool(row.ok) for row in held)} of {len(held)} rows are within their bounds: memory and FLOPs 1.5%,\n"
+        "golden steady 3% and peak 15%, all-to-all 15%, layouts legal and fitting, no run above its ceiling"
+    )
+
+
+def _table(*columns: str, left: int | tuple[int, ...] = ()) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for i, column in enumerate(columns):
+        words = i in ((left,) if isinstance(left, int) else left)
+        table.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    return table
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def _say(text: str) -> None:
+    out.print(text, highlight=False)

@@ -1,0 +1,105 @@
+"""How a model's layers, tensors, tokens and experts are divided among devices."""
+
+from __future__ import annotations
+
+import math
+
+from pydantic import PositiveInt
+
+from explore.config import Config
+from explore.model import ModelConfig
+from explore.plan.cluster import Cluster
+from explore.plan.run import Run
+
+DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch")
+
+
+class Layout(Config):
+    """Degrees of parallelism.
+
+    Attention and all dense layers lie on tp * cp * dp * pp ranks, experts on etp * ep * edp * pp; only the pipeline is
+    shared. Ranks are numbered in this order, the first the fastest.
+
+    Attributes:
+        tp: ranks that divide heads and inner widths.
+        cp: ranks that divide the tokens of a sequence.
+        pp: ranks of the pipeline.
+        vpp: stages of the pipeline on each of its ranks.
+        ep: ranks that divide the experts.
+        etp: ranks that divide the inner width of an expert.
+        micro_batch: sequences that pass through the pipeline at once.
+        pipeline: Megatron's layout string, or a pattern with `|` between stages; balanced when absent.
+    """
+
+    tp: PositiveInt = 1
+    cp: PositiveInt = 1
+    pp: PositiveInt = 1
+    vpp: PositiveInt = 1
+    ep: PositiveInt = 1
+    etp: PositiveInt = 1
+    micro_batch: PositiveInt = 1
+    pipeline: str | None = None
+
+    def dp(self, n_gpus: int) -> int:
+        """Data-parallel ranks of dense layers."""
+        return n_gpus // (self.tp * self.cp * self.pp)
+
+    def edp(self, n_gpus: int) -> int:
+        """Data-parallel ranks of experts."""
+        return n_gpus // (self.etp * self.ep * self.pp)
+
+    def n_microbatches(self, run: Run, n_gpus: int) -> int:
+        """Micro-batches of an optimizer step that pass through one pipeline."""
+        return run.global_batch // (self.micro_batch * self.dp(n_gpus))
+
+    def __str__(self) -> str:
+        degrees = [f"{name.upper()}{getattr(self, name)}" for name in DEGREES[:-1] if getattr(self, name) > 1]
+        return " ".join([*degrees, f"MBS{self.micro_batch}"])
+
+
+def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> None:
+    """Refuses a layout that cannot be laid out, whatever the memory.
+
+    Raises:
+        ValueError: which size does not divide, and what would.
+    """
+    w, dense, experts = cluster.n_gpus, layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp
+    for names, ranks in (("tp * cp * pp", dense), ("etp * ep * pp", experts)):
+        if ranks > w:
+            raise ValueError(f"{names} must be at most the {w:,} GPUs of {cluster.name}, got {ranks:,}")
+        if w % ranks:
+            raise ValueError(
+                f"{names} must divide the {w:,} GPUs of {cluster.name}, got {ranks:,}; {_near_divisors(w, ranks)} do"
+            )
+    for letter, block in model.blocks.items():
+        try:
+            block.check_parallel(layout.tp, layout.cp, layout.ep, layout.etp)
+        except ValueError as error:
+            raise ValueError(f"{error} (blocks.{letter})") from None
+    if layout.ep * layout.etp > 1 and all(block.role != "experts" for block in model.blocks.values()):
+        raise ValueError(f"ep * etp must be 1 for a model without experts, got {layout.ep * layout.etp}")
+    if model.vocab_size % layout.tp:
+        raise ValueError(f"tp must divide vocab_size={model.vocab_size}, got {layout.tp}")
+    # Each rank takes one piece of the early and one of the late tokens, so that all see about as many keys.
+    if layout.cp > 1 and run.seq_len % (2 * layout.cp):
+        raise ValueError(f"2 * cp must divide seq_len={run.seq_len:,}, got cp={layout.cp}")
+    per_step = layout.micro_batch * layout.dp(w)
+    if run.global_batch % per_step:
+        raise ValueError(
+            f"micro_batch * dp must divide global_batch={run.global_batch:,}, got {layout.micro_batch} * "
+            f"{layout.dp(w)}; a global batch of {max(1, round(run.global_batch / per_step)) * per_step:,} would do"
+        )
+    if layout.vpp > 1 and layout.pp == 1:
+        raise ValueError(f"vpp must be 1 where pp is 1, got {layout.vpp}")
+    if layout.vpp > 1 and layout.n_microbatches(run, w) % layout.pp:
+        raise ValueError(
+            f"pp must divide the {layout.n_microbatches(run, w)} micro-batches of a step where vpp is above 1, "
+            f"got {layout.pp}"
+        )
+
+
+def _near_divisors(n: int, wanted: int) -> str:
+    """The divisors of `n` on both sides of a number."""
+    divisors = sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
+    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
+    return " and ".join(f"{d:,}" for d in below + above)

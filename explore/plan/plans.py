@@ -1,0 +1,170 @@
+"""A plan: a model, a run and a layout on a cluster, and what they come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from explore.model import ModelConfig
+from explore.plan.batch import Batch, one, stages_of
+from explore.plan.cluster import Cluster
+from explore.plan.layout import Layout, check
+from explore.plan.memory import WORKSPACE_BYTES, Memory, memory
+from explore.plan.profile import profile
+from explore.plan.run import Run
+from explore.plan.throughput import HIDDEN, Throughput, ceiling_s, efficiency, throughput
+
+GIB = 2**30
+BINDS = {
+    "tensor": "tensor-parallel traffic",
+    "context": "context-parallel traffic",
+    "experts": "all-to-all",
+    "pipeline": "pipeline traffic",
+    "data": "data-parallel traffic",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout costed; sizes in bytes and seconds."""
+
+    model: ModelConfig
+    run: Run
+    layout: Layout
+    cluster: Cluster
+
+    @classmethod
+    def of(cls, model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Plan:
+        """A plan of a legal layout.
+
+        Raises:
+            ValueError: which size does not divide, and what would.
+        """
+        vpp = stages_of(profile(model, run.seq_len), layout.pp, layout.vpp, layout.pipeline).vpp
+        layout = layout.model_copy(update={"vpp": vpp})
+        check(model, run, layout, cluster)
+        return cls(model, run, layout, cluster)
+
+    @cached_property
+    def batch(self) -> Batch:
+        return one(profile(self.model, self.run.seq_len), self.run, self.cluster, self.layout)
+
+    @cached_property
+    def memory(self) -> Memory:
+        return memory(self.batch)
+
+    @cached_property
+    def throughput(self) -> Throughput:
+        return throughput(self.batch)
+
+    @property
+    def capacity(self) -> float:
+        """Memory of a device for what is counted."""
+        return capacity(self.run, self.cluster)
+
+    @property
+    def needed(self) -> float:
+        """Memory of the fullest rank."""
+        return float(self.memory.total.max())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.capacity
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of an optimizer step, estimated."""
+        return float(self.throughput.step_s[0])
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.global_batch * self.run.seq_len
+
+    @property
+    def tokens_per_s_gpu(self) -> float:
+        return self.tokens_per_step / self.cluster.n_gpus / self.step_s
+
+    @property
+    def tflops(self) -> tuple[float, float]:
+        """TFLOP/s of each GPU, ceiling and estimate; nothing is counted twice."""
+        flops = self.batch.profile.flops_train * self.tokens_per_step / self.cluster.n_gpus / 1e12
+        return flops / float(ceiling_s(self.batch)[0]), flops / self.step_s
+
+    @property
+    def binds(self) -> str:
+        """What the step spends most on; memory where it does not fit."""
+        return "memory" if not self.fits else max(self.parts, key=lambda name: self.parts[name])
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step by what they are spent on; they add up to `step_s`."""
+        t = self.throughput
+        named = {
+            "compute": t.compute_s,
+            "pipeline bubble": t.bubble_s,
+            **{BINDS[kind]: seconds for kind, seconds in t.exposed_s.items()},
+            "host transfers": t.offload_s,
+            "optimizer": t.optimizer_s,
+        }
+        return {name: float(seconds[0]) for name, seconds in named.items()}
+
+    def days(self, tokens: float) -> float:
+        """Days of training on so many tokens."""
+        return tokens / (self.tokens_per_s_gpu * self.cluster.n_gpus) / 86_400
+
+    def assumptions(self) -> dict[str, Any]:
+        """What the estimate rests on."""
+        part, fitted = efficiency(self.cluster.device.name, self.run.format.compute)
+        return {
+            "product_efficiency": part,
+            "product_efficiency_fitted": fitted,
+            "hidden_traffic": dict(HIDDEN),
+            "reserve": self.run.reserve,
+            "workspace_gib": WORKSPACE_BYTES / GIB,
+        }
+
+    def pipeline(self) -> str:
+        """Megatron-LM's layout of the pipeline."""
+        stages = self.batch.stages
+        return stages.megatron() if stages.unit == 2 else stages.hybrid(self.model)
+
+    def ranks(self) -> list[dict[str, float]]:
+        """GiB of every rank of the pipeline: weights, grads, optimizer, activations, and their total."""
+        rows = []
+        for rank in range(self.batch.pp):
+            parts = {name: float(sizes[0, rank]) / GIB for name, sizes in self.memory._asdict().items()}
+            rows.append(parts | {"total": sum(parts.values())})
+        return rows
+
+    def to_dict(self, tokens: float | None = None) -> dict[str, Any]:
+        """The contract for programs."""
+        ceiling, estimate = self.tflops
+        record: dict[str, Any] = {
+            "fits": self.fits,
+            "capacity_gib": self.capacity / GIB,
+            "ranks": self.ranks(),
+            "tflops_ceiling": ceiling,
+            "tflops_estimate": estimate,
+            "tokens_per_s_gpu": self.tokens_per_s_gpu,
+            "step_s": self.step_s,
+            "binds": self.binds,
+            "bubble": self.batch.bubble,
+            "all_to_all_s": float(self.throughput.experts_s[0]),
+            "seconds": self.parts,
+            "layout": self.layout.model_dump(mode="json", exclude={"pipeline"})
+            | {"dp": self.layout.dp(self.cluster.n_gpus), "edp": self.layout.edp(self.cluster.n_gpus)}
+            | {"pipeline": self.pipeline()},
+            "cluster": self.cluster.name,
+            "run": self.run.model_dump(mode="json"),
+            "assumptions": self.assumptions(),
+        }
+        if tokens is not None:
+            days = self.days(tokens)
+            record |= {"tokens": tokens, "days": days, "gpu_hours": days * 24 * self.cluster.n_gpus}
+        return record
+
+
+def capacity(run: Run, cluster: Cluster) -> float:
+    """Memory of a device for what is counted: what the driver leaves, without the reserve and the workspace."""
+    return (1 - run.reserve) * cluster.usable_bytes - WORKSPACE_BYTES

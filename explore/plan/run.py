@@ -1,0 +1,124 @@
+"""What a training run is, apart from where its parts lie: batch, precision, optimizer, and what is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+from pydantic import PositiveInt, field_validator
+
+from explore.blocks import BLOCKS
+from explore.config import Config
+from explore.cost import Dtype
+
+PrecisionName = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
+MODULES: tuple[str, ...] = (
+    "layernorm",
+    *sorted({module for block in BLOCKS for module, _ in block.config.ranks.recomputed}),
+    "full",
+)
+"""Modules that Megatron-LM can compute again in the backward pass, as blocks declare them; `full` is whole layers."""
+
+
+class Precision(NamedTuple):
+    """A training recipe as bytes.
+
+    Attributes:
+        weight: bytes of a weight whose products are narrow.
+        narrow: bytes of an element of what a narrow product reads; none where products are in bf16.
+        compute: dtype of the products.
+        says: what is kept.
+    """
+
+    weight: float
+    narrow: float | None
+    compute: Dtype
+    says: str
+
+
+PRECISIONS: Mapping[str, Precision] = MappingProxyType(
+    {
+        "bf16": Precision(2.0, None, "bfloat16", "weights and products in bf16"),
+        "fp8": Precision(2.0, 1.0, "float8", "FP8 with a scale a tensor, rows and columns of weights"),
+        "fp8-blocks": Precision(2.0, 1 + 1 / 32, "float8", "FP8 in blocks of 128, rows and columns of weights"),
+        "mxfp8": Precision(2 * (1 + 1 / 32), 1 + 1 / 32, "float8", "MXFP8, rows and columns of weights"),
+        "nvfp4": Precision(2 * (1 / 2 + 1 / 16), 1 / 2 + 1 / 16, "float4", "NVFP4, rows and columns of weights"),
+    }
+)
+"""Embedding, head, router, norms and attention itself stay in bf16 in all of them."""
+
+
+class Run(Config):
+    """A training run.
+
+    Attributes:
+        seq_len: tokens of a sequence.
+        global_batch: sequences of an optimizer step.
+        precision: of products and weights.
+        recompute: modules whose activations are computed again in the backward pass.
+        moments: dtype of the two moments of Adam.
+        grads: dtype in which gradients are added up.
+        zero: what data-parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (FSDP).
+        offload_optimizer: main weights and moments lie in the host's memory between steps.
+        offload_activations: part of the activations that lies in the host's memory until it is needed.
+        memory_efficient_permutation: routing weights are applied before an expert's last matrix, as Megatron-LM does
+            since 0.13; its outputs are then not kept, at no cost.
+        fused_attention: no score is kept.
+        dropout: masks of dropout are kept.
+        sequence_parallel: tensor-parallel ranks divide the tokens of norms and of the residual stream.
+        expert_groups: groups of experts, and how many of them a token's experts come from; any when absent.
+        reserve: part of the memory that is left free for buffers of communication, graphs and fragmentation.
+    """
+
+    seq_len: PositiveInt = 4096
+    global_batch: PositiveInt = 1024
+    precision: PrecisionName = "bf16"
+    recompute: tuple[str, ...] = ()
+    moments: Literal["float32", "bfloat16"] = "float32"
+    grads: Literal["float32", "bfloat16"] = "float32"
+    zero: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    offload_activations: float = 0.0
+    memory_efficient_permutation: bool = False
+    fused_attention: bool = True
+    dropout: bool = False
+    sequence_parallel: bool = True
+    expert_groups: tuple[int, int] | None = None
+    reserve: float = 0.03
+
+    @field_validator("offload_activations", "reserve")
+    @classmethod
+    def _share(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(f"must be at least 0 and below 1, got {value}")
+        return value
+
+    @field_validator("recompute")
+    @classmethod
+    def _modules(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for module in value:
+            if module not in MODULES:
+                raise ValueError(f"must be modules among {', '.join(MODULES)}, got {module}")
+        return value
+
+    @field_validator("expert_groups")
+    @classmethod
+    def _groups(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 1 <= value[1] <= value[0]:
+            raise ValueError(f"must be groups and how many of them are chosen, got {value}")
+        return value
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """What a tensor that is kept may be dropped by."""
+        names: dict[str, Any] = {
+            "memory_efficient_permutation": self.memory_efficient_permutation,
+            "fused_attention": self.fused_attention,
+            "no_dropout": not self.dropout,
+        }
+        return frozenset([name for name, on in names.items() if on] + list(self.recompute))
+
+    @property
+    def format(self) -> Precision:
+        return PRECISIONS[self.precision]

@@ -1,0 +1,171 @@
+"""How long a step takes: an estimate with efficiencies that were fitted to print, and a ceiling that no run passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from explore.cost import Dtype
+from explore.plan.batch import Batch
+from explore.plan.memory import Ranks, memory, saved
+from explore.plan.profile import DENSE, FULL, ROUTED
+from explore.plan.traffic import traffic
+
+HIDDEN: Mapping[str, float] = MappingProxyType(
+    {"tensor": 0.5, "context": 0.9, "experts": 0.5, "across": 0.93, "pipeline": 0.9, "data": 0.9}
+)
+"""Assumed part of each kind of traffic that computation hides.
+
+Of all-to-alls over the network 93% are hidden behind another micro-batch in arXiv 2603.07685, section 4.2.3.
+"""
+
+EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
+    {
+        ("B200", "bfloat16"): 0.30,
+        ("B200", "float4"): 0.15,
+        ("B200", "float8"): 0.49,
+        ("B300", "bfloat16"): 0.35,
+        ("B300", "float4"): 0.23,
+        ("B300", "float8"): 0.69,
+        ("GB200", "bfloat16"): 0.52,
+        ("GB200", "float4"): 0.57,
+        ("GB200", "float8"): 0.65,
+        ("GB300", "bfloat16"): 0.46,
+        ("GB300", "float4"): 0.59,
+        ("GB300", "float8"): 0.72,
+        ("H100", "bfloat16"): 0.73,
+        ("H100", "float8"): 0.59,
+    }
+)
+"""Part of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""
+PASSES = 27.3
+"""How often what is kept for the backward pass is moved through memory in a step: norms, activations, permutations,
+quantisation, and what no formula names; fitted with `EFFICIENCY`."""
+
+
+class Rates(NamedTuple):
+    """What is fitted: part of the peak that products reach, and passes over what is kept."""
+
+    products: float
+    passes: float
+
+
+class Throughput(NamedTuple):
+    """Seconds of a step of every layout, and what they are spent on.
+
+    Attributes:
+        step_s: of the estimate.
+        compute_s: products and memory of the slowest rank, what is computed again included.
+        bubble_s: waiting for the pipeline to fill and to empty.
+        exposed_s: traffic that is not hidden, by kind.
+        offload_s: transfers to the host's memory that are not hidden.
+        optimizer_s: reading and writing gradients, weights and optimizer state.
+        experts_s: all-to-alls, hidden or not.
+    """
+
+    step_s: Float[np.ndarray, " n"]
+    compute_s: Float[np.ndarray, " n"]
+    bubble_s: Float[np.ndarray, " n"]
+    exposed_s: dict[str, Float[np.ndarray, " n"]]
+    offload_s: Float[np.ndarray, " n"]
+    optimizer_s: Float[np.ndarray, " n"]
+    experts_s: Float[np.ndarray, " n"]
+
+
+def efficiency(device: str, dtype: Dtype) -> tuple[float, bool]:
+    """Part of the peak that products reach, and whether it was fitted to runs of this device.
+
+    Of others it is the mean of the fitted ones of that dtype.
+    """
+    if (device, dtype) in EFFICIENCY:
+        return EFFICIENCY[device, dtype], True
+    known = [value for (_, fitted), value in EFFICIENCY.items() if fitted == dtype]
+    return sum(known) / len(known) if known else 0.5, False
+
+
+def products_s(batch: Batch, *, again: bool = True) -> Ranks:
+    """Seconds of a micro-batch's products on every rank at the peak rate, forward and backward.
+
+    Args:
+        again: with those that are recomputed.
+    """
+    profile, run, device = batch.profile, batch.run, batch.cluster.device
+    narrow, full = device.peak(run.format.compute), device.peak("bfloat16")
+    flops = profile.flops
+    seconds = 3 * ((flops[:, DENSE] + flops[:, ROUTED]) / narrow + flops[:, FULL] / full)
+    if again and run.recompute:
+        seconds = seconds + batch.profile.recomputed(run.recompute) / narrow
+    shared = batch.micro_batch / (batch.tp * batch.cp)
+    per_rank: np.ndarray = shared * (batch.per_rank @ seconds)[None, :]
+    return per_rank
+
+
+def moved_s(batch: Batch) -> Ranks:
+    """Seconds in which memory passes once over what a micro-batch keeps, and a third of it again where recomputed."""
+    run = batch.run.model_copy(update={"recompute": (), "precision": "bf16"})
+    whole, kept = (
+        saved(replace(batch, run=run)),
+        saved(replace(batch, run=batch.run.model_copy(update={"precision": "bf16"}))),
+    )
+    moved: np.ndarray = (whole + (whole - kept) / 3) @ batch.per_rank.T
+    return moved / batch.cluster.device.bandwidth
+
+
+def throughput(batch: Batch, rates: Rates | None = None) -> Throughput:
+    """Seconds of a step of every layout.
+
+    Args:
+        rates: of products and of memory; the fitted ones when absent.
+    """
+    run, device, m = batch.run, batch.cluster.device, batch.n_microbatches
+    rates = rates or Rates(efficiency(device.name, run.format.compute)[0], PASSES)
+    compute = m * (products_s(batch) / rates.products + moved_s(batch) * rates.passes).max(axis=1)
+    bubble = compute * batch.bubble
+    sent = traffic(batch)
+    exposed = {kind: seconds.max(axis=1) * (1 - HIDDEN[kind]) for kind, seconds in sent._asdict().items()}
+    exposed["experts"] = np.maximum(exposed["experts"], exposed.pop("across"))
+    held = memory(batch)
+    offload = _offload(batch, compute)
+    optimizer = _optimizer(batch, held.optimizer)
+    step = compute + bubble + sum(exposed.values()) + offload + optimizer
+    all_to_all = np.maximum(sent.experts, sent.across).max(axis=1)
+    return Throughput(step, compute, bubble, exposed, offload, optimizer, all_to_all)
+
+
+def ceiling_s(batch: Batch) -> Float[np.ndarray, " n"]:
+    """Seconds of a step at the least: products at the peak rate and nothing twice, all traffic hidden.
+
+    The pipeline fills and empties all the same, and no link carries its traffic faster than it can.
+    """
+    products = batch.n_microbatches * products_s(batch, again=False).max(axis=1) * (1 + batch.bubble)
+    busiest = np.max([seconds.max(axis=1) for seconds in traffic(batch, ideal=True)], axis=0)
+    longest: np.ndarray = np.maximum(products, busiest)
+    return longest
+
+
+def _offload(batch: Batch, compute: np.ndarray) -> np.ndarray:
+    """Transfers that nothing hides: optimizer state around its step, and activations slower than products."""
+    run, host = batch.run, batch.cluster.device.host_link
+    seconds = np.zeros_like(compute)
+    if host is None:
+        return seconds
+    if run.offload_optimizer:
+        inside = run.model_copy(update={"offload_optimizer": False})
+        state = memory(replace(batch, run=inside)).optimizer.max(axis=1)
+        seconds = seconds + 2 * state / host
+    if run.offload_activations:
+        kept = (saved(batch) @ batch.per_rank.T).max(axis=1)
+        moved = 2 * batch.n_microbatches * kept * run.offload_activations / host
+        seconds = seconds + np.maximum(0, moved - compute)
+    return seconds
+
+
+def _optimizer(batch: Batch, state: np.ndarray) -> np.ndarray:
+    """The optimizer reads its state and gradients, and writes state and weights: about twice the state."""
+    seconds: np.ndarray = 2.5 * state.max(axis=1) / batch.cluster.device.bandwidth
+    return seconds
