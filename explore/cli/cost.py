@@ -56,6 +56,9 @@ def cost(
     precision: Precision = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
+    saved: Annotated[
+        bool, typer.Option("--saved", help="What a token keeps for the backward pass, here and in Megatron-LM.")
+    ] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Counts in print beside those computed.")] = False,
 ) -> None:
@@ -68,6 +71,7 @@ def cost(
     Under --precision, weights have the formats of the recipe, with their scales, and count multi-token prediction.
     """
     from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train, in_formats, storage
+    from explore.model import saved_table
 
     if list_:
         _list_presets(as_json)
@@ -85,6 +89,9 @@ def cost(
     if diff is not None:
         _diff(model, ledger, diff, as_json)
         return
+    if saved and not as_json:
+        _saved(model, seq_len)
+        return
     totals = Cost.of(ledger, dtypes).to_dict()
     if recipe is not None:
         totals |= {"precision": precision, "weight_dtype": None} | ledger.flops_quantized(ledger) | storage(ledger)
@@ -99,7 +106,8 @@ def cost(
         about = {"pattern": model.pattern, "family": model.family, "convention": convention}
         if convention != "exact":
             totals |= {"flops_fwd": counted / 3, "flops_train": counted}
-        print(json.dumps(about | totals | {"ledger": ledger.to_records(dtypes)}, indent=2))
+        kept = {"saved": saved_table(model, seq_len)} if saved else {}
+        print(json.dumps(about | totals | kept | {"ledger": ledger.to_records(dtypes)}, indent=2))
         return
     out.print(
         f"[bold]{model.family}[/bold], {model.n_layers} layers, d_model {model.d_model}, vocabulary "
@@ -216,6 +224,32 @@ def _summary(totals: dict[str, Any]) -> None:
             f"{totals['flops_train_quantized'] / totals['flops_train']:.1%} of training FLOPs with quantised operands",
             highlight=False,
         )
+
+
+def _saved(model: ModelConfig, seq_len: int) -> None:
+    from explore.model import saved_table
+
+    titles = {
+        "exact": "here: fp32 on a CPU, by the default paths",
+        "megatron": "Megatron-LM: the layers in bf16, nothing recomputed",
+    }
+    records = saved_table(model, seq_len)
+    for convention, title in titles.items():
+        rows = [record for record in records if record["convention"] == convention]
+        groups = list(dict.fromkeys(record["group"] for record in rows))
+        table = Table(
+            title=f"a token keeps for the backward pass, {title}",
+            title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim",
+        )  # fmt: skip
+        for i, name in enumerate(("letter", "layers", *groups, "total")):
+            table.add_column(name, justify="right" if i else "left")
+        for letter in dict.fromkeys(record["letter"] for record in rows):
+            of = {record["group"]: record["bytes"] for record in rows if record["letter"] == letter}
+            layers = next(record["layers"] for record in rows if record["letter"] == letter)
+            cells = [size(of[group]).replace(" ", "") if group in of else "" for group in groups]
+            table.add_row(letter or "model", str(layers or ""), *cells, size(sum(of.values())).replace(" ", ""))
+        table.add_row("", "", *[""] * len(groups), size(sum(record["bytes"] for record in rows)).replace(" ", ""))
+        out.print(table)
 
 
 def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None:
