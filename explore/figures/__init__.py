@@ -26,6 +26,7 @@ from explore.figures.decoding import (
     state_table,
 )
 from explore.figures.frontier import draw_frontier, frontier_table, plot_frontier
+from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
 from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, stacked
 
 __all__ = [
@@ -47,7 +48,9 @@ __all__ = [
     "draw_frontier",
     "draw_latency",
     "draw_laws",
+    "draw_layouts",
     "draw_levels",
+    "draw_plan_memory",
     "draw_receipts",
     "draw_search",
     "draw_state",
@@ -56,10 +59,13 @@ __all__ = [
     "frontier_table",
     "group_colors",
     "latency_table",
+    "layouts_table",
+    "plan_memory_table",
     "plot_conventions",
     "plot_curves",
     "plot_frontier",
     "plot_latency",
+    "plot_plans",
     "plot_receipts",
     "plot_state",
     "plot_throughput",
