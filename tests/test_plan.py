@@ -300,7 +300,7 @@ def test_the_cheapest_relief_makes_a_plan_fit() -> None:
     assert cheapest_relief(tiny) is None
 
 
-@pytest.mark.parametrize("what", ["batch", "context", "model"])
+@pytest.mark.parametrize("what", ["batch", "context", pytest.param("model", marks=pytest.mark.slow)])
 def test_the_largest_of_something_fits_and_more_does_not(what: str) -> None:
     fixed = dict.fromkeys(DEGREES, 1)
     run = Run(seq_len=2048, global_batch=2**20)
@@ -363,6 +363,7 @@ def test_a_cluster_is_a_device_and_a_number() -> None:
             Cluster.named(text)
 
 
+@pytest.mark.slow
 def test_thousands_of_layouts_are_searched_in_seconds() -> None:
     model, on = preset("nemotron-3-super"), Cluster.named("H100x1024")
     began = time.process_time()

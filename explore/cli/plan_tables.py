@@ -85,7 +85,8 @@ def _print_assumptions(plan: Plan) -> None:
     fitted = "fitted to runs in print" if rests["product_efficiency_fitted"] else "the mean of other GPUs"
     hidden = ", ".join(f"{kind} {part:.0%}" for kind, part in rests["hidden_traffic"].items())
     _say(f"[dim]assumed: products at {rests['product_efficiency']:.0%} of the peak ({fitted}),[/dim]")
-    _say(f"[dim]hidden traffic: {hidden}; {rests['reserve']:.0%} of the memory free[/dim]")
+    _say(f"[dim]hidden traffic: {hidden};[/dim]")
+    _say(f"[dim]{rests['reserve']:.0%} of the memory is left free[/dim]")
 
 
 def _print_search(found: Found) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -167,7 +168,7 @@ def plot_plans(
     draw_plan_memory(plan_memory_table(plans), axes[0], font_pt=font_pt)
     if searches:
         draw_layouts(layouts_table(searches), axes[1], font_pt=font_pt)
-    handles = [Patch(color=color, label=kind) for kind, color in MEMORY.items()]
+    handles: list[Artist] = [Patch(color=color, label=kind) for kind, color in MEMORY.items()]
     handles.append(Line2D([], [], color=INK, lw=0.9, ls=(0, (4, 2)), label="capacity"))
     if plans:
         axes[0].legend(handles=handles, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.02 + 0.08 * (len(plans) > 1)),

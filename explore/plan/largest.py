@@ -17,8 +17,8 @@ from explore.solve import solve
 What = Literal["batch", "context", "model"]
 TOKENS = 1024
 """Contexts are multiples of so many tokens."""
-MODEL_STEPS = 12
-"""Halvings of the interval of a model's parameters, as a ratio."""
+MODEL_STEPS = 9
+"""Halvings of the interval of a model's parameters: to within 2%."""
 LARGEST = 2**20
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import PositiveInt
 
@@ -63,14 +65,8 @@ def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Non
     Raises:
         ValueError: which size does not divide, and what would.
     """
-    w, dense, experts = cluster.n_gpus, layout.tp * layout.cp * layout.pp, layout.etp * layout.ep * layout.pp
-    for names, ranks in (("tp * cp * pp", dense), ("etp * ep * pp", experts)):
-        if ranks > w:
-            raise ValueError(f"{names} must be at most the {w:,} GPUs of {cluster.name}, got {ranks:,}")
-        if w % ranks:
-            raise ValueError(
-                f"{names} must divide the {w:,} GPUs of {cluster.name}, got {ranks:,}; {_near_divisors(w, ranks)} do"
-            )
+    check_ranks(layout.model_dump(), cluster)
+    w = cluster.n_gpus
     for letter, block in model.blocks.items():
         try:
             block.check_parallel(layout.tp, layout.cp, layout.ep, layout.etp)
@@ -96,6 +92,27 @@ def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Non
             f"pp must divide the {layout.n_microbatches(run, w)} micro-batches of a step where vpp is above 1, "
             f"got {layout.pp}"
         )
+
+
+def check_ranks(degrees: Mapping[str, Any], cluster: Cluster) -> None:
+    """Refuses degrees that a cluster has too few GPUs for, or that do not divide them.
+
+    Args:
+        degrees: by name; a degree that is missing counts as 1.
+
+    Raises:
+        ValueError: too many ranks, or a number that does not divide the GPUs; with the nearest that do.
+    """
+    w = cluster.n_gpus
+    for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
+        ranks = math.prod(degrees.get(name, 1) for name in names)
+        product = " * ".join(names)
+        if ranks > w:
+            raise ValueError(f"{product} must be at most the {w:,} GPUs of {cluster.name}, got {ranks:,}")
+        if w % ranks:
+            raise ValueError(
+                f"{product} must divide the {w:,} GPUs of {cluster.name}, got {ranks:,}; {_near_divisors(w, ranks)} do"
+            )
 
 
 def _near_divisors(n: int, wanted: int) -> str:

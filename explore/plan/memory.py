@@ -59,7 +59,7 @@ def memory(batch: Batch) -> Memory:
         # Two layers are whole at a time: the one that works, and the next one that is gathered.
         gathered = 2 * (weight_bytes[:, None, :] * (per_rank > 0)).max(axis=-1)
         share = (dense / d + experts / edp) / np.maximum(dense + experts, 1)
-        weights = np.minimum(weights, weights * share + gathered)
+        weights = np.minimum(weights, (weight_bytes * share) @ per_rank.T + gathered)
     return Memory(weights, grads @ per_rank.T, optimizer @ per_rank.T, activations(batch))
 
 
@@ -104,7 +104,8 @@ def activations(batch: Batch) -> Ranks:
     )
     if "full" in batch.run.recompute:
         most = most + _working(batch)
-    return most * (1 - batch.run.offload_activations)
+    left: np.ndarray = most * (1 - batch.run.offload_activations)
+    return left
 
 
 def _working(batch: Batch) -> Ranks:

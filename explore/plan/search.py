@@ -13,7 +13,7 @@ from explore.model import ModelConfig
 from explore.plan.batch import Batch
 from explore.plan.candidates import Candidates, candidates
 from explore.plan.cluster import Cluster
-from explore.plan.layout import DEGREES, Layout
+from explore.plan.layout import DEGREES, Layout, check_ranks
 from explore.plan.memory import memory
 from explore.plan.plans import BINDS, GIB, Plan, capacity
 from explore.plan.profile import profile
@@ -113,9 +113,10 @@ def search(
         n: how many plans to return.
 
     Raises:
-        ValueError: no layout is legal; why.
+        ValueError: no layout is legal, and why.
     """
     fixed = fixed or {}
+    check_ranks(fixed, cluster)
     if objective == "gpus":
         return _fewest(model, cluster, run, fixed, pipeline, n)
     shape, limit = profile(model, run.seq_len), capacity(run, cluster)

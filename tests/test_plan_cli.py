@@ -1,0 +1,271 @@
+"""`explore plan`: its contract for programs, its tables and figures, and one clear line for a mistake."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from explore.cli import main
+from explore.figures import (
+    draw_layouts,
+    draw_plan_memory,
+    layouts_table,
+    plan_memory_table,
+    plot_plans,
+    save_figure,
+)
+from explore.interop.megatron_layout import plan_arguments, read_arguments
+from explore.plan import Cluster, Layout, Plan, Run, search
+from explore.plan.golden import GOLDEN, IN_STAGES
+from explore.presets import preset
+
+CONTRACT = [
+    "plan", "deepseek-v3", "--cluster", "GB200x256", "--seq-len", "4096", "--global-batch", "8192",
+    "--micro-batch", "1", "--tp", "1", "--cp", "1", "--pp", "4", "--vpp", "4", "--ep", "64", "--precision", "bf16",
+]  # fmt: skip
+ARGUMENTS = {
+    "--hidden-size": 1024, "--num-attention-heads": 16, "--group-query-attention": True, "--num-query-groups": 8,
+    "--hybrid-layer-pattern": IN_STAGES, "--micro-batch-size": 4, "--global-batch-size": 32, "--seq-length": 1024,
+    "--tensor-model-parallel-size": 1, "--pipeline-model-parallel-size": 4, "--use-distributed-optimizer": True,
+    "--bf16": True, "--attention-backend": "unfused",
+}  # fmt: skip
+SMALL = ["plan", "MEM*ME-E", "--d-model", "256", "--cluster", "H100x8", "--seq-len", "1024", "--global-batch", "64"]
+
+
+@pytest.fixture
+def explore(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["explore", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_one_layout_as_json_keeps_the_contract(explore: Any) -> None:
+    code, out, _ = explore(*CONTRACT, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert {
+        "fits", "ranks", "tflops_ceiling", "tflops_estimate", "tokens_per_s_gpu", "binds", "bubble", "all_to_all_s",
+        "layout",
+    } <= plan.keys()  # fmt: skip
+    assert [list(rank) for rank in plan["ranks"]] == [["weights", "grads", "optimizer", "activations", "total"]] * 4
+    for rank in plan["ranks"]:
+        assert rank["total"] == pytest.approx(sum(size for kind, size in rank.items() if kind != "total"))
+    assert plan["fits"] == (max(rank["total"] for rank in plan["ranks"]) <= plan["capacity_gib"])
+    assert plan["tflops_estimate"] < plan["tflops_ceiling"]
+    assert plan["layout"] | {"pipeline": ""} == {
+        "tp": 1, "cp": 1, "pp": 4, "vpp": 4, "ep": 64, "etp": 1, "micro_batch": 1, "dp": 64, "edp": 1, "pipeline": "",
+    }  # fmt: skip
+    # The fullest rank of table 3 of arXiv 2603.07685: 36.4 + 32.1 + 131.0 GiB.
+    assert plan["ranks"][2]["total"] == pytest.approx(199.5, rel=0.015)
+
+
+def test_a_layout_string_of_megatron_is_costed_and_printed_again(explore: Any) -> None:
+    layout = "Et*4|(tttt|)*14tmL"
+    without = CONTRACT.index("--vpp")
+    fixed = CONTRACT[:without] + CONTRACT[without + 2 :]
+    code, out, _ = explore(*fixed, "--pipeline-layout", layout, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert (plan["layout"]["vpp"], plan["layout"]["pipeline"]) == (4, layout)
+
+
+def test_without_a_layout_the_best_one_comes_with_alternatives_and_walls(explore: Any) -> None:
+    code, out, _ = explore(*SMALL, "--json", "--tokens", "2B", "--top", "3")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["fits"]
+    assert len(plan["alternatives"]) == 2
+    assert all(other["fits"] for other in plan["alternatives"])
+    assert {"degree", "value", "relative", "wall", "detail"} <= plan["walls"][0].keys()
+    assert plan["tokens"] == 2e9
+    assert plan["days"] == pytest.approx(2e9 / (8 * plan["tokens_per_s_gpu"]) / 86_400)
+    assert plan["gpu_hours"] == pytest.approx(plan["days"] * 24 * 8)
+
+
+def test_layouts_as_csv(explore: Any) -> None:
+    code, out, _ = explore(*SMALL, "--csv", "--top", "4")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0
+    assert len(rows) == 4
+    assert rows[0]["model"] == "MEM*ME-E"
+    assert all(float(row["tflops_estimate"]) < float(row["tflops_ceiling"]) for row in rows)
+
+
+def test_tables_fit_a_hundred_columns(explore: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    for args in (SMALL, [*SMALL, "MEM*"], CONTRACT, ["plan", "--published"]):
+        code, out, _ = explore(*args)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 100
+
+
+def test_models_side_by_side(explore: Any) -> None:
+    code, out, _ = explore(*SMALL, "MEM*", "--json")
+    plans = json.loads(out)["plans"]
+    assert code == 0
+    assert [plan["model"] for plan in plans] == ["MEM*ME-E", "MEM*"]
+    code, out, _ = explore(*SMALL, "MEM*")
+    assert "side by side" in out
+
+
+def test_a_run_that_does_not_fit_says_what_would_help(explore: Any) -> None:
+    code, out, _ = explore(*(word if word != "GB200x256" else "H100x256" for word in CONTRACT))
+    assert code == 0
+    assert "does not fit, " in out
+    assert "GiB too much" in out
+    assert "makes it fit" in out or "fits with" in out
+
+
+def test_numbers_in_print_with_their_differences(explore: Any) -> None:
+    code, out, _ = explore("plan", "--published", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert len(rows) > 200
+    assert {row["section"] for row in rows} == {
+        "memory", "golden", "flops", "all-to-all", "layouts", "throughput",
+    }  # fmt: skip
+    for row in rows:
+        assert row["difference"] == pytest.approx(row["computed"] / row["published"] - 1)
+
+
+def test_arguments_of_megatron_are_read(explore: Any, tmp_path: Path) -> None:
+    case, path = GOLDEN[3], tmp_path / "golden.json"
+    path.write_text(json.dumps({"MODEL_ARGS": ARGUMENTS}))
+    code, out, _ = explore("plan", "--megatron-args", str(path), "--world-size", "8", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["ranks"] == case.plan().ranks()
+    path.write_text(json.dumps({name[2:].replace("-", "_"): value for name, value in ARGUMENTS.items()}))
+    assert json.loads(explore("plan", "--megatron-args", str(path), "--world-size", "8", "--json")[1]) == plan
+    path.write_text(json.dumps({"--hidden-size": 1024}))
+    code, out, err = explore("plan", "--megatron-args", str(path), "--world-size", "8")
+    assert (code, out) == (2, "")
+    assert "--num-attention-heads is required" in err
+
+
+def test_arguments_of_megatron_are_written_and_read_again(explore: Any) -> None:
+    code, out, _ = explore(*SMALL, "--tp", "2", "--pp", "2", "--megatron")
+    assert code == 0
+    assert "--tensor-model-parallel-size 2" in out
+    model = preset("nemotron-3-nano")
+    run = Run(
+        seq_len=8192, global_batch=256, precision="mxfp8", recompute=("moe_act",), moments="bfloat16",
+        memory_efficient_permutation=True,
+    )  # fmt: skip
+    plan = Plan.of(model, run, Layout(tp=2, pp=4, ep=16, micro_batch=2), Cluster.named("H100x64"))
+    arguments, _ = plan_arguments(plan)
+    read = read_arguments({name: " ".join(values) or True for name, *values in arguments}, 64)
+    assert (read.layout.model_copy(update={"pipeline": None}), read.run) == (plan.layout, plan.run)
+    assert read.ranks() == plan.ranks()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["batch", "context", "model"])
+def test_the_largest_of_something_as_json(explore: Any, what: str) -> None:
+    code, out, _ = explore(*SMALL, "--largest", what, "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["fits"]
+    assert plan["largest"]
+
+
+def test_a_gpu_of_ones_own(explore: Any, tmp_path: Path) -> None:
+    device = tmp_path / "mine.json"
+    table = json.loads((Path(__file__).parents[1] / "explore" / "roofline" / "gpus.json").read_text())
+    device.write_text(json.dumps({**table["H100"], "name": "mine"}))
+    args = [word if word != "H100x8" else f"{device}x8" for word in SMALL]
+    code, out, err = explore(*args, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["cluster"] == "minex8"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--tp", "3"], "3"),
+        (["--tp", "8"], "must divide n_heads=4, got 8; 1, 2, 4 do"),
+        (["--tp", "4", "--cp", "4"], "at most the 8 GPUs"),
+        (["--cluster", "H10x8"], "H100"),
+        (["--cluster", "H100"], "DEVICExNUMBER"),
+        (["--cluster", "H100x0"], "at least 1, got 0"),
+        (["--cp", "8", "--seq-len", "1020"], "seq_len"),
+        (["--expert-groups", "8"], "GROUPS:CHOSEN"),
+        (["--tokens", "-1"], "positive"),
+        (["--tokens", "many"], "many"),
+        (["--recompute", "everything"], "everything"),
+        (["--pipeline-layout", "Et|x", "--pp", "2"], "x"),
+        (["--offload-activations", "2"], "below 1"),
+        (["--megatron-args", "missing.json", "--world-size", "8"], "missing.json"),
+        (["--global-batch", "3", "--micro-batch", "2"], "3"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(explore: Any, args: list[str], says: str) -> None:
+    code, out, err = explore(*SMALL, *args)
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert says in err
+
+
+def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help(explore: Any) -> None:
+    code, out, err = explore("plan", "deepseek-v3", "--cluster", "A100x8", "--global-batch", "64")
+    assert (code, out) == (2, "")
+    assert len(err.strip().splitlines()) == 1
+    assert "GiB above the" in err
+    assert "may make it fit" in err
+
+
+def test_figures_draw_the_table_exactly(tmp_path: Path) -> None:
+    found = search(preset("nemotron-3-nano"), Cluster.named("H100x16"), Run(global_batch=64), {"etp": 1})
+    fixed = Plan.of(preset("nemotron-3-nano"), Run(global_batch=64), Layout(pp=4, ep=4), Cluster.named("H100x16"))
+    plans, searches = {"best": found.plans[0], "PP4": fixed}, {"best": found}
+    table = plan_memory_table(plans)
+    ax = Figure().add_subplot()
+    draw_plan_memory(table, ax)
+    bars = [patch.get_height() for patch in ax.patches]
+    assert sorted(bars) == pytest.approx(sorted(table["gib"]))
+    assert sum(bars) == pytest.approx(sum(rank["total"] for plan in plans.values() for rank in plan.ranks()))
+    lines = {float(line.get_ydata()[0]) for line in ax.lines}
+    assert lines == {fixed.capacity / 2**30}
+    tops = {patch.get_x(): patch.get_y() + patch.get_height() for patch in ax.patches}
+    totals = [rank["total"] for plan in plans.values() for rank in plan.ranks()]
+    assert [tops[x] for x in sorted(tops)] == pytest.approx(totals)
+
+    layouts = layouts_table(searches)
+    ax = Figure().add_subplot()
+    draw_layouts(layouts, ax)
+    drawn = sorted(float(y) for line in ax.lines for y in line.get_ydata())
+    assert drawn == pytest.approx(sorted(layouts["tokens_per_s_gpu"]))
+    assert max(drawn) == pytest.approx(found.tokens_per_s_gpu)
+    for path in save_figure(plot_plans(plans, searches, title="Plans"), tmp_path / "plans"):
+        assert path.stat().st_size > 10_000
+    with Image.open(tmp_path / "plans.png") as picture:
+        assert picture.size == (1950, 1680)
+
+
+def test_figures_of_nothing() -> None:
+    for draw in (draw_plan_memory, draw_layouts):
+        ax = Figure().add_subplot()
+        empty: pd.DataFrame = plan_memory_table({}) if draw is draw_plan_memory else layouts_table({})
+        draw(empty, ax)
+        assert [text.get_text() for text in ax.texts] == ["nothing to show"]
+    assert plot_plans({}).runs == ()
+
+
+def test_the_command_writes_figures(explore: Any, tmp_path: Path) -> None:
+    code, _, _ = explore(*SMALL, "--figure", str(tmp_path / "plan.png"))
+    assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.png", "plan.svg"}
