@@ -23,9 +23,11 @@ from explore.figures import (
     plot_plans,
     save_figure,
 )
-from explore.interop.megatron_layout import plan_arguments, read_arguments
+from explore.interop.megatron_layout import plan_arguments
+from explore.interop.megatron_read import read_arguments
 from explore.plan import Cluster, Layout, Plan, Run, search
-from explore.plan.golden import GOLDEN, IN_STAGES
+from explore.plan.golden import GOLDEN, IN_STAGES, PATTERN, Golden
+from explore.plan.published import table_3
 from explore.presets import preset
 
 CONTRACT = [
@@ -69,6 +71,10 @@ def test_one_layout_as_json_keeps_the_contract(explore: Any) -> None:
     assert plan["layout"] | {"pipeline": ""} == {
         "tp": 1, "cp": 1, "pp": 4, "vpp": 4, "ep": 64, "etp": 1, "micro_batch": 1, "dp": 64, "edp": 1, "pipeline": "",
     }  # fmt: skip
+    kinds = {row["kind"]: row for row in plan["traffic"]}
+    assert kinds["all-to-all in domains"]["seconds"] == pytest.approx(plan["all_to_all_s"])
+    assert kinds["all-to-all in domains"]["link"] == "domain"
+    assert kinds["pipeline traffic"]["link"] == "network"
     # The fullest rank of table 3 of arXiv 2603.07685: 36.4 + 32.1 + 131.0 GiB.
     assert plan["ranks"][2]["total"] == pytest.approx(199.5, rel=0.015)
 
@@ -140,6 +146,60 @@ def test_numbers_in_print_with_their_differences(explore: Any) -> None:
     }  # fmt: skip
     for row in rows:
         assert row["difference"] == pytest.approx(row["computed"] / row["published"] - 1)
+    code, out, _ = explore("plan", "--published", "--csv")
+    assert code == 0
+    assert [row["name"] for row in csv.DictReader(io.StringIO(out))] == [row["name"] for row in rows]
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
+def test_the_golden_cases_are_read_from_their_arguments(case: Golden) -> None:
+    """As `model_config.yaml` of each case has them."""
+    given = ARGUMENTS | {
+        "--hybrid-layer-pattern": case.layout.get("pipeline", PATTERN),
+        "--tensor-model-parallel-size": case.layout.get("tp", 1),
+        "--context-parallel-size": case.layout.get("cp", 1),
+        "--pipeline-model-parallel-size": case.layout.get("pp", 1),
+        "--attention-backend": "fused" if case.fused else "unfused",
+    }
+    assert read_arguments({"MODEL_ARGS": given}, 8).ranks() == case.plan().ranks()
+
+
+def test_arguments_of_a_transformer_with_latent_attention_and_dense_layers_are_read() -> None:
+    given = {
+        "num-layers": 61, "hidden-size": 7168, "ffn-hidden-size": 18432, "num-attention-heads": 128,
+        "multi-latent-attention": True, "q-lora-rank": 1536, "kv-lora-rank": 512, "swiglu": True,
+        "num-experts": 256, "moe-layer-freq": "([0]*3+[1]*58)", "moe-ffn-hidden-size": 2048, "moe-router-topk": 8,
+        "moe-shared-expert-intermediate-size": 2048, "mtp-num-layers": 1, "vocab-size": 129280,
+        "untie-embeddings-and-output-weights": True, "hidden-dropout": 0.0, "seq-length": 4096,
+        "global-batch-size": 8192, "pipeline-model-parallel-size": 4, "expert-model-parallel-size": 64,
+        "pipeline-model-parallel-layout": "Et*4|(tttt|)*14tmL", "bf16": True, "use-distributed-optimizer": True,
+    }  # fmt: skip
+    plan = read_arguments(given, 256, "GB200")
+    same = table_3(memory_efficient_permutation=True)
+    assert [list(rank.values()) for rank in plan.ranks()] == [
+        pytest.approx(list(rank.values()), rel=1e-6) for rank in same.ranks()
+    ]
+    assert plan.run.all_to_all == "naive"
+    for name, value, says in (
+        ("moe-layer-freq", "[0]*3", "a list of 61 layers"),
+        ("decoder-first-pipeline-num-layers", 4, "is not supported"),
+        ("data-parallel-sharding-strategy", "all", "must be one of no_shard"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read_arguments(given | {"use-megatron-fsdp": True, name: value}, 256)
+
+
+def test_stages_without_a_layout_have_as_many_layers_each() -> None:
+    given = {
+        "num-layers": 8, "hidden-size": 64, "num-attention-heads": 4, "hidden-dropout": 0.0, "seq-length": 512,
+        "global-batch-size": 16, "pipeline-model-parallel-size": 2, "vocab-size": 256,
+    }  # fmt: skip
+    assert read_arguments(given, 2).pipeline() == "Et*4|t*4L"
+    twice = given | {"num-virtual-stages-per-pipeline-rank": 2}
+    assert read_arguments(twice, 2).pipeline() == "Ett|(tt|)*2ttL"
+    assert read_arguments(given | {"num-layers-per-virtual-pipeline-stage": 2}, 2) == read_arguments(twice, 2)
+    with pytest.raises(ValueError, match="must be divisible by the 6 stages"):
+        read_arguments(given | {"num-virtual-stages-per-pipeline-rank": 3}, 2)
 
 
 def test_arguments_of_megatron_are_read(explore: Any, tmp_path: Path) -> None:
@@ -164,7 +224,7 @@ def test_arguments_of_megatron_are_written_and_read_again(explore: Any) -> None:
     model = preset("nemotron-3-nano")
     run = Run(
         seq_len=8192, global_batch=256, precision="mxfp8", recompute=("moe_act",), moments="bfloat16",
-        memory_efficient_permutation=True,
+        grads="bfloat16", offload_optimizer=True, memory_efficient_permutation=True,
     )  # fmt: skip
     plan = Plan.of(model, run, Layout(tp=2, pp=4, ep=16, micro_batch=2), Cluster.named("H100x64"))
     arguments, _ = plan_arguments(plan)

@@ -164,6 +164,10 @@ class BlockConfig(Config, ABC):
         """Forward FLOPs of one sequence, by convention and component, where a convention does not go by its rule."""
         return {}
 
+    def routing(self) -> tuple[int, int]:
+        """Routed experts, and how many of them a token goes to; zeros where there are none."""
+        return 0, 0
+
     def context_numel(self, cp: int) -> float:
         """Elements that a context-parallel rank sends in a forward pass for each of its tokens."""
         return 0.0

@@ -63,6 +63,7 @@ class MoEConfig(BlockConfig):
     }
     ranks: ClassVar[Ranks] = Ranks(
         replicated=("router", "latent_down", "latent_norm", "latent_up"),
+        routed=("experts",),
         full_width=("router",),
         recomputed=(
             ("moe", ("router", "latent_down", "experts", "latent_up", "shared", "shared_gate")),
@@ -255,6 +256,9 @@ class MoEConfig(BlockConfig):
             if self.shared_gate:
                 rows.append(Saved("shared_gate", "activation", (d_model + 1) * seq_len, "float32"))
         return tuple(rows)
+
+    def routing(self) -> tuple[int, int]:
+        return self.n_experts, self.top_k
 
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
         check_divides("ep", ep, "n_experts", self.n_experts)

@@ -16,11 +16,13 @@ class Ranks(NamedTuple):
 
     Attributes:
         replicated: weights that every tensor-parallel rank holds whole.
+        routed: weights of experts, which expert-parallel ranks divide.
         full_width: weights whose products stay in full width where others are taken in a narrow format.
         recomputed: products that are taken again when one of Megatron-LM's modules is recomputed, by its name.
     """
 
     replicated: tuple[str, ...] = ()
+    routed: tuple[str, ...] = ()
     full_width: tuple[str, ...] = ()
     recomputed: tuple[tuple[str, tuple[str, ...]], ...] = ()
 

@@ -32,7 +32,7 @@ Precision = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
 def plan(
     targets: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Patterns, presets or paths.")] = None,
     cluster: Annotated[
-        str, typer.Option(metavar="GPUxN", help="GPUs: a known one or a JSON file of one, and how many.")
+        str, typer.Option(metavar="GPUxN", help="GPU, known or a JSON file, and their number.")
     ] = "GB200x256",
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
     global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
@@ -44,61 +44,64 @@ def plan(
     ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel ranks.")] = None,
     etp: Annotated[int | None, typer.Option(min=1, help="Ranks that divide an expert.")] = None,
     pipeline_layout: Annotated[
-        str | None, typer.Option(metavar="LAYOUT", help="Megatron's, as 'Et*4|(tttt|)*14tmL', or a pattern with |.")
+        str | None, typer.Option(metavar="LAYOUT", help="Stages, as 'Et*4|(tttt|)*14tmL', or a pattern with |.")
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Of products and weights.")] = "bf16",
+    precision: Annotated[Precision, typer.Option(help="Format of weights and products.")] = "bf16",
     recompute: Annotated[
-        list[str] | None, typer.Option(metavar="MODULE", help="Module to compute again, or full; repeatable.")
+        list[str] | None, typer.Option(metavar="MODULE", help="Module to recompute, or full; repeatable.")
     ] = None,
-    moments: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of Adam's moments.")] = "float32",
-    grads: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of gradients.")] = "float32",
-    zero: Annotated[int, typer.Option(min=0, max=3, help="1 shares optimizer state, 2 gradients, 3 weights.")] = 1,
+    moments: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of Adam's moments.")] = "float32",
+    grads: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Dtype of gradients.")] = "float32",
+    zero: Annotated[
+        int, typer.Option(min=0, max=3, help="Shard: 1 optimizer state, 2 gradients, 3 weights (FSDP).")
+    ] = 1,
     offload_optimizer: Annotated[
-        bool, typer.Option("--offload-optimizer", help="Keep optimizer state in the host's memory.")
+        bool, typer.Option("--offload-optimizer", help="Keep optimizer state in host memory.")
     ] = False,
-    offload_activations: Annotated[float, typer.Option(help="Part of the activations in the host's memory.")] = 0.0,
+    offload_activations: Annotated[float, typer.Option(help="Fraction of activations to keep in host memory.")] = 0.0,
     memory_efficient_permutation: Annotated[
-        bool, typer.Option("--memory-efficient-permutation", help="Weigh experts before their last matrix.")
+        bool, typer.Option("--memory-efficient-permutation", help="Apply routing weights before the last matrix.")
     ] = False,
+    all_to_all: Annotated[
+        Literal["naive", "rank", "node"], typer.Option(help="Copies of a token: for each expert, rank or domain.")
+    ] = "node",
     expert_groups: Annotated[
-        str | None, typer.Option(metavar="GROUPS:CHOSEN", help="Experts come from so many groups, as 8:4.")
+        str | None, typer.Option(metavar="GROUPS:CHOSEN", help="Groups of experts, and how many a token uses, as 8:4.")
     ] = None,
-    objective: Annotated[Objective, typer.Option(help="What the best layout has.")] = "tokens_per_s",
+    objective: Annotated[Objective, typer.Option(help="What the search optimizes.")] = "tokens_per_s",
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Training tokens, as 25T: days and GPU-hours.")
+        str | None, typer.Option(metavar="N", help="Training tokens, as 25T; shows days and GPU-hours.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Layouts to show.")] = 8,
+    top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 8,
     largest: Annotated[
-        Literal["batch", "context", "model"] | None, typer.Option(help="The largest of it that fits.")
+        Literal["batch", "context", "model"] | None, typer.Option(help="Find the largest that fits.")
     ] = None,
     free: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="Size that --largest model changes (default: d_model).")
     ] = None,
     megatron: Annotated[bool, typer.Option("--megatron", help="Print Megatron-LM's arguments.")] = False,
     megatron_args: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON of Megatron-LM's arguments to cost.")
+        Path | None, typer.Option(metavar="FILE", help="Plan the run of a JSON of Megatron-LM's arguments.")
     ] = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="Ranks of --megatron-args.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Write memory and throughput as PNG and SVG.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="GPUs of --megatron-args.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Write a figure of memory and throughput.")] = None,
     d_model: DModel = 256,
     vocab_size: VocabSize = 2048,
     set_: SetOptions = None,
-    published: Annotated[bool, typer.Option("--published", help="Numbers in print beside those computed.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Compare with published numbers.")] = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the layouts as CSV.")] = False,
 ) -> None:
-    """What training a model on a cluster needs: memory of each rank, traffic, throughput, and the best layouts.
+    """Plan a large training run: memory of each rank, traffic, throughput, and the best layouts.
 
-    With all of --tp --cp --pp --vpp --ep --micro-batch one layout is costed; what is not given is searched. The
-    ceiling has every product at the peak and all traffic hidden; the estimate has efficiencies fitted to runs in print.
+    With all of --tp --cp --pp --vpp --ep --micro-batch one layout is costed; degrees that are missing are searched.
+    The ceiling has every product at the peak rate and all traffic hidden; the estimate uses efficiencies fitted to
+    published runs.
     """
     from explore.plan import Cluster, Plan, Run
 
     if published:
-        from explore.plan import published as rows_in_print
-
-        rows = rows_in_print()
-        print(json.dumps([row.to_dict() for row in rows], indent=2)) if as_json else print_published(rows)
+        _published(as_json, as_csv)
         return
     fixed = {
         name: value
@@ -109,7 +112,7 @@ def plan(
     }  # fmt: skip
     if megatron_args is not None:
         from explore.files import read_json
-        from explore.interop.megatron_layout import read_arguments
+        from explore.interop.megatron_read import read_arguments
 
         if world_size is None:
             raise ValueError("--world-size: required with --megatron-args")
@@ -124,7 +127,7 @@ def plan(
             "seq_len": seq_len, "global_batch": global_batch, "precision": precision, "moments": moments,
             "grads": grads, "zero": zero, "recompute": _modules(recompute), "offload_optimizer": offload_optimizer,
             "offload_activations": offload_activations, "expert_groups": _groups(expert_groups),
-            "memory_efficient_permutation": memory_efficient_permutation,
+            "memory_efficient_permutation": memory_efficient_permutation, "all_to_all": all_to_all,
         }
     )  # fmt: skip
     on, plans = Cluster.named(cluster), dict[str, Plan]()
@@ -145,6 +148,24 @@ def plan(
         else:
             plans[target], found[target] = _planned(model, run, on, fixed, pipeline_layout, objective, top)
     _show(plans, found, tokens, as_json, as_csv, megatron, figure)
+
+
+def _published(as_json: bool, as_csv: bool) -> None:
+    from explore.plan import published as compare
+
+    rows = compare()
+    if as_json:
+        print(json.dumps([row.to_dict() for row in rows], indent=2))
+    elif as_csv:
+        _write_csv([row.to_dict() for row in rows])
+    else:
+        print_published(rows)
+
+
+def _write_csv(rows: list[dict[str, Any]]) -> None:
+    writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def _planned(
@@ -183,10 +204,7 @@ def _show(
         _arguments(plans)
     elif as_csv:
         shown = {name: searches[name].plans if name in searches else (plan,) for name, plan in plans.items()}
-        rows = [row_of(name, plan, budget) for name, several in shown.items() for plan in several]
-        writer = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        _write_csv([row_of(name, plan, budget) for name, several in shown.items() for plan in several])
     elif as_json:
         records = []
         for name, plan in plans.items():

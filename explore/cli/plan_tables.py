@@ -1,4 +1,4 @@
-"""How plans, searches and numbers in print are shown in a terminal."""
+"""Tables of plans, searches and published numbers in a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WIDTH = 100
-"""Characters of a line at the most."""
+"""Largest number of characters of a line."""
 
 
 def row_of(name: str, plan: Plan, tokens: float | None) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
         f"{plan.run.precision}, {plan.run.seq_len:,} tokens, batch {plan.run.global_batch:,}"
     )
     if relief := relief_of(plan.run):
-        _say(f"saves memory by: {relief}")
+        _say(f"to save memory: {relief}")
     if plan.batch.pp > 1:
         _say(f"pipeline: {plan.pipeline()}")
     table = _table("GiB of rank", "weights", "grads", "optimizer", "activations", "total", left=0)
@@ -62,14 +62,12 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
     )
     if not plan.fits:
         relief_found = cheapest_relief(plan)
-        help_ = (
-            "no recomputation and no offload makes it fit" if relief_found is None else f"fits with {relief_found[1]}"
-        )
-        _say(help_)
+        _say("no recomputation or offload makes it fit" if relief_found is None else f"fits with {relief_found[1]}")
     _say(
         f"{estimate:,.0f} TFLOP/s a GPU estimated, {ceiling:,.0f} at most; {plan.tokens_per_s_gpu:,.0f} tokens/s a GPU;"
         f" step {plan.step_s:.3g} s; {plan.binds} binds"
     )
+    _print_traffic(plan)
     parts = {part: seconds / plan.step_s for part, seconds in plan.parts.items()}
     _say("of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items() if share > 0.005))
     if tokens is not None:
@@ -80,24 +78,34 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
         _print_search(found)
 
 
+def _print_traffic(plan: Plan) -> None:
+    """What the busiest rank sends in a step."""
+    if not (rows := plan.traffic()):
+        return
+    table = _table("traffic of a step", "link", "GB", "seconds", "assumed hidden", left=(0, 1))
+    for row in rows:
+        table.add_row(row["kind"], row["link"], f"{row['gb']:,.4g}", f"{row['seconds']:,.3g}", f"{row['hidden']:.0%}")
+    out.print(table)
+
+
 def _print_assumptions(plan: Plan) -> None:
-    rests = plan.assumptions()
-    fitted = "fitted to runs in print" if rests["product_efficiency_fitted"] else "the mean of other GPUs"
-    hidden = ", ".join(f"{kind} {part:.0%}" for kind, part in rests["hidden_traffic"].items())
-    _say(f"[dim]assumed: products at {rests['product_efficiency']:.0%} of the peak ({fitted}),[/dim]")
-    _say(f"[dim]hidden traffic: {hidden};[/dim]")
-    _say(f"[dim]{rests['reserve']:.0%} of the memory is left free[/dim]")
+    given = plan.assumptions()
+    fitted = "fitted to published runs" if given["product_efficiency_fitted"] else "the mean of other GPUs"
+    rates = ", ".join(f"{link} {part:.0%}" for link, part in given["link_efficiency"].items())
+    _say(f"[dim]assumed: products at {given['product_efficiency']:.0%} of the peak ({fitted});[/dim]")
+    _say(f"[dim]links at {rates} of their rate;[/dim]")
+    _say(f"[dim]unexplained memory: {given['workspace_gib']:.2f} GiB, and {given['reserve']:.0%} is left free[/dim]")
 
 
 def _print_search(found: Found) -> None:
     _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit; the best:")
-    table = _table("layout", "tokens/s", "TFLOP/s", "GiB", "saves memory by", left=(0, 4))
+    table = _table("layout", "tokens/s", "TFLOP/s", "GiB", "to save memory", left=(0, 4))
     for plan in found.plans:
         numbers = (f"{plan.tokens_per_s_gpu:,.0f}", f"{plan.tflops[1]:,.0f}", f"{plan.needed / GIB:,.0f}")
         table.add_row(str(plan.layout), *numbers, relief_of(plan.run))
     out.print(table, width=min(WIDTH, out.width))
-    _say("\nthe others: the best with each value, and what stops or slows it")
-    table = _table("degree", "values", "of the best", "wall", left=(0, 1, 3))
+    _say("\nbest layout with each value of one degree, as a share of the best of all, and what limits it")
+    table = _table("degree", "values", "of the best", "limit", left=(0, 1, 3))
     for row in merged_walls(found):
         table.add_row(*row)
     out.print(table, width=min(WIDTH, out.width))
@@ -135,7 +143,7 @@ def print_side_by_side(plans: dict[str, Plan], tokens: float | None) -> None:
 
 
 def print_published(rows: list[Held]) -> None:
-    """Every number in print beside the one computed, and how far the estimates are off."""
+    """Every published number beside the one computed, and the errors of the estimates."""
     for section in dict.fromkeys(row.section for row in rows):
         table = _table(section, "published", "computed", "difference", "", left=0)
         for row in (row for row in rows if row.section == section):

@@ -4,15 +4,17 @@ from explore.plan.cluster import Cluster
 from explore.plan.largest import Largest, largest
 from explore.plan.layout import DEGREES, Layout
 from explore.plan.memory import Memory
-from explore.plan.plans import Plan
+from explore.plan.plans import BINDS, GIB, Plan
 from explore.plan.published import Held, published
 from explore.plan.relief import RELIEFS, cheapest_relief
-from explore.plan.run import MODULES, PRECISIONS, Run
+from explore.plan.run import MODULES, PRECISIONS, PrecisionName, Run
 from explore.plan.search import Found, Wall, search
 from explore.plan.stages import Stages, balanced, read
 
 __all__ = [
+    "BINDS",
     "DEGREES",
+    "GIB",
     "MODULES",
     "PRECISIONS",
     "RELIEFS",
@@ -23,6 +25,7 @@ __all__ = [
     "Layout",
     "Memory",
     "Plan",
+    "PrecisionName",
     "Run",
     "Stages",
     "Wall",

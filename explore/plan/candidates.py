@@ -81,7 +81,7 @@ def _divisions(
     """Degrees of tensor, context, expert and expert-tensor parallelism that divide the model."""
     w, model = cluster.n_gpus, shape.model
     powers = [2**k for k in range(w.bit_length()) if w % 2**k == 0]
-    n_experts = max(int(block.model_dump().get("n_experts", 0)) for block in model.blocks.values())
+    n_experts = max(block.routing()[0] for block in model.blocks.values())
     divisors = [k for k in range(1, n_experts + 1) if n_experts % k == 0 and w % k == 0] or [1]
     experts = [
         (ep, etp)

@@ -11,6 +11,7 @@ from typing import Literal
 from explore.roofline import Hardware, hardware
 
 LinkName = Literal["domain", "network"]
+LINKS: tuple[LinkName, ...] = ("domain", "network")
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import Any
 
 from explore.model import ModelConfig
 from explore.plan.batch import Batch, one, stages_of
-from explore.plan.cluster import Cluster
+from explore.plan.cluster import LINKS, Cluster
 from explore.plan.layout import Layout, check
 from explore.plan.memory import WORKSPACE_BYTES, Memory, memory
 from explore.plan.profile import profile
 from explore.plan.run import Run
 from explore.plan.throughput import HIDDEN, Throughput, ceiling_s, efficiency, throughput
+from explore.plan.traffic import efficiency as link_efficiency
+from explore.plan.traffic import links, traffic, volumes
 
 GIB = 2**30
 BINDS = {
@@ -23,6 +25,14 @@ BINDS = {
     "pipeline": "pipeline traffic",
     "data": "data-parallel traffic",
 }
+"""What a step can wait for, beside products."""
+KINDS = BINDS | {
+    "experts": "all-to-all in domains",
+    "across": "all-to-all across domains",
+    "data": "data-parallel traffic, dense",
+    "expert_data": "data-parallel traffic, experts",
+}
+"""Kinds of traffic."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,28 @@ class Plan:
         }
         return {name: float(seconds[0]) for name, seconds in named.items()}
 
+    def traffic(self) -> list[dict[str, Any]]:
+        """What the busiest rank sends in a step.
+
+        Returns:
+            For each kind of traffic that there is the slowest `link` that it uses, `gb`, `seconds` at the link's
+            efficiency, and the assumed fraction `hidden` behind computation.
+        """
+        sent, seconds, link = volumes(self.batch)._asdict(), traffic(self.batch)._asdict(), links(self.batch)
+        return [
+            {
+                "kind": KINDS[kind],
+                "link": link[kind],
+                "gb": float(sent[kind].max()) / 1e9,
+                "seconds": float(seconds[kind].max()),
+                "hidden": HIDDEN.get(kind, HIDDEN["data"]),
+            }
+            for kind in sent
+            if sent[kind].any()
+        ]
+
     def days(self, tokens: float) -> float:
-        """Days of training on so many tokens."""
+        """Days of training on `tokens` tokens."""
         return tokens / (self.tokens_per_s_gpu * self.cluster.n_gpus) / 86_400
 
     def assumptions(self) -> dict[str, Any]:
@@ -119,6 +149,7 @@ class Plan:
         return {
             "product_efficiency": part,
             "product_efficiency_fitted": fitted,
+            "link_efficiency": {link: link_efficiency(self.cluster, link) for link in LINKS},
             "hidden_traffic": dict(HIDDEN),
             "reserve": self.run.reserve,
             "workspace_gib": WORKSPACE_BYTES / GIB,
@@ -152,6 +183,7 @@ class Plan:
             "bubble": self.batch.bubble,
             "all_to_all_s": float(self.throughput.experts_s[0]),
             "seconds": self.parts,
+            "traffic": self.traffic(),
             "layout": self.layout.model_dump(mode="json", exclude={"pipeline"})
             | {"dp": self.layout.dp(self.cluster.n_gpus), "edp": self.layout.edp(self.cluster.n_gpus)}
             | {"pipeline": self.pipeline()},

@@ -5,7 +5,7 @@ Items are the letters of the pattern, then the embedding, multi-token prediction
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,7 +32,8 @@ class Profile:
         weights: parameters, (items, divided by tp | whole | experts, narrow products | not).
         flops: forward FLOPs, (items, narrow outside experts | experts | full width).
         divided: 1 where tensor-parallel ranks gather and scatter an item's tokens, else 0.
-        routed: width in which tokens go to experts times experts of a token, 0 where there are none.
+        d_routed: width in which a token goes to experts, 0 where there are none; that of multi-token prediction is
+            the sum over its layers.
         top_k: experts of a token.
     """
 
@@ -70,7 +71,7 @@ class Profile:
         """How often each stage of each rank has each item."""
         letters = stages.letters(self.model.pattern)
         rows = [
-            [layers.count(name) for name in self.names[:-3]] + [items.count(item) for item in (EMBEDDING, MTP, LOSS)]
+            [layers.count(name) for name in self.names[:-3]] + [int(item in items) for item in (EMBEDDING, MTP, LOSS)]
             for layers, items in zip(letters, stages.items, strict=True)
         ]
         return np.array(rows, dtype=float).reshape(stages.vpp, stages.pp, len(self.names)).swapaxes(0, 1)
@@ -84,6 +85,7 @@ class Profile:
         return [0.0, *units, *mtp, of[LOSS_NAME]]
 
 
+INPUT_NORM = "input norm"
 EMBEDDING_NAME, MTP_NAME, LOSS_NAME = "embedding", "mtp", "loss"
 WIDTH, WHOLE, EXPERTS = 0, 1, 2
 DENSE, ROUTED, FULL = 0, 1, 2
@@ -102,7 +104,7 @@ def profile(model: ModelConfig, seq_len: int) -> Profile:
         part = ledger.blocks[letter]
         weights[i], flops[i] = _divided(part.entries, blocks[letter])
         divided[i] = float(weights[i, WIDTH].sum() > 0)
-        d_routed[i], top_k[i] = _routed(part.entries, blocks[letter].model_dump())
+        d_routed[i], top_k[i] = _routed(part.entries, blocks[letter])
     depths = 0 if model.mtp is None else model.mtp.n_depths
     head = next(entry for entry in ledger.after.entries if entry.component == "head")
     weights[-3, WIDTH, 1] = ledger.before.total.params
@@ -119,8 +121,8 @@ def profile(model: ModelConfig, seq_len: int) -> Profile:
             weights[i] += of_block * model.mtp.n_stored
             flops[i] += products * depths
             divided[i] += depths * float(of_block[WIDTH].sum() > 0)
-            routed = _routed(entries, block.model_dump())
-            d_routed[i], top_k[i] = max(d_routed[i], routed[0]), max(top_k[i], routed[1])
+            width, k = _routed(entries, block)
+            d_routed[i], top_k[i] = d_routed[i] + depths * width, max(top_k[i], k)
         weights[i, WIDTH, 0] += 2 * d * d * model.mtp.n_stored
         weights[i, WHOLE, 1] += 3 * d * model.mtp.n_stored
         flops[i, DENSE] += 2.0 * 2 * d * d * seq_len * depths
@@ -130,31 +132,30 @@ def profile(model: ModelConfig, seq_len: int) -> Profile:
 
 
 def _with_norm(block: BlockConfig, d_model: int, seq_len: int) -> tuple[Entry, ...]:
-    return (Entry("input norm", d_model, d_model, d_model), *block.entries(d_model, seq_len))
+    return (Entry(INPUT_NORM, d_model, d_model, d_model), *block.entries(d_model, seq_len))
 
 
 def _divided(entries: Iterable[Entry], block: BlockConfig) -> tuple[np.ndarray, np.ndarray]:
     weights, flops = np.zeros((3, 2)), np.zeros(3)
     for entry in entries:
-        whole = entry.component in block.ranks.replicated or entry.component == "input norm"
-        cut = EXPERTS if entry.component == "experts" else WHOLE if whole else WIDTH
+        whole = entry.component in block.ranks.replicated or entry.component == INPUT_NORM
+        cut = EXPERTS if entry.component in block.ranks.routed else WHOLE if whole else WIDTH
         narrow = bool(entry.params and entry.flops_seq) and entry.component not in block.ranks.full_width
         weights[cut, 0 if narrow else 1] += entry.params
         flops[(ROUTED if cut == EXPERTS else DENSE) if narrow else FULL] += entry.flops_seq
     return weights, flops
 
 
-def _routed(entries: Iterable[Entry], sizes: Mapping[str, object]) -> tuple[float, float]:
+def _routed(entries: Iterable[Entry], block: BlockConfig) -> tuple[float, float]:
     """Width in which tokens go to experts, and experts of a token."""
-    k = sizes.get("top_k", 0)
-    sent = sum(entry.all_to_all_numel for entry in entries)
-    return (sent / (2 * k), float(k)) if isinstance(k, int) and k else (0.0, 0.0)
+    _, k = block.routing()
+    return (sum(entry.all_to_all_numel for entry in entries) / (2 * k), float(k)) if k else (0.0, 0.0)
 
 
 @lru_cache(maxsize=1024)
 def _layer(block: BlockConfig, d_model: int, seq_len: int) -> tuple[Saved, ...]:
     """What one layer keeps: the residual stream before its norm, and what its block keeps."""
-    return (Saved("input norm", "norm", d_model * seq_len), *block.saved(d_model, seq_len))
+    return (Saved(INPUT_NORM, "norm", d_model * seq_len), *block.saved(d_model, seq_len))
 
 
 @lru_cache(maxsize=1024)

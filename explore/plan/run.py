@@ -13,6 +13,9 @@ from explore.config import Config
 from explore.cost import Dtype
 
 PrecisionName = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
+AllToAll = Literal["naive", "rank", "node"]
+"""Copies of a token that an all-to-all sends: one for each expert, for each destination rank, or for each destination
+domain, in which the fast link passes it on to ranks."""
 MODULES: tuple[str, ...] = (
     "layernorm",
     *sorted({module for block in BLOCKS for module, _ in block.config.ranks.recomputed}),
@@ -67,6 +70,7 @@ class Run(Config):
         fused_attention: no score is kept.
         dropout: masks of dropout are kept.
         sequence_parallel: tensor-parallel ranks divide the tokens of norms and of the residual stream.
+        all_to_all: copies of a token that are sent to experts.
         expert_groups: groups of experts, and how many of them a token's experts come from; any when absent.
         reserve: part of the memory that is left free for buffers of communication, graphs and fragmentation.
     """
@@ -84,6 +88,7 @@ class Run(Config):
     fused_attention: bool = True
     dropout: bool = False
     sequence_parallel: bool = True
+    all_to_all: AllToAll = "node"
     expert_groups: tuple[int, int] | None = None
     reserve: float = 0.03
 

@@ -26,7 +26,8 @@ class Stages:
 
     Attributes:
         unit: letters of a unit.
-        items: of every stage its items: E embedding, t a unit, m multi-token prediction, L final norm, head and loss.
+        items: of every stage its items: E embedding, t a unit, m a depth of multi-token prediction, L final norm,
+            head and loss.
     """
 
     pp: int
@@ -92,7 +93,7 @@ def read(text: str, model: ModelConfig, pp: int) -> Stages:
                 f"pipeline layout must have the layers {model.pattern[:60]!r}, got {canonical(main)[:60]!r}"
             )
         parts = main.split(PIPELINE_MARK)
-        tail = (MTP * (model.mtp is not None)) + LOSS
+        tail = MTP * _depths(model) + LOSS
         items = [LAYER * len(canonical(part)) for part in parts]
         stages, unit = (
             (EMBEDDING + items[0], *items[1:-1], items[-1] + tail)
@@ -101,7 +102,7 @@ def read(text: str, model: ModelConfig, pp: int) -> Stages:
             1,
         )
     whole = "".join(stages)
-    n_layers, n_mtp = whole.count(LAYER), int(model.mtp is not None)
+    n_layers, n_mtp = whole.count(LAYER), _depths(model)
     if n_layers * 2 == model.n_layers and unit_of(model) == 2:
         unit = 2
     expected = EMBEDDING + LAYER * (model.n_layers // unit) + MTP * n_mtp + LOSS
@@ -110,9 +111,15 @@ def read(text: str, model: ModelConfig, pp: int) -> Stages:
         raise ValueError(
             f"pipeline layout must be E, {allowed}, {n_mtp} 'm' and L in this order, got {n_layers} 't': {text[:60]!r}"
         )
+    if sum(MTP in items for items in stages) > 1:
+        raise ValueError(f"pipeline layout must have all {n_mtp} 'm' in one stage, got {text[:60]!r}")
     if len(stages) % pp:
         raise ValueError(f"pp must divide the {len(stages)} stages of the pipeline layout, got {pp}")
     return Stages(pp, unit, stages)
+
+
+def _depths(model: ModelConfig) -> int:
+    return 0 if model.mtp is None else model.mtp.n_depths
 
 
 def _expand(text: str) -> str:
@@ -141,9 +148,9 @@ def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> S
     if model.mtp is None:
         items += [LOSS]
     elif unit == 2:
-        items += [MTP, LOSS]
+        items += [MTP * model.mtp.n_depths, LOSS]
     else:  # a hybrid's pattern has no place for it but before the loss
-        items += [MTP + LOSS]
+        items += [MTP * model.mtp.n_depths + LOSS]
         weights[-2:] = [weights[-2] + weights[-1]]
     if n > len(items):
         raise ValueError(f"pp * vpp must be at most {len(items)}, embedding, layers and loss of the model, got {n}")

@@ -127,7 +127,8 @@ def throughput(batch: Batch, rates: Rates | None = None) -> Throughput:
     compute = m * (products_s(batch) / rates.products + moved_s(batch) * rates.passes).max(axis=1)
     bubble = compute * batch.bubble
     sent = traffic(batch)
-    exposed = {kind: seconds.max(axis=1) * (1 - HIDDEN[kind]) for kind, seconds in sent._asdict().items()}
+    by_kind = sent._asdict() | {"data": sent.data + sent.expert_data}
+    exposed = {kind: by_kind[kind].max(axis=1) * (1 - hidden) for kind, hidden in HIDDEN.items()}
     exposed["experts"] = np.maximum(exposed["experts"], exposed.pop("across"))
     held = memory(batch)
     offload = _offload(batch, compute)
@@ -143,7 +144,8 @@ def ceiling_s(batch: Batch) -> Float[np.ndarray, " n"]:
     The pipeline fills and empties all the same, and no link carries its traffic faster than it can.
     """
     products = batch.n_microbatches * products_s(batch, again=False).max(axis=1) * (1 + batch.bubble)
-    busiest = np.max([seconds.max(axis=1) for seconds in traffic(batch, ideal=True)], axis=0)
+    sent = traffic(batch, ideal=True)
+    busiest = np.max([(sent.data + sent.expert_data).max(axis=1), *(each.max(axis=1) for each in sent[:-2])], axis=0)
     longest: np.ndarray = np.maximum(products, busiest)
     return longest
 

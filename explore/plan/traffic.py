@@ -1,4 +1,4 @@
-"""What a rank sends to others, and how long a link needs for it."""
+"""What a rank sends to other ranks in a step, over which link, and how long that link needs for it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from explore.plan.batch import Batch
 from explore.plan.cluster import LINK_EFFICIENCY, Cluster, LinkName
 from explore.plan.memory import Ranks, params
+from explore.plan.run import AllToAll
 
 BF16 = 2.0
 TENSOR_PASSES = 5
@@ -21,7 +22,7 @@ EXPERT_PASSES = 4
 
 
 class Traffic(NamedTuple):
-    """Seconds of a step that each rank's links are busy with.
+    """A number of each kind of traffic, for every layout and rank of the pipeline.
 
     Attributes:
         tensor: gathers and scatters of tensor-parallel ranks.
@@ -30,6 +31,7 @@ class Traffic(NamedTuple):
         across: all-to-alls over the network, at the same time as those inside.
         pipeline: activations and their gradients from stage to stage.
         data: gradients, and weights after the step; with zero 3 weights for every micro-batch.
+        expert_data: the same of experts, whose data-parallel groups are smaller.
     """
 
     tensor: Ranks
@@ -38,36 +40,60 @@ class Traffic(NamedTuple):
     across: Ranks
     pipeline: Ranks
     data: Ranks
-
-
-def efficiency(cluster: Cluster, link: LinkName, ideal: bool) -> float:
-    """Part of a link's rate that is reached."""
-    if ideal:
-        return 1.0
-    own = LINK_EFFICIENCY.get((cluster.device.name, link))
-    return LINK_EFFICIENCY[("", link)] if own is None else own
+    expert_data: Ranks
 
 
 def traffic(batch: Batch, ideal: bool = False) -> Traffic:
-    """Seconds of a step for each kind of traffic; with `ideal` at the full rate of every link."""
-    cluster, run, per_rank = batch.cluster, batch.run, batch.per_rank
+    """Seconds of a step that each kind keeps the links of a rank busy; with `ideal` at the full rate of every link."""
+    return Traffic(*(sent / rate for sent, rate in zip(volumes(batch), rates(batch, ideal), strict=True)))
+
+
+def volumes(batch: Batch) -> Traffic:
+    """Bytes that a rank sends in a step."""
+    run, per_rank, tp = batch.run, batch.per_rank, batch.tp
     m, d = batch.n_microbatches, batch.profile.model.d_model
     tokens = batch.micro_batch * run.seq_len / batch.cp  # of a micro-batch, on a tensor-parallel group
-    tp = batch.tp
-    passed = TENSOR_PASSES * tokens * d * BF16 * (1 - 1 / tp) * batch.profile.divided
-    tensor = m * passed @ per_rank.T / _ring(batch, tp, 1, ideal)
-    unique = {int(cp): batch.profile.context_numel(int(cp)) for cp in set(batch.cp.flat)}
+    tensor = m * (TENSOR_PASSES * tokens * d * BF16 * (1 - 1 / tp) * batch.profile.divided) @ per_rank.T
+    numel = {int(cp): batch.profile.context_numel(int(cp)) for cp in set(batch.cp.flat)}
     # Backward, keys, values and their gradients go round: twice as much as forward.
-    sent = 3 * tokens / tp * BF16 * np.stack([unique[int(cp)] for cp in batch.cp.flat])
-    context = m * sent @ per_rank.T / _neighbour(batch, tp * batch.cp, ideal)
-    inside, across = (m * EXPERT_PASSES * each @ per_rank.T for each in all_to_all_s(batch, tokens / tp, ideal))
+    context = m * (3 * tokens / tp * BF16 * np.stack([numel[int(cp)] for cp in batch.cp.flat])) @ per_rank.T
+    inside, across = (m * EXPERT_PASSES * each @ per_rank.T for each in _all_to_all(batch, tokens / tp))
     stage = tokens * d * BF16 / (tp if run.sequence_parallel else np.ones_like(tp))
     boundaries = 2 * (batch.vpp if batch.pp > 1 else 0)
-    pipeline = m * boundaries * stage / _neighbour(batch, np.full_like(tp, cluster.n_gpus), ideal)
-    return Traffic(tensor, context, inside, across, np.broadcast_to(pipeline, tensor.shape), _data(batch, ideal))
+    pipeline = np.broadcast_to(m * boundaries * stage, tensor.shape)
+    return Traffic(tensor, context, inside, across, pipeline, *_data(batch))
 
 
-def _data(batch: Batch, ideal: bool) -> Ranks:
+def rates(batch: Batch, ideal: bool = False) -> Traffic:
+    """Bytes per second of a rank, broadcastable over ranks."""
+    fast, slow = _links(batch.cluster, ideal)
+    everywhere = np.full_like(batch.tp, batch.cluster.n_gpus)
+    return Traffic(
+        tensor=_ring(batch, batch.tp, np.ones_like(batch.tp), ideal),
+        context=_neighbour(batch, batch.tp * batch.cp, ideal),
+        experts=np.full(batch.tp.shape, fast),
+        across=np.full(batch.tp.shape, slow),
+        pipeline=_neighbour(batch, everywhere, ideal),
+        data=_ring(batch, batch.dp * batch.cp, batch.tp, ideal),
+        expert_data=_ring(batch, batch.edp, batch.ep * batch.etp, ideal),
+    )
+
+
+def links(batch: Batch) -> dict[str, LinkName]:
+    """The slowest link that each kind of traffic of the first layout uses."""
+    tp, cp, dp, ep, etp, edp = (int(x[0, 0]) for x in (batch.tp, batch.cp, batch.dp, batch.ep, batch.etp, batch.edp))
+    spans = {
+        "tensor": tp,
+        "context": tp * cp,
+        "experts": 1,
+        "pipeline": batch.cluster.n_gpus,
+        "data": tp * cp * dp,
+        "expert_data": ep * etp * edp,
+    }
+    return {"across": "network", **{kind: batch.cluster.link_of(span) for kind, span in spans.items()}}
+
+
+def _data(batch: Batch) -> tuple[Ranks, Ranks]:
     """Gradients are scattered and weights gathered once a step; with zero 3 for every micro-batch, forward and back."""
     run, m = batch.run, batch.n_microbatches
     dense, experts = params(batch)
@@ -75,69 +101,75 @@ def _data(batch: Batch, ideal: bool) -> Ranks:
     # Narrow weights with two copies are gathered in bf16 and rounded after it.
     once = grad + BF16 if run.zero else 2 * grad
     moved = m * (2 * BF16 + grad) if run.zero == 3 else once
-    seconds = np.zeros((len(batch.tp), batch.pp))
-    for numel, ranks, stride in (
-        (dense, batch.dp * batch.cp, batch.tp),
-        (experts, batch.edp, batch.ep * batch.etp),
-    ):
-        share = moved * (1 - 1 / ranks)
-        seconds = seconds + share * (numel @ batch.per_rank.T) / _ring(batch, ranks, stride, ideal)
-    return seconds
+    of_dense: np.ndarray = moved * (1 - 1 / (batch.dp * batch.cp)) * (dense @ batch.per_rank.T)
+    of_experts: np.ndarray = moved * (1 - 1 / batch.edp) * (experts @ batch.per_rank.T)
+    return of_dense, of_experts
 
 
-def _ring(batch: Batch, ranks: np.ndarray, stride: np.ndarray | int, ideal: bool) -> np.ndarray:
+def _links(cluster: Cluster, ideal: bool) -> tuple[float, float]:
+    """Bytes per second of a device inside its domain, and over the network."""
+    fast = cluster.rate("domain") * efficiency(cluster, "domain", ideal)
+    return fast, cluster.rate("network") * efficiency(cluster, "network", ideal)
+
+
+def efficiency(cluster: Cluster, link: LinkName, ideal: bool = False) -> float:
+    """Part of a link's rate that is reached."""
+    if ideal:
+        return 1.0
+    own = LINK_EFFICIENCY.get((cluster.device.name, link))
+    return LINK_EFFICIENCY[("", link)] if own is None else own
+
+
+def _ring(batch: Batch, ranks: np.ndarray, stride: np.ndarray, ideal: bool) -> np.ndarray:
     """Bytes per second of each rank in a collective of ranks a stride apart.
 
     Where it spans domains, members of one domain share the load of the network, each over its own adapter.
     """
     cluster = batch.cluster
-    fast = cluster.rate("domain") * efficiency(cluster, "domain", ideal)
-    slow = cluster.rate("network") * efficiency(cluster, "network", ideal)
+    fast, slow = _links(cluster, ideal)
     inside = np.maximum(1, np.minimum(ranks, cluster.domain_size // np.maximum(1, stride)))
     return np.where(ranks * stride <= cluster.domain_size, fast, np.minimum(fast, inside * slow))
 
 
 def _neighbour(batch: Batch, span: np.ndarray, ideal: bool) -> np.ndarray:
-    """Bytes per second between neighbours in a group that spans so many ranks."""
-    cluster = batch.cluster
-    fast = cluster.rate("domain") * efficiency(cluster, "domain", ideal)
-    slow = cluster.rate("network") * efficiency(cluster, "network", ideal)
-    return np.where(span <= cluster.domain_size, fast, slow)
+    """Bytes per second between neighbours in a group that spans that many ranks."""
+    fast, slow = _links(batch.cluster, ideal)
+    return np.where(span <= batch.cluster.domain_size, fast, slow)
 
 
-def all_to_all_s(
-    batch: Batch, tokens: Float[np.ndarray, "n 1"], ideal: bool
+def _all_to_all(
+    batch: Batch, tokens: Float[np.ndarray, "n 1"]
 ) -> tuple[Float[np.ndarray, "n items"], Float[np.ndarray, "n items"]]:
-    """Seconds that links need to carry a micro-batch's tokens to its experts once: inside a domain, and across."""
+    """Bytes that carry a micro-batch's tokens to the experts of every item once: inside a domain, and across."""
     profile, run = batch.profile, batch.run
     pairs, index = np.unique(np.hstack((batch.ep, batch.etp)), axis=0, return_inverse=True)
     both = np.zeros((2, len(tokens), len(profile.names)))
     for i in np.flatnonzero(profile.top_k):
-        k, width = int(profile.top_k[i]), profile.d_routed[i]
-        per_byte = np.array(
-            [all_to_all_bytes_s(batch.cluster, ep, etp, k, run.expert_groups, ideal) for ep, etp in pairs.tolist()]
-        )
-        # Of multi-token prediction every depth has its own; the pattern of a depth has one layer of experts.
-        both[:, :, i] = tokens[:, 0] * width * BF16 * per_byte[index.reshape(-1)].T
+        k, size = int(profile.top_k[i]), batch.cluster.domain_size
+        sent = [copies_sent(size, ep, etp, k, run.all_to_all, run.expert_groups) for ep, etp in pairs.tolist()]
+        both[:, :, i] = tokens[:, 0] * profile.d_routed[i] * BF16 * np.array(sent)[index.reshape(-1)].T
     return both[0], both[1]
 
 
-@lru_cache(maxsize=4096)
-def all_to_all_bytes_s(
-    cluster: Cluster, ep: int, etp: int, top_k: int, groups: tuple[int, int] | None = None, ideal: bool = False
-) -> tuple[float, float]:
-    """Seconds per byte of a token that an all-to-all keeps the links of a domain busy, and those of the network.
+def all_to_all_s(
+    cluster: Cluster, sent: float, ep: int, top_k: int, mode: AllToAll, groups: tuple[int, int] | None = None
+) -> float:
+    """Seconds of one all-to-all in which every rank sends `sent` bytes of tokens; both links work at once."""
+    copied = copies_sent(cluster.domain_size, ep, 1, top_k, mode, groups)
+    return max(sent * n / rate for n, rate in zip(copied, _links(cluster, ideal=False), strict=True))
 
-    One copy goes to each rank, and over the network one to each domain, inside which it goes on; both links are busy at
-    once, so that it takes the longer.
-    """
-    inside = max(1, min(ep, cluster.domain_size // etp))
+
+@lru_cache(maxsize=4096)
+def copies_sent(
+    domain_size: int, ep: int, etp: int, top_k: int, mode: AllToAll, groups: tuple[int, int] | None = None
+) -> tuple[float, float]:
+    """Copies of a token that an all-to-all sends on average: inside its domain, and over the network."""
+    inside = max(1, min(ep, domain_size // etp))
     domains = -(-ep // inside)
-    fast = cluster.rate("domain") * efficiency(cluster, "domain", ideal)
-    slow = cluster.rate("network") * efficiency(cluster, "network", ideal)
-    over_domain = copies(ep, top_k, groups) * (1 - 1 / inside) / fast
-    over_network = copies(domains, top_k, groups) * (1 - 1 / domains) / slow
-    return over_domain, over_network
+    if mode == "node":
+        return copies(ep, top_k, groups) * (1 - 1 / inside), copies(domains, top_k, groups) * (1 - 1 / domains)
+    n = top_k if mode == "naive" else copies(ep, top_k, groups)
+    return n * (inside - 1) / ep, n * (ep - inside) / ep
 
 
 def copies(places: int, top_k: int, groups: tuple[int, int] | None = None) -> float:
@@ -157,12 +189,3 @@ def copies(places: int, top_k: int, groups: tuple[int, int] | None = None) -> fl
         comb(here, j) * comb(n - here, chosen - j) / ways * (1 - (1 - j / chosen) ** top_k)
         for j in range(1, min(here, chosen) + 1)
     )
-
-
-def naive_bytes_s(cluster: Cluster, ep: int, top_k: int, ideal: bool = False) -> float:
-    """Seconds per byte of a token in an all-to-all that sends a copy to each expert, wherever it is."""
-    inside = min(ep, cluster.domain_size)
-    fast = cluster.rate("domain") * efficiency(cluster, "domain", ideal)
-    slow = cluster.rate("network") * efficiency(cluster, "network", ideal)
-    here, elsewhere = (inside - 1) / ep, (ep - inside) / ep
-    return top_k * max(here / fast, elsewhere / slow)
