@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,9 +20,12 @@ from pydantic import (
 )
 
 from explore.config import Config, added_later, explain, set_field
+from explore.cost import in_formats
 from explore.data import DataConfig, Source
 from explore.files import read_json
+from explore.foreign import echo
 from explore.model import ModelConfig
+from explore.precision import TRAINED, Recipe, Until, named
 
 UNTIL_DECAY = frozenset(
     {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
@@ -57,6 +61,24 @@ Start = FreshWeights
 `explore.train.start`. A parent counts by the digest of its weights."""
 
 
+def _precision(value: Any) -> str | Recipe:
+    """The name of a recipe, or a recipe that has none: it is the same experiment either way."""
+    match value:
+        case str():
+            named(value, "it", TRAINED.keys())
+            return value
+        case Mapping():
+            try:
+                value = Recipe.model_validate(value)
+            except ValidationError as error:
+                raise ValueError(explain(error)) from None
+        case Recipe():
+            pass
+        case _:
+            raise ValueError(f"must be the name of a recipe, or a recipe, got {echo(value)}")
+    return next((name for name, recipe in TRAINED.items() if recipe == value), value)
+
+
 class TrainConfig(Config):
     """How a model is trained. The budget is `tokens` or `flops`; exactly one is given.
 
@@ -72,7 +94,8 @@ class TrainConfig(Config):
         final_lr_ratio: learning rate of the last step over the peak.
         clip: largest norm of the gradient.
         mtp_weight: weight of the mean cross-entropy of the depths of multi-token prediction, where a model has it.
-        precision: `fp32`, or `bf16`: matrix products in bfloat16, weights and optimizer state in fp32.
+        precision: name of a recipe of `explore.precision`, or a recipe. `fp32`; `bf16`: matrix products in bfloat16,
+            weights and optimizer state in fp32; others quantise the operands of some products, and have the rest so.
         val_every: steps between validations; only at the end when absent.
         eval_tokens: tokens of a split that an evaluation reads; all when absent.
         objective: what is minimised.
@@ -91,7 +114,7 @@ class TrainConfig(Config):
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     clip: PositiveFloat = 1.0
     mtp_weight: NonNegativeFloat = 0.3
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Annotated[str | Recipe, BeforeValidator(_precision)] = "fp32"
     val_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
     objective: Objective = added_later(NextToken())
@@ -104,7 +127,23 @@ class TrainConfig(Config):
             )
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")
+        if "fp16" in (self.recipe.format, *(rule.format for rule in self.recipe.rules)):
+            raise ValueError("precision: formats must not be fp16, whose gradients would need loss scaling, got 'fp16'")
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of precision."""
+        return TRAINED[self.precision] if isinstance(self.precision, str) else self.precision
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether operands of some products may be quantised."""
+        return self.precision not in ("fp32", "bf16")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Recipes that quantise count by what they say, whatever their names."""
+        return super().fingerprint() | ({"precision": self.recipe.fingerprint()} if self.quantizes else {})
 
     def n_steps(self, seq_len: int, flops_train: float) -> int:
         """Optimizer steps that the budget pays for, at least one; the budget is rounded to whole steps."""
@@ -126,6 +165,15 @@ class Experiment(Config):
     seed: NonNegativeInt = 0
     start: Start = added_later(FreshWeights())
 
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        if self.train.quantizes:
+            try:
+                in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)
+            except ValueError as error:
+                raise ValueError(f"train.{error}") from None
+        return self
+
     @property
     def n_steps(self) -> int:
         """Optimizer steps."""
@@ -145,10 +193,11 @@ class Experiment(Config):
         """What a user should know of a run on data that was opened for it, one line each."""
         n_tokens, n_rows = source.vocab_size, self.model.vocab_size
         padded = -(-n_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        notes = (*source.notes, *(f"train.precision: {warning}" for warning in self.train.recipe.warnings))
         if n_rows <= padded:
-            return source.notes
+            return notes
         unused = f"{n_rows - n_tokens:,} rows of the embedding and the head stand for nothing"
-        return (*source.notes, f"model.vocab_size is {n_rows:,} and the data has {n_tokens:,} tokens: {unused}")
+        return (*notes, f"model.vocab_size is {n_rows:,} and the data has {n_tokens:,} tokens: {unused}")
 
     def key(self) -> str:
         """64 hexadecimal digits over everything that decides the result, and nothing else.
@@ -165,7 +214,9 @@ class Experiment(Config):
     def stable_key(self) -> str:
         """64 hexadecimal digits over everything that decides the states of the stable phase, whatever the budget."""
         train = {name: value for name, value in self.train.fingerprint().items() if name not in UNTIL_DECAY}
-        return self._hash(train | {"warmup_steps": self.warmup_steps})
+        # Where precision changes on the way, it does so after a share of all steps.
+        n_steps = {} if self.train.recipe.until == Until() else {"n_steps": self.n_steps}
+        return self._hash(train | {"warmup_steps": self.warmup_steps} | n_steps)
 
     def rung_key(self, step: int) -> str:
         """Key of the state after so many steps, which must be in the stable phase."""

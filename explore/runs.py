@@ -129,12 +129,13 @@ class RunFolder:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """`metrics.csv`, less a last line that a kill cut off."""
-        text = self.text("metrics.csv") or ""
-        try:
-            return pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]), on_bad_lines="skip")
-        except (pd.errors.EmptyDataError, pd.errors.ParserError):
-            return pd.DataFrame()
+        """`metrics.csv`, without a last line that a kill cut off."""
+        return _csv(self.text("metrics.csv"))
+
+    @property
+    def lost(self) -> pd.DataFrame:
+        """`precision.csv` of a run in low precision: shares of elements lost, by step, component and operand."""
+        return _csv(self.text("precision.csv"))
 
     @property
     def key(self) -> str | None:
@@ -169,6 +170,15 @@ class RunFolder:
                 "result": self.result or {},
             }
         )
+
+
+def _csv(text: str | None) -> pd.DataFrame:
+    """A table whose last line may be cut off."""
+    text = text or ""
+    try:
+        return pd.read_csv(io.StringIO(text[: text.rfind("\n") + 1]), on_bad_lines="skip")
+    except (pd.errors.EmptyDataError, pd.errors.ParserError):
+        return pd.DataFrame()
 
 
 def find_run(root: str | Path, key: str) -> RunFolder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -44,6 +45,11 @@ def _largest(values: Any) -> float | None:
 def _state_bytes(cost: Any) -> float | None:
     parts = [at(cost, name) for name in ("kv_bytes", "ssm_state_bytes", "conv_state_bytes")]
     return sum(parts) if all(isinstance(part, int | float) for part in parts) else None
+
+
+def _word(precision: Any) -> Any:
+    """A recipe of precision that has no name, as text."""
+    return json.dumps(precision) if isinstance(precision, Mapping) else precision
 
 
 def _n_steps(records: Records) -> int | None:
@@ -172,7 +178,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     ),
     _result("train_s", "Training time", "s", better="lower", log=True),
     _result("tokens_per_s", "Training throughput", "tokens/s", better="higher", log=True, spec=",.0f"),
-    _setting("precision", "Precision", "experiment", "train", "precision", dtype="str"),
+    _setting("precision", "Precision", "experiment", "train", "precision", dtype="str", take=_word),
     _setting("n_steps", "Optimizer steps of the schedule", dtype="Int64", take=_n_steps, log=True),
     _setting("seq_len", "Sequence length", "experiment", "data", "seq_len", unit="tokens", dtype="Int64", log=True),
     _setting("d_model", "Width of the model", "experiment", "model", "d_model", dtype="Int64", log=True, headline=True),

@@ -38,7 +38,7 @@ def multiplies_bf16() -> bool:
 
 def slow_precision(experiment: Experiment) -> str | None:
     """One line that says so where this experiment's precision has no instructions here."""
-    if experiment.train.precision == "bf16" and not multiplies_bf16():
+    if experiment.train.recipe.high == "bf16" and not multiplies_bf16():
         return (
             f"train.precision: bf16 has no instructions on this {processor()}; fp32 trains several times as fast here"
         )

@@ -27,6 +27,7 @@ from explore.train.callbacks import (
     quiet,
 )
 from explore.train.judging import Judge, LearningCurve, seen, tell
+from explore.train.low_precision import LostElements
 from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
 from explore.train.models import evaluate, step_of
@@ -129,6 +130,8 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, r
     if run.writes:
         metrics = run.folder.path / "metrics.csv"
         callbacks.append(MetricsFile(metrics, experiment.batch_tokens, run.row_every, resumed_at))
+    if experiment.train.quantizes:
+        callbacks.append(LostElements(run.folder.path, experiment.n_steps, resumed_at, writes=run.writes))
     every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
     callbacks += [curve, LastCheckpoint(folder, every, run.points, run.rungs)]
     if run.keep_every is not None:
@@ -159,7 +162,7 @@ def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | 
         strategy=lightning_strategy(run.devices, run.strategy),
         use_distributed_sampler=False,
         max_steps=n_steps,
-        precision=PRECISIONS[run.experiment.train.precision],  # type: ignore[arg-type]
+        precision=PRECISIONS[run.experiment.train.recipe.high],  # type: ignore[arg-type]
         val_check_interval=n_steps + 1,  # the learning curve says when
         check_val_every_n_epoch=None,
         limit_val_batches=None if validates else 0,

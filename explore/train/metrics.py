@@ -31,7 +31,7 @@ class MetricsFile(Callback):
 
     def __init__(self, path: Path, batch_tokens: int, every_n_steps: int, resumed_at: int) -> None:
         self.path, self.batch_tokens, self.every_n_steps = path, batch_tokens, every_n_steps
-        rows = _rows(path)
+        rows = read_rows(path)
         kept = [row for row in rows if float(row["step"]) <= resumed_at] if resumed_at else []
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, METRICS)
@@ -54,7 +54,8 @@ class MetricsFile(Callback):
             csv.DictWriter(file, METRICS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file that are whole; none where there is no file."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")

@@ -12,8 +12,9 @@ from torch import Tensor
 from explore.data import Batch, Source
 from explore.evals import bits_per_byte, recall_accuracy
 from explore.experiment import Experiment
-from explore.model import LanguageModel
+from explore.model import LanguageModel, quantize_products
 from explore.runs import RunFolder
+from explore.train.low_precision import set_step
 
 
 def load_model(folder: RunFolder) -> LanguageModel:
@@ -37,15 +38,21 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
-    """What `result.json` says of a model: loss and bits per byte of both splits, and recall where that is the task."""
+    """What `result.json` says of a model: loss and bits per byte of both splits, and recall where that is the task.
+
+    Forward products are as at the end of training.
+    """
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
+    if train.quantizes:
+        emulation = quantize_products(model, train.recipe, experiment.seed)
+        set_step(emulation, experiment, experiment.n_steps)
 
     def batches(split: Any) -> Iterator[Batch]:
         for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):
             yield Batch(batch.inputs.to(device), batch.targets.to(device), batch.n_bytes)
 
-    with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=train.recipe.high == "bf16"):
         val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
         recall = recall_accuracy(model, batches("test")) if experiment.data.kind == "recall" else None
     return {

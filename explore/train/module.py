@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from explore.data import Batch, Source
 from explore.evals import Score, score_batch
 from explore.experiment import Experiment
-from explore.model import LanguageModel
+from explore.model import LanguageModel, quantize_products
 from explore.ops import forced_paths
+from explore.train.low_precision import set_step
 from explore.train.objectives import Objective
 from explore.train.optimizer import build_optimizer
 from explore.train.parallel import Sharded, shard, whole
@@ -61,6 +62,7 @@ class LitLanguageModel(LightningModule):
         super().__init__()
         self.experiment, self.model, self.objective = experiment, model, objective
         self.paths = dict(paths or {})
+        self.emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
         self._load: dict[int, Tensor] = {}
         self._score = Score()
 
@@ -75,6 +77,7 @@ class LitLanguageModel(LightningModule):
             group["lr"] = lr * wsd(self.global_step, self.experiment.n_steps, self.experiment.train)
 
     def training_step(self, batch: Tensors, batch_idx: int) -> Tensor:
+        set_step(self.emulation, self.experiment, self.global_step, self.global_rank, self.trainer.world_size)
         with forced_paths(**self.paths):
             loss = self.objective(self.model, batch["inputs"], batch["targets"])
         share = self._share(loss.n_targets)
@@ -138,6 +141,7 @@ class LitLanguageModel(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._score = Score()
+        set_step(self.emulation, self.experiment, self.global_step)
 
     def validation_step(self, batch: Tensors, batch_idx: int) -> None:
         self._score += score_batch(self.model, Batch(**batch))

@@ -1,0 +1,94 @@
+"""Training in low precision: what is quantised at a step, and what is lost by it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor, distributed
+from torch.nn import Parameter
+
+from explore.experiment import Experiment
+from explore.files import replacing
+from explore.model import quantizable_parts
+from explore.ops import Emulation
+from explore.precision import products_at
+from explore.train.metrics import read_rows
+from explore.train.parallel import whole
+
+FILE = "precision.csv"
+COLUMNS = ("step", "letter", "component", "operand", "flushed", "saturated", "zero")
+ROWS_PER_RUN = 50
+"""Steps of a run at which lost elements are counted."""
+
+
+def set_step(emulation: Emulation, experiment: Experiment, step: int, rank: int = 0, world_size: int = 1) -> None:
+    """Prepares a model's quantisers for a batch.
+
+    Args:
+        step: optimizer steps that are done.
+        rank: place of this process among those that share the batch; each has every `world_size`-th sequence.
+    """
+    emulation.step = step
+    emulation.products = products_at(experiment.train.recipe, step, experiment.n_steps)
+    emulation.first, emulation.stride = rank, world_size
+    emulation.reduce_max = None if world_size == 1 else _reduce_max
+
+
+def _reduce_max(x: Tensor) -> None:
+    distributed.all_reduce(x, op=distributed.ReduceOp.MAX)
+
+
+class LostElements(Callback):
+    """Writes `precision.csv`: what quantisation loses, by component, at some steps.
+
+    A row is about an operand of a product, such as `dy weight_gradient`: `flushed` is the share of its elements other
+    than zero that became zero, `saturated` the share that the largest value stands for. Or it is about `dw`, the
+    gradient of a weight: `zero` is the share of its elements that are zero. Layers with one letter are one row.
+    """
+
+    def __init__(self, folder: Path, n_steps: int, resumed_at: int, *, writes: bool = True) -> None:
+        self.path, self.every_n_steps = folder / FILE, max(1, n_steps // ROWS_PER_RUN)
+        self.writes = writes
+        if writes:
+            kept = [row for row in read_rows(self.path) if float(row["step"]) <= resumed_at] if resumed_at else []
+            with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(kept)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        is_counted = (trainer.global_step + 1) % self.every_n_steps == 0
+        pl_module.emulation.lost = {} if is_counted else None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        lost, pl_module.emulation.lost = pl_module.emulation.lost, None
+        if lost is None:
+            return
+        rows: list[dict[str, Any]] = []
+        for (letter, component, operand), counts in sorted(lost.items(), key=lambda item: item[0]):
+            n, flushed, saturated = trainer.strategy.reduce(counts.double(), reduce_op="sum").tolist()
+            shares = {"flushed": flushed / n, "saturated": saturated / n} if n else {}
+            rows.append({"letter": letter, "component": component, "operand": operand, **shares})
+        zeros: dict[tuple[str, str], Tensor] = {}
+        for part in quantizable_parts(pl_module.model):
+            if part.module.quantizer is not None:
+                key = (part.letter, part.component)
+                counts = _zeros(list(part.module.parameters(recurse=False)))
+                zeros[key] = zeros[key] + counts if key in zeros else counts
+        for (letter, component), counts in zeros.items():
+            n_zero, n = counts.tolist()
+            rows.append({"letter": letter, "component": component, "operand": "dw", "zero": n_zero / n})
+        if self.writes:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS).writerows({"step": trainer.global_step, **row} for row in rows)
+
+
+def _zeros(parameters: list[Parameter]) -> Tensor:
+    """Elements of the gradients of a module's weights that are zero, and all of them; biases have fewer axes."""
+    ndim = max(weight.ndim for weight in parameters)
+    gradients = [whole(weight.grad) for weight in parameters if weight.ndim == ndim and weight.grad is not None]
+    return torch.tensor([[(each == 0).sum(), each.numel()] for each in gradients], dtype=torch.double).sum(0)

@@ -1,0 +1,202 @@
+"""Runs in low precision: their keys, what is refused, and that a resumed run is the same to the last bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small_runs import STEPS, result, tiny, train, write_corpus
+
+from explore.cli import main
+from explore.config import explain
+from explore.experiment import Experiment, TrainConfig
+from explore.precision import Recipe, named
+from explore.runs import RunFolder
+from explore.train import LitLanguageModel, read_weights
+
+LATENT = {"n_experts": 4, "top_k": 2, "d_expert": 16, "d_shared": 16, "d_latent": 32}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def experiment(corpus: Path, precision: Any, pattern: str = "ME-*", **changes: Any) -> Experiment:
+    return tiny(corpus, pattern, train__precision=precision, model__blocks={"E": LATENT}, **changes)
+
+
+def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return read_weights(folder.path / "checkpoints" / "last.ckpt")
+
+
+# Keys
+
+
+def test_a_recipe_counts_by_what_it_says(corpus: Path) -> None:
+    key = experiment(corpus, "nvfp4").key()
+    assert experiment(corpus, {"base": "nvfp4"}).key() == key
+    assert experiment(corpus, named("nvfp4").model_dump(mode="json")).train.precision == "nvfp4"
+    others = ["fp32", "bf16", "fp8", {"base": "nvfp4", "forward": False}, {"base": "nvfp4", "until": 0.82}]
+    others += [{"base": "nvfp4", "rules": [{"format": "bf16", "last": 0.25}]}]
+    assert len({experiment(corpus, other).key() for other in others} | {key}) == len(others) + 1
+
+
+def test_words_count_as_words_where_nothing_is_quantised() -> None:
+    assert [TrainConfig(tokens=1, precision=word).fingerprint()["precision"] for word in ("fp32", "bf16")] == [
+        "fp32",
+        "bf16",
+    ]
+    assert TrainConfig(tokens=1, precision="nvfp4").fingerprint()["precision"]["format"] == "nvfp4"
+
+
+def test_a_recipe_in_a_record_is_read_again(corpus: Path) -> None:
+    one = experiment(corpus, {"base": "nvfp4", "weight_gradient": False})
+    record = json.loads(one.model_dump_json())
+    assert record["train"]["precision"]["weight_gradient"] is False
+    assert "forward" not in record["train"]["precision"]  # as by default
+    assert Experiment.model_validate(record) == one
+
+
+def test_the_stable_phase_of_a_recipe_with_a_switch_depends_on_the_number_of_steps(corpus: Path) -> None:
+    longer = {"train__tokens": 2 * 20 * 128, "train__warmup": 0}
+    for precision, same in (("nvfp4", True), ({"base": "nvfp4", "until": 0.5}, False)):
+        one, other = experiment(corpus, precision, train__warmup=0), experiment(corpus, precision, **longer)
+        assert (one.stable_key() == other.stable_key()) == same
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("nvpf4", "train.precision: it must be one of fp32, .*, got 'nvpf4'; did you mean 'nvfp4'?"),
+        ("ultra-ptq", "train.precision: it must be one of .*, got 'ultra-ptq'"),
+        (4, "train.precision: must be the name of a recipe, or a recipe, got 4"),
+        ({"base": "nvfp4", "formwat": 1}, "train.precision.formwat: unknown field"),
+        ({"format": "nvfp4", "rules": [{"format": "e3m0", "last": 1}]}, "train.precision.rules.0.format: input should"),
+        ({"format": "fp16"}, "train.precision: formats must not be fp16"),
+        (
+            {"format": "nvfp4", "rules": [{"format": "bf16", "components": ["in_porj"]}]},
+            "train.precision.rules.0.components must be components of the model, got 'in_porj'; did you mean 'in_proj'",
+        ),
+        (
+            {"format": "nvfp4", "rules": [{"format": "bf16", "letters": "L"}]},
+            "train.precision.rules.0 must match a component of the model, got letters 'L'",
+        ),
+        (
+            "fp8-blocks",
+            "train.precision: fp8-blocks needs widths that are multiples of 128, got 64 in in_proj of layer 0 .M.; 128",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_precision_is_refused_by_the_path_of_the_field(corpus: Path, precision: Any, message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        experiment(corpus, precision)
+    assert re.match(message, explain(error.value)), explain(error.value)
+    assert len(explain(error.value)) < 400
+
+
+def test_the_command_line_takes_a_recipe_and_refuses_in_one_line(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "experiment.json"
+    path.write_text(experiment(corpus, "bf16", "-", train__tokens=2 * 128).model_dump_json())
+    given = ["explore", "train", str(path), "--runs", str(tmp_path / "runs"), "--json"]
+    monkeypatch.setattr(sys, "argv", [*given, "--set", "train.precision=nvpf4"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "did you mean 'nvfp4'?" in err
+    monkeypatch.setattr(sys, "argv", [*given, "--set", 'train.precision={"base": "nvfp4", "stochastic": ["w"]}'])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    assert not stop.value.code
+    assert json.loads(out)["status"] == "finished"
+    assert "train.precision: stochastic rounding of weights diverges in print" in err
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def through(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(experiment(corpus, "nvfp4"), tmp_path_factory.mktemp("runs"))
+
+
+def test_a_run_in_low_precision_learns_and_says_what_it_lost(corpus: Path, through: RunFolder) -> None:
+    assert result(through)["status"] == "finished"
+    assert through.row()["precision"] == "nvfp4"
+    losses = through.metrics["loss"].dropna()
+    assert losses.iloc[-1] < losses.iloc[0] - 0.1
+    lost = through.lost
+    assert set(lost["step"]) == set(range(1, STEPS + 1))
+    assert set(lost["component"]) == {
+        "in_proj", "out_proj", "latent_down", "latent_up", "experts", "shared", "up", "down", "q_proj", "k_proj",
+        "v_proj", "o_proj",
+    }  # fmt: skip
+    operands = {"x forward", "w forward", "dy input_gradient", "x weight_gradient", "dy weight_gradient", "dw"}
+    assert set(lost["operand"]) == operands
+    quantised, gradients = lost[lost["operand"] != "dw"], lost[lost["operand"] == "dw"]
+    assert quantised["flushed"].between(0.001, 0.9).mean() > 0.9
+    assert quantised["saturated"].between(0, 0.2).all()
+    assert quantised["zero"].isna().all()
+    assert gradients["zero"].between(0, 1).all()
+    assert gradients["flushed"].isna().all()
+
+
+def test_scores_are_those_of_quantised_forward_products(corpus: Path, through: RunFolder, tmp_path: Path) -> None:
+    backward = train(experiment(corpus, {"base": "nvfp4", "forward": False}), tmp_path)
+    assert result(backward)["val_loss"] != result(through)["val_loss"]
+    assert math.isfinite(result(backward)["val_loss"])
+    assert set(backward.lost["operand"]) == {
+        "dy input_gradient", "w input_gradient", "x weight_gradient", "dy weight_gradient", "dw"
+    }  # fmt: skip
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [7])
+def test_a_resumed_run_rounds_as_one_that_was_not_stopped(
+    corpus: Path, through: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = LitLanguageModel.training_step
+
+    def stopping(self: LitLanguageModel, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == step:
+            raise Stop
+        return whole(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LitLanguageModel, "training_step", stopping)
+        with pytest.raises(Stop):
+            train(experiment(corpus, "nvfp4"), tmp_path, checkpoint_every=5)
+    resumed = train(experiment(corpus, "nvfp4"), tmp_path, checkpoint_every=5)
+    for name, weight in weights(through).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+    assert resumed.lost.equals(through.lost)
+    assert result(resumed)["val_bpb"] == result(through)["val_bpb"]
+
+
+def test_a_rule_keeps_the_last_layers_in_bf16(corpus: Path, tmp_path: Path) -> None:
+    recipe = {"base": "nvfp4", "rules": [{"format": "bf16", "last": 0.5}], "until": {"backward": 0.5}}
+    run = train(experiment(corpus, recipe, train__tokens=4 * 128), tmp_path)
+    assert json.loads(run.row()["precision"])["until"] == {"backward": 0.5}
+    assert set(run.lost["component"]) == {"in_proj", "out_proj", "latent_down", "latent_up", "experts", "shared"}
+    by_step = run.lost.groupby("step")["operand"].agg(set)
+    assert "dy weight_gradient" in by_step[2]
+    assert by_step[3] == {"x forward", "w forward", "dw"}
+    assert isinstance(run.load_experiment().train.precision, Recipe)
