@@ -1,11 +1,12 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
+from explore.checkpoints import load_model, read_weights
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
-from explore.train.models import evaluate, load_model, read_weights
+from explore.train.models import evaluate
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer

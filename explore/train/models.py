@@ -1,4 +1,4 @@
-"""Models of runs: read from checkpoints, and scored."""
+"""Models of runs, scored, and how far their checkpoints are."""
 
 from __future__ import annotations
 
@@ -7,34 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from explore.data import Batch, Source
 from explore.evals import bits_per_byte, recall_accuracy
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
-from explore.runs import RunFolder
 from explore.train.low_precision import set_step
-
-
-def load_model(folder: RunFolder) -> LanguageModel:
-    """The trained model of a run, in evaluation mode.
-
-    Raises:
-        ValueError: the run has no checkpoint.
-    """
-    path = folder.path / "checkpoints" / "last.ckpt"
-    if not path.exists():
-        raise ValueError(f"{folder.path}: no checkpoint; train the run first")
-    model = folder.load_experiment().model.build()
-    model.load_state_dict(read_weights(path))
-    return model.eval()
-
-
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights and buffers in a checkpoint, by their names in the model."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
 def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
