@@ -11,7 +11,22 @@ from pydantic import Field
 
 from explore.blocks.attention import Attention, AttentionConfig
 from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm, RoutedMixer, RouterStats
-from explore.blocks.declarations import ROLES, Draw, Group, Powers, Region, Role, Stops, Uncounted, ladder
+from explore.blocks.declarations import (
+    D_MODEL,
+    ROLES,
+    WHOLE,
+    Axis,
+    Dim,
+    Draw,
+    Group,
+    Layout,
+    Powers,
+    Region,
+    Role,
+    Stops,
+    Uncounted,
+    ladder,
+)
 from explore.blocks.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from explore.blocks.latent import latent_acc, latent_eff
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
@@ -62,23 +77,28 @@ else:
 
 __all__ = [
     "BLOCKS",
+    "D_MODEL",
     "GROUPS",
     "KINDS",
     "MLA",
     "MLP",
     "ROLES",
     "STANDARD_LETTERS",
+    "WHOLE",
     "AnyBlock",
     "Attention",
     "AttentionConfig",
+    "Axis",
     "BlockConfig",
     "BlockKind",
+    "Dim",
     "Draw",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",
     "Group",
     "KVCache",
     "LatentCache",
+    "Layout",
     "Linear",
     "MLAConfig",
     "MLPConfig",

@@ -13,7 +13,22 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
-from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, divisors, head_width, leaf
+from explore.blocks.declarations import (
+    D_MODEL,
+    WHOLE,
+    Axis,
+    Dim,
+    Draw,
+    Group,
+    Layout,
+    Powers,
+    Role,
+    Stops,
+    Uncounted,
+    divisors,
+    head_width,
+    leaf,
+)
 from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kept
 from explore.blocks.state import KVCache, WindowCache
 from explore.config import added_later
@@ -175,6 +190,24 @@ class AttentionConfig(BlockConfig):
             for heads in (self.n_heads, self.n_kv_heads, self.n_kv_heads)
         )
         return {"attention": lambda: attention(q, k, v, self.window)}
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Heads of keys and values, and those of queries that share them; single channels come in pairs with RoPE."""
+        return (Axis("n_kv_heads", self.n_kv_heads), Axis("n_heads", self.n_heads, within="n_kv_heads"))
+
+    def layout(self) -> Layout:
+        q: Dim = (("n_heads", self.d_head),)
+        kv: Dim = (("n_kv_heads", self.d_head),)
+        projections = {"q_proj": q, "k_proj": kv, "v_proj": kv, "gate_proj": q}
+        return {
+            **{f"{name}.weight": (rows, D_MODEL) for name, rows in projections.items()},
+            **{f"{name}.bias": (rows,) for name, rows in projections.items()},
+            "q_norm.weight": (WHOLE,),
+            "k_norm.weight": (WHOLE,),
+            "sinks": ((("n_heads",),),),
+            "o_proj.weight": (D_MODEL, q),
+            "o_proj.bias": (D_MODEL,),
+        }
 
     def build(self, d_model: int) -> Attention:
         return Attention(self, d_model)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks.declarations import Draw, Group, Region, Role, Stops, Uncounted
+from explore.blocks.declarations import Axis, Draw, Group, Layout, Region, Role, Stops, Uncounted
 from explore.blocks.saved import Ranks
 from explore.blocks.state import State
 from explore.config import Config
@@ -199,6 +199,14 @@ class BlockConfig(Config, ABC):
 
     def regions(self, seq_len: int) -> Mapping[str, Region]:
         """The ops that it can pay to compile, by the name that `explore.ops.paths` has for them."""
+        return {}
+
+    def axes(self) -> tuple[Axis, ...]:
+        """What can be cut away from a trained block apart from `d_model`, each axis after the one it lies within."""
+        return ()
+
+    def layout(self) -> Layout:
+        """The axes of the weights of the module; a block that does not say them cannot be cut."""
         return {}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -109,3 +109,37 @@ def width(d_model: int, ratio: float, multiple: int = 8) -> int:
 def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     """Random numbers near zero that take a gradient: an input of an op that is timed."""
     return torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
+
+
+class Axis(NamedTuple):
+    """Indices of a trained block of which some can be kept and the others cut away.
+
+    Attributes:
+        name: what plans, scores and commands call it.
+        size: how many indices there are.
+        within: axis whose indices hold equally many of this one's each, in order: heads within groups, for example. Of
+            every index of it that is kept, equally many are kept.
+        field: field of the config that counts what is kept; the name where it is empty.
+        per_index: the field counts those within one index of `within`, not all of them.
+        prefix: only the first ones can be kept.
+        rotatable: a rotation of the indices changes nothing in the maths, so that principal axes can be kept instead.
+    """
+
+    name: str
+    size: int
+    within: str = ""
+    field: str = ""
+    per_index: bool = False
+    prefix: bool = False
+    rotatable: bool = False
+
+
+Dim = tuple[tuple[str | int, ...], ...]
+"""Stretches of a dimension of a weight. Each runs over the indices of its axes and over fixed lengths, the last one
+fastest; a dimension without stretches has no axis."""
+
+Layout = Mapping[str, tuple[Dim, ...]]
+"""The dimensions of every weight and buffer of a module, by name; also of those that an option leaves out."""
+
+D_MODEL: Dim = (("d_model",),)
+WHOLE: Dim = ()

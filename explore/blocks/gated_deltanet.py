@@ -15,8 +15,13 @@ from torch.nn import functional as F
 
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
 from explore.blocks.declarations import (
+    D_MODEL,
+    WHOLE,
+    Axis,
+    Dim,
     Draw,
     Group,
+    Layout,
     Powers,
     Region,
     Role,
@@ -243,6 +248,23 @@ class GatedDeltaNetConfig(BlockConfig):
             return delta_rule(Q, K, values, log_alpha, beta, self.chunk_size)[0]
 
         return {"delta_rule": rule}
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Heads of keys, and those of values that share them."""
+        return (Axis("n_key_heads", self.n_key_heads), Axis("n_heads", self.n_heads, within="n_key_heads"))
+
+    def layout(self) -> Layout:
+        keys, values = ("n_key_heads", self.d_k), ("n_heads", self.d_v)
+        qkv: Dim = (keys, keys, values)
+        heads: Dim = (("n_heads",),)
+        return {
+            "in_proj.weight": ((*qkv, values, *heads, *heads), D_MODEL),  # q, k, v, z, b, a
+            "conv1d.weight": (qkv, WHOLE, WHOLE),
+            "A_log": (heads,),
+            "dt_bias": (heads,),
+            "norm.weight": (WHOLE,),
+            "out_proj.weight": (D_MODEL, (values,)),
+        }
 
     def build(self, d_model: int) -> GatedDeltaNet:
         return GatedDeltaNet(self, d_model)

@@ -14,7 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from explore.blocks.base import BlockConfig, Call, Linear, Mixer, RMSNorm, parameter
-from explore.blocks.declarations import Draw, Group, Powers, Region, Role, Stops, head_width, ladder, leaf
+from explore.blocks.declarations import (
+    D_MODEL,
+    WHOLE,
+    Axis,
+    Dim,
+    Draw,
+    Group,
+    Layout,
+    Powers,
+    Region,
+    Role,
+    Stops,
+    head_width,
+    ladder,
+    leaf,
+)
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, norm_kept
 from explore.blocks.state import RecurrentState
 from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, vector
@@ -211,6 +226,30 @@ class Mamba2Config(BlockConfig):
             "conv": lambda: causal_conv1d(x, filters, bias),
             "norm": lambda: gated_group_rms_norm(y, z, scale, g, self.norm_eps),
             "ssd": lambda: ssd(X, dt, A, B, C, D, self.chunk_size)[0],
+        }
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Every head keeps the same channels, and every group the same indices of B and C."""
+        return (
+            Axis("n_groups", self.n_groups),
+            Axis("n_heads", self.n_heads, within="n_groups"),
+            Axis("d_head", self.d_head),
+            Axis("d_state", self.d_state),
+        )
+
+    def layout(self) -> Layout:
+        inner, state = ("n_heads", "d_head"), ("n_groups", "d_state")
+        xBC: Dim = (inner, state, state)
+        heads: Dim = (("n_heads",),)
+        return {
+            "in_proj.weight": ((inner, *xBC, *heads), D_MODEL),  # z, x, B, C, dt
+            "conv1d.weight": (xBC, WHOLE, WHOLE),
+            "conv1d.bias": (xBC,),
+            "A_log": (heads,),
+            "D": (heads,),
+            "dt_bias": (heads,),
+            "norm.weight": ((inner,),),
+            "out_proj.weight": (D_MODEL, (inner,)),
         }
 
     def build(self, d_model: int) -> Mamba2:

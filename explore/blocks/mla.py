@@ -14,7 +14,21 @@ from torch import Tensor, nn
 
 from explore.blocks.attention import AttentionConfig
 from explore.blocks.base import BlockConfig, Linear, Mixer, RMSNorm
-from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, Uncounted, head_width, ladder, width
+from explore.blocks.declarations import (
+    D_MODEL,
+    Axis,
+    Dim,
+    Draw,
+    Group,
+    Layout,
+    Powers,
+    Role,
+    Stops,
+    Uncounted,
+    head_width,
+    ladder,
+    width,
+)
 from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kept
 from explore.blocks.state import LatentCache
 from explore.cost import ConventionName, Entry, Saved, attended_keys, linear_input, matrix, vector
@@ -156,6 +170,25 @@ class MLAConfig(BlockConfig):
     def _pair(self) -> int:
         """FLOPs of a query and a key: the score and the weighted value of every head."""
         return 2 * self.n_heads * (self.d_nope + self.d_rope + self.d_v)
+
+    def axes(self) -> tuple[Axis, ...]:
+        q_rank = () if self.q_rank is None else (Axis("q_rank", self.q_rank),)
+        return (Axis("n_heads", self.n_heads), *q_rank, Axis("kv_rank", self.kv_rank))
+
+    def layout(self) -> Layout:
+        q: Dim = (("n_heads", self.d_nope + self.d_rope),)
+        q_rank: Dim = (("q_rank",),)
+        kv_rank: Dim = (("kv_rank",),)
+        return {
+            "q_proj.weight": (q, D_MODEL),
+            "q_down.weight": (q_rank, D_MODEL),
+            "q_norm.weight": (q_rank,),
+            "q_up.weight": (q, q_rank),
+            "kv_down.weight": ((("kv_rank",), (self.d_rope,)), D_MODEL),
+            "kv_norm.weight": (kv_rank,),
+            "kv_up.weight": ((("n_heads", self.d_nope + self.d_v),), kv_rank),
+            "o_proj.weight": (D_MODEL, (("n_heads", self.d_v),)),
+        }
 
     def build(self, d_model: int) -> MLA:
         return MLA(self, d_model)

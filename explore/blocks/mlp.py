@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Linear, Mixer
-from explore.blocks.declarations import Draw, Group, Role, Stops, ladder, width
+from explore.blocks.declarations import D_MODEL, Axis, Dim, Draw, Group, Layout, Role, Stops, ladder, width
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
 from explore.blocks.state import State
 from explore.cost import Entry, Saved, linear_input, matrix
@@ -63,8 +63,19 @@ class MLPConfig(BlockConfig):
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
         check_divides("tp", tp, "d_ff", self.d_ff)
 
+    def axes(self) -> tuple[Axis, ...]:
+        return (Axis("d_ff", self.d_ff),)
+
+    def layout(self) -> Layout:
+        return mlp_layout((("d_ff",),))
+
     def build(self, d_model: int) -> MLP:
         return MLP(self, d_model)
+
+
+def mlp_layout(inner: Dim) -> Layout:
+    """The weights of an MLP whose inner width is `inner`."""
+    return {"up.weight": (inner, D_MODEL), "gate.weight": (inner, D_MODEL), "down.weight": (D_MODEL, inner)}
 
 
 class MLP(Mixer[State]):

@@ -13,8 +13,22 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer, RouterStats, parameter
-from explore.blocks.declarations import Draw, Group, Powers, Role, Stops, ladder, leaf, width
-from explore.blocks.mlp import MLPConfig
+from explore.blocks.declarations import (
+    D_MODEL,
+    WHOLE,
+    Axis,
+    Dim,
+    Draw,
+    Group,
+    Layout,
+    Powers,
+    Role,
+    Stops,
+    ladder,
+    leaf,
+    width,
+)
+from explore.blocks.mlp import MLPConfig, mlp_layout
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
 from explore.blocks.state import State
 from explore.config import added_later
@@ -276,6 +290,48 @@ class MoEConfig(BlockConfig):
         weights, chosen = torch.rand(len(x), n).topk(k, dim=-1)
         sizes = f"{n} top {k}" + ("" if self.d_latent is None else ", latent")
         return {f"experts, {sizes}": lambda: experts(x, chosen, weights, up, gate, down, self.activation)}
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Experts keep channels of their own, equally many each.
+
+        What experts read and what they write are two latents of one width, each with channels and a rotation of its
+        own. A norm of a latent forbids to rotate it.
+        """
+        axes = [
+            Axis("n_experts", self.n_experts),
+            Axis("top_k", self.top_k, prefix=True),
+            Axis("d_expert", self.n_experts * self.d_expert, within="n_experts", per_index=True),
+        ]
+        if self.d_shared is not None and self.n_shared:
+            axes.append(Axis("n_shared", self.n_shared))
+            axes.append(Axis("d_shared", self.n_shared * self.d_shared, within="n_shared", per_index=True))
+        if self.d_latent is not None:
+            axes.append(Axis("d_latent", self.d_latent, rotatable=self.latent_norm != "input"))
+            rotatable = self.latent_norm != "combined"
+            axes.append(Axis("d_latent_out", self.d_latent, field="d_latent", rotatable=rotatable))
+        return tuple(axes)
+
+    def layout(self) -> Layout:
+        experts: Dim = (("n_experts",),)
+        inner: Dim = (("d_expert",),)
+        read, written = (D_MODEL, D_MODEL) if self.d_latent is None else ((("d_latent",),), (("d_latent_out",),))
+        shared = mlp_layout((("d_shared",),))
+        return {
+            "router.weight": (experts, read if self.router_input == "latent" else D_MODEL),
+            "router.bias": (experts,),
+            "expert_bias": (experts,),
+            "latent_down.weight": (read, D_MODEL),
+            "latent_norm.weight": (read if self.latent_norm == "input" else written,),
+            "up": (experts, read, inner),
+            "gate": (experts, read, inner),
+            "down": (experts, inner, written),
+            "up_bias": (experts, inner),
+            "gate_bias": (experts, inner),
+            "down_bias": (experts, written),
+            "latent_up.weight": (D_MODEL, written),
+            **{f"shared.{name}": dims for name, dims in shared.items()},
+            "shared_gate.weight": (WHOLE, D_MODEL),
+        }
 
     def build(self, d_model: int) -> MoE:
         return MoE(self, d_model)
