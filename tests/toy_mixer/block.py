@@ -48,6 +48,7 @@ class ToyConfig(BlockConfig):
     def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
         return (
             Saved("up", "linear input", d_model * seq_len, "float32"),
+            Saved("up", "activation", self.d_toy * seq_len, "float32"),
             Saved("down", "linear input", self.d_toy * seq_len, "float32"),
         )
 
