@@ -9,6 +9,9 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from explore.machine import is_passing
+from explore.termination import TerminatedError, termination_handled
+
 app = typer.Typer(
     help="Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers.",
     no_args_is_help=True,
@@ -20,21 +23,28 @@ app = typer.Typer(
 out = Console(soft_wrap=True)
 err = Console(stderr=True)
 INTERRUPTED = 130
+GOES_ON = "the same command goes on from the last checkpoint"
 LONGEST_ERROR = 390
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one line and exit code 2."""
+    """Runs the command line; a user's mistake, or a fault of the machine, is one line and exit code 2."""
     try:
-        code = app(standalone_mode=False)
+        with termination_handled():
+            code = app(standalone_mode=False)
         if code == INTERRUPTED:  # into which Typer turns Ctrl-C
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+            print(f"interrupted; {GOES_ON}", file=sys.stderr)
         sys.exit(code)
+    except TerminatedError as end:
+        if end.code:
+            print(f"terminated; {GOES_ON}", file=sys.stderr)
+        raise
     except typer.TyperException as error:  # of the arguments; without any, help has been shown
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
-    except (ValueError, OSError) as error:
-        if os.environ.get("EXPLORE_TRACEBACK"):
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError) or is_passing(error)
+        if not expected or os.environ.get("EXPLORE_TRACEBACK"):
             raise
         _refuse(error)
 
@@ -44,7 +54,7 @@ def _refuse(error: Exception) -> NoReturn:
 
     from explore.config import explain
 
-    message = explain(error) if isinstance(error, ValidationError) else str(error)
+    message = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
     line = " ".join(message.split())
     if len(line) > LONGEST_ERROR:
         line = f"{line[: LONGEST_ERROR - 100]} ... {line[-90:]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import warnings
 from collections.abc import Container, Iterator, Mapping
@@ -17,7 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from explore.files import copy_whole, replacing
+from explore.termination import SIGNALS, TerminatedError
 from explore.threads import CoreWatch
+from explore.train.module import DivergedError, LitLanguageModel
+from explore.train.parallel import end_followers
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -29,7 +33,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, anew every so many steps, at the rungs and at the end.
+    """Keeps `last.ckpt`, anew every so many steps, at the rungs, at the end, and where a signal ends the run.
 
     Where a step is validated, after that: whoever goes on from a checkpoint has its validation on disk.
 
@@ -60,17 +64,30 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         if trainer.global_step not in self.validated:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._end_if_asked(trainer, pl_module, saved=trainer.global_step % self._every_n_train_steps == 0)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if step % self._every_n_train_steps == 0 or step in self.rungs:
             trainer.save_checkpoint(self.path)
             self._keep_rung(trainer)
+            self._end_if_asked(trainer, pl_module, saved=True)
+        else:
+            self._end_if_asked(trainer, pl_module, saved=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step = trainer.global_step
         if step % self._every_n_train_steps and step not in self.rungs:
             trainer.save_checkpoint(self.path)
+
+    def _end_if_asked(self, trainer: Trainer, pl_module: LightningModule, *, saved: bool) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
+        # From the first step on, which may be compiled for a minute: until then a signal ends the process at once.
+        pl_module.requests.deferred = threading.current_thread() is threading.main_thread()
+        if pl_module.is_ending:
+            if not saved:
+                trainer.save_checkpoint(self.path)
+            raise TerminatedError(pl_module.requests.signum or SIGNALS[0])
 
     def _keep_rung(self, trainer: Trainer) -> None:
         path = self.rungs.get(trainer.global_step)
@@ -104,6 +121,14 @@ class KeptCheckpoints(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0:
             trainer.save_checkpoint(self.folder / f"step-{step:06d}.ckpt", weights_only=True)
+
+
+class EndsTogether(Callback):
+    """Ends the other processes of a run when this one, which has started them, fails."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, DivergedError):  # which all of them raise
+            end_followers(trainer)
 
 
 class Throughput(Callback):

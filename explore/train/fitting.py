@@ -14,12 +14,12 @@ from explore import tracking
 from explore.data import Source
 from explore.experiment import Experiment
 from explore.ops import paths_in_use
-from explore.runs import RunFolder, run_folder, write_json
+from explore.runs import RunFolder, run_folder
 from explore.threads import n_cores, use_free_cores
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
 from explore.train.models import step_of
-from explore.train.parallel import StrategyName, check_parallel, is_writer, wait_for_all
+from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
 from explore.train.regions import compiled_ops
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
@@ -118,19 +118,18 @@ def fit(
                 _train_and_record(run, Path(runs), device)
     else:
         train_run(run)
-    wait_for_all()
     return folder
 
 
 def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
-    """Writes the record of a run: what is known before training, and after it the result."""
+    """Writes what is known before training, and trains."""
     folder = run.folder.path
     _say(run.experiment.notes(run.source), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
     if run.devices == 1:  # several processes would not agree on files that others write
         branch(runs, run.experiment, folder)
-    write_json(folder / "result.json", train_run(run))
+    train_run(run)
 
 
 def _say(notes: Iterable[str], console: Console) -> None:

@@ -16,8 +16,10 @@ from rich.console import Console
 from explore import tracking
 from explore.data import Source
 from explore.experiment import Experiment
-from explore.runs import PRUNED, RunFolder
+from explore.runs import PRUNED, RunFolder, write_json
+from explore.termination import Requests, TerminatedError, termination_handled
 from explore.train.callbacks import (
+    EndsTogether,
     FreeCores,
     KeptCheckpoints,
     LastCheckpoint,
@@ -33,7 +35,7 @@ from explore.train.metrics import MetricsFile
 from explore.train.models import evaluate, step_of
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.objectives import build_objective
-from explore.train.parallel import StrategyName, is_writer, lightning_strategy
+from explore.train.parallel import StrategyName, ended_together, is_writer, lightning_strategy, wait_for_all
 from explore.train.record import cost_record, result_of
 from explore.train.regions import keep_compiled
 from explore.train.start import starting_model
@@ -91,35 +93,38 @@ class TrainingRun:
         return max(1, self.experiment.n_steps // 500)
 
 
-def train_run(run: TrainingRun) -> dict[str, Any]:
-    """Trains a run to its end.
+def train_run(run: TrainingRun) -> None:
+    """Trains a run to its end and writes `result.json`; returns when every process of the run has come here.
 
-    Returns:
-        What `result.json` says.
+    Raises:
+        TerminatedError: a signal asked this process to end; the run goes on from the step that was its last.
     """
-    resumed_at, judge = step_of(run.checkpoint), run.judge
+    resumed_at = step_of(run.checkpoint)
     throughput = Throughput(run.experiment.batch_tokens)
-    curve = LearningCurve(run.points, run.experiment.n_steps, judge, seen(run.folder, run.points, resumed_at))
-    callbacks = _callbacks(run, curve, throughput, resumed_at)
-    module = _module(run)
-    with quiet(), _mirrored(run) as mirror:
+    curve = LearningCurve(run.points, run.experiment.n_steps, run.judge, seen(run.folder, run.points, resumed_at))
+    with termination_handled() as requests, quiet(), _mirrored(run) as mirror:
+        callbacks = _callbacks(run, curve, throughput, resumed_at)
+        module = _module(run, requests)
         trainer = _trainer(run, callbacks, mirror, validates=bool(run.points or resumed_at))
-        diverged = _fit(run, trainer, module, resumed_at)
-        if resumed_at == run.experiment.n_steps and judge is not None and run.writes:
-            tell(judge, curve.earlier)  # nothing was trained, so the judge was not asked yet
-        step = trainer.global_step if diverged is None else diverged.step
-        result = result_of(run.experiment, run.folder.path, step, throughput)
-        if curve.reason is not None:  # a model that has not decayed has no scores: they would mislead
-            result |= {"status": PRUNED, "reason": curve.reason, "stopped_val_bpb": curve.value}
-            result |= {"val_bpb": None, "test_bpb": None}
-        elif diverged is not None:
-            result |= {"status": "diverged", "reason": str(diverged)}
-        else:
-            result |= _scores(run, trainer, module)
-        if mirror is not None:
-            cost = run.experiment.model.cost(run.experiment.data.seq_len)
-            tracking.send_summary(mirror.experiment, {**result, **cost.to_dict()})
-    return result
+        with ended_together(trainer):
+            diverged = _fit(run, trainer, module, resumed_at, requests)
+            if resumed_at == run.experiment.n_steps and run.judge is not None and run.writes:
+                tell(run.judge, curve.earlier)  # nothing was trained, so the judge was not asked yet
+            step = trainer.global_step if diverged is None else diverged.step
+            result = result_of(run.experiment, run.folder.path, step, throughput)
+            if curve.reason is not None:  # a model that has not decayed has no scores: they would mislead
+                result |= {"status": PRUNED, "reason": curve.reason, "stopped_val_bpb": curve.value}
+                result |= {"val_bpb": None, "test_bpb": None}
+            elif diverged is not None:
+                result |= {"status": "diverged", "reason": str(diverged)}
+            else:
+                result |= _scores(run, trainer, module)
+            if run.writes:
+                write_json(run.folder.path / "result.json", result)
+            if mirror is not None:
+                cost = run.experiment.model.cost(run.experiment.data.seq_len)
+                tracking.send_summary(mirror.experiment, {**result, **cost.to_dict()})
+            wait_for_all()
 
 
 def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, resumed_at: int) -> list[Callback]:
@@ -133,7 +138,7 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, r
     if experiment.train.quantizes:
         callbacks.append(LostElements(run.folder.path, experiment.n_steps, resumed_at, writes=run.writes))
     every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
-    callbacks += [curve, LastCheckpoint(folder, every, run.points, run.rungs)]
+    callbacks += [curve, LastCheckpoint(folder, every, run.points, run.rungs), EndsTogether()]
     if run.keep_every is not None:
         callbacks.append(KeptCheckpoints(folder, run.keep_every))
     if run.writes and run.console.is_terminal:
@@ -141,7 +146,7 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, r
     return callbacks
 
 
-def _module(run: TrainingRun) -> LitLanguageModel:
+def _module(run: TrainingRun, requests: Requests) -> LitLanguageModel:
     if run.compiled:
         keep_compiled()
         if run.writes and run.console.is_terminal:
@@ -151,12 +156,12 @@ def _module(run: TrainingRun) -> LitLanguageModel:
     keep_freed_memory()
     model = starting_model(run.experiment)
     model.recompute = run.recompute
-    return LitLanguageModel(run.experiment, model, build_objective(run.experiment.train), run.paths)
+    return LitLanguageModel(run.experiment, model, build_objective(run.experiment.train), run.paths, requests)
 
 
 def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | None, *, validates: bool) -> Trainer:
     n_steps = run.experiment.n_steps
-    return Trainer(
+    trainer = Trainer(
         accelerator=run.accelerator,
         devices=run.devices,
         strategy=lightning_strategy(run.devices, run.strategy),
@@ -174,10 +179,16 @@ def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Lightning would handle SIGTERM by a broadcast, wherever the processes stand: two that stand elsewhere deadlock.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
-def _fit(run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_at: int) -> DivergedError | None:
+def _fit(
+    run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_at: int, requests: Requests
+) -> DivergedError | None:
     """Trains the remaining steps; returns the error of a run that diverged."""
+    diverged = None
     try:
         trainer.fit(
             module,
@@ -186,12 +197,20 @@ def _fit(run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_a
             weights_only=True,
         )
     except DivergedError as error:
-        return error
+        diverged = error
     except SystemExit as end:
         if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
             raise KeyboardInterrupt from None
         raise
-    return None
+    except Exception as error:
+        if requests.signum is None:
+            raise
+        raise TerminatedError(requests.signum) from error  # a compiler got the signal too, for example
+    finally:
+        requests.deferred = False
+    if requests.signum is not None and run.writes:  # it came after the last step
+        raise TerminatedError(requests.signum)
+    return diverged
 
 
 def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dict[str, Any]:
@@ -201,8 +220,8 @@ def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dic
     if broken := [name for name, score in scores.items() if score is not None and not math.isfinite(score)]:
         reason = f"{broken[0]} is {scores[broken[0]]} after the last step: the run diverged"
         result = {"status": "diverged", "reason": reason}
-    if (violation := trainer.callback_metrics.get("max_violation")) is not None:
-        result["max_violation"] = float(violation)
+    if module.max_violation is not None:
+        result["max_violation"] = float(module.max_violation)
     return result
 
 

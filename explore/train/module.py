@@ -18,6 +18,7 @@ from explore.evals import Score, score_batch
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
 from explore.ops import forced_paths
+from explore.termination import Requests
 from explore.train.low_precision import set_step
 from explore.train.objectives import Objective
 from explore.train.optimizer import build_optimizer
@@ -50,6 +51,10 @@ class LitLanguageModel(LightningModule):
     Args:
         model: with the weights from which training begins.
         paths: implementations of ops in training; validation has the default ones.
+        requests: signals that ask this process to end.
+
+    Attributes:
+        max_violation: the largest imbalance of a router in the last step.
     """
 
     def __init__(
@@ -58,11 +63,15 @@ class LitLanguageModel(LightningModule):
         model: LanguageModel,
         objective: Objective,
         paths: Mapping[str, str] | None = None,
+        requests: Requests | None = None,
     ) -> None:
         super().__init__()
         self.experiment, self.model, self.objective = experiment, model, objective
         self.paths = dict(paths or {})
         self.emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
+        self.requests = requests or Requests()
+        self._asked = False
+        self.max_violation: Tensor | None = None
         self._load: dict[int, Tensor] = {}
         self._score = Score()
 
@@ -85,7 +94,9 @@ class LitLanguageModel(LightningModule):
         total = torch.zeros_like(values["loss"])
         for name, term in loss.terms.items():
             total = total + term.weight * values[name]
-        *means, mean_total = self._mean(torch.stack([*values.values(), total]))
+        asked = total.new_tensor(float(self.requests.signum is not None))
+        *means, mean_total, mean_asked = self._mean(torch.stack([*values.values(), total, asked]))
+        self._asked = bool(mean_asked > 0)
         logged = dict(zip(values, means, strict=True))
         self._check_converging(mean_total, logged["loss"])
         for i, stats in loss.stats.items():
@@ -94,6 +105,11 @@ class LitLanguageModel(LightningModule):
         self.log_dict(logged)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return total
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run ends after this step: a signal has asked for it, and every process knows."""
+        return self._asked if self.trainer.world_size > 1 else self.requests.signum is not None
 
     def _check_converging(self, total: Tensor, cross_entropy: Tensor) -> None:
         if not torch.isfinite(total):
@@ -137,7 +153,15 @@ class LitLanguageModel(LightningModule):
             moe.update_bias(load)
             violations.append(load.max() / load.mean() - 1)
         if violations:
-            self.log("max_violation", torch.stack(violations).max())
+            self.max_violation = torch.stack(violations).max()
+            self.log("max_violation", self.max_violation)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.max_violation is not None:
+            checkpoint["max_violation"] = self.max_violation.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.max_violation = checkpoint.get("max_violation")
 
     def on_validation_epoch_start(self) -> None:
         self._score = Score()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
@@ -95,6 +98,27 @@ def wait_for_all() -> None:
     """Returns when every process of the run has come here; at once where there is one."""
     if distributed.is_initialized():
         distributed.barrier()
+
+
+def end_followers(trainer: Trainer) -> None:
+    """Ends the processes that this one has started for their shares of a batch: they would wait for it for ever."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    followers = [*started]
+    started.clear()  # first, since an observer of Lightning's ends this process too where one of them has ended
+    for process in followers:
+        process.kill()
+    for process in followers:
+        process.wait()
+
+
+@contextmanager
+def ended_together(trainer: Trainer) -> Iterator[None]:
+    """Ends the processes that this one has started where the block raises."""
+    try:
+        yield
+    except BaseException:
+        end_followers(trainer)
+        raise
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
