@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
 
 from explore.files import replacing
-from explore.runs import ENDED, FILES, PACKED, RunFolder, read_packed, walk_runs
+from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, packed_digest, read_packed, walk_runs
 
 
 def pack_runs(path: str | Path, *roots: str | Path) -> int:
@@ -25,14 +29,34 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
     path = Path(path)
     if path.suffix != PACKED:
         raise ValueError(f"records: {str(path)!r} is not allowed; the suffix must be {PACKED}")
-    rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
-    for root in map(Path, roots):
-        rows |= {str(run.path.relative_to(root)): run for run in walk_runs(root, pilots=True) if run.status in ENDED}
-    texts = [{"run": name, **_texts(rows[name])} for name in sorted(rows)]
-    table = pd.DataFrame(texts, columns=["run", *FILES], dtype="str")
-    with replacing(path) as temporary:
-        table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
+    with _only_writer(path.parent):
+        rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
+        for root in map(Path, roots):
+            ended = [run for run in walk_runs(root, pilots=True) if run.status in ENDED]
+            rows |= {str(run.path.relative_to(root)): run for run in ended}
+        texts = [{"run": name, **_texts(rows[name])} for name in sorted(rows)]
+        table = pd.DataFrame(texts, columns=["run", *FILES], dtype="str")
+        table.attrs[DIGEST] = packed_digest(table)
+        with replacing(path) as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
     return len(table)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Waits until no other process adds to a table of this folder; the lock goes with its process.
+
+    The folder is locked and not the table, whose file is another after each writing, nor a file beside it, which
+    would be left among what is committed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # the file system has no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(file)
 
 
 def unpack_runs(path: str | Path, root: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -9,12 +10,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from pyarrow.lib import ArrowException
 
 from explore.files import replacing
+from explore.foreign import echo
 from explore.quantities import read
 
 if TYPE_CHECKING:
@@ -29,6 +32,12 @@ UNFINISHED = "unfinished"
 
 PACKED = ".parquet"
 """Suffix of a table of records: many runs in one file, which is read as a folder of them is."""
+
+DIGEST = "sha256"
+"""Name of the digest in the metadata of a table of records; tables of older versions have none."""
+
+UNREADABLE_TABLE = (ArrowException, OSError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
+"""What pandas and pyarrow raise on a file that is no table, or a damaged one."""
 
 PILOTS = "pilots"
 """Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
@@ -240,14 +249,38 @@ def read_packed(path: str | Path) -> list[RunFolder]:
     path = Path(path)
     try:
         table = pd.read_parquet(path)
-        runs = table.pop("run")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: is no table of records ({' '.join(str(error).split())})") from None
-    rows = table.to_dict("records")
-    return [
-        RunFolder(path / run, {str(name): text for name, text in row.items() if isinstance(text, str)})
-        for run, row in zip(runs, rows, strict=True)
-    ]
+        names, rows = table["run"].tolist(), _packed_rows(table)
+        is_whole = table.attrs.get(DIGEST) in (None, packed_digest(table))
+    except UNREADABLE_TABLE as error:
+        raise ValueError(f"{path}: is no table of records ({echo(' '.join(str(error).split()))})") from None
+    if not is_whole:
+        raise ValueError(f"{path}: is damaged, since {DIGEST} is not that of its records; restore the file")
+    for name in names:
+        if not _is_below(name):
+            raise ValueError(f"{path}: run must be the path of a folder below that of all runs, got {echo(name)}")
+    return [RunFolder(path / name, row) for name, row in zip(names, rows, strict=True)]
+
+
+def packed_digest(table: pd.DataFrame) -> str:
+    """SHA-256 of the content of a table of records, which is kept in its metadata."""
+    digest = hashlib.sha256()
+    for name, row in zip(table["run"], _packed_rows(table), strict=True):
+        digest.update(json.dumps([name, row], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _packed_rows(table: pd.DataFrame) -> list[dict[str, str]]:
+    """The texts of each row by the name of their file."""
+    rows = table.drop(columns="run").to_dict("records")
+    return [{str(name): text for name, text in row.items() if isinstance(text, str)} for row in rows]
+
+
+def _is_below(name: object) -> bool:
+    """Whether a name of a run in a table of records stays below the folder that it is put into."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    parts = PurePath(name).parts
+    return bool(parts) and ".." not in parts and not PurePath(name).is_absolute()
 
 
 def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import shutil
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +13,7 @@ from small_runs import tiny, train, write_corpus
 from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore.records import pack_runs, unpack_runs
-from explore.runs import PILOTS, RunFolder, find_runs
+from explore.runs import PILOTS, RunFolder, find_runs, read_packed
 from explore.study import TrialOptions, load_sweep, run_sweep
 from explore.table import load_metrics, load_runs
 from explore.train import fitting
@@ -99,10 +101,74 @@ def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Pat
         pack_runs(tmp_path / "s.csv")
     (tmp_path / "text.parquet").write_text("text")
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "other.parquet")
-    for name in ("text.parquet", "other.parquet", "absent.parquet"):
+    (tmp_path / "empty.parquet").touch()
+    for name in ("text.parquet", "other.parquet", "absent.parquet", "empty.parquet"):
         with pytest.raises(ValueError, match=rf"{name}: is no table of records \(.*\)$"):
             unpack_runs(tmp_path / name, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "x/../../y", "/tmp/x", "..", ".", "", "a\0b", 3, None, 2.5])
+def test_a_table_whose_run_is_no_folder_below_the_runs_is_refused(tmp_path: Path, name: object) -> None:
+    packed, runs = tmp_path / "s.parquet", tmp_path / "some" / "runs"
+    pd.DataFrame({"run": [name], "experiment.json": ['{"key": "0123456789"}']}).to_parquet(packed)
+    for call in (lambda: unpack_runs(packed, runs), lambda: find_runs(packed), lambda: pack_runs(packed, runs)):
+        with pytest.raises(ValueError, match=r"s\.parquet: run must be the path of a folder below .*, got ") as refusal:
+            call()
+        assert "\n" not in str(refusal.value)
+    assert [path.name for path in tmp_path.rglob("*")] == ["s.parquet"]
+
+
+def test_a_table_of_records_with_a_flipped_bit_is_refused_or_read_as_it_was(runs: Path, tmp_path: Path) -> None:
+    packed, flipped, rng = tmp_path / "s.parquet", tmp_path / "flipped.parquet", random.Random(0)
+    pack_runs(packed, runs)
+    raw, whole = packed.read_bytes(), texts(packed)
+    n_refused = 0
+    for _ in range(300):
+        bit = rng.randrange(8 * len(raw))
+        damaged = bytearray(raw)
+        damaged[bit // 8] ^= 1 << bit % 8
+        flipped.write_bytes(damaged)
+        try:
+            assert texts(flipped) == whole, f"bit {bit}"
+        except ValueError:
+            n_refused += 1
+    assert n_refused > 30
+
+
+def texts(packed: Path) -> dict[str, dict[str, str]]:
+    return {str(run.path.relative_to(packed)): dict(run.packed or {}) for run in read_packed(packed)}
+
+
+def test_a_record_that_was_edited_in_its_table_is_refused(runs: Path, tmp_path: Path) -> None:
+    pack_runs(tmp_path / "s.parquet", runs)
+    table = pd.read_parquet(tmp_path / "s.parquet")
+    table["result.json"] = table["result.json"].str.replace("finished", "diverged")
+    table.to_parquet(tmp_path / "s.parquet")
+    with pytest.raises(ValueError, match="is damaged, since sha256 is not that of its records"):
+        find_runs(tmp_path / "s.parquet")
+    table.attrs.clear()  # as in a table that an older version wrote
+    table.to_parquet(tmp_path / "s.parquet")
+    assert {run.status for run in find_runs(tmp_path / "s.parquet")} == {"diverged"}
+    assert pack_runs(tmp_path / "s.parquet", runs) == 3
+    assert pd.read_parquet(tmp_path / "s.parquet").attrs
+
+
+def test_of_two_writers_of_a_table_none_loses_its_runs(runs: Path, tmp_path: Path) -> None:
+    """Each has a run of its own; without a lock both would read the table before either has written it."""
+    packed, parts = tmp_path / "s.parquet", []
+    for i, run in enumerate(find_runs(runs)):
+        shutil.copytree(run.path, tmp_path / f"runs{i}" / run.path.name)
+        parts.append(tmp_path / f"runs{i}")
+    for _ in range(5):
+        packed.unlink(missing_ok=True)
+        writers = [threading.Thread(target=pack_runs, args=(packed, part)) for part in parts]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert len(find_runs(packed)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs0", "runs1", "s.parquet"]
 
 
 def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
