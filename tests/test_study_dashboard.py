@@ -26,7 +26,7 @@ from explore.formatting import count, flops
 from explore.runs import RunFolder
 from explore.study import dashboard
 from explore.study.dashboard import annotate, describe_study, trial_note
-from explore.study.storage import WholeJournal
+from explore.study.journal import WholeJournal
 from explore.train import fit
 
 QUESTION = """Do experts pay?

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,7 +22,8 @@ from small_sweeps import Postgres, finish, free_port, running_postgres, start, w
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from explore.study import serve_storage
-from explore.study.storage import JOURNAL, WholeJournal, open_storage, patient, study_names, without_password
+from explore.study.journal import WholeJournal
+from explore.study.storage import JOURNAL, open_storage, patient, study_names
 
 postgres = pytest.fixture(scope="module", name="postgres")(running_postgres)
 
@@ -102,7 +104,7 @@ def test_a_link_that_a_killed_process_left_is_taken_away(tmp_path: Path, monkeyp
     killed = WholeJournal(Path("runs") / JOURNAL)
     killed.link.acquire()
     journal = WholeJournal(Path("runs") / JOURNAL)
-    monkeypatch.setattr(journal.link, "grace_period", 0.2)
+    monkeypatch.setattr(journal.link, "stale_s", 0.2)
     ended = threading.Thread(target=journal.append_logs, args=([{"a": 1}],), daemon=True)
     ended.start()
     ended.join(10)
@@ -137,6 +139,11 @@ def test_the_names_of_a_sweeps_studies_are_those_without_a_gap() -> None:
         ("nosuch://user:secret@host/name", "cannot be opened"),
         ("mysql+nosuch://user:secret@host/name", "cannot be opened"),
         ("grpc://localhost", "grpc://host:port"),
+        ("grpc://user:secret@127.0.0.1:1", "grpc://host:port, without user and password"),
+        ("postgresql:/user:secret@host/name", "cannot be opened"),
+        ("postgresql+psycopg://127.0.0.1:1/name?password=secret", "refused"),
+        ("postgresql+psycopg://127.0.0.1:1/name?passwrd=secret", "passwrd"),
+        ("postgresql+psycopg://user:secret#1/name", "@ is written %40"),
         ("postgresql+psycopg://user:secret@127.0.0.1:1/name", "refused"),
         ("postgresql+psycopg://user:se@cr:et@127.0.0.1:1/name", "@ is written %40"),
         ("grpc://127.0.0.1:1", "onnect"),
@@ -158,14 +165,18 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(ValueError, match=r"package grpc: pip install 'hybrid-frontier\[cluster\]'"):
         open_storage(tmp_path, "grpc://127.0.0.1:1")
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(ValueError, match=r"package psycopg: pip install"):
-        open_storage(tmp_path, "postgresql+psycopg://user@127.0.0.1:1/name")
-
-
-def test_a_password_is_not_shown() -> None:
-    assert without_password("postgresql+psycopg://me:p@ss@host:1/db") == "postgresql+psycopg://me@host:1/db"
-    assert without_password("grpc://host:1") == "grpc://host:1"
+    for scheme, module, install in (
+        ("postgresql", "psycopg", "'hybrid-frontier[cluster]'"),
+        ("mysql", "pymysql", "'hybrid-frontier[cluster]'"),
+        ("mysql+mysqldb", "MySQLdb", "mysqlclient"),
+        ("oracle+oracledb", "oracledb", "oracledb"),
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(scheme)} needs the package {module}: pip install "
+        ) as refusal:
+            open_storage(tmp_path, f"{scheme}://user@127.0.0.1:1/name")
+        assert str(refusal.value).endswith(install)
 
 
 class Away(InMemoryStorage):

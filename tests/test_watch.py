@@ -101,7 +101,7 @@ def test_the_newest_study_of_a_journal_is_shown_unless_one_is_named(runs: Path) 
         ("nowhere", "'{root}/nowhere' does not exist; there are {root}/experts"),
         ("experts/deeper", "'{root}/experts/deeper' does not exist; name a folder that `explore sweep` wrote"),
         ("", "'{root}' holds no study.journal; there are {root}/experts"),
-        ("experts/notes.txt", "'{root}/experts/notes.txt' is no journal of Optuna"),
+        ("experts/notes.txt", "{root}/experts/notes.txt: must be a journal of Optuna, but its first line is not ("),
         ("empty", "{root}/empty/study.journal holds no study yet"),
     ],
 )

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 import random
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
+
+from explore.study.faults import FaultError
+from explore.study.journal import open_journal
+from explore.study.secrets import hide_secrets, without_password
 
 JOURNAL = "study.journal"
-STALE_S = 5
-"""Seconds after which the link of a process that was killed is taken away; nobody else holds one for so long."""
 PATIENCE_S = 600.0
 """Seconds that a server may be away before a worker gives up."""
 ATTEMPTS = 10
 """Times that the tables of an empty database are made, where another process is at it."""
+
+DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
+"""Drivers for URLs that name none: those that the extra brings."""
+EXTRA = ("grpc", "psycopg", "pymysql")
+"""Packages that the extra `cluster` brings for storages."""
+PACKAGES = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary"}
+"""Names in the package index where they differ from those of the modules."""
 
 Say = Callable[[str], None]
 
@@ -47,7 +50,7 @@ def open_storage(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
         runs.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(WholeJournal(runs / JOURNAL))
+        return open_journal(runs / JOURNAL)
     return patient(_opened(url, "--storage", say, patience_s), say)
 
 
@@ -57,10 +60,11 @@ def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
         opened: BaseStorage = wait_for(lambda: _remote(url), say, patience_s)
         return opened
     except ImportError as error:
-        package = getattr(error.__cause__ or error, "name", None)
-        why = f"{url.partition(':')[0]} needs the package {package}: pip install 'hybrid-frontier[cluster]'"
+        package = str(getattr(error.__cause__ or error, "name", None))
+        install = "'hybrid-frontier[cluster]'" if package in EXTRA else PACKAGES.get(package, package)
+        why = f"{url.partition(':')[0]} needs the package {package}: pip install {install}"
     except Exception as error:  # each kind of server fails in a way of its own
-        why = _first_line(error)
+        why = hide_secrets(_first_line(error), url)
     raise ValueError(f"{option}: {without_password(url)} cannot be opened: {why}")
 
 
@@ -68,8 +72,8 @@ def _remote(url: str) -> BaseStorage:
     scheme, _, rest = url.partition("://")
     if scheme == "grpc":
         host, _, port = rest.rstrip("/").rpartition(":")
-        if not (host and port.isdigit()):
-            raise ValueError("a gRPC proxy is named as grpc://host:port")
+        if not (host and port.isdigit()) or "@" in host:
+            raise ValueError("a gRPC proxy is named as grpc://host:port, without user and password")
         import_module("grpc")  # Optuna would name it only later, and in more words
 
         with warnings.catch_warnings():
@@ -86,6 +90,8 @@ def _relational(url: str) -> RDBStorage:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError
 
+    scheme, mark, rest = url.partition("://")
+    url = f"{DRIVERS.get(scheme, scheme)}{mark}{rest}"
     try:
         make_url(url)
     except (ArgumentError, ValueError):  # whose words may repeat a part of the password
@@ -114,7 +120,7 @@ def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None
         ValueError: no storage opens there, or the port cannot be listened on.
     """
     if "://" not in place and not (Path(place) / JOURNAL).exists():
-        raise ValueError(f"STORAGE: {place!r} is no URL and no folder with a {JOURNAL}")
+        raise ValueError(f"STORAGE: {without_password(place)!r} is no URL and no folder with a {JOURNAL}")
     storage = _opened(place, "STORAGE", lambda line: None, 0.0) if "://" in place else open_storage(Path(place))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -125,60 +131,11 @@ def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None
             raise ValueError(f"--port: {port} on {host} cannot be listened on: {_first_line(error)}") from None
 
 
-class WholeJournal(JournalFileBackend):
-    """Optuna's journal file; a write that fails or is cut off leaves no half line, and a lock ends with its process."""
-
-    def __init__(self, path: Path) -> None:
-        # The link must lead to the file from its own folder too, or Optuna never finds out that it is stale.
-        self.path, self.link = path, JournalFileSymlinkLock(str(path.resolve()), grace_period=STALE_S)
-        super().__init__(str(path), self.link)
-
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
-        with self._held(), self.path.open("r+b", buffering=0) as file:
-            whole = _whole_lines(file)
-            file.seek(whole)
-            file.truncate()
-            try:
-                if file.write(lines) != len(lines):  # the rest would not fit
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file.fileno())
-            except OSError as error:
-                file.truncate(whole)
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    @contextmanager
-    def _held(self) -> Iterator[None]:
-        """The only writer, among all processes; the system takes the lock back from one that is gone.
-
-        Within it also by Optuna's own lock, a link beside the file, which is what optuna-dashboard respects.
-        """
-        with self.path.with_name(f"{self.path.name}.flock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            self.link.acquire()
-            try:
-                yield
-            finally:
-                self.link.release()
-
-
-def _whole_lines(file: Any) -> int:
-    """Size of a file up to the end of its last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 4096)
-        file.seek(start)
-        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
-            return int(start + newline + 1)
-        end = start
-    return 0
-
-
 def patient(storage: BaseStorage, say: Say, patience_s: float = PATIENCE_S) -> BaseStorage:
     """The same storage, whose every call waits for a server that does not answer, and then goes on.
 
     Raises:
-        ValueError: by its calls, when the server has been away for `patience_s` seconds.
+        FaultError: by its calls, when the server has been away for `patience_s` seconds.
     """
 
     def waiting(name: str) -> Callable[..., Any]:
@@ -194,7 +151,7 @@ def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
     """Calls until the server answers.
 
     Raises:
-        ValueError: it has been away for `patience_s` seconds.
+        FaultError: it has been away for `patience_s` seconds.
     """
     since, pause = time.monotonic(), 0.1
     while True:
@@ -205,7 +162,7 @@ def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
                 raise
             away_s = time.monotonic() - since
             if away_s > patience_s:
-                raise ValueError(f"storage: no answer for {away_s:.0f} s: {_first_line(error)}") from None
+                raise FaultError(f"storage: no answer for {away_s:.0f} s: {_first_line(error)}") from None
             if pause > 1:
                 say(f"the storage does not answer ({_first_line(error)}); waiting")
             time.sleep(pause)
@@ -234,13 +191,6 @@ def _first_line(error: BaseException) -> str:
     details = getattr(error, "details", None)  # of grpc.RpcError
     text = str(details() if callable(details) else error).strip()
     return (text.splitlines() or [type(error).__name__])[0]
-
-
-def without_password(url: str) -> str:
-    """The URL of a storage as it may be shown."""
-    scheme, mark, rest = url.partition("://")
-    user, at, place = rest.rpartition("@")
-    return f"{scheme}{mark}{user.partition(':')[0]}{at}{place}"
 
 
 def objectives_of(study: optuna.Study) -> dict[str, str]:

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage
-from optuna.storages.journal import JournalFileBackend, JournalStorage
 from rich.console import Console
 
+from explore.study.journal import open_journal
 from explore.study.live import SweepTable
-from explore.study.storage import JOURNAL, open_storage, without_password
-from explore.study.worker import n_counted
+from explore.study.progress import n_counted
+from explore.study.secrets import without_password
+from explore.study.storage import JOURNAL, open_storage
 
 REDRAW_S = 2.0
 N_TRIALS = "n_trials"
@@ -47,11 +48,7 @@ def find_study(place: str, storage: str | None = None, name: str | None = None) 
     if not journal.is_file():
         raise ValueError(f"STUDY: {_missing(path)}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        opened = JournalStorage(JournalFileBackend(str(journal)))
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"STUDY: {str(journal)!r} is no journal of Optuna") from None
-    return Found(_load(opened, name, str(journal)), journal.parent)
+    return Found(_load(open_journal(journal), name, str(journal)), journal.parent)
 
 
 def _load(opened: BaseStorage, name: str | None, place: str) -> optuna.Study:
@@ -71,7 +68,7 @@ def _missing(path: Path) -> str:
     near = sorted(str(journal.parent) for journal in folder.glob(f"*/{JOURNAL}"))
     there = f"there are {', '.join(near[:8])}" if near else "name a folder that `explore sweep` wrote"
     what = f"holds no {JOURNAL}" if path.is_dir() else "does not exist"
-    return f"{str(path)!r} {what}; {there}"
+    return f"{without_password(str(path))!r} {what}; {there}"
 
 
 def watch(

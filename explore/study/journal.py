@@ -1,0 +1,153 @@
+"""Optuna's journal file, kept whole: half lines, damaged lines, and locks that nobody holds."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock, JournalStorage
+
+from explore.foreign import parse_json
+from explore.study.faults import FaultError
+
+STALE_S = 5.0
+"""Seconds after which the link of a process that was killed is taken away; nobody else holds one for so long."""
+POLL_S = 0.01
+
+
+class JournalError(FaultError):
+    """A journal has a line that is damaged."""
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """Opens the studies of a journal file, which is made where it is missing.
+
+    Raises:
+        JournalError: with the file and the line that cannot be read.
+    """
+    journal = WholeJournal(path)
+    try:
+        return JournalStorage(journal)
+    except JournalError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:  # of a line that is JSON
+        raise journal.damaged(f"{type(error).__name__}: {error}") from None
+
+
+class WholeJournal(JournalFileBackend):
+    """A journal without half lines, whatever is killed or full; its lock ends with its process."""
+
+    def __init__(self, path: Path) -> None:
+        # The link must lead to the file from its own folder too, or Optuna never finds out that it is stale.
+        self.path, self.link = path, _Link(str(path.resolve()))
+        self._line = 0
+        super().__init__(str(path), self.link)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """The entries from this number on.
+
+        Raises:
+            JournalError: one of them is damaged.
+        """
+        known = log_number_from in self._log_number_offset
+        self._line = log_number_from if known else 0
+        with self.path.open("rb") as file:
+            file.seek(self._log_number_offset[self._line])
+            *lines, _ = file.read().split(b"\n")  # what follows the last is being written, or was cut off
+        for raw in lines:
+            self._log_number_offset[self._line + 1] = self._log_number_offset[self._line] + len(raw) + 1
+            self._line += 1
+            if self._line > log_number_from:
+                yield self._parsed(raw)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with self._held(), self.path.open("r+b", buffering=0) as file:
+            whole = _whole_lines(file)
+            file.seek(whole)
+            file.truncate()
+            try:
+                if file.write(lines) != len(lines):  # the rest would not fit
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except OSError as error:
+                file.truncate(whole)
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def damaged(self, why: str) -> JournalError:
+        """The error that names the line that was read last."""
+        if self._line == 1:
+            return JournalError(f"{self.path}: must be a journal of Optuna, but its first line is not ({why})")
+        return JournalError(
+            f"{self.path}: line {self._line} is damaged ({why}); restore the file, or move it away: "
+            "a new study takes up the runs that have ended"
+        )
+
+    def _parsed(self, raw: bytes) -> dict[str, Any]:
+        try:
+            log = parse_json(raw)
+        except ValueError as error:
+            raise self.damaged(str(error)) from None
+        if not isinstance(log, dict):
+            raise self.damaged(f"must be a JSON object, got {type(log).__name__}")
+        return log
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """The only writer, among all processes; the system takes the lock back from one that is gone.
+
+        Within it also by Optuna's own lock, a link beside the file, which is what optuna-dashboard respects.
+        """
+        with self.path.with_name(f"{self.path.name}.flock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            self.link.acquire()
+            try:
+                yield
+            finally:
+                self.link.release()
+
+
+class _Link(JournalFileSymlinkLock):
+    """Optuna's lock, a link beside the journal; one that nobody renews is taken away wherever it leads.
+
+    Optuna looks at the file behind the link. It waits for ever where there is none, as when the folder was moved, or
+    where that file is another journal that is in use.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, grace_period=None)
+        self.stale_s = STALE_S
+
+    def acquire(self) -> bool:
+        held, since = None, time.monotonic()
+        while True:
+            with suppress(FileExistsError):
+                Path(self._lock_file).symlink_to(self._lock_target_file)
+                return True
+            with suppress(FileNotFoundError):  # its holder has just removed it
+                status = os.lstat(self._lock_file)
+                if held != (held := (status.st_ino, status.st_mtime_ns)):
+                    since = time.monotonic()
+                elif time.monotonic() - since > self.stale_s:
+                    with suppress(RuntimeError):  # somebody else has taken it away
+                        self.release()
+            time.sleep(POLL_S)
+
+
+def _whole_lines(file: Any) -> int:
+    """Size of a file up to the end of its last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        if (newline := file.read(end - start).rfind(b"\n")) >= 0:
+            return int(start + newline + 1)
+        end = start
+    return 0
