@@ -109,10 +109,10 @@ def work(
 ) -> None:
     """Runs a sweep in this process; that it has the study, and what it trains, is noted in `log`, an error last."""
     from explore.study import TrialOptions, crew, load_sweep, run_sweep
-    from explore.train import fitting
+    from explore.train import fitting, loop
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    train, write, open_study = fitting.train_run, fitting.write_json, crew.open_study
+    train, write, open_study = fitting.train_run, loop.write_json, crew.open_study
 
     def noted_open(*args: Any, **options: Any) -> optuna.Study:
         study = open_study(*args, **options)
@@ -128,7 +128,7 @@ def work(
         if path.name == "result.json":
             note(log, f"end {path.parent.name[-8:]}")
 
-    fitting.train_run, fitting.write_json, crew.open_study = noted_train, noted_write, noted_open
+    fitting.train_run, loop.write_json, crew.open_study = noted_train, noted_write, noted_open
     if before is not None:
         before()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import optuna
@@ -60,14 +61,14 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(
     def fit(*args: object, **kwargs: object) -> object:
         calls.append(args)
         if len(calls) == 2:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("shapes do not fit")
         return real(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train, "fit", fit)
     summary = run(sweep, 3, runs)
     assert (summary.complete, summary.failed) == (2, 1)
     failed = [trial for trial in trials_of(runs) if trial.state == TrialState.FAIL]
-    assert [trial.user_attrs["reason"] for trial in failed] == ["RuntimeError: out of memory"]
+    assert [trial.user_attrs["reason"] for trial in failed] == ["RuntimeError: shapes do not fit"]
 
 
 def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
@@ -192,7 +193,7 @@ def test_the_first_line_that_differs_is_named() -> None:
     assert first_difference("a = 1\nb = 3", "a = 1") == "'b = 3' is now 'nothing'"
 
 
-@pytest.mark.parametrize("n_writes", range(6))
+@pytest.mark.parametrize("n_writes", range(8))
 def test_a_study_whose_creation_was_killed_is_completed(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_writes: int
 ) -> None:
@@ -244,3 +245,50 @@ def test_seeds_share_a_trial_and_its_values_are_their_means(tmp_path: Path) -> N
     ((values, table),) = [(values, load_runs(runs)) for values in done_by_key(study_of(runs)).values()]
     assert sorted(table["seed"]) == [0, 1]
     assert values[0] == pytest.approx(table["val_bpb"].mean())
+
+
+# Modules that a sweep file imports
+
+
+@pytest.fixture
+def with_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A sweep file, and a package of one's own that it imports a module of."""
+    package = tmp_path / "own_sizes"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "deep.py").write_text('"""Sizes."""\n\nLARGEST = 200  # not more\n')
+    (package / "sizes.py").write_text("from .deep import LARGEST\n\nassert LARGEST\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("own_sizes", "own_sizes.sizes", "own_sizes.deep"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    replaced = {"from explore import": "from own_sizes.sizes import LARGEST\nfrom explore import", "> 200": "> LARGEST"}
+    return write_sweep(tmp_path, replaced=replaced), package / "deep.py"
+
+
+def test_a_module_that_changed_under_its_study_is_refused_with_the_difference(
+    with_module: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (file, module), runs = with_module, tmp_path / "runs"
+    sweep = load_sweep(file)
+    assert list(sweep.modules) == ["own_sizes", "own_sizes.deep", "own_sizes.sizes"]
+    run(sweep, 1, runs)
+    module.write_text('"""Other words."""\n\nLARGEST = 200\n')
+    assert run(sweep, 2, runs).complete == 2
+    module.write_text("LARGEST = 150\n")
+    says = r"module own_sizes.deep: changed since the study 'width' began: 'LARGEST = 200' is now 'LARGEST = 150'"
+    with pytest.raises(ValueError, match=says):
+        run(sweep, 3, runs)
+    assert run(sweep, 1, runs, new_study=True).complete == 1
+
+
+def test_only_modules_of_ones_own_count(sweep_file: Path) -> None:
+    text = sweep_file.read_text()
+    sweep_file.write_text(text.replace("from explore import", "import json, optuna\nfrom explore import", 1))
+    assert load_sweep(sweep_file).modules == {}
+
+
+def test_a_sweep_file_with_a_byte_order_mark_is_run_as_without(sweep_file: Path, tmp_path: Path) -> None:
+    sweep_file.write_bytes(b"\xef\xbb\xbf" + sweep_file.read_bytes())
+    assert run(load_sweep(sweep_file), 1, tmp_path / "runs").complete == 1
+    sweep_file.write_bytes(sweep_file.read_bytes()[3:])
+    assert run(load_sweep(sweep_file), 2, tmp_path / "runs").complete == 2

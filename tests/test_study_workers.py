@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from small_sweeps import assert_same, done_by_key, finish, note, noted, quiet, start, study_of, wait_until, write_sweep
 
 from explore import train
-from explore.study import RejectedError, Sweep, TrialOptions, crew, load_sweep, run_sweep
+from explore.study import RejectedError, Sweep, TrialOptions, load_sweep, processes, run_sweep
 from explore.study import claim as claims
 from explore.study import lease as leases
 from explore.study.claim import claim
@@ -461,8 +461,10 @@ def _raises(trial: optuna.Trial) -> Any:
 def test_two_workers_share_the_trials_and_each_experiment_is_trained_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, runs, real, started = write_sweep(tmp_path), tmp_path / "runs", crew._start, []
-    monkeypatch.setattr(crew, "_start", lambda post: started.append(os.environ["EXPLORE_THREADS"]) or real(post))
+    file, runs, real, started = write_sweep(tmp_path), tmp_path / "runs", processes.start_worker, []
+    monkeypatch.setattr(
+        processes, "start_worker", lambda post: started.append(os.environ["EXPLORE_THREADS"]) or real(post)
+    )
     summary = run_sweep(load_sweep(file), 6, runs, workers=2, options=TrialOptions(notes=False), console=quiet())
     assert (summary.complete, summary.failed) == (6, 0)
     assert started == [str(max(1, len(os.sched_getaffinity(0)) // 2))] * 2

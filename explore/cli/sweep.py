@@ -101,6 +101,8 @@ def sweep(
     else:
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
+    if summary.failed and not (summary.complete or summary.pruned):
+        raise typer.Exit(1)
 
 
 def _options(texts: list[str] | None) -> dict[str, Any]:

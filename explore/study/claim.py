@@ -11,6 +11,8 @@ from explore.study.budgets import RejectedError
 from explore.study.lease import Reaper, is_left, is_rejected
 
 POLL_S = 0.2
+REPEATS = "repeats trial"
+"""How the reason of a trial begins whose experiment the study has already."""
 
 
 def claim(study: optuna.Study, trial: optuna.Trial, key: str, reaper: Reaper) -> None:
@@ -27,7 +29,7 @@ def claim(study: optuna.Study, trial: optuna.Trial, key: str, reaper: Reaper) ->
         others = [other for other in study.get_trials(deepcopy=False) if _claims(other, key, trial.number)]
         for other in others:
             if other.state != TrialState.RUNNING or "confirmed" in other.user_attrs or other.number < trial.number:
-                raise RejectedError(f"repeats trial {other.number}")
+                raise RejectedError(f"{REPEATS} {other.number}")
         if not others:
             trial.set_user_attr("confirmed", True)
             return

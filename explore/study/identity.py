@@ -1,8 +1,10 @@
-"""Which study a sweep file belongs to: a file that was changed under its study is found out, and not mixed in."""
+"""Which study a sweep file belongs to: a file, a module or a text that changed under its study is not mixed in."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import time
 import warnings
 from collections.abc import Mapping
@@ -12,9 +14,13 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
+from explore.experiment import Experiment
+from explore.foreign import echo
+from explore.study.faults import FaultError
 from explore.study.storage import study_names
 from explore.study.sweep_file import Sweep
 
+_WAYS_OUT = "change {} back, or begin another study with --new-study"
 CREATION_S = 5.0
 """Seconds that the creation of a study may take before its process counts as killed."""
 
@@ -37,7 +43,8 @@ def open_study(
         name: open this one of the sweep's studies instead of the newest.
 
     Raises:
-        ValueError: the file, the sampler or the seed is not that of the study, with the difference.
+        ValueError: the file, a module that it imports, its data, the sampler or the seed is not that of the study, with
+            the difference.
     """
     names = study_names(storage, sweep.name)
     if name is None:
@@ -53,6 +60,8 @@ def open_study(
     study = optuna.load_study(study_name=name, storage=storage)
     _await_whole(sweep, study, sampler, seed)
     _check(sweep, study, sampler, seed)
+    for experiment in sweep.examples:
+        check_data(study, experiment)
     return study
 
 
@@ -67,6 +76,9 @@ def _fill(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | No
     for number, baseline in enumerate(sweep.baselines):
         if number not in there:
             study.enqueue_trial(dict(baseline), user_attrs={"baseline": number})
+    for experiment in sweep.examples:
+        check_data(study, experiment)
+    study.set_user_attr("modules", sweep.modules)
     study.set_user_attr("code", sweep.code)
 
 
@@ -95,11 +107,52 @@ def _check(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | N
             raise ValueError(
                 f"--{name}: {now} is not allowed: the study {study.study_name!r} has {was[name]}; see --new-study"
             )
-    if (difference := first_difference(was["code"], sweep.code)) is not None:
-        raise ValueError(
-            f"{sweep.path}: changed since the study {study.study_name!r} began: {difference}; "
-            "change it back, or begin another study with --new-study"
+    modules = sweep.modules
+    if "modules" not in was:  # an older version made the study
+        study.set_user_attr("modules", modules)
+    before = {str(sweep.path): was["code"], **_labelled(was.get("modules", modules))}
+    after = {str(sweep.path): sweep.code, **_labelled(modules)}
+    for place in sorted(before.keys() | after.keys()):
+        if (difference := first_difference(before.get(place, ""), after.get(place, ""))) is not None:
+            raise ValueError(
+                f"{place}: changed since the study {study.study_name!r} began: {difference}; {_WAYS_OUT.format('it')}"
+            )
+
+
+def _labelled(modules: Mapping[str, str]) -> dict[str, str]:
+    return {f"module {name}": code for name, code in modules.items()}
+
+
+def check_data(study: optuna.Study, experiment: Experiment) -> None:
+    """Keeps with a study what a corpus and a tokenizer hold when they are first used, and compares them with it later.
+
+    Raises:
+        FaultError: they changed, or cannot be read.
+    """
+    now, data = read_data(experiment), experiment.data.model_dump(mode="json")
+    # An attribute for each: two workers would overwrite each other's entries in a common one.
+    name = f"data-{hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]}"
+    if (was := study.user_attrs.get(name)) is None:
+        study.set_user_attr(name, now)
+        return
+    if changed := [part for part in now if was.get(part) != now[part]]:
+        before, after = (str(each.get(changed[0]))[:12] for each in (was, now))
+        raise FaultError(
+            f"data: {', '.join(changed)} of {echo(data.get('corpus', data['kind']))} changed since the study "
+            f"{study.study_name!r} began: {before} is now {after}; {_WAYS_OUT.format('them')}"
         )
+
+
+def read_data(experiment: Experiment) -> dict[str, Any]:
+    """What the data of an experiment hold, by hashes of their content.
+
+    Raises:
+        FaultError: a corpus or a tokenizer is missing or cannot be read.
+    """
+    try:
+        return experiment.data.fingerprint()
+    except (ValueError, OSError) as error:
+        raise FaultError(str(error)) from error
 
 
 def first_difference(before: str, after: str) -> str | None:

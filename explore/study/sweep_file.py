@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from explore.quantities import unknown
 from explore.search.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
 from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError, check_not_tied
+from explore.study.code import own_modules, sweep_tree
 from explore.study.learning_rates import LearningRates
 from explore.study.pruning import FrontPruner, check_prunable
 
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
     from explore.figures import RunFigure
 
 Direction = Literal["minimize", "maximize"]
-TELLING = ("tables", "figure")
-"""Functions of a sweep file that tell its results, and may be changed under its study."""
 TRIES = 200
 """Samples that may be rejected in a row before a search space counts as exhausted."""
 
@@ -54,6 +54,7 @@ class Sweep:
         merging: averages of checkpoints that are scored of every run without a decay.
         tables: what the tables of runs and of minimal pairs come to, as tables by name.
         figure: drawn from these tables.
+        examples: the experiments of the baselines, and one that was drawn.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Sweep:
     merging: Merging | None = None
     tables: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
+    examples: Sequence[Experiment] = ()
 
     @property
     def name(self) -> str:
@@ -78,21 +80,12 @@ class Sweep:
     @property
     def code(self) -> str:
         """The file without what changes no result: comments, layout, its docstring, and how its results are told."""
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
-        tree.body = [each for each in tree.body if not _tells(each)]
-        return ast.unparse(tree)
+        return ast.unparse(sweep_tree(self.path))
 
-
-def _tells(statement: ast.stmt) -> bool:
-    """Whether a statement of a sweep file is about its results only."""
-    match statement:
-        case ast.Expr(value=ast.Constant()):
-            return True
-        case ast.FunctionDef(name=name):
-            return name in TELLING
-        case ast.ImportFrom(module=str(module)):
-            return module.startswith(("explore.figures", "explore.frontier"))
-    return False
+    @property
+    def modules(self) -> dict[str, str]:
+        """Code by name of the modules of one's own that the file imports."""
+        return own_modules(sweep_tree(self.path))
 
 
 def load_sweep(path: Path) -> Sweep:
@@ -116,8 +109,7 @@ def load_sweep(path: Path) -> Sweep:
             check_prunable(sweep.objectives)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-    _check(sweep)
-    return sweep
+    return dataclasses.replace(sweep, examples=_examples(sweep))
 
 
 def _options(path: Path, module: ModuleType) -> dict[str, Any]:
@@ -171,7 +163,9 @@ def _objectives(path: Path, module: ModuleType) -> Mapping[str, Direction]:
     return objectives
 
 
-def _check(sweep: Sweep) -> None:
+def _examples(sweep: Sweep) -> tuple[Experiment, ...]:
+    """Checks a sweep by making the experiments of its baselines, and one that is drawn."""
+    examples = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     scratch = optuna.create_study(
         directions=list(sweep.objectives.values()), sampler=optuna.samplers.RandomSampler(seed=0)
@@ -194,8 +188,9 @@ def _check(sweep: Sweep) -> None:
             check_not_tied(sweep.objectives, sweep.budgets, experiment)
         except ValueError as error:
             raise ValueError(f"{sweep.path}: {error}") from None
+        examples.append(experiment)
         if not is_baseline:
-            return
+            return tuple(examples)
     raise ValueError(f"{sweep.path}: {TRIES} samples in a row were rejected; the bounds leave no experiment")
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import math
-import os
 import statistics
 import time
 import warnings
@@ -16,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich.console import Console
 
 from explore import train
@@ -27,15 +25,15 @@ from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
 from explore.study.claim import claim
 from explore.study.dashboard import annotate
-from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, is_left, leave
-from explore.study.sweep_file import TRIES, Sweep, reason
+from explore.study.faults import FaultError, fault_of
+from explore.study.identity import check_data
+from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, leave
+from explore.study.progress import EXHAUSTED, is_counted, why_used_up
+from explore.study.sweep_file import Sweep, reason
 from explore.table import expected_row
 from explore.tracking import WandbMode
 
 IDLE_S = 0.5
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
-LEAST_FREE = 1 << 20
-"""Bytes: with less than these a disk is full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +88,21 @@ class Worker:
         """Runs trials until `n_trials` have been trained or failed, whoever ran them, or nothing new is found.
 
         Raises:
-            ValueError: the disk is full or cannot be written; the trial is left for the next time.
+            FaultError: a fault of the machine, of which the trial is not the cause; the trial is given back.
         """
         try:
             self._work(n_trials)
         except Exception as error:
-            if (full := self._disk_is_full(error)) is None:
+            if (fault := fault_of(error, self.runs)) is None:
                 raise
-            raise ValueError(f"{full}; the sweep stops here, and goes on when started again") from error
+            raise FaultError(f"{fault}; the sweep stops here, and goes on when started again") from error
 
     def _work(self, n_trials: int) -> None:
-        rejected_in_a_row = 0
-        while rejected_in_a_row < TRIES:
+        while True:
             self.reaper.reap(self.study)
             trials = self.study.get_trials(deepcopy=False)
             n_done = sum(map(is_counted, trials))
-            if n_done >= n_trials:
+            if n_done >= n_trials or why_used_up(trials) is not None:
                 return
             if n_done + sum(trial.state == TrialState.RUNNING for trial in trials) >= n_trials:
                 time.sleep(IDLE_S)  # others train the last ones; should they fail to, this one will
@@ -113,14 +110,13 @@ class Worker:
             trial = self.study.ask()
             try:
                 with Lease(self.study, trial):
-                    outcome = self._run_leased(trial, n_trials)
+                    self._run_leased(trial, n_trials)
             except optuna.exceptions.UpdateFinishedTrialError:  # reaped before it had its lease
                 continue
             except ExhaustedError as end:
+                with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                    trial.set_user_attr(EXHAUSTED, True)
                 self._tell(trial, Outcome(REJECTED, reason=str(end)), 0.0)
-                return
-            if outcome is not None:
-                rejected_in_a_row = rejected_in_a_row + 1 if outcome.name == REJECTED else 0
 
     def _run_leased(self, trial: optuna.Trial, n_trials: int) -> Outcome | None:
         """Runs a trial if it is one of those that were asked for; whatever ends the process, it is given back."""
@@ -132,7 +128,8 @@ class Worker:
         except ExhaustedError:
             raise
         except BaseException:
-            with suppress(OSError, ValueError):  # what cannot be written now is reaped later
+            # What cannot be written now is reaped later.
+            with suppress(OSError, ValueError, optuna.exceptions.StorageInternalError):
                 leave(self.study, trial._cached_frozen_trial, RELEASED)
             raise
 
@@ -146,7 +143,7 @@ class Worker:
         except ExhaustedError:
             raise
         except Exception as error:
-            if self._disk_is_full(error) is not None:
+            if fault_of(error, self.runs) is not None:
                 raise
             outcome = Outcome("failed", reason=reason(error, self.sweep.path))
         self._tell(trial, outcome, time.perf_counter() - started)
@@ -157,9 +154,17 @@ class Worker:
         if is_doubled(trial._cached_frozen_trial, self.study.get_trials(deepcopy=False)):
             raise RejectedError("another trial is a retry of the same")
         experiment = self.sweep.experiment(trial)
+        check_data(self.study, experiment)
         claim(self.study, trial, experiment.key(), self.reaper)
         self._describe(trial, experiment)
         self.changed()
+        try:
+            return self._train_claimed(trial, experiment)
+        except Exception:
+            check_data(self.study, experiment)  # where the text is gone or was changed meanwhile, that is why
+            raise
+
+    def _train_claimed(self, trial: optuna.Trial, experiment: Experiment) -> Outcome:
         about: dict[str, Any] = {"tuned": False}
         if self.sweep.learning_rates is not None:
             tuned = self.sweep.learning_rates.search(lambda lr: self._pilot(experiment, lr))
@@ -170,7 +175,7 @@ class Worker:
         folders = []
         for seed in range(self.sweep.seeds):
             seeded = experiment.model_copy(update={"seed": experiment.seed + seed})
-            folder = self._fit(seeded, trial if seed == 0 else None)
+            folder = self._fit_judged(seeded, trial if seed == 0 else None)
             self._record(trial, folder, about)
             folders.append(folder)
             if (folder.result or {}).get("status") != "finished":
@@ -178,9 +183,9 @@ class Worker:
         trial.set_user_attr("run", folders[0].path.name)
         return self._outcome(folders)
 
-    def _fit(self, experiment: Experiment, judged: optuna.Trial | None) -> RunFolder:
+    def _fit_judged(self, experiment: Experiment, judged: optuna.Trial | None) -> RunFolder:
         pruner = self.sweep.pruner if self.options.prune and judged is not None else None
-        return self._fit_alone(
+        return self.fit(
             experiment,
             self.runs,
             checkpoint_every=self.options.checkpoint_every,
@@ -193,14 +198,14 @@ class Worker:
     def _pilot(self, experiment: Experiment, lr: float) -> float:
         assert self.sweep.learning_rates is not None
         pilot = self.sweep.learning_rates.pilot(experiment, lr)
-        row = self._fit_alone(pilot, self.runs / PILOTS).row()
+        row = self.fit(pilot, self.runs / PILOTS).row()
         if row["status"] != "finished":
             return float("inf")
         if self.sweep.merging is not None:
             return float(row[self.sweep.merging.score(pilot)])
         return float(row["val_bpb"] if _is_number(row["val_bpb"]) else row["val_loss"])
 
-    def _fit_alone(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
+    def fit(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
         """Trains an experiment, after whoever trains it now: another study, or a worker whose lease was lost."""
         merging = self.sweep.merging
         keep_every = None if merging is None else merging.keep_every(experiment)
@@ -266,16 +271,6 @@ class Worker:
         trials = self.study.get_trials(deepcopy=False)[:number]
         return sum(is_counted(trial) or trial.state == TrialState.RUNNING for trial in trials)
 
-    def _disk_is_full(self, error: BaseException) -> str | None:
-        """What cannot be written, where that is why a trial failed; torch tells it as a RuntimeError."""
-        if isinstance(error, OSError) and error.errno in FULL:
-            return f"{error.filename or self.runs}: {error.strerror}"
-        try:
-            place = os.statvfs(self.runs)
-        except OSError:  # the folder is gone
-            return None
-        return f"{self.runs}: no space left on the device" if place.f_bavail * place.f_frsize < LEAST_FREE else None
-
 
 def _give_memory_back() -> None:
     """Returns what a run freed to the system. glibc would keep it in pieces, and a worker would grow for hours."""
@@ -285,15 +280,3 @@ def _give_memory_back() -> None:
 
 def _is_number(value: Any) -> bool:
     return value is not None and not math.isnan(value)
-
-
-def is_counted(trial: FrozenTrial) -> bool:
-    """Whether the trial was trained or failed; rejected ones, and those left to another trial, are not counted."""
-    if trial.state == TrialState.PRUNED:
-        return trial.user_attrs.get("outcome") == "pruned"
-    return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and not is_left(trial))
-
-
-def n_counted(study: optuna.Study) -> int:
-    """Trials of a study that were trained or failed."""
-    return sum(map(is_counted, study.get_trials(deepcopy=False)))

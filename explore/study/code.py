@@ -1,0 +1,93 @@
+"""The code behind a study: a sweep file, and the modules of one's own that it imports."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+from types import ModuleType
+
+TELLING = ("tables", "figure")
+"""Functions of a sweep file that tell its results, and may be changed under its study."""
+
+INSTALLED = tuple(
+    {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {Path(path).resolve() for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
+)
+"""Folders of modules that come with Python or were installed: their versions are in the record of a run."""
+
+
+def sweep_tree(path: Path) -> ast.Module:
+    """The file without its docstring and how its results are told; comments and layout are not in a tree."""
+    tree = ast.parse(path.read_bytes())  # of bytes, which may begin with a mark or name their encoding
+    tree.body = [each for each in tree.body if not _tells(each)]
+    return tree
+
+
+def own_modules(tree: ast.Module) -> dict[str, str]:
+    """Code by name of the modules of one's own that a file imports, directly or by another of them.
+
+    They are those that were imported in this process and are neither installed nor part of explore.
+    """
+    found: dict[str, str] = {}
+    names = sorted(_imported(tree, ""))
+    while names:
+        name = names.pop()
+        module = sys.modules.get(name)
+        if name in found or module is None or (path := _own_file(name, module)) is None:
+            continue
+        content = ast.parse(path.read_bytes())
+        found[name] = ast.unparse(_without_docstring(content))
+        names += sorted(_imported(content, name if hasattr(module, "__path__") else name.rpartition(".")[0]))
+    return dict(sorted(found.items()))
+
+
+def _own_file(name: str, module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    if file is None or not file.endswith(".py") or name.partition(".")[0] == __package__.partition(".")[0]:
+        return None
+    path = Path(file).resolve()
+    return None if any(path.is_relative_to(folder) for folder in INSTALLED) else path
+
+
+def _imported(tree: ast.Module, package: str) -> set[str]:
+    """Names of modules that code may import, with the packages around them."""
+    names: set[str] = set()
+    for each in ast.walk(tree):
+        match each:
+            case ast.Import(names=aliases):
+                names |= {alias.name for alias in aliases}
+            case ast.ImportFrom(module=module, names=aliases, level=level):
+                base = module or ""
+                if level:
+                    base = resolve_name("." * level + base, package) if package else ""
+                names |= {base} | {f"{base}.{alias.name}" for alias in aliases}
+    return {parent for name in names for parent in _with_packages(name)}
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _without_docstring(tree: ast.Module) -> ast.Module:
+    tree.body = [each for each in tree.body if not _is_text(each)]
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _tells(statement: ast.stmt) -> bool:
+    """Whether a statement of a sweep file is about its results only."""
+    match statement:
+        case ast.FunctionDef(name=name):
+            return name in TELLING
+        case ast.ImportFrom(module=str(module)):
+            return module.startswith(("explore.figures", "explore.frontier"))
+    return _is_text(statement)

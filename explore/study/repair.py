@@ -1,0 +1,34 @@
+"""Results of complete trials that are on disk no more, as after a power cut: said, and made again."""
+
+from __future__ import annotations
+
+from optuna.trial import TrialState
+
+from explore.runs import ENDED, walk_runs
+from explore.study.storage import Say
+from explore.study.worker import Worker
+
+
+def repair_results(worker: Worker, say: Say) -> None:
+    """Makes the results of complete trials again whose files are empty, damaged or gone; their last checkpoint helps.
+
+    Folders that are gone stay so: somebody may have wanted the space.
+
+    Args:
+        say: told in one line of each what is done.
+    """
+    complete = worker.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    by_folder = {trial.user_attrs.get("run"): trial.number for trial in complete}
+    numbers = {trial.number for trial in complete}
+    for folder in walk_runs(worker.runs):
+        about = folder.trial
+        number = (
+            about.get("trial") if about.get("study") == worker.study.study_name else by_folder.get(folder.path.name)
+        )
+        if number not in numbers or folder.status in ENDED:
+            continue
+        say(f"{folder.path}: trial {number} is complete, but its result is damaged or gone; making it again")
+        try:
+            worker.fit(folder.load_experiment(), worker.runs)
+        except ValueError as error:
+            say(f"{folder.path}: its result cannot be made again: {error}")
