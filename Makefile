@@ -14,7 +14,8 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
-demo: $(VENV)/.installed ## train a first sweep on the embedded text, then its table and frontier picture
+demo: $(VENV)/.installed ## train a first sweep on the embedded text, with its frontier so far, then its table and frontier
+	@echo 'training $(TRIALS) small models into $(RUNS); $(RUNS)/frontier.png is drawn as soon as three have ended, and again later'
 	$(BIN)/explore sweep sweeps/first_frontier.py --runs $(RUNS) --trials $(TRIALS)
 	$(BIN)/explore table $(RUNS)
 	$(BIN)/explore plot $(RUNS)
@@ -64,12 +65,12 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
-	@echo 'installing into $(VENV): a minute or two, and once only'
+	@echo 'installing PyTorch, Lightning, Optuna, JupyterLab and what they need into $(VENV): one to three minutes, once only'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
 # The development environment contains the other: both stamps, or `make demo` would install once more.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
-	@echo 'installing into $(VENV), with what the tests need: a minute or two, and once only'
+	@echo 'installing PyTorch, Lightning, Optuna, JupyterLab and what the tests need into $(VENV): two to four minutes, once only'
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed $@

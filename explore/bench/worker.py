@@ -206,7 +206,7 @@ def run(shape: str, seconds: float, family: str = "hybrid LatentMoE") -> dict[st
         with tempfile.TemporaryDirectory() as runs:
             found = fit(experiment, runs, accelerator="cpu").result or found
         n_steps = max(4, round(seconds * found["tokens_per_s"] / size.batch_tokens))
-    return {"tokens_per_s": found["tokens_per_s"], "threads": torch.get_num_threads()}
+    return {"tokens_per_s": found["tokens_per_s"], "threads": torch.get_num_threads(), "device": processor()}
 
 
 def decode(family: str, shape: str, n_new: int, compiled: bool = False) -> dict[str, Any]:

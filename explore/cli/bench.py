@@ -17,11 +17,11 @@ from explore.formatting import duration, flops, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "text"],
+        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "sharing", "text"],
         typer.Option(
             help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
             "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
-            "text splits, tokenizes and caches text."
+            "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches."
         ),
     ] = "train",
     shape: Annotated[
@@ -40,7 +40,7 @@ def bench(
         bool, typer.Option("--compile", help="Compile our step of decoding, which is then timed without that.")
     ] = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Keep the table of regions: runs here choose by it what they compile.")
+        bool, typer.Option("--save", help="Keep the table of regions or sharing: runs and sweeps here choose by it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -56,14 +56,17 @@ def bench(
     from explore.cost import Dtype
     from explore.roofline import measured
 
-    if save and what != "regions":
-        raise ValueError(f"--save: not with --what {what}; only regions are kept")
+    if save and what not in ("regions", "sharing"):
+        raise ValueError(f"--save: not with --what {what}; only regions and sharing are kept")
     if compiled and what != "decode":
         raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
     if path and what not in ("train", "curves"):
         raise ValueError(f"--path: not with --what {what}; only train and curves can be forced")
     if what == "regions":
         _regions(shape, save, as_json)
+        return
+    if what == "sharing":
+        _sharing(seconds, save, as_json)
         return
     if what == "text":
         _text(megabytes, as_json)
@@ -148,6 +151,31 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
         "compilation": lambda r: duration(r["compile_s"]),
     }
     _show(records, as_json, ("op", "precision"), columns)
+    if save:
+        save_table(pd.DataFrame(records), own_table())
+        err.print(f"wrote {own_table()}", highlight=False)
+
+
+def _sharing(seconds: float, save: bool, as_json: bool) -> None:
+    import pandas as pd
+
+    from explore.bench import time_sharing
+    from explore.study.sharing import own_table
+    from explore.table import save_table
+
+    def ratio(record: dict[str, Any]) -> float:
+        return float(record["apart_tokens_per_s"] / record["together_tokens_per_s"])
+
+    records = _told(
+        time_sharing(seconds), lambda r: f"{r['shape']}: {ratio(r):.2f} times the tokens/s with a run a core"
+    )
+    columns = {
+        "FLOPs a step": lambda r: flops(r["flops_step"]),
+        "tokens/s of one run": lambda r: f"{r['together_tokens_per_s']:,.0f}",
+        "of one a core": lambda r: f"{r['apart_tokens_per_s']:,.0f}",
+        "ratio": lambda r: f"{ratio(r):.2f}",
+    }
+    _show(records, as_json, ("shape",), columns)
     if save:
         save_table(pd.DataFrame(records), own_table())
         err.print(f"wrote {own_table()}", highlight=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, err, out
+from explore.cli.app import app, err, note, out
 from explore.cli.options import CheckpointEvery, Json, Wandb
 from explore.formatting import count, duration, flops
 from explore.quantities import quantity
@@ -38,7 +38,12 @@ def sweep(
         int, typer.Option(min=1, help="Trials that the study shall have, those already there included.")
     ] = 20,
     runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal; runs/NAME when absent.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, among which the cores are divided.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes that share the cores (default: one a core where models are small, else 1)."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the space, its cost and expected time; train and write nothing.")
     ] = False,
@@ -51,7 +56,7 @@ def sweep(
         bool, typer.Option("--new-study", help="Begin another study beside those of this file.")
     ] = False,
     prune: Annotated[bool, typer.Option(help="Let the sweep file's pruner stop runs.")] = True,
-    notes: Annotated[bool, typer.Option(help="Write notes and figures for optuna-dashboard.")] = True,
+    notes: Annotated[bool, typer.Option(help="Write notes, figures and the frontier so far.")] = True,
     cluster: Annotated[
         Literal["slurm", "local"] | None, typer.Option(help="Submit the workers with submitit, and wait for them.")
     ] = None,
@@ -71,10 +76,16 @@ def sweep(
 
     The same command from any number of terminals or hosts works on the same study, given the same storage.
     """
-    from explore.study import TrialOptions, load_sweep, preview, run_sweep
+    from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_sweep
 
     loaded = load_sweep(file)
     folder = runs or Path("runs") / loaded.name
+    if workers is None:
+        workers = 1 if cluster else choose_workers(loaded.examples, trials)
+        if workers > 1 and not as_json:
+            note(
+                f"{workers} workers of one thread each, which train models this small faster (--workers 1: one worker)"
+            )
     if dry_run:
         with err.status("probing the space and timing a few experiments"):
             seen = preview(loaded, trials, folder, workers=workers, seed=seed or 0)

@@ -6,6 +6,7 @@ from explore.study.crew import SweepSummary, run_sweep
 from explore.study.learning_rates import LearningRates
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
+from explore.study.sharing import choose_workers
 from explore.study.storage import serve_storage
 from explore.study.sweep_file import Sweep, load_sweep
 from explore.study.worker import TrialOptions
@@ -20,6 +21,7 @@ __all__ = [
     "Sweep",
     "SweepSummary",
     "TrialOptions",
+    "choose_workers",
     "load_sweep",
     "preview",
     "run_sweep",

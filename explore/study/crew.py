@@ -28,7 +28,7 @@ from explore.study.dashboard import describe_study
 from explore.study.identity import open_study
 from explore.study.lease import is_rejected
 from explore.study.live import SweepTable
-from explore.study.mirroring import send_sweep
+from explore.study.mirroring import GrowingFrontier, send_sweep
 from explore.study.needs import check_needs
 from explore.study.processes import Cluster, Post, work_here, work_on_cluster
 from explore.study.progress import is_counted, why_used_up
@@ -103,7 +103,14 @@ def run_sweep(
     if options.notes:
         describe_study(study, sweep.question)
     with _kept(records, runs, say), SweepTable(study, n_trials, console) as table:
-        worker = Worker(sweep, study, runs, options, console, table.refresh)
+        frontier = GrowingFrontier(study, runs, say)
+
+        def refresh() -> None:
+            table.refresh()
+            if options.notes:
+                frontier.refresh()
+
+        worker = Worker(sweep, study, runs, options, console, refresh)
         repair_results(worker, say)
         if workers == 1 and cluster is None:
             worker.work(n_trials)
@@ -112,9 +119,11 @@ def run_sweep(
             # Whole paths: a job of a cluster may start in another folder.
             post = Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, options, parent)
             if cluster is None:
-                work_here(post, study, workers, table.refresh)
+                work_here(post, study, workers, refresh)
             else:
-                work_on_cluster(post, study, workers, cluster, cluster_options or {}, table.refresh)
+                work_on_cluster(post, study, workers, cluster, cluster_options or {}, refresh)
+        if options.notes:
+            frontier.refresh(is_last=True)
     if options.wandb is not None:
         send_sweep(study, runs, options.wandb, say)
     _say_what_is_wrong(study, n_trials, say)

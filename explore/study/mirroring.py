@@ -8,6 +8,7 @@ from pathlib import Path
 
 import optuna
 import pandas as pd
+from optuna.trial import TrialState
 
 from explore.figures import family_styles, frontier_table, plot_frontier, save_figure
 from explore.quantities import quantity
@@ -19,6 +20,8 @@ from explore.tracking import PROJECT, Pages, WandbMode, log_sweep, run_id
 QUALITY, COSTS = "val_bpb", ("flops_run", "params_active")
 """Axes of a frontier unless the objectives of a study name others."""
 LONGEST_TABLE = 30
+FIRST_DRAWN = 3
+"""Complete trials after which the frontier of a running sweep is drawn first."""
 
 
 def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[str], None]) -> None:
@@ -29,13 +32,45 @@ def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[
     Args:
         say: told in one line what could not be done.
     """
-    quality, (cost, *_) = frontier_axes(study)
     table = runs_of(study, runs)
     try:
-        png, *_ = save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")
+        png = draw_frontier(study, runs, table)
         log_sweep(study.study_name, table, png, runs, mode, question=str(study.user_attrs.get("question", "")))
     except Exception as error:
         say(f"no frontier for Weights & Biases: {' '.join(str(error).split())}")
+
+
+def draw_frontier(study: optuna.Study, runs: Path, table: pd.DataFrame) -> Path:
+    """Draws the frontier of a study into its folder of runs.
+
+    Args:
+        table: its rows of the table of runs.
+
+    Returns:
+        The PNG.
+    """
+    quality, (cost, *_) = frontier_axes(study)
+    return save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")[0]
+
+
+class GrowingFrontier:
+    """The frontier of a sweep, drawn while it runs: soon, whenever it has twice as many runs, and at its end."""
+
+    def __init__(self, study: optuna.Study, runs: Path, say: Callable[[str], None]) -> None:
+        self.study, self.runs, self.say = study, runs, say
+        self._drawn = 0
+
+    def refresh(self, *, is_last: bool = False) -> None:
+        """Draws it where it is time; what goes wrong is said, and ends nothing."""
+        complete = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        if len(complete) < (self._drawn + 1 if is_last else max(FIRST_DRAWN, 2 * self._drawn)):
+            return
+        self._drawn = len(complete)
+        try:
+            path = draw_frontier(self.study, self.runs, runs_of(self.study, self.runs))
+            self.say(f"the frontier of {len(complete)} trials: {path}")
+        except Exception as error:
+            self.say(f"no frontier yet: {' '.join(str(error).split())}")
 
 
 def study_pages(study: optuna.Study, runs: Path | None, project: str = PROJECT, entity: str = "") -> Pages:
