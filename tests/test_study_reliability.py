@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ from small_sweeps import (
 )
 
 from explore import train
-from explore.runs import find_runs
+from explore.runs import RunFolder, walk_runs
 from explore.study import TrialOptions, load_sweep, run_sweep, serve_storage
 from explore.study.lease import is_left
+from explore.study.progress import is_counted
 
 pytestmark = pytest.mark.slow
 KILLS = 10
@@ -61,10 +63,13 @@ def undisturbed(file: Path, runs: Path, n_trials: int = TRIALS, **options: Any) 
     return done_by_key(study_of(runs))
 
 
-def check_nothing_lost_or_doubled(study: optuna.Study, log: Path, n_killed: int, n_trials: int = TRIALS) -> None:
+def check_nothing_lost_or_doubled(
+    study: optuna.Study, runs: Path, log: Path, n_killed: int, n_trials: int = TRIALS
+) -> None:
     """Every trial ended or has a retry with its parameters; each experiment was trained to its end once."""
-    done = done_by_key(study)
-    assert len(done) == n_trials
+    done_by_key(study)
+    assert sum(map(is_counted, study.trials)) == n_trials
+    assert not [trial.number for trial in study.trials if trial.user_attrs.get("outcome") == "failed"]
     retries = {trial.user_attrs["retry_of"]: trial for trial in study.trials if "retry_of" in trial.user_attrs}
     for trial in study.trials:
         assert trial.state.is_finished() or trial.state == TrialState.WAITING
@@ -72,8 +77,9 @@ def check_nothing_lost_or_doubled(study: optuna.Study, log: Path, n_killed: int,
             retry = retries[trial.number]
             assert {**retry.system_attrs["fixed_params"], **retry.params}.items() >= trial.params.items()
     starts, ends = Counter(noted(log, "start")), Counter(noted(log, "end"))
-    assert set(starts) == {key[:8] for key in done}
-    assert starts.total() <= len(done) + n_killed, "more was begun than was killed"
+    folders = {str(folder.key)[:8] for folder in walk_runs(runs, pilots=True)}
+    assert set(starts) == folders
+    assert starts.total() <= len(folders) + n_killed, "more was begun than was killed"
     assert max(ends.values()) == 1, "an experiment was trained to its end twice"
     lines = log.read_text().splitlines()
     for key in ends:
@@ -82,19 +88,40 @@ def check_nothing_lost_or_doubled(study: optuna.Study, log: Path, n_killed: int,
 
 def check_each_alone(study: optuna.Study, runs: Path, alone: Path) -> None:
     """Every experiment gives what it gives when nothing else runs."""
-    found = {folder.key: folder for folder in find_runs(runs)}
-    for key, values in done_by_key(study).items():
-        experiment = found[key].load_experiment()
+    for trial in study.get_trials(states=[TrialState.COMPLETE]):
+        experiment = RunFolder(runs / trial.user_attrs["run"]).load_experiment()
         row = train.fit(experiment, alone, console=quiet()).row()
-        assert values == pytest.approx([row["val_bpb"], row["flops_run"]], abs=1e-6)
+        assert trial.values == pytest.approx([row["val_bpb"], row["flops_run"]], abs=1e-6)
+
+
+SEARCHED = {
+    "import RejectedError": "import LearningRates, RejectedError",
+    "grid = ": "learning_rates = LearningRates(low=1e-3, high=8e-3, start=2e-3)\ngrid = ",
+    'trial.suggest_float("lr", 1e-3, 1e-2, log=True)': "2e-3",
+    ', "lr": 0.004}': "}",
+}
+PRUNED = {
+    "import RejectedError": "import FrontPruner, RejectedError",
+    "grid = ": "pruner = FrontPruner(margin=0.0, min_trials=1)\ngrid = ",
+    "eval_tokens=128": "eval_tokens=128, val_every=10",
+}
+SWEEPS: dict[str, tuple[str, dict[str, str]]] = {
+    "random": ("random", {}),
+    "grid": ("grid", {}),
+    "tpe": ("tpe", {}),
+    "learning rates": ("random", SEARCHED),
+    "front pruner": ("random", PRUNED),
+}
+"""What is killed: a sampler, and what is changed in the sweep file."""
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
-@pytest.mark.parametrize("sampler", ["random", "qmc", "grid", "tpe"])
-def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, sampler: str, n_workers: int) -> None:
+@pytest.mark.parametrize("name", SWEEPS)
+def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, name: str, n_workers: int) -> None:
     """With two workers, one of them or both are killed."""
-    file, runs, log = write_sweep(tmp_path, tokens=TOKENS), tmp_path / "runs", tmp_path / "log"
-    rng = random.Random(f"{sampler} {n_workers}")
+    sampler, replaced = SWEEPS[name]
+    file, runs, log = write_sweep(tmp_path, tokens=TOKENS, replaced=replaced), tmp_path / "runs", tmp_path / "log"
+    rng = random.Random(f"{name} {n_workers}")
     crew: list[Any] = []
     n_killed = 0
     for _ in range(KILLS):
@@ -110,8 +137,10 @@ def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, sampler:
     assert n_killed >= KILLS / 2, "the sweep was over before it was killed"
     finish(*crew, start(work, file, runs, TRIALS, log))
     study = study_of(runs)
-    check_nothing_lost_or_doubled(study, log, n_killed)
-    if sampler == "tpe":
+    check_nothing_lost_or_doubled(study, runs, log, n_killed)
+    if name == "front pruner":
+        assert study.get_trials(states=[TrialState.PRUNED]), "nothing was pruned"
+    if replaced or sampler == "tpe":
         check_each_alone(study, runs, tmp_path / "alone")
     else:
         assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler=sampler))
@@ -121,7 +150,7 @@ def test_two_sweeps_on_one_study_begun_at_once_train_nothing_twice(tmp_path: Pat
     file, runs, log = write_sweep(tmp_path, tokens=1280), tmp_path / "runs", tmp_path / "log"
     finish(*[start(work, file, runs, TRIALS, log, sampler="grid") for _ in range(3)])
     study = study_of(runs)
-    check_nothing_lost_or_doubled(study, log, 0)
+    check_nothing_lost_or_doubled(study, runs, log, 0)
     assert Counter(noted(log, "start")) == Counter(noted(log, "end")) == {key[:8]: 1 for key in done_by_key(study)}
     assert len(study.get_trials(states=[TrialState.COMPLETE])) == TRIALS
     assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler="grid"))
@@ -143,7 +172,7 @@ def test_a_postgresql_that_is_restarted_in_the_middle_is_waited_for(tmp_path: Pa
         postgres.start()
     finish(*crew)
     study = study_of(runs, url=url)
-    check_nothing_lost_or_doubled(study, log, 0)
+    check_nothing_lost_or_doubled(study, runs, log, 0)
     assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed"))
 
 
@@ -166,7 +195,7 @@ def test_workers_that_are_killed_go_on_in_postgresql_and_through_a_proxy(tmp_pat
         server.kill()
         server.join()
     study = study_of(runs, url=url)
-    check_nothing_lost_or_doubled(study, log, 4)
+    check_nothing_lost_or_doubled(study, runs, log, 4)
     assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed"))
 
 
@@ -201,7 +230,7 @@ def test_a_full_disk_stops_the_sweep_with_a_clear_line_and_it_goes_on_later(tmp_
 
 def _command(file: Path, runs: Path, *options: str) -> list[str]:
     command = [sys.executable, "-c", "from explore.cli import main; main()", "sweep", str(file), "--no-notes"]
-    return [*command, "--runs", str(runs), "--trials", "3", *options]
+    return [*command, "--runs", str(runs), "--trials", "3", *(options or ("--workers", "1"))]
 
 
 def test_a_read_only_folder_is_a_clear_line(tmp_path: Path) -> None:
@@ -243,15 +272,15 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.fixture
-def running_crew(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, Path]]:
-    """The command with two workers that are both in the middle of a run."""
-    file, runs = write_sweep(tmp_path, tokens=4_000_000), tmp_path / "runs"
-    command = [*_command(file, runs, "--workers", "2"), "--checkpoint-every", "5"]
+@contextmanager
+def running(folder: Path, n_workers: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The command with workers that are all in the middle of a run."""
+    file, runs = write_sweep(folder, tokens=4_000_000), folder / "runs"
+    command = [*_command(file, runs, "--workers", str(n_workers)), "--checkpoint-every", "5"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        wait_until(lambda: len(list(runs.glob("*/checkpoints/last.ckpt"))) == 2, 120)
-        yield process, file, runs
+        wait_until(lambda: len(list(runs.glob("*/checkpoints/last.ckpt"))) == n_workers, 120)
+        yield process, runs
     finally:
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
         process.wait()
@@ -259,34 +288,39 @@ def running_crew(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, 
         process.stderr.close()
 
 
-def test_ctrl_c_ends_all_workers_and_leaves_their_trials_to_the_next_start(
-    running_crew: tuple[subprocess.Popen[str], Path, Path],
+@pytest.mark.parametrize(
+    ("signum", "to_all", "n_workers", "code"),
+    [
+        (signal.SIGINT, True, 2, 130),  # as a terminal does
+        (signal.SIGTERM, True, 2, 143),  # as a batch system does
+        (signal.SIGTERM, False, 2, 143),
+        (signal.SIGTERM, False, 1, 143),
+    ],
+)
+def test_a_signal_ends_all_workers_and_leaves_their_trials_to_the_next_start(
+    tmp_path: Path, signum: signal.Signals, to_all: bool, n_workers: int, code: int
 ) -> None:
-    process, _, runs = running_crew
-    workers = children_of(process.pid)
-    assert len(workers) == 2
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert "interrupted" in said.splitlines()[-1]
+    with running(tmp_path, n_workers) as (process, runs):
+        workers = children_of(process.pid)
+        assert len(workers) == (n_workers if n_workers > 1 else 0)
+        os.killpg(process.pid, signum) if to_all else os.kill(process.pid, signum)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == code
+    (line,) = said.splitlines()
+    assert line.startswith("interrupted; " if signum == signal.SIGINT else "terminated; ")
     assert not any(map(is_alive, workers))
-    trials = study_of(runs).trials
-    assert [trial.user_attrs.get("outcome") for trial in trials if trial.state != TrialState.WAITING] == [
-        "released"
-    ] * 2
+    outcomes = [trial.user_attrs.get("outcome") for trial in study_of(runs).trials if trial.state != TrialState.WAITING]
+    assert outcomes == ["released"] * n_workers
 
 
-def test_a_killed_worker_is_replaced_and_a_killed_parent_takes_its_workers_along(
-    running_crew: tuple[subprocess.Popen[str], Path, Path],
-) -> None:
-    process, _, runs = running_crew
-    killed, other = children_of(process.pid)
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: len([pid for pid in children_of(process.pid) if is_alive(pid) and pid != killed]) == 2)
-    workers = children_of(process.pid)
-    assert other in workers
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(map(is_alive, workers)), 30)
+def test_a_killed_worker_is_replaced_and_a_killed_parent_takes_its_workers_along(tmp_path: Path) -> None:
+    with running(tmp_path, 2) as (process, runs):
+        killed, other = children_of(process.pid)
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: len([pid for pid in children_of(process.pid) if is_alive(pid) and pid != killed]) == 2)
+        workers = children_of(process.pid)
+        assert other in workers
+        process.kill()
+        process.wait()
+        wait_until(lambda: not any(map(is_alive, workers)), 30)
     assert study_of(runs).trials
