@@ -20,9 +20,6 @@ from explore.experiment import Experiment, TrainConfig
 from explore.runs import RunFolder
 from explore.train import LitLanguageModel, fit, load_model, read_weights
 
-LAST_BITS = 2e-3
-"""Relative difference of runs in low precision whose sums differ in their last bits."""
-
 PROGRAM = """
 import json, os, sys
 from pathlib import Path
@@ -136,23 +133,21 @@ def test_two_processes_train_the_model_that_one_does(folder: Path, alone: RunFol
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_quantise_what_one_does(folder: Path, tmp_path: Path, strategy: str) -> None:
-    """Sums over processes differ in the last bit, after which single elements are rounded to another value."""
-    one = experiment(folder, precision="nvfp4")
-    (tmp_path / "experiment.json").write_text(one.model_dump_json())
+    """In the first step. After it, AdamW makes whole steps of gradients that are zero in one sum and not in another."""
+    (tmp_path / "experiment.json").write_text(experiment(folder, precision="nvfp4").model_dump_json())
     (tmp_path / "program.py").write_text(PROGRAM)
-    both, alone = (
-        run(tmp_path, name, **more)[0] for name, more in (("both", {"devices": 2, "strategy": strategy}), ("alone", {}))
-    )
-    ours, theirs = (each.metrics["loss"].dropna() for each in (both, alone))
-    assert ours.iloc[0] == pytest.approx(theirs.iloc[0], rel=1e-6)
-    assert ours.to_list() == pytest.approx(theirs.to_list(), rel=LAST_BITS)
-    lost, expected = both.lost.query("step == 1"), alone.lost.query("step == 1")
-    assert lost[["component", "operand"]].equals(expected[["component", "operand"]])
+    both, _ = run(tmp_path, "both", devices=2, strategy=strategy)
+    alone, _ = run(tmp_path, "alone")
+    for metric, within in (("loss", 1e-6), ("grad_norm", 1e-5)):
+        assert both.metrics[metric].iloc[0] == pytest.approx(alone.metrics[metric].iloc[0], rel=within)
+    lost, expected = (each.lost.query("step == 1") for each in (both, alone))
+    names = ["component", "operand"]
+    assert lost[names].equals(expected[names])
     for share in ("flushed", "saturated", "zero"):
-        assert lost[share].to_list() == pytest.approx(expected[share].to_list(), abs=LAST_BITS, nan_ok=True)
+        assert lost[share].to_list() == pytest.approx(expected[share].to_list(), abs=1e-3, nan_ok=True)
     assert both.result is not None
     assert alone.result is not None
-    assert both.result["val_loss"] == pytest.approx(alone.result["val_loss"], rel=LAST_BITS)
+    assert both.result["val_loss"] == pytest.approx(alone.result["val_loss"], rel=0.03)
 
 
 @pytest.mark.slow

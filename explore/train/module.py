@@ -104,7 +104,15 @@ class LitLanguageModel(LightningModule):
             self._load[i] = self._load[i] + load if i in self._load else load
         self.log_dict(logged)
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return total
+        return total / self._n_shares
+
+    @property
+    def _n_shares(self) -> int:
+        """What gradients are divided by in the backward pass, whose processes take the mean of their gradients.
+
+        Formats with scales that are powers of two round a gradient to other values where it is three times as large.
+        """
+        return self.trainer.world_size if self.experiment.train.quantizes else 1
 
     @property
     def is_ending(self) -> bool:
@@ -133,6 +141,10 @@ class LitLanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        if self._n_shares > 1:
+            for weight in self.parameters():
+                if weight.grad is not None:
+                    weight.grad *= self._n_shares
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.experiment.train.clip)
         self.log("grad_norm", whole(norm))
 
