@@ -108,7 +108,12 @@ def letters(model: ModelConfig) -> list[dict[str, str]]:
 
 def groups() -> dict[str, dict[str, str]]:
     """The colour of every group of components, and one for what a decoding step can wait for."""
-    return {name: _style(color) for name, color in {**group_colors(), **_BOUND_COLORS}.items()}
+    return styles({**group_colors(), **_BOUND_COLORS})
+
+
+def styles(colors: Mapping[str, Color]) -> dict[str, dict[str, str]]:
+    """Colours, each with a readable ink, for a style sheet."""
+    return {name: _style(color) for name, color in colors.items()}
 
 
 def code(fields: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError
 
@@ -11,6 +11,7 @@ from explore.blocks import KINDS, STANDARD_LETTERS, Stops, ladder
 from explore.config import Config, explain
 from explore.model import ModelConfig
 from explore.pattern import MTP_MARK
+from explore.workbench.training import Training
 
 
 class Controls(Config):
@@ -22,6 +23,8 @@ class Controls(Config):
         seq_len: tokens of a sequence, and of the context of decoding.
         batch_size: sequences that are decoded at once.
         hardware: name of a device of `explore.roofline`, or `here`.
+        tab: what is shown, decoding on one device or training on many.
+        training: the training run.
         home: the fields of the model that was begun with: sliders can return to its sizes.
     """
 
@@ -29,6 +32,8 @@ class Controls(Config):
     seq_len: PositiveInt = 8192
     batch_size: PositiveInt = 1
     hardware: str = "H200"
+    tab: Literal["decoding", "training"] = "decoding"
+    training: Training = Field(default_factory=Training)
     home: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -75,17 +80,18 @@ class Controls(Config):
             Records of `path` in the state, `letter` (empty where it is none's), `label`, `value`, and the `values` it
             may be moved to: each of them builds.
         """
-        plain = {
-            "d_model": ladder(64, 16_384, 64, 8),
-            "vocab_size": ladder(256, 262_144, 256, 4),
-            "seq_len": ladder(64, 2**20, 16, 4),
-            "batch_size": ladder(1, 1024, 1, 2),
-        }
+        plain = {"d_model": ladder(64, 16_384, 64, 8), "vocab_size": ladder(256, 262_144, 256, 4)}
+        if self.tab == "decoding":
+            plain |= {"seq_len": ladder(64, 2**20, 16, 4), "batch_size": ladder(1, 1024, 1, 2)}
         records = []
         for name, steps in plain.items():
             owner = self.model if name in ModelConfig.model_fields else self.model_dump()
             path = ["model", name] if owner is self.model else [name]
             records.append(_slider(path, "", owner[name], Stops(tuple(steps)), self.home.get(name)))
+        if self.tab == "training":
+            for name, values in self.training.stops().items():
+                value = getattr(self.training, name)
+                records.append(_slider(["training", name], "", value, Stops(tuple(values))))
         for letter, block in model.blocks.items():
             home, default = _blocks(self.home).get(letter, {}), _default(model.d_model, letter)
             for name, stops in block.stops(model.d_model).items():

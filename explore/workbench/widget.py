@@ -11,14 +11,18 @@ import traitlets
 from pydantic import BaseModel, ValidationError
 
 from explore.config import explain
+from explore.figures.plan import MEMORY
 from explore.model import ModelConfig
 from explore.pattern import canonical
+from explore.plan import PRECISIONS
 from explore.presets import PRESETS, preset
 from explore.roofline import GPUS, HERE
-from explore.workbench.readout import BOUNDS, code, groups, letters, readout
+from explore.workbench.readout import BOUNDS, code, groups, letters, readout, styles
 from explore.workbench.state import Controls, content_of
+from explore.workbench.training import PARTS
 
 _FOLDER = Path(__file__).parent
+SCRIPTS = ("readout.js", "training.js", "workbench.js")
 
 
 class Workbench(anywidget.AnyWidget):
@@ -30,13 +34,15 @@ class Workbench(anywidget.AnyWidget):
         'MEM*E'
 
     Attributes:
-        edit: what the browser asks for: the number `n` of the change, and a new `state` or the name of a `preset`.
+        edit: what the browser asks for: the number `n` of the change, and a new `state`, the name of a `preset`, or
+            the `best` layout of the training run.
         view: the answer to the change `n`: the `state`, an `error` or none, and, of the last state without one,
-            the `sliders`, the `readout`, and the config as `json` and as `code`.
+            the `sliders`, the `readout`, the `plan` of the training run on its tab, and the config as `json` and
+            as `code`.
         pinned: what the browser compares with: a `readout`, its `label` and the `use` it is for, or nothing.
     """
 
-    _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("readout.js", "workbench.js"))
+    _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
     _css = _FOLDER / "workbench.css"
     edit = traitlets.Dict().tag(sync=True, echo_update=False)
     view = traitlets.Dict().tag(sync=True)
@@ -80,6 +86,10 @@ class Workbench(anywidget.AnyWidget):
             "presets": list(PRESETS),
             "groups": groups(),
             "bounds": dict(BOUNDS),
+            "gpus": list(GPUS),
+            "precisions": list(PRECISIONS),
+            "memory": styles(MEMORY),
+            "parts": styles(PARTS),
         }
         self._n = 0
         others = {"seq_len": seq_len, "batch_size": batch_size, "hardware": hardware}
@@ -118,6 +128,8 @@ class Workbench(anywidget.AnyWidget):
             if name := edit.get("preset"):
                 fields = content_of(preset(name))
                 state = state.model_copy(update={"model": fields, "home": fields})
+            if edit.get("best"):
+                state = state.model_copy(update={"training": state.training.best(state.build())})
             self._show(state)
         except ValueError as error:
             self.view = {**self.view, "n": self._n, "state": edit.get("state"), "error": str(error)}
@@ -135,6 +147,7 @@ class Workbench(anywidget.AnyWidget):
             "letters": letters(model),
             "sliders": state.sliders(model),
             "readout": shown,
+            "plan": state.training.readout(model) if state.tab == "training" else {},
             "json": model.model_dump_json(),
             "code": code(state.fields),
         }

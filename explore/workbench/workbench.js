@@ -16,6 +16,14 @@ function render({ model, el }) {
   const hardware = h("select", { onchange: () => change((s) => { s.hardware = hardware.value; }) },
     offers.hardware.map((name) => h("option", { value: name }, name === "here" ? "here (measured)" : name)));
   const pin = h("button", { type: "button", title: "compare what follows with this", onclick: togglePin }, "Pin");
+  const choice = (field, names) => h("select", { "data-choice": field,
+    onchange: (event) => change((s) => { s.training[field] = event.currentTarget.value; }) },
+    names.map((name) => h("option", {}, name)));
+  const choices = { gpu: choice("gpu", offers.gpus), precision: choice("precision", offers.precisions) };
+  const best = h("button", { type: "button", title: "searches all layouts, which takes a second or two",
+    onclick: () => { best.disabled = true; send({ state, best: true }); } }, "Find the best layout");
+  const tabs = [["decoding", "Decode"], ["training", "Train"]].map(([tab, name]) => h("button", { type: "button",
+    role: "tab", "data-tab": tab, onclick: () => change((s) => { s.tab = tab; }) }, name));
   const copies = [["Copy code", "code"], ["Copy JSON", "json"]].map(([name, what]) =>
     h("button", { type: "button", onclick: (event) => copy(event.currentTarget, name, view[what]) }, name));
   const strip = h("div", {
@@ -33,8 +41,12 @@ function render({ model, el }) {
   const sliders = h("div", { class: "wb-sliders" });
   const readout = h("div", { class: "wb-readout", "aria-live": "off" });
   const root = h("div", { class: "wb" },
-    h("div", { class: "wb-bar" }, h("label", {}, "Begin with ", presets), h("label", {}, "Hardware ", hardware),
-      h("span", { class: "wb-gap" }), pin, copies),
+    h("div", { class: "wb-bar" }, h("label", {}, "Begin with ", presets),
+      h("span", { role: "tablist", class: "wb-tabs" }, tabs),
+      h("label", { class: "wb-decode" }, "Hardware ", hardware),
+      h("label", { class: "wb-train" }, "GPU ", choices.gpu), h("label", { class: "wb-train" }, choices.precision),
+      h("span", { class: "wb-train" }, best), h("span", { class: "wb-gap" }), h("span", { class: "wb-decode" }, pin),
+      copies),
     strip, palette, h("label", { class: "wb-typed" }, "Pattern", text, tally), error,
     h("div", { class: "wb-body" }, sliders, readout));
   el.replaceChildren(root);
@@ -190,6 +202,10 @@ function render({ model, el }) {
     error.textContent = view.error;
     root.classList.toggle("wb-stale", Boolean(view.error));
     hardware.value = state.hardware;
+    for (const [field, select] of Object.entries(choices)) select.value = state.training[field];
+    for (const tab of tabs) tab.setAttribute("aria-selected", tab.dataset.tab === state.tab);
+    root.classList.toggle("wb-training", state.tab === "training");
+    if (view.n >= sent) best.disabled = false;
     drawStrip();
     palette.replaceChildren(
       ...view.letters.map(({ letter, name }) => {
@@ -258,7 +274,9 @@ function render({ model, el }) {
       input.setAttribute("aria-valuetext", output.textContent);
       input.style.setProperty("--wb-part", `${(100 * input.value) / Math.max(1, values.length - 1)}%`);
     };
-    const names = { seq_len: "context", batch_size: "batch", vocab_size: "vocabulary" };
+    const names = { seq_len: path[0] === "training" ? "sequence" : "context", batch_size: "batch",
+      vocab_size: "vocabulary", n_gpus: "GPUs", global_batch: "global batch", micro_batch: "micro-batch",
+      tp: "TP", cp: "CP", pp: "PP", vpp: "VPP", ep: "EP", etp: "ETP" };
     const set = (slider) => {
       values = slider.values;
       input.max = values.length - 1;
@@ -272,7 +290,8 @@ function render({ model, el }) {
     const pinned = model.get("pinned");
     pin.textContent = pinned.readout ? "Unpin" : "Pin";
     pin.setAttribute("aria-pressed", Boolean(pinned.readout));
-    readout.replaceChildren(...readoutOf(view.readout, view.state, pinned, offers));
+    readout.replaceChildren(...(view.state.tab === "training"
+      ? trainingOf(view.plan, view.state, offers) : readoutOf(view.readout, view.state, pinned, offers)));
   }
 
   async function copy(button, name, content) {
