@@ -26,7 +26,7 @@ def test_every_op_is_timed_on_every_path_that_runs_here() -> None:
     timed = {(record["op"].partition(",")[0], record["path"]) for record in records}
     left_out = {"recurrent", "mamba_ssm", "compiled", "transposed", "triton", "vectors", "sums"}
     calls = [call for config in KINDS.values() for call in config.default(64).op_calls(64, 2, 32, torch.float32)]
-    ops = {"linear", "loss", "norm", *(call.partition(",")[0] for call in calls)}
+    ops = {"divergence", "linear", "loss", "norm", *(call.partition(",")[0] for call in calls)}
     every = {(op, path.name) for op in ops for path in PATHS[op]}
     assert {path for _, path in every - timed} == left_out
     assert timed <= every

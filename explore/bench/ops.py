@@ -12,7 +12,7 @@ from explore.bench.families import families
 from explore.blocks import KINDS
 from explore.blocks.base import Call
 from explore.blocks.declarations import leaf
-from explore.ops import PATHS, forced_paths, linear, linear_cross_entropy, rms_norm
+from explore.ops import PATHS, forced_paths, linear, linear_cross_entropy, linear_kl, rms_norm
 
 
 def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Iterator[dict[str, Any]]:
@@ -49,6 +49,7 @@ def op_calls(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> d
     scale = leaf(d_model, dtype=dtype)
     targets = torch.randint(4 * d_model, (n_tokens,))
     calls: dict[str, Call] = {
+        "divergence": lambda: linear_kl(tokens, weight, tokens.detach(), weight.detach(), targets).kl,
         "linear": lambda: linear(tokens, weight),
         "loss": lambda: linear_cross_entropy(tokens, weight, targets),
         "norm, plain": lambda: rms_norm(tokens, scale, 1e-5),

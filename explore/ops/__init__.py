@@ -7,6 +7,7 @@ from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
+from explore.ops.divergence import Divergence, linear_kl
 from explore.ops.experts import experts
 from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
@@ -35,6 +36,7 @@ for _module in iter_modules(__path__):  # whose files declare the paths of their
 __all__ = [
     "PATHS",
     "Activation",
+    "Divergence",
     "Emulation",
     "OpPath",
     "Quantizer",
@@ -55,6 +57,7 @@ __all__ = [
     "l2_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_kl",
     "path_of",
     "paths_in_use",
     "paths_that",

@@ -51,7 +51,7 @@ def linear_cross_entropy(
         total: Tensor = _Sliced.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return total
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows in _slices(hidden, weight):
+    for rows in token_slices(hidden, weight):
         total = total + _cross_entropy(hidden[rows], weight, targets[rows])
     return total
 
@@ -60,22 +60,46 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
-def _slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+def token_slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """The tokens whose logits exist at the same time."""
     size = max(MIN_ROWS, MAX_LOGITS // weight.shape[0])
     return (slice(start, start + size) for start in range(0, len(hidden), size))
+
+
+class HeadGradients:
+    """Gradients of a head and of what it reads, added up slice by slice from those of the logits.
+
+    Attributes:
+        hidden, weight: in the dtype of the products.
+        dhidden: gradient of `hidden`.
+        dweight: gradient of `weight`, in fp32 at least: each of its rows is a sum over all slices.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        dtype = product_dtype(hidden)
+        self.hidden, self.weight = hidden.to(dtype), weight.to(dtype)
+        self.dhidden = torch.empty_like(self.hidden)
+        self.dweight = torch.zeros_like(self.weight, dtype=torch.promote_types(dtype, torch.float32))
+
+    def add(self, rows: slice, dlogits: Tensor) -> None:
+        """Adds the part of a slice of tokens; call it without autocast."""
+        dlogits = dlogits.to(self.hidden.dtype)
+        torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+        if self.dweight.dtype == self.hidden.dtype:
+            self.dweight.addmm_(dlogits.T, self.hidden[rows])
+        else:
+            self.dweight += dlogits.T @ self.hidden[rows]
 
 
 class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        dtype = product_dtype(hidden)
         ctx.dtypes = hidden.dtype, weight.dtype
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        gradients = HeadGradients(hidden, weight)
+        hidden, weight = gradients.hidden, gradients.weight
         total = hidden.new_zeros((), dtype=torch.float32)
-        dhidden, exact = torch.empty_like(hidden), torch.promote_types(dtype, torch.float32)
-        dweight = torch.zeros_like(weight, dtype=exact)  # a row is in every slice, whose parts are added up
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(hidden, weight):
+            for rows in token_slices(hidden, weight):
                 ignored = (targets[rows] == IGNORED).unsqueeze(1)
                 target = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
                 logits = (hidden[rows] @ weight.T).float()
@@ -85,13 +109,8 @@ class _Sliced(torch.autograd.Function):
                 norm = softmax.sum(1, keepdim=True)
                 total += (norm.log() - picked).masked_fill(ignored, 0).sum()
                 dlogits = softmax.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
-                dlogits = dlogits.masked_fill_(ignored, 0).to(dtype)
-                torch.mm(dlogits, weight, out=dhidden[rows])
-                if dtype == exact:
-                    dweight.addmm_(dlogits.T, hidden[rows])
-                else:
-                    dweight += dlogits.T @ hidden[rows]
-        ctx.save_for_backward(dhidden, dweight)
+                gradients.add(rows, dlogits.masked_fill_(ignored, 0))
+        ctx.save_for_backward(gradients.dhidden, gradients.dweight)
         return total
 
     @staticmethod
