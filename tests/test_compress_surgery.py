@@ -15,13 +15,13 @@ from block_variants import D_MODEL, VARIANTS
 from torch import Tensor, nn
 
 from explore.blocks import Axis, BlockConfig, Mamba2Config, MoE, MoEConfig, RMSNorm
-from explore.checkpoints import weights_digest
 from explore.compress import LayerCut, Plan
 from explore.compress.choosing import choose
 from explore.compress.surgery import complete, cut, resized
 from explore.model import LanguageModel, ModelConfig, MTPConfig
 from explore.model.layout import model_layout
 from explore.proof import random_model
+from explore.weights import weights_digest
 
 
 def model_of(pattern: str, seed: int = 0, *, mtp: bool = False, **blocks: BlockConfig) -> LanguageModel:

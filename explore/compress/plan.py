@@ -15,13 +15,14 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from explore.blocks import STANDARD_LETTERS, Axis, BlockConfig
-from explore.checkpoints import load_model, weights_digest
+from explore.checkpoints import load_model
 from explore.compress.surgery import Indices, complete, cut, resized
 from explore.config import Config, Frozen, explain
 from explore.files import read_json, replacing
 from explore.model import LanguageModel, ModelConfig
 from explore.model.layout import model_layout
 from explore.runs import RunFolder
+from explore.weights import weights_digest
 
 Matrix = tuple[tuple[float, ...], ...]
 """Rows of numbers."""

@@ -1,6 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
-from explore.checkpoints import load_model, read_weights
+from explore.checkpoints import load_model
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
@@ -13,6 +13,7 @@ from explore.train.parallel import is_writer
 from explore.train.record import cost_record
 from explore.train.regions import COMPILED, compiled_ops, keep_compiled, own_table
 from explore.train.schedule import stable_steps, wsd
+from explore.weights import read_weights
 
 __all__ = [
     "COMPILED",

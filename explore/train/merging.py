@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from explore.checkpoints import read_weights
 from explore.experiment import Experiment
 from explore.files import replacing
 from explore.model import LanguageModel
 from explore.runs import RunFolder, write_json
 from explore.train.models import evaluate
 from explore.train.schedule import stable_steps
+from explore.weights import read_weights
 
 Shape = Literal["flat", "minus_sqrt"]
 

@@ -1,0 +1,175 @@
+"""Trained models on disk, as runs or as folders of weights: where they lie, and a digest of what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from explore.config import Config, explain
+from explore.files import exists, read_json
+from explore.model import LanguageModel, ModelConfig
+
+RUN, CHECKPOINT, RESULT = "experiment.json", "checkpoints/last.ckpt", "result.json"
+MODEL, WEIGHTS = "model.json", "model.safetensors"
+
+
+class TrainedModel(Config):
+    """A trained model. A path alone makes one: the other fields are then read there.
+
+    In keys it counts by its config and its weights, wherever they lie.
+
+    Attributes:
+        path: of the folder of a finished run, or of a folder that `explore import` wrote.
+        model: its config.
+        digest: of its weights, as `weights_digest` gives it.
+    """
+
+    path: str
+    model: ModelConfig
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _look_up(cls, data: Any) -> Any:
+        if isinstance(data, str | Path):
+            data = {"path": str(data)}
+        if not (isinstance(data, Mapping) and data.keys() == {"path"} and isinstance(data["path"], str)):
+            return data
+        path = Path(data["path"])
+        return {**data, "model": _read_config(path), "digest": _digest(path)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides its outputs: config and weights, not the path."""
+        return {"model": self.model.fingerprint(), "digest": self.digest}
+
+    def check(self) -> None:
+        """Refuses weights that are gone, or others than they were.
+
+        Raises:
+            ValueError: the folder does not hold these weights.
+        """
+        if (found := _digest(Path(self.path))) != self.digest:
+            raise ValueError(
+                f"{self.path}: the digest of the weights must be {self.digest[:8]}, got {found[:8]}; "
+                "they have changed, so name the path alone to take them as they are now"
+            )
+
+    def load(self) -> LanguageModel:
+        """The model with its weights, in evaluation mode.
+
+        Raises:
+            ValueError: the folder does not hold these weights.
+        """
+        self.check()
+        model = self.model.build()
+        weights = _read_weights(Path(self.path))
+        check_shapes(model.state_dict(), weights, self.path)
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+def read_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights and buffers in a checkpoint, by their names in the model."""
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """64 hexadecimal digits over names, dtypes, shapes and values of weights, whatever file they come from."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        weight = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_shapes(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
+    """Refuses weights that are not those of a model, by name and shape.
+
+    Args:
+        source: where they are from, for the error.
+
+    Raises:
+        ValueError: a weight is missing, has another shape, or the model has none of its name.
+    """
+    ours, theirs = ({name: tuple(weight.shape) for name, weight in each.items()} for each in (needed, found))
+    if different := sorted(ours.items() ^ theirs.items()):
+        name = different[0][0]
+        raise ValueError(
+            f"{source}: the shape of the weight {name} must be {ours.get(name, 'absent')}, "
+            f"got {theirs.get(name, 'none')}"
+        )
+
+
+def _read_config(path: Path) -> ModelConfig:
+    if exists(path / MODEL):
+        file, content = path / MODEL, read_json(path / MODEL)
+    elif exists(path / RUN):
+        status = read_json(path / RESULT).get("status") if (path / RESULT).exists() else "unfinished"
+        if status != "finished":
+            raise ValueError(f"must be a run that has finished, got {str(path)!r}, which is {status}")
+        record = read_json(path / RUN).get("experiment")
+        file, content = path / RUN, record.get("model") if isinstance(record, dict) else None
+    else:
+        raise ValueError(f"must be a run folder, or a folder that `explore import` wrote, got {str(path)!r}")
+    try:
+        return ModelConfig.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {explain(error, 'model')}") from None
+
+
+def _file(path: Path) -> Path:
+    return path / (WEIGHTS if exists(path / MODEL) else CHECKPOINT)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a folder by their names in the model, a tied head too.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    file = _file(path)
+    if not file.exists():
+        raise ValueError(f"{file}: is missing; the weights must be there")
+    try:
+        if file.name != WEIGHTS:
+            return read_weights(file)
+        weights = _read_safetensors(file)
+        if _read_config(path).tie_embeddings:
+            weights["head.weight"] = weights["embedding.weight"]
+        return weights
+    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file}: the weights cannot be read ({' '.join(str(error).split())[:100]})") from None
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{file}: {error}; pip install 'hybrid-frontier[hf]'") from None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+
+
+def _digest(path: Path) -> str:
+    file = _file(path)
+    state = file.stat() if file.exists() else None
+    return _digest_of(path, None if state is None else (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: Path, state: tuple[int, ...] | None) -> str:
+    """The digest of a file in this state: a process reads it once."""
+    return weights_digest(_read_weights(path))
