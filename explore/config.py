@@ -14,6 +14,9 @@ from explore.foreign import echo, parse_json
 K = TypeVar("K")
 V = TypeVar("V")
 
+TAGGED = ("data", "objective", "start")
+"""Fields that hold a discriminated union."""
+
 
 class Config(BaseModel):
     """Base of every config: immutable, hashable, unknown keys refused, JSON in and out.
@@ -111,8 +114,8 @@ def explain(error: ValidationError, root: str = "") -> str:
 def _path(root: str, loc: tuple[int | str, ...]) -> str:
     parts = [root] if root else []
     for i, part in enumerate(loc):
-        # After a letter or `data` comes the tag of a discriminated union, which the user did not write.
-        if not ((i >= 2 and loc[i - 2] == "blocks") or (i >= 1 and loc[i - 1] == "data")):
+        # After a letter or one of `TAGGED` comes the tag of a discriminated union, which the user did not write.
+        if not ((i >= 2 and loc[i - 2] == "blocks") or (i >= 1 and loc[i - 1] in TAGGED)):
             parts.append(str(part))
     return ".".join(parts)
 
@@ -123,6 +126,11 @@ def _reason(problem: Any) -> str:
         return "unknown field"
     if kind == "missing":
         return "field required"
+    if kind == "union_tag_not_found":
+        return "kind: field required"
+    if kind == "union_tag_invalid":
+        allowed = problem["ctx"]["expected_tags"].replace("'", "").rsplit(", ", 1)
+        return f"kind: must be {' or '.join(allowed)}, got {echo(problem['ctx']['tag'])}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return message
