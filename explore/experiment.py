@@ -26,6 +26,7 @@ from explore.files import read_json
 from explore.foreign import echo
 from explore.model import ModelConfig
 from explore.precision import TRAINED, Recipe, Until, named
+from explore.weights import TrainedModel
 
 UNTIL_DECAY = frozenset(
     {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
@@ -45,9 +46,68 @@ class NextToken(Config):
     kind: Literal["next_token"] = "next_token"
 
 
-Objective = NextToken
-"""What training minimises. A second kind makes this a union, `Annotated[NextToken | ..., Field(discriminator="kind")]`;
-its code is in `explore.train.objectives`. A teacher counts by the digest of its weights: see `Config.fingerprint`."""
+class Distillation(Config):
+    """The divergence from a teacher's next token, mixed with other terms; routers keep their balance loss.
+
+    Attributes:
+        teacher: whose next token is imitated. It has the student's vocabulary and tokenizer.
+        temperature: by which the logits of both are divided.
+        kl_weight: weight of the forward divergence, KL(teacher || student) times the square of the temperature.
+        ce_weight: weight of the cross-entropy of the next token.
+        hidden_weight: weight of 1 - cosine of the outputs of the layers in `hidden_layers`, a mean over these.
+        hidden_layers: pairs of a layer of the student and one of the teacher, counted from 0.
+        teacher_precision: of the teacher's forward pass: `fp32`, or `bf16` for its matrix products.
+    """
+
+    kind: Literal["distillation"] = "distillation"
+    teacher: TrainedModel
+    temperature: PositiveFloat = 1.0
+    kl_weight: NonNegativeFloat = 1.0
+    ce_weight: NonNegativeFloat = 0.0
+    hidden_weight: NonNegativeFloat = 0.0
+    hidden_layers: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="after")
+    def _check(self) -> Distillation:
+        if not self.kl_weight + self.ce_weight + self.hidden_weight:
+            raise ValueError("kl_weight: one of kl_weight, ce_weight and hidden_weight must be above 0, got 0 for all")
+        if bool(self.hidden_weight) != bool(self.hidden_layers):
+            raise ValueError(
+                f"hidden_layers: must name layers where hidden_weight is above 0, and none elsewhere, "
+                f"got {len(self.hidden_layers)} pairs and hidden_weight={self.hidden_weight:g}"
+            )
+        return self
+
+    def check_student(self, student: ModelConfig) -> None:
+        """Refuses a student that the teacher cannot teach.
+
+        Raises:
+            ValueError: another vocabulary, a layer that is not there, or hidden states of another width.
+        """
+        teacher = self.teacher.model
+        if student.vocab_size != teacher.vocab_size:
+            raise ValueError(
+                f"model.vocab_size: must be {teacher.vocab_size}, that of the teacher {self.teacher.path}, "
+                f"got {student.vocab_size}"
+            )
+        for whose, model, layers in zip(
+            ("student", "teacher"), (student, teacher), zip(*self.hidden_layers, strict=True), strict=False
+        ):
+            if max(layers) >= model.n_layers:
+                raise ValueError(
+                    f"train.objective.hidden_layers: layers of the {whose} must be 0 to {model.n_layers - 1}, "
+                    f"got {max(layers)}"
+                )
+        if self.hidden_layers and student.d_model != teacher.d_model:
+            raise ValueError(
+                f"train.objective.hidden_layers: d_model must be that of the teacher, {teacher.d_model}, "
+                f"for hidden states to be compared, got {student.d_model}"
+            )
+
+
+Objective = Annotated[NextToken | Distillation, Field(discriminator="kind")]
+"""What training minimises; the code of each kind is in `explore.train.objectives`."""
 
 
 class FreshWeights(Config):
@@ -56,9 +116,19 @@ class FreshWeights(Config):
     kind: Literal["fresh"] = "fresh"
 
 
-Start = FreshWeights
-"""From which weights training begins. A second kind makes this a union, as of `Objective`; its code is in
-`explore.train.start`. A parent counts by the digest of its weights."""
+class ParentWeights(Config):
+    """The weights of a trained model.
+
+    Attributes:
+        parent: the model, whose weights have the shapes of the experiment's model.
+    """
+
+    kind: Literal["parent"] = "parent"
+    parent: TrainedModel
+
+
+Start = Annotated[FreshWeights | ParentWeights, Field(discriminator="kind")]
+"""From which weights training begins; the code of each kind is in `explore.train.start`."""
 
 
 def _precision(value: Any) -> str | Recipe:
@@ -172,6 +242,8 @@ class Experiment(Config):
                 in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)
             except ValueError as error:
                 raise ValueError(f"train.{error}") from None
+        if isinstance(self.train.objective, Distillation):
+            self.train.objective.check_student(self.model)
         return self
 
     @property
@@ -188,6 +260,23 @@ class Experiment(Config):
     def flops_run(self) -> float:
         """Training FLOPs of the whole run."""
         return self.model.cost(self.data.seq_len).flops_train * self.n_steps * self.batch_tokens
+
+    @property
+    def trained_models(self) -> dict[str, TrainedModel]:
+        """The models that a run begins with or learns from, by their digest."""
+        found = []
+        if isinstance(self.start, ParentWeights):
+            found.append(self.start.parent)
+        if isinstance(self.train.objective, Distillation):
+            found.append(self.train.objective.teacher)
+        return {each.digest: each for each in found}
+
+    @property
+    def flops_teacher(self) -> float:
+        """FLOPs of a teacher's forward passes on a token; 0 without a teacher."""
+        if not isinstance(self.train.objective, Distillation):
+            return 0
+        return self.train.objective.teacher.model.cost(self.data.seq_len).flops_fwd
 
     def notes(self, source: Source) -> tuple[str, ...]:
         """What a user should know of a run on data that was opened for it, one line each."""

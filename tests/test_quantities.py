@@ -51,8 +51,8 @@ SCORES = {
     "ngram": {"order": 3, "val_bpb": 2.2, "test_bpb": 2.3},
 }
 MEMBERS = {"mars_bpb", "blimp_accuracy"}
-ABSENT = {"recall", "d_latent", "reason", "stopped_val_bpb"}
-"""What a finished run on text without a latent does not have."""
+ABSENT = {"parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb"}
+"""What a finished run on text without a latent, a parent and a teacher does not have."""
 NUMBERS = [each.name for each in columns(MEMBERS) if each.is_number]
 
 

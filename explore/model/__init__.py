@@ -2,7 +2,7 @@
 
 from explore.model.config import ModelConfig, MTPConfig
 from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate
-from explore.model.language_model import LanguageModel, Loss
+from explore.model.language_model import LanguageModel, Loss, TeacherOutput
 from explore.model.layer import Layer
 from explore.model.low_precision import QuantizablePart, quantizable_parts, quantize_products
 from explore.model.mtp import MTPDepth
@@ -20,6 +20,7 @@ __all__ = [
     "Sampling",
     "SavedRow",
     "Speculation",
+    "TeacherOutput",
     "generate",
     "quantizable_parts",
     "quantize_products",

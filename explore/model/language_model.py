@@ -15,18 +15,19 @@ from explore.blocks import Linear, RMSNorm, RoutedMixer, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
-from explore.ops import linear_cross_entropy, same_paths
+from explore.ops import Divergence, linear_cross_entropy, linear_kl, logits_kl, same_paths
 
 
 class Loss(NamedTuple):
     """What one batch costs.
 
     Attributes:
-        cross_entropy: mean over predicted tokens, in nats.
+        cross_entropy: mean over predicted tokens, in nats; without a gradient where a teacher is imitated alone.
         aux_loss: sum of the layers' balance losses, coefficients included.
         stats: the router's statistics of every layer that has a router, by layer.
         n_targets: predicted tokens.
         mtp: mean cross-entropy of every depth of multi-token prediction, where it was asked for.
+        kl: mean divergence from the teacher over predicted tokens, in nats, where there is one.
     """
 
     cross_entropy: Float[Tensor, ""]
@@ -34,6 +35,22 @@ class Loss(NamedTuple):
     stats: dict[int, RouterStats]
     n_targets: Int[Tensor, ""]
     mtp: Float[Tensor, " n_depths"] | None = None
+    kl: Float[Tensor, ""] | None = None
+
+
+class TeacherOutput(NamedTuple):
+    """What a teacher says of one batch, short of its logits: those of softmax(hidden weight^T / temperature).
+
+    Attributes:
+        hidden: what its head reads.
+        weight: its head, in the dtype of their product.
+        alone: the divergence is minimised without the cross-entropy, which then needs no gradient.
+    """
+
+    hidden: Float[Tensor, "batch seq d_teacher"]
+    weight: Float[Tensor, "vocab_size d_teacher"]
+    temperature: float = 1.0
+    alone: bool = True
 
 
 class LanguageModel(nn.Module):
@@ -108,18 +125,33 @@ class LanguageModel(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=same_paths)
         return part(*inputs)
 
-    def loss(self, tokens: Int[Tensor, "batch seq"], targets: Int[Tensor, "batch seq"], *, mtp: bool = False) -> Loss:
+    def loss(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        targets: Int[Tensor, "batch seq"],
+        *,
+        mtp: bool = False,
+        teacher: TeacherOutput | None = None,
+    ) -> Loss:
         """Mean cross-entropy over the targets that are not -100.
 
         Args:
             mtp: also those of the depths of multi-token prediction, whose routers then count in the balance.
+            teacher: also the divergence of the next token from a teacher's.
         """
         hidden, stats = self.hidden(tokens)
         n_targets = (targets != -100).sum()
-        total = self._cross_entropy(hidden, targets)
+        kl = None
+        if teacher is None:
+            total = self._cross_entropy(hidden, targets)
+        else:
+            kl, total = self._divergence(hidden, targets, teacher)
+            kl = kl / n_targets
+            if not teacher.alone:
+                total = self._cross_entropy(hidden, targets)
         deeper = self._deeper_losses(hidden, tokens, targets, stats) if mtp and self.config.mtp is not None else None
         aux_loss = sum((s.aux_loss for s in stats.values()), start=hidden.new_zeros(()))
-        return Loss(total / n_targets, aux_loss, stats, n_targets, deeper)
+        return Loss(total / n_targets, aux_loss, stats, n_targets, deeper, kl)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed over the targets that are not -100."""
@@ -127,6 +159,13 @@ class LanguageModel(nn.Module):
             logits = self.head(hidden).flatten(0, 1).float()
             return F.cross_entropy(logits, targets.flatten(), reduction="sum")
         return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+
+    def _divergence(self, hidden: Tensor, targets: Tensor, teacher: TeacherOutput) -> Divergence:
+        """From a teacher, summed over the targets that are not -100."""
+        inputs = teacher.hidden.flatten(0, 1), teacher.weight, targets.flatten(), teacher.temperature
+        if self.head.quantizer is not None:
+            return logits_kl(self.head(hidden).flatten(0, 1), *inputs)
+        return linear_kl(hidden.flatten(0, 1), self.head.weight, *inputs)
 
     def _deeper_losses(
         self, hidden: Tensor, tokens: Tensor, targets: Tensor, stats: dict[int, RouterStats]

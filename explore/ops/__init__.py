@@ -7,7 +7,7 @@ from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
-from explore.ops.divergence import Divergence, linear_kl
+from explore.ops.divergence import Divergence, linear_kl, logits_kl
 from explore.ops.experts import experts
 from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
@@ -58,6 +58,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_kl",
+    "logits_kl",
     "path_of",
     "paths_in_use",
     "paths_that",

@@ -64,25 +64,24 @@ def linear_kl(
     teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach().to(teacher_hidden.dtype)
     inputs = (hidden, weight, teacher_hidden, teacher_weight, targets, temperature)
     if path_of("divergence", hidden.device.type) == "whole":
-        return _whole(*inputs)
+        return logits_kl(F.linear(hidden, weight), *inputs[2:])
     if torch.is_grad_enabled():
         return Divergence(*_Sliced.apply(*inputs))  # type: ignore[no-untyped-call]
     return Divergence(*_add_up(*inputs, None))
 
 
-def _whole(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    targets: Tensor,
-    temperature: float,
+def logits_kl(
+    logits: Float[Tensor, "tokens vocab_size"],
+    teacher_hidden: Float[Tensor, "tokens d_teacher"],
+    teacher_weight: Float[Tensor, "vocab_size d_teacher"],
+    targets: Int64[Tensor, " tokens"],
+    temperature: float = 1.0,
 ) -> Divergence:
+    """As `linear_kl`, from the student's whole logits."""
     kept = targets != IGNORED
-    student = F.linear(hidden, weight)[kept]  # (kept, vocab_size)
-    with torch.autocast(hidden.device.type, enabled=False):
-        teacher = (teacher_hidden @ teacher_weight.T)[kept]
-        student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher))
+    with torch.autocast(logits.device.type, enabled=False):
+        teacher = (teacher_hidden @ teacher_weight.T)[kept]  # (kept, vocab_size)
+        student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits[kept], teacher))
         log_q, log_p = (F.log_softmax(x / temperature, 1) for x in (student, teacher))
         kl = (log_p.exp() * (log_p - log_q)).sum() * temperature**2
         return Divergence(kl, F.cross_entropy(student.detach(), targets[kept], reduction="sum"))

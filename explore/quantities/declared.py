@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 from explore.quantities.quantity import Family, Quantity, Records, at
@@ -63,8 +64,13 @@ def _n_steps(records: Records) -> int | None:
     return max(1, n_steps)
 
 
-def _about(name: str, label: str, *source: str) -> Quantity:
-    return Quantity(name, label, source, "about", dtype="str")
+def _folder_name(path: Any) -> str | None:
+    """The last part of a path: the column `run` of another run."""
+    return PurePath(path).name if isinstance(path, str) else None
+
+
+def _about(name: str, label: str, *source: str, **more: Any) -> Quantity:
+    return Quantity(name, label, source, "about", dtype="str", **more)
 
 
 def _setting(name: str, label: str, *source: str, **more: Any) -> Quantity:
@@ -116,6 +122,8 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _about("name", "Name", "experiment", "name"),
     _about("family", "Family", "cost", "family"),
     _about("pattern", "Pattern", "experiment", "model", "pattern"),
+    _about("parent", "Parent", "experiment", "start", "parent", "path", take=_folder_name),
+    _about("teacher", "Teacher", "experiment", "train", "objective", "teacher", "path", take=_folder_name),
     _setting("seed", "Seed", "experiment", "seed", dtype="Int64"),
     _about("status", "Status", "folder", "status"),
     _params("params_total", "Parameters", short="params", headline=True, budget=True),
@@ -139,6 +147,8 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     ),
     Family(Quantity("flops_run_{}", "Training FLOPs as {} counts them", unit="FLOPs", better="lower", log=True)),
     _result("flops_spent", "Training FLOPs without those of a shared trunk", "FLOPs", better="lower", log=True),
+    _result("flops_teacher", "Forward passes of the teacher", "FLOPs", better="lower", log=True),
+    _result("flops_before", "FLOPs that trained parent and teacher", "FLOPs", better="lower", log=True),
     _result("tokens", "Training tokens", "tokens", dtype="Int64", better="lower", log=True),
     _loss("val_bpb", "Validation bits per byte", BITS, short="val bpb", headline=True),
     _loss("test_bpb", "Test bits per byte", BITS, short="test bpb", headline=True),
@@ -206,6 +216,8 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _metric("loss", "Training loss", NATS, better="lower"),
     _metric("aux_loss", "Auxiliary loss of routers", better="lower"),
     _metric("mtp_loss", "Training loss of multi-token prediction", NATS, better="lower"),
+    _metric("kl_loss", "Divergence from the teacher", NATS, better="lower"),
+    _metric("hidden_loss", "Mean of 1 - cosine to layers of the teacher", better="lower"),
     _metric("grad_norm", "Norm of the gradient"),
 )  # fmt: skip
 
@@ -217,6 +229,6 @@ that of a corpus called `val`, is not read."""
 
 METRICS = (
     "step", "tokens", "loss", "aux_loss", "mtp_loss", "lr", "grad_norm", "max_violation", "tokens_per_s", "val_loss",
-    "val_bpb",
+    "val_bpb", "kl_loss", "hidden_loss",
 )  # fmt: skip
 """Columns of `metrics.csv`, in order; a row is about one step."""

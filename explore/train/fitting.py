@@ -16,6 +16,7 @@ from explore.experiment import Experiment
 from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
 from explore.threads import n_cores, use_free_cores
+from explore.train.distillation import check_teacher
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
 from explore.train.models import step_of
@@ -23,6 +24,7 @@ from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
 from explore.train.regions import compiled_ops
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
+from explore.train.start import check_start
 
 _SAID: set[str] = set()
 
@@ -73,9 +75,9 @@ def fit(
         console: where the progress bar is drawn if it is a terminal; standard error when absent.
 
     Raises:
-        ValueError: corpus, tokenizer or vocabulary do not fit the model, the devices do not fit batch or optimizer,
-            a rung is not in the stable phase, the judge would never be asked, or (`BusyError`) another process trains
-            this very experiment; nothing is written then.
+        ValueError: corpus, tokenizer or vocabulary do not fit the model, parent or teacher are gone or do not fit it,
+            the devices do not fit batch or optimizer, a rung is not in the stable phase, the judge would never be
+            asked, or (`BusyError`) another process trains this very experiment; nothing is written then.
     """
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: must be at least 1, got {keep_every}")
@@ -89,6 +91,8 @@ def fit(
         if judge is not None and is_writer(devices):
             tell(judge, seen(folder, points))
         return folder
+    check_start(experiment)
+    check_teacher(experiment)
     device = _device(accelerator)
     threads = use_free_cores(devices)
     run = TrainingRun(

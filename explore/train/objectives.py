@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from explore.blocks import RouterStats
-from explore.experiment import TrainConfig
-from explore.model import LanguageModel
+from explore.experiment import Distillation, TrainConfig
+from explore.model import LanguageModel, Loss
+from explore.train.distillation import Teacher, cosine_distance, outputs_of
 
 
 class Term(NamedTuple):
@@ -48,17 +50,49 @@ Objective = Callable[[LanguageModel, Tensor, Tensor], BatchLoss]
 def _next_token(train: TrainConfig) -> Objective:
     def objective(model: LanguageModel, tokens: Tensor, targets: Tensor) -> BatchLoss:
         loss = model.loss(tokens, targets, mtp=True)
-        terms = {"loss": Term(loss.cross_entropy, over_targets=True)}
-        if loss.stats:
-            terms["aux_loss"] = Term(loss.aux_loss)
-        if loss.mtp is not None:
-            terms["mtp_loss"] = Term(loss.mtp.mean(), train.mtp_weight)
+        terms = {"loss": Term(loss.cross_entropy, over_targets=True), **_own_terms(loss, train)}
         return BatchLoss(terms, loss.n_targets, loss.stats)
 
     return objective
 
 
-OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = {"next_token": _next_token}
+def _distillation(train: TrainConfig) -> Objective:
+    config = train.objective
+    assert isinstance(config, Distillation)
+    teacher = Teacher(config)
+
+    def objective(model: LanguageModel, tokens: Tensor, targets: Tensor) -> BatchLoss:
+        says, theirs = teacher(tokens)
+        with outputs_of(model, [student for student, _ in config.hidden_layers]) as ours:
+            loss = model.loss(tokens, targets, mtp=True, teacher=says)
+        assert loss.kl is not None
+        terms = {
+            "loss": Term(loss.cross_entropy, config.ce_weight, over_targets=True),
+            "kl_loss": Term(loss.kl, config.kl_weight, over_targets=True),
+            **_own_terms(loss, train),
+        }
+        if config.hidden_layers:
+            distances = [cosine_distance(ours[i], theirs[j]) for i, j in config.hidden_layers]
+            terms["hidden_loss"] = Term(torch.stack(distances).mean(), config.hidden_weight)
+        return BatchLoss(terms, loss.n_targets, loss.stats)
+
+    return objective
+
+
+def _own_terms(loss: Loss, train: TrainConfig) -> dict[str, Term]:
+    """What a model minimises beside the next token: the balance of its routers, and the tokens after the next."""
+    terms = {}
+    if loss.stats:
+        terms["aux_loss"] = Term(loss.aux_loss)
+    if loss.mtp is not None:
+        terms["mtp_loss"] = Term(loss.mtp.mean(), train.mtp_weight)
+    return terms
+
+
+OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = {
+    "next_token": _next_token,
+    "distillation": _distillation,
+}
 """How an objective is made, by its kind. A term with a new name also needs a column in `explore.train.metrics`."""
 
 

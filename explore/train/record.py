@@ -9,7 +9,7 @@ from typing import Any
 
 from explore.cost import Cost
 from explore.experiment import Experiment
-from explore.runs import write_json
+from explore.runs import RunFolder, write_json
 from explore.train.callbacks import Throughput
 from explore.train.environment import environment
 from explore.train.rungs import branched_from
@@ -29,7 +29,7 @@ def describe(path: Path, experiment: Experiment, key: str, settings: Mapping[str
 
 
 def result_of(experiment: Experiment, path: Path, step: int, throughput: Throughput) -> dict[str, Any]:
-    """What `result.json` says of a run that was trained for so many steps, less its scores.
+    """What `result.json` says of a run that was trained for so many steps, without its scores.
 
     `flops_run` are the FLOPs behind its weights, `flops_spent` those of them that were not spent before it branched.
     """
@@ -44,7 +44,30 @@ def result_of(experiment: Experiment, path: Path, step: int, throughput: Through
         "flops_run": tokens * flops_train,
         "flops_spent": (tokens - skipped * experiment.batch_tokens) * flops_train,
         "branched_from": branched,
+        **_others(experiment, tokens),
         "train_s": throughput.train_s,
         "tokens_per_s": tokens / throughput.train_s if throughput.train_s else None,
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _others(experiment: Experiment, tokens: int) -> dict[str, Any]:
+    """What a run owes to others, where it has a parent or a teacher.
+
+    `flops_teacher` are those of the teacher's forward passes. `before` has the training FLOPs of every model that the
+    run goes back to, by its digest, and `flops_before` is their sum; None where one is not known.
+    """
+    if not experiment.trained_models:
+        return {}
+    before: dict[str, float | None] = {}
+    for digest, model in experiment.trained_models.items():
+        result = RunFolder(Path(model.path)).result or {}
+        spent = result.get("flops_run")
+        before |= result.get("before") or {}
+        before[digest] = None if spent is None else spent + result.get("flops_teacher", 0)
+    known = [spent for spent in before.values() if spent is not None]
+    return {
+        "flops_teacher": tokens * experiment.flops_teacher,
+        "flops_before": sum(known) if len(known) == len(before) else None,
+        "before": before,
     }
