@@ -95,6 +95,29 @@ Frozen = Annotated[Mapping[K, V], AfterValidator(FrozenMapping), PlainSerializer
 """Field type of a mapping inside a config: any mapping goes in, a `FrozenMapping` comes out."""
 
 
+def thaw(value: Any) -> Any:
+    """Frozen JSON as dictionaries and lists."""
+    match value:
+        case Mapping():
+            return {name: thaw(part) for name, part in value.items()}
+        case list() | tuple():
+            return [thaw(part) for part in value]
+    return value
+
+
+def _freeze(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return FrozenMapping({name: _freeze(part) for name, part in value.items()})
+        case list() | tuple():
+            return tuple(_freeze(part) for part in value)
+    return value
+
+
+FrozenJson = Annotated[Mapping[str, Any], AfterValidator(_freeze), PlainSerializer(thaw)]
+"""Field type of a JSON object that another module reads: immutable and hashable however deep it is."""
+
+
 def explain(error: ValidationError, root: str = "") -> str:
     """Says in one line what is wrong with a config.
 

@@ -16,10 +16,11 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
-from explore.config import Config, added_later, explain, set_field
+from explore.config import Config, FrozenJson, added_later, explain, set_field
 from explore.cost import in_formats
 from explore.data import DataConfig, Source
 from explore.files import read_json
@@ -117,14 +118,29 @@ class FreshWeights(Config):
 
 
 class ParentWeights(Config):
-    """The weights of a trained model.
+    """The weights of a trained model, whole or cut.
 
     Attributes:
-        parent: the model, whose weights have the shapes of the experiment's model.
+        parent: the trained model.
+        plan: what is kept of it, as `explore.compress.Plan` writes it, or the path of a file with that; all when
+            absent. The experiment's model is that of the plan.
     """
 
     kind: Literal["parent"] = "parent"
     parent: TrainedModel
+    plan: FrozenJson | None = None
+
+    @field_validator("plan", mode="before")
+    @classmethod
+    def _look_up(cls, plan: Any) -> Any:
+        return read_json(Path(plan)) if isinstance(plan, str | Path) else plan
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Without how the plan was made, which decides nothing."""
+        content = super().fingerprint()
+        if content["plan"] is not None:
+            content["plan"].pop("origin", None)
+        return content
 
 
 Start = Annotated[FreshWeights | ParentWeights, Field(discriminator="kind")]

@@ -9,6 +9,7 @@ from explore.cli import (
     solve,
     data,
     train,
+    distil,
     table,
     plot,
     sweep,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,7 +12,14 @@ from explore.cli.app import app, err, out
 from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
 from explore.quantities import columns, quantity
 
-Strategy = Literal["auto", "ddp", "fsdp"]
+if TYPE_CHECKING:
+    from explore.experiment import Experiment
+
+Devices = Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")]
+Strategy = Annotated[
+    Literal["auto", "ddp", "fsdp"],
+    typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp."),
+]
 
 
 @app.command(
@@ -29,33 +36,40 @@ def train(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute activations again in the backward pass: less memory, slower.")
     ] = False,
-    devices: Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")] = 1,
-    strategy: Annotated[
-        Strategy, typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp.")
-    ] = "auto",
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
     path: Paths = None,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
     """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
     from explore.experiment import Experiment
+
+    train_and_show(
+        Experiment.load(experiment, set_ or []),
+        runs,
+        path,
+        as_json,
+        checkpoint_every=checkpoint_every,
+        keep_every=keep_every,
+        recompute=recompute,
+        wandb=wandb,
+        devices=devices,
+        strategy=strategy,
+    )
+
+
+def train_and_show(
+    experiment: Experiment, runs: Path, paths: list[str] | None, as_json: bool, *, devices: int = 1, **options: Any
+) -> None:
+    """Trains an experiment and prints what came of it; the exit code is 1 unless that is a finished run."""
     from explore.ops import forced_paths
     from explore.train import fit, is_writer, slow_precision
 
-    loaded = Experiment.load(experiment, set_ or [])
-    if (note := slow_precision(loaded)) is not None and is_writer(devices):
+    if (note := slow_precision(experiment)) is not None and is_writer(devices):
         err.print(note, style="yellow", highlight=False)
-    with forced_paths(**forced(path)):
-        folder = fit(
-            loaded,
-            runs,
-            checkpoint_every=checkpoint_every,
-            keep_every=keep_every,
-            recompute=recompute,
-            wandb=wandb,
-            devices=devices,
-            strategy=strategy,
-        )
+    with forced_paths(**forced(paths)):
+        folder = fit(experiment, runs, devices=devices, **options)
     result = folder.result or {}
     if not is_writer(devices):
         return

@@ -1,6 +1,7 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
 from explore.checkpoints import load_model
+from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
@@ -24,6 +25,7 @@ __all__ = [
     "Judge",
     "LitLanguageModel",
     "build_optimizer",
+    "child_experiment",
     "compiled_ops",
     "cost_record",
     "decay_weights",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+from pydantic import ValidationError
 
+from explore.compress import Plan
+from explore.config import explain, thaw
 from explore.experiment import Experiment, ParentWeights
 from explore.model import LanguageModel
 from explore.weights import check_shapes
@@ -17,9 +20,19 @@ def _fresh(experiment: Experiment) -> LanguageModel:
 
 def _from_parent(experiment: Experiment) -> LanguageModel:
     assert isinstance(experiment.start, ParentWeights)
-    model = experiment.model.build()
-    model.load_state_dict(experiment.start.parent.load().state_dict())
+    model, weights = experiment.model.build(), experiment.start.parent.load().state_dict()
+    plan = _plan(experiment.start)
+    model.load_state_dict(weights if plan is None else plan.apply(weights))
     return model
+
+
+def _plan(start: ParentWeights) -> Plan | None:
+    if start.plan is None:
+        return None
+    try:
+        return Plan.model_validate(thaw(start.plan))
+    except ValidationError as error:
+        raise ValueError(f"start.{explain(error, 'plan')}") from None
 
 
 STARTS: Mapping[str, Callable[[Experiment], LanguageModel]] = {"fresh": _fresh, "parent": _from_parent}
@@ -33,15 +46,21 @@ def starting_model(experiment: Experiment) -> LanguageModel:
 
 
 def check_start(experiment: Experiment) -> None:
-    """Refuses a parent whose weights are gone, or do not fit the model.
+    """Refuses a parent whose weights are gone, are not those of the plan, or do not fit the model.
 
     Raises:
         ValueError: one of these.
     """
     if not isinstance(experiment.start, ParentWeights):
         return
-    parent = experiment.start.parent
+    parent, plan = experiment.start.parent, _plan(experiment.start)
     parent.check()
+    if plan is not None and plan.parent != parent.digest:
+        raise ValueError(
+            f"start.plan: the weights of the parent must have the digest {plan.parent[:8]}, got {parent.digest[:8]}, "
+            f"those of {parent.path}"
+        )
+    whole = parent.model if plan is None else plan.model(parent.model)
     with torch.device("meta"):
-        ours, theirs = (model.build().state_dict() for model in (experiment.model, parent.model))
+        ours, theirs = (model.build().state_dict() for model in (experiment.model, whole))
     check_shapes(ours, theirs, f"start.parent: {parent.path}")

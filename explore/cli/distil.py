@@ -1,0 +1,55 @@
+"""Distil a child of a trained run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from explore.cli.app import app
+from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb
+from explore.cli.train import Devices, Strategy, train_and_show
+from explore.formatting import read_count
+
+
+@app.command(rich_help_panel="Train and search", epilog="Example: explore distil plan.json --tokens 5M")
+def distil(
+    plan: Annotated[Path, typer.Argument(help="A plan that cuts a trained run, in JSON.")],
+    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="A run, or a folder that import wrote; the parent when absent.")
+    ] = None,
+    parent: Annotated[
+        Path | None, typer.Option(help="Folder of the run that is cut; looked for in --runs when absent.")
+    ] = None,
+    set_: SetOptions = None,
+    runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
+    checkpoint_every: CheckpointEvery = None,
+    devices: Devices = 1,
+    strategy: Strategy = "auto",
+    path: Paths = None,
+    wandb: Wandb = None,
+    as_json: Json = False,
+) -> None:
+    """Train the child of a plan to predict what its parent predicts.
+
+    Data and training are the parent's, at a fifth of its learning rate; `--set` changes any field.
+    """
+    from explore.train import child_experiment
+
+    if (n_tokens := read_count(tokens)) < 1:
+        raise ValueError(f"--tokens must be at least 1, got {tokens}")
+    experiment = child_experiment(
+        plan, round(n_tokens), runs=runs, parent=parent, teacher=teacher, overrides=set_ or []
+    )
+    train_and_show(
+        experiment,
+        runs,
+        path,
+        as_json,
+        checkpoint_every=checkpoint_every,
+        wandb=wandb,
+        devices=devices,
+        strategy=strategy,
+    )

@@ -1,0 +1,74 @@
+"""The distillation of a child that a plan cuts out of a trained run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from explore.compress import Plan
+from explore.config import set_field
+from explore.experiment import Experiment
+from explore.runs import RunFolder, walk_runs
+from explore.weights import CHECKPOINT, TrainedModel
+
+LR_RATIO = 1 / 5
+"""Peak learning rate of a distillation over the parent's, as in NVIDIA Model-Optimizer's guide to pruning."""
+
+
+def child_experiment(
+    path: str | Path,
+    tokens: int,
+    *,
+    runs: str | Path = "runs",
+    parent: str | Path | None = None,
+    teacher: str | Path | None = None,
+    overrides: Iterable[str] = (),
+) -> Experiment:
+    """The child of a plan, distilled on the parent's data as the parent was trained, at a fifth of its learning rate.
+
+    Args:
+        path: of the plan.
+        tokens: to train on.
+        runs: folder of runs, where the parent is looked for.
+        parent: folder of the run that the plan is for.
+        teacher: a run, or a folder of weights; the parent when absent.
+        overrides: `path.to.field=value`, as for `Experiment.load`.
+
+    Raises:
+        ValueError: the plan cannot be read, its parent is not there, or a field is not allowed.
+    """
+    path = Path(path)
+    plan = Plan.load(path)
+    folder = find_parent(plan, path, Path(runs)) if parent is None else RunFolder(Path(parent))
+    content: dict[str, Any] = folder.load_experiment().model_dump(mode="json")
+    content["name"] = f"{content['name']}-child"
+    content["model"] = plan.model().model_dump(mode="json")
+    content["start"] = {"kind": "parent", "parent": str(folder.path), "plan": plan.model_dump(mode="json")}
+    content["train"] |= {
+        "tokens": tokens,
+        "flops": None,
+        "lr": content["train"]["lr"] * LR_RATIO,
+        "objective": {"kind": "distillation", "teacher": str(teacher or folder.path)},
+    }
+    for override in overrides:
+        set_field(content, override)
+    return Experiment.read(content, path)
+
+
+def find_parent(plan: Plan, path: Path, runs: Path) -> RunFolder:
+    """The finished run below a folder whose weights the plan is for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = plan.parent_model.model_dump(mode="json")
+    for run in walk_runs(runs):
+        if (run.experiment.get("experiment") or {}).get("model") != model or run.status != "finished":
+            continue  # the digest is of a whole file
+        if (run.path / CHECKPOINT).exists() and TrainedModel.model_validate(run.path).digest == plan.parent:
+            return run
+    raise ValueError(
+        f"{path}: a run below {runs} must have the parent's weights (digest {plan.parent[:8]}), got none; "
+        "name its folder with --parent"
+    )

@@ -1,0 +1,170 @@
+"""A child that a plan cuts out of a trained parent: its first weights, its key, and the command that distils it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
+
+from explore.checkpoints import load_model
+from explore.cli import main
+from explore.compress import LayerCut, Plan
+from explore.experiment import Distillation, Experiment, ParentWeights
+from explore.files import read_json
+from explore.runs import RunFolder, write_json
+from explore.train import child_experiment
+from explore.train.start import starting_model
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def parent(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(tiny(corpus, "*-*-", name="parent", train__lr=1e-3), tmp_path_factory.mktemp("runs"))
+
+
+def halved(parent: RunFolder, **changes: Any) -> Plan:
+    """Half of the channels, half of the first MLP, and no third layer."""
+    layers = (LayerCut(), LayerCut(keep={"d_ff": tuple(range(0, 128, 2))}), LayerCut(drop=True), LayerCut())
+    return Plan.keep_all(parent).model_copy(update={"d_model": tuple(range(32, 64)), "layers": layers, **changes})
+
+
+@pytest.fixture
+def plan(parent: RunFolder, tmp_path: Path) -> Path:
+    halved(parent).save(tmp_path / "plan.json")
+    return tmp_path / "plan.json"
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["explore", "distil", *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+def test_a_child_begins_with_the_weights_that_its_plan_keeps(parent: RunFolder, plan: Path) -> None:
+    one = child_experiment(plan, 100 * TOKENS, runs=parent.path.parent)
+    assert one.model == halved(parent).model()
+    assert (one.model.n_layers, one.model.d_model) == (3, 32)
+    expected = halved(parent).apply(load_model(parent).state_dict())
+    assert all(torch.equal(weight, expected[name]) for name, weight in starting_model(one).state_dict().items())
+
+
+def test_a_child_is_trained_as_its_parent_was_at_a_fifth_of_the_rate(parent: RunFolder, plan: Path) -> None:
+    one, was = child_experiment(plan, 640, runs=parent.path.parent), parent.load_experiment()
+    objective = one.train.objective
+    assert isinstance(objective, Distillation)
+    assert isinstance(one.start, ParentWeights)
+    assert objective.teacher == one.start.parent
+    assert (one.data, one.seed, one.train.batch_size) == (was.data, was.seed, was.train.batch_size)
+    assert (one.train.tokens, one.train.lr) == (640, pytest.approx(2e-4))
+    overrides = ["train.lr=0.5", "train.objective.temperature=2", "seed=3"]
+    other = child_experiment(plan, 640, parent=parent.path, overrides=overrides)
+    assert isinstance(other.train.objective, Distillation)
+    assert (other.train.lr, other.train.objective.temperature, other.seed) == (0.5, 2, 3)
+
+
+def test_the_plan_counts_by_what_it_keeps_and_is_kept_in_the_record(
+    corpus: Path, parent: RunFolder, plan: Path, tmp_path: Path
+) -> None:
+    def started(plan: Any) -> Experiment:
+        start = {"kind": "parent", "parent": str(parent.path), "plan": plan}
+        return tiny(corpus, "*-", model=halved(parent).model().model_dump(mode="json"), start=start)
+
+    one = started(str(plan))
+    assert started(read_json(plan)) == one
+    assert hash(started(read_json(plan))) == hash(one)
+    assert started({**read_json(plan), "origin": {"run": "elsewhere"}}).key() == one.key()
+    other = halved(parent, d_model=tuple(range(32)))
+    assert other.model() == halved(parent).model()
+    assert started(other.model_dump(mode="json")).key() != one.key()
+    text = one.model_dump_json()
+    plan.unlink()
+    assert Experiment.model_validate_json(text) == one
+    assert json.loads(text)["start"]["plan"]["layers"][2]["drop"] is True
+
+
+@pytest.mark.parametrize("n_model", [64, 48])
+def test_a_model_that_is_not_that_of_the_plan_is_refused(parent: RunFolder, plan: Path, n_model: int) -> None:
+    one = child_experiment(plan, 640, parent=parent.path)
+    other = one.model_copy(update={"model": one.model.model_copy(update={"d_model": n_model})})
+    with pytest.raises(
+        ValueError, match=r"^start\.parent: .*: the shape of the weight \S+ must be \(.*got \("
+    ) as caught:
+        train(other, plan.parent / "runs")
+    assert len(str(caught.value)) < 400
+    assert not (plan.parent / "runs").exists()
+
+
+def test_a_plan_of_another_parent_is_refused(corpus: Path, parent: RunFolder, plan: Path) -> None:
+    other = train(tiny(corpus, "*-*-", seed=1, train__tokens=TOKENS), plan.parent / "others")
+    one = child_experiment(plan, 640, parent=other.path)
+    with pytest.raises(
+        ValueError, match=r"^start\.plan: the weights of the parent must have the digest \w{8}, got \w{8}"
+    ):
+        train(one, plan.parent / "runs")
+    assert not (plan.parent / "runs").exists()
+
+
+def test_the_command_distils_and_says_what_it_cost(
+    parent: RunFolder, plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(parent.path.parent, plan.parent / "runs"))
+    code, out, err = run(capsys, monkeypatch, plan, "--tokens", "2.56k", "--runs", root, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    child = RunFolder(Path(said.pop("run")))
+    assert child.path.parent == root
+    assert said == child.result
+    assert said["flops_teacher"] == STEPS * TOKENS * load_model(parent).config.cost(32).flops_fwd
+    assert said["flops_before"] == result(parent)["flops_run"]
+    code, out, _ = run(capsys, monkeypatch, plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path)
+    assert (code, child.path.name in out) == (0, True)  # the same run, which is not trained again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["--tokens", "many"], "count must be a number"),
+        (["--tokens", "1k", "--runs", "nowhere"], "a run below nowhere must have the parent's weights (digest "),
+        (["--tokens", "1k", "--parent", "nowhere"], "nowhere: must be a run folder"),
+        (["--tokens", "1k", "--parent", "PARENT", "--teacher", "nowhere"], "train.objective.teacher: must be a run "),
+        (["--tokens", "1k", "--parent", "PARENT", "--set", "train.lrr=1"], "train.lrr: unknown field"),
+    ],
+)
+def test_what_the_command_cannot_distil_is_one_line(
+    parent: RunFolder,
+    plan: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(plan.parent)
+    code, out, err = run(capsys, monkeypatch, plan, *(str(parent.path) if a == "PARENT" else a for a in arguments))
+    assert (code, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (plan.parent / "runs").exists()
+
+
+@pytest.mark.parametrize("status", ["diverged", "pruned"])
+def test_a_parent_that_did_not_finish_is_refused(
+    parent: RunFolder, plan: Path, status: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(parent.path, plan.parent / "bad"))
+    write_json(folder / "result.json", {"status": status})
+    code, _, err = run(capsys, monkeypatch, plan, "--tokens", "1k", "--parent", folder)
+    assert code == 2
+    assert f"must be a run that has finished, got '{folder}', which is {status}" in err
