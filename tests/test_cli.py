@@ -262,7 +262,7 @@ def test_a_run_writes_and_drafts(
     assert set(json.loads(out)["acceptance_length"]) == {"greedy", "temperature 1"}
     assert code == 0
     code, _, err = run(capsys, monkeypatch, "eval", run_with_mtp)
-    assert (code, "--pairs, --corpus, --acceptance: at least one" in err) == (2, True)
+    assert (code, "--pairs, --corpus, --acceptance, --ngram: at least one" in err) == (2, True)
     code, _, err = run(capsys, monkeypatch, *args, "--top-p", "2")
     assert (code, "top_p: 2.0 is not allowed" in err) == (2, True)
 
