@@ -125,7 +125,14 @@ def test_models_side_by_side(explore: Any) -> None:
     assert code == 0
     assert [plan["model"] for plan in plans] == ["MEM*ME-E", "MEM*"]
     code, out, _ = explore(*SMALL, "MEM*")
-    assert "side by side" in out
+    _, _, table = out.partition("side by side\n")
+    header, *rows = table.splitlines()
+    assert header.split() == ["MEM*ME-E", "MEM*"]
+    found = {row.split("  ")[0].strip(): row for row in rows}
+    for label, name in (("tokens per s gpu", "tokens_per_s_gpu"), ("gib", None)):
+        assert label in found
+        if name:
+            assert f"{plans[0][name]:,.0f}" in found[label]
 
 
 def test_a_run_that_does_not_fit_says_what_would_help(explore: Any) -> None:

@@ -34,8 +34,13 @@ def row_of(name: str, plan: Plan, tokens: float | None) -> dict[str, Any]:
 
 def relief_of(run: Run) -> str:
     """What a run does to save memory."""
-    named = {"memory-efficient permutation": run.memory_efficient_permutation, "offload": run.offload_optimizer}
-    return ", ".join([*(name for name, on in named.items() if on), *run.recompute])
+    named = {
+        "memory-efficient permutation": run.memory_efficient_permutation,
+        f"recompute {' '.join(run.recompute)}": run.recompute,
+        "offload optimizer": run.offload_optimizer,
+        f"offload {run.offload_activations:.0%} of activations": run.offload_activations,
+    }
+    return ", ".join(name for name, on in named.items() if on)
 
 
 def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None) -> None:
@@ -135,7 +140,10 @@ def merged_walls(found: Found) -> list[tuple[str, str, str, str]]:
 def print_side_by_side(plans: dict[str, Plan], tokens: float | None) -> None:
     """Several models, one a column."""
     rows = [row_of(name, plan, tokens) for name, plan in plans.items()]
-    table = _table("", *plans, left=0)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("", no_wrap=True)
+    for name in plans:
+        table.add_column(name, justify="right", overflow="fold")
     for column in (column for column in rows[0] if column not in ("model", "pipeline")):
         table.add_row(column.replace("_", " "), *(_cell(row[column]) for row in rows))
     _say("\nside by side")
@@ -148,7 +156,9 @@ def print_published(rows: list[Held]) -> None:
         table = _table(section, "published", "computed", "difference", "", left=0)
         for row in (row for row in rows if row.section == section):
             mark = "" if row.ok is None else "✓" if row.ok else "✗"
-            table.add_row(row.name, f"{row.published:,.4g}", f"{row.computed:,.4g}", f"{row.difference:+.1%}", mark)
+            if section == "throughput":
+                mark += " " + row.note.partition(";")[0]
+            table.add_row(row.name, _plain(row.published), _plain(row.computed), f"{row.difference:+.1%}", mark)
         out.print(table, width=min(WIDTH, out.width))
     for half in ("fitted", "predicted"):
         errors = sorted(
@@ -174,7 +184,12 @@ def _table(*columns: str, left: int | tuple[int, ...] = ()) -> Table:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return _plain(value) if isinstance(value, float) else str(value)
+
+
+def _plain(value: float) -> str:
+    """A number of four digits, without powers of ten."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _say(text: str) -> None:

@@ -129,7 +129,8 @@ def draw_layouts(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None
                         ms=0.5 * font_pt, mec=style.color, zorder=3, clip_on=False, label=f"_{name}")  # fmt: skip
         handles.append(Line2D([], [], label=name, **look))
     handles.append(Line2D([], [], ls="", marker="x", ms=0.5 * font_pt, mec=LINE, label="does not fit, or is not legal"))
-    ax.set(xlim=(-0.8, position - 1.2), ylim=(0, 1.1 * max(float(table["tokens_per_s_gpu"].max()), 1e-9)))
+    most = max(float(table["tokens_per_s_gpu"].max()), 1e-9)
+    ax.set(xlim=(-0.8, position - 1.2), ylim=(-0.05 * most, 1.1 * most))  # crosses at 0 stay clear of the labels
     ax.set_xticks(list(at.values()), [str(value) for _, value in at])
     ax.tick_params(axis="x", labelsize=font_pt - 1.5, labelrotation=90, length=0, pad=1)
     for degree, middle in middles.items():
