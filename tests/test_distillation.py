@@ -439,11 +439,12 @@ def test_two_processes_distil_the_student_that_one_does(
     one = stopping(corpus, parent)
     alone = train(one, tmp_path / "alone")
     (tmp_path / RUN).write_text(one.model_dump_json())
-    command = [sys.executable, "-c", "from explore.cli import main; main()", "train", str(tmp_path / RUN), "--json"]
+    (tmp_path / "program.py").write_text("from explore.cli import main\n\nmain()\n")
+    command = [sys.executable, str(tmp_path / "program.py"), "train", str(tmp_path / RUN), "--json"]
     options = ["--runs", str(tmp_path / "both"), "--devices", "2", "--strategy", strategy]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    here = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [*command, *options], env=environment, capture_output=True, text=True, timeout=200, check=True
+        [*command, *options], env=os.environ | here, capture_output=True, text=True, timeout=200, check=True
     )
     both = RunFolder(Path(json.loads(done.stdout)["run"]))
     ours, theirs = (run.metrics.drop(columns="tokens_per_s") for run in (both, alone))
