@@ -325,6 +325,6 @@ class GatedDeltaNet(Mixer[RecurrentState]):
             in_place=state is not None and state.in_place,
         )
         if state is not None:
-            state.recurrent = recurrent.contiguous()  # one layout, whichever path made it
+            state.keep(recurrent, x.shape[1])
         y = rms_norm_before_gate(y, z.unflatten(-1, (c.n_heads, c.d_v)), self.norm.weight, c.norm_eps)
         return self.out_proj(y.flatten(2)), None

@@ -316,6 +316,6 @@ class Mamba2(Mixer[RecurrentState]):
             in_place=state is not None and state.in_place,
         )
         if state is not None:
-            state.recurrent = ssm.contiguous()  # one layout, whichever path made it
+            state.keep(ssm, x.shape[1])
         y = gated_group_rms_norm(y.flatten(2), z, self.norm.weight, c.n_groups, c.norm_eps)
         return self.out_proj(y), None

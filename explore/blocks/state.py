@@ -3,7 +3,8 @@
 A block's config makes the state (`BlockConfig.new_state`) and its mixer reads and updates it. A block whose output
 depends on the current position alone, such as an MLP, keeps nothing: the default of `new_state` serves it. Attention
 takes a `KVCache` or a `WindowCache`; a recurrent mixer takes a `RecurrentState`, whatever the shape of its state, with
-a short convolution or without. Another kind of state is a subclass of `State` whose tensors are attributes.
+a short convolution or without. Another kind of state is a subclass of `State` whose tensors are attributes, and that
+rounds them when it writes them, where it has a `rounding`.
 
 Batch size, dtype and device are those of the first tokens that are read, so a new state holds no tensors.
 """
@@ -17,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from explore.ops import StateRounding
+
 
 @dataclass(eq=False, kw_only=True)
 class State:
@@ -25,9 +28,11 @@ class State:
     Attributes:
         capacity: positions that there will be at most. With it tensors are written in place, which is faster and
             passes no gradient; without it every update makes new tensors.
+        rounding: formats of what is kept; it stays as computed when absent.
     """
 
     capacity: int | None = None
+    rounding: StateRounding | None = None
 
     @property
     def in_place(self) -> bool:
@@ -58,19 +63,32 @@ class RecurrentState(State):
         n_past: positions before the current one that the convolution reads, `d_conv` - 1.
         recurrent: recurrent state after the last position; none (zero) before the first.
         conv: the last `n_past` inputs of the convolution; none (zero) before the first position.
+        length: positions so far, counted where state is rounded.
     """
 
     shape: tuple[int, ...]
     n_past: int = 0
     recurrent: Float[Tensor, "batch *shape"] | None = None
     conv: Float[Tensor, "batch n_past channels"] | None = None
+    length: int = 0
+
+    def keep(self, recurrent: Float[Tensor, "batch *shape"], n: int) -> None:
+        """Keeps the recurrent state after `n` more positions."""
+        if self.rounding is not None:
+            self.length += n
+            recurrent = self.rounding.recurrent(recurrent, self.length)
+        self.recurrent = recurrent.contiguous()  # one layout, whichever path made it
 
     def update_conv(self, x: Float[Tensor, "batch seq channels"]) -> Float[Tensor, "batch n_past channels"] | None:
         """Keeps the last inputs of the convolution; returns those before `x`, none at the start of a sequence."""
         before = self.conv
         past = x.new_zeros(len(x), self.n_past, x.shape[2]) if before is None else before.to(x.dtype)
         # Of n_past + seq positions the last n_past: what `x` leaves of the past, then the end of `x`.
-        self.conv = torch.cat((past[:, x.shape[1] :], x[:, max(0, x.shape[1] - self.n_past) :]), dim=1)
+        skipped = max(0, x.shape[1] - self.n_past)
+        end = x[:, skipped:]
+        if self.rounding is not None:
+            end = self.rounding.inputs(end, self.length + skipped)
+        self.conv = torch.cat((past[:, x.shape[1] :], end), dim=1)
         return before
 
 
@@ -91,6 +109,10 @@ class Cache(State):
             raise ValueError(f"capacity must be at least {length}, the positions so far, got {self.capacity}")
         self.length = length
         return start
+
+    def _rounded(self, new: Tensor, name: str, start: int) -> Tensor:
+        """Entries from `start` on, in the format in which they are kept."""
+        return new if self.rounding is None else self.rounding.entries(new, name, start)
 
     def _append(self, held: Tensor | None, new: Tensor, start: int, *, by_channel: bool = False) -> Tensor:
         """The tensor to hold: `new` stands from `start` on, along dimension 2 of four.
@@ -124,6 +146,7 @@ class KVCache(Cache):
             ValueError: more positions than `capacity`.
         """
         start = self._advance(k.shape[2])
+        k, v = self._rounded(k, "k", start), self._rounded(v, "v", start)
         # On a CPU one query is a loop over the keys, channel by channel: those of a channel lie side by side.
         self.k = self._append(self.k, k, start, by_channel=k.is_cpu)
         self.v = self._append(self.v, v, start)
@@ -146,7 +169,8 @@ class WindowCache(KVCache):
     def update(
         self, k: Float[Tensor, "batch n_kv_heads seq d_head"], v: Float[Tensor, "batch n_kv_heads seq d_v"]
     ) -> tuple[Float[Tensor, "batch n_kv_heads context d_head"], Float[Tensor, "batch n_kv_heads context d_v"]]:
-        self._advance(k.shape[2])
+        start = self._advance(k.shape[2])
+        k, v = self._rounded(k, "k", start), self._rounded(v, "v", start)
         (self.k, k), (self.v, v) = self._shift(self.k, k), self._shift(self.v, v)
         return k, v
 
@@ -180,6 +204,7 @@ class LatentCache(Cache):
             ValueError: more positions than `capacity`.
         """
         start = self._advance(latent.shape[2])
+        latent, k_rope = self._rounded(latent, "latent", start), self._rounded(k_rope, "k_rope", start)
         self.latent = self._append(self.latent, latent, start)
         self.k_rope = self._append(self.k_rope, k_rope, start)
         return self.latent[:, :, : self.length], self.k_rope[:, :, : self.length]

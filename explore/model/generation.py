@@ -93,6 +93,8 @@ def generate(
     _checked(tokens, max_new_tokens)
     if compiled and tokens.device.type != "cpu":
         raise ValueError(f"compiled: True is not allowed on {tokens.device.type}; only a CPU's steps are compiled")
+    if compiled and model.state_rounding is not None:
+        raise ValueError("compiled must be False where decoding state is rounded, got True")
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     state = model.new_state(tokens.shape[1] + max_new_tokens)
     new: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from explore.blocks import Linear, RMSNorm, RoutedMixer, RouterStats, State
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
-from explore.ops import Divergence, linear_cross_entropy, linear_kl, logits_kl, same_paths
+from explore.ops import Divergence, StateRounding, linear_cross_entropy, linear_kl, logits_kl, same_paths
 
 
 class Loss(NamedTuple):
@@ -61,12 +62,15 @@ class LanguageModel(nn.Module):
 
     Attributes:
         recompute: drop what a layer computed on the way and compute it again in the backward pass.
+        state_rounding: formats of decoding state. A sequence that is read as a whole is then read with state too, so
+            that attention sees the keys and values that decoding would see.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False
+        self.state_rounding: StateRounding | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Layer(block, config.d_model, config.norm_eps) for block in config.layers)
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -94,7 +98,11 @@ class LanguageModel(nn.Module):
         Args:
             capacity: positions that there will be at most; with it the states are written in place, which is faster.
         """
-        return [block.new_state(capacity) for block in self.config.layers]
+        states = [block.new_state(capacity) for block in self.config.layers]
+        if self.state_rounding is not None:
+            for i, state in enumerate(states):
+                state.rounding = replace(self.state_rounding, layer=i)
+        return states
 
     def forward(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
@@ -112,6 +120,8 @@ class LanguageModel(nn.Module):
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], dict[int, RouterStats]]:
         """What the head reads, and the router's statistics by layer."""
+        if state is None and self.state_rounding is not None:
+            state = self.new_state()
         x = self.embedding(tokens)
         stats: dict[int, RouterStats] = {}
         for i, layer in enumerate(self.layers):

@@ -29,6 +29,7 @@ from explore.ops.paths import (
 from explore.ops.quantize import quantize
 from explore.ops.rounding import rounding_generator
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
+from explore.ops.state_rounding import StateRounding
 
 for _module in iter_modules(__path__):  # whose files declare the paths of their ops
     import_module(f"{__name__}.{_module.name}")
@@ -40,6 +41,7 @@ __all__ = [
     "Emulation",
     "OpPath",
     "Quantizer",
+    "StateRounding",
     "activate",
     "attention",
     "causal_conv1d",

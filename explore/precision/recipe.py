@@ -11,6 +11,7 @@ from explore.config import Config
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
 StateFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4", "int8"]
+Rounding = Literal["nearest", "stochastic"]
 Operand = Literal["x", "w", "dy"]
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 
@@ -134,6 +135,9 @@ class Recipe(_Brief):
         until: shares of the schedule after which products return to bf16; a number stands for both.
         kv: format of keys and values in decoding; bf16 when absent.
         state: format of recurrent and convolution state in decoding; fp32 when absent.
+        kv_rounding: rounding of keys and values.
+        state_rounding: rounding of state. A recurrence adds up what its state is rounded by at every token, unless the
+            mean of that is zero, as with `stochastic`.
     """
 
     format: WeightFormat = "bf16"
@@ -150,6 +154,8 @@ class Recipe(_Brief):
     until: Until = Until()
     kv: StateFormat | None = None
     state: StateFormat | None = None
+    kv_rounding: Rounding = "nearest"
+    state_rounding: Rounding = "nearest"
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,73 @@
+"""Decoding state in narrow formats: rounded when it is written, so that what is read later is what a format can hold.
+
+A scale that a format has for a whole tensor is here for one sequence, and of keys and values for one position of it.
+So neither the rows of a batch nor the way in which a prompt was read change what is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from explore.ops.quantize import Blocks, quantize_blocks
+from explore.ops.rounding import rounding_generator, rounding_noise
+from explore.precision import FORMATS, FormatName
+
+
+@dataclass(frozen=True)
+class StateRounding:
+    """How the decoding state of a layer is rounded; blocks lie along the last axis.
+
+    Attributes:
+        kv: format of keys and values, or of what they are made from; None leaves them as they are.
+        state: format of recurrent state and of the inputs that a short convolution keeps; None leaves them as they are.
+        stochastic_kv: keys and values are rounded stochastically, else to nearest.
+        stochastic_state: recurrent state and inputs of a convolution are.
+        seed: of stochastic rounding. All rows of a batch draw the same numbers.
+        layer: index of the layer, on which they depend too.
+    """
+
+    kv: FormatName | None = None
+    state: FormatName | None = None
+    stochastic_kv: bool = False
+    stochastic_state: bool = False
+    seed: int = 0
+    layer: int = 0
+
+    def entries(
+        self, x: Float[Tensor, "batch heads new width"], name: str, start: int
+    ) -> Float[Tensor, "batch heads new width"]:
+        """Keys, values or latents of positions from `start` on."""
+        return self._by_position(x, self.kv, self.stochastic_kv, name, start)
+
+    def inputs(self, x: Float[Tensor, "batch new channels"], start: int) -> Float[Tensor, "batch new channels"]:
+        """Inputs of a convolution at positions from `start` on."""
+        return self._by_position(x[:, None], self.state, self.stochastic_state, "conv", start)[:, 0]
+
+    def recurrent(self, x: Float[Tensor, "batch *shape"], length: int) -> Float[Tensor, "batch *shape"]:
+        """Recurrent state after `length` positions."""
+        if self.state is None:
+            return x
+        noise = self._noise(x, "recurrent", length) if self.stochastic_state else None
+        return _rounded(x, self.state, tuple(range(1, x.ndim)), noise)
+
+    def _by_position(self, x: Tensor, format: FormatName | None, stochastic: bool, name: str, start: int) -> Tensor:
+        if format is None:
+            return x
+        noise = None
+        if stochastic:
+            noise = torch.cat([self._noise(x[:, :, i : i + 1], name, start + i) for i in range(x.shape[2])], dim=2)
+        return _rounded(x, format, (1, 3), noise)
+
+    def _noise(self, x: Tensor, name: str, position: int) -> Float32[Tensor, "batch *rest"]:
+        generator = rounding_generator(self.seed, position, self.layer, name, x.device)
+        return rounding_noise(x[:1], generator).expand(x.shape)
+
+
+@torch.no_grad()
+def _rounded(x: Tensor, format: FormatName, scaled_together: tuple[int, ...], noise: Tensor | None) -> Tensor:
+    amax = x.float().abs().amax(scaled_together, keepdim=True)
+    return quantize_blocks(x, noise, Blocks(FORMATS[format]), amax).to(x.dtype)
