@@ -142,7 +142,7 @@ def saved_by_autograd(model: LanguageModel, seq_len: int) -> int:
 
 def _saved_by_batch(model: LanguageModel, tokens: Tensor) -> int:
     sizes = {weight.untyped_storage().data_ptr(): 0 for weight in model.parameters()}
-    alive: list[Tensor] = []  # lest memory be used again and two tensors pass for one
+    alive: list[Tensor] = []  # so that memory is not reused, which would count two tensors as one
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)

@@ -50,7 +50,7 @@ def of(held: list[Held], section: str) -> list[Held]:
     return [row for row in held if row.section == section]
 
 
-def test_memory_in_print_is_met_within_one_and_a_half_percent(held: list[Held]) -> None:
+def test_published_memory_is_met_within_one_and_a_half_percent(held: list[Held]) -> None:
     rows = {row.name: row for row in of(held, "memory")}
     for name in ("weights and gradients", "main weights and optimizer", "activations", "total"):
         assert abs(rows[name].difference) < 0.006
@@ -82,7 +82,7 @@ def test_measured_memory_of_hybrids_is_met(held: list[Held]) -> None:
     assert np.mean(constants) == pytest.approx(WORKSPACE_BYTES / GIB, abs=0.005)
 
 
-def test_flops_in_print_are_met_but_for_known_rows(held: list[Held]) -> None:
+def test_published_flops_are_met_but_for_known_rows(held: list[Held]) -> None:
     missed = {row.name for row in of(held, "flops") if not row.ok}
     # GPT-OSS in bf16 was printed by an older container with another count; the Llama row is printed in two digits less.
     assert {name for name in missed if not name.startswith("gpt-oss-120b")} == {"llama-3.1-70b, H100x64, fp8"}
@@ -98,11 +98,20 @@ def test_all_to_all_times_are_met_with_one_efficiency_a_link(held: list[Held]) -
     assert max(abs(row.difference) for row in naive) < 0.25
 
 
-def test_every_printed_layout_is_legal_and_fits_and_one_does_not(held: list[Held]) -> None:
-    rows = of(held, "layouts")
-    assert all(row.ok for row in rows)
-    assert all(row.computed <= 1 for row in rows[:-1])
-    assert rows[-1].computed > 1
+def test_published_layouts_are_legal_and_fit_but_for_known_ones(held: list[Held]) -> None:
+    *ran, refused = of(held, "layouts")
+    missed = {row.name: row for row in ran if not row.ok}
+    # Their sources name no recomputation or offload, or too little of it.
+    assert set(missed) == {
+        "qwen3-235b-a22b, GB200x256, mxfp8, PP4 VPP6 EP64 MBS3",
+        "llama-3.1-405b, GB200x256, fp8, TP4 PP16 VPP4 MBS1",
+        "llama-3.1-70b, GB300x64, mxfp8, PP4 VPP5 MBS1",
+        "llama-3.1-70b, H100x64, fp8, TP4 PP8 VPP5 MBS1",
+    }
+    assert all(row.computed < 1.3 and "fits here only with" in row.note for row in missed.values())
+    assert all(row.ok == (row.computed <= 1) for row in ran)
+    assert refused.ok
+    assert refused.computed > 1
     assert not replace(table_3(), cluster=Cluster.named("H100x256")).fits
 
 
@@ -305,7 +314,7 @@ def test_a_search_says_what_stops_the_other_layouts() -> None:
     assert all(plan.fits for plan in found.plans)
     walls = {(wall.degree, wall.value): wall for wall in found.walls}
     assert walls["ep", 1].wall == "memory"
-    assert "GiB are needed at the least" in walls["ep", 1].detail
+    assert "GiB are needed" in walls["ep", 1].detail
     assert walls["vpp", 9].wall == "pipeline"
     assert {wall.degree for wall in found.walls} <= set(DEGREES) - {"etp", "pp"}
     assert max(wall.relative for wall in found.walls) == 1
@@ -322,7 +331,7 @@ def test_objectives_change_what_is_best() -> None:
     assert few.cluster.n_gpus < 64
     half = search(model, Cluster(on.device, few.cluster.n_gpus // 2), run)
     assert not half.plans
-    assert "no layout fits: the one that needs least" in half.refusal()
+    assert "no layout fits: the smallest needs" in half.refusal()
 
 
 def test_the_cheapest_relief_makes_a_plan_fit() -> None:

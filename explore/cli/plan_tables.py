@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -160,6 +161,8 @@ def print_published(rows: list[Held]) -> None:
                 mark += " " + row.note.partition(";")[0]
             table.add_row(row.name, _plain(row.published), _plain(row.computed), f"{row.difference:+.1%}", mark)
         out.print(table, width=min(WIDTH, out.width))
+        for row in (row for row in rows if row.section == section and section == "layouts" and not row.ok):
+            _say(textwrap.fill(f"✗ {row.name}: {row.note}", WIDTH, subsequent_indent="  "))
     for half in ("fitted", "predicted"):
         errors = sorted(
             abs(row.difference) for row in rows if row.section == "throughput" and row.note.startswith(half)

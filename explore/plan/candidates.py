@@ -18,7 +18,7 @@ from explore.plan.stages import Stages
 
 MAX_VPP, MAX_MICRO_BATCH = 12, 4
 SHORTEST = 512
-"""Tokens of a sequence that a context-parallel rank has at the least."""
+"""Smallest number of tokens of a sequence on a context-parallel rank."""
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _divisions(
 def _pipelines(
     shape: Profile, cluster: Cluster, fixed: Mapping[str, int], pipeline: str | None, legal: Candidates
 ) -> Iterator[Stages]:
-    """Pipelines for which there are ranks and layers enough."""
+    """Pipelines that have enough ranks and layers."""
     powers = [2**k for k in range(cluster.n_gpus.bit_length()) if cluster.n_gpus % 2**k == 0]
     for pp in _values(fixed, "pp", powers):
         for vpp in [1] if pipeline else _values(fixed, "vpp", list(range(1, MAX_VPP + 1)) if pp > 1 else [1]):

@@ -16,7 +16,7 @@ from explore.solve import solve
 
 What = Literal["batch", "context", "model"]
 TOKENS = 1024
-"""Contexts are multiples of so many tokens."""
+"""Contexts are multiples of this number of tokens."""
 MODEL_STEPS = 9
 """Halvings of the interval of a model's parameters: to within 2%."""
 LARGEST = 2**20
@@ -45,7 +45,7 @@ def largest(
     pipeline: str | None = None,
     free: tuple[str, ...] = ("d_model",),
 ) -> Largest:
-    """The largest micro-batch, context or model that fits, with whatever relief it takes.
+    """The largest micro-batch, context or model that fits, with relief where it is needed.
 
     Args:
         fixed: degrees that are given; all other layouts are tried.

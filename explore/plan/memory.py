@@ -16,7 +16,7 @@ MAIN_BYTES = 4.0
 """A weight in fp32, from which those of the products are rounded."""
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0}
 WORKSPACE_BYTES = 0.11 * 2**30
-"""What is allocated and in no formula.
+"""Allocated memory that no formula explains.
 
 Source: the mean difference of the five hybrid cases in `golden`, 0.104 to 0.133 GiB.
 """
@@ -89,7 +89,8 @@ def saved(batch: Batch) -> Float[np.ndarray, "n items"]:
     tokens, width, expert_width, expert_tokens = batch.profile.saved(batch.run).T
     tp = batch.tp if batch.run.sequence_parallel else np.ones_like(batch.tp)
     kept: np.ndarray = tokens / tp + width / batch.tp + expert_width / tp + expert_tokens * batch.etp / tp
-    return kept * batch.micro_batch / batch.cp
+    of_rank: np.ndarray = kept * batch.micro_batch / batch.cp
+    return of_rank
 
 
 def activations(batch: Batch) -> Ranks:

@@ -144,7 +144,7 @@ class Plan:
         return tokens / (self.tokens_per_s_gpu * self.cluster.n_gpus) / 86_400
 
     def assumptions(self) -> dict[str, Any]:
-        """What the estimate rests on."""
+        """Assumptions of the estimate."""
         part, fitted = efficiency(self.cluster.device.name, self.run.format.compute)
         return {
             "product_efficiency": part,

@@ -1,4 +1,4 @@
-"""Everything in print that the planner is held to, beside what it computes."""
+"""Published numbers that the planner is held to, beside those that it computes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ REPORT = "arXiv 2603.07685"
 
 
 class Held(NamedTuple):
-    """A number in print and the same one computed.
+    """A published number and the same one computed.
 
     Attributes:
-        ok: whether they agree within the bound of their section; none where the difference is only shown.
+        ok: whether they agree within the bound of their section; none where there is no bound.
     """
 
     section: str
@@ -175,12 +175,11 @@ def _all_to_all() -> Iterator[Held]:
 
 
 def _layouts() -> Iterator[Held]:
-    """Memory of the fullest rank over what is there: at most 1 for every layout that ran."""
+    """Memory of the fullest rank over the capacity: at most 1 for every layout that ran."""
     for run in printed_runs():
         plan, note = Plan.of(preset(run.model), run.run, run.layout, run.cluster), "ran"
         if not plan.fits and (found := cheapest_relief(plan)) is not None:
-            plan, relief = found
-            note = f"ran; fits here with relief: {relief}"
+            note = f"ran; fits here only with: {found[1]}"
         name = f"{run.model}, {run.cluster.name}, {run.run.precision}, {run.layout}"
         yield Held("layouts", name, 1.0, plan.needed / plan.capacity, "of memory", plan.fits, note, run.source)
     plan = replace(table_3(), cluster=Cluster.named("H100x256"))
@@ -191,7 +190,7 @@ def _layouts() -> Iterator[Held]:
 
 
 def _throughput() -> Iterator[Held]:
-    """Tokens per second of the estimate; it agrees where print is not above the ceiling."""
+    """Tokens per second of the estimate; a row holds where the published number is not above the ceiling."""
     for run in printed_runs():
         ceiling = run.tokens / float(ceiling_s(run.batch())[0])
         half = "fitted" if run.fitted else "predicted"

@@ -39,7 +39,7 @@ RELIEFS = (
     Relief(("full",)),
     Relief(("full",), offload_optimizer=True),
 )
-"""From cheap to dear; the first that makes a layout fit is taken."""
+"""From cheap to expensive; a search takes the first that makes a layout fit."""
 
 
 @lru_cache(maxsize=256)
@@ -69,7 +69,7 @@ def distinct_reliefs(shape: Profile, run: Run) -> tuple[int, ...]:
 
 
 def cheapest_relief(plan: Plan) -> tuple[Plan, Relief] | None:
-    """The relief that makes a plan fit at the least loss of speed; none where no relief does."""
+    """The relief with which a plan fits and loses the least speed; none where no relief is enough."""
     host = plan.cluster.device.host_link is not None
     fitting = [
         (other, relief)

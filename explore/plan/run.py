@@ -11,6 +11,7 @@ from pydantic import PositiveInt, field_validator
 from explore.blocks import BLOCKS
 from explore.config import Config
 from explore.cost import Dtype
+from explore.precision import FORMATS, FormatName
 
 PrecisionName = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
 AllToAll = Literal["naive", "rank", "node"]
@@ -31,13 +32,18 @@ class Precision(NamedTuple):
         weight: bytes of a weight whose products are narrow.
         narrow: bytes of an element of what a narrow product reads; none where products are in bf16.
         compute: dtype of the products.
-        says: what is kept.
+        description: what is in which format.
     """
 
     weight: float
     narrow: float | None
     compute: Dtype
-    says: str
+    description: str
+
+
+def _bytes(name: FormatName) -> float:
+    """Bytes of an element, with its scales."""
+    return FORMATS[name].bits_per_element / 8
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
@@ -45,8 +51,8 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         "bf16": Precision(2.0, None, "bfloat16", "weights and products in bf16"),
         "fp8": Precision(2.0, 1.0, "float8", "FP8 with a scale a tensor, rows and columns of weights"),
         "fp8-blocks": Precision(2.0, 1 + 1 / 32, "float8", "FP8 in blocks of 128, rows and columns of weights"),
-        "mxfp8": Precision(2 * (1 + 1 / 32), 1 + 1 / 32, "float8", "MXFP8, rows and columns of weights"),
-        "nvfp4": Precision(2 * (1 / 2 + 1 / 16), 1 / 2 + 1 / 16, "float4", "NVFP4, rows and columns of weights"),
+        "mxfp8": Precision(2 * _bytes("mxfp8"), _bytes("mxfp8"), "float8", "MXFP8, rows and columns of weights"),
+        "nvfp4": Precision(2 * _bytes("nvfp4"), _bytes("nvfp4"), "float4", "NVFP4, rows and columns of weights"),
     }
 )
 """Embedding, head, router, norms and attention itself stay in bf16 in all of them."""
@@ -62,12 +68,12 @@ class Run(Config):
         recompute: modules whose activations are computed again in the backward pass.
         moments: dtype of the two moments of Adam.
         grads: dtype in which gradients are added up.
-        zero: what data-parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (FSDP).
-        offload_optimizer: main weights and moments lie in the host's memory between steps.
-        offload_activations: part of the activations that lies in the host's memory until it is needed.
-        memory_efficient_permutation: routing weights are applied before an expert's last matrix, as Megatron-LM does
-            since 0.13; its outputs are then not kept, at no cost.
-        fused_attention: no score is kept.
+        zero: what data-parallel ranks divide: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (FSDP).
+        offload_optimizer: main weights and moments are in host memory between steps.
+        offload_activations: fraction of the activations in host memory until the backward pass.
+        memory_efficient_permutation: routing weights are applied before the last matrix of an expert, whose output is
+            then not kept, at no cost; Megatron-LM does so since 0.13.
+        fused_attention: attention scores are not kept.
         dropout: masks of dropout are kept.
         sequence_parallel: tensor-parallel ranks divide the tokens of norms and of the residual stream.
         all_to_all: copies of a token that are sent to experts.

@@ -1,4 +1,4 @@
-"""Training runs in print, and the efficiencies that are fitted to half of them."""
+"""Published training runs, and the efficiencies that are fitted to half of them."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ class PrintedRun(NamedTuple):
 
 @cache
 def printed_runs() -> tuple[PrintedRun, ...]:
-    """All runs in print; of each device and dtype every other one is fitted, beginning with the first.
+    """All published runs; every second one of each device and dtype is predicted, the others are fitted.
 
-    Where print does not say, gradients and moments are in bf16, as in Megatron-Bridge's recipes.
+    Gradients and moments are in bf16 where the source does not say, as in Megatron-Bridge's recipes. Recomputation and
+    offload are those of the recipe with the same layout (`src/megatron/bridge/perf_recipes`, August 2026); the layers
+    that a recipe offloads are a part of the activations.
     """
     with Path(__file__).with_name("throughput.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -64,6 +66,7 @@ def printed_runs() -> tuple[PrintedRun, ...]:
         run = Run.model_validate(
             {name: number[name] for name in ("seq_len", "global_batch", "zero")}
             | {"precision": row["precision"], "recompute": row["recompute"].split()}
+            | {"offload_activations": float(row["offload_activations"])}
             | {"grads": "bfloat16", "moments": "bfloat16", "memory_efficient_permutation": True}
             | {"expert_groups": EXPERT_GROUPS.get(row["model"])}
         )

@@ -1,4 +1,4 @@
-"""Every legal layout of a model on a cluster, ranked, and what became of the others."""
+"""Every legal layout of a model on a cluster, ranked, and what limits the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Objective = Literal["tokens_per_s", "gpus", "memory"]
 
 
 class Wall(NamedTuple):
-    """What became of all layouts with one value of one degree.
+    """What limits the layouts with one value of one degree.
 
     Attributes:
         relative: tokens per second of the best of them over the best of all; 0 where none fits.
@@ -67,7 +67,7 @@ class Found:
     def refusal(self) -> str:
         """Why nothing fits, and what would help."""
         return (
-            f"no layout fits: the one that needs least, {self.least_bytes / GIB:,.1f} GiB, is "
+            f"no layout fits: the smallest needs {self.least_bytes / GIB:,.1f} GiB, "
             f"{(self.least_bytes - self.capacity) / GIB:,.1f} GiB above the {self.capacity / GIB:,.1f} GiB of a GPU; "
             "more GPUs, --zero 3, --moments bfloat16 or a narrower --precision may make it fit"
         )
@@ -79,7 +79,7 @@ class _Costed(NamedTuple):
     Attributes:
         degrees: in the order of `DEGREES`.
         relief: index of the first relief with which it fits; -1 where none does.
-        least: bytes of its fullest rank with the relief that saves most of those tried.
+        least: bytes of its fullest rank with the relief that saves most.
         waits: index of what it waits for most, of `_WAITS`.
     """
 
@@ -191,7 +191,7 @@ def _cost(batch: Batch, degrees: np.ndarray, limit: float) -> _Costed:
 
 
 def _walls(costed: _Costed, legal: Candidates, limit: float, fixed: Mapping[str, int]) -> tuple[Wall, ...]:
-    """What became of every value of every degree that was not given."""
+    """What limits the layouts with each value of every degree that was not given."""
     walls, best = [], float(costed.rate.max())
     for column, degree in enumerate(DEGREES):
         if degree in fixed:
@@ -207,6 +207,6 @@ def _walls(costed: _Costed, legal: Candidates, limit: float, fixed: Mapping[str,
                 walls.append(Wall(degree, value, relative, _WAITS[costed.waits[top]], "", len(of)))
             else:
                 needed = float(costed.least[of].min())
-                detail = f"{needed / GIB:,.0f} GiB are needed at the least, and {limit / GIB:,.0f} GiB are there"
+                detail = f"at least {needed / GIB:,.0f} GiB are needed, and a GPU has {limit / GIB:,.0f} GiB"
                 walls.append(Wall(degree, value, 0.0, "memory", detail, len(of)))
     return tuple(walls)

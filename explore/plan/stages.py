@@ -169,7 +169,7 @@ def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> S
 def _cuts(weights: list[float], n: int, capacity: float) -> list[int]:
     """Ends of stages that are filled one after another; more than `n` of them where the capacity is too small.
 
-    So many items are left for the later stages that none is empty.
+    Enough items are left for the later stages that none is empty.
     """
     ends: list[int] = []
     filled = 0.0

@@ -1,4 +1,4 @@
-"""How long a step takes: an estimate with efficiencies that were fitted to print, and a ceiling that no run passes."""
+"""How long a step takes: an estimate with fitted efficiencies, and a lower bound that no published run beats."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ Of all-to-alls over the network 93% are hidden behind another micro-batch in arX
 EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
     {
         ("B200", "bfloat16"): 0.30,
-        ("B200", "float4"): 0.15,
+        ("B200", "float4"): 0.14,
         ("B200", "float8"): 0.49,
-        ("B300", "bfloat16"): 0.35,
-        ("B300", "float4"): 0.23,
-        ("B300", "float8"): 0.69,
-        ("GB200", "bfloat16"): 0.52,
-        ("GB200", "float4"): 0.57,
-        ("GB200", "float8"): 0.65,
-        ("GB300", "bfloat16"): 0.46,
-        ("GB300", "float4"): 0.59,
-        ("GB300", "float8"): 0.72,
-        ("H100", "bfloat16"): 0.73,
-        ("H100", "float8"): 0.59,
+        ("B300", "bfloat16"): 0.34,
+        ("B300", "float4"): 0.24,
+        ("B300", "float8"): 0.64,
+        ("GB200", "bfloat16"): 0.51,
+        ("GB200", "float4"): 0.55,
+        ("GB200", "float8"): 0.64,
+        ("GB300", "bfloat16"): 0.44,
+        ("GB300", "float4"): 0.55,
+        ("GB300", "float8"): 0.61,
+        ("H100", "bfloat16"): 0.69,
+        ("H100", "float8"): 0.56,
     }
 )
 """Part of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""
-PASSES = 27.3
+PASSES = 25.7
 """How often what is kept for the backward pass is moved through memory in a step: norms, activations, permutations,
 quantisation, and what no formula names; fitted with `EFFICIENCY`."""
 
@@ -139,7 +139,7 @@ def throughput(batch: Batch, rates: Rates | None = None) -> Throughput:
 
 
 def ceiling_s(batch: Batch) -> Float[np.ndarray, " n"]:
-    """Seconds of a step at the least: products at the peak rate and nothing twice, all traffic hidden.
+    """Lower bound of the seconds of a step: products at the peak rate, nothing computed twice, all traffic hidden.
 
     The pipeline fills and empties all the same, and no link carries its traffic faster than it can.
     """
