@@ -16,9 +16,10 @@ from small_runs import STEPS, result, tiny, train, write_corpus
 
 from explore.model import ModelConfig
 from explore.ops import forced_paths, paths_in_use
+from explore.precision import TRAINED
 from explore.runs import RunFolder, write_json
 from explore.table import read_table, save_table
-from explore.train import COMPILED, compiled_ops, own_table, regions
+from explore.train import COMPILED, QUANTIZE, compiled_ops, own_table, regions
 
 MAMBA: dict[str, Any] = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 1, "chunk_size": 16}
 N_ELEMENTS = 64
@@ -49,7 +50,7 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_what_ships_is_measured_and_every_op_gains() -> None:
     table = read_table(regions.SHIPPED)
-    assert set(table["op"]) == set(COMPILED)
+    assert set(table["op"]) == {*COMPILED, QUANTIZE}
     assert (table["default_ns"] > table["compiled_ns"]).all()
     assert table["device"].notna().all()
 
@@ -59,6 +60,23 @@ def test_a_run_compiles_once_it_is_long_enough(own: Path) -> None:
     assert chosen("M", ENOUGH + 1)["ssd"] == {"saves_s": 20.0, "costs_s": 10.0}
     assert chosen("M-M", ENOUGH)["ssd"] == {"saves_s": 40.0, "costs_s": 10.0}  # one shape, in two layers
     assert "ssd" not in chosen("MN", ENOUGH - 1)  # two shapes
+
+
+def test_quantisers_are_compiled_where_a_run_in_low_precision_is_long_enough(own: Path) -> None:
+    """An MLP of 32 -> 16 -> 32 quantises 4 * (32 + 16) elements a token, and has 2 widths, 2 sizes of weights."""
+    mlp = ModelConfig.model_validate(
+        {"d_model": 32, "vocab_size": 64, "pattern": "-", "blocks": {"-": {"kind": "mlp", "d_ff": 16}}}
+    )
+    row = {"op": QUANTIZE, "precision": "nvfp4", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 1.0}
+    save_table(pd.concat([read_table(own), pd.DataFrame([row | {"threads": torch.get_num_threads()}])]), own)
+    enough = round(2 * 6 / (1e-6 * 4 * (32 + 16)))
+    for n_tokens, found in ((enough - 1, {}), (enough + 1, {QUANTIZE: {"saves_s": 12.0, "costs_s": 6.0}})):
+        assert compiled_ops(mlp, 32, n_tokens, "bf16", recipe=TRAINED["nvfp4"]) == found
+    assert compiled_ops(mlp, 32, 10**9, "bf16") == {}
+    with forced_paths(quantize="plain"):
+        assert compiled_ops(mlp, 32, 10**9, "bf16", recipe=TRAINED["nvfp4"]) == {}
+    save_table(read_table(own).query("op != 'quantize'"), own)  # of an earlier version
+    assert compiled_ops(mlp, 32, 10**9, "bf16", recipe=TRAINED["nvfp4"]).keys() == {QUANTIZE}
 
 
 def test_every_length_that_is_called_is_compiled(own: Path) -> None:

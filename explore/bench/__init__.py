@@ -3,6 +3,7 @@
 from explore.bench.families import SHAPES, Shape, families
 from explore.bench.neighbours import time_neighbours
 from explore.bench.ops import time_ops
+from explore.bench.precision import compare_precisions
 from explore.bench.sharing import time_sharing
 from explore.bench.text import time_text
 from explore.bench.training import compare, compare_curves, compare_decoding, time_regions, time_trials
@@ -13,6 +14,7 @@ __all__ = [
     "compare",
     "compare_curves",
     "compare_decoding",
+    "compare_precisions",
     "families",
     "time_neighbours",
     "time_ops",

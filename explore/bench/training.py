@@ -11,6 +11,7 @@ from typing import Any
 from explore.bench.families import SHAPES, families
 from explore.model import ModelConfig
 from explore.ops import paths_in_use, paths_that
+from explore.precision import TRAINED, UNQUANTIZED
 from explore.train import COMPILED, compiled_ops, multiplies_bf16
 
 RUN_TOKENS = 20_000_000
@@ -39,14 +40,14 @@ def compare(
         ValueError: no such shape or family.
     """
     precisions = _precisions()
-    for name, model in _chosen(shape, names).items():
-        chosen = {
+    for name, model in chosen(shape, names).items():
+        compiled = {
             precision: dict.fromkeys(compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, precision), "compiled")
             | dict(paths or {})
             for precision in precisions
         }
         found = {
-            (side, precision): _measured(name, shape, side, precision, seconds, chosen[precision])
+            (side, precision): _measured(name, shape, side, precision, seconds, compiled[precision])
             for precision in precisions
             for side in ("ours", "transformers")
         }
@@ -70,11 +71,11 @@ def compare(
             "gemm_fraction": gemm_fraction,
             "precision": ours,
             "baseline_precision": theirs,
-            "path": paths_in_use() | chosen[ours],
+            "path": paths_in_use() | compiled[ours],
         }
 
 
-def _chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
+def chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
     """Models of the families asked for, of all where none is."""
     if shape not in SHAPES:
         raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
@@ -112,7 +113,7 @@ def compare_curves(
     Raises:
         ValueError: no such shape or family.
     """
-    for name in _chosen(shape, names):
+    for name in chosen(shape, names):
         task = {"family": name, "shape": shape, "n_steps": n_steps, "precision": "fp32", "paths": dict(paths or {})}
         truth = _losses(task | {"paths": paths_that(lambda path: path.reference)})
         found = {precision: _losses(task | {"precision": precision}) for precision in _precisions()}
@@ -149,7 +150,7 @@ def compare_decoding(
     Raises:
         ValueError: no such shape or family.
     """
-    for name in _chosen(shape, names):
+    for name in chosen(shape, names):
         yield {"family": name} | in_a_process(what="decode", family=name, shape=shape, n_new=n_new, compiled=compiled)
 
 
@@ -162,7 +163,7 @@ def time_trials(shape: str, names: list[str] | None = None) -> Iterator[dict[str
     Raises:
         ValueError: no such shape or family.
     """
-    for name in _chosen(shape, names):
+    for name in chosen(shape, names):
         yield {"family": name} | in_a_process(what="trials", family=name, shape=shape)
 
 
@@ -171,15 +172,17 @@ def time_regions(shape: str) -> Iterator[dict[str, Any]]:
 
     Yields:
         Rows of the table of `explore.train.regions`: op, precision, default_ns and compiled_ns an element, forward and
-        backward, compile_s of a first compilation, and the processor.
+        backward, compile_s of a first compilation, and the processor. Rows of `quantize` have a format as precision.
 
     Raises:
         ValueError: no such shape.
     """
-    _chosen(shape, None)
+    chosen(shape, None)
     for precision in _precisions():
         for op in COMPILED:
             yield in_a_process(what="region", shape=shape, op=op, precision=precision)
+    for format in sorted({recipe.format for recipe in TRAINED.values()} - UNQUANTIZED):
+        yield in_a_process(what="quantizer", shape=shape, format=format)
 
 
 def in_a_process(variables: Mapping[str, str] | None = None, **task: Any) -> dict[str, Any]:

@@ -22,9 +22,12 @@ from explore.bench.training import RUN_TOKENS
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
-from explore.model import generate
-from explore.ops import forced_paths, path_of
-from explore.train import build_optimizer, fit, keep_freed_memory, processor
+from explore.model import generate, quantize_products
+from explore.ops import forced_paths, path_of, rounding_generator
+from explore.ops.quantize import Blocks, quantize_blocks, quantize_compiled
+from explore.ops.rounding import rounding_noise
+from explore.precision import FORMATS, FormatName
+from explore.train import QUANTIZE, build_optimizer, fit, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
@@ -55,8 +58,9 @@ def train_step(
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1 + nudge * torch.randn_like(weight))
-    config = TrainConfig(tokens=1)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+    config = TrainConfig(tokens=1, precision=precision)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.recipe.high == "bf16")
+    emulation = quantize_products(model, config.recipe)
     loads: dict[int, Tensor] = {}
     if side == "ours":
         keep_freed_memory()  # as `fit` does
@@ -79,6 +83,7 @@ def train_step(
 
     def step(inputs: Tensor, targets: Tensor) -> float:
         optimizer.zero_grad(set_to_none=True)
+        emulation.step += 1
         with autocast:
             value = loss(inputs, targets)
         value.backward()
@@ -142,6 +147,34 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
         "default_ns": round(1e9 * default / n_elements, 3),
         "compiled_ns": round(1e9 * compiled / n_elements, 3),
         "compile_s": round(first - compiled, 1),
+        "threads": torch.get_num_threads(),
+        "device": processor(),
+    }
+
+
+def quantizer(shape: str, format: FormatName) -> dict[str, Any]:
+    """As `region`, of the quantisers of activations and gradients: along both axes, nearest and stochastic."""
+    size = SHAPES[shape]
+    x = torch.randn(size.batch_tokens, size.d_model).to(torch.bfloat16)
+    noise, amax = rounding_noise(x, rounding_generator(0, 0, 0, "x")), x.abs().amax().float().view(1, 1)
+    calls = [(x, drawn, Blocks(FORMATS[format], axis), amax) for axis in (0, 1) for drawn in (None, noise)]
+
+    def seconds(function: Callable[..., Tensor]) -> float:
+        began = time.perf_counter()
+        for call in calls:
+            function(*call)
+        return time.perf_counter() - began
+
+    first = seconds(quantize_compiled)
+    times = [(seconds(quantize_blocks), seconds(quantize_compiled)) for _ in range(REPEATS)]
+    default, compiled = (statistics.median(found) for found in zip(*times, strict=True))
+    n_elements = len(calls) * x.numel()
+    return {
+        "op": QUANTIZE,
+        "precision": format,
+        "default_ns": round(1e9 * default / n_elements, 3),
+        "compiled_ns": round(1e9 * compiled / n_elements, 3),
+        "compile_s": round((first - compiled) / len(calls), 1),
         "threads": torch.get_num_threads(),
         "device": processor(),
     }
@@ -255,6 +288,7 @@ if __name__ == "__main__":
     works: dict[str, Callable[..., dict[str, Any]]] = {
         "train": measure,
         "region": region,
+        "quantizer": quantizer,
         "curve": curve,
         "decode": decode,
         "trials": set_up,

@@ -17,11 +17,12 @@ from explore.formatting import duration, flops, size
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "sharing", "text"],
+        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "sharing", "text", "precision"],
         typer.Option(
             help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
             "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
-            "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches."
+            "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches, "
+            "precision trains in emulated FP8 and NVFP4 beside bf16."
         ),
     ] = "train",
     shape: Annotated[
@@ -70,6 +71,9 @@ def bench(
         return
     if what == "text":
         _text(megabytes, as_json)
+        return
+    if what == "precision":
+        _precision(shape, seconds, family, as_json)
         return
     if what == "ops":
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
@@ -195,6 +199,21 @@ def _text(megabytes: int, as_json: bool) -> None:
         "at the start": lambda r: size(r["start_bytes"]),
     }
     _show(records, as_json, ("form",), columns)
+
+
+def _precision(shape: str, seconds: float, family: list[str] | None, as_json: bool) -> None:
+    from explore.bench import compare_precisions
+
+    timed = compare_precisions(shape, seconds, family)
+    records = _told(timed, lambda r: f"{r['family']}, {r['precision']}: {r['step_ratio']:.2f} times the step in bf16")
+    columns = {
+        "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
+        "step": lambda r: f"{r['step_ratio']:.2f}",
+        "memory": lambda r: size(r["peak_bytes"]),
+        "of bf16's": lambda r: f"{r['memory_ratio']:.2f}",
+        "first step": lambda r: duration(r["first_step_s"]),
+    }
+    _show(records, as_json, ("family", "precision"), columns)
 
 
 def _told(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:

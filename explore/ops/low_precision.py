@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from explore.ops.grouped import grouped_outer, grouped_product
 from explore.ops.hadamard import hadamard
-from explore.ops.paths import product_dtype
-from explore.ops.quantize import Blocks, count_lost, quantize_blocks
+from explore.ops.paths import path_of, product_dtype
+from explore.ops.quantize import Blocks, count_lost, quantize_blocks, quantize_compiled
 from explore.ops.rounding import rounding_generator, rounding_noise
 from explore.precision import FORMATS, OPERANDS, UNQUANTIZED, Operand, OperandFormat, Product, Products
 
@@ -129,7 +129,9 @@ class Quantizer:
             name: of the weight where the module has several.
         """
         dtype = torch.float32 if self.format in UNQUANTIZED else product_dtype(rows)
-        y: Tensor = _Product.apply(rows.to(dtype), weight, _Call(self, layout, name))  # type: ignore[no-untyped-call]
+        is_compiled = path_of("quantize", rows.device.type) == "compiled"
+        call = _Call(self, layout, name, is_compiled)
+        y: Tensor = _Product.apply(rows.to(dtype), weight, call)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -139,6 +141,7 @@ class _Call(NamedTuple):
     quantizer: Quantizer
     layout: Layout
     name: str
+    is_compiled: bool
 
     def rows(self, product: Product, operand: Operand, rows: Tensor) -> Tensor:
         """Activations or gradients, in blocks along tokens for the weight gradient, and else along features."""
@@ -180,7 +183,7 @@ class _Call(NamedTuple):
         return self.quantizer.products[product][OPERANDS[product].index(operand)]
 
     def _quantized(self, x: Tensor, noise: Tensor | None, blocks: Blocks, amax: Tensor | None, operand: str) -> Tensor:
-        y = quantize_blocks(x, noise, blocks, amax)
+        y = (quantize_compiled if self.is_compiled else quantize_blocks)(x, noise, blocks, amax)
         if (lost := self.quantizer.emulation.lost) is not None:
             key, counts = (*self.quantizer.component, operand), count_lost(x, y, blocks, amax)
             lost[key] = lost[key] + counts if key in lost else counts

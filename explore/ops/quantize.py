@@ -14,8 +14,15 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from explore.ops.paths import OpPath, compiled, declare
 from explore.ops.rounding import power_of_two_below, round_nearest, round_stochastic, round_up, rounding_noise
 from explore.precision import ELEMENTS, FORMATS, Format
+
+declare(
+    "quantize",
+    OpPath("plain", default_on="any", reference=True, countable=True),
+    OpPath("compiled", compiled=True),
+)
 
 Rounding = Literal["nearest", "stochastic"]
 ScaleRounding = Literal["nearest", "up"]
@@ -147,6 +154,20 @@ def quantize_blocks(
     drawn = None if noise is None else _split(noise, axes, how.format.block)[0]
     y = _rounded(blocks * scale.encode, how.format.element, drawn) * scale.times / scale.over
     return _join(y, axes, x.shape)
+
+
+@torch.no_grad()
+def quantize_compiled(
+    x: Float[Tensor, "*dims"],
+    noise: Float32[Tensor, "*dims"] | None,
+    how: Blocks,
+    amax: Float32[Tensor, "*ones"] | None = None,
+) -> Float32[Tensor, "*dims"]:
+    """The same bits as of `quantize_blocks`, from one compiled region, whatever the length of the first axis."""
+    for each in (x, noise, amax):
+        if each is not None and each.shape[0] > 1:
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+    return compiled(quantize_blocks)(x, noise, how, amax)
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.record import cost_record
-from explore.train.regions import COMPILED, compiled_ops, keep_compiled, own_table
+from explore.train.regions import COMPILED, QUANTIZE, compiled_ops, keep_compiled, own_table
 from explore.train.schedule import stable_steps, wsd
 from explore.weights import read_weights
 
 __all__ = [
     "COMPILED",
+    "QUANTIZE",
     "BusyError",
     "DataModule",
     "DivergedError",

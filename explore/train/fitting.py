@@ -167,7 +167,9 @@ def _compiled(
         recorded: Mapping[str, Mapping[str, float]] = folder.environment.get("compiled") or {}
         return recorded
     n_tokens = experiment.n_steps * experiment.batch_tokens // devices
-    return compiled_ops(experiment.model, experiment.data.seq_len, n_tokens, experiment.train.recipe.high, device)
+    train = experiment.train
+    recipe = train.recipe if train.quantizes else None
+    return compiled_ops(experiment.model, experiment.data.seq_len, n_tokens, train.recipe.high, device, recipe)
 
 
 @contextmanager

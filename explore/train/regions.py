@@ -17,9 +17,11 @@ import pandas as pd
 import torch
 
 from explore.blocks import BlockConfig
+from explore.cost import in_formats
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
 from explore.ops import is_forced, paths_that
+from explore.precision import Recipe
 from explore.table import read_table
 
 SHIPPED = Path(__file__).with_name("regions.csv")
@@ -27,8 +29,11 @@ NUMBERS = ("default_ns", "compiled_ns", "compile_s", "threads")
 MARGIN = 2.0
 """Times the seconds of a compilation that must be gained: shapes differ from the measured ones, and so do machines."""
 
-COMPILED = tuple(paths_that(lambda path: path.compiled))
-"""Ops that have a path named `compiled`."""
+QUANTIZE = "quantize"
+"""The op that quantises operands of any block, where a recipe of precision wants that."""
+
+COMPILED = tuple(op for op in paths_that(lambda path: path.compiled) if op != QUANTIZE)
+"""Ops of blocks that have a path named `compiled`."""
 
 
 def own_table() -> Path:
@@ -37,7 +42,12 @@ def own_table() -> Path:
 
 
 def compiled_ops(
-    model: ModelConfig, seq_len: int, n_tokens: int, precision: str, device: str = "cpu"
+    model: ModelConfig,
+    seq_len: int,
+    n_tokens: int,
+    precision: str,
+    device: str = "cpu",
+    recipe: Recipe | None = None,
 ) -> dict[str, dict[str, float]]:
     """The ops that it pays to compile, each with the seconds that this saves and costs; no forced one.
 
@@ -46,28 +56,55 @@ def compiled_ops(
     Args:
         n_tokens: that a process trains on.
         device: torch's name of the type of device.
+        recipe: of the run, where operands of products are quantised.
 
     Raises:
         ValueError: the table that was measured on this machine is none.
     """
     layers = list(_layers(model, seq_len))
-    if device != "cpu" or not any(block.regions(length) for block, length in layers) or not _has_compiler():
+    has_regions = recipe is not None or any(block.regions(length) for block, length in layers)
+    if device != "cpu" or not has_regions or not _has_compiler():
         return {}
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
     for op in COMPILED:
         calls = [(block, length, block.regions(length)[op]) for block, length in layers if op in block.regions(length)]
         if is_forced(op) or not calls:
             continue
-        row = _row(table, op, precision)
         n_elements = sum(region.n_elements * length / seq_len for _, length, region in calls) * n_tokens
-        spared = 1e-9 * float(row["default_ns"] - row["compiled_ns"]) * float(row["threads"]) / torch.get_num_threads()
         shapes = {(block, part) for block, _, region in calls for part in region.lengths}
-        saves, costs = spared * n_elements, float(row["compile_s"]) * len(shapes)
-        if saves > MARGIN * costs:
-            found[op] = {"saves_s": round(saves, 1), "costs_s": round(costs, 1)}
-    return found
+        found[op] = _saved(_row(table, op, precision), n_elements, len(shapes))
+    if recipe is not None and not is_forced(QUANTIZE):
+        found[QUANTIZE] = _quantizer(table, model, recipe, n_tokens)
+    return {
+        op: {"saves_s": round(saves, 1), "costs_s": round(costs, 1)}
+        for op, (saves, costs) in found.items()
+        if saves > MARGIN * costs
+    }
+
+
+def _saved(row: pd.Series[float], n_elements: float, n_shapes: int) -> tuple[float, float]:
+    """Seconds that a run saves and spends by compiling an op."""
+    spared = 1e-9 * float(row["default_ns"] - row["compiled_ns"]) * float(row["threads"]) / torch.get_num_threads()
+    return spared * n_elements, float(row["compile_s"]) * n_shapes
+
+
+def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens: int) -> tuple[float, float]:
+    """Seconds for the quantisers of all products, by width of what is quantised and by format."""
+    n_elements, shapes, last = 0.0, set(), "bf16"
+    for row in in_formats(model.ledger(1), recipe):
+        entry = row.entry
+        if entry.is_quantized and entry.weight is not None:
+            last = entry.weight
+            d_in, *rest = entry.sums_over
+            # One width: a matrix (d_in, d_out). Two: matrices (d_in, d_out) and (d_out, d_in).
+            d_out = rest[0] if rest else entry.flops_seq // (2 * d_in)
+            n_matrices = entry.flops_seq / (2 * d_in * d_out)
+            n_elements += 2 * n_matrices * (d_in + d_out)  # each operand in two products
+            shapes |= {(last, d_in), (last, d_out), (last, d_in, "dy"), (last, d_out, "dy"), (last, d_in, d_out)}
+    rows = table if (table["op"] == QUANTIZE).any() else _read(SHIPPED)
+    return _saved(_row(rows, QUANTIZE, last), n_elements * n_tokens, len(shapes))
 
 
 def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int]]:

@@ -1,0 +1,47 @@
+"""What emulated low precision costs: time and memory of a training step beside those of bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from explore.bench.families import SHAPES
+from explore.bench.training import RUN_TOKENS, chosen, in_a_process
+from explore.precision import TRAINED
+from explore.train import compiled_ops
+
+EMULATED = ("fp8", "nvfp4")
+
+
+def compare_precisions(shape: str, seconds: float, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Times training steps in bf16 and in emulated precisions, with what a run of 20M tokens would compile.
+
+    Args:
+        seconds: of each measurement; there are three a family.
+        names: of families; all when absent.
+
+    Yields:
+        Records of family, precision, tokens_per_s, step_ratio (to the step in bf16), peak_bytes, memory_ratio,
+        first_step_s (with what is compiled) and compiled.
+
+    Raises:
+        ValueError: no such shape or family.
+    """
+    for name, model in chosen(shape, names).items():
+        baseline: dict[str, Any] | None = None
+        for precision in ("bf16", *EMULATED):
+            recipe = None if baseline is None else TRAINED[precision]
+            ops = compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, "bf16", recipe=recipe)
+            task = {"family": name, "shape": shape, "side": "ours", "precision": precision, "seconds": seconds}
+            found = in_a_process(what="train", **task, paths=dict.fromkeys(ops, "compiled"))
+            baseline = baseline or found
+            yield {
+                "family": name,
+                "precision": precision,
+                "tokens_per_s": found["tokens_per_s"],
+                "step_ratio": baseline["tokens_per_s"] / found["tokens_per_s"],
+                "peak_bytes": found["peak_bytes"],
+                "memory_ratio": found["peak_bytes"] / baseline["peak_bytes"],
+                "first_step_s": found["first_step_s"],
+                "compiled": list(ops),
+            }
