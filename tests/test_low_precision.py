@@ -11,7 +11,7 @@ from torch import Tensor
 from explore.blocks import BLOCKS, BlockKind
 from explore.model import LanguageModel, ModelConfig, quantizable_parts, quantize_products
 from explore.ops import Emulation, Quantizer, experts, hadamard, quantize, rounding_generator
-from explore.precision import Recipe, Until, named, products_at, products_of
+from explore.precision import OperandFormat, Recipe, Until, named, products_at, products_of
 
 NVFP4 = named("nvfp4")
 PLAIN = NVFP4.model_copy(update={"stochastic": ()})
@@ -382,3 +382,14 @@ def test_lost_elements_are_counted() -> None:
 def test_the_generator_of_a_tensor_is_its_own() -> None:
     one, other = (torch.randn(4, generator=rounding_generator(0, 0, 0, name)) for name in ("a", "b"))
     assert not torch.equal(one, other)
+
+
+def test_components_in_wider_formats_are_rounded_as_these_formats_are() -> None:
+    """In Nemotron 3's recipe: Mamba's output projection is in MXFP8, which neither rotates nor rounds at random."""
+    recipe = named("nemotron-3-nvfp4")
+    assert {how for pair in products_of(recipe, "mxfp8").values() for how in pair} == {OperandFormat("mxfp8")}
+    assert products_of(recipe, "fp8-blocks")["forward"][1].square
+    left, right = products_of(recipe, "nvfp4")["weight_gradient"]
+    assert (left.hadamard, right.hadamard, left.stochastic, right.stochastic) == (16, 16, False, True)
+    own = named("mxfp8").model_copy(update={"stochastic": ("dy",)})
+    assert products_of(own, "mxfp8")["input_gradient"][0].stochastic

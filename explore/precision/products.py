@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Literal, NamedTuple
 
-from explore.precision.formats import FORMATS, FormatName
+from explore.precision.formats import ELEMENTS, FORMATS, FormatName
 from explore.precision.recipe import Operand, Product, Recipe, WeightFormat
 
 OPERANDS: Mapping[Product, tuple[Operand, Operand]] = {
@@ -68,12 +68,15 @@ def _operand(recipe: Recipe, format: WeightFormat, product: Product, operand: Op
     entry = FORMATS[name]
     if entry.scaling == "none":
         return OperandFormat(name)
-    stochastic = operand in recipe.stochastic
+    # What a recipe says of rounding is about its format and about 4 bits, not about wider formats of some components.
+    applies = format == recipe.format or ELEMENTS[entry.element].bits < 8
+    stochastic = applies and operand in recipe.stochastic
+    is_square = recipe.square_weights if applies else entry.scaling == "power"
     return OperandFormat(
         name,
         stochastic,
-        recipe.hadamard_size if product in recipe.hadamard else 0,
-        operand == "w" and recipe.square_weights and entry.block > 0,
+        recipe.hadamard_size if applies and product in recipe.hadamard else 0,
+        operand == "w" and is_square and entry.block > 0,
         entry.scaling == "e4m3" and operand in recipe.four_over_six,
         recipe.scale_rounding if stochastic else "nearest",
     )

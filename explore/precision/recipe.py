@@ -117,7 +117,9 @@ class Until(_Brief):
 class Recipe(_Brief):
     """Formats of a model's products, and how their operands are quantised.
 
-    JSON may name a recipe as `base` and give the fields in which it differs.
+    JSON may name a recipe as `base` and give the fields in which it differs. `stochastic`, `hadamard` and
+    `square_weights` act on components in `format` and on those in formats of 4 bits; components that a rule has in
+    wider formats are rounded to nearest.
 
     Attributes:
         format: of linear layers, experts and latent projections that no rule matches.
