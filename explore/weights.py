@@ -112,7 +112,8 @@ def check_shapes(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], sour
 
 def _read_config(path: Path) -> ModelConfig:
     if exists(path / MODEL):
-        file, content = path / MODEL, read_json(path / MODEL)
+        file = path / MODEL
+        content: Any = read_json(file)
     elif exists(path / RUN):
         status = read_json(path / RESULT).get("status") if (path / RESULT).exists() else "unfinished"
         if status != "finished":
