@@ -13,9 +13,16 @@ def echo(value: object) -> str:
     """A value as an error message shows it: its `repr`, cut in the middle to 80 characters."""
     if isinstance(value, str) and len(value) > 4 * ECHO_CHARS:  # a long one need not be escaped whole
         value = value[: 2 * ECHO_CHARS] + value[-2 * ECHO_CHARS :]
-    text = repr(value)
-    half = (ECHO_CHARS - len(GAP)) // 2
-    return text if len(text) <= ECHO_CHARS else text[: ECHO_CHARS - len(GAP) - half] + GAP + text[-half:]
+    try:
+        return shorten(repr(value))
+    except (RecursionError, ValueError):  # a list in a list in a list ..., or an integer of thousands of digits
+        return f"a value of type {type(value).__name__} that is too large to show"
+
+
+def shorten(text: str, length: int = ECHO_CHARS) -> str:
+    """A text of at most this many characters, cut in the middle."""
+    half = (length - len(GAP)) // 2
+    return text if len(text) <= length else text[: length - len(GAP) - half] + GAP + text[-half:]
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -7,9 +7,10 @@ import sys
 from typing import NoReturn
 
 import typer
-from rich.console import Console
 
+from explore.foreign import shorten
 from explore.machine import is_passing
+from explore.terminal import plain_console, replace_unprintable
 from explore.termination import TerminatedError, termination_handled
 
 app = typer.Typer(
@@ -20,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog="Set EXPLORE_TRACEBACK=1 to see the traceback behind an error.",
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True)
+out = plain_console(stderr=False, soft_wrap=True)
+err = plain_console()
 INTERRUPTED = 130
 GOES_ON = "the same command goes on from the last checkpoint"
 LONGEST_ERROR = 390
@@ -29,6 +30,7 @@ LONGEST_ERROR = 390
 
 def main() -> None:
     """Runs the command line; a user's mistake, or a fault of the machine, is one line and exit code 2."""
+    replace_unprintable()
     try:
         with termination_handled():
             code = app(standalone_mode=False)
@@ -43,7 +45,7 @@ def main() -> None:
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
     except Exception as error:
-        expected = isinstance(error, ValueError | OSError) or is_passing(error)
+        expected = isinstance(error, ValueError | OSError | OverflowError) or is_passing(error)
         if not expected or os.environ.get("EXPLORE_TRACEBACK"):
             raise
         _refuse(error)
@@ -55,13 +57,13 @@ def _refuse(error: Exception) -> NoReturn:
     from explore.config import explain
 
     message = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
+    if isinstance(error, OverflowError):
+        message = f"a number is too large to count with ({error})"
     line = " ".join(message.split())
-    if len(line) > LONGEST_ERROR:
-        line = f"{line[: LONGEST_ERROR - 100]} ... {line[-90:]}"
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
     sys.exit(2)
 
 
 def note(text: str) -> None:
     """Says something in one line, apart from the output that programs read."""
-    err.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"note: {text}", highlight=False, soft_wrap=True)

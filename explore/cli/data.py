@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from explore.cli.app import app, note, out
@@ -87,7 +86,7 @@ def data(
             )
         )
         return
-    title = escape(f"{corpus}, tokenizer {tokenizer} ({loaded.vocab_size} entries)")
+    title = f"{corpus}, tokenizer {tokenizer} ({loaded.vocab_size} entries)"
     view = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     scored = [] if ngram is None else [f"{ngram}-gram bpb"]
     for name in ("split", "documents", "bytes", "tokens", "bytes/token", *scored, "content hash"):
@@ -121,4 +120,4 @@ def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | 
     trained = texts.train_bpe(pieces, vocab_size)
     with replacing(output) as temporary:
         trained.save(str(temporary))
-    out.print(f"wrote {output}", highlight=False, markup=False)
+    out.print(f"wrote {output}", highlight=False)

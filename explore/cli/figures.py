@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from explore.cli.app import app, err, out
 
@@ -42,13 +43,13 @@ def figures(
         drifted = [line for finding in chosen for line in finding.drift(output)]
         drifted += text_drift(template, text, found) if template.exists() else []
         for line in drifted:
-            err.print(line, highlight=False, markup=False, soft_wrap=True)
+            err.print(line, highlight=False, soft_wrap=True)
         if drifted:
             sys.exit(1)
         out.print(f"{len(chosen)} findings are what their records give: {sum(len(each.runs) for each in chosen)} runs")
         return
     for finding in chosen:
-        with err.status(f"{finding.name}: {len(finding.runs)} runs"):
+        with err.status(Text(f"{finding.name}: {len(finding.runs)} runs")):
             paths = finding.write(output)
         for path in paths:
             out.print(f"wrote {path}", highlight=False)

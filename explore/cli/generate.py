@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from explore.cli.app import app, err, out
 from explore.cli.opening import Run, open_run
@@ -63,7 +64,7 @@ def generate(
         print(json.dumps(record | {"seed": seed, "continuations": pairs}, indent=2))
         return
     for text, new in zip(prompt, written, strict=True):
-        out.print(f"[bold]{_plain(text)}[/bold]{_plain(new)}", highlight=False)
+        out.print(Text.assemble((text, "bold"), new))
     drafted = f", acceptance length {record['acceptance_length']:.3f}" if lengths else ""
     err.print(f"{n_tokens} tokens, {record['tokens_per_s']:,.0f} tokens/s{drafted}", highlight=False)
 
@@ -93,9 +94,3 @@ def _continued(
         for i, tokens in zip(rows, new.tolist(), strict=True):
             texts[i] = tokens[: tokens.index(eot_id)] if eot_id in tokens else tokens
     return texts, []
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

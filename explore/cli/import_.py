@@ -30,7 +30,7 @@ def import_(
     model, tokenizer = from_hf(source), read_tokenizer_json(source)
     folder = folder or Path(f"{source.resolve().name}-imported")
     save_model_folder(model, folder, tokenizer)
-    out.print(f"{folder}: {describe_size(model.config)}", highlight=False, markup=False)
+    out.print(f"{folder}: {describe_size(model.config)}", highlight=False)
     clamp = with_new_names(read_json(source / "config.json")).get("time_step_min", 0.001)
     if clamp > 1e-20 and any(hasattr(block, "dt_min") for block in model.config.layers):
         out.print(

@@ -57,7 +57,6 @@ def parity(
             f"largest difference of a gradient, relative: {gradients.gradients:.2e} (allowed {GRADIENT_TOLERANCE:.0e}) "
             f"of {gradients.parameter} {_name(gradients)}",
             highlight=False,
-            markup=False,
         )
     if logits.logits > LOGIT_TOLERANCE or gradients.gradients > GRADIENT_TOLERANCE:
         raise typer.Exit(1)
@@ -96,9 +95,7 @@ def _compare_text(source: Path, prompt: str, n: int, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result | {"transformers_text": text, "same": same}, indent=2))
     else:
-        out.print(
-            f"ours:         {prompt}{result['text']}\ntransformers: {prompt}{text}", highlight=False, markup=False
-        )
+        out.print(f"ours:         {prompt}{result['text']}\ntransformers: {prompt}{text}", highlight=False)
         out.print(f"{result['tokens_per_s']:,.0f} tokens/s", highlight=False)
         if "acceptance_length" in result:
             speed, length = result["speculative_tokens_per_s"], result["acceptance_length"]

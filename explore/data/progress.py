@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
+
+from explore.terminal import plain_console
 
 PATIENCE_S = 2.0
 REFRESH_S = 0.1
@@ -23,8 +23,13 @@ def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
         total: how much there is to do; None where that is unknown.
     """
     start = shown = time.monotonic()
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task(escape(label), total=total)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        *Progress.get_default_columns()[1:],
+        console=plain_console(),
+        transient=True,
+    )
+    task = bar.add_task(label, total=total)
 
     def report(done: int) -> None:
         nonlocal shown

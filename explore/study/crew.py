@@ -38,6 +38,7 @@ from explore.study.storage import Say, open_storage
 from explore.study.sweep_file import Sweep
 from explore.study.watching import N_TRIALS
 from explore.study.worker import TrialOptions, Worker
+from explore.terminal import plain_console
 
 RECORD_S = 3600.0
 """Seconds between two writes of the records of a sweep."""
@@ -92,8 +93,8 @@ def run_sweep(
         ValueError: there is no such sampler, the storage does not open, the study is of another file, or (`FaultError`)
             a fault of the machine stopped it.
     """
-    console, options = console or Console(stderr=True), options or TrialOptions()
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    console, options = console or plain_console(), options or TrialOptions()
+    say = partial(console.print, highlight=False, soft_wrap=True)
     # Whatever a person can get wrong is found here, before a worker starts: the sampler, the storage, the study.
     make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)
     check_needs(sweep.examples, runs, 1 if cluster else workers)

@@ -16,7 +16,6 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
-from rich.console import Console
 
 from explore import train
 from explore.experiment import Experiment
@@ -24,6 +23,7 @@ from explore.runs import RunFolder, find_runs
 from explore.search.spaces import PatternSpace
 from explore.study.budgets import RejectedError
 from explore.study.sweep_file import Sweep
+from explore.terminal import plain_console
 
 PROBES = 400
 MEASURED = 4
@@ -205,7 +205,7 @@ def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment]
                 changes["eval_tokens"] = example.batch_tokens
                 short = example.model_copy(update={"train": example.train.model_copy(update=changes)})
                 began = time.perf_counter()
-                run = train.fit(short, folder, console=Console(quiet=True))
+                run = train.fit(short, folder, console=plain_console(quiet=True))
                 took = time.perf_counter() - began
                 result = run.result or {}
                 if (train_s := result.get("train_s")) and result.get("status") == "finished":

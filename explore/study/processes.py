@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from rich.console import Console
 
 from explore.study.identity import open_study
 from explore.study.needs import check_needs
@@ -27,6 +26,7 @@ from explore.study.progress import n_counted
 from explore.study.storage import PATIENCE_S, open_storage
 from explore.study.sweep_file import load_sweep
 from explore.study.worker import TrialOptions, Worker
+from explore.terminal import plain_console
 from explore.termination import termination_handled
 from explore.threads import SHARE, n_cores
 
@@ -149,7 +149,7 @@ def work_at(post: Post, mouth: Connection | None = None) -> None:
             sweep = load_sweep(post.file)
             check_needs(sweep.examples, post.runs)
             study = open_study(sweep, open_storage(post.runs, post.storage, patience_s=PATIENCE_S), name=post.study)
-            Worker(sweep, study, post.runs, post.options, Console(quiet=True)).work(post.n_trials)
+            Worker(sweep, study, post.runs, post.options, plain_console(quiet=True)).work(post.n_trials)
         except Exception as error:
             if mouth is None:
                 raise

@@ -176,7 +176,7 @@ class ProgressBar(Callback):
     def __init__(self, n_steps: int, description: str, throughput: Throughput, console: Console) -> None:
         self.n_steps, self.description, self.throughput = n_steps, description, throughput
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[status]}"),

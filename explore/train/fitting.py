@@ -15,6 +15,7 @@ from explore.data import Source
 from explore.experiment import Experiment
 from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
+from explore.terminal import plain_console
 from explore.threads import n_cores, use_free_cores
 from explore.train.distillation import check_teacher
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
@@ -112,7 +113,7 @@ def fit(
         devices=devices,
         strategy=strategy,
         judge=judge,
-        console=console or Console(stderr=True),
+        console=console or plain_console(),
     )
     if run.writes:
         if threads < n_cores() // devices and run.console.is_terminal:
@@ -141,7 +142,7 @@ def _say(notes: Iterable[str], console: Console) -> None:
     for note in notes:
         if note not in _SAID:
             _SAID.add(note)
-            console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def _open_data(experiment: Experiment) -> Source:
