@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from difflib import get_close_matches
+from functools import cache
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 from pydantic.functional_validators import AfterValidator
 
-from explore.foreign import echo, parse_json
+from explore.foreign import echo, parse_json, shorten
+from explore.formatting import COUNT, read_count
 
 K = TypeVar("K")
 V = TypeVar("V")
+C = TypeVar("C", bound="Config")
+
+LARGEST = 2**63 - 1
+"""Largest whole number of a config: what counts are made of it stays far below the largest float."""
 
 TAGGED = ("data", "objective", "start")
 """Fields that hold a discriminated union."""
@@ -27,6 +35,19 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_numbers(cls, data: Any) -> Any:
+        return read_numbers(cls, data)
+
+    def replace(self: C, **changes: Any) -> C:  # noqa: PYI019 - the shape checks of the tests cannot read Self
+        """A copy with other values, validated."""
+        return type(self).model_validate({name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+    def model_copy(self: C, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> C:  # noqa: PYI019
+        """A copy; what is updated is validated, as by `replace`."""
+        return self.replace(**update) if update else super().model_copy(deep=deep)
+
     def fingerprint(self) -> dict[str, Any]:
         """What a key hashes of this config: its JSON, and the fingerprints of the configs inside it.
 
@@ -34,6 +55,43 @@ class Config(BaseModel):
         """
         content = self.model_dump(mode="json")
         return {name: _fingerprint(getattr(self, name), part) for name, part in content.items()}
+
+
+def read_numbers(config: type[BaseModel], data: Any) -> Any:
+    """The content of a config with numbers where text such as `200k` or `5M` stands for one.
+
+    Raises:
+        ValueError: a whole number is too large to count with.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    numbers = {}
+    for name, largest in _number_fields(config).items():
+        value = data.get(name)
+        if isinstance(value, str) and COUNT.fullmatch(value):
+            value = numbers[name] = read_count(value)
+        if isinstance(value, int | float) and value > largest:
+            raise ValueError(f"{name} must be at most {largest}, got {echo(value)}")
+    return {**data, **numbers} if numbers else data
+
+
+@cache
+def _number_fields(config: type[BaseModel]) -> Mapping[str, float]:
+    """The fields that hold a number and never a text, each with the largest that it may hold."""
+    types = {name: set(_types(field.annotation)) for name, field in config.model_fields.items()}
+    return {
+        name: sys.float_info.max if float in found else LARGEST
+        for name, found in types.items()
+        if found & {int, float} and str not in found
+    }
+
+
+def _types(annotation: Any) -> Iterator[type]:
+    """The types that an annotation is made of."""
+    if isinstance(annotation, type):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
 
 
 def added_later(default: Any) -> Any:
@@ -125,10 +183,11 @@ def explain(error: ValidationError, root: str = "") -> str:
         root: what the config is called in the path, for example `model`.
 
     Returns:
-        `path: reason` of the first error, and how many more there are.
+        `path: reason` of one error, and how many more there are: of an unknown field if there is one, for a field that
+        is missing may be the one that was misspelt.
     """
-    problems = error.errors(include_url=False)
-    path, reason = _path(root, problems[0]["loc"]), _reason(problems[0])
+    problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
+    path, reason = shorten(_path(root, problems[0]["loc"])), _reason(error.title, problems[0])
     # A check of a whole config begins with the field that it is about.
     line = path + ("." if re.match(r"[\w.]+: ", reason) else ": ") + reason if path else reason
     return line if len(problems) == 1 else f"{line} (and {len(problems) - 1} more)"
@@ -143,10 +202,11 @@ def _path(root: str, loc: tuple[int | str, ...]) -> str:
     return ".".join(parts)
 
 
-def _reason(problem: Any) -> str:
+def _reason(title: str, problem: Any) -> str:
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        return "unknown field"
+        near = nearest_fields(title, [str(part) for part in problem["loc"]], is_mapping=isinstance(value, Mapping))
+        return "unknown field" + (f"; did you mean {' or '.join(near)}?" if near else "")
     if kind == "missing":
         return "field required"
     if kind == "union_tag_not_found":
@@ -161,6 +221,57 @@ def _reason(problem: Any) -> str:
     return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {echo(value)}"
 
 
+def nearest_fields(title: str, loc: list[str], *, is_mapping: bool = False) -> list[str]:
+    """The fields that an unknown one may stand for: the same field further inside, or else the nearest name.
+
+    Args:
+        title: name of the class of the whole config.
+        loc: path of the unknown field in it.
+        is_mapping: its value has fields itself, so that it may be an entry of a mapping of configs.
+
+    Returns:
+        Paths from where the unknown field is; none where nothing is near.
+    """
+    *outer, name = loc
+    configs = [each for each in _all_configs(Config) if each.__name__ == title]
+    for part in outer:
+        configs = _configs_at(configs, part)
+    if inside := [path for each in configs for path in _paths_to(each, name, is_mapping=is_mapping)]:
+        return inside[:2]
+    fields = {field for each in configs for field in each.model_fields}
+    return get_close_matches(name, sorted(fields), 1)
+
+
+def _all_configs(config: type[Config]) -> Iterator[type[Config]]:
+    yield config
+    for each in config.__subclasses__():
+        yield from _all_configs(each)
+
+
+def _configs_at(configs: list[type[Config]], part: str) -> list[type[Config]]:
+    """The configs that a part of a path leads to: a field, the tag of one of several configs, or a key."""
+    if found := [inner for each in configs if part in each.model_fields for inner in _configs_in(each, part)]:
+        return found
+    tagged = [each for each in configs if "kind" in each.model_fields and each.model_fields["kind"].default == part]
+    return tagged or configs
+
+
+def _configs_in(config: type[Config], field: str) -> list[type[Config]]:
+    return [each for each in _types(config.model_fields[field].annotation) if issubclass(each, Config)]
+
+
+def _paths_to(config: type[Config], name: str, *, is_mapping: bool) -> Iterator[str]:
+    """Paths of the fields called `name` in the configs inside a config; keys of a mapping of configs are letters."""
+    for field, info in config.model_fields.items():
+        inner = _configs_in(config, field)
+        if any(name in each.model_fields for each in inner) or (
+            inner and is_mapping and len(name) == 1 and get_origin(info.annotation) is Mapping
+        ):
+            yield f"{field}.{name}"
+        for each in inner:
+            yield from (f"{field}.{path}" for path in _paths_to(each, name, is_mapping=is_mapping))
+
+
 def set_field(content: dict[str, Any], override: str) -> None:
     """Writes `path.to.field=value` into nested dictionaries; validation happens later.
 
@@ -168,15 +279,17 @@ def set_field(content: dict[str, Any], override: str) -> None:
         ValueError: not of that form, or the path leads through something that has no fields.
     """
     path, equals, text = override.partition("=")
-    if not equals or not path:
+    *parents, field = path.split(".")
+    if not equals or not all((*parents, field)):
         raise ValueError(f"--set: {echo(override)} is not of the form path.to.field=value")
     try:
         value = parse_json(text)
     except ValueError:
         value = text
-    *parents, field = path.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise ValueError(f"--set: {echo(parent)} in {echo(path)} has no fields")
     content[field] = value

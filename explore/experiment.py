@@ -25,7 +25,7 @@ from explore.cost import in_formats
 from explore.data import DataConfig, Source
 from explore.files import read_json
 from explore.foreign import echo
-from explore.model import ModelConfig
+from explore.model import ModelConfig, check_overrides
 from explore.precision import TRAINED, Recipe, Until, named
 from explore.weights import TrainedModel
 
@@ -260,6 +260,9 @@ class Experiment(Config):
                 raise ValueError(f"train.{error}") from None
         if isinstance(self.train.objective, Distillation):
             self.train.objective.check_student(self.model)
+        mtp, seq_len = self.model.mtp, self.data.seq_len
+        if mtp is not None and mtp.n_depths >= seq_len:
+            raise ValueError(f"model.mtp: n_depths must be below data.seq_len={seq_len}, got {mtp.n_depths}")
         return self
 
     @property
@@ -345,9 +348,12 @@ class Experiment(Config):
         content = read_json(path)
         if isinstance(content.get("experiment"), dict):  # the record of a run
             content = content["experiment"]
+        overrides = list(overrides)
         for override in overrides:
             set_field(content, override)
-        return cls.read(content, path)
+        experiment = cls.read(content, path)
+        check_overrides(experiment.model, overrides)
+        return experiment
 
     @classmethod
     def read(cls, content: Any, path: Path) -> Experiment:

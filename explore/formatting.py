@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from numbers import Real
 from typing import Any
+
+from explore.foreign import echo
 
 _SI = ("", "k", "M", "G", "T", "P", "E")
 _COUNTS = ("", "k", "M", "B", "T", "P", "E")
@@ -12,6 +15,12 @@ _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 _WORDS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
 _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+DIGITS = 18
+"""Whole numbers that are typed have at most so many digits."""
+
+COUNT = re.compile(r"\d[\d.]*[kMGBTPE]?")
+"""A number as `read_count` reads it, without sign or exponent."""
 
 
 def count(value: float | None) -> str:
@@ -102,19 +111,33 @@ def axis_scale(largest: float, unit: str) -> tuple[float, str]:
 
 
 def read_count(text: str) -> float:
-    """Reads a number with or without a suffix: `2e6`, `128k`, `5M`, `30B` or `30G`.
+    """Reads a number with or without a suffix: `2e6`, `128k`, `5M`, `30B` or `30G`; a whole one exactly.
 
     Raises:
         ValueError: the text is no such number.
     """
+    if text.isdecimal() and len(text) < DIGITS:
+        return int(text)
     scale = _SUFFIXES.get(text[-1:], 1.0)
     try:
         value = float(text[:-1] if scale != 1 else text) * scale
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"count must be a number with or without k, M, B (or G) or T, got {text!r}")
+        raise ValueError(f"count must be a number with or without k, M, B (or G) or T, got {echo(text)}")
     return value
+
+
+def read_whole_count(text: str | int) -> int:
+    """Reads a positive whole number: `4096`, `128k`, `1.5M`.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    value = read_count(str(text))
+    if not (1 <= value < 10**DIGITS and float(value).is_integer()):
+        raise ValueError(f"count must be a positive whole number with or without k, M or B, got {echo(text)}")
+    return int(value)
 
 
 def _prefixed(value: float | None, base: int, units: tuple[str, ...], space: str = "") -> str:

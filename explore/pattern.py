@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from itertools import product
 
 from explore.blocks import BLOCKS, BlockConfig, Role
+from explore.foreign import echo
 
 PIPELINE_MARK = "|"
 MTP_MARK = "/"
@@ -24,8 +25,10 @@ def split_mtp(pattern: str) -> tuple[str, list[str]]:
         ValueError: the depths are not all alike.
     """
     main, *depths = pattern.split(MTP_MARK)
-    if len({canonical(depth) for depth in depths}) > 1:
-        raise ValueError(f"pattern: all depths after {MTP_MARK!r} must be alike, got {' and '.join(map(repr, depths))}")
+    for depth in depths:
+        if canonical(depth) != canonical(depths[0]):
+            unlike = f"{echo(depths[0])} and {echo(depth)}"
+            raise ValueError(f"pattern: all depths after {MTP_MARK!r} must be alike, got {unlike}")
     return main, depths
 
 
@@ -41,10 +44,10 @@ def check_pattern(pattern: str, letters: Collection[str]) -> None:
         if letter not in letters:
             known = " ".join(letters)
             raise ValueError(
-                f"pattern: unknown letter {letter!r} at position {position} of {pattern!r}; known are {known}"
+                f"pattern: unknown letter {letter!r} at position {position} of {echo(pattern)}; known are {known}"
             )
     if not canonical(pattern):
-        raise ValueError(f"pattern: {pattern!r} has no layer")
+        raise ValueError(f"pattern: {echo(pattern)} has no layer")
 
 
 def resolve(pattern: str, blocks: Mapping[str, BlockConfig]) -> tuple[BlockConfig, ...]:

@@ -206,9 +206,9 @@ def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, step
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("train.lrr=1", "train.lrr: unknown field"),
-        ("model.d_modell=1", "model.d_modell: unknown field"),
-        ("data.seqlen=1", "data.seqlen: unknown field"),
+        ("train.lrr=1", "train.lrr: unknown field; did you mean lr?"),
+        ("model.d_modell=1", "model.d_modell: unknown field; did you mean d_model?"),
+        ("data.seqlen=1", "data.seqlen: unknown field; did you mean seq_len?"),
         ("train.lr=0", "train.lr: input should be greater than 0, got 0"),
         ("start.kind=warm", "start.kind: must be fresh or parent, got 'warm'"),
         ("train.objective.kind=kl", "train.objective.kind: must be next_token or distillation, got 'kl'"),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from explore.cli.app import app, out
 from explore.cli.models import load_model
@@ -18,6 +19,7 @@ from explore.cli.options import (
     Json,
     KVDtype,
     Precision,
+    SeqLen,
     SetOptions,
     StateDtype,
     Target,
@@ -25,7 +27,7 @@ from explore.cli.options import (
     WeightDtype,
     recipe_of,
 )
-from explore.cost import By, ConventionName
+from explore.cost import SEQ_LEN, By, ConventionName
 from explore.formatting import count, flops, size
 from explore.quantities import Quantity, quantity
 
@@ -40,9 +42,9 @@ if TYPE_CHECKING:
 )
 def cost(
     target: Target = None,
-    d_model: DModel = 256,
-    vocab_size: VocabSize = 2048,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, and of the context of decoding.")] = 4096,
+    d_model: DModel = None,
+    vocab_size: VocabSize = None,
+    seq_len: SeqLen = SEQ_LEN,
     set_: SetOptions = None,
     by: Annotated[By, typer.Option(help="How the table is folded.")] = "letter",
     convention: Annotated[ConventionName, typer.Option(help="How FLOPs are counted.")] = "exact",
@@ -110,9 +112,12 @@ def cost(
         print(json.dumps(about | totals | kept | {"ledger": ledger.to_records(dtypes)}, indent=2))
         return
     out.print(
-        f"[bold]{model.family}[/bold], {model.n_layers} layers, d_model {model.d_model}, vocabulary "
-        f"{model.vocab_size:,}; {seq_len:,} tokens\n{model.pattern}" + (f"  {_mtp(model)}" if model.mtp else ""),
-        highlight=False,
+        Text.assemble(
+            (model.family, "bold"),
+            f", {model.n_layers} layers, d_model {model.d_model}, vocabulary {model.vocab_size:,}; ",
+            f"{seq_len:,} tokens\n{model.pattern}",
+            f"  {_mtp(model)}" if model.mtp else "",
+        )
     )
     records = ledger.fold(by, dtypes)
     quantized = () if recipe is None else ("flops_train_quantized",)

@@ -6,38 +6,49 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from explore.cli.app import note
+from explore.cost import D_MODEL, VOCAB_SIZE
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig
 
+IN_FOLDERS = ("experiment.json", "model.json", "config.json")
+"""Files of a run folder, of a folder that import wrote, and of a checkpoint of transformers, that tell the model."""
+
 
 def load_model(
-    target: str, d_model: int = 256, vocab_size: int = 2048, overrides: list[str] | None = None
+    target: str, d_model: int | None = None, vocab_size: int | None = None, overrides: list[str] | None = None
 ) -> ModelConfig:
     """The model that a pattern, a preset's name or a path stands for."""
-    from explore.model import ModelConfig
+    from explore.model import ModelConfig, check_overrides
 
-    return ModelConfig.model_validate(model_content(target, d_model, vocab_size, overrides or []))
+    model = ModelConfig.model_validate(model_content(target, d_model, vocab_size, overrides or []))
+    check_overrides(model, overrides or [])
+    return model
 
 
-def model_content(target: str, d_model: int, vocab_size: int, overrides: list[str]) -> dict[str, Any]:
-    """Fields of that model, before sizes that are not given are filled in."""
+def model_content(target: str, d_model: int | None, vocab_size: int | None, overrides: list[str]) -> dict[str, Any]:
+    """Fields of that model, before sizes that are not given are filled in.
+
+    Args:
+        d_model: width of a pattern's model; only patterns take it.
+        vocab_size: vocabulary of a pattern's model; only patterns take it.
+        overrides: `path.to.field=value`.
+    """
     from explore.config import set_field
-    from explore.files import exists, read_json
     from explore.foreign import echo
-    from explore.presets import from_released, is_released, language_part, preset
+    from explore.presets import preset
 
-    content: dict[str, Any] = {"d_model": d_model, "vocab_size": vocab_size, "pattern": target}
-    if target.endswith(".json") or (exists(Path(target)) and Path(target).is_file()):
-        content = read_json(Path(target))
-        if is_released(content):
-            if (wrapper := language_part(content)[1]) is not None:
-                note(f"{target} is a wrapper; its {wrapper} is read")
-            content = from_released(content).model_dump(mode="json")
-        for field in ("experiment", "model"):
-            content = found if isinstance(found := content.get(field), dict) else content
-    elif any(letter.islower() or letter.isdigit() for letter in target):  # a pattern has neither
+    if (path := _file(target)) is not None:
+        content = _read_model(path)
+    elif not is_pattern(target):
         content = preset(target).model_dump(mode="json")
+    else:
+        content = {"d_model": d_model or D_MODEL, "vocab_size": vocab_size or VOCAB_SIZE, "pattern": target}
+    if path is not None or not is_pattern(target):
+        for option, value in (("d_model", d_model), ("vocab_size", vocab_size)):
+            if value is not None:
+                flag = f"--{option.replace('_', '-')}"
+                raise ValueError(f"{flag}: only patterns take it, got {echo(target)}; use --set {option}={value}")
     for override in overrides:
         set_field(content, override.removeprefix("model."))
     if "pattern" not in content:
@@ -45,4 +56,39 @@ def model_content(target: str, d_model: int, vocab_size: int, overrides: list[st
             f"{target}: must be an experiment, a model (with the field pattern) or a config.json of nemotron_h, "
             f"got the fields {echo(', '.join(content))}"
         )
+    return content
+
+
+def is_pattern(target: str) -> bool:
+    """Whether a target that is no path is a pattern: unlike the name of a preset, it has no small letter or digit."""
+    return not any(letter.islower() or letter.isdigit() for letter in target)
+
+
+def _file(target: str) -> Path | None:
+    """The file that a target names, in a folder that it names, or nothing."""
+    from explore.files import exists
+
+    path = Path(target)
+    if target.endswith(".json") or (exists(path) and path.is_file()):
+        return path
+    if not (exists(path) and path.is_dir()) or target in ("", "."):
+        return None
+    if found := [path / name for name in IN_FOLDERS if (path / name).is_file()]:
+        return found[0]
+    if is_pattern(target):
+        return None
+    raise ValueError(f"{path}: must be a file, or a folder with one of {', '.join(IN_FOLDERS)}")
+
+
+def _read_model(path: Path) -> dict[str, Any]:
+    from explore.files import read_json
+    from explore.presets import from_released, is_released, language_part
+
+    content = read_json(path)
+    if is_released(content):
+        if (wrapper := language_part(content)[1]) is not None:
+            note(f"{path} is a wrapper; its {wrapper} is read")
+        content = from_released(content).model_dump(mode="json")
+    for field in ("experiment", "model"):
+        content = found if isinstance(found := content.get(field), dict) else content
     return content

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from explore.cost import Dtype
+from explore.cost import D_MODEL, VOCAB_SIZE, Dtype
+from explore.formatting import read_whole_count
+
+
+def whole_count(text: str | int) -> int:
+    """Reads the value of an option that counts, with or without k, M or B."""
+    try:
+        return read_whole_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 if TYPE_CHECKING:
     from explore.precision import Recipe
@@ -31,11 +41,18 @@ ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent."
 Target = Annotated[
     str | None,
     typer.Argument(
-        help="A pattern, a preset (--list), or the path of an experiment, a model, or a config.json of nemotron_h."
+        help="A pattern, a preset (--list), a run folder, or a JSON file: experiment, model or nemotron_h's config."
     ),
 ]
-DModel = Annotated[int, typer.Option(min=1, help="Width of a pattern's model.")]
-VocabSize = Annotated[int, typer.Option(min=1, help="Vocabulary of a pattern's model.")]
+DModel = Annotated[int | None, typer.Option(min=1, help=f"Width of a pattern's model (default: {D_MODEL}).")]
+VocabSize = Annotated[
+    int | None,
+    typer.Option(parser=whole_count, metavar="COUNT", help=f"Vocabulary of a pattern's model (default: {VOCAB_SIZE})."),
+]
+SeqLen = Annotated[
+    int,
+    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of a sequence and of the context; 128k is 128,000."),
+]
 WandbMode = Literal["offline", "online"]
 Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases; off when absent.")]
 CheckpointEvery = Annotated[

@@ -30,15 +30,20 @@ def plot(
     ] = None,
     x: Annotated[str, typer.Option(help=f"Cost: {COSTS}, or any other number in the table.")] = "flops_run",
     y: Annotated[str, typer.Option(help=f"Quality: {QUALITIES}, or any other number in the table.")] = "val_bpb",
+    corpus: Annotated[str | None, typer.Option(help="Draw only the runs that were trained on this corpus.")] = None,
 ) -> None:
     """Draw the accuracy-per-FLOP frontier, or any quantity against any other, families by colour."""
-    from explore.figures import plot_frontier, save_figure
+    from explore.figures import frontier_table, plot_frontier, save_figure
     from explore.table import load_runs
 
     runs = load_runs(*roots)
+    if corpus is not None:
+        runs = runs[runs["corpus"] == choose(corpus, sorted(runs["corpus"].dropna().unique()), "--corpus", "a corpus")]
     known = [each for each in columns(runs.columns) if runs.empty or runs[each.name].notna().any()]
     numeric = [each.name for each in known if each.is_number]
     x, y = choose(x, numeric, "--x"), choose(y, numeric, "--y")
+    if frontier_table(runs, x, y).empty:
+        raise ValueError(f"--x, --y: a finished run must have both {x} and {y}, got none among {len(runs)} runs")
     folder = roots[0] if roots[0].is_dir() else roots[0].parent
     for path in save_figure(plot_frontier(runs, x, y), output or folder / "frontier.png"):
         out.print(f"wrote {path}", highlight=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from explore.cli.app import app, out
 from explore.cli.models import load_model
@@ -17,6 +18,7 @@ from explore.cli.options import (
     Json,
     KVDtype,
     Precision,
+    SeqLen,
     SetOptions,
     StateDtype,
     Target,
@@ -24,8 +26,9 @@ from explore.cli.options import (
     WeightDtype,
     recipe_of,
 )
-from explore.cost import Dtype
-from explore.formatting import flops, seconds, size
+from explore.cost import HARDWARE, SEQ_LEN, Dtype
+from explore.foreign import echo
+from explore.formatting import flops, read_whole_count, seconds, size
 
 if TYPE_CHECKING:
     from explore.roofline import Deployment
@@ -39,8 +42,8 @@ def roofline(
     target: Target = None,
     hardware: Annotated[
         str, typer.Option(help="A known GPU, such as H100; a JSON file of one; or here: measured.")
-    ] = "H100",
-    context: Annotated[int, typer.Option(min=1, help="Tokens that a sequence has.")] = 65_536,
+    ] = HARDWARE,
+    context: SeqLen = SEQ_LEN,
     batch_sizes: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,4,16,64,256",
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
@@ -50,8 +53,8 @@ def roofline(
     compute_dtype: Annotated[Dtype | None, typer.Option(help="Of products; that of the weights when absent.")] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every matrix.")] = 1,
     expert_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")] = 1,
-    d_model: DModel = 256,
-    vocab_size: VocabSize = 2048,
+    d_model: DModel = None,
+    vocab_size: VocabSize = None,
     set_: SetOptions = None,
     published: Annotated[
         bool, typer.Option("--published", help="Facts and speed-ups in print beside those computed.")
@@ -112,7 +115,11 @@ def roofline(
     devices = f"{deployed.n_devices} {device.name}" if deployed.n_devices > 1 else device.name
     out.print(
         f"{target} on {devices}: {flops(deployed.flops_per_s)} FLOP/s, {flops(deployed.bandwidth)} B/s, "
-        f"ridge {deployed.flops_per_s / deployed.bandwidth:.0f} FLOP/B\n[dim]{device.source}[/dim]\n"
+        f"ridge {deployed.flops_per_s / deployed.bandwidth:.0f} FLOP/B",
+        highlight=False,
+    )
+    out.print(device.source, style="dim", highlight=False)
+    out.print(
         f"ridges: {', '.join(f'{dtype} {ridge:.0f} FLOP/B' for dtype, ridge in ridges.items())}\n"
         f"memory: {size(deployed.weight_bytes)} of weights, {size(deployed.state_bytes(context))} of state for "
         f"{context:,} tokens, of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
@@ -126,7 +133,7 @@ def roofline(
         note = "largest that fits" if row.batch_size == largest else "" if row.fits else "does not fit"
         step = float(row.step_s)  # type: ignore[arg-type]
         view.add_row(
-            f"{row.batch_size:,}", seconds(step), f"{row.tokens_per_s:,.0f}", f"{1 / step:,.0f}", f"[dim]{note}[/dim]"
+            f"{row.batch_size:,}", seconds(step), f"{row.tokens_per_s:,.0f}", f"{1 / step:,.0f}", Text(note, "dim")
         )
     out.print(view)
     if expert_parallel > 1:
@@ -182,9 +189,6 @@ def _published(as_json: bool) -> None:
 
 def _integers(option: str, text: str) -> list[int]:
     try:
-        values = [int(part) for part in text.split(",")]
+        return [read_whole_count(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option}: {text!r} must be positive integers with commas between them") from None
-    if min(values) < 1:
-        raise ValueError(f"{option}: {min(values)} is not allowed; at least 1 is")
-    return values
+        raise ValueError(f"{option}: {echo(text)} must be positive integers with commas between them") from None

@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from explore.cli.app import app, out
-from explore.cli.models import load_model, model_content
-from explore.cli.options import DModel, Json, SetOptions, Target, VocabSize
+from explore.cli.models import is_pattern, load_model, model_content
+from explore.cli.options import DModel, Json, SeqLen, SetOptions, Target, VocabSize
+from explore.cost import SEQ_LEN
+from explore.foreign import echo
 from explore.formatting import read_count
 from explore.quantities import budgets, quantity
 
@@ -39,10 +42,10 @@ def solve(
             "all that have it; repeatable.",
         ),
     ] = None,
-    d_model: DModel = 256,
-    vocab_size: VocabSize = 2048,
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, and of the context.")] = 4096,
-    tolerance: Annotated[float, typer.Option(help="How far a target may be missed, as a ratio less 1.")] = 0.01,
+    d_model: DModel = None,
+    vocab_size: VocabSize = None,
+    seq_len: SeqLen = SEQ_LEN,
+    tolerance: Annotated[float, typer.Option(help="Allowed relative error of a target (0.01 = 1%).")] = 0.01,
     set_: SetOptions = None,
     as_json: Json = False,
 ) -> None:
@@ -51,6 +54,7 @@ def solve(
     Sizes are multiples of a step: of 64 for d_model, 16 for other widths, 8 for n_experts. Targets that cannot be met
     give the nearest point, the bound that is in the way, and exit code 1.
     """
+    from explore.model import check_overrides
     from explore.solve import match
     from explore.solve import solve as solve_for
 
@@ -60,11 +64,12 @@ def solve(
         raise ValueError("--target, --like: one of them is required")
     content = model_content(target, d_model, vocab_size, set_ or [])
     if like is not None:
-        reference = load_model(like, d_model, vocab_size)
+        reference = load_model(like, *((d_model, vocab_size) if is_pattern(like) else ()))
         solution = match(reference, content, free or [], seq_len=seq_len, tolerance=tolerance)
     else:
         wanted = dict(_target(text) for text in targets or [])
         solution = solve_for(content, wanted, free or [], seq_len=seq_len, tolerance=tolerance)
+    check_overrides(solution.model, set_ or [])
     if as_json:
         record = {
             "feasible": solution.feasible,
@@ -85,8 +90,14 @@ def solve(
             wanted_value = quantity(line.name).text(line.target)
             residual = "" if line.residual is None else f"{line.residual:+.2%}"
             verdict = "" if line.ok is None else "✓" if line.ok else "✗"
-            note = f"{verdict} [dim]not solved for[/dim]" if line.target is not None and not line.solved else verdict
-            table.add_row(line.name, quantity(line.name).text(line.value), wanted_value, residual, note)
+            remark = " not solved for" if line.target is not None and not line.solved else ""
+            table.add_row(
+                line.name,
+                quantity(line.name).text(line.value),
+                wanted_value,
+                residual,
+                Text.assemble(verdict, (remark, "dim")),
+            )
         out.print(table)
         if solution.why:
             out.print(f"infeasible: {solution.why}", highlight=False)
@@ -100,4 +111,4 @@ def _target(text: str) -> tuple[str, float]:
     try:
         return name, read_count(value)
     except ValueError:
-        raise ValueError(f"--target: {text!r} is not of the form BUDGET=VALUE, such as params_total=30M") from None
+        raise ValueError(f"--target: {echo(text)} is not of the form BUDGET=VALUE, such as params_total=30M") from None

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from explore.cli.app import app, out
 from explore.cli.options import Json
-from explore.quantities import headlines, quantity, unknown
+from explore.quantities import EVAL_DATA, headlines, quantity, unknown
 
 WIDE = 100
 """Characters of a terminal that has room for all columns."""
@@ -37,9 +37,12 @@ def table(
     if as_json:
         print(runs.to_json(orient="records", indent=2))
         return
-    caption = "● on the front of val bpb against training FLOPs; ? learning rate not tuned"
+    mixed = runs[EVAL_DATA].nunique(dropna=False) > 1
+    caption = (
+        f"● on the front of val bpb against training FLOPs{' on its data' if mixed else ''}; ? learning rate not tuned"
+    )
     view = Table(box=None, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    for name in ("", "model", "pattern"):
+    for name in ("", "model", "pattern", *(("corpus",) if mixed else ())):
         view.add_column(name, no_wrap=name == "pattern")
     shown = [each for each in headlines(runs.columns) if out.width >= WIDE or each.name != "d_model"]
     for each in shown:
@@ -51,7 +54,8 @@ def table(
         cells = {each.name: cell(each, run) if finished or each.is_known else "" for each in shown}
         if not finished:
             cells["val_bpb"] = str(run["status"])
-        view.add_row("●" if front else "", model_label(name, family, pattern), pattern, *cells.values())
+        about = [model_label(name, family, pattern), pattern, *((str(run["corpus"] or ""),) if mixed else ())]
+        view.add_row("●" if front else "", *about, *cells.values())
     view.columns = [column for column in view.columns if any(column.cells)]
     out.print(view)
     if output is not None:

@@ -1,6 +1,7 @@
 """Closed-form accounting: the ledger, its totals, and FLOP conventions. Knows nothing of torch."""
 
 from explore.cost.conventions import CONVENTIONS, Convention, diff, flops_train
+from explore.cost.defaults import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.cost.formats import formats_of, in_formats, storage
 from explore.cost.ledger import (
     BITS,
@@ -32,8 +33,12 @@ __all__ = [
     "BITS",
     "CONVENTIONS",
     "DTYPES",
+    "D_MODEL",
+    "HARDWARE",
     "MTP_LETTER",
     "SAVED_GROUPS",
+    "SEQ_LEN",
+    "VOCAB_SIZE",
     "By",
     "Convention",
     "ConventionName",

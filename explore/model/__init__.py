@@ -1,6 +1,6 @@
 """The model: as a config with its cost, and as a module."""
 
-from explore.model.config import ModelConfig, MTPConfig
+from explore.model.config import ModelConfig, MTPConfig, check_overrides
 from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate
 from explore.model.language_model import LanguageModel, Loss, TeacherOutput
 from explore.model.layer import Layer
@@ -21,6 +21,7 @@ __all__ = [
     "SavedRow",
     "Speculation",
     "TeacherOutput",
+    "check_overrides",
     "generate",
     "quantizable_parts",
     "quantize_products",

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from explore import pattern as patterns
 from explore.blocks import STANDARD_LETTERS, AnyBlock, BlockConfig
-from explore.config import Config, Frozen
+from explore.config import LARGEST, Config, Frozen, read_numbers
 from explore.cost import MTP_LETTER, Cost, Dtype, Dtypes, Entry, Ledger, Part, matrix, vector
+from explore.foreign import echo
 
 if TYPE_CHECKING:
     from explore.model.language_model import LanguageModel
 
 _WIDTH: TypeAdapter[int] = TypeAdapter(PositiveInt)
+
+MOST_DEPTHS = 128
+"""Depths of multi-token prediction that a model may have."""
 
 
 class MTPConfig(Config):
@@ -31,7 +35,7 @@ class MTPConfig(Config):
     """
 
     pattern: str
-    n_depths: PositiveInt = 1
+    n_depths: PositiveInt = Field(default=1, le=MOST_DEPTHS)
     shared: bool = True
 
     @property
@@ -47,8 +51,8 @@ class ModelConfig(Config):
         pattern: one letter a layer; a layer is `x + mixer(norm(x))`. What follows a `/` is multi-token prediction,
             once for every depth, and becomes `mtp`.
         blocks: config of each letter. A standard letter gets the sizes that are not given from `d_model`,
-            unless its `kind` is given, which asks for all of them; a letter that the pattern does not
-            use is dropped.
+            unless its `kind` is given, which asks for all of them; a letter of one's own needs it. A letter that
+            the pattern does not use is dropped.
         mtp: multi-token prediction; none when absent.
         tie_embeddings: the head uses the embedding's matrix.
         init_std: standard deviation of initial weights; 0.896 / sqrt(d_model), as in Nemotron 3, when absent.
@@ -66,6 +70,7 @@ class ModelConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
+        data = read_numbers(cls, data)  # before sizes are made of them
         if not isinstance(data, Mapping) or not isinstance(data.get("pattern"), str):
             return data
         blocks, mtp = data.get("blocks") or {}, data.get("mtp")
@@ -76,6 +81,9 @@ class ModelConfig(Config):
         pattern, depths = patterns.split_mtp(data["pattern"])
         if depths:
             mtp = {"n_depths": len(depths), **(mtp or {}), "pattern": depths[0]}
+            if len(depths) > 1 and mtp["n_depths"] != len(depths):
+                raise ValueError(f"mtp: n_depths must be {len(depths)}, as in the pattern, got {echo(mtp['n_depths'])}")
+        _check_letters(blocks)
         known = list(dict.fromkeys([*STANDARD_LETTERS, *blocks]))
         patterns.check_pattern(pattern, known)
         pattern, letters = patterns.canonical(pattern), pattern
@@ -95,6 +103,37 @@ class ModelConfig(Config):
                 block = {**_sizes(STANDARD_LETTERS[letter], width, block.keys()), **block}
             chosen[letter] = block
         return {**data, "pattern": pattern, "blocks": chosen, "mtp": mtp}
+
+    def replace(self, **changes: Any) -> ModelConfig:
+        """A copy with other values, validated.
+
+            model.replace(d_model=512, blocks={"E": {"top_k": 4}})
+
+        Letters that `blocks` does not name stay as they are, and so do the fields that a letter does not name. With
+        another `d_model`, sizes that follow from the old one follow from the new one.
+        """
+        blocks: dict[Any, Any] = {letter: self._given(letter, changes) for letter in self.blocks}
+        if isinstance(given := changes.pop("blocks", {}), Mapping):
+            for letter, block in given.items():
+                partial = isinstance(block, Mapping) and "kind" not in block
+                blocks[letter] = {**blocks.get(letter, {}), **block} if partial else block
+            given = blocks
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        if patterns.MTP_MARK in str(changes.get("pattern")):
+            kept["mtp"] = None if self.mtp is None else {"shared": self.mtp.shared}
+        return type(self).model_validate({**kept, **changes, "blocks": given})
+
+    def _given(self, letter: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of a block; under another width without those that a standard letter has from the old width."""
+        block = self.blocks[letter]
+        fields = dict(block)
+        if "d_model" not in changes or type(block) is not STANDARD_LETTERS.get(letter):
+            return fields
+        try:
+            default = dict(type(block).default(self.d_model))
+        except ValueError:  # no heads divide the old width
+            return fields
+        return {name: value for name, value in fields.items() if name != "kind" and value != default[name]}
 
     @property
     def n_layers(self) -> int:
@@ -120,10 +159,10 @@ class ModelConfig(Config):
         """Itemises every component of every layer over a sequence of `seq_len` tokens.
 
         Raises:
-            ValueError: `seq_len` is not positive.
+            ValueError: `seq_len` is not positive, or too large to count with.
         """
-        if seq_len < 1:
-            raise ValueError(f"seq_len: {seq_len} is not allowed; at least 1 is")
+        if not 1 <= seq_len <= LARGEST:
+            raise ValueError(f"seq_len must be at least 1 and at most {LARGEST}, got {echo(seq_len)}")
         d, vocab = self.d_model, self.vocab_size
         head = matrix("head", d, vocab, seq_len)
         # A tied matrix is the head's: it is read whole there, whatever row the embedding took.
@@ -171,6 +210,33 @@ class ModelConfig(Config):
             for i in range(mtp.n_depths)
             for part in depth
         )
+
+
+def _check_letters(blocks: Mapping[str, Any]) -> None:
+    """Refuses a block that no pattern can use, or whose kind is unknown."""
+    for letter, block in blocks.items():
+        if len(patterns.canonical(str(letter))) != 1 or letter == patterns.MTP_MARK:
+            raise ValueError(f"blocks: a letter must be one character that patterns can have, got {echo(letter)}")
+        if letter not in STANDARD_LETTERS and isinstance(block, Mapping) and "kind" not in block:
+            near = letter.upper() if letter.upper() in STANDARD_LETTERS else ""
+            hint = f"did you mean {near!r}? " if near else ""
+            known = " ".join(STANDARD_LETTERS)
+            raise ValueError(f"blocks: unknown letter {letter!r}; {hint}known are {known}, and others with a kind")
+
+
+def check_overrides(model: ModelConfig, overrides: Iterable[str]) -> None:
+    """Refuses an override of a block that the model does not use, which would change nothing.
+
+    Args:
+        overrides: `blocks.E.d_latent=64` or `model.blocks.E.d_latent=64`, among others.
+
+    Raises:
+        ValueError: the letter of an override is not in the pattern.
+    """
+    for override in overrides:
+        field, *parts = override.partition("=")[0].removeprefix("model.").split(".")
+        if field == "blocks" and parts and parts[0] not in model.blocks:
+            raise ValueError(f"--set: the letter must be in the pattern {echo(model.pattern)}, got {echo(override)}")
 
 
 def _sizes(config: type[BlockConfig], d_model: int, given: Collection[str]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ at equal active and total parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from explore.cost import SEQ_LEN
 from explore.model import ModelConfig
 from explore.solve.budgets import BUDGETS, RANGES, Free, Residual, Solution, checked, known, residual
 from explore.solve.search import Search, path
@@ -23,7 +25,7 @@ def solve(
     targets: Mapping[str, float],
     free: Iterable[Free | str],
     *,
-    seq_len: int = 4096,
+    seq_len: int = SEQ_LEN,
     tolerance: float = 0.01,
     compare: Mapping[str, float] | None = None,
 ) -> Solution:
@@ -44,8 +46,8 @@ def solve(
     dimensions = tuple(Free.parse(each) if isinstance(each, str) else each for each in free)
     if not (targets and dimensions):
         raise ValueError(f"{'free' if targets else 'targets'}: at least one is required")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance: {tolerance} is not allowed; above 0 is")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
     if isinstance(content, ModelConfig):
         content = {name: getattr(content, name) for name in type(content).model_fields}
     search = Search(content, dimensions, targets, seq_len)
@@ -66,7 +68,7 @@ def match(
     free: Iterable[Free | str],
     budgets: Sequence[str] = ("params_active", "params_total"),
     *,
-    seq_len: int = 4096,
+    seq_len: int = SEQ_LEN,
     tolerance: float = 0.01,
 ) -> Solution:
     """Solves for the budgets of another model, and compares all the others with it."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from explore.foreign import echo, shorten
 from explore.model import ModelConfig
 from explore.quantities import budgets
 
@@ -26,6 +27,9 @@ RANGES: Mapping[str, tuple[int, int, int]] = {
     "top_k": (1, 64, 1),
 }
 """Lowest value, highest value and step of a field for which none are given."""
+
+LARGEST_SIZE = 2**53
+"""Largest value of a dimension that is solved for: floats hold every whole number up to it."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,11 @@ class Free:
     def __post_init__(self) -> None:
         for name, value in (("low", self.low), ("step", self.step)):
             if value < 1:
-                raise ValueError(f"{self.field}: {name}={value} is not allowed; at least 1 is")
+                raise ValueError(f"{shorten(self.field)}: {name} must be at least 1, got {echo(value)}")
+        if self.high > LARGEST_SIZE:
+            raise ValueError(f"{shorten(self.field)}: high must be at most {LARGEST_SIZE}, got {echo(self.high)}")
         if not self.lattice:
-            raise ValueError(f"{self.field}: no multiple of {self.step} lies from {self.low} to {self.high}")
+            raise ValueError(f"{shorten(self.field)}: no multiple of {self.step} lies from {self.low} to {self.high}")
 
     @property
     def lattice(self) -> range:
@@ -71,7 +77,7 @@ class Free:
             except ValueError:
                 field = ""
         if not field:
-            raise ValueError(f"free: {text!r} is not of the form field, field=low:high or field=low:high:step")
+            raise ValueError(f"free: {echo(text)} is not of the form field, field=low:high or field=low:high:step")
         return cls(field, low, high, step)
 
     @property
@@ -140,7 +146,7 @@ def known(name: str) -> str:
     """The name, if there is such a budget."""
     if name not in BUDGETS:
         hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, BUDGETS, 1))
-        raise ValueError(f"targets: {name!r} is unknown; {hint}allowed are {', '.join(BUDGETS)}")
+        raise ValueError(f"targets: {echo(name)} is unknown; {hint}allowed are {', '.join(BUDGETS)}")
     return name
 
 

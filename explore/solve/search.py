@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from explore import pattern as patterns
-from explore.blocks import BLOCKS, STANDARD_LETTERS, BlockConfig
+from explore.blocks import KINDS, STANDARD_LETTERS, BlockConfig
 from explore.config import explain
+from explore.foreign import echo
 from explore.model import ModelConfig
 from explore.solve.budgets import RANGES, Free, off
 
@@ -43,7 +44,7 @@ class Search:
             raise ValueError("model: a pattern is required, and blocks, if there are any, as a mapping of letters")
         for letter, block in blocks.items():
             if not isinstance(block, Mapping | BlockConfig):
-                raise ValueError(f"blocks.{letter}: {block!r} is not allowed; a mapping of fields is")
+                raise ValueError(f"blocks.{letter} must be a mapping of fields, got {echo(block)}")
         self.blocks = {letter: dict(block) for letter, block in blocks.items()}
         self.places = self._places()
         self.found: dict[Point, tuple[float, ...] | None] = {}
@@ -51,13 +52,12 @@ class Search:
     def _places(self) -> list[list[tuple[str, str]]]:
         """Where each free dimension is written: letter and field, no letter for a field of the model."""
         mtp = self.content.get("mtp")
-        mtp_pattern = mtp.get("pattern", "") if isinstance(mtp, Mapping) else getattr(mtp, "pattern", "")
-        letters = patterns.canonical(self.content["pattern"].replace(patterns.MTP_MARK, "") + mtp_pattern)
-        kinds = {kind.config.model_fields["kind"].default: kind.config for kind in BLOCKS}
+        mtp_pattern = mtp.get("pattern") if isinstance(mtp, Mapping) else getattr(mtp, "pattern", "")
+        letters = patterns.canonical(self.content["pattern"].replace(patterns.MTP_MARK, "") + str(mtp_pattern or ""))
         fields = {"": _counts(ModelConfig)}
         for letter in dict.fromkeys(letters):
             kind = self.blocks.get(letter, {}).get("kind")
-            config = kinds.get(kind) if kind else STANDARD_LETTERS.get(letter)
+            config = KINDS.get(str(kind)) if kind else STANDARD_LETTERS.get(letter)
             fields[letter] = _counts(config) if config else []
         places: list[list[tuple[str, str]]] = []
         for each in self.free:
@@ -66,7 +66,9 @@ class Search:
             here = [(place, name) for place in where if name in fields.get(place, ())]
             if not here:
                 allowed = [path((place, known)) for place, names in fields.items() for known in names]
-                raise ValueError(f"free: {each.field!r} is no field of this pattern; allowed are {', '.join(allowed)}")
+                raise ValueError(
+                    f"free: {echo(each.field)} is no field of this pattern; allowed are {', '.join(allowed)}"
+                )
             if taken := [place for place in here if place in chain(*places)]:
                 raise ValueError(f"free: {path(taken[0])} is named twice")
             places.append(here)

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from explore.blocks import KINDS, STANDARD_LETTERS, Stops, ladder
 from explore.config import Config, explain
+from explore.cost import HARDWARE, SEQ_LEN
 from explore.model import ModelConfig
 from explore.pattern import MTP_MARK
 from explore.workbench.training import Training
@@ -29,9 +30,9 @@ class Controls(Config):
     """
 
     model: dict[str, Any]
-    seq_len: PositiveInt = 8192
+    seq_len: PositiveInt = SEQ_LEN
     batch_size: PositiveInt = 1
-    hardware: str = "H200"
+    hardware: str = HARDWARE
     tab: Literal["decoding", "training"] = "decoding"
     training: Training = Field(default_factory=Training)
     home: dict[str, Any] = Field(default_factory=dict)

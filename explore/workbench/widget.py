@@ -11,6 +11,7 @@ import traitlets
 from pydantic import BaseModel, ValidationError
 
 from explore.config import explain
+from explore.cost import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.figures.plan import MEMORY
 from explore.model import ModelConfig
 from explore.pattern import canonical
@@ -53,9 +54,9 @@ class Workbench(anywidget.AnyWidget):
         self,
         pattern: str = "MEM*E",
         *,
-        seq_len: int = 8192,
+        seq_len: int = SEQ_LEN,
         batch_size: int = 1,
-        hardware: str = "H200",
+        hardware: str = HARDWARE,
         **fields: Any,
     ) -> None:
         """Begins with a model.
@@ -65,7 +66,7 @@ class Workbench(anywidget.AnyWidget):
             seq_len: tokens of a sequence, and of the context of decoding.
             batch_size: sequences that are decoded at once.
             hardware: name of a device of `explore.roofline`, or `here`.
-            fields: further fields of `ModelConfig`; 256 wide with 32,768 tokens unless given.
+            fields: further fields of `ModelConfig`; width and vocabulary are those of `explore cost` unless given.
 
         Raises:
             ValueError: the first thing that is wrong, in one line.
@@ -74,7 +75,7 @@ class Workbench(anywidget.AnyWidget):
         if pattern in PRESETS:
             model: dict[str, Any] = {**content_of(preset(pattern)), **_plain(fields)}
         else:
-            model = {"d_model": 256, "vocab_size": 32_768, "pattern": pattern, **_plain(fields)}
+            model = {"d_model": D_MODEL, "vocab_size": VOCAB_SIZE, "pattern": pattern, **_plain(fields)}
         try:
             built = ModelConfig.model_validate(model)
         except ValidationError as error:

@@ -1,0 +1,293 @@
+"""What a person says is applied or refused, and a mistake is named with what may have been meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from explore.blocks import STANDARD_LETTERS
+from explore.cli import main
+from explore.config import LARGEST, explain, set_field
+from explore.cost import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
+from explore.data import TextData
+from explore.experiment import Experiment, TrainConfig
+from explore.model import ModelConfig
+from explore.presets import preset
+from explore.solve import match, solve
+from explore.workbench import Workbench
+
+MODEL = {"d_model": 256, "vocab_size": 300, "pattern": "M*-E"}
+EXPERIMENT = {"name": "one", "model": MODEL, "data": {"kind": "text"}, "train": {"tokens": 1000}}
+RUN = str(Path(__file__).parents[1] / "sweeps" / "records" / "latent_or_not.parquet")
+
+
+def refusal(config: type[Any], content: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as caught:
+        config.model_validate(content)
+    return explain(caught.value)
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["explore", *args])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+# Unknown fields
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"modle": MODEL}, "modle: unknown field; did you mean model? (and 4 more)"),
+        ({**EXPERIMENT, "lr": 1}, "lr: unknown field; did you mean train.lr?"),
+        (
+            {**EXPERIMENT, "vocab_size": 1},
+            "vocab_size: unknown field; did you mean model.vocab_size or data.vocab_size?",
+        ),
+        ({**EXPERIMENT, "E": {"top_k": 1}}, "E: unknown field; did you mean model.blocks.E?"),
+        ({**EXPERIMENT, "qqqqq": 1}, "qqqqq: unknown field"),
+        ({**EXPERIMENT, "data": {"kind": "text", "corpsu": "a"}}, "data.corpsu: unknown field; did you mean corpus?"),
+        (
+            {**EXPERIMENT, "model": {**MODEL, "blocks": {"M": {"d_stat": 3}}}},
+            "model.blocks.M.d_stat: unknown field; did you mean d_state?",
+        ),
+    ],
+)
+def test_an_unknown_field_is_named_first_with_what_it_may_stand_for(content: dict[str, Any], says: str) -> None:
+    assert refusal(Experiment, content) == says
+
+
+def test_a_long_path_and_a_long_value_are_cut() -> None:
+    assert len(refusal(TrainConfig, {"tokens": 1, "x" * 100_000: 1})) < 150
+    assert len(refusal(TrainConfig, {"tokens": "x" * 100_000})) < 200
+
+
+# Numbers
+
+
+def test_a_count_may_have_a_suffix_and_has_the_same_key() -> None:
+    train = TrainConfig.model_validate({"tokens": "200k", "eval_tokens": "1.5M", "lr": "0.002"})
+    assert train == TrainConfig(tokens=200_000, eval_tokens=1_500_000, lr=0.002)
+    short, plain = (
+        Experiment.model_validate({**EXPERIMENT, "train": {"tokens": tokens}}) for tokens in ("20k", 20_000)
+    )
+    assert short.key() == plain.key()
+    wide, plain_wide = (ModelConfig.model_validate({**MODEL, "d_model": d_model}) for d_model in ("1.024k", 1024))
+    assert wide == plain_wide
+
+
+def test_text_that_looks_like_a_count_stays_text_where_text_is_meant() -> None:
+    named = Experiment.model_validate({**EXPERIMENT, "name": "5M", "data": {"kind": "text", "corpus": "10k"}})
+    assert isinstance(named.data, TextData)
+    assert (named.name, named.data.corpus) == ("5M", "10k")
+
+
+@pytest.mark.parametrize("value", [LARGEST + 1, str(LARGEST + 1), 10**400, "9" * 4000, "10E"])
+def test_a_whole_number_that_no_count_survives_is_refused(value: object) -> None:
+    for change in ({"vocab_size": value}, {"d_model": value}, {"blocks": {"M": {"d_state": value}}}):
+        line = refusal(ModelConfig, {**MODEL, **change})
+        assert "must be" in line or "too large" in line
+        assert len(line) < 300
+
+
+def test_the_largest_sizes_are_counted() -> None:
+    model = ModelConfig.model_validate({**MODEL, "vocab_size": LARGEST, "blocks": {"-": {"d_ff": LARGEST}}})
+    assert model.cost(LARGEST).flops_train > 1e22
+    with pytest.raises(ValueError, match="seq_len must be at least 1 and at most"):
+        model.ledger(LARGEST + 1)
+
+
+# Letters
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"),
+    [
+        ({"e": {"d_latent": 64}}, "blocks: unknown letter 'e'; did you mean 'E'?"),
+        ({"Q": {}}, "blocks: unknown letter 'Q'; known are M G"),
+        ({"MM": {"kind": "mamba2"}}, "blocks: a letter must be one character that patterns can have, got 'MM'"),
+        ({"/": {"kind": "mamba2"}}, "blocks: a letter must be one character that patterns can have, got '/'"),
+        ({" ": {"kind": "mamba2"}}, "blocks: a letter must be one character that patterns can have, got ' '"),
+    ],
+)
+def test_a_block_that_no_pattern_can_use_is_refused(blocks: dict[str, Any], says: str) -> None:
+    assert refusal(ModelConfig, {**MODEL, "blocks": blocks}).startswith(says)
+
+
+def test_depths_of_the_pattern_and_of_mtp_must_agree() -> None:
+    assert refusal(ModelConfig, {**MODEL, "pattern": "M/*/*", "mtp": {"n_depths": 3}}).startswith("mtp: n_depths must")
+    assert ModelConfig.model_validate({**MODEL, "pattern": "M/*", "mtp": {"n_depths": 3}}).mtp is not None
+    assert "less than or equal to 128" in refusal(ModelConfig, {**MODEL, "mtp": {"pattern": "M", "n_depths": 10**9}})
+
+
+@pytest.mark.parametrize("seq_len", [1, 2])
+def test_sequences_must_be_longer_than_there_are_depths(seq_len: int) -> None:
+    model = {**MODEL, "mtp": {"pattern": "*", "n_depths": 2}}
+    content = {**EXPERIMENT, "model": model, "data": {"kind": "text", "seq_len": seq_len}}
+    assert refusal(Experiment, content) == f"model.mtp: n_depths must be below data.seq_len={seq_len}, got 2"
+    Experiment.model_validate({**content, "data": {"kind": "text", "seq_len": 3}})
+
+
+# Copies
+
+
+def test_a_copy_with_another_width_is_the_model_of_that_width() -> None:
+    model = ModelConfig.model_validate(
+        {**MODEL, "blocks": {"E": {"d_latent": 32, "n_experts": 16}, "M": {"d_state": 8}}}
+    )
+    for wide in (model.replace(d_model=512), model.model_copy(update={"d_model": 512})):
+        assert wide == ModelConfig.model_validate(
+            {**MODEL, "d_model": 512, "blocks": {"E": {"d_latent": 32, "n_experts": 16}, "M": {"d_state": 8}}}
+        )
+    assert model.replace(d_model=256) == model.model_copy() == model
+
+
+def test_a_copy_keeps_what_is_not_named() -> None:
+    model = ModelConfig.model_validate({**MODEL, "pattern": "ME/*", "blocks": {"E": {"d_latent": 32, "n_experts": 16}}})
+    other = model.replace(blocks={"E": {"top_k": 2}})
+    assert other.blocks["E"] == model.blocks["E"].model_copy(update={"top_k": 2})
+    assert (other.blocks["M"], other.mtp) == (model.blocks["M"], model.mtp)
+    assert model.replace(pattern="ME-").blocks["-"] == STANDARD_LETTERS["-"].default(256)
+    assert model.replace(pattern="M/*/*").mtp == ModelConfig.model_validate({**MODEL, "pattern": "M/*/*"}).mtp
+    own = {"kind": "mlp", "d_ff": 24}
+    assert model.replace(pattern="MX", blocks={"X": own}).blocks["X"].model_dump()["d_ff"] == 24
+
+
+@pytest.mark.parametrize("change", [{"d_model": "banana"}, {"d_modle": 64}, {"blocks": "banana"}, {"vocab_size": 0}])
+def test_a_copy_is_validated(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ModelConfig.model_validate(MODEL).model_copy(update=change)
+    with pytest.raises(ValidationError):
+        TrainConfig(tokens=1).model_copy(update={"tokens": None})
+
+
+# The command line
+
+
+def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
+    content: dict[str, Any] = {"mtp": None}
+    set_field(content, "mtp.n_depths=2")
+    assert content == {"mtp": {"n_depths": 2}}
+    for override in ("mtp", "=3", ".a=3", "a..b=3", "a.=3"):
+        with pytest.raises(ValueError, match=r"is not of the form path\.to\.field=value"):
+            set_field(content, override)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("cost", "E", "--set", "E.d_latent=64"), "E: unknown field; did you mean blocks.E?"),
+        (("cost", "E", "--set", "blocks.e.d_latent=64"), "blocks: unknown letter 'e'; did you mean 'E'?"),
+        (("cost", "M", "--set", "blocks.E.d_latent=64"), "the letter must be in the pattern 'M', got 'blocks.E.d_la"),
+        (
+            ("solve", "M-", "--free", "d_ff", "--target", "params_total=1M", "--set", "blocks.E.top_k=2"),
+            "the letter must",
+        ),
+        (("train", "FILE", "--set", "model.blocks.e.top_k=2"), "unknown letter 'e'; did you mean 'E'?"),
+        (("train", "FILE", "--set", "model.blocks.L.n_heads=2"), "the letter must be in the pattern 'M*-E'"),
+        (("train", "FILE", "--set", "E.top_k=2"), "E: unknown field; did you mean model.blocks.E?"),
+        (("cost", "nemotron-3-nano", "--d-model", "512"), "--d-model: only patterns take it, got 'nemotron-3-nano'"),
+        (("roofline", "FILE", "--vocab-size", "512"), "use --set vocab_size=512"),
+        (("cost", "FOLDER"), "must be a file, or a folder with one of experiment.json"),
+        (
+            ("cost", "M", "--seq-len", "12q"),
+            "count must be a number with or without k, M, B (or G) or T, got '12q'",
+        ),
+        (("cost", "M", "--seq-len", "9" * 400), "Invalid value for '--seq-len'"),
+        (("cost", "M", "--d-model", "9" * 400), "d_model must be at most"),
+        (("roofline", "M", "--batch-sizes", "9" * 400), "must be positive integers"),
+        (("roofline", "M", "--tensor-parallel", "9" * 400), "a number is too large to count with"),
+        (("cost", "M", "--set", "d_model=" + "[" * 100_000), "d_model: input should be a valid integer"),
+        (("cost", "M", "--set", "d_model=" + "9" * 5000), "count must be a number"),
+        (("cost", "M", "--set", "d_model." + "a." * 50_000 + "b=1"), "'d_model' in"),
+        (("train", "FILE", "--set", "seed=" + "{" * 100_000), "seed: input should be a valid integer"),
+        (("train", "DEEP"), "JSON must not be nested this deeply"),
+        (("train", "DIGITS"), "an integer in JSON must have at most 4,300 digits"),
+        (("train", "FIFO"), "must be a file, got a FIFO"),
+        (("solve", "NUMBER", "--free", "d_ff", "--target", "params_total=1M"), "must be an experiment, a model"),
+        (("solve", "KIND", "--free", "d_ff", "--target", "params_total=1M"), "no candidate is a model"),
+        (("solve", "M-", "--free", "d_ff=1:" + "9" * 40, "--target", "params_total=1M"), "high must be at most"),
+        (("solve", "M-", "--free", "d_ff", "--target", "params_total=1M", "--tolerance", "inf"), "tolerance must be"),
+        (("plot", RUN, "--corpus", "gutenbrg"), "--corpus must be a corpus, got 'gutenbrg'; did you mean 'gutenberg'?"),
+        (("plot", RUN, "--y", "recall"), "--y must be a quantity with numbers, got 'recall'; "),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_applied_is_one_short_line(
+    args: tuple[str, ...],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    files = {
+        "FILE": json.dumps(EXPERIMENT),
+        "DEEP": "[" * 100_000,
+        "DIGITS": '{"seed": ' + "9" * 5000 + "}",
+        "NUMBER": '{"model": 5}',
+        "KIND": json.dumps(
+            {**MODEL, "pattern": "-", "blocks": {"-": {"kind": []}, "M": {"kind": {}}}, "mtp": {"pattern": 5}}
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    os.mkfifo(tmp_path / "FIFO.json")
+    (tmp_path / "FOLDER.json").mkdir()
+    args = tuple(str(tmp_path / f"{arg}.json") if arg in (*files, "FIFO", "FOLDER") else arg for arg in args)
+    if "FOLDER" in args[1]:
+        args = (args[0], str((tmp_path / "FOLDER.json").rename(tmp_path / "folder")))
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, monkeypatch, *args)
+    assert (code, out) == (2, "")
+    assert says in err
+    assert (err.count("\n"), err[:7]) == (1, "error: ")
+    assert len(err) <= 400
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_counts_on_the_command_line_may_have_a_suffix(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = run(capsys, monkeypatch, "cost", "M", "--json", "--seq-len", "128k", "--vocab-size", "2k")
+    assert short == run(capsys, monkeypatch, "cost", "M", "--json", "--seq-len", "128000", "--vocab-size", "2000")
+    assert short[0] == 0
+
+
+def test_a_run_folder_is_a_model(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "experiment.json").write_text(json.dumps({"key": "0", "experiment": EXPERIMENT}))
+    found = [run(capsys, monkeypatch, "cost", str(path), "--json") for path in (tmp_path, tmp_path / "experiment.json")]
+    assert found[0] == found[1]
+    assert found[0][0] == 0
+
+
+def test_a_preset_takes_other_sizes_by_set(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = ("cost", "nemotron-3-nano", "--json", "--set", "vocab_size=512")
+    expected = preset("nemotron-3-nano").replace(vocab_size=512).cost(SEQ_LEN).params_total
+    assert json.loads(run(capsys, monkeypatch, *args)[1])["params_total"] == expected
+
+
+def test_all_commands_and_the_workbench_assume_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(d_model=D_MODEL, vocab_size=VOCAB_SIZE, pattern="M*")
+    cost = json.loads(run(capsys, monkeypatch, "cost", "M*", "--json")[1])
+    roofline = json.loads(run(capsys, monkeypatch, "roofline", "M*", "--json")[1])
+    bench = Workbench("M*")
+    assert (cost["params_total"], cost["seq_len"]) == (model.cost(SEQ_LEN).params_total, SEQ_LEN)
+    assert (roofline["context"], roofline["hardware"]) == (SEQ_LEN, HARDWARE)
+    assert roofline["state_bytes"] == model.cost(SEQ_LEN).state_bytes
+    assert bench.config == model
+    assert (bench.view["state"]["seq_len"], bench.view["state"]["hardware"]) == (SEQ_LEN, HARDWARE)
+    assert {signature(each).parameters["seq_len"].default for each in (solve, match)} == {SEQ_LEN}
