@@ -264,7 +264,7 @@ def test_a_run_writes_and_drafts(
     code, _, err = run(capsys, monkeypatch, "eval", run_with_mtp)
     assert (code, "--pairs, --corpus, --acceptance, --ngram: at least one" in err) == (2, True)
     code, _, err = run(capsys, monkeypatch, *args, "--top-p", "2")
-    assert (code, "top_p: 2.0 is not allowed" in err) == (2, True)
+    assert (code, "top_p must be above 0" in err) == (2, True)
 
 
 def test_a_run_writes_the_same_by_compiled_steps_which_are_kept_with_what_is_cached(

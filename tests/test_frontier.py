@@ -83,3 +83,11 @@ def test_a_cost_without_a_logarithm_is_refused():
         hypervolume(table([(0.0, 1.0)]), (10.0, 3.0))
     with pytest.raises(ValueError, match="reference: must be finite with a positive flops_run"):
         hypervolume(table([(1.0, 1.0)]), (0.0, 3.0))
+
+
+def test_runs_on_different_data_have_a_front_each() -> None:
+    runs = table([(1, 3), (2, 2), (1, 9), (2, 10), (3, 1)]).assign(eval_data=["a", "a", "b", "b", None])
+    assert pareto_front(runs).tolist() == [True, True, True, False, True]
+    assert pareto_front(runs.drop(columns="eval_data")).tolist() == [True, True, False, False, True]
+    named = runs.rename(columns={"val_bpb": "sotu_bpb"})
+    assert pareto_front(named, error="sotu_bpb").tolist() == [True, True, False, False, True]

@@ -10,13 +10,18 @@ from matplotlib.axes import Axes
 
 from explore.figures.axes import dress, is_log, log_axis, nothing, span
 from explore.figures.base import RunFigure, text_pt
-from explore.quantities import quantity
+from explore.foreign import echo
+from explore.quantities import EVAL_DATA, quantity
 
 _UNTOLD = {"run": "", "family": "other", "pattern": ""}
 
 
 def finished(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Columns run, family, pattern, x and y of the finished rows in which x and y are finite."""
+    """Columns run, family, pattern, x and y of the finished rows in which x and y are finite.
+
+    Raises:
+        ValueError: a column is missing, x and y are one, or runs on different data would be compared.
+    """
     if x == y:
         raise ValueError(f"y: must be another column than x, got {y!r}")
     if missing := [column for column in ("run", "family", "pattern", x, y) if column not in table]:
@@ -27,7 +32,24 @@ def finished(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     texts = {column: table[column].astype("str").fillna(other) for column, other in _UNTOLD.items()}
     numbers = {column: pd.to_numeric(table[column], errors="coerce").astype("float64") for column in (x, y)}
     known = pd.DataFrame({**texts, **numbers})
-    return known.replace([np.inf, -np.inf], np.nan).dropna(subset=[x, y]).reset_index(drop=True)
+    known = known.replace([np.inf, -np.inf], np.nan).dropna(subset=[x, y])
+    if EVAL_DATA in table:
+        _check_comparable(table[table.index.isin(known.index)], x, y)
+    return known.reset_index(drop=True)
+
+
+def _check_comparable(table: pd.DataFrame, *columns: str) -> None:
+    """Refuses runs that were evaluated on different data, where a column depends on that."""
+    own = [column for column in columns if quantity(column).is_on_own_data]
+    data = table[EVAL_DATA].astype("str").fillna("unknown")
+    if not own or data.nunique() < 2:
+        return
+    names = table["corpus"].astype("str").fillna("no text") if "corpus" in table else data
+    groups = [f"{n} on {echo(name)}" for (_, name), n in names.groupby([data, names]).size().items()]
+    raise ValueError(
+        f"{own[0]} does not compare between runs on different data; there are {', '.join(groups[:4])}; "
+        "choose one (explore plot --corpus), or a score on one text for all, such as sotu_bpb"
+    )
 
 
 def one_axes(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from explore.frontier.columns import numbers, oriented, oriented_reference
+from explore.frontier.columns import Floats, numbers, oriented, oriented_reference
+from explore.quantities import EVAL_DATA, quantity
 
 
 def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val_bpb") -> pd.Series[Any]:
@@ -16,7 +19,8 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
     Lower is better in both columns, except in those that `explore.quantities` declares otherwise, such as `recall`.
 
     A row is beaten when another is at least as good in both columns and better in one. Equal rows do not beat each
-    other. A row with a missing or infinite value is never on the front and beats nothing.
+    other. A row with a missing or infinite value is never on the front and beats nothing. Where the table says on
+    which data runs were evaluated, and a column depends on that, there is a front for each.
 
     Returns:
         A boolean column `on_front` with the index of `table`.
@@ -26,13 +30,29 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
     """
     x, y = oriented(table, cost), oriented(table, error)
     known = np.isfinite(x) & np.isfinite(y)
-    costs, which = np.unique(x[known], return_inverse=True)
-    best = np.full(len(costs), np.inf)  # the least error at each cost
-    np.minimum.at(best, which, y[known])
-    cheaper = np.minimum.accumulate(np.concatenate([[np.inf], best]))[:-1]  # the least error at any lower cost
     front = np.zeros(len(table), dtype=bool)
-    front[known] = (y[known] == best[which]) & (y[known] < cheaper[which])
+    for rows in _comparable(table, cost, error):
+        front[rows & known] = _unbeaten(x[rows & known], y[rows & known])
     return pd.Series(front, index=table.index, name="on_front")
+
+
+def _comparable(table: pd.DataFrame, *columns: str) -> Iterator[npt.NDArray[np.bool_]]:
+    """The rows of each of the data on which runs were evaluated; all at once where the columns compare anyway."""
+    if EVAL_DATA in table and any(quantity(column).is_on_own_data for column in columns):
+        data = table[EVAL_DATA].astype("str").fillna("").to_numpy()
+        yield from (data == each for each in np.unique(data))
+    else:
+        yield np.ones(len(table), dtype=bool)
+
+
+def _unbeaten(x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
+    """Which of some finite points no other one beats; less is better in both."""
+    costs, which = np.unique(x, return_inverse=True)
+    best = np.full(len(costs), np.inf)  # the least error at each cost
+    np.minimum.at(best, which, y)
+    cheaper = np.minimum.accumulate(np.concatenate([[np.inf], best]))[:-1]  # the least error at any lower cost
+    unbeaten: npt.NDArray[np.bool_] = (y == best[which]) & (y < cheaper[which])
+    return unbeaten
 
 
 def hypervolume(

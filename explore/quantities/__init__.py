@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from explore.quantities.declared import METRICS, QUANTITIES
+from explore.foreign import echo
+from explore.quantities.declared import EVAL_DATA, METRICS, QUANTITIES
 from explore.quantities.quantity import Family, Quantity, Records
 
 __all__ = [
+    "EVAL_DATA",
     "METRICS",
     "QUANTITIES",
     "Family",
@@ -79,12 +81,13 @@ def budgets() -> tuple[str, ...]:
     return tuple(each.name for each in columns() if each.budget)
 
 
-def choose(name: str, among: Iterable[str], field: str) -> str:
+def choose(name: str, among: Iterable[str], field: str, what: str = "a quantity with numbers") -> str:
     """The name that is meant; its words may come in any order, so `decode_flops` is `flops_decode`.
 
     Args:
         among: what is allowed.
         field: what an error begins with.
+        what: what the name must be the name of, in an error.
 
     Raises:
         ValueError: no allowed name has these words.
@@ -95,10 +98,10 @@ def choose(name: str, among: Iterable[str], field: str) -> str:
     same = [each for each in allowed if sorted(each.split("_")) == sorted(name.split("_"))]
     if len(same) == 1:
         return same[0]
-    raise unknown(name, allowed, field)
+    raise unknown(name, allowed, field, what)
 
 
 def unknown(name: str, allowed: Sequence[str], field: str, what: str = "a quantity with numbers") -> ValueError:
     """The error about a name that is not allowed; it tells the nearest one that is."""
     hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, allowed, 1))
-    return ValueError(f"{field} must be {what}, got {name!r}; {hint}allowed are {', '.join(allowed)}")
+    return ValueError(f"{field} must be {what}, got {echo(name)}; {hint}allowed are {', '.join(allowed)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import PurePath
@@ -11,6 +13,9 @@ from typing import Any
 from explore.quantities.quantity import Family, Quantity, Records, at
 
 BITS, NATS = "bits per byte", "nats per token"
+
+EVAL_DATA = "eval_data"
+"""Column that tells runs apart which were evaluated on different data."""
 
 
 def _layers(pattern: Any) -> str:
@@ -29,9 +34,9 @@ def _size_in(field: str, model: Any) -> Any:
 
 
 def _numbers(values: Any) -> list[float]:
-    """The values of a mapping; none where one of them is no number."""
+    """The values of a mapping; none where one of them is no number that a float can hold."""
     found = list(values.values()) if isinstance(values, Mapping) else []
-    return found if all(isinstance(value, int | float) for value in found) else []
+    return found if all(isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in found) else []
 
 
 def _mean(values: Any) -> float | None:
@@ -59,9 +64,18 @@ def _n_steps(records: Records) -> int | None:
     try:
         tokens = train["tokens"] or train["flops"] / records["cost"]["flops_train"]
         n_steps: int = round(tokens / (train["batch_size"] * seq_len))
-    except (KeyError, TypeError, ZeroDivisionError):  # a record that is damaged, or written by hand
+    except (ArithmeticError, KeyError, TypeError, ValueError):  # a record that is damaged, or written by hand
         return None
     return max(1, n_steps)
+
+
+def _eval_data(data: Any) -> str | None:
+    """Short digest of what a run was evaluated on: the texts of its splits, or the settings of a synthetic task."""
+    if not isinstance(data, Mapping):
+        return None
+    splits = [data[name] for name in ("val", "test") if name in data]
+    content = splits or sorted((str(name), str(value)) for name, value in data.items())
+    return hashlib.sha256(repr(content).encode(errors="replace")).hexdigest()[:8]
 
 
 def _folder_name(path: Any) -> str | None:
@@ -206,6 +220,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     Family(Quantity("decode_bytes_{}", "Decoding step at {} tokens moves", unit="bytes", better="lower", log=True)),
     _cost("all_to_all_bytes", "All-to-all of experts", "bytes per token", short="all-to-all"),
     _about("corpus", "Corpus", "experiment", "data", "corpus"),
+    Quantity(EVAL_DATA, "Data that is evaluated", ("environment", "data"), "about", dtype="str", take=_eval_data),
     _about("commit", "Commit of the code", "environment", "commit"),
     _about("finished_at", "Finished", "result", "finished_at"),
     _result("step", "Optimizer steps", dtype="Int64", log=True),

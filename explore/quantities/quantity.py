@@ -87,6 +87,11 @@ class Quantity:
         return self.role in ("loss", "score")
 
     @property
+    def is_on_own_data(self) -> bool:
+        """Whether it is measured on the data that a run was trained with, so that runs on other data do not compare."""
+        return self.is_quality and self.source[:2] not in (("evals", "bpb"), ("evals", "pairs"))
+
+    @property
     def sign(self) -> int:
         """Factor by which lower values are the better ones."""
         return -1 if self.better == "higher" else 1
