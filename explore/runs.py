@@ -17,7 +17,7 @@ import pandas as pd
 from pyarrow.lib import ArrowException
 
 from explore.files import replacing
-from explore.foreign import echo
+from explore.foreign import echo, parse_json
 from explore.quantities import read
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:
 
 def _json(text: str | None) -> dict[str, Any] | None:
     try:
-        content = json.loads((text or "").encode())
+        content = parse_json((text or "").encode())
     except ValueError:  # a part of a file, or bytes that were not UTF-8
         return None
     return content if isinstance(content, dict) else None

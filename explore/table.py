@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,8 @@ def _column(values: list[Any], dtype: str) -> pd.Series[Any]:
         return pd.Series(texts, dtype="str")
     if dtype == "boolean":
         return pd.Series([value if isinstance(value, bool) else None for value in values], dtype="boolean")
-    numbers = [value if isinstance(value, int | float) and math.isfinite(value) else None for value in values]
+    limit = 2**63 - 1 if dtype == "Int64" else sys.float_info.max
+    numbers = [value if isinstance(value, int | float) and abs(value) <= limit else None for value in values]
     if dtype == "Int64":
         return pd.Series([None if value is None else round(value) for value in numbers], dtype="Int64")
     return pd.Series([math.nan if value is None else float(value) for value in numbers], dtype="float64")

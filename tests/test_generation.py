@@ -219,9 +219,9 @@ def test_routers_of_multi_token_prediction_count_every_depth_that_they_serve(sha
 @pytest.mark.parametrize(
     ("sampling", "says"),
     [
-        ({"temperature": -1.0}, "temperature: -1.0 is not allowed; 0 or more is"),
-        ({"top_k": 0}, "top_k: 0 is not allowed; at least 1 is"),
-        ({"top_p": 1.5}, "top_p: 1.5 is not allowed; above 0 and at most 1 is"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
 def test_sampling_that_makes_no_sense_is_refused(sampling: dict[str, float], says: str) -> None:

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from explore import ModelConfig, preset
 from explore.blocks import BLOCKS, AttentionConfig, MoEConfig
+from explore.cost import HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.figures.cost import group_colors, receipts_table
 from explore.presets import PRESETS
 from explore.roofline import Deployment, hardware
@@ -102,7 +103,7 @@ def test_the_readout_is_what_the_library_says_of_the_config(pattern: str, batch_
 
 def test_a_batch_that_fits_is_one_that_the_roofline_lets_in() -> None:
     model = preset("nemotron-3-nano")
-    largest = Deployment(model, hardware("H200")).largest_batch(8192)
+    largest = Deployment(model, hardware(HARDWARE)).largest_batch(SEQ_LEN)
     for batch_size, fits in ((largest, True), (largest + 1, False)):
         assert Workbench.from_config(model, batch_size=batch_size).readout["fits"] is fits
 
@@ -133,7 +134,7 @@ def test_sizes_that_are_not_given_follow_the_width_and_those_of_a_config_stay() 
         state = state_of(bench)
         state["model"]["d_model"] = 512
         edit(bench, state)
-    assert follows.config == ModelConfig(d_model=512, vocab_size=32_768, pattern="M*", blocks={})
+    assert follows.config == ModelConfig(d_model=512, vocab_size=VOCAB_SIZE, pattern="M*", blocks={})
     assert stays.config.blocks == Workbench("M*", d_model=256).config.blocks
 
 

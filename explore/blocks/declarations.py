@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -80,9 +81,14 @@ def ladder(low: int, high: int, step: int, per_octave: int) -> Iterator[int]:
         value += max(step, 2 ** (value.bit_length() - 1) // per_octave)
 
 
+MOST_TRIED = 100_000
+"""Largest number that is tried as a divisor: all divisors are found of a number up to its square."""
+
+
 def divisors(n: int) -> list[int]:
-    """All numbers that divide `n`, in rising order."""
-    return [k for k in range(1, n + 1) if n % k == 0]
+    """The numbers that divide `n`, in rising order: all those up to `MOST_TRIED`, and what each leaves."""
+    small = [k for k in range(1, min(math.isqrt(n), MOST_TRIED) + 1) if n % k == 0]
+    return sorted({*small, *(n // k for k in small)})
 
 
 def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -13,13 +14,16 @@ from explore.blocks import State
 from explore.model.language_model import LanguageModel
 from explore.ops import compiled_step, forced_paths, paths_that
 
+COLDEST = 1e-30
+"""Temperature below which logits over it need not be finite in fp32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn.
 
     Attributes:
-        temperature: divides the logits; 0 takes the most probable token.
+        temperature: divides the logits; 0, or less than `COLDEST`, takes the most probable token.
         top_k: only so many tokens, the most probable; all when absent.
         top_p: only the most probable tokens that together have this probability; all when absent.
         seed: of the draws.
@@ -31,17 +35,22 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature: {self.temperature} is not allowed; 0 or more is")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k: {self.top_k} is not allowed; at least 1 is")
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p} is not allowed; above 0 and at most 1 is")
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.temperature < COLDEST
 
     def probabilities(self, logits: Float[Tensor, "*dims vocab"]) -> Float[Tensor, "*dims vocab"]:
         """Of every token to be drawn, in fp32."""
         logits = logits.float()
-        if self.temperature == 0:
+        if self.is_greedy:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
@@ -58,7 +67,7 @@ class Sampling:
 
     def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
         """A token of each row; without temperature nothing is left to chance."""
-        return logits.argmax(-1) if self.temperature == 0 else _draw(self.probabilities(logits), generator)
+        return logits.argmax(-1) if self.is_greedy else _draw(self.probabilities(logits), generator)
 
 
 GREEDY = Sampling(temperature=0)
