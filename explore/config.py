@@ -19,6 +19,9 @@ K = TypeVar("K")
 V = TypeVar("V")
 C = TypeVar("C", bound="Config")
 
+DEPTH = 2
+"""Configs between a config and a field that may have been meant."""
+
 LARGEST = 2**63 - 1
 """Largest whole number of a config: what counts are made of it stays far below the largest float."""
 
@@ -260,7 +263,7 @@ def _configs_in(config: type[Config], field: str) -> list[type[Config]]:
     return [each for each in _types(config.model_fields[field].annotation) if issubclass(each, Config)]
 
 
-def _paths_to(config: type[Config], name: str, *, is_mapping: bool) -> Iterator[str]:
+def _paths_to(config: type[Config], name: str, *, is_mapping: bool, depth: int = DEPTH) -> Iterator[str]:
     """Paths of the fields called `name` in the configs inside a config; keys of a mapping of configs are letters."""
     for field, info in config.model_fields.items():
         inner = _configs_in(config, field)
@@ -268,8 +271,8 @@ def _paths_to(config: type[Config], name: str, *, is_mapping: bool) -> Iterator[
             inner and is_mapping and len(name) == 1 and get_origin(info.annotation) is Mapping
         ):
             yield f"{field}.{name}"
-        for each in inner:
-            yield from (f"{field}.{path}" for path in _paths_to(each, name, is_mapping=is_mapping))
+        for each in inner if depth else ():
+            yield from (f"{field}.{path}" for path in _paths_to(each, name, is_mapping=is_mapping, depth=depth - 1))
 
 
 def set_field(content: dict[str, Any], override: str) -> None:

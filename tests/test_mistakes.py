@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from explore.blocks import STANDARD_LETTERS
+from explore.blocks.declarations import divisors
 from explore.cli import main
 from explore.config import LARGEST, explain, set_field
 from explore.cost import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
-from explore.model import ModelConfig
+from explore.model import GREEDY, ModelConfig, Sampling
 from explore.presets import preset
 from explore.solve import match, solve
 from explore.workbench import Workbench
@@ -219,6 +222,11 @@ def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
         (("solve", "M-", "--free", "d_ff=1:" + "9" * 40, "--target", "params_total=1M"), "high must be at most"),
         (("solve", "M-", "--free", "d_ff", "--target", "params_total=1M", "--tolerance", "inf"), "tolerance must be"),
         (("plot", RUN, "--corpus", "gutenbrg"), "--corpus must be a corpus, got 'gutenbrg'; did you mean 'gutenberg'?"),
+        (("cost", "M", "--list"), "--list: takes no TARGET, got 'M'"),
+        (("cost", "M", "--json", "--csv"), "--csv: not with --json"),
+        (("data", "FILE", "--out", "x.json"), "--out: only with --train-bpe"),
+        (("eval", "FILE", "--corpus", "austen", "--limit", "3"), "--limit: only with --pairs"),
+        (("eval", "FILE", "--acceptance", "3", "--tokens", "3"), "--tokens: only with --corpus"),
         (("plot", RUN, "--y", "recall"), "--y must be a quantity with numbers, got 'recall'; "),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
@@ -291,3 +299,93 @@ def test_all_commands_and_the_workbench_assume_the_same(
     assert bench.config == model
     assert (bench.view["state"]["seq_len"], bench.view["state"]["hardware"]) == (SEQ_LEN, HARDWARE)
     assert {signature(each).parameters["seq_len"].default for each in (solve, match)} == {SEQ_LEN}
+
+
+# Runs that do not compare
+
+
+def write_run(folder: Path, corpus: str, val_bpb: float, flops: float, **result: Any) -> None:
+    """The record of a run that ended, with no more in it than a front needs."""
+    folder.mkdir(parents=True)
+    experiment = {"name": folder.name, "model": {"pattern": "M*"}, "data": {"kind": "text", "corpus": corpus}}
+    records = {
+        "experiment": {"key": folder.name, "experiment": experiment},
+        "environment": {"data": {"kind": "text", "train": "0", "val": f"val of {corpus}", "test": "1"}},
+        "result": {"status": "finished", "val_bpb": val_bpb, "flops_run": flops, **result},
+    }
+    for name, content in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_runs_on_two_texts_have_a_front_each_in_a_table_and_no_common_picture(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for i, (corpus, val_bpb, flops) in enumerate(
+        [("a", 2.0, 1e12), ("a", 2.1, 2e12), ("b", 3.0, 1e12), ("b", 2.9, 2e12)]
+    ):
+        write_run(tmp_path / f"{corpus}{i}", corpus, val_bpb, flops)
+    shown = run(capsys, monkeypatch, "table", str(tmp_path))[1]
+    assert [line.split()[:2] for line in shown.splitlines() if line.startswith("●") and "front of" not in line] == [
+        ["●", "a0"], ["●", "b3"], ["●", "b2"]
+    ]  # fmt: skip
+    assert "corpus" in shown
+    picture = tmp_path / "picture.png"
+    code, _, err = run(capsys, monkeypatch, "plot", str(tmp_path), "--out", str(picture))
+    assert (code, picture.exists()) == (2, False)
+    assert "val_bpb does not compare between runs on different data; there are 2 on 'a', 2 on 'b'" in err
+    assert run(capsys, monkeypatch, "plot", str(tmp_path), "--out", str(picture), "--corpus", "a")[0] == 0
+    assert picture.exists()
+    for folder in tmp_path.glob("a*"):
+        shutil.rmtree(folder)
+    assert "corpus" not in run(capsys, monkeypatch, "table", str(tmp_path))[1]
+
+
+def test_a_picture_without_a_point_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "one", "a", 2.0, 1e12, status="pruned", test_bpb=2.0)
+    for more in ((), ("--y", "recall"), ("--y", "test_bpb")):
+        code, _, err = run(capsys, monkeypatch, "plot", str(tmp_path), *more)
+        assert (code, err.count("\n")) == (2, 1)
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1e308", "NaN", '"x"', "{}", "[[]]", "9" * 5000, "[" * 5000])
+def test_a_table_reads_records_with_any_number(
+    number: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "one", "a", 2.0, 1e12)
+    fields = ("params_total", "params_mtp", "flops_train", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "family")
+    (tmp_path / "one" / "cost.json").write_text("{" + ", ".join(f'"{name}": {number}' for name in fields) + "}")
+    assert run(capsys, monkeypatch, "table", str(tmp_path), "--json", "--unfinished")[0] == 0
+
+
+# Sizes and temperatures beyond what anyone means
+
+
+@pytest.mark.parametrize("heads", [10**9, 2**62, LARGEST])
+def test_the_workbench_takes_any_number_of_heads(heads: int) -> None:
+    sizes = {"n_heads": heads, "n_kv_heads": 1, "d_head": 64}
+    shown = Workbench("*", blocks={"*": sizes}).view
+    [slider] = [each for each in shown["sliders"] if each["label"] == "n_kv_heads"]
+    assert slider["values"][0] == 1
+    assert slider["values"][-1] == heads
+    assert not any(heads % value for value in slider["values"])
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 97, 360, 10**6])
+def test_all_divisors_of_a_usual_number_are_found(n: int) -> None:
+    assert divisors(n) == [k for k in range(1, n + 1) if n % k == 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-320, 1e-31])
+def test_the_coldest_temperatures_take_the_most_probable_token(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 100.0, -50.0], [3.0, 2.0, 1.0]])
+    assert torch.equal(Sampling(temperature).probabilities(logits), GREEDY.probabilities(logits))
+    assert Sampling(temperature).draw(logits, torch.Generator().manual_seed(0)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [2e-30, 1e-20, 1e-3])
+def test_colder_and_colder_temperatures_come_near_the_most_probable_token(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 100.0, -50.0], [3.0, 2.0, 1.0]])
+    torch.testing.assert_close(Sampling(temperature).probabilities(logits), GREEDY.probabilities(logits))

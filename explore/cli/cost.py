@@ -28,6 +28,7 @@ from explore.cli.options import (
     recipe_of,
 )
 from explore.cost import SEQ_LEN, By, ConventionName
+from explore.foreign import echo
 from explore.formatting import count, flops, size
 from explore.quantities import Quantity, quantity
 
@@ -75,6 +76,11 @@ def cost(
     from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train, in_formats, storage
     from explore.model import saved_table
 
+    if as_csv and as_json:
+        raise ValueError("--csv: not with --json")
+    for option, chosen in (("--list", list_), ("--published", published)):
+        if chosen and target is not None:
+            raise ValueError(f"{option}: takes no TARGET, got {echo(target)}")
     if list_:
         _list_presets(as_json)
         return

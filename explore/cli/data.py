@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
-from explore.cli.options import Json
+from explore.cli.options import Json, only_with
 
 
 @app.command(
@@ -42,6 +42,7 @@ def data(
     """What a corpus holds, split by split; without a corpus, which ones are known."""
     from explore import data as texts
 
+    only_with("--out", output, "--train-bpe", train_bpe)
     if corpus is None:
         if as_json:
             known = {name: {"source": known.source, "licence": known.licence} for name, known in texts.CORPORA.items()}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from explore.cli.app import app, out
 from explore.cli.opening import open_run
-from explore.cli.options import Json
+from explore.cli.options import Json, only_with, whole_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,10 @@ def evaluate(
     corpus: Annotated[
         list[str] | None, typer.Option(help="Bits per byte of the test text of another corpus; repeatable.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Only so many tokens of a corpus.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(parser=whole_count, metavar="COUNT", help="Read only this many tokens of --corpus, e.g. 200k."),
+    ] = None,
     acceptance: Annotated[
         int | None, typer.Option(min=1, help="Acceptance length of drafts, over so many prompts of the test text.")
     ] = None,
@@ -55,6 +58,8 @@ def evaluate(
 
     if not (pairs or corpus or acceptance or ngram):
         raise ValueError("--pairs, --corpus, --acceptance, --ngram: at least one of them is required")
+    only_with("--limit", limit, "--pairs", pairs)
+    only_with("--tokens", tokens, "--corpus", corpus)
     suites: dict[str, Path] = {}
     for path in pairs or []:
         suite = path.resolve().name.partition(".")[0]

@@ -66,6 +66,12 @@ StudyName = Annotated[
 ]
 
 
+def only_with(option: str, given: object, other: str, needed: object) -> None:
+    """Refuses an option that does nothing without another one."""
+    if given and not needed:
+        raise ValueError(f"{option}: only with {other}")
+
+
 def forced(paths: list[str] | None) -> dict[str, str]:
     """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
     from explore.ops import forced_paths

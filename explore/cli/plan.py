@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from explore.cli.app import app, out
 from explore.cli.models import load_model
-from explore.cli.options import DModel, Json, SetOptions, VocabSize
+from explore.cli.options import DModel, Json, SeqLen, SetOptions, VocabSize
 from explore.cli.plan_tables import print_plan, print_published, print_side_by_side, row_of
+from explore.cost import SEQ_LEN
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def plan(
     cluster: Annotated[
         str, typer.Option(metavar="GPUxN", help="GPU, known or a JSON file, and their number.")
     ] = "GB200x256",
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 4096,
+    seq_len: SeqLen = SEQ_LEN,
     global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a micro-batch.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
@@ -85,8 +87,8 @@ def plan(
     ] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="GPUs of --megatron-args.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Write a figure of memory and throughput.")] = None,
-    d_model: DModel = 256,
-    vocab_size: VocabSize = 2048,
+    d_model: DModel = None,
+    vocab_size: VocabSize = None,
     set_: SetOptions = None,
     published: Annotated[bool, typer.Option("--published", help="Compare with published numbers.")] = False,
     as_json: Json = False,
@@ -143,7 +145,7 @@ def plan(
             )
             plans[target] = most.plan
             if not as_json and not as_csv:
-                out.print(f"[bold]{target}[/bold]: {describe(most)}", highlight=False)
+                out.print(Text.assemble((target, "bold"), f": {describe(most)}"))
             found[target] = most.value
         else:
             plans[target], found[target] = _planned(model, run, on, fixed, pipeline_layout, objective, top)

@@ -6,6 +6,7 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from explore.cli.app import out
 from explore.formatting import count
@@ -51,8 +52,11 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
     ceiling, estimate = plan.tflops
     over = (plan.needed - plan.capacity) / GIB
     _say(
-        f"[bold]{name}[/bold] on {plan.cluster.name}: {plan.layout}, DP{plan.layout.dp(plan.cluster.n_gpus)}; "
-        f"{plan.run.precision}, {plan.run.seq_len:,} tokens, batch {plan.run.global_batch:,}"
+        Text.assemble(
+            (name, "bold"),
+            f" on {plan.cluster.name}: {plan.layout}, DP{plan.layout.dp(plan.cluster.n_gpus)}; ",
+            f"{plan.run.precision}, {plan.run.seq_len:,} tokens, batch {plan.run.global_batch:,}",
+        )
     )
     if relief := relief_of(plan.run):
         _say(f"to save memory: {relief}")
@@ -98,9 +102,9 @@ def _print_assumptions(plan: Plan) -> None:
     given = plan.assumptions()
     fitted = "fitted to published runs" if given["product_efficiency_fitted"] else "the mean of other GPUs"
     rates = ", ".join(f"{link} {part:.0%}" for link, part in given["link_efficiency"].items())
-    _say(f"[dim]assumed: products at {given['product_efficiency']:.0%} of the peak ({fitted});[/dim]")
-    _say(f"[dim]links at {rates} of their rate;[/dim]")
-    _say(f"[dim]unexplained memory: {given['workspace_gib']:.2f} GiB, and {given['reserve']:.0%} is left free[/dim]")
+    _say(Text(f"assumed: products at {given['product_efficiency']:.0%} of the peak ({fitted});", "dim"))
+    _say(Text(f"links at {rates} of their rate;", "dim"))
+    _say(Text(f"unexplained memory: {given['workspace_gib']:.2f} GiB, and {given['reserve']:.0%} is left free", "dim"))
 
 
 def _print_search(found: Found) -> None:
@@ -195,5 +199,5 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _say(text: str) -> None:
+def _say(text: str | Text) -> None:
     out.print(text, highlight=False)
