@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -45,7 +46,8 @@ def _check_comparable(table: pd.DataFrame, *columns: str) -> None:
     if not own or data.nunique() < 2:
         return
     names = table["corpus"].astype("str").fillna("no text") if "corpus" in table else data
-    groups = [f"{n} on {echo(name)}" for (_, name), n in names.groupby([data, names]).size().items()]
+    counted = sorted(Counter(zip(names, data, strict=True)).items())
+    groups = [f"{n} on {echo(name)}" for (name, _), n in counted]
     raise ValueError(
         f"{own[0]} does not compare between runs on different data; there are {', '.join(groups[:4])}; "
         "choose one (explore plot --corpus), or a score on one text for all, such as sotu_bpb"
