@@ -169,6 +169,7 @@ def _saved_of(
     return tuple(sum(tensor.n_bytes(narrow) for tensor in kept if tensor.cut == cut) for cut in CUTS)
 
 
+@lru_cache(maxsize=256)
 def _saved(profile: Profile, settings: frozenset[str], narrow: float | None) -> np.ndarray:
     model, seq_len, d = profile.model, profile.seq_len, profile.model.d_model
     of = {x: np.array(_saved_of(block, d, seq_len, settings, narrow)) for x, block in model.blocks.items()}
@@ -181,7 +182,9 @@ def _saved(profile: Profile, settings: frozenset[str], narrow: float | None) -> 
         mtp[0] += depths * 2 * 4 * d * seq_len  # two norms' inputs, and the input of the projection, twice as wide
     loss[0] = 2 * 2 * d * seq_len
     loss[1] = (1 + depths) * LOGIT_BYTES * model.vocab_size * seq_len
-    return np.stack([*rows, embedding, mtp, loss])
+    table: np.ndarray = np.stack([*rows, embedding, mtp, loss])
+    table.flags.writeable = False
+    return table
 
 
 @lru_cache(maxsize=1024)
