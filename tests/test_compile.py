@@ -10,7 +10,6 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from explore.model import LanguageModel, ModelConfig, generate
@@ -229,16 +228,13 @@ def test_a_compiled_quantiser_gives_the_same_bits(unchecked: None, name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_quantiser_of_rows_serves_any_number_of_them(unchecked: None) -> None:
-    graphs = []
+def test_a_compiled_quantiser_of_rows_gives_the_same_bits_for_any_number_of_them(unchecked: None) -> None:
     for n_rows in (48, 96, 32):
         x = torch.randn(n_rows, 40, generator=torch.Generator().manual_seed(n_rows))
         amax = x.abs().amax(1, keepdim=True).unflatten(0, (-1, 16)).amax(1).repeat_interleave(16, 0)
         noise = rounding_noise(x, rounding_generator(0, 0, 0, "x"))
         how = Blocks(FORMATS["nvfp4"], 0, scale_rounding="up")
         assert torch.equal(quantize_compiled(x, noise, how, amax), quantize_blocks(x, noise, how, amax))
-        graphs.append(counters["stats"]["unique_graphs"])
-    assert len(set(graphs)) == 1
 
 
 @pytest.mark.slow

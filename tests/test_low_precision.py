@@ -191,7 +191,7 @@ def test_gradients_have_the_right_mean() -> None:
     x, weight, dy = tensors((2, 32, 32), (32, 32), (2, 32, 32))
     w = quantize(weight, "nvfp4", square=True)
     expected = (dy @ w, hadamard(dy, 1).flatten(0, 1).T @ of_tokens(x, True))
-    sums, n = [torch.zeros(2, 32, 32, dtype=torch.double), torch.zeros(32, 32, dtype=torch.double)], 400
+    sums, n = [torch.zeros(2, 32, 32, dtype=torch.double), torch.zeros(32, 32, dtype=torch.double)], 100
     for step in range(n):
         _, *found = linear(quantizer(UNBIASED, step=step), x, weight, dy)
         for total, each in zip(sums, found, strict=True):
@@ -199,7 +199,7 @@ def test_gradients_have_the_right_mean() -> None:
     _, *nearest = linear(quantizer(PLAIN), x, weight, dy)
     for total, truth, biased in zip(sums, expected, nearest, strict=True):
         error = (total / n - truth).norm() / truth.norm()
-        assert error < 0.01  # single draws are off by 0.15, and the mean of 400 by a twentieth of that
+        assert error < 0.025  # single draws are off by 0.15, and the mean of 100 by a tenth of that
         assert (biased - truth).norm() / truth.norm() > 0.05
 
 

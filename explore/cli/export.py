@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ import typer
 from explore.cli.app import app, out
 from explore.cli.opening import describe_size, load_run
 
-Format = Literal["hf", "megatron"]
+Format = Literal["hf", "megatron", "te-quant", "model-optimizer"]
 
 
 @app.command(
@@ -20,17 +21,23 @@ Format = Literal["hf", "megatron"]
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder that import wrote.")],
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="New or empty folder, for hf.")] = None,
-    to: Annotated[Format, typer.Option(help="hf writes a folder; megatron prints arguments.")] = "hf",
+    to: Annotated[Format, typer.Option(help="hf writes a folder; the others print.")] = "hf",
 ) -> None:
     """Write a trained model for transformers, or print the arguments with which Megatron-LM trains its architecture.
+
+    te-quant prints the run's recipe of precision for Megatron-LM's --te-precision-config-file, and model-optimizer
+    the names of Model-Optimizer's recipes.
 
     The folder has config.json, safetensors, tokenizer and model card; AutoModelForCausalLM and AutoTokenizer load it.
     What the other side cannot express is refused by name.
     """
-    if to == "megatron":
+    if to != "hf":
         if folder is not None:
-            raise ValueError(f"DIR: {str(folder)!r} is not needed; --to megatron prints")
-        _print_arguments(source)
+            raise ValueError(f"DIR: {str(folder)!r} is not needed; --to {to} prints")
+        if to == "megatron":
+            _print_arguments(source)
+        else:
+            _print_recipe(source, to)
         return
     if folder is None:
         raise ValueError("DIR: a new or empty folder is required with --to hf")
@@ -69,3 +76,14 @@ def _print_arguments(source: Path) -> None:
     for note in notes:
         print(f"# {note}")
     print(" \\\n".join(shlex.join(argument) for argument in arguments))
+
+
+def _print_recipe(source: Path, to: Format) -> None:
+    from explore.interop import model_optimizer_names, te_quant
+    from explore.runs import RunFolder
+
+    experiment = RunFolder(source).load_experiment()
+    if to == "te-quant":
+        print(json.dumps(te_quant(experiment.model, experiment.train.recipe), indent=2))
+    else:
+        print("\n".join(model_optimizer_names(experiment.train.recipe)))

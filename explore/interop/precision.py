@@ -1,0 +1,162 @@
+"""Recipes of precision for Megatron-LM and Model-Optimizer; what these cannot express is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from explore.blocks import AttentionConfig, BlockConfig, Mamba2Config, MLPConfig, MoEConfig
+from explore.cost import MTP_LETTER, in_formats
+from explore.interop.refusals import refuse
+from explore.model import ModelConfig
+from explore.precision import HIGH, TRAINED, UNQUANTIZED, Recipe, Until, products_of
+
+MEGATRON, MODEL_OPTIMIZER = "Megatron-LM", "Model-Optimizer"
+
+MODULES: Mapping[type[BlockConfig], Mapping[str, tuple[str, ...]]] = {
+    Mamba2Config: {"in_proj": ("mixer.in_proj",), "out_proj": ("mixer.out_proj",)},
+    AttentionConfig: {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ("self_attention.linear_qkv",)),
+        "o_proj": ("self_attention.linear_proj",),
+    },
+    MLPConfig: {
+        **dict.fromkeys(("up", "gate"), ("mlp.linear_fc1",)),
+        "down": ("mlp.linear_fc2",),
+    },
+    MoEConfig: {
+        "experts": ("mlp.experts.linear_fc1", "mlp.experts.linear_fc2"),
+        "shared": ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"),
+        "latent_down": ("mlp.fc1_latent_proj",),
+        "latent_up": ("mlp.fc2_latent_proj",),
+    },
+}
+"""Modules of a layer in Megatron-LM by component of the ledger."""
+
+ENGINE: Mapping[str, Mapping[str, str]] = {
+    "bf16": {},
+    "fp8": {"fp8_quantization_recipe": "tensorwise", "fp8_format": "hybrid"},
+    "fp8-blocks": {"fp8_quantization_recipe": "blockwise"},
+    "mxfp8": {"fp8_quantization_recipe": "mxfp8"},
+    "nvfp4": {"fp4_quantization_recipe": "nvfp4"},
+}
+"""Formats as Megatron-LM names the recipes of Transformer Engine."""
+
+DEFAULTS = {
+    "fp8": "FP8_DEFAULT_CFG", "mxfp8": "MXFP8_DEFAULT_CFG", "mxfp4": "MXFP4_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG",
+}  # fmt: skip
+KV = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
+"""Formats as Model-Optimizer names its recipes for all linear layers, and for keys and values."""
+
+
+def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
+    """The content of the file that Megatron-LM takes as `--te-precision-config-file`; JSON is YAML.
+
+    Its matchers are in order, and the first that matches the path of a module decides.
+
+    Raises:
+        ValueError: what Megatron-LM cannot express, by name, or a recipe that does not fit the model.
+
+    Source: Megatron Core, `core/quantization/quant_config.py` and `core/extensions/transformer_engine.py`.
+    """
+    formats: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in in_formats(model.ledger(1), recipe):
+        component, weight = row.entry.component, row.entry.weight or "bf16"
+        if not row.entry.sums_over or (component in HIGH and weight in UNQUANTIZED):
+            continue
+        if weight not in ENGINE:
+            raise refuse(f"precision of {component}", weight, MEGATRON, ", ".join(ENGINE))
+        _check_rounding(recipe, weight)
+        if row.letter == MTP_LETTER:
+            modules: tuple[str, ...] = ("mtp",)
+        else:
+            block = model.blocks[row.letter] if row.letter else None
+            modules = MODULES.get(type(block), {}).get(component, ()) if block is not None else ()
+        if not modules:
+            raise refuse(f"precision of {component}", weight, MEGATRON, "bf16")
+        for module in modules:
+            layer = -1 if row.layer is None else row.layer
+            if formats[module].setdefault(layer, weight) != weight:
+                where = "multi-token prediction" if row.layer is None else f"layer {layer}"
+                allowed = f"{formats[module][layer]!r}, as of all that is in {module},"
+                raise refuse(f"precision of {component} in {where}", weight, MEGATRON, allowed)
+    return {"configs": _configs(formats), "matchers": _matchers(formats)}
+
+
+def _check_rounding(recipe: Recipe, format: str) -> None:
+    """Refuses switches that Transformer Engine's recipe of a format does not have."""
+    plain = Recipe()
+    for field in ("forward", "input_gradient", "weight_gradient", "until", "kv", "state"):
+        if (value := getattr(recipe, field)) != (allowed := getattr(plain, field)):
+            raise refuse(f"precision.{field}", _plain(value), MEGATRON, repr(_plain(allowed)))
+    if format in UNQUANTIZED:
+        return
+    own = TRAINED[format]
+    fields = ("stochastic", "hadamard", "hadamard_size", "square_weights", "four_over_six", "scale_rounding")
+    for field in fields:
+        given = recipe.model_copy(update={name: getattr(own, name) for name in fields if name != field})
+        if products_of(given, own.format) != products_of(own, own.format):
+            raise refuse(f"precision.{field}", getattr(recipe, field), MEGATRON, repr(getattr(own, field)))
+
+
+def _plain(value: Any) -> Any:
+    """A field of a recipe as an error shows it."""
+    return {"forward": value.forward, "backward": value.backward} if isinstance(value, Until) else value
+
+
+def _configs(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    used = {weight for by_layer in formats.values() for weight in by_layer.values()}
+    return {
+        name: {
+            "transformer_engine_config_type": "TEQuantizationParams",
+            # A module is quantised although the recipe of the whole model is bf16.
+            "training_recipe": {**engine, **({"override_nonquantized_autocast": True} if engine else {})},
+        }
+        for name, engine in ENGINE.items()
+        if name in used or name == "bf16"
+    }
+
+
+def _matchers(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
+    """For every module the layers that differ from most layers, and then all layers; the rest is bf16."""
+    rules: list[tuple[str, str, str]] = []
+    for module, by_layer in formats.items():
+        usual = Counter(by_layer.values()).most_common(1)[0][0]
+        if module == "mtp":
+            rules.insert(0, ("mtp", "*mtp.*", usual))
+            continue
+        for layer, weight in by_layer.items():
+            if weight != usual:
+                rules.append((f"{module}, layer {layer}", f"*decoder.layers.{layer}.{module}", weight))
+        rules.append((module, f"*decoder.layers.*.{module}", usual))
+    rules.append(("others", "*", "bf16"))
+    return {
+        name: {"type": "glob", "pattern": pattern, "config": weight, "enabled": True} for name, pattern, weight in rules
+    }
+
+
+def model_optimizer_names(recipe: Recipe) -> tuple[str, ...]:
+    """The names of Model-Optimizer's recipes: of all linear layers, and of keys and values where they are quantised.
+
+    They leave head and routers as they are, and so does a recipe here.
+
+    Raises:
+        ValueError: what these recipes do not express, by name.
+
+    Source: Model-Optimizer, `modelopt/torch/quantization/config.py`.
+    """
+    if recipe.format not in DEFAULTS:
+        raise refuse("precision.format", recipe.format, MODEL_OPTIMIZER, ", ".join(DEFAULTS))
+    for i, rule in enumerate(recipe.rules):
+        if rule.format not in UNQUANTIZED or not rule.components or not HIGH.issuperset(rule.components):
+            raise refuse(f"precision.rules.{i}", rule.model_dump(), MODEL_OPTIMIZER, "one format for all linear layers")
+    plain = Recipe()
+    for field in Recipe.model_fields:
+        value = getattr(recipe, field)
+        if field not in ("format", "rules", "kv") and value != getattr(plain, field):
+            raise refuse(f"precision.{field}", _plain(value), MODEL_OPTIMIZER, repr(_plain(getattr(plain, field))))
+    if recipe.kv is None:
+        return (DEFAULTS[recipe.format],)
+    if recipe.kv not in KV:
+        raise refuse("precision.kv", recipe.kv, MODEL_OPTIMIZER, ", ".join(KV))
+    return (DEFAULTS[recipe.format], KV[recipe.kv])

@@ -1,0 +1,142 @@
+"""Recipes of precision as Megatron-LM and Model-Optimizer read them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import tiny, write_corpus
+
+from explore.cli import main
+from explore.cost import in_formats
+from explore.interop import model_optimizer_names, te_quant
+from explore.interop.precision import MODULES
+from explore.model import ModelConfig
+from explore.precision import Recipe, named
+from explore.presets import preset
+from explore.runs import write_json
+
+SMALL = ModelConfig.model_validate(
+    {
+        "d_model": 64,
+        "vocab_size": 256,
+        "pattern": "ME*-ME",
+        "blocks": {"E": {"n_experts": 4, "top_k": 2, "d_expert": 32, "d_shared": 64, "d_latent": 32}},
+    }
+)
+
+
+def recipe(**fields: Any) -> Recipe:
+    return Recipe.model_validate(fields)
+
+
+def chosen(content: dict[str, Any], path: str) -> str:
+    """The config of a module, as Megatron-LM finds it."""
+    configs = (each["config"] for each in content["matchers"].values() if fnmatch(path, each["pattern"]))
+    return str(next(configs))
+
+
+@pytest.mark.parametrize(
+    ("model", "how"),
+    [
+        (preset("nemotron-3-super"), named("nemotron-3-nvfp4")),
+        (preset("nemotron-h-8b"), named("nemotron-h-fp8")),
+        (SMALL, named("nvfp4")),
+        (SMALL, recipe(base="mxfp8", rules=[{"format": "bf16", "layers": [1], "components": ["experts"]}])),
+    ],
+    ids=["super", "nemotron-h", "small", "one layer"],
+)
+def test_the_matchers_give_every_module_the_format_of_the_ledger(model: ModelConfig, how: Recipe) -> None:
+    content = te_quant(model, how)
+    assert set(content["configs"]) >= {each["config"] for each in content["matchers"].values()}
+    n_checked = 0
+    for row in in_formats(model.ledger(1), how):
+        if row.layer is not None and row.entry.sums_over:
+            modules = MODULES[type(model.blocks[row.letter])].get(row.entry.component, ())
+            for module in modules:
+                assert chosen(content, f"decoder.layers.{row.layer}.{module}") == row.entry.weight
+                n_checked += 1
+    assert n_checked >= 2 * model.n_layers
+    assert chosen(content, "output_layer") == "bf16"
+    assert chosen(content, "mtp.layers.0.eh_proj") == "bf16"
+    recipes = {name: each["training_recipe"] for name, each in content["configs"].items()}
+    assert recipes["bf16"] == {}
+    for name, key, engine in (("nvfp4", "fp4", "nvfp4"), ("mxfp8", "fp8", "mxfp8"), ("fp8", "fp8", "tensorwise")):
+        if name in recipes:
+            assert recipes[name][f"{key}_quantization_recipe"] == engine
+            assert recipes[name]["override_nonquantized_autocast"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "mxfp4"}, "precision of in_proj: 'mxfp4' cannot be written for Megatron-LM; only bf16, fp8, fp8-bl"),
+        ({"base": "nvfp4", "forward": False}, "precision.forward: False cannot be written for Megatron-LM; only True"),
+        (
+            {"base": "nvfp4", "until": 0.8},
+            "precision.until: {'forward': 0.8, .* cannot .*; only {'forward': 1",
+        ),
+        ({"base": "nvfp4", "stochastic": []}, r"precision.stochastic: \(\) cannot .*; only \('dy',\) can"),
+        ({"base": "nvfp4", "hadamard_size": 128}, "precision.hadamard_size: 128 cannot .*; only 16 can"),
+        ({"base": "nvfp4", "square_weights": False}, "precision.square_weights: False cannot .*; only True can"),
+        ({"base": "nvfp4", "kv": "fp8"}, "precision.kv: 'fp8' cannot be written for Megatron-LM; only None can"),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp8", "components": ["head"]}]},
+            "precision of head: 'fp8' cannot be written for Megatron-LM; only bf16 can",
+        ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "bf16", "components": ["k_proj"]}]},
+            "precision of k_proj in layer 2: 'bf16' cannot be .*; only 'nvfp4', as of all that is in self_att",
+        ),
+    ],
+    ids=lambda each: str(each)[:40],
+)
+def test_what_megatron_cannot_express_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        te_quant(SMALL, recipe(**fields))
+
+
+def test_one_format_for_all_linear_layers_has_a_name_in_model_optimizer() -> None:
+    assert model_optimizer_names(recipe(format="nvfp4")) == ("NVFP4_DEFAULT_CFG",)
+    assert model_optimizer_names(recipe(format="fp8", kv="fp8")) == ("FP8_DEFAULT_CFG", "FP8_KV_CFG")
+    router = {"format": "fp32", "components": ["router"]}
+    assert model_optimizer_names(recipe(format="mxfp8", rules=[router])) == ("MXFP8_DEFAULT_CFG",)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (named("ultra-ptq"), "precision.format: 'bf16' cannot be written for Model-Optimizer; only fp8, mxfp8"),
+        (named("nemotron-h-fp8"), "precision.rules.0: .* cannot be written for Model-Optimizer; only one format for"),
+        (recipe(format="nvfp4", four_over_six=["w"]), r"precision.four_over_six: \('w',\) cannot .*; only \(\) can"),
+        (recipe(format="nvfp4", state="fp8"), "precision.state: 'fp8' cannot .*; only None can"),
+        (recipe(format="nvfp4", kv="int8"), "precision.kv: 'int8' cannot .*; only fp8, nvfp4 can"),
+    ],
+    ids=lambda each: str(each)[:20],
+)
+def test_what_model_optimizer_has_no_name_for_is_refused(how: Recipe, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_optimizer_names(how)
+
+
+def test_export_prints_the_recipe_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tiny(write_corpus(tmp_path), "M-", train__precision="nvfp4")
+    write_json(tmp_path / "experiment.json", {"key": one.key(), "experiment": one.model_dump(mode="json")})
+
+    def run(to: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["explore", "export", str(tmp_path), "--to", to])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    code, out, _ = run("te-quant")
+    assert (code, json.loads(out)) == (0, te_quant(one.model, named("nvfp4")))
+    code, out, err = run("model-optimizer")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: precision.stochastic: ('dy',) cannot be written for Model-Optimizer")
