@@ -1,0 +1,98 @@
+"""What does training in low precision cost in bits per byte, and which pass costs it?
+
+One LatentMoE hybrid, `MEM*EME`, with about a million active parameters and 20 training tokens for each. Its arms differ
+in precision alone: bf16; FP8 with a scale for each tensor; MXFP8; NVFP4 by its whole recipe; NVFP4 in the forward
+products only, and in those of both gradients only. Expected from print: FP8 within noise, NVFP4 1 to 2.5% behind, and
+most of that from the forward products. All arms have the learning rate of bf16, as in print.
+
+Primary, named beforehand: FP8, MXFP8 and NVFP4 against bf16, with four seeds. Budget: a step in emulated precision
+takes up to three times as long, so this is for a GPU, or for a night.
+
+    explore sweep sweeps/precision.py --trials 6 --workers 2 --records sweeps/records/precision.parquet
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.figures import RunFigure, draw_comparisons, stacked
+from explore.frontier import arms_table, compare
+
+PATTERN, D_MODEL, SEQ_LEN = "MEM*EME", 128, 256
+TOKENS_PER_PARAMETER = 20
+ARMS: Mapping[str, Any] = {
+    "bf16": "bf16",
+    "fp8": "fp8",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+    "nvfp4-forward": {"base": "nvfp4", "input_gradient": False, "weight_gradient": False},
+    "nvfp4-backward": {"base": "nvfp4", "forward": False},
+}
+PRIMARY = ("fp8", "mxfp8", "nvfp4")
+NAMES = {
+    "fp8": "FP8, a scale a tensor",
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
+    "nvfp4-forward": "NVFP4, forward only",
+    "nvfp4-backward": "NVFP4, backward only",
+}
+
+objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
+sampler = "grid"
+grid = {"arm": tuple(ARMS)}
+seeds = 4
+
+
+def model() -> ModelConfig:
+    """The hybrid; every width is a multiple of 32, the longest block of these formats."""
+    blocks: dict[str, Any] = {
+        "M": {"d_head": 32, "n_heads": 8, "d_state": 16, "n_groups": 1, "chunk_size": 64},
+        "*": {"d_head": 32, "n_heads": 4, "n_kv_heads": 2},
+        "E": {
+            "n_experts": 64,
+            "top_k": 8,
+            "d_expert": D_MODEL,
+            "d_latent": D_MODEL // 4,
+            "d_shared": D_MODEL,
+            "routed_scaling_factor": 1.0,
+            "bias_update_rate": 0.01,
+        },
+    }
+    return ModelConfig.model_validate({"d_model": D_MODEL, "vocab_size": 2048, "pattern": PATTERN, "blocks": blocks})
+
+
+def experiment(trial: optuna.Trial) -> Experiment:
+    """One arm; only its precision differs from the others."""
+    arm, hybrid = trial.suggest_categorical("arm", tuple(ARMS)), model()
+    return Experiment(
+        name=arm,
+        model=hybrid,
+        data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=3),
+        train=TrainConfig(
+            tokens=TOKENS_PER_PARAMETER * hybrid.cost(SEQ_LEN).params_active_no_input_embedding,
+            batch_size=32,
+            lr=6.5e-3,
+            precision=ARMS[arm],
+            eval_tokens=262_144,
+        ),
+    )
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm, and the differences from bf16, also as shares of it."""
+    runs = runs[runs["status"] == "finished"].assign(arm=lambda table: table["name"])
+    differences = compare(runs, "arm", "bf16", primary=PRIMARY)
+    baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
+    shares = differences.assign(**{name: differences[name] / baseline for name in ("difference", "low", "high")})
+    return {"arms": arms_table(runs, "arm", "bf16"), "differences": differences, "shares": shares}
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """What every arm loses to bf16, as a share."""
+    drawn, (panel,) = stacked([2.2], "What does training in low precision cost?")
+    percent = tables["shares"].assign(**{name: 100 * tables["shares"][name] for name in ("difference", "low", "high")})
+    draw_comparisons(panel, percent, NAMES, "Test bits per byte, difference from bf16 (%)")
+    return drawn
