@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 ECHO_CHARS = 80
 GAP = "..."
+
+_PASSWORDS = re.compile(
+    r"""((?:postgres|mysql|mariadb|oracle|mssql|grpc|redis|https?)[\w+]*:/{1,3}[^\s/:@'"[]*)  # scheme and user
+        :(?:[^\s'"]+(?=@)|(?!\d+\b)[^\s'"]+)  # up to the last @; or, if it was forgotten, what is no port
+      | ([?&]\w*(?:pass|pwd|secret|token)\w*)=[^&\s'"]+""",
+    re.VERBOSE,
+)
+"""Passwords in the addresses of databases, before their host or in their query."""
 
 
 def echo(value: object) -> str:
@@ -23,6 +32,11 @@ def shorten(text: str, length: int = ECHO_CHARS) -> str:
     """A text of at most this many characters, cut in the middle."""
     half = (length - len(GAP)) // 2
     return text if len(text) <= length else text[: length - len(GAP) - half] + GAP + text[-half:]
+
+
+def hide_passwords(text: str) -> str:
+    """A line with the addresses of databases in it, without their passwords."""
+    return _PASSWORDS.sub(lambda match: match[1] or match[2], text)
 
 
 def parse_json(text: str | bytes) -> Any:

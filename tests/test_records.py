@@ -183,3 +183,12 @@ def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pyt
     assert trained == list(there.keys() - here.keys())
     assert here.items() <= there.items()
     assert len(load_runs(packed)) == 4
+
+
+@pytest.mark.parametrize("name", ["s.csv", "corpus.txt/s.parquet"])
+def test_a_table_of_records_that_cannot_be_written_is_found_before_the_first_trial(tmp_path: Path, name: str) -> None:
+    sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
+    options = TrialOptions(notes=False)
+    with pytest.raises((ValueError, OSError), match=r"the suffix must be|corpus"):
+        run_sweep(sweep, 1, runs, records=tmp_path / name, options=options, console=quiet())
+    assert not [trial for trial in study_of(runs).trials if trial.state.is_finished()]

@@ -227,13 +227,14 @@ def test_a_space_that_is_used_up_is_said_and_no_further_trials_are_drawn(tmp_pat
         assert " were rejected, such as: too large" in said[0]
 
 
-def test_what_is_still_queued_is_trained_though_the_space_is_used_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("about", [{}, {"exhausted": True}])
+def test_what_is_still_queued_is_trained_though_the_space_is_used_up(tmp_path: Path, about: dict[str, Any]) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path, tokens=128)), tmp_path / "runs"
     run(sweep, 1, runs)
     study = study_of(runs)
     for _ in range(TRIES):
         trial = study.ask()
-        for name, value in {"outcome": "rejected", "reason": "repeats trial 0"}.items():
+        for name, value in {"outcome": "rejected", "reason": "repeats trial 0", **about}.items():
             trial.set_user_attr(name, value)
         study.tell(trial, state=TrialState.PRUNED)
     assert run(sweep, 2, runs).complete == 1

@@ -304,7 +304,7 @@ def test_a_signal_ends_all_workers_and_leaves_their_trials_to_the_next_start(
         workers = children_of(process.pid)
         assert len(workers) == (n_workers if n_workers > 1 else 0)
         os.killpg(process.pid, signum) if to_all else os.kill(process.pid, signum)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == code
     (line,) = said.splitlines()
     assert line.startswith("interrupted; " if signum == signal.SIGINT else "terminated; ")

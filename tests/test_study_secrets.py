@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from small_sweeps import quiet, write_sweep
 
+from explore.cli import main
+from explore.foreign import hide_passwords
 from explore.study import TrialOptions, load_sweep, run_sweep, serve_storage
 from explore.study.secrets import hide_in_arguments, hide_secrets, without_password
 from explore.study.watching import find_study
@@ -55,6 +57,37 @@ def test_a_url_that_is_no_storage_is_refused_without_its_password() -> None:
         with pytest.raises(ValueError, match="postgresql:/me@host/db") as refusal:
             call()
         assert "s3cret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:s3:c@ret@host:1/db: no such sweep file", "postgresql://me@host:1/db: no such sweep file"),
+        ("'postgresql+psycopg:/me:1234@host/db' does not exist", "'postgresql+psycopg:/me@host/db' does not exist"),
+        ("mysql://me:s3cret/db: cannot be read", "mysql://me cannot be read"),
+        ("mysql://host/db?user=me&password=s3cret: no", "mysql://host/db?user=me&password no"),
+        (
+            "grpc://host:1 and grpc://host:1/x and 'grpc://[::1]:5'",
+            "grpc://host:1 and grpc://host:1/x and 'grpc://[::1]:5'",
+        ),
+        ("runs/a:b: C:/x: hf:me/data:config@v1", "runs/a:b: C:/x: hf:me/data:config@v1"),
+    ],
+)
+def test_an_error_shows_an_address_without_its_password(text: str, shown: str) -> None:
+    assert hide_passwords(text) == shown
+
+
+@pytest.mark.parametrize("command", ["sweep", "table", "watch", "train", "proxy"])
+def test_a_url_in_the_wrong_place_is_refused_without_its_password(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["explore", command, "postgresql:/me:s3cret@host/db"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "postgresql:/me@host/db" in said
+    assert "s3cret" not in said
 
 
 @pytest.mark.parametrize("form", ["--storage {}", "--storage={}"])

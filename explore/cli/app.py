@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from explore.foreign import shorten
+from explore.foreign import hide_passwords, shorten
 from explore.machine import is_passing
 from explore.terminal import plain_console, replace_unprintable
 from explore.termination import TerminatedError, termination_handled
@@ -59,7 +59,7 @@ def _refuse(error: Exception) -> NoReturn:
     message = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
     if isinstance(error, OverflowError):
         message = f"a number is too large to count with ({error})"
-    line = " ".join(message.split())
+    line = hide_passwords(" ".join(message.split()))
     print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
     sys.exit(2)
 

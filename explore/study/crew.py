@@ -162,6 +162,7 @@ def _kept(records: Path | None, runs: Path, say: Say) -> Iterator[None]:
         return
     if records.exists() and (n := unpack_runs(records, runs)):
         say(f"{records}: {n} runs taken up, which are not trained again")
+    pack_runs(records, runs)  # now, since a wrong name or folder would be found only after hours
     over = threading.Event()
 
     def keep() -> None:

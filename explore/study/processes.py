@@ -34,7 +34,7 @@ Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
 DEATHS = 5
 """Deaths for each worker, without a trial that ends in between, after which the sweep ends with an error."""
-GRACE_S = 10.0
+GRACE_S = 20.0
 """Seconds that a worker has to give its trial back after SIGTERM, before it is killed."""
 
 

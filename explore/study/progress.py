@@ -37,7 +37,7 @@ def why_used_up(trials: Sequence[FrozenTrial]) -> str | None:
     exhausted = next((trial for trial in trials if trial.user_attrs.get(EXHAUSTED)), None)
     if exhausted is not None:
         return str(exhausted.user_attrs["reason"])
-    reasons = []
+    reasons: list[str] = []
     for trial in reversed(trials):
         if trial.state == TrialState.RUNNING or is_left(trial):
             continue
