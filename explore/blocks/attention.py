@@ -22,6 +22,7 @@ from explore.blocks.declarations import (
     Group,
     Layout,
     Powers,
+    Probe,
     Role,
     Stops,
     Uncounted,
@@ -193,7 +194,8 @@ class AttentionConfig(BlockConfig):
 
     def axes(self) -> tuple[Axis, ...]:
         """Heads of keys and values, and those of queries that share them; single channels come in pairs with RoPE."""
-        return (Axis("n_kv_heads", self.n_kv_heads), Axis("n_heads", self.n_heads, within="n_kv_heads"))
+        probe = Probe("o_proj", "input")
+        return (Axis("n_kv_heads", self.n_kv_heads), Axis("n_heads", self.n_heads, within="n_kv_heads", probe=probe))
 
     def layout(self) -> Layout:
         q: Dim = (("n_heads", self.d_head),)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks.declarations import Axis, Draw, Group, Layout, Region, Role, Stops, Uncounted
+from explore.blocks.declarations import Axis, Draw, FusedNorm, Group, Layout, Region, Role, Stops, Uncounted
 from explore.blocks.saved import Ranks
 from explore.blocks.state import State
 from explore.config import Config
 from explore.cost import ConventionName, Entry, Saved
-from explore.ops import Quantizer, linear, rms_norm
+from explore.ops import Quantizer, Visit, linear, rms_norm
 
 
 class RouterStats(NamedTuple):
@@ -77,6 +77,10 @@ class RoutedMixer(Mixer[State]):
             load: tokens that went to each expert in the step.
         """
 
+    @abstractmethod
+    def visits(self, x: Float[Tensor, "batch seq d_model"]) -> Iterator[Visit]:
+        """What each expert computes of a sequence, one expert after another."""
+
 
 class BlockConfig(Config, ABC):
     """Sizes of one kind of block, and all that is known of the kind; `d_model` belongs to the model and is passed in.
@@ -94,6 +98,7 @@ class BlockConfig(Config, ABC):
         lines: components that a comparison of conventions shows as one line, by the name of the line.
         draws: what a search draws, by name; `sized` makes sizes of it.
         ranks: how weights and products are divided where a model is trained on many devices.
+        fused_norms: norms that no module computes, by the name of their weight.
     """
 
     label: ClassVar[str]
@@ -104,6 +109,7 @@ class BlockConfig(Config, ABC):
     lines: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     draws: ClassVar[Mapping[str, Draw]] = {}
     ranks: ClassVar[Ranks] = Ranks()
+    fused_norms: ClassVar[Mapping[str, FusedNorm]] = {}
 
     kind: str
 

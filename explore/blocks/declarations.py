@@ -117,6 +117,34 @@ def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
 
 
+class Probe(NamedTuple):
+    """Activations by which the indices of an axis are scored.
+
+    Attributes:
+        module: of the mixer; its weight has the axis.
+        side: what the module reads, or what it gives.
+        stretches: of that dimension, by position, all when empty; of several ones the scores are multiplied.
+        squares: sum squares over all positions of the text, rather than take the mean size over those of a sequence.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    stretches: tuple[int, ...] = ()
+    squares: bool = False
+
+
+class FusedNorm(NamedTuple):
+    """A norm over some axes that an op computes, so that no module gives its output.
+
+    Attributes:
+        read_by: module that reads what it gives.
+        groups: axis of whose indices each has a mean square of its own.
+    """
+
+    read_by: str
+    groups: str
+
+
 class Axis(NamedTuple):
     """Indices of a trained block of which some can be kept and the others cut away.
 
@@ -129,6 +157,9 @@ class Axis(NamedTuple):
         per_index: the field counts those within one index of `within`, not all of them.
         prefix: only the first ones can be kept.
         rotatable: a rotation of the indices changes nothing in the maths, so that principal axes can be kept instead.
+        probe: activations that score it. Without one the score is that of all that lies within an index.
+        inner: the score is a sum over the kept indices of this axis, which is chosen before.
+        powers: of the norms of weights whose product is the magnitude of an index, where they are not all 1.
     """
 
     name: str
@@ -138,6 +169,9 @@ class Axis(NamedTuple):
     per_index: bool = False
     prefix: bool = False
     rotatable: bool = False
+    probe: Probe | None = None
+    inner: str = ""
+    powers: tuple[tuple[str, int], ...] = ()
 
 
 Dim = tuple[tuple[str | int, ...], ...]

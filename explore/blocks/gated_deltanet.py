@@ -23,6 +23,7 @@ from explore.blocks.declarations import (
     Group,
     Layout,
     Powers,
+    Probe,
     Region,
     Role,
     Stops,
@@ -251,7 +252,8 @@ class GatedDeltaNetConfig(BlockConfig):
 
     def axes(self) -> tuple[Axis, ...]:
         """Heads of keys, and those of values that share them."""
-        return (Axis("n_key_heads", self.n_key_heads), Axis("n_heads", self.n_heads, within="n_key_heads"))
+        probe = Probe("out_proj", "input")
+        return (Axis("n_key_heads", self.n_key_heads), Axis("n_heads", self.n_heads, within="n_key_heads", probe=probe))
 
     def layout(self) -> Layout:
         keys, values = ("n_key_heads", self.d_k), ("n_heads", self.d_v)

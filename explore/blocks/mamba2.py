@@ -20,9 +20,11 @@ from explore.blocks.declarations import (
     Axis,
     Dim,
     Draw,
+    FusedNorm,
     Group,
     Layout,
     Powers,
+    Probe,
     Region,
     Role,
     Stops,
@@ -64,6 +66,8 @@ class Mamba2Config(BlockConfig):
         "n_groups": Powers(1, 4),
     }
     ranks: ClassVar[Ranks] = Ranks(full_width=("conv1d",))
+
+    fused_norms: ClassVar[Mapping[str, FusedNorm]] = {"norm.weight": FusedNorm("out_proj", "n_groups")}
 
     kind: Literal["mamba2"] = "mamba2"
     n_heads: PositiveInt
@@ -230,11 +234,12 @@ class Mamba2Config(BlockConfig):
 
     def axes(self) -> tuple[Axis, ...]:
         """Every head keeps the same channels, and every group the same indices of B and C."""
+        x, BC = Probe("in_proj", "output", (1,), squares=True), Probe("in_proj", "output", (2, 3))
         return (
             Axis("n_groups", self.n_groups),
-            Axis("n_heads", self.n_heads, within="n_groups"),
-            Axis("d_head", self.d_head),
-            Axis("d_state", self.d_state),
+            Axis("d_head", self.d_head, probe=x),
+            Axis("n_heads", self.n_heads, within="n_groups", probe=x, inner="d_head"),
+            Axis("d_state", self.d_state, probe=BC),
         )
 
     def layout(self) -> Layout:

@@ -22,6 +22,7 @@ from explore.blocks.declarations import (
     Group,
     Layout,
     Powers,
+    Probe,
     Role,
     Stops,
     Uncounted,
@@ -172,8 +173,9 @@ class MLAConfig(BlockConfig):
         return 2 * self.n_heads * (self.d_nope + self.d_rope + self.d_v)
 
     def axes(self) -> tuple[Axis, ...]:
-        q_rank = () if self.q_rank is None else (Axis("q_rank", self.q_rank),)
-        return (Axis("n_heads", self.n_heads), *q_rank, Axis("kv_rank", self.kv_rank))
+        q_rank = () if self.q_rank is None else (Axis("q_rank", self.q_rank, probe=Probe("q_norm", "output")),)
+        kv_rank = Axis("kv_rank", self.kv_rank, probe=Probe("kv_norm", "output"))
+        return (Axis("n_heads", self.n_heads, probe=Probe("o_proj", "input")), *q_rank, kv_rank)
 
     def layout(self) -> Layout:
         q: Dim = (("n_heads", self.d_nope + self.d_rope),)

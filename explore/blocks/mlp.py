@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Linear, Mixer
-from explore.blocks.declarations import D_MODEL, Axis, Dim, Draw, Group, Layout, Role, Stops, ladder, width
+from explore.blocks.declarations import D_MODEL, Axis, Dim, Draw, Group, Layout, Probe, Role, Stops, ladder, width
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
 from explore.blocks.state import State
 from explore.cost import Entry, Saved, linear_input, matrix
@@ -64,7 +64,8 @@ class MLPConfig(BlockConfig):
         check_divides("tp", tp, "d_ff", self.d_ff)
 
     def axes(self) -> tuple[Axis, ...]:
-        return (Axis("d_ff", self.d_ff),)
+        powers = powers_of(self.activation, "up.weight", "down.weight")
+        return (Axis("d_ff", self.d_ff, probe=Probe("down", "input"), powers=powers),)
 
     def layout(self) -> Layout:
         return mlp_layout((("d_ff",),))
@@ -76,6 +77,14 @@ class MLPConfig(BlockConfig):
 def mlp_layout(inner: Dim) -> Layout:
     """The weights of an MLP whose inner width is `inner`."""
     return {"up.weight": (inner, D_MODEL), "gate.weight": (inner, D_MODEL), "down.weight": (D_MODEL, inner)}
+
+
+def powers_of(activation: Activation, up: str, down: str) -> tuple[tuple[str, int], ...]:
+    """Powers of the norms of weights in the magnitude of an inner channel.
+
+    A squared ReLU gives the same where a row of `up` is a times as large and a column of `down` a^2 times smaller.
+    """
+    return () if is_gated(activation) else ((up, 2), (down, 1))
 
 
 class MLP(Mixer[State]):

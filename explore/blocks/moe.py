@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -13,27 +13,14 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 
 from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer, RouterStats, parameter
-from explore.blocks.declarations import (
-    D_MODEL,
-    WHOLE,
-    Axis,
-    Dim,
-    Draw,
-    Group,
-    Layout,
-    Powers,
-    Role,
-    Stops,
-    ladder,
-    leaf,
-    width,
-)
-from explore.blocks.mlp import MLPConfig, mlp_layout
+from explore.blocks.declarations import Axis, Draw, Group, Layout, Powers, Role, Stops, ladder, leaf, width
+from explore.blocks.mlp import MLPConfig
+from explore.blocks.moe_axes import moe_axes, moe_layout
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
 from explore.blocks.state import State
 from explore.config import added_later
 from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, product, vector
-from explore.ops import Activation, experts, is_gated, linear
+from explore.ops import Activation, Visit, experts, is_gated, linear, visits
 
 SMALLEST_SCORE = 2.0**-100
 """Far below any score that matters, and large enough that neither sums nor gradients of shares leave fp32."""
@@ -292,46 +279,10 @@ class MoEConfig(BlockConfig):
         return {f"experts, {sizes}": lambda: experts(x, chosen, weights, up, gate, down, self.activation)}
 
     def axes(self) -> tuple[Axis, ...]:
-        """Experts keep channels of their own, equally many each.
-
-        What experts read and what they write are two latents of one width, each with channels and a rotation of its
-        own. A norm of a latent forbids to rotate it.
-        """
-        axes = [
-            Axis("n_experts", self.n_experts),
-            Axis("top_k", self.top_k, prefix=True),
-            Axis("d_expert", self.n_experts * self.d_expert, within="n_experts", per_index=True),
-        ]
-        if self.d_shared is not None and self.n_shared:
-            axes.append(Axis("n_shared", self.n_shared))
-            axes.append(Axis("d_shared", self.n_shared * self.d_shared, within="n_shared", per_index=True))
-        if self.d_latent is not None:
-            axes.append(Axis("d_latent", self.d_latent, rotatable=self.latent_norm != "input"))
-            rotatable = self.latent_norm != "combined"
-            axes.append(Axis("d_latent_out", self.d_latent, field="d_latent", rotatable=rotatable))
-        return tuple(axes)
+        return moe_axes(self)
 
     def layout(self) -> Layout:
-        experts: Dim = (("n_experts",),)
-        inner: Dim = (("d_expert",),)
-        read, written = (D_MODEL, D_MODEL) if self.d_latent is None else ((("d_latent",),), (("d_latent_out",),))
-        shared = mlp_layout((("d_shared",),))
-        return {
-            "router.weight": (experts, read if self.router_input == "latent" else D_MODEL),
-            "router.bias": (experts,),
-            "expert_bias": (experts,),
-            "latent_down.weight": (read, D_MODEL),
-            "latent_norm.weight": (read if self.latent_norm == "input" else written,),
-            "up": (experts, read, inner),
-            "gate": (experts, read, inner),
-            "down": (experts, inner, written),
-            "up_bias": (experts, inner),
-            "gate_bias": (experts, inner),
-            "down_bias": (experts, written),
-            "latent_up.weight": (D_MODEL, written),
-            **{f"shared.{name}": dims for name, dims in shared.items()},
-            "shared_gate.weight": (WHOLE, D_MODEL),
-        }
+        return moe_layout(self)
 
     def build(self, d_model: int) -> MoE:
         return MoE(self, d_model)
@@ -392,11 +343,7 @@ class MoE(RoutedMixer):
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
-        routed = x if self.latent_down is None else self.latent_down(x)
-        scores = self._scores(routed if self.config.router_input == "latent" else x)
-        chosen, weights = self.route(scores)
-        if self.config.latent_norm == "input" and self.latent_norm is not None:
-            routed = self.latent_norm(routed)
+        routed, scores, chosen, weights = self._sent(x)
         y = experts(
             routed.flatten(0, 1),
             chosen.flatten(0, 1),
@@ -405,7 +352,7 @@ class MoE(RoutedMixer):
             self.gate,
             self.down,
             self.config.activation,
-            None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.gate_bias, self.down_bias),
+            self._biases(),
             self.quantizer,
             n_sequences=len(x),
         ).view_as(routed)
@@ -417,6 +364,24 @@ class MoE(RoutedMixer):
             shared, _ = self.shared(x)
             y = y + (shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid())
         return y, self._stats(scores, chosen) if state is None else None
+
+    def visits(self, x: Float[Tensor, "batch seq d_model"]) -> Iterator[Visit]:
+        routed, _, chosen, weights = self._sent(x)
+        sent = (routed.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
+        return visits(*sent, self.up, self.gate, self.down, self.config.activation, self._biases())
+
+    def _biases(self) -> tuple[Tensor, Tensor | None, Tensor] | None:
+        if self.up_bias is None or self.down_bias is None:
+            return None
+        return self.up_bias, self.gate_bias, self.down_bias
+
+    def _sent(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What experts read of each token, its scores, the experts that it is sent to, and their weights."""
+        routed = x if self.latent_down is None else self.latent_down(x)
+        scores = self._scores(routed if self.config.router_input == "latent" else x)
+        if self.config.latent_norm == "input" and self.latent_norm is not None:
+            routed = self.latent_norm(routed)
+        return routed, scores, *self.route(scores)
 
     def route(
         self, scores: Float[Tensor, "batch seq n_experts"]

@@ -8,7 +8,7 @@ from explore.ops.attention import attention, rotate
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from explore.ops.divergence import Divergence, linear_kl, logits_kl
-from explore.ops.experts import experts
+from explore.ops.experts import Visit, experts, visits
 from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
 from explore.ops.loss import linear_cross_entropy
@@ -42,6 +42,7 @@ __all__ = [
     "OpPath",
     "Quantizer",
     "StateRounding",
+    "Visit",
     "activate",
     "attention",
     "causal_conv1d",
@@ -73,4 +74,5 @@ __all__ = [
     "ssd",
     "ssd_chunked",
     "ssd_recurrent",
+    "visits",
 ]

@@ -10,7 +10,7 @@ all that copying and adding up need to know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,41 @@ def experts(
     path = {"loop": _loop, "dense": _dense}.get(name, _padded)
     offsets = (None if bias is None else bias.to(dtype) for bias in biases or (None, None, None))
     return path(x, chosen, weights, _Experts(activation, up, gate, down, *offsets))
+
+
+class Visit(NamedTuple):
+    """What one expert computes.
+
+    Attributes:
+        tokens: that were sent to it.
+        weights: with which its output is added for each of them.
+        inner: what its `down` reads.
+        output: before the weight.
+    """
+
+    tokens: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"]
+    inner: Float[Tensor, "n f"]
+    output: Float[Tensor, "n d"]
+
+
+def visits(
+    x: Float[Tensor, "t d"],
+    chosen: Int[Tensor, "t k"],
+    weights: Float[Tensor, "t k"],
+    up: Float[Tensor, "e d f"],
+    gate: Float[Tensor, "e d f"] | None,
+    down: Float[Tensor, "e f d"],
+    activation: Activation,
+    biases: tuple[Tensor, Tensor | None, Tensor] | None = None,
+) -> Iterator[Visit]:
+    """What `experts` adds up, one expert after another."""
+    mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
+    for i in range(len(up)):
+        tokens, place = (chosen == i).nonzero(as_tuple=True)
+        one = _Experts(activation, *(None if each is None else each[i : i + 1] for each in mlp[1:]))  # type: ignore[arg-type]
+        inner = _inner(one, x[tokens][None])
+        yield Visit(tokens, weights[tokens, place], inner[0], _product(inner, one.down, one.down_bias)[0])
 
 
 class _Experts(NamedTuple):
