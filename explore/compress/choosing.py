@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from explore.blocks import BlockConfig
+from explore.blocks import Axis, BlockConfig
 from explore.compress.surgery import Indices
 
 
-def choose(block: BlockConfig, sizes: Mapping[str, int], scores: Mapping[str, Sequence[float]]) -> dict[str, Indices]:
+def choose(
+    block: BlockConfig, sizes: Mapping[str, int], scores: Callable[[Axis, Mapping[str, Indices]], Sequence[float]]
+) -> dict[str, Indices]:
     """Kept indices of the axes of a block, those with the highest scores; of equal ones the first.
 
     Args:
         sizes: fields of the config, and how many they are to count; what is not named stays whole.
-        scores: of every index, by axis; an axis whose first indices are kept needs none.
+        scores: of every index of an axis, given what is kept of the axes before it.
 
     Raises:
         ValueError: a size that is not between 1 and the parent's, or not equally many within each index of an axis.
@@ -35,7 +37,7 @@ def choose(block: BlockConfig, sizes: Mapping[str, int], scores: Mapping[str, Se
         each = n if axis.per_index else n // n_outer
         if each == share:
             continue
-        rank = [0.0] * axis.size if axis.prefix else scores[axis.name]
+        rank = [0.0] * axis.size if axis.prefix else scores(axis, keep)
         keep[axis.name] = tuple(
             i for k in outer for i in sorted(highest(rank, range(k * share, (k + 1) * share), each))
         )

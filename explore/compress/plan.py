@@ -71,7 +71,7 @@ class Plan(Config):
     layers: tuple[LayerCut, ...]
     drop_mtp: bool = False
     norm_scales: Frozen[str, tuple[float, ...]] = Field(default_factory=dict, validate_default=True)
-    origin: Frozen[str, str | int | float | tuple[str, ...]] = Field(default_factory=dict, validate_default=True)
+    origin: Frozen[str, str | bool | int | float | tuple[str, ...]] = Field(default_factory=dict, validate_default=True)
 
     @model_validator(mode="after")
     def _check(self) -> Plan:
@@ -84,7 +84,7 @@ class Plan(Config):
         return self
 
     @classmethod
-    def keep_all(cls, parent: RunFolder | str | Path | LanguageModel, **origin: str | float) -> Plan:
+    def keep_all(cls, parent: RunFolder | str | Path | LanguageModel, **origin: str | bool | float) -> Plan:
         """The plan that cuts nothing.
 
         Args:

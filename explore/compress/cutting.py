@@ -1,0 +1,240 @@
+"""Cuts: from sizes that a child should have to the plan that keeps the best of its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from explore.blocks import Axis
+from explore.checkpoints import load_model
+from explore.compress.choosing import choose, highest
+from explore.compress.plan import LayerCut, Plan
+from explore.compress.ranking import METHODS, SCORED, Ranking, ranking
+from explore.compress.scores import Scores, finished, score
+from explore.compress.surgery import complete, indices
+from explore.foreign import echo
+from explore.model import LanguageModel, ModelConfig
+from explore.model.layout import model_layout
+from explore.runs import RunFolder
+
+
+@dataclass(frozen=True, eq=False)
+class Cutter:
+    """A parent, and how its parts are ranked: makes plans of any sizes.
+
+    Attributes:
+        whole: the plan that cuts nothing.
+        scores: of the parent on a text, for scales of norms and for principal axes.
+        norm_scales: make up for the mean squares of norms over fewer channels.
+        principal: keep the first principal axes of a latent rather than channels, where no norm forbids it.
+    """
+
+    whole: Plan
+    weights: Mapping[str, Tensor]
+    ranking: Ranking
+    scores: Scores | None
+    norm_scales: bool = True
+    principal: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        run: RunFolder | str | Path,
+        *,
+        by: str = "activation",
+        effect: str = "mse",
+        seed: int = 0,
+        norm_scales: bool = True,
+        principal: bool = False,
+        scores: Scores | None = None,
+    ) -> Cutter:
+        """The cutter of a finished run, which is scored where that is needed and has not been done.
+
+        Raises:
+            ValueError: the run has not finished, the scores are of another parent, or an unknown method.
+        """
+        if by not in METHODS:
+            raise ValueError(f"by must be one of {', '.join(METHODS)}, got {by!r}")
+        folder = finished(run)
+        model = load_model(folder)
+        weights = model.state_dict()
+        whole = Plan.keep_all(model)
+        if scores is None and (by in SCORED or norm_scales or principal):
+            scores, _ = score(folder)
+        if scores is not None and scores.about["parent"] != whole.parent:
+            raise ValueError(
+                f"scores: must be of this parent, with the digest {whole.parent[:12]}, "
+                f"got those of {str(scores.about['parent'])[:12]}"
+            )
+        order = ranking(by, model.config, weights, scores, effect=effect, seed=seed)
+        origin: dict[str, Any] = {"run": folder.path.name, "by": by, "norm_scales": norm_scales}
+        origin |= {"seed": seed} if by == "random" else {"effect": effect}
+        origin |= {} if scores is None else {"scores": scores.key}
+        whole = whole.model_copy(update={"origin": origin})
+        return cls(whole, weights, order, scores, norm_scales, principal)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The parent's config."""
+        return self.whole.parent_model
+
+    def plan(
+        self,
+        sizes: Mapping[str, int],
+        drop: int | Collection[int] = 0,
+        *,
+        drop_mtp: bool = False,
+    ) -> Plan:
+        """The plan of a child with some sizes.
+
+        Args:
+            sizes: `d_model`; the field of a block (`d_ff`) for all layers that have it, or for the layers of a letter
+                (`M.n_heads`), or for one layer by its index (`3.d_ff`); what is not named stays whole.
+            drop: layers that are left out: their indices, or how many of those that matter least.
+            drop_mtp: leave out multi-token prediction.
+
+        Raises:
+            ValueError: an unknown field or layer, or a size that is not possible.
+        """
+        model, dropped = self.model, self.dropped(drop)
+        of_layer, width = self._by_layer(sizes)
+        layers = []
+        for i, block in enumerate(model.layers):
+            if i in dropped:
+                layers.append(LayerCut(drop=True))
+                continue
+            try:
+                keep = choose(block, of_layer[i], partial(self.ranking.axis, i))
+            except ValueError as error:
+                raise ValueError(f"layers.{i}: {error}") from None
+            layers.append(self._rotated(i, keep) if self.principal else LayerCut(keep=keep))
+        stream = None
+        if width is not None:
+            if not 1 <= width <= model.d_model:
+                raise ValueError(f"d_model: must be from 1 to {model.d_model}, got {width}")
+            if width < model.d_model:
+                stream = tuple(sorted(highest(self.ranking.stream(), range(model.d_model), width)))
+        content = {name: getattr(self.whole, name) for name in Plan.model_fields}
+        asked = tuple(f"{name}={n}" for name, n in sizes.items())
+        origin = {**self.whole.origin, "keep": asked, "dropped": tuple(map(str, sorted(dropped)))}
+        changes = {"d_model": stream, "layers": tuple(layers), "drop_mtp": drop_mtp, "origin": origin}
+        plan = Plan.model_validate({**content, **changes})
+        return (
+            plan
+            if not self.norm_scales
+            else Plan.model_validate({**content, **changes, "norm_scales": self._scales(plan)})
+        )
+
+    def child(self, plan: Plan) -> LanguageModel:
+        """The model of a plan."""
+        child = plan.model().build()
+        child.load_state_dict(plan.cut_weights(self.weights))
+        return child.eval()
+
+    def dropped(self, drop: int | Collection[int]) -> frozenset[int]:
+        """The indices of layers that are left out."""
+        n = self.model.n_layers
+        if not isinstance(drop, int):
+            for i in drop:
+                if not 0 <= i < n:
+                    raise ValueError(f"drop: a layer must be from 0 to {n - 1}, got {i}")
+            return frozenset(drop)
+        if not 0 <= drop < n:
+            raise ValueError(f"drop: must be from 0 to {n - 1} of {n} layers, got {drop}")
+        least = [-value for value in self.ranking.layers()] if drop else [0.0] * n
+        return frozenset(highest(least, range(n), drop))
+
+    def _by_layer(self, sizes: Mapping[str, int]) -> tuple[list[dict[str, int]], int | None]:
+        """Sizes of each layer, and of the residual stream."""
+        model = self.model
+        found: list[dict[str, int]] = [{} for _ in model.layers]
+        for name, n in sizes.items():
+            where, _, field = name.rpartition(".")
+            here = [
+                i
+                for i, block in enumerate(model.layers)
+                if where in ("", model.pattern[i], str(i)) and field in fields(block.axes())
+            ]
+            if name == "d_model":
+                continue
+            if not here:
+                raise ValueError(f"keep: {echo(name)} is no size of this parent; allowed are {', '.join(names(model))}")
+            for i in here:
+                found[i][field] = n
+        return found, sizes.get("d_model")
+
+    def _rotated(self, layer: int, keep: Mapping[str, Sequence[int]]) -> LayerCut:
+        """Keeps the first principal axes where channels of a rotatable axis would be kept."""
+        rotate, kept = {}, dict(keep)
+        for axis in self.model.layers[layer].axes():
+            if axis.rotatable and axis.name in keep and self.scores is not None:
+                matrix = self.scores.matrix(layer, axis.name)
+                if matrix is not None:
+                    n = len(keep[axis.name])
+                    rotate[axis.name] = tuple(map(tuple, matrix[:, :n].float().tolist()))
+                    kept[axis.name] = tuple(range(n))
+        return LayerCut(keep=kept, rotate=rotate)  # type: ignore[arg-type]
+
+    def _scales(self, plan: Plan) -> dict[str, tuple[float, ...]]:
+        """sqrt(mean square of what is kept / of all), by norm and group, for norms that lose channels."""
+        if self.scores is None:
+            return {}
+        model, scales = self.model, {}
+        stream = Axis("d_model", model.d_model)
+        width = complete((stream,), {} if plan.d_model is None else {"d_model": plan.d_model})
+        for name, place in model_layout(model).items():
+            moments = self.scores.values("moment", -1, name)
+            if moments is None or (place.layer is not None and plan.layers[place.layer].drop):
+                continue
+            cut = LayerCut() if place.layer is None else plan.layers[place.layer]
+            axes = () if place.block is None else place.block.axes()
+            kept = {**complete(axes, cut.keep), **width}
+            index = indices(place.dims[0], {axis.name: axis for axis in (*axes, stream)}, kept).tolist()
+            if len(index) == len(moments) or any(axis in cut.rotate for stretch in place.dims[0] for axis in stretch):
+                continue
+            fused = None if place.block is None else place.block.fused_norms.get(name.partition(".mixer.")[2])
+            groups = 1 if fused is None else next(axis.size for axis in axes if axis.name == fused.groups)
+            share, factors = len(moments) // groups, []
+            for group in range(groups):
+                here = [moments[i] for i in index if i // share == group]
+                every = moments[group * share : (group + 1) * share]
+                if here:
+                    ratio = sum(here) / len(here) * share / sum(every) if sum(every) else 1.0
+                    factors.append(ratio**0.5 or 1.0)
+            scales[name] = tuple(factors)
+        return scales
+
+
+def fields(axes: Sequence[Axis]) -> list[str]:
+    """Fields of a config that its axes count."""
+    return list(dict.fromkeys(axis.field or axis.name for axis in axes))
+
+
+def names(model: ModelConfig) -> list[str]:
+    """What a plan can be asked to keep: `d_model`, and the fields of blocks by letter."""
+    letters = dict.fromkeys(model.pattern)
+    return ["d_model", *(f"{letter}.{field}" for letter in letters for field in fields(model.blocks[letter].axes()))]
+
+
+def cut(
+    run: RunFolder | str | Path,
+    sizes: Mapping[str, int],
+    drop: int | Collection[int] = 0,
+    *,
+    drop_mtp: bool = False,
+    **how: Any,
+) -> Plan:
+    """The plan of a child of a finished run; `Cutter` makes many of one parent.
+
+    Args:
+        sizes: as in `Cutter.plan`.
+        drop: as in `Cutter.plan`.
+        drop_mtp: leave out multi-token prediction.
+        how: how parts are ranked, as in `Cutter.of`.
+    """
+    return Cutter.of(run, **how).plan(sizes, drop, drop_mtp=drop_mtp)

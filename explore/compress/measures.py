@@ -1,0 +1,85 @@
+"""What a child costs: every total of a model, and what depends on dtypes, a context and hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+
+from explore.cost import DTYPES, Cost, Dtypes
+from explore.foreign import echo
+from explore.model import ModelConfig
+from explore.roofline import Deployment, hardware
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a model is used.
+
+    Attributes:
+        context: tokens of a sequence, and of the context of decoding.
+        batch_size: sequences that are decoded at once.
+        dtypes: of weights and state.
+        device: name of the hardware.
+    """
+
+    context: int
+    batch_size: int = 1
+    dtypes: Dtypes = DTYPES
+    device: str = "H100"
+
+
+def _decode_s(model: ModelConfig, setting: Setting) -> float:
+    deployed = Deployment(model, hardware(setting.device), setting.dtypes)
+    return deployed.decode_s(setting.context, setting.batch_size)
+
+
+def _prefill_s(model: ModelConfig, setting: Setting) -> float:
+    return Deployment(model, hardware(setting.device), setting.dtypes).prefill_s(setting.context, setting.batch_size)
+
+
+def _memory_bytes(model: ModelConfig, setting: Setting) -> float:
+    cost = Cost.of(model.ledger(setting.context), setting.dtypes)
+    return cost.weight_bytes + setting.batch_size * cost.state_bytes
+
+
+DEPLOYED: Mapping[str, Callable[[ModelConfig, Setting], float]] = {
+    "memory_bytes": _memory_bytes,
+    "decode_s": _decode_s,
+    "prefill_s": _prefill_s,
+}
+"""Weights and the state of all sequences; the least time of a decoding step, and of reading a context, by roofline."""
+
+TOTALS = (
+    *(each.name for each in fields(Cost) if each.type in ("int", "float") and each.name != "seq_len"),
+    "state_bytes",
+)
+
+MEASURES = (*TOTALS, *DEPLOYED)
+"""What a child can be asked to cost."""
+
+
+def measure(name: str, model: ModelConfig, setting: Setting) -> float:
+    """One of `MEASURES` of a model.
+
+    Raises:
+        ValueError: an unknown measure or device.
+    """
+    if name in DEPLOYED:
+        return DEPLOYED[name](model, setting)
+    check_measure(name)
+    return float(getattr(Cost.of(model.ledger(setting.context), setting.dtypes), name))
+
+
+def check_measure(name: str) -> None:
+    """Refuses a name that is no measure.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if name not in MEASURES:
+        hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, MEASURES, 1))
+        raise ValueError(
+            f"target: {echo(name)} is unknown; {hint}allowed are params_total, params_active, flops_train, "
+            "decode_bytes, weight_bytes, kv_bytes, state_bytes, memory_bytes, decode_s and other totals of explore cost"
+        )

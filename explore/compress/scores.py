@@ -1,0 +1,275 @@
+"""Scores of a trained parent: how much each index of an axis, and each layer, contributes on a text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from explore.blocks import Axis, BlockConfig
+from explore.checkpoints import load_model
+from explore.compress.observing import CHANNELS, EFFECTS, EXPERTS, Observer
+from explore.compress.surgery import Indices
+from explore.data.progress import progress
+from explore.files import replacing
+from explore.model import ModelConfig
+from explore.runs import RunFolder
+from explore.weights import weights_digest
+
+TOKENS = 131_072
+"""Tokens of the training split that are read unless told otherwise."""
+
+SAVE_EVERY_S = 10.0
+"""Seconds between saves of what has been added up: all that a kill can cost."""
+
+VERSION = 1
+"""Part of every key; raised when the same text may give other scores than before."""
+
+COLUMNS = ("what", "layer", "axis", "index", "inner", "score")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of one parent on one text.
+
+    Attributes:
+        table: columns what (activation, frequency, moment, principal, or an effect of a layer), layer (-1 for the whole
+            model), axis, index, inner (index on a second axis, -1 where there is none) and score.
+        about: the key, the digest of the parent's weights, and the seed and length of the text.
+    """
+
+    table: pd.DataFrame
+    about: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return str(self.about["key"])
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, int, str], pd.DataFrame]:
+        grouped: Any = self.table.groupby(["what", "layer", "axis"], sort=False)
+        return {(str(what), int(layer), str(axis)): rows for (what, layer, axis), rows in grouped}
+
+    def values(self, what: str, layer: int, axis: str, inner: Indices | None = None) -> list[float] | None:
+        """Scores by index; None where there are none.
+
+        Args:
+            inner: indices of the second axis that count.
+        """
+        if (rows := self._rows.get((what, layer, axis))) is None:
+            return None
+        if (rows["inner"] >= 0).any():
+            if inner is not None:
+                rows = rows[rows["inner"].isin(inner)]
+            squares = (rows["score"] ** 2).groupby(rows["index"]).sum()
+            return [float(value) for value in squares.sort_index() ** 0.5]
+        return [float(value) for value in rows.sort_values("index")["score"]]
+
+    def of(self, what: str, layer: int, block: BlockConfig, axis: Axis, inner: Indices | None = None) -> list[float]:
+        """Scores of the indices of an axis; those of all that lies within an index are added up."""
+        found = self.values(what, layer, axis.name, inner)
+        found = self.values("activation", layer, axis.name, inner) if found is None else found
+        if found is not None:
+            return found
+        within = next(each for each in block.axes() if each.within == axis.name)
+        parts = torch.tensor(self.of(what, layer, block, within), dtype=torch.float64)
+        return [float(value) for value in parts.view(axis.size, -1).sum(1)]
+
+    def matrix(self, layer: int, axis: str) -> Tensor | None:
+        """The principal axes of an axis, as columns, the one with the largest variance first."""
+        if (rows := self._rows.get(("principal", layer, axis))) is None:
+            return None
+        size = int(rows["index"].max()) + 1
+        return torch.tensor(rows.sort_values(["index", "inner"])["score"].to_numpy()).view(size, size)
+
+    def layers(self, effect: str) -> list[float]:
+        """What leaving out each layer does, by its index."""
+        rows = self.table[(self.table["what"] == effect) & (self.table["axis"] == "layer")]
+        return [float(value) for value in rows.sort_values("layer")["score"]]
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as parquet; what it is about is in its metadata."""
+        table = self.table.copy()
+        table.attrs.update(self.about)
+        with replacing(path) as temporary:
+            table.to_parquet(temporary, index=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Reads a file that `save` wrote.
+
+        Raises:
+            ValueError: it cannot be read, or is no table of scores.
+        """
+        try:
+            table = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: is no table of scores ({' '.join(str(error).split())})") from None
+        if tuple(table.columns) != COLUMNS or "key" not in table.attrs:
+            raise ValueError(f"{path}: is no table of scores; its columns must be {', '.join(COLUMNS)}")
+        return cls(table, {str(name): value for name, value in table.attrs.items()})
+
+
+def score(
+    run: RunFolder | str | Path, *, tokens: int = TOKENS, seed: int = 0, batch_size: int = 8
+) -> tuple[Scores, Path]:
+    """Scores a finished run on a share of its training split; scores that exist are read.
+
+    After a kill, the same call goes on from what was saved last and gives the same numbers.
+
+    Args:
+        tokens: how much text is read, in whole batches and at most the split once.
+        seed: of the order in which it is read.
+        batch_size: sequences that are read at once.
+
+    Returns:
+        The scores, and the path of their file in the run folder.
+
+    Raises:
+        ValueError: the run has not finished, or a number that is below 1.
+    """
+    for name, value in (("tokens", tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    folder = finished(run)
+    experiment, model = folder.load_experiment(), load_model(folder)
+    source = experiment.data.open(seed)
+    most = source.n_train_tokens or tokens
+    n_batches = max(1, min(tokens, most) // (batch_size * experiment.data.seq_len))
+    about: dict[str, Any] = {
+        "parent": weights_digest(model.state_dict()),
+        "split": "train",
+        "seed": seed,
+        "batch_size": batch_size,
+        "seq_len": experiment.data.seq_len,
+        "tokens": n_batches * batch_size * experiment.data.seq_len,
+        "version": VERSION,
+    }
+    content = json.dumps({**about, "data": experiment.data.fingerprint()}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()
+    path = folder.path / f"scores-{key[:8]}.parquet"
+    if path.exists() and (found := Scores.load(path)).key == key:
+        return found, path
+    observer, partial = Observer(model), path.with_suffix(".partial")
+    with progress(f"scoring {folder.path.name}", n_batches) as report:
+        begin = _resume(observer, partial, key)
+        saved = time.monotonic()
+        for step in range(begin, n_batches):
+            observer.observe(source.batch(step, batch_size))
+            report(step + 1)
+            if time.monotonic() - saved > SAVE_EVERY_S and step + 1 < n_batches:
+                with replacing(partial) as temporary:
+                    torch.save({"key": key, "step": step + 1, "sums": observer.sums}, temporary)
+                saved = time.monotonic()
+    about |= {"key": key, "flops": about["tokens"] * flops_of_scoring(model.config, experiment.data.seq_len)}
+    scores = Scores(pd.DataFrame(list(_table(observer)), columns=list(COLUMNS)), about)
+    scores.save(path)
+    partial.unlink(missing_ok=True)
+    return scores, path
+
+
+def weak_halves(scores: Scores, model: ModelConfig) -> dict[tuple[int, str], float]:
+    """Share of the score that the weaker half of the indices holds, by layer and axis; layer -1 is the whole model."""
+    found = {(-1, "d_model"): _weak_half(scores.values("activation", -1, "d_model") or [])}
+    for i, block in enumerate(model.layers):
+        for axis in block.axes():
+            if axis.size > 1 and not axis.prefix:
+                found[i, axis.name] = _weak_half(scores.of("activation", i, block, axis))
+    return found
+
+
+def _weak_half(values: Sequence[float]) -> float:
+    weaker, total = sorted(values)[: len(values) // 2], sum(values)
+    return sum(weaker) / total if total else 0.0
+
+
+def finished(run: RunFolder | str | Path) -> RunFolder:
+    """A run that has come to its end.
+
+    Raises:
+        ValueError: it is no run, or has not finished.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
+    if folder.key is None:
+        raise ValueError(f"{folder.path}: must be a run folder, with an experiment.json that can be read")
+    if folder.status != "finished":
+        raise ValueError(f"{folder.path}: must be a finished run, and is {folder.status}; train it to its end first")
+    return folder
+
+
+def flops_of_scoring(model: ModelConfig, seq_len: int) -> float:
+    """FLOPs per token: one forward pass, and one from each layer on without it."""
+    layers = [sum(entry.flops_seq for entry in block.entries(model.d_model, seq_len)) for block in model.layers]
+    head = 2 * model.d_model * model.vocab_size
+    after = sum(sum(layers[i + 1 :]) / seq_len + head for i in range(len(layers)))
+    return sum(layers) / seq_len + head + after
+
+
+def _resume(observer: Observer, partial: Path, key: str) -> int:
+    """Loads the sums of an earlier process; the batch to go on with."""
+    try:
+        state = torch.load(partial, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError):  # none, or cut off
+        return 0
+    if state.get("key") != key:
+        return 0
+    observer.sums = dict(state["sums"])
+    return int(state["step"])
+
+
+def _table(observer: Observer) -> Iterator[tuple[str, int, str, int, int, float]]:
+    model, sums = observer.model, observer.sums
+    stream = sum(sums[name].sqrt() for name in sums if name.startswith("stream/"))
+    assert isinstance(stream, Tensor)
+    yield from _rows("activation", -1, "d_model", stream)
+    for effect in EFFECTS:
+        n = sums["n/targets" if effect == "loss" else "n/tokens"]
+        for i, value in enumerate((sums[f"effect/{effect}"] / n).tolist()):
+            yield effect, i, "layer", 0, -1, value
+    for name, value in sums.items():
+        if name.startswith("moment/"):
+            yield from _rows("moment", -1, name.removeprefix("moment/"), value / sums["n/tokens"])
+    for i, block in enumerate(model.config.layers):
+        for axis in block.axes():
+            yield from _axis(sums, i, axis)
+        if (load := sums.get(f"load/{i}")) is not None:
+            yield from _rows("activation", i, EXPERTS, sums[f"reap/{i}"] / load.clamp(min=1))
+            yield from _rows("frequency", i, EXPERTS, load / load.sum())
+            yield from _rows("activation", i, CHANNELS, sums[f"activation/{i}/{CHANNELS}/0"].sqrt())
+
+
+def _axis(sums: Mapping[str, Tensor], layer: int, axis: Axis) -> Iterator[tuple[str, int, str, int, int, float]]:
+    parts = [sums[name].sqrt() for name in sums if name.startswith(f"activation/{layer}/{axis.name}/")]
+    if axis.probe is None or not parts:
+        return
+    if (covariance := sums.get(f"covariance/{layer}/{axis.name}")) is not None:
+        principal = torch.linalg.eigh(covariance).eigenvectors.flip(1)
+        for i, row in enumerate(principal.tolist()):
+            for k, value in enumerate(row):
+                yield "principal", layer, axis.name, i, k, value
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole * part
+    if axis.probe.squares:
+        pairs = whole.view(axis.size, -1) if axis.inner else whole.view(-1, axis.size)
+        if axis.inner:
+            for i, row in enumerate(pairs.tolist()):
+                for k, value in enumerate(row):
+                    yield "activation", layer, axis.name, i, k, value
+            return
+        whole = pairs.square().sum(0).sqrt()
+    yield from _rows("activation", layer, axis.name, whole)
+
+
+def _rows(what: str, layer: int, axis: str, values: Tensor) -> Iterator[tuple[str, int, str, int, int, float]]:
+    for i, value in enumerate(values.tolist()):
+        yield what, layer, axis, i, -1, value

@@ -1,0 +1,76 @@
+"""Children before any training: their loss on the validation split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from explore.compress.candidates import DEPTH, Candidate
+from explore.compress.cutting import Cutter
+from explore.compress.plan import Plan
+from explore.data.progress import progress
+from explore.evals import bits_per_byte
+from explore.experiment import Experiment
+from explore.model import LanguageModel
+from explore.runs import RunFolder
+
+
+class ZeroShot(NamedTuple):
+    """Quality of a model on the validation split, before it is trained further.
+
+    Attributes:
+        val_loss: in nats per token.
+        val_bpb: bits per byte; None where the data is no text.
+        tokens: predicted tokens.
+    """
+
+    val_loss: float
+    val_bpb: float | None
+    tokens: int
+
+
+class Ranked(NamedTuple):
+    """A candidate with its plan and its quality."""
+
+    candidate: Candidate
+    plan: Plan
+    quality: ZeroShot
+
+
+class Validation:
+    """The validation split of a run.
+
+    Args:
+        tokens: how many are predicted; as many as by the run's own evaluations when absent.
+    """
+
+    def __init__(self, run: RunFolder | str | Path, tokens: int | None = None) -> None:
+        folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
+        self.experiment: Experiment = folder.load_experiment()
+        self.source = self.experiment.data.open(self.experiment.seed)
+        self.tokens = self.experiment.train.eval_tokens if tokens is None else tokens
+
+    def zero_shot(self, model: LanguageModel) -> ZeroShot:
+        """The quality of a model."""
+        batches = self.source.eval_batches("val", self.experiment.train.batch_size, self.tokens)
+        score = bits_per_byte(model, batches)
+        return ZeroShot(score.loss, score.bits_per_byte, score.n_targets)
+
+    def rank(self, cutter: Cutter, among: Iterable[Candidate], *, drop_mtp: bool = False) -> list[Ranked]:
+        """Candidates with their plans, the lowest loss first."""
+        chosen, ranked = list(among), []
+        with progress("candidates", len(chosen)) as report:
+            for i, each in enumerate(chosen):
+                widths = {name: n for name, n in each.sizes.items() if name != DEPTH}
+                plan = cutter.plan(widths, each.n_dropped, drop_mtp=drop_mtp)
+                ranked.append(Ranked(each, plan, self.zero_shot(cutter.child(plan))))
+                report(i + 1)
+        return sorted(ranked, key=lambda each: each.quality.val_loss)
+
+
+def spread(found: Sequence[Candidate], n: int) -> list[Candidate]:
+    """At most `n` of some candidates, evenly over their order."""
+    if len(found) <= n:
+        return list(found)
+    return [found[i * (len(found) - 1) // max(1, n - 1)] for i in range(n)]
