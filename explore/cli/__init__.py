@@ -20,6 +20,8 @@ from explore.cli import (
     eval,
     generate,
     merge,
+    score,
+    cut,
     export,
     import_,
     parity,

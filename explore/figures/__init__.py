@@ -27,6 +27,7 @@ from explore.figures.decoding import (
 )
 from explore.figures.frontier import draw_frontier, frontier_table, plot_frontier
 from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
+from explore.figures.scores import draw_layers, draw_scores, layers_table, plot_scores, scores_table
 from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, stacked
 
 __all__ = [
@@ -48,10 +49,12 @@ __all__ = [
     "draw_frontier",
     "draw_latency",
     "draw_laws",
+    "draw_layers",
     "draw_layouts",
     "draw_levels",
     "draw_plan_memory",
     "draw_receipts",
+    "draw_scores",
     "draw_search",
     "draw_state",
     "draw_throughput",
@@ -59,6 +62,7 @@ __all__ = [
     "frontier_table",
     "group_colors",
     "latency_table",
+    "layers_table",
     "layouts_table",
     "plan_memory_table",
     "plot_conventions",
@@ -67,10 +71,12 @@ __all__ = [
     "plot_latency",
     "plot_plans",
     "plot_receipts",
+    "plot_scores",
     "plot_state",
     "plot_throughput",
     "receipts_table",
     "save_figure",
+    "scores_table",
     "stacked",
     "state_table",
 ]

@@ -1,0 +1,236 @@
+"""The command that cuts a trained run into a smaller model."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import app, out
+from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype
+from explore.formatting import read_count
+
+if TYPE_CHECKING:
+    from explore.compress import Cutter, Plan
+    from explore.compress.zero_shot import Ranked, Validation
+
+SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
+
+
+@app.command(
+    rich_help_panel="Compress what was trained",
+    epilog="Example: explore cut runs/my-run-0123abcd --target params_active=1M --free d_model --free depth",
+)
+def cut(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE=N", help="d_model=96, d_ff=256, M.n_heads=4 or 3.d_ff=64 (layer 3); repeatable."),
+    ] = None,
+    drop_layers: Annotated[int, typer.Option(min=0, help="Leave out this many layers, the least important ones.")] = 0,
+    drop_layer: Annotated[
+        list[int] | None, typer.Option(metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
+    ] = None,
+    drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave out multi-token prediction.")] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(metavar="BUDGET=VALUE", help="Search for children that cost this, e.g. params_active=1.5M."),
+    ] = None,
+    free: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE[=LOW:HIGH[:STEP]]", help="What the search may change, e.g. d_model or depth."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Allowed relative distance from a target (0.01 = 1%).")] = 0.01,
+    score_at_most: Annotated[int, typer.Option(min=1, help="Candidates to score on the validation split.")] = 16,
+    best: Annotated[int, typer.Option(min=1, help="Candidates to list and to save.")] = 5,
+    by: Annotated[
+        str, typer.Option(help="What ranks indices: activation, frequency, magnitude, random or reverse.")
+    ] = "activation",
+    effect: Annotated[str, typer.Option(help="What ranks layers: mse, kl, loss or influence.")] = "mse",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random ranking.")] = 0,
+    norm_scales: Annotated[
+        bool, typer.Option("--norm-scales/--no-norm-scales", help="Correct norms for the channels that they lose.")
+    ] = True,
+    principal: Annotated[
+        bool, typer.Option("--principal", help="Keep principal axes of a latent, not channels.")
+    ] = False,
+    scores: Annotated[Path | None, typer.Option(help="Scores to use; those of explore score when absent.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of context; the run's sequences when absent.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")] = 1,
+    hardware: Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")] = "H100",
+    weight_dtype: WeightDtype = "bfloat16",
+    kv_dtype: KVDtype = "bfloat16",
+    state_dtype: StateDtype = "float32",
+    val_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Validation tokens to score on; as in training when absent.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Where to write the plan; in the run when absent.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print what is cut; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Cut a trained run into a smaller model: write the plan, and score the child before any training.
+
+    Either sizes are given (--keep, --drop-layers, --drop-layer), or budgets and what may change (--target, --free):
+    then every child within the tolerance is enumerated, some are scored on the validation split, and the best listed.
+    """
+    from explore.compress import Cutter, Scores
+    from explore.compress.measures import Setting
+    from explore.compress.zero_shot import Validation
+    from explore.cost import Dtypes
+
+    if (target or free) and (keep or drop_layers or drop_layer):
+        raise ValueError("--target, --free: must not be combined with --keep, --drop-layers or --drop-layer")
+    if drop_layers and drop_layer:
+        raise ValueError("--drop-layers: must not be combined with --drop-layer")
+    sizes = dict(_pair("--keep", text) for text in keep or [])
+    given = None if scores is None else Scores.load(scores)
+    how: dict[str, Any] = {"by": by, "effect": effect, "seed": seed, "norm_scales": norm_scales, "principal": principal}
+    cutter = Cutter.of(run, **how, scores=given)
+    validation = Validation(run, val_tokens)
+    ranked: list[Ranked] = []
+    n_candidates = 0
+    if target or free:
+        from explore.compress.candidates import candidates, free_size
+        from explore.compress.zero_shot import spread
+
+        wanted = {name: float(value) for name, value in (_pair("--target", text) for text in target or [])}
+        setting = Setting(
+            context or validation.experiment.data.seq_len,
+            batch_size,
+            Dtypes(weight_dtype, kv_dtype, state_dtype),
+            hardware,
+        )
+        found = candidates(cutter, wanted, [free_size(cutter.model, text) for text in free or []], setting, tolerance)
+        n_candidates = len(found)
+        ranked = validation.rank(cutter, spread(found, score_at_most), drop_mtp=drop_mtp)[:best]
+        plan = ranked[0].plan
+    else:
+        drop: int | list[int] = drop_layer or drop_layers
+        plan = cutter.plan({name: int(n) for name, n in sizes.items()}, drop, drop_mtp=drop_mtp)
+    if show:
+        _show(plan)
+        return
+    paths = [_save(each, run, output if each is plan else None) for each in (each.plan for each in ranked)]
+    paths = paths or [_save(plan, run, output)]
+    record = _record(cutter, plan, validation, ranked, paths, n_candidates)
+    if as_json:
+        print(json.dumps(record, indent=2))
+        return
+    _print(record)
+
+
+def _save(plan: Plan, run: Path, output: Path | None) -> Path:
+    path = output or run / "plans" / f"{plan.key()[:8]}.json"
+    plan.save(path)
+    return path
+
+
+def _record(
+    cutter: Cutter,
+    plan: Plan,
+    validation: Validation,
+    ranked: list[Ranked],
+    paths: list[Path],
+    n_candidates: int,
+) -> dict[str, Any]:
+    child, seq_len = plan.model(), validation.experiment.data.seq_len
+    quality = ranked[0].quality if ranked else validation.zero_shot(cutter.child(plan))
+    parent = validation.zero_shot(cutter.child(cutter.whole))
+    whole = cutter.model.cost(seq_len)
+    cost = child.cost(seq_len)
+    return {
+        "plan": str(paths[0]),
+        "key": plan.key(),
+        "parent": plan.parent,
+        "config": child.model_dump(mode="json"),
+        "cost": {**cost.to_dict(), "state_bytes": cost.state_bytes},
+        "parent_cost": {**whole.to_dict(), "state_bytes": whole.state_bytes},
+        "n_candidates": n_candidates,
+        "candidates": [
+            {
+                "plan": str(path),
+                "sizes": dict(each.candidate.sizes),
+                "pattern": each.plan.model().pattern,
+                "costs": dict(each.candidate.values),
+                **each.quality._asdict(),
+            }
+            for path, each in zip(paths, ranked, strict=False)
+        ],
+        "zero_shot": {**quality._asdict(), "parent_val_loss": parent.val_loss, "parent_val_bpb": parent.val_bpb},
+    }
+
+
+def _print(record: dict[str, Any]) -> None:
+    from explore.quantities import quantity
+
+    if record["candidates"]:
+        first = record["candidates"][0]
+        view = Table(*first["sizes"], *first["costs"], "val loss", box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for each in record["candidates"]:
+            costs = (quantity(name).text(value) for name, value in each["costs"].items())
+            view.add_row(*map(str, each["sizes"].values()), *costs, f"{each['val_loss']:.4f}")
+        out.print(f"{record['n_candidates']} children meet the targets; the best of those that were scored:")
+        out.print(view, highlight=False)
+    table = Table("", "parent", "child", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in SHOWN:
+        text = quantity(name).text
+        table.add_row(name, text(record["parent_cost"][name]), text(record["cost"][name]))
+    quality = record["zero_shot"]
+    for name in ("val_loss", "val_bpb"):
+        if quality[name] is not None:
+            table.add_row(f"{name}, not trained further", f"{quality[f'parent_{name}']:.4f}", f"{quality[name]:.4f}")
+    out.print(table, highlight=False)
+    out.print(f"{record['config']['pattern']}, plan: {record['plan']}", highlight=False, markup=False)
+
+
+def _show(plan: Plan) -> None:
+    """What is cut of each layer, as ranges of indices."""
+    from explore.compress.surgery import complete
+
+    whole = plan.parent_model
+    if plan.d_model is not None:
+        gone = [i for i in range(whole.d_model) if i not in set(plan.d_model)]
+        out.print(f"d_model {whole.d_model} -> {len(plan.d_model)}, cut: {ranges(gone)}", highlight=False, markup=False)
+    for i, (letter, block, layer) in enumerate(zip(whole.pattern, whole.layers, plan.layers, strict=True)):
+        if layer.drop:
+            out.print(f"layer {i} {letter}: left out", highlight=False, markup=False)
+            continue
+        kept, parts = complete(block.axes(), layer.keep), []
+        for axis in block.axes():
+            if len(kept[axis.name]) < axis.size:
+                gone = sorted(set(range(axis.size)) - set(kept[axis.name]))
+                how = "rotated" if axis.name in layer.rotate else f"cut: {ranges(gone)}"
+                parts.append(f"{axis.name} {axis.size} -> {len(kept[axis.name])}, {how}")
+        out.print(f"layer {i} {letter}: {'; '.join(parts) or 'kept'}", highlight=False, markup=False)
+    if plan.drop_mtp and whole.mtp is not None:
+        out.print("multi-token prediction: left out", highlight=False)
+    child = plan.model()
+    out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
+
+
+def ranges(indices: list[int]) -> str:
+    """Rising numbers as ranges, `0-3 7 9-10`."""
+    runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
+    ends = ((run[0][1], run[-1][1]) for run in runs)
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
+def _pair(option: str, text: str) -> tuple[str, float]:
+    """Reads `d_model=96` or `params_active=1.5M`."""
+    name, _, value = text.partition("=")
+    try:
+        number = read_count(value)
+    except ValueError:
+        number = -1
+    if not name or number < 0 or (option == "--keep" and number != int(number)):
+        what = "SIZE=N, such as d_model=96" if option == "--keep" else "BUDGET=VALUE, such as params_active=1.5M"
+        raise ValueError(f"{option} must be of the form {what}, got {text!r}")
+    return name, number

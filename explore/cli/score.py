@@ -1,0 +1,65 @@
+"""The command that scores the parts of a trained run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from explore.cli.app import app, out
+from explore.cli.options import Json
+
+if TYPE_CHECKING:
+    from explore.compress import Scores
+    from explore.model import ModelConfig
+
+
+@app.command(
+    rich_help_panel="Compress what was trained",
+    epilog="Example: explore score runs/my-run-0123abcd --figure scores.png",
+)
+def score(
+    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training split to read.")] = 131_072,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which they are read.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences to read at once.")] = 8,
+    figure: Annotated[Path | None, typer.Option(help="Draw the scores here, as PNG and SVG.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the parts of a trained run: indices of its axes by their activations, layers by what leaving them out does.
+
+    Scores that exist are read. The table has, for each layer, the effect of leaving it out, and for each axis the share
+    of the score that the weaker half of its indices holds: 50% where all are alike, less where some matter little.
+    """
+    from explore.compress import score as score_run
+    from explore.compress import weak_halves
+    from explore.runs import RunFolder
+
+    folder = RunFolder(run)
+    scores, path = score_run(folder, tokens=tokens, seed=seed, batch_size=batch_size)
+    model = folder.load_experiment().model
+    if figure is not None:
+        from explore.figures import plot_scores, save_figure
+
+        save_figure(plot_scores(scores, model, run.resolve().name), figure)
+    if as_json:
+        print(json.dumps({"scores": str(path), **scores.about}, indent=2))
+        return
+    out.print(_table(scores, model, weak_halves(scores, model)), highlight=False)
+    out.print(f"scores: {path}", highlight=False, markup=False)
+
+
+def _table(scores: Scores, model: ModelConfig, halves: dict[tuple[int, str], float]) -> Table:
+    view = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    for name in ("layer", "mse", "kl", "loss", "influence"):
+        view.add_column(name, justify="right")
+    view.add_column("share of the weaker half")
+    effects = {name: scores.layers(name) for name in ("mse", "kl", "loss", "influence")}
+    for i, letter in enumerate(model.pattern):
+        shares = ", ".join(f"{axis} {share:.0%}" for (layer, axis), share in halves.items() if layer == i)
+        view.add_row(f"{i} {letter}", *(f"{effects[name][i]:.3g}" for name in effects), shares)
+    view.add_row("all", "", "", "", "", f"d_model {halves[-1, 'd_model']:.0%}")
+    return view

@@ -1,0 +1,194 @@
+"""`explore score` and `explore cut`: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import tiny, train, write_corpus
+
+import explore.cli.cut
+import explore.cli.score  # noqa: F401  (adds its command)
+from explore.cli import main
+from explore.cli.cut import ranges
+from explore.compress import Plan, Scores
+from explore.figures import draw_layers, draw_scores, layers_table, plot_scores, scores_table
+from explore.runs import RunFolder
+from explore.weights import read_weights
+
+BLOCKS = {
+    "M": {"n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 16},
+    "-": {"d_ff": 24},
+    "E": {"n_experts": 6, "top_k": 2, "d_expert": 6, "d_shared": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    model = {"model__d_model": 32, "model__blocks": BLOCKS, "train__tokens": 3 * 128, "train__eval_tokens": 320}
+    return train(tiny(corpus, "M-E-", **model), tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def explore_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["explore", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def scored(finished: RunFolder, explore_: Any) -> Path:
+    code, printed, _ = explore_("score", str(finished.path), "--tokens", "512", "--json")
+    assert code == 0
+    return Path(json.loads(printed)["scores"])
+
+
+def test_score_prints_its_file_and_key(finished: RunFolder, explore_: Any, scored: Path, tmp_path: Path) -> None:
+    scores = Scores.load(scored)
+    assert (scored.parent, scored.name) == (finished.path, f"scores-{scores.key[:8]}.parquet")
+    code, printed, _ = explore_(
+        "score", str(finished.path), "--tokens", "512", "--figure", str(tmp_path / "scores.png")
+    )
+    assert code == 0
+    assert "3 -" in printed
+    assert str(scored) in printed.replace("\n", "")
+    assert all(len(line) <= 80 for line in printed.splitlines()[:-2])
+    assert (tmp_path / "scores.svg").stat().st_size > 1000
+
+
+def test_cut_writes_a_plan_whose_child_it_counts_and_scores(
+    finished: RunFolder, explore_: Any, scored: Path, tmp_path: Path
+) -> None:
+    options = ("--keep", "d_model=24", "--keep", "3.d_ff=10", "--drop-layer", "2", "--scores", str(scored))
+    code, printed, _ = explore_("cut", str(finished.path), *options, "--out", str(tmp_path / "plan.json"), "--json")
+    assert code == 0
+    record = json.loads(printed)
+    plan = Plan.load(record["plan"])
+    assert record["plan"] == str(tmp_path / "plan.json")
+    child = plan.model()
+    assert record["config"] == child.model_dump(mode="json")
+    assert (child.d_model, child.pattern) == (24, "M-a")
+    assert record["cost"]["params_total"] == child.cost(32).params_total
+    assert record["candidates"] == []
+    assert record["zero_shot"]["parent_val_loss"] == pytest.approx(finished.result["val_loss"])  # type: ignore[index]
+    built = child.build()
+    built.load_state_dict(plan.apply(read_weights(finished.path / "checkpoints" / "last.ckpt")))
+
+
+def test_show_prints_what_goes_and_writes_nothing(finished: RunFolder, explore_: Any, scored: Path) -> None:
+    options = ("--keep", "M.n_heads=2", "--drop-layers", "1", "--drop-mtp", "--scores", str(scored))
+    code, printed, _ = explore_("cut", str(finished.path), *options, "--show")
+    assert code == 0
+    assert "layer 0 M: n_heads 4 -> 2, cut: " in printed
+    assert "left out" in printed
+    assert not (finished.path / "plans").exists()
+
+
+def test_targets_give_the_best_children_first_and_a_plan_of_each(
+    finished: RunFolder, explore_: Any, scored: Path
+) -> None:
+    options = ["--target", "params_active=12k", "--free", "d_model=16:32:2", "--free", "depth", "--tolerance", "0.1"]
+    options += ["--scores", str(scored), "--best", "2", "--json"]
+    code, printed, _ = explore_("cut", str(finished.path), *options)
+    assert code == 0
+    record = json.loads(printed)
+    assert len(record["candidates"]) == 2 <= record["n_candidates"]
+    losses = [each["val_loss"] for each in record["candidates"]]
+    assert losses == sorted(losses)
+    assert losses[0] == record["zero_shot"]["val_loss"]
+    assert record["plan"] == record["candidates"][0]["plan"]
+    for each in record["candidates"]:
+        cost = Plan.load(each["plan"]).model().cost(32).params_active
+        assert cost == each["costs"]["params_active"]
+        assert cost == pytest.approx(12_000, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--keep d_ff", "--keep must be of the form SIZE=N, such as d_model=96, got 'd_ff'"),
+        ("--keep d_ff=1.5", "--keep must be of the form SIZE=N"),
+        ("--keep d_gg=3", "keep: 'd_gg' is no size of this parent; allowed are d_model, M.n_groups"),
+        ("--keep d_ff=25", "layers.1: d_ff: must be from 1 to 24, got 25"),
+        ("--keep d_model=0", "d_model: must be from 1 to 32, got 0"),
+        ("--keep n_experts=1", "layers.2: top_k: 2 is above n_experts=1"),
+        ("--keep M.n_heads=3", "layers.0: n_heads: must be a multiple of n_groups, 2, got 3"),
+        ("--drop-layer 4", "drop: a layer must be from 0 to 3, got 4"),
+        ("--drop-layers 4", "drop: must be from 0 to 3 of 4 layers, got 4"),
+        ("--drop-layer 0 --drop-layer 1 --drop-layer 2 --drop-layer 3", "layers: at least 1 of 4 must be kept"),
+        ("--drop-layer 0 --drop-layers 1", "--drop-layers: must not be combined with --drop-layer"),
+        ("--target params_active=9k --keep d_ff=3", "--target, --free: must not be combined with --keep"),
+        ("--target params_active=9M --free d_ff", "params_active: must be above 0 and at most the parent's"),
+        ("--target params_active=9k", "free: at least one is required"),
+        ("--by weight", "by must be one of activation, frequency, magnitude, random, reverse, got 'weight'"),
+        ("--effect time --drop-layers 1", "effect must be one of mse, kl, loss, influence, got 'time'"),
+        ("--scores nowhere.parquet", "nowhere.parquet: is no table of scores"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    finished: RunFolder, explore_: Any, scored: Path, options: str, message: str
+) -> None:
+    given = options.split() if "--scores" in options else [*options.split(), "--scores", str(scored)]
+    code, _, printed = explore_("cut", str(finished.path), *given)
+    assert (code, len(printed.splitlines())) == (2, 1)
+    assert printed.startswith(f"error: {message}")
+    assert len(printed) < 400
+
+
+def test_a_run_that_has_not_finished_is_refused(explore_: Any, finished: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "experiment.json").write_text((finished.path / "experiment.json").read_text())
+    (tmp_path / "result.json").write_text('{"status": "diverged"}')
+    for command in ("score", "cut"):
+        code, _, printed = explore_(command, str(tmp_path))
+        assert code == 2
+        assert printed == f"error: {tmp_path}: must be a finished run, and is diverged; train it to its end first\n"
+
+
+def test_scores_of_another_parent_are_refused(finished: RunFolder, explore_: Any, scored: Path, tmp_path: Path) -> None:
+    scores = Scores.load(scored)
+    other = Scores(scores.table, {**scores.about, "parent": "0" * 64})
+    other.save(tmp_path / "scores.parquet")
+    code, _, printed = explore_("cut", str(finished.path), "--scores", str(tmp_path / "scores.parquet"))
+    assert code == 2
+    assert (
+        f"must be of this parent, with the digest {scores.about['parent'][:12]}, got those of 000000000000" in printed
+    )
+
+
+def test_rising_numbers_are_shown_as_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2 5 7-8"
+    assert ranges([]) == ""
+
+
+def test_the_figure_draws_its_tables(finished: RunFolder, scored: Path) -> None:
+    scores, model = Scores.load(scored), finished.load_experiment().model
+    table, layers = scores_table(scores, model), layers_table(scores, model)
+    assert list(table.index) == ["0 M", "1 -", "2 E", "3 -"]
+    assert list(table.columns[:2]) == ["n_groups", "d_head"]
+    assert table.notna().sum(axis=1).tolist() == [4, 1, 3, 1]
+    figure = plot_scores(scores, model, "parent")
+    heat, profile = figure.axes
+    assert [text.get_text() for text in heat.get_yticklabels()] == list(table.index)
+    drawn = sorted(text.get_text() for text in heat.texts)
+    assert drawn == sorted(f"{100 * value:.0f}" for value in table.stack().dropna())
+    (dots,) = profile.lines
+    assert list(dots.get_xdata()) == pytest.approx(layers["kl"].tolist())
+    assert profile.get_xlabel() == "KL divergence (nats)"
+
+
+def test_the_figure_survives_empty_tables() -> None:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    left, right = Figure().subplots(1, 2)
+    draw_scores(pd.DataFrame(), left)
+    draw_layers(pd.DataFrame({"kl": [float("nan"), 0.0]}), right)
+    assert [ax.texts[0].get_text() for ax in (left, right)] == ["nothing to show"] * 2
