@@ -193,20 +193,33 @@ def test_a_kill_in_the_middle_loses_nothing_and_changes_nothing(
     path.unlink()
     observe, counter = Observer.observe, itertools.count()
 
-    def killed(self: Observer, batch: Batch) -> None:
+    def killed(self: Observer, batch: Batch, *, effects: bool = True) -> None:
         if next(counter) == 2:
             raise KeyboardInterrupt
-        observe(self, batch)
+        observe(self, batch, effects=effects)
 
     monkeypatch.setattr(Observer, "observe", killed)
     with pytest.raises(KeyboardInterrupt):
         score(run, tokens=TOKENS)
     seen: list[int] = []
-    monkeypatch.setattr(Observer, "observe", lambda self, batch: (seen.append(1), observe(self, batch))[1])
+    monkeypatch.setattr(Observer, "observe", lambda *given, **how: (seen.append(1), observe(*given, **how))[1])
     again, path = score(run, tokens=TOKENS)
     assert len(seen) == 2
     assert again.table.equals(found.table)
     assert not list(run.path.glob("*.partial"))
+
+
+def test_of_a_long_text_a_part_scores_the_layers(
+    run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "MANY_BATCHES", 4)
+    sparse, path = score(run, tokens=TOKENS)
+    first, _ = score(run, tokens=TOKENS // 4)
+    path.unlink()
+    assert (sparse.about["tokens"], sparse.about["layer_tokens"]) == (TOKENS, TOKENS // 4)
+    assert found.about["layer_tokens"] == TOKENS
+    assert sparse.layers("kl") == first.layers("kl")
+    assert sparse.values("activation", 1, "d_ff") == found.values("activation", 1, "d_ff")
 
 
 @pytest.mark.parametrize(("change", "message"), [({"tokens": 0}, "tokens must be at least 1, got 0")])

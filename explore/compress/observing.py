@@ -36,8 +36,12 @@ class Observer:
         self.active = False
 
     @torch.no_grad()
-    def observe(self, batch: Batch) -> None:
-        """Adds one batch."""
+    def observe(self, batch: Batch, *, effects: bool = True) -> None:
+        """Adds one batch.
+
+        Args:
+            effects: also run the model without each of its layers, which takes several times as long as the rest.
+        """
         model, tokens = self.model, batch.inputs
         with ExitStack() as stack:
             for handle in self._hooks():
@@ -51,7 +55,8 @@ class Observer:
             hidden = model.norm(x)
             self.active = False
         self._add("n/tokens", torch.tensor(tokens.numel()))
-        self._add_effects(stream, hidden, batch.targets)
+        if effects:
+            self._add_effects(stream, hidden, batch.targets)
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double()
@@ -60,20 +65,22 @@ class Observer:
     def _add_effects(self, stream: list[Tensor], hidden: Tensor, targets: Tensor) -> None:
         model, chosen = self.model, targets.flatten() != IGNORED
         log_p = model.head(hidden).flatten(0, 1).log_softmax(-1)
+        p = log_p.exp()
         wanted = targets.flatten().clamp(min=0)[:, None]
-        effects: dict[str, list[Tensor]] = {name: [] for name in EFFECTS}
+        found: dict[str, list[Tensor]] = {name: [] for name in EFFECTS}
         for i in range(len(model.layers)):
             y = stream[i]
             for layer in list(model.layers)[i + 1 :]:
                 y, _ = layer(y)
             y = model.norm(y)
             log_q = model.head(y).flatten(0, 1).log_softmax(-1)
-            effects["mse"].append((y - hidden).square().mean(-1).sum())
-            effects["kl"].append((log_p.exp() * (log_p - log_q)).sum())
-            effects["loss"].append((log_p - log_q).gather(1, wanted)[chosen].sum())
-            effects["influence"].append((1 - F.cosine_similarity(stream[i], stream[i + 1], dim=-1)).sum())
+            found["mse"].append((y - hidden).square().mean(-1).sum())
+            found["kl"].append((p * (log_p - log_q)).sum())
+            found["loss"].append((log_p.gather(1, wanted) - log_q.gather(1, wanted))[chosen].sum())
+            found["influence"].append((1 - F.cosine_similarity(stream[i], stream[i + 1], dim=-1)).sum())
         self._add("n/targets", chosen.sum())
-        for name, values in effects.items():
+        self._add("n/effects", torch.tensor(chosen.numel()))
+        for name, values in found.items():
             self._add(f"effect/{name}", torch.stack([value.double() for value in values]))
 
     def _hooks(self) -> list[Any]:

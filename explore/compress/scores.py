@@ -28,6 +28,9 @@ from explore.weights import weights_digest
 TOKENS = 131_072
 """Tokens of the training split that are read unless told otherwise."""
 
+MANY_BATCHES, SPARSE = 16, 4
+"""From so many batches on, one in `SPARSE` also measures what leaving out each layer does, which takes most time."""
+
 SAVE_EVERY_S = 10.0
 """Seconds between saves of what has been added up: all that a kill can cost."""
 
@@ -144,14 +147,17 @@ def score(
     experiment, model = folder.load_experiment(), load_model(folder)
     source = experiment.data.open(seed)
     most = source.n_train_tokens or tokens
-    n_batches = max(1, min(tokens, most) // (batch_size * experiment.data.seq_len))
+    batch_tokens = batch_size * experiment.data.seq_len
+    n_batches = max(1, min(tokens, most) // batch_tokens)
+    every = SPARSE if n_batches >= MANY_BATCHES else 1
     about: dict[str, Any] = {
         "parent": weights_digest(model.state_dict()),
         "split": "train",
         "seed": seed,
         "batch_size": batch_size,
         "seq_len": experiment.data.seq_len,
-        "tokens": n_batches * batch_size * experiment.data.seq_len,
+        "tokens": n_batches * batch_tokens,
+        "layer_tokens": -(-n_batches // every) * batch_tokens,
         "version": VERSION,
     }
     content = json.dumps({**about, "data": experiment.data.fingerprint()}, sort_keys=True)
@@ -164,13 +170,13 @@ def score(
         begin = _resume(observer, partial, key)
         saved = time.monotonic()
         for step in range(begin, n_batches):
-            observer.observe(source.batch(step, batch_size))
+            observer.observe(source.batch(step, batch_size), effects=step % every == 0)
             report(step + 1)
             if time.monotonic() - saved > SAVE_EVERY_S and step + 1 < n_batches:
                 with replacing(partial) as temporary:
                     torch.save({"key": key, "step": step + 1, "sums": observer.sums}, temporary)
                 saved = time.monotonic()
-    about |= {"key": key, "flops": about["tokens"] * flops_of_scoring(model.config, experiment.data.seq_len)}
+    about |= {"key": key, "flops": flops_of_scoring(model.config, experiment.data.seq_len, about)}
     scores = Scores(pd.DataFrame(list(_table(observer)), columns=list(COLUMNS)), about)
     scores.save(path)
     partial.unlink(missing_ok=True)
@@ -206,12 +212,14 @@ def finished(run: RunFolder | str | Path) -> RunFolder:
     return folder
 
 
-def flops_of_scoring(model: ModelConfig, seq_len: int) -> float:
-    """FLOPs per token: one forward pass, and one from each layer on without it."""
-    layers = [sum(entry.flops_seq for entry in block.entries(model.d_model, seq_len)) for block in model.layers]
+def flops_of_scoring(model: ModelConfig, seq_len: int, about: Mapping[str, Any]) -> float:
+    """FLOPs of forward passes: one over all tokens, and over those that score layers one from each layer on."""
+    layers = [
+        sum(entry.flops_seq for entry in block.entries(model.d_model, seq_len)) / seq_len for block in model.layers
+    ]
     head = 2 * model.d_model * model.vocab_size
-    after = sum(sum(layers[i + 1 :]) / seq_len + head for i in range(len(layers)))
-    return sum(layers) / seq_len + head + after
+    without = sum(sum(layers[i + 1 :]) + head for i in range(len(layers)))
+    return float(about["tokens"] * (sum(layers) + head) + about["layer_tokens"] * without)
 
 
 def _resume(observer: Observer, partial: Path, key: str) -> int:
@@ -232,7 +240,7 @@ def _table(observer: Observer) -> Iterator[tuple[str, int, str, int, int, float]
     assert isinstance(stream, Tensor)
     yield from _rows("activation", -1, "d_model", stream)
     for effect in EFFECTS:
-        n = sums["n/targets" if effect == "loss" else "n/tokens"]
+        n = sums["n/targets" if effect == "loss" else "n/effects"]
         for i, value in enumerate((sums[f"effect/{effect}"] / n).tolist()):
             yield effect, i, "layer", 0, -1, value
     for name, value in sums.items():
