@@ -1,27 +1,120 @@
-"""Trained models of runs."""
+"""Checkpoints of runs: which one a run goes on from, where it stands by it, and its trained model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from explore.archive import DamagedError, check_whole, load_checkpoint, weights_in
+from explore.files import read_json
 from explore.runs import RunFolder
-from explore.weights import read_weights
 
 if TYPE_CHECKING:
     from explore.model import LanguageModel
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""Files of a folder of checkpoints from which a run goes on: the last one, and the one before until the run ends."""
+
+BRANCH = "branch.json"
+"""File of a run folder that names the rung with which the run began."""
+
+
+class Standing(NamedTuple):
+    """Where a run stands by its checkpoint.
+
+    Attributes:
+        step: optimizer steps that are done.
+        files: texts, up to this step, of the files that grow with the run, by name; None where the checkpoint is of a
+            version that did not keep them.
+    """
+
+    step: int
+    files: Mapping[str, str] | None
+
+
+def last_whole(folder: Path) -> tuple[Path | None, str | None]:
+    """The checkpoint from which a run goes on: the last in its folder of checkpoints, or else the one before.
+
+    Returns:
+        The path, None where there is no checkpoint; and a note for the user where it is not the last.
+
+    Raises:
+        DamagedError: there are some, and none is whole.
+    """
+    damage: DamagedError | None = None
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            check_whole(path)
+        except DamagedError as error:
+            damage = damage or error
+        else:
+            return path, None if damage is None else f"{damage}; the run goes on from the checkpoint before"
+    if damage is not None:
+        raise DamagedError(f"{damage}, and there is no other; delete {folder} to train from the start")
+    return None, None
+
+
+def standing(path: Path, key: str, folder: Path) -> Standing:
+    """Where the run of this key stands by a checkpoint that was checked; at its start where there is none.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: the checkpoint is of another experiment.
+    """
+    if not path.exists():
+        return Standing(0, {})
+    content = load_checkpoint(path)
+    is_own = check_owner(path, content, key, folder)
+    return Standing(int(content["global_step"]), content.get("files") if is_own else {})
 
 
 def load_model(run: RunFolder | str | Path) -> LanguageModel:
     """The trained model of a run, in evaluation mode.
 
     Raises:
-        ValueError: the run has no checkpoint.
+        ValueError: the run has no checkpoint, or one that is damaged or of another experiment.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    path = folder.path / "checkpoints" / "last.ckpt"
+    path = folder.path / "checkpoints" / LAST
     if not path.exists():
         raise ValueError(f"{folder.path}: no checkpoint; train the run first")
+    try:
+        check_whole(path)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; delete it and result.json, and train the run again") from None
+    content = load_checkpoint(path)
+    check_owner(path, content, folder.key, folder.path)
     model = folder.load_experiment().model.build()
-    model.load_state_dict(read_weights(path))
+    model.load_state_dict(weights_in(content))
     return model.eval()
+
+
+def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder: Path) -> bool:
+    """Whether the run of this key has written a checkpoint, and not the run of the rung from which it branched.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: neither of them has written it.
+    """
+    owner = content.get("key", key)  # checkpoints of earlier versions name none
+    if owner == key:
+        return True
+    branched = branched_from(folder)
+    if branched is None or branched["step"] != content["global_step"]:
+        raise ValueError(
+            f"{path}: must be of the experiment {str(key)[:8]}, got a checkpoint of {str(owner)[:8]}; "
+            "delete it to train from the start"
+        )
+    return False
+
+
+def branched_from(folder: Path) -> dict[str, Any] | None:
+    """Key and step of the rung that a run began with, or None if it began with nothing."""
+    return read_json(folder / BRANCH) if (folder / BRANCH).exists() else None

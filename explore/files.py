@@ -47,11 +47,21 @@ def replacing(path: str | Path) -> Iterator[Path]:
     whole. The parent folder is made when missing.
     """
     path = Path(path)
-    with temporary_beside(path) as temporary:
+    with named(path), temporary_beside(path) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Adds the path to errors of the operating system that name no file, as those of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
+from explore.archive import read_weights
 from explore.config import Config, explain
 from explore.files import exists, read_json
 from explore.model import LanguageModel, ModelConfig
@@ -74,12 +75,6 @@ class TrainedModel(Config):
         check_shapes(model.state_dict(), weights, self.path)
         model.load_state_dict(weights)
         return model.eval()
-
-
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The model's weights and buffers in a checkpoint, by their names in the model."""
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import shutil
 import sys
 from collections.abc import Iterator
@@ -123,7 +122,7 @@ def test_floats_are_averaged_in_fp32_and_integers_are_the_last(tmp_path: Path) -
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "0.ckpt"
     torch.save({"state_dict": {"model.x": Path("a stranger's object")}}, path)
-    with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"0\.ckpt: must hold tensors and plain values only"):
         merge_weights([path], [1.0])
 
 

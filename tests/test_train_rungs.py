@@ -20,7 +20,7 @@ from explore.frontier import pareto_front
 from explore.runs import RunFolder
 from explore.table import load_runs
 from explore.train import LitLanguageModel, read_weights, stable_steps
-from explore.train.callbacks import WholeCheckpointIO
+from explore.train.saving import WholeCheckpointIO
 
 LATER = {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
 
@@ -451,3 +451,10 @@ def test_two_processes_stop_together_where_the_writer_is_told_to(corpus: Path, t
     assert (result(both)["step"], result(both)["reason"]) == (10, "stopped at 0.5")
     assert result(both)["stopped_val_bpb"] == pytest.approx(result(alone)["stopped_val_bpb"], rel=1e-5)
     assert (tmp_path / "both" / "rungs" / f"{one.rung_key(8)}.ckpt").exists()
+
+
+def test_a_run_that_would_do_little_but_validate_is_refused(corpus: Path, tmp_path: Path) -> None:
+    one = experiment(corpus, train__tokens=10**15, train__val_every=1)
+    with pytest.raises(ValueError, match=r"train\.val_every: must be at least \d+ for [\d,]+ steps, got 1"):
+        train(one, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

@@ -1,5 +1,6 @@
 """Training with Lightning: `fit` makes a run folder of an experiment."""
 
+from explore.archive import read_weights
 from explore.checkpoints import load_model
 from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
@@ -14,7 +15,6 @@ from explore.train.parallel import is_writer
 from explore.train.record import cost_record
 from explore.train.regions import COMPILED, QUANTIZE, compiled_ops, keep_compiled, own_table
 from explore.train.schedule import stable_steps, wsd
-from explore.weights import read_weights
 
 __all__ = [
     "COMPILED",

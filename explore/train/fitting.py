@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from explore import tracking
+from explore.checkpoints import LAST, last_whole
 from explore.data import Source
 from explore.experiment import Experiment
 from explore.ops import paths_in_use
@@ -20,7 +21,6 @@ from explore.threads import n_cores, use_free_cores
 from explore.train.distillation import check_teacher
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
-from explore.train.models import step_of
 from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
 from explore.train.regions import compiled_ops
@@ -76,9 +76,10 @@ def fit(
         console: where the progress bar is drawn if it is a terminal; standard error when absent.
 
     Raises:
-        ValueError: corpus, tokenizer or vocabulary do not fit the model, parent or teacher are gone or do not fit it,
-            the devices do not fit batch or optimizer, a rung is not in the stable phase, the judge would never be
-            asked, or (`BusyError`) another process trains this very experiment; nothing is written then.
+        ValueError: corpus, tokenizer or vocabulary do not fit the model; parent or teacher are gone or do not fit it;
+            the devices do not fit batch or optimizer; a rung is not in the stable phase; the judge would never be
+            asked; no checkpoint is whole; or (`BusyError`) another process trains this very experiment. Nothing is
+            written then.
     """
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: must be at least 1, got {keep_every}")
@@ -95,6 +96,7 @@ def fit(
     check_start(experiment)
     check_teacher(experiment)
     device = _device(accelerator)
+    checkpoint, damage = last_whole(folder.path / "checkpoints")
     threads = use_free_cores(devices)
     run = TrainingRun(
         experiment=experiment,
@@ -103,7 +105,7 @@ def fit(
         folder=folder,
         points=points,
         rungs={step: rung_path(runs, experiment, step) for step in rung_steps(experiment, rungs)},
-        compiled=_compiled(experiment, folder, devices, device),
+        compiled=_compiled(experiment, folder, devices, device, goes_on=checkpoint is not None),
         checkpoint_every=checkpoint_every,
         keep_every=keep_every,
         recompute=recompute,
@@ -120,6 +122,9 @@ def fit(
             run.console.print(f"threads: {threads} of {n_cores()}, as other processes are busy", style="dim")
         with _locked(folder.path):
             if not has_ended(folder, judge):  # a process that held the lock until now may have finished it
+                if checkpoint is not None and checkpoint.name != LAST:
+                    _say([damage] if damage else [], run.console)
+                    checkpoint.replace(checkpoint.with_name(LAST))
                 _train_and_record(run, Path(runs), device)
     else:
         train_run(run)
@@ -161,10 +166,10 @@ def _device(accelerator: str) -> str:
 
 
 def _compiled(
-    experiment: Experiment, folder: RunFolder, devices: int, device: str
+    experiment: Experiment, folder: RunFolder, devices: int, device: str, *, goes_on: bool
 ) -> Mapping[str, Mapping[str, float]]:
     """The ops that a run compiles: those that it compiled where it goes on, since rounding differs."""
-    if step_of(folder.path / "checkpoints" / "last.ckpt"):
+    if goes_on:
         recorded: Mapping[str, Mapping[str, float]] = folder.environment.get("compiled") or {}
         return recorded
     n_tokens = experiment.n_steps * experiment.batch_tokens // devices

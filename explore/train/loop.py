@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.console import Console
 
 from explore import tracking
+from explore.checkpoints import LAST, PREVIOUS, Standing, standing
 from explore.data import Source
 from explore.experiment import Experiment
 from explore.runs import PRUNED, RunFolder, write_json
@@ -21,23 +22,21 @@ from explore.termination import Requests, TerminatedError, termination_handled
 from explore.train.callbacks import (
     EndsTogether,
     FreeCores,
-    KeptCheckpoints,
-    LastCheckpoint,
     ProgressBar,
     Throughput,
-    WholeCheckpointIO,
     quiet,
 )
 from explore.train.judging import Judge, LearningCurve, seen, tell
 from explore.train.low_precision import LostElements
 from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
-from explore.train.models import evaluate, step_of
+from explore.train.models import evaluate
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.objectives import build_objective
 from explore.train.parallel import StrategyName, ended_together, is_writer, lightning_strategy, wait_for_all
 from explore.train.record import cost_record, result_of
 from explore.train.regions import keep_compiled
+from explore.train.saving import KeptCheckpoints, LastCheckpoint, WholeCheckpointIO
 from explore.train.start import starting_model
 
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
@@ -75,7 +74,7 @@ class TrainingRun:
     @property
     def checkpoint(self) -> Path:
         """From which the run goes on."""
-        return self.folder.path / "checkpoints" / "last.ckpt"
+        return self.folder.path / "checkpoints" / LAST
 
     @property
     def paths(self) -> dict[str, str]:
@@ -99,16 +98,17 @@ def train_run(run: TrainingRun) -> None:
     Raises:
         TerminatedError: a signal asked this process to end; the run goes on from the step that was its last.
     """
-    resumed_at = step_of(run.checkpoint)
+    begun = standing(run.checkpoint, run.key, run.folder.path)
     throughput = Throughput(run.experiment.batch_tokens)
-    curve = LearningCurve(run.points, run.experiment.n_steps, run.judge, seen(run.folder, run.points, resumed_at))
     with termination_handled() as requests, quiet(), _mirrored(run) as mirror:
-        callbacks = _callbacks(run, curve, throughput, resumed_at)
+        tables = _tables(run, begun)  # before the learning curve is read from them
+        curve = LearningCurve(run.points, run.experiment.n_steps, run.judge, seen(run.folder, run.points, begun.step))
+        callbacks = [throughput, *tables, *_callbacks(run, curve, throughput)]
         module = _module(run, requests)
-        trainer = _trainer(run, callbacks, mirror, validates=bool(run.points or resumed_at))
+        trainer = _trainer(run, callbacks, mirror, validates=bool(run.points or begun.step))
         with ended_together(trainer):
-            diverged = _fit(run, trainer, module, resumed_at, requests)
-            if resumed_at == run.experiment.n_steps and run.judge is not None and run.writes:
+            diverged = _fit(run, trainer, module, begun.step, requests)
+            if begun.step == run.experiment.n_steps and run.judge is not None and run.writes:
                 tell(run.judge, curve.earlier)  # nothing was trained, so the judge was not asked yet
             step = trainer.global_step if diverged is None else diverged.step
             result = result_of(run.experiment, run.folder.path, step, throughput)
@@ -120,6 +120,7 @@ def train_run(run: TrainingRun) -> None:
             else:
                 result |= _scores(run, trainer, module)
             if run.writes:
+                run.checkpoint.with_name(PREVIOUS).unlink(missing_ok=True)
                 write_json(run.folder.path / "result.json", result)
             if mirror is not None:
                 cost = run.experiment.model.cost(run.experiment.data.seq_len)
@@ -127,18 +128,23 @@ def train_run(run: TrainingRun) -> None:
             wait_for_all()
 
 
-def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput, resumed_at: int) -> list[Callback]:
+def _tables(run: TrainingRun, begun: Standing) -> list[Callback]:
+    """What writes the tables of a run."""
+    experiment, folder = run.experiment, run.folder.path
+    tables: list[Callback] = []
+    if run.writes:
+        tables.append(MetricsFile(folder / "metrics.csv", experiment.batch_tokens, run.row_every, begun))
+    if experiment.train.quantizes:
+        tables.append(LostElements(folder, experiment.n_steps, begun, writes=run.writes))
+    return tables
+
+
+def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput) -> list[Callback]:
     experiment, folder = run.experiment, run.checkpoint.parent
-    callbacks: list[Callback] = [throughput]
+    every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
+    callbacks: list[Callback] = [curve, LastCheckpoint(folder, every, run.points, run.rungs), EndsTogether()]
     if not run.compiled:  # what is compiled is so for a number of threads, and would be compiled again
         callbacks.append(FreeCores(run.devices))
-    if run.writes:
-        metrics = run.folder.path / "metrics.csv"
-        callbacks.append(MetricsFile(metrics, experiment.batch_tokens, run.row_every, resumed_at))
-    if experiment.train.quantizes:
-        callbacks.append(LostElements(run.folder.path, experiment.n_steps, resumed_at, writes=run.writes))
-    every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
-    callbacks += [curve, LastCheckpoint(folder, every, run.points, run.rungs), EndsTogether()]
     if run.keep_every is not None:
         callbacks.append(KeptCheckpoints(folder, run.keep_every))
     if run.writes and run.console.is_terminal:
@@ -156,7 +162,8 @@ def _module(run: TrainingRun, requests: Requests) -> LitLanguageModel:
     keep_freed_memory()
     model = starting_model(run.experiment)
     model.recompute = run.recompute
-    return LitLanguageModel(run.experiment, model, build_objective(run.experiment.train), run.paths, requests)
+    objective = build_objective(run.experiment.train)
+    return LitLanguageModel(run.experiment, model, objective, run.paths, requests, run.key)
 
 
 def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | None, *, validates: bool) -> Trainer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ from lightning import Callback, Trainer
 from torch import Tensor, distributed
 from torch.nn import Parameter
 
+from explore.checkpoints import Standing
 from explore.experiment import Experiment
-from explore.files import replacing
 from explore.model import quantizable_parts
 from explore.ops import Emulation
 from explore.precision import products_at
-from explore.train.metrics import read_rows
+from explore.train.metrics import RowsFile
 from explore.train.parallel import whole
 
 FILE = "precision.csv"
@@ -50,15 +49,9 @@ class LostElements(Callback):
     gradient of a weight: `zero` is the share of its elements that are zero. Layers with one letter are one row.
     """
 
-    def __init__(self, folder: Path, n_steps: int, resumed_at: int, *, writes: bool = True) -> None:
-        self.path, self.every_n_steps = folder / FILE, max(1, n_steps // ROWS_PER_RUN)
-        self.writes = writes
-        if writes:
-            kept = [row for row in read_rows(self.path) if float(row["step"]) <= resumed_at] if resumed_at else []
-            with replacing(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(kept)
+    def __init__(self, folder: Path, n_steps: int, standing: Standing, *, writes: bool = True) -> None:
+        self.every_n_steps = max(1, n_steps // ROWS_PER_RUN)
+        self.rows = RowsFile(folder / FILE, COLUMNS, standing) if writes else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         is_counted = (trainer.global_step + 1) % self.every_n_steps == 0
@@ -82,9 +75,12 @@ class LostElements(Callback):
         for (letter, component), counts in zeros.items():
             n_zero, n = counts.tolist()
             rows.append({"letter": letter, "component": component, "operand": "dw", "zero": n_zero / n})
-        if self.writes:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, COLUMNS).writerows({"step": trainer.global_step, **row} for row in rows)
+        if self.rows is not None:
+            self.rows.append({"step": trainer.global_step, **row} for row in rows)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.rows is not None:
+            self.rows.save(checkpoint)
 
 
 def _zeros(parameters: list[Parameter]) -> Tensor:

@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from explore.archive import DamagedError, check_whole, load_checkpoint, read_weights
+from explore.checkpoints import check_owner
 from explore.experiment import Experiment
 from explore.files import replacing
 from explore.model import LanguageModel
 from explore.runs import RunFolder, write_json
 from explore.train.models import evaluate
 from explore.train.schedule import stable_steps
-from explore.weights import read_weights
 
 Shape = Literal["flat", "minus_sqrt"]
 
@@ -82,7 +83,7 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
     """The last so many checkpoints that a run kept in its stable phase: warmed up, and not decayed yet.
 
     Raises:
-        ValueError: fewer were kept, or the shape is unknown.
+        ValueError: fewer were kept, one is damaged or of another run, or the shape is unknown.
     """
     weights = decay_weights(last, shape)
     experiment = folder.load_experiment()
@@ -98,7 +99,17 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
     steps = tuple(kept[-last:])
     if len({b - a for a, b in pairwise(steps)}) > 1:
         raise ValueError(f"last: the last {last} checkpoints of {folder.path} are not equally far apart: steps {steps}")
+    for step in steps:
+        _check(found[step], folder)
     return Window(shape, steps, tuple(found[step] for step in steps), weights)
+
+
+def _check(path: Path, folder: RunFolder) -> None:
+    try:
+        check_whole(path)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; merge fewer, or train the run again") from None
+    check_owner(path, load_checkpoint(path), folder.key, folder.path)
 
 
 def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *, save: bool = False) -> dict[str, Any]:

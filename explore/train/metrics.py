@@ -1,17 +1,58 @@
-"""The metrics of a run on disk."""
+"""What a run measures while it trains, on disk and in its checkpoints."""
 
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from explore.files import replacing
+from explore.checkpoints import Standing
+from explore.files import named, replacing
 from explore.quantities import METRICS
 
 VALIDATION = ("val_loss", "val_bpb")
+
+
+class RowsFile:
+    """A CSV file that grows with a run.
+
+    Its text is in every checkpoint, from which the file is written anew where a run goes on: rows of later steps are
+    dropped, since those steps are made again, and what has happened to the file does not matter.
+
+    Args:
+        columns: others are refused.
+        standing: of the run. A checkpoint of an earlier version has no text, and rows on the disk are kept.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], standing: Standing) -> None:
+        self.path, self.columns = path, columns
+        self.text = ",".join(columns) + "\r\n"
+        if standing.files is not None:
+            self.text = standing.files.get(path.name, self.text)
+        else:
+            self.text += self._lines(row for row in _read(path) if float(row["step"]) <= standing.step)
+        with replacing(path) as temporary:
+            temporary.write_text(self.text, encoding="utf-8", newline="")
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Adds rows to the file."""
+        lines = self._lines(rows)
+        self.text += lines
+        with named(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            file.write(lines)
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the text to a checkpoint."""
+        checkpoint.setdefault("files", {})[self.path.name] = self.text
+
+    def _lines(self, rows: Iterable[Mapping[str, Any]]) -> str:
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, self.columns).writerows(rows)
+        return lines.getvalue()
 
 
 class MetricsFile(Callback):
@@ -25,18 +66,15 @@ class MetricsFile(Callback):
     Args:
         batch_tokens: tokens of a step, for the column `tokens`.
         every_n_steps: steps from one row of training to the next.
-        resumed_at: step of the checkpoint that the run goes on from; later rows are dropped, since those
-            steps are made again.
+        standing: of the run.
     """
 
-    def __init__(self, path: Path, batch_tokens: int, every_n_steps: int, resumed_at: int) -> None:
-        self.path, self.batch_tokens, self.every_n_steps = path, batch_tokens, every_n_steps
-        rows = read_rows(path)
-        kept = [row for row in rows if float(row["step"]) <= resumed_at] if resumed_at else []
-        with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, METRICS)
-            writer.writeheader()
-            writer.writerows(kept)
+    def __init__(self, path: Path, batch_tokens: int, every_n_steps: int, standing: Standing) -> None:
+        self.rows, self.batch_tokens, self.every_n_steps = (
+            RowsFile(path, METRICS, standing),
+            batch_tokens,
+            every_n_steps,
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,17 +85,23 @@ class MetricsFile(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._append(trainer, validation=True)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.rows.save(checkpoint)
+
     def _append(self, trainer: Trainer, *, validation: bool) -> None:
         step, metrics = trainer.global_step, trainer.callback_metrics  # the last of both kinds
         row = {name: float(value) for name, value in metrics.items() if (name in VALIDATION) == validation}
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, METRICS).writerow({"step": step, "tokens": step * self.batch_tokens} | row)
+        self.rows.append([{"step": step, "tokens": step * self.batch_tokens} | row])
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
+def _read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file that are whole; none where there is no file."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
-    return [row for row in csv.DictReader(whole.splitlines()) if None not in row.values()]
+    return [row for row in csv.DictReader(whole.splitlines()) if None not in row.values() and _is_step(row.get("step"))]
+
+
+def _is_step(text: str | None) -> bool:
+    return text is not None and text.isdecimal()

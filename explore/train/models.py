@@ -1,9 +1,8 @@
-"""Models of runs, scored, and how far their checkpoints are."""
+"""Models of runs, scored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +39,3 @@ def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> di
         "test_bpb": test.bits_per_byte,
         "recall": recall,
     }
-
-
-def step_of(checkpoint: Path) -> int:
-    """Step of a checkpoint, 0 when there is none."""
-    if not checkpoint.exists():
-        return 0
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])

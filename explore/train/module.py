@@ -52,6 +52,7 @@ class LitLanguageModel(LightningModule):
         model: with the weights from which training begins.
         paths: implementations of ops in training; validation has the default ones.
         requests: signals that ask this process to end.
+        key: of the run, for its checkpoints.
 
     Attributes:
         max_violation: the largest imbalance of a router in the last step.
@@ -64,12 +65,13 @@ class LitLanguageModel(LightningModule):
         objective: Objective,
         paths: Mapping[str, str] | None = None,
         requests: Requests | None = None,
+        key: str | None = None,
     ) -> None:
         super().__init__()
         self.experiment, self.model, self.objective = experiment, model, objective
         self.paths = dict(paths or {})
         self.emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
-        self.requests = requests or Requests()
+        self.requests, self.key = requests or Requests(), key
         self._asked = False
         self.max_violation: Tensor | None = None
         self._load: dict[int, Tensor] = {}
@@ -169,6 +171,8 @@ class LitLanguageModel(LightningModule):
             self.log("max_violation", self.max_violation)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.key is not None:
+            checkpoint["key"] = self.key
         if self.max_violation is not None:
             checkpoint["max_violation"] = self.max_violation.cpu()
 

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from explore.checkpoints import branched_from
 from explore.cost import Cost
 from explore.experiment import Experiment
 from explore.runs import RunFolder, write_json
 from explore.train.callbacks import Throughput
 from explore.train.environment import environment
-from explore.train.rungs import branched_from
 
 
 def cost_record(experiment: Experiment) -> dict[str, Any]:

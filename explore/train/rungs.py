@@ -10,19 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from explore.archive import DamagedError, check_whole
+from explore.checkpoints import BRANCH, LAST
 from explore.experiment import Experiment
-from explore.files import copy_whole, read_json
+from explore.files import copy_whole
 from explore.runs import write_json
 from explore.train.schedule import stable_steps
 
-BRANCH = "branch.json"
+MOST_VALIDATIONS = 100_000
 
 
 def curve_steps(experiment: Experiment, rungs: Sequence[float] = ()) -> dict[int, float]:
-    """Steps done at which a run is validated, and the share of the schedule that each stands for."""
+    """Steps done at which a run is validated, and the share of the schedule that each stands for.
+
+    Raises:
+        ValueError: the run would do little but validate, or a rung is not in the stable phase.
+    """
     n_steps, every = experiment.n_steps, experiment.train.val_every
+    if every is not None and n_steps // every > MOST_VALIDATIONS:
+        raise ValueError(
+            f"train.val_every: must be at least {n_steps // MOST_VALIDATIONS + 1} for {n_steps:,} steps, got {every}"
+        )
     regular = {step: step / n_steps for step in range(every, n_steps + 1, every)} if every else {}
     return regular | rung_steps(experiment, rungs)
 
@@ -49,25 +58,23 @@ def rung_path(runs: str | Path, experiment: Experiment, step: int) -> Path:
     return Path(runs) / "rungs" / f"{experiment.rung_key(step)}.ckpt"
 
 
-def furthest_rung(runs: str | Path, experiment: Experiment) -> int | None:
-    """Step of the last state of an experiment's stable phase that a folder of runs has a rung of."""
-    folder = Path(runs) / "rungs"
-    if not folder.is_dir():
-        return None
-    stable = stable_steps(experiment.n_steps, experiment.train)
-    found = (int(path.stem.rpartition("-")[2]) for path in folder.glob(f"{experiment.stable_key()}-*.ckpt"))
-    return max((step for step in found if step in stable), default=None)
-
-
 def branch(runs: str | Path, experiment: Experiment, folder: Path) -> None:
-    """Puts the furthest rung where the last checkpoint of a run that has none would be, and says so beside it."""
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if checkpoint.exists() or (step := furthest_rung(runs, experiment)) is None:
+    """Puts the furthest rung where the last checkpoint of a run that has none would be, and says so beside it.
+
+    A rung that is damaged is removed: it was a copy, and who passes its step writes it anew.
+    """
+    checkpoint, rungs = folder / "checkpoints" / LAST, Path(runs) / "rungs"
+    if checkpoint.exists() or not rungs.is_dir():
         return
-    write_json(folder / BRANCH, {"key": experiment.rung_key(step), "step": step})
-    copy_whole(rung_path(runs, experiment, step), checkpoint)
-
-
-def branched_from(folder: Path) -> dict[str, Any] | None:
-    """Key and step of the rung that a run began with, or None if it began with nothing."""
-    return read_json(folder / BRANCH) if (folder / BRANCH).exists() else None
+    stable = stable_steps(experiment.n_steps, experiment.train)
+    found = (int(path.stem.rpartition("-")[2]) for path in rungs.glob(f"{experiment.stable_key()}-*.ckpt"))
+    for step in sorted((step for step in found if step in stable), reverse=True):
+        rung = rung_path(runs, experiment, step)
+        try:
+            check_whole(rung)
+        except DamagedError:
+            rung.unlink(missing_ok=True)
+            continue
+        write_json(folder / BRANCH, {"key": experiment.rung_key(step), "step": step})
+        copy_whole(rung, checkpoint)
+        return
