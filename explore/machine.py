@@ -1,11 +1,13 @@
-"""The machine that a process runs on: which of its faults pass."""
+"""The machine that a process runs on: its memory, its files, and which of its faults pass."""
 
 from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 PASSING = tuple(
     getattr(errno, name)
@@ -17,6 +19,15 @@ PASSING = tuple(
     if hasattr(errno, name)
 )
 """Errors of the operating system that have nothing to do with what a process was asked to do."""
+
+CONTROL_GROUPS = {
+    "": (Path("/sys/fs/cgroup"), ("memory.max", "memory.current")),
+    "memory": (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+}
+"""Where the two versions of control groups say how much memory a group may have and has."""
+
+MANY_FILES = 4096
+"""Open files that are many enough; a limit above it is left alone."""
 
 WORDS = (*map(os.strerror, PASSING), "out of memory", "ALLOC_FAILED", "can't allocate memory", "unable to allocate")
 """What libraries in C++ write into a RuntimeError, whose type says nothing."""
@@ -51,3 +62,87 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield following
         seen.add(id(following))
         following = following.__cause__ or following.__context__
+
+
+def memory_bytes() -> tuple[float, float]:
+    """Memory that this process could get at most, and what of it is free now, swap included.
+
+    Limits of the process and of its control group count. Both are infinite where the system does not tell.
+    """
+    host = _numbers(Path("/proc/meminfo"), scale=1024)
+    total = [host["MemTotal"] + host.get("SwapTotal", 0)] if "MemTotal" in host else []
+    free = [host["MemAvailable"] + host.get("SwapFree", 0)] if "MemAvailable" in host else []
+    for limit, used in _limits():
+        total.append(limit)
+        free.append(limit - used)
+    return min(total, default=float("inf")), max(0.0, min(free, default=float("inf")))
+
+
+def _limits() -> Iterator[tuple[float, float]]:
+    """Limits on memory, each with what counts against it now."""
+    own = _numbers(Path("/proc/self/status"), scale=1024)
+    for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            yield float(limit), own.get(name, 0.0)
+    for folder, names in _control_groups():
+        try:
+            limit_text, used_text = ((folder / name).read_text(encoding="ascii").strip() for name in names)
+        except OSError:
+            continue
+        if limit_text.isdecimal():
+            # Files that the kernel has cached for the group count as used, and make way.
+            stat = _numbers(folder / "memory.stat")
+            cached = stat.get("total_inactive_file", stat.get("inactive_file", 0.0))
+            yield float(limit_text), float(used_text) - cached
+
+
+def _control_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
+    """Folders of this process's control group and of those around it, and their files of limit and use."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root, names = CONTROL_GROUPS[controllers]
+            folder = root / path.strip("/")
+            for each in (folder, *folder.parents):
+                if each.is_relative_to(root):
+                    yield each, names
+
+
+def _numbers(path: Path, scale: float = 1.0) -> dict[str, float]:
+    """The numbers of a file of the kernel with a name and a number on each line; empty where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    words = (line.replace(":", " ").split() for line in lines)
+    return {each[0]: scale * float(each[1]) for each in words if len(each) > 1 and each[1].isdecimal()}
+
+
+def ensure_descriptors(needed: int) -> None:
+    """Raises the limit of open files as far as this process may, and refuses to go on where it is still too low.
+
+    Args:
+        needed: files that will be open beside those that are.
+
+    Raises:
+        ValueError: fewer can be opened.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    try:
+        n_open = len(os.listdir("/dev/fd"))  # noqa: PTH208, which is as many for a folder of Path
+    except OSError as error:
+        if error.errno not in PASSING:  # the system does not tell
+            return
+        n_open = soft
+    if soft != resource.RLIM_INFINITY and soft - n_open < needed:
+        raise ValueError(
+            f"open files: at least {n_open + needed} must be allowed, got a limit of {soft}; raise it with ulimit -n"
+        ) from OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -2,6 +2,7 @@
 
 from explore.archive import read_weights
 from explore.checkpoints import load_model
+from explore.train.capacity import check_capacity
 from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
@@ -26,6 +27,7 @@ __all__ = [
     "Judge",
     "LitLanguageModel",
     "build_optimizer",
+    "check_capacity",
     "child_experiment",
     "compiled_ops",
     "cost_record",

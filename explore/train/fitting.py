@@ -18,6 +18,7 @@ from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
 from explore.terminal import plain_console
 from explore.threads import n_cores, use_free_cores
+from explore.train.capacity import check_capacity
 from explore.train.distillation import check_teacher
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
@@ -76,10 +77,10 @@ def fit(
         console: where the progress bar is drawn if it is a terminal; standard error when absent.
 
     Raises:
-        ValueError: corpus, tokenizer or vocabulary do not fit the model; parent or teacher are gone or do not fit it;
-            the devices do not fit batch or optimizer; a rung is not in the stable phase; the judge would never be
-            asked; no checkpoint is whole; or (`BusyError`) another process trains this very experiment. Nothing is
-            written then.
+        ValueError: memory does not suffice; corpus, tokenizer or vocabulary do not fit the model; parent or teacher
+            are gone or do not fit it; the devices do not fit batch or optimizer; a rung is not in the stable phase; the
+            judge would never be asked; no checkpoint is whole; or (`BusyError`) another process trains this very
+            experiment. Nothing is written then.
     """
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: must be at least 1, got {keep_every}")
@@ -96,6 +97,8 @@ def fit(
     check_start(experiment)
     check_teacher(experiment)
     device = _device(accelerator)
+    if is_writer(devices):
+        check_capacity(experiment, recompute=recompute, device=device, devices=devices, strategy=strategy)
     checkpoint, damage = last_whole(folder.path / "checkpoints")
     threads = use_free_cores(devices)
     run = TrainingRun(
