@@ -34,6 +34,11 @@ UNTIL_DECAY = frozenset(
 )
 """Fields of `TrainConfig` that do not act on a run before its decay; of the warm-up, only its steps do."""
 
+MOST_TOKENS = 10**15
+"""Longest training: twenty times that of any model."""
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 VOCABULARY_MULTIPLE = 128
 """A vocabulary that is padded to a multiple of this is no mistake."""
 
@@ -187,12 +192,12 @@ class TrainConfig(Config):
         objective: what is minimised.
     """
 
-    tokens: PositiveInt | None = None
+    tokens: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
     flops: PositiveFloat | None = None
     batch_size: PositiveInt = 16
     lr: PositiveFloat = 2e-3
     optimizer: Literal["adamw", "muon"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.1
     warmup: float = Field(default=0.02, ge=0, le=1)
     decay: float = Field(default=0.2, ge=0, le=1)
@@ -248,11 +253,18 @@ class Experiment(Config):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    seed: NonNegativeInt = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     start: Start = added_later(FreshWeights())
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
+        if self.train.flops is not None:
+            flops_train = self.model.cost(self.data.seq_len).flops_train
+            if self.train.flops > MOST_TOKENS * flops_train:
+                raise ValueError(
+                    f"train.flops: must be at most {MOST_TOKENS * flops_train:.3g}, the FLOPs of {MOST_TOKENS:,} "
+                    f"tokens, got {self.train.flops:.3g}"
+                )
         if self.train.quantizes:
             try:
                 in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)

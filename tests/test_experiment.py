@@ -212,6 +212,10 @@ def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, step
         ("train.lr=0", "train.lr: input should be greater than 0, got 0"),
         ("start.kind=warm", "start.kind: must be fresh or parent, got 'warm'"),
         ("train.objective.kind=kl", "train.objective.kind: must be next_token or distillation, got 'kl'"),
+        ("seed=18446744073709551616", "seed: input should be less than 9223372036854775808, got 18446744073709551616"),
+        ("train.tokens=1e16", "train.tokens: input should be less than or equal to 1000000000000000, got 1e+16"),
+        ("train.betas=[1, 0.5]", "train.betas.0: input should be less than 1, got 1"),
+        ("train.betas=[0.9, 1.0]", "train.betas.1: input should be less than 1, got 1.0"),
         ("train.flops=1", "train: tokens and flops: exactly one budget is allowed, got tokens=2560 flops=1.0"),
     ],
 )
@@ -248,3 +252,12 @@ def test_a_vocabulary_larger_than_the_tokenizer_is_noted_unless_it_is_padding(tm
         notes = experiment.notes(data.open(0))
         assert notes[0] == cut
         assert [note.split(": ")[1][: len(rows)] for note, rows in zip(notes[1:], expected, strict=True)] == expected
+
+
+def test_flops_for_more_tokens_than_any_training_are_refused(corpus: Path) -> None:
+    record = content(corpus)
+    record["train"] = {"flops": 1e300, "batch_size": 4}
+    with pytest.raises(
+        ValidationError, match=r"train\.flops: must be at most \S+, the FLOPs of 1,000,000,000,000,000 to"
+    ):
+        Experiment.model_validate(record)

@@ -83,7 +83,7 @@ class RecallData(Config):
     n_queries: PositiveInt = Field(default_factory=lambda data: data["n_pairs"])
     vocab_size: PositiveInt = 256
     power_a: float = Field(default=0.01, gt=0, le=1)
-    n_eval: PositiveInt = 512
+    n_eval: int = Field(default=512, gt=0, le=1_000_000)
 
     @model_validator(mode="after")
     def _fits(self) -> RecallData:
