@@ -39,7 +39,7 @@ def is_passing(error: BaseException) -> bool:
     A disk that is full or fails, a network file system that is away, too few file descriptors, no memory on the CPU or
     the GPU, a time limit. Errors that such a fault has been turned into count too.
     """
-    return any(map(_is_passing, _chain(error)))
+    return any(map(_is_passing, causes(error)))
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -54,7 +54,7 @@ def _is_passing(error: BaseException) -> bool:
     return False
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and what it came from, also where `raise ... from None` hides that."""
     seen: set[int] = set()
     following: BaseException | None = error

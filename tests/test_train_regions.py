@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from small_runs import STEPS, result, tiny, train, write_corpus
+from torch._dynamo.exc import BackendCompilerFailed
 
 from explore.model import ModelConfig
-from explore.ops import forced_paths, paths_in_use
+from explore.ops import compilation, forced_paths, paths_in_use
 from explore.precision import TRAINED
 from explore.runs import RunFolder, write_json
 from explore.table import read_table, save_table
@@ -165,3 +167,74 @@ def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(ow
     assert plain.environment["compiled"] == {}
     assert result(compiled)["step"] == STEPS
     assert result(compiled)["val_loss"] == pytest.approx(result(plain)["val_loss"], rel=1e-4)
+
+
+# A compiler that fails
+
+
+BROKEN_CXX = """#!/bin/sh
+case "$*" in --version) exec g++ --version;; *-print-*|*-dumpversion*) exec g++ "$@";; esac
+echo "fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_run_goes_on_without_a_compiler_that_fails(own: Path, tmp_path: Path) -> None:
+    save_table(read_table(own).assign(default_ns=1e12), own)
+    one = tiny(write_corpus(tmp_path), "M-")
+    (path := tmp_path / "one.json").write_text(one.model_dump_json(), encoding="utf-8")
+    (cxx := tmp_path / "cxx").write_text(BROKEN_CXX)
+    cxx.chmod(0o755)
+    command = [sys.executable, "-c", COMPILES, str(path), str(tmp_path / "plain")]
+    environment = {**os.environ, "CXX": str(cxx)}
+    done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment)
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    said = "fatal error: Python.h: No such file or directory"
+    assert notes == [f"note: the compiler failed, so the run goes on without it: {said}"]
+    assert "Traceback" not in done.stderr
+    (plain,) = map(RunFolder, (tmp_path / "plain").iterdir())
+    assert plain.environment["compiled"] == {}
+    assert plain.environment["ops"] == paths_in_use()
+    assert result(plain)["val_loss"] == pytest.approx(result(train(one, tmp_path / "alone"))["val_loss"], rel=1e-6)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A compiler that fails, and the calls that it has had."""
+    calls: list[int] = []
+
+    def fail(*args: Any) -> None:
+        calls.append(1)
+        raise BackendCompilerFailed(lambda: None, RuntimeError("cxx: fatal error: killed\nno more"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
+    monkeypatch.setattr(compilation, "_failures", [])
+    return calls
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_where_that_is_allowed(failing: list[int], own: Path) -> None:
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    function, x = compilation.compiled(double), torch.arange(3.0)
+    with pytest.raises(BackendCompilerFailed):  # whoever asks for it by name is told
+        function(x)
+    assert compilation.compiler_failure() is None
+    assert "ssd" in chosen("M", ENOUGH + 1)
+    with compilation.falling_back():
+        assert torch.equal(function(x), 2 * x)
+        assert torch.equal(function(x), 2 * x)
+    assert len(failing) == 2
+    assert compilation.compiler_failure() == "RuntimeError: cxx: fatal error: killed"
+    assert chosen("M", ENOUGH + 1) == {}
+
+
+def test_errors_of_a_function_itself_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    with compilation.falling_back(), pytest.raises(RuntimeError, match="out of luck"):
+        compilation.compiled(broken)(torch.ones(1))

@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
+from explore.ops.compilation import compiled, compiled_step, compiler_failure, falling_back
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from explore.ops.divergence import Divergence, linear_kl, logits_kl
@@ -17,8 +18,6 @@ from explore.ops.norm import gated_group_rms_norm, l2_norm, rms_norm, rms_norm_b
 from explore.ops.paths import (
     PATHS,
     OpPath,
-    compiled,
-    compiled_step,
     forced_paths,
     is_forced,
     path_of,
@@ -48,10 +47,12 @@ __all__ = [
     "causal_conv1d",
     "compiled",
     "compiled_step",
+    "compiler_failure",
     "delta_rule",
     "delta_rule_chunked",
     "delta_rule_recurrent",
     "experts",
+    "falling_back",
     "forced_paths",
     "gated_group_rms_norm",
     "hadamard",

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.paths import OpPath, compiled, declare, path_of
+from explore.ops.compilation import compiled
+from explore.ops.paths import OpPath, declare, path_of
 
 declare(
     "norm",

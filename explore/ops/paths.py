@@ -8,14 +8,11 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import assume_constant_result
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class OpPath(NamedTuple):
@@ -50,19 +47,6 @@ _declared: dict[str, tuple[OpPath, ...]] = {}
 
 PATHS: Mapping[str, tuple[OpPath, ...]] = MappingProxyType(_declared)
 """Every op with its implementations; the file of an op declares them."""
-
-MAX_SHAPES = 64
-"""Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
-
-STEP: Mapping[str, Any] = {
-    "cpp_wrapper": True,
-    "max_autotune_gemm": True,
-    "max_autotune_gemm_backends": "ATEN,CPP",
-    "epilogue_fusion": False,  # fails to compile after some products, and gains nothing after others
-    "autotune_num_choices_displayed": 0,
-    "max_autotune_report_choices_stats": False,
-}
-"""Options of torch's compiler for a step of decoding."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
@@ -132,29 +116,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
     """Every op with the implementation that runs now on a type of device, for the run record."""
     return {op: path_of(op, device) for op in sorted(PATHS)}
-
-
-@cache
-def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute."""
-    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False)
-
-
-@cache
-def compiled_step(function: Callable[P, T], varying: str) -> Callable[P, T]:
-    """A step of decoding compiled by torch, whose loops are short and many.
-
-    What calls them is C++ as well, and products are loops too where those are measured to be faster.
-
-    Args:
-        varying: the numbers that differ from step to step, as torch names them, by a regular expression. Others that
-            are seen to change cost one more compilation.
-    """
-    known = torch.compiler.config.dynamic_sources
-    torch.compiler.config.dynamic_sources = f"{known},{varying}" if known else varying
-    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, options=dict(STEP))
 
 
 @contextmanager

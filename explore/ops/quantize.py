@@ -14,7 +14,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from explore.ops.paths import OpPath, compiled, declare
+from explore.ops.compilation import compiled
+from explore.ops.paths import OpPath, declare
 from explore.ops.rounding import power_of_two_below, round_nearest, round_stochastic, round_up, rounding_noise
 from explore.precision import ELEMENTS, FORMATS, Format
 

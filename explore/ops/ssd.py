@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from explore.ops.compilation import compiled
 from explore.ops.mamba_ssm import ssd_mamba_ssm
-from explore.ops.paths import OpPath, compiled, declare, path_of
+from explore.ops.paths import OpPath, declare, path_of
 
 declare(
     "ssd",

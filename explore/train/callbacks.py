@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from explore.ops import compiler_failure
 from explore.threads import CoreWatch
-from explore.train.module import DivergedError
+from explore.train.module import DivergedError, LitLanguageModel
 from explore.train.parallel import end_followers
 
 
@@ -38,6 +39,25 @@ class EndsTogether(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, DivergedError):  # which all of them raise
             end_followers(trainer)
+
+
+class PlainWhereNotCompiled(Callback):
+    """Stops asking for compiled ops once the compiler has failed.
+
+    Args:
+        report: told why it failed.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self.report = report
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LitLanguageModel)
+        if pl_module.paths and (failure := compiler_failure()) is not None:
+            pl_module.paths = {}
+            self.report(failure)
 
 
 class Throughput(Callback):
@@ -116,6 +136,17 @@ class ProgressBar(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.progress.stop()
+
+
+_SAID: set[str] = set()
+
+
+def say(notes: Iterable[str], console: Console) -> None:
+    """Prints notes that this process has not printed yet: the trials of a sweep have them in common."""
+    for note in notes:
+        if note not in _SAID:
+            _SAID.add(note)
+            console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
 from explore.terminal import plain_console
 from explore.threads import n_cores, use_free_cores
+from explore.train.callbacks import say
 from explore.train.capacity import check_capacity
 from explore.train.distillation import check_teacher
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
@@ -27,8 +28,6 @@ from explore.train.record import describe
 from explore.train.regions import compiled_ops
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
 from explore.train.start import check_start
-
-_SAID: set[str] = set()
 
 
 class BusyError(ValueError):
@@ -126,7 +125,7 @@ def fit(
         with _locked(folder.path):
             if not has_ended(folder, judge):  # a process that held the lock until now may have finished it
                 if checkpoint is not None and checkpoint.name != LAST:
-                    _say([damage] if damage else [], run.console)
+                    say([damage] if damage else [], run.console)
                     checkpoint.replace(checkpoint.with_name(LAST))
                 _train_and_record(run, Path(runs), device)
     else:
@@ -137,20 +136,12 @@ def fit(
 def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
     """Writes what is known before training, and trains."""
     folder = run.folder.path
-    _say(run.experiment.notes(run.source), run.console)
+    say(run.experiment.notes(run.source), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
     if run.devices == 1:  # several processes would not agree on files that others write
         branch(runs, run.experiment, folder)
     train_run(run)
-
-
-def _say(notes: Iterable[str], console: Console) -> None:
-    """Prints notes that this process has not printed yet: the trials of a sweep have them in common."""
-    for note in notes:
-        if note not in _SAID:
-            _SAID.add(note)
-            console.print(f"note: {note}", highlight=False, soft_wrap=True)
 
 
 def _open_data(experiment: Experiment) -> Source:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,17 @@ from explore import tracking
 from explore.checkpoints import LAST, PREVIOUS, Standing, standing
 from explore.data import Source
 from explore.experiment import Experiment
+from explore.ops import falling_back, path_of
 from explore.runs import PRUNED, RunFolder, write_json
 from explore.termination import Requests, TerminatedError, termination_handled
 from explore.train.callbacks import (
     EndsTogether,
     FreeCores,
+    PlainWhereNotCompiled,
     ProgressBar,
     Throughput,
     quiet,
+    say,
 )
 from explore.train.judging import Judge, LearningCurve, seen, tell
 from explore.train.low_precision import LostElements
@@ -86,6 +89,15 @@ class TrainingRun:
         """Whether this process writes the record."""
         return is_writer(self.devices)
 
+    def report_plain(self, reason: str) -> None:
+        """Says and records that nothing is compiled, since the compiler failed."""
+        if not self.writes:
+            return
+        say([f"the compiler failed, so the run goes on without it: {reason}"], self.console)
+        record = self.folder.environment
+        ops = {**record.get("ops", {}), **{op: path_of(op) for op in self.compiled}}
+        write_json(self.folder.path / "environment.json", {**record, "ops": ops, "compiled": {}})
+
     @property
     def row_every(self) -> int:
         """Steps from one row of metrics to the next."""
@@ -143,6 +155,8 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput) -
     experiment, folder = run.experiment, run.checkpoint.parent
     every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
     callbacks: list[Callback] = [curve, LastCheckpoint(folder, every, run.points, run.rungs), EndsTogether()]
+    if run.compiled:
+        callbacks.append(PlainWhereNotCompiled(run.report_plain))
     if not run.compiled:  # what is compiled is so for a number of threads, and would be compiled again
         callbacks.append(FreeCores(run.devices))
     if run.keep_every is not None:
@@ -197,12 +211,13 @@ def _fit(
     """Trains the remaining steps; returns the error of a run that diverged."""
     diverged = None
     try:
-        trainer.fit(
-            module,
-            datamodule=DataModule(run.experiment, run.source),
-            ckpt_path=run.checkpoint if resumed_at else None,
-            weights_only=True,
-        )
+        with falling_back() if run.compiled else nullcontext():
+            trainer.fit(
+                module,
+                datamodule=DataModule(run.experiment, run.source),
+                ckpt_path=run.checkpoint if resumed_at else None,
+                weights_only=True,
+            )
     except DivergedError as error:
         diverged = error
     except SystemExit as end:

@@ -20,7 +20,7 @@ from explore.blocks import BlockConfig
 from explore.cost import in_formats
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
-from explore.ops import is_forced, paths_that
+from explore.ops import compiler_failure, is_forced, paths_that
 from explore.precision import Recipe
 from explore.table import read_table
 
@@ -63,7 +63,7 @@ def compiled_ops(
     """
     layers = list(_layers(model, seq_len))
     has_regions = recipe is not None or any(block.regions(length) for block, length in layers)
-    if device != "cpu" or not has_regions or not _has_compiler():
+    if device != "cpu" or not has_regions or not _works():
         return {}
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
@@ -115,6 +115,11 @@ def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int
         depths += [(blocks, seq_len - k) for k in range(1, model.mtp.n_depths + 1)]
     for blocks, length in depths:
         yield from ((block, length) for block in blocks)
+
+
+def _works() -> bool:
+    """Whether there is a compiler, and it has not failed in this process."""
+    return compiler_failure() is None and _has_compiler()
 
 
 @cache

@@ -1,0 +1,106 @@
+"""Functions that torch compiles, and what runs where its compiler fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from explore.machine import causes
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MAX_SHAPES = 64
+"""Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
+
+STEP: Mapping[str, Any] = {
+    "cpp_wrapper": True,
+    "max_autotune_gemm": True,
+    "max_autotune_gemm_backends": "ATEN,CPP",
+    "epilogue_fusion": False,  # fails to compile after some products, and gains nothing after others
+    "autotune_num_choices_displayed": 0,
+    "max_autotune_report_choices_stats": False,
+}
+"""Options of torch's compiler for a step of decoding."""
+
+SHOWN_CHARS = 120
+"""Of what a compiler says."""
+
+_falling_back: ContextVar[bool] = ContextVar("falling_back", default=False)
+_failures: list[str] = []
+
+
+@cache
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute.
+
+    Where the compiler fails, inside `falling_back`, the function runs as it is, from then on.
+    """
+    from torch._functorch import config as functorch
+
+    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
+    # A backward pass is compiled with its forward, so that a failure is met there.
+    functorch.force_non_lazy_backward_lowering = True
+    fast = torch.compile(function, dynamic=False)
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():  # as a part of something larger
+            return function(*args, **kwargs)
+        if not (_falling_back.get() and _failures):
+            try:
+                return fast(*args, **kwargs)
+            except RuntimeError as error:
+                if not _falling_back.get() or (failure := _compiler_failure(error)) is None:
+                    raise
+                _failures.append(failure)
+        return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def falling_back() -> Iterator[None]:
+    """Lets compiled functions run as they are where the compiler fails; `compiler_failure` says so afterwards."""
+    token = _falling_back.set(True)
+    try:
+        yield
+    finally:
+        _falling_back.reset(token)
+
+
+def compiler_failure() -> str | None:
+    """Why the compiler has failed in this process, in one line; None while it has not."""
+    return _failures[0] if _failures else None
+
+
+def _compiler_failure(error: RuntimeError) -> str | None:
+    """Why an error of torch's compiler arose, in one line; None for other errors."""
+    chain = list(causes(error))
+    modules = {base.__module__.partition(".")[2].partition(".")[0] for each in chain for base in type(each).__mro__}
+    if not modules & {"_dynamo", "_inductor", "_functorch"}:
+        return None
+    lines = [line.strip() for each in chain for line in str(each).splitlines() if line.strip()]
+    said = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+    return said if len(said) <= SHOWN_CHARS else f"{said[:SHOWN_CHARS]}..."
+
+
+@cache
+def compiled_step(function: Callable[P, T], varying: str) -> Callable[P, T]:
+    """A step of decoding compiled by torch, whose loops are short and many.
+
+    What calls them is C++ as well, and products are loops too where those are measured to be faster.
+
+    Args:
+        varying: the numbers that differ from step to step, as torch names them, by a regular expression. Others that
+            are seen to change cost one more compilation.
+    """
+    known = torch.compiler.config.dynamic_sources
+    torch.compiler.config.dynamic_sources = f"{known},{varying}" if known else varying
+    torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
+    return torch.compile(function, options=dict(STEP))
