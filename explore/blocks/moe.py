@@ -16,10 +16,11 @@ from explore.blocks.base import BlockConfig, Call, Linear, RMSNorm, RoutedMixer,
 from explore.blocks.declarations import Axis, Draw, Group, Layout, Powers, Role, Stops, ladder, leaf, width
 from explore.blocks.mlp import MLPConfig
 from explore.blocks.moe_axes import moe_axes, moe_layout
-from explore.blocks.saved import Ranks, check_divides, dropout_mask, inner_kept, inner_saved
+from explore.blocks.moe_saved import moe_kept, moe_saved
+from explore.blocks.saved import Ranks, check_divides
 from explore.blocks.state import State
 from explore.config import added_later
-from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, product, vector
+from explore.cost import ConventionName, Entry, Saved, matrix, product, vector
 from explore.ops import Activation, Visit, experts, is_gated, linear, visits
 
 SMALLEST_SCORE = 2.0**-100
@@ -204,59 +205,10 @@ class MoEConfig(BlockConfig):
         return tuple(rows)
 
     def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-        d_routed, latent, shared = self.d_latent or d_model, self.d_latent is not None, self.shared_mlp()
-        routed, moe, readers = self.top_k * seq_len, ("moe",), latent + (shared is not None)
-        expert, activated = inner_saved(
-            "experts", self.d_expert * routed, self.activation, cut="expert width", dropped_by=moe, act="moe_act"
-        )
-        weighted = ("memory_efficient_permutation", "moe")
-        rows = [
-            # The router reads it in full width; the latent projection and the shared experts may keep narrow copies.
-            Saved("router", "norm", d_model * seq_len, narrow_copies=readers, dropped_by=("layernorm",)),
-            Saved("router", "routing", 2 * self.n_experts * seq_len, "float32", dropped_by=moe),
-            linear_input("experts", d_routed * routed, cut="expert tokens", dropped_by=moe)._replace(group="expert"),
-            expert._replace(group="expert"),
-            activated._replace(group="expert"),
-            Saved("experts", "expert", d_routed * routed, cut="expert tokens", dropped_by=weighted),
-        ]
-        if self.latent_norm != "none":
-            rows.append(Saved("latent_norm", "norm", d_routed * seq_len, dropped_by=moe))
-        if latent:
-            rows.append(linear_input("latent_up", d_routed * seq_len, dropped_by=moe))
-        if shared is not None:
-            dropped_by = ("shared_experts", "moe")
-            rows += inner_saved("shared", shared.d_ff * seq_len, self.activation, cut="width", dropped_by=dropped_by)
-            if self.shared_gate:  # the output of the shared experts, and the gate
-                rows.append(Saved("shared_gate", "activation", (d_model + 1) * seq_len, dropped_by=dropped_by))
-        return (*rows, dropout_mask("experts", d_model, seq_len))
+        return moe_saved(self, d_model, seq_len)
 
     def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-        d_routed, latent, shared = self.d_latent or d_model, self.d_latent is not None, self.shared_mlp()
-        chosen = self.top_k * seq_len
-        # Scores, and what dividing the chosen ones by their sum and balancing all of them take.
-        scores = self.n_experts * seq_len + (2 * chosen + seq_len) * self.normalize_weights
-        balanced = ((self.n_experts + 1) * seq_len + self.n_experts) if self.aux_loss_coef > 0 else 0
-        rows = [
-            Saved("router", "linear input", d_model * seq_len, "float32"),
-            Saved("router", "routing", scores + balanced, "float32"),
-            Saved("experts", "routing", (2 + self.bias) * chosen, "int64"),  # experts, rows, and experts of rows
-            Saved("experts", "routing", chosen, "float32"),
-            *(row._replace(group="expert") for row in inner_kept("experts", self.d_expert * chosen, self.activation)),
-            Saved("experts", "expert", 2 * d_routed * chosen, "float32"),  # what they read and what they give
-        ]
-        if self.router_input == "latent" or self.latent_norm == "input":
-            rows.append(Saved("latent_down", "norm", d_routed * seq_len, "float32"))
-        if self.latent_norm == "combined":
-            rows.append(Saved("latent_norm", "norm", d_routed * seq_len, "float32"))
-        if self.latent_norm != "none":
-            rows.append(Saved("latent_norm", "norm", seq_len, "float32"))
-        if latent:
-            rows.append(Saved("latent_up", "linear input", d_routed * seq_len, "float32"))
-        if shared is not None:
-            rows += inner_kept("shared", shared.d_ff * seq_len, self.activation)
-            if self.shared_gate:
-                rows.append(Saved("shared_gate", "activation", (d_model + 1) * seq_len, "float32"))
-        return tuple(rows)
+        return moe_kept(self, d_model, seq_len)
 
     def routing(self) -> tuple[int, int]:
         return self.n_experts, self.top_k
