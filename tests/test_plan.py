@@ -208,6 +208,9 @@ def test_fewer_copies_cross_the_network_when_a_domain_passes_them_on(domain: int
     assert naive[1] >= rank[1] >= node[1]
     if ep <= domain:
         assert (naive[1], rank, node[1]) == (0, node, 0)
+    else:
+        assert node[1] == pytest.approx(copies(ep // domain, 8) * (1 - domain / ep))
+        assert node[1] < rank[1]
 
 
 def test_a_latent_divides_the_all_to_all() -> None:
