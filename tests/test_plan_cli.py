@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -53,6 +53,18 @@ def explore(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return int(stop.value.code or 0), captured.out, captured.err
 
     return run
+
+
+def test_choices_of_the_command_are_those_of_the_library() -> None:
+    from explore.cli import plan as command
+    from explore.plan import PrecisionName
+    from explore.plan.run import AllToAll
+    from explore.plan.search import Objective
+
+    for of_command, of_library in (
+        (command.Precision, PrecisionName), (command.AllToAll, AllToAll), (command.Objective, Objective),
+    ):  # fmt: skip
+        assert get_args(of_command) == get_args(of_library)
 
 
 def test_one_layout_as_json_keeps_the_contract(explore: Any) -> None:

@@ -59,9 +59,7 @@ def cost(
     precision: Precision = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
-    saved: Annotated[
-        bool, typer.Option("--saved", help="What a token keeps for the backward pass, here and in Megatron-LM.")
-    ] = False,
+    saved: Annotated[bool, typer.Option("--saved", help="Show what a token keeps for the backward pass.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Counts in print beside those computed.")] = False,
 ) -> None:
@@ -241,18 +239,19 @@ def _saved(model: ModelConfig, seq_len: int) -> None:
     from explore.model import saved_table
 
     titles = {
-        "exact": "here: fp32 on a CPU, by the default paths",
-        "megatron": "Megatron-LM: the layers in bf16, nothing recomputed",
+        "exact": "in this kit (fp32, CPU, default paths)",
+        "megatron": "in Megatron-LM (layers in bf16, nothing recomputed)",
     }
     records = saved_table(model, seq_len)
     for convention, title in titles.items():
         rows = [record for record in records if record["convention"] == convention]
         groups = list(dict.fromkeys(record["group"] for record in rows))
         table = Table(
-            title=f"a token keeps for the backward pass, {title}",
+            title=f"bytes that a token keeps {title}",
             title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim",
         )  # fmt: skip
-        for i, name in enumerate(("letter", "layers", *groups, "total")):
+        short = {"linear input": "linear", "activation": "activ.", "attention": "attn."}
+        for i, name in enumerate(("letter", "layers", *(short.get(group, group) for group in groups), "total")):
             table.add_column(name, justify="right" if i else "left")
         for letter in dict.fromkeys(record["letter"] for record in rows):
             of = {record["group"]: record["bytes"] for record in rows if record["letter"] == letter}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["tokens_per_s", "gpus", "memory"]
 Precision = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
+AllToAll = Literal["naive", "rank", "node"]
 
 
 @app.command(
@@ -64,9 +65,7 @@ def plan(
     memory_efficient_permutation: Annotated[
         bool, typer.Option("--memory-efficient-permutation", help="Apply routing weights before the last matrix.")
     ] = False,
-    all_to_all: Annotated[
-        Literal["naive", "rank", "node"], typer.Option(help="Copies of a token: for each expert, rank or domain.")
-    ] = "node",
+    all_to_all: Annotated[AllToAll, typer.Option(help="Copies of a token: for each expert, rank or domain.")] = "node",
     expert_groups: Annotated[
         str | None, typer.Option(metavar="GROUPS:CHOSEN", help="Groups of experts, and how many a token uses, as 8:4.")
     ] = None,
