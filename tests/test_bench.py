@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from explore.bench import SHAPES, compare, compare_curves, compare_decoding, families, time_ops, time_text, time_trials
+from explore.bench import (
+    SHAPES,
+    compare,
+    compare_curves,
+    compare_decoding,
+    compare_precisions,
+    families,
+    precision,
+    time_ops,
+    time_text,
+    time_trials,
+)
 from explore.bench.text import FORMS
+from explore.bench.worker import train_step
 from explore.blocks import KINDS
 from explore.ops import PATHS
+from explore.train import regions
 
 
 def test_families_are_those_of_their_names_and_no_larger_for_being_latent() -> None:
@@ -38,6 +52,35 @@ def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
         next(compare("huge", 1.0, 1e9))
     with pytest.raises(ValueError, match="family: 'RNN' is unknown; allowed are attention"):
         next(compare("tiny", 1.0, 1e9, names=["RNN"]))
+
+
+def test_emulated_precisions_are_timed_beside_bf16_with_what_a_long_run_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks: list[dict[str, Any]] = []
+
+    def measured(**task: Any) -> dict[str, Any]:
+        tasks.append(task)
+        return {"tokens_per_s": 100.0 / len(tasks), "peak_bytes": 1000 + len(tasks), "first_step_s": 1.0}
+
+    monkeypatch.setattr(precision, "in_a_process", measured)
+    monkeypatch.setattr(regions, "_has_compiler", lambda: True)
+    records = list(compare_precisions("small", 1.0, ["hybrid LatentMoE"]))
+    assert [record["precision"] for record in records] == ["bf16", "fp8", "nvfp4"]
+    assert [record["step_ratio"] for record in records] == pytest.approx([1, 2, 3])
+    assert [record["memory_ratio"] for record in records] == pytest.approx([1, 1002 / 1001, 1003 / 1001])
+    assert ["quantize" in task["paths"] for task in tasks] == [False, True, True]
+
+
+def test_a_step_in_emulated_precision_is_the_one_of_its_recipe() -> None:
+    tokens = torch.randint(0, 1024, (4, 129), generator=torch.Generator().manual_seed(0))
+    losses = {
+        name: [step(tokens[:, :-1], tokens[:, 1:]) for _ in range(2)]
+        for name in ("bf16", "fp8", "nvfp4")
+        for step in (train_step("attention + MLP", "tiny", "ours", name),)
+    }
+    assert len({first for first, _ in losses.values()}) == 3
+    assert all(second < first for first, second in losses.values())
 
 
 def test_a_trial_is_timed_up_to_its_first_step() -> None:

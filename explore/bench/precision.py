@@ -32,8 +32,8 @@ def compare_precisions(shape: str, seconds: float, names: list[str] | None = Non
         for precision in ("bf16", *EMULATED):
             recipe = None if baseline is None else TRAINED[precision]
             ops = compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, "bf16", recipe=recipe)
-            task = {"family": name, "shape": shape, "side": "ours", "precision": precision, "seconds": seconds}
-            found = in_a_process(what="train", **task, paths=dict.fromkeys(ops, "compiled"))
+            task: dict[str, Any] = {"family": name, "shape": shape, "side": "ours", "precision": precision}
+            found = in_a_process(what="train", **task, seconds=seconds, paths=dict.fromkeys(ops, "compiled"))
             baseline = baseline or found
             yield {
                 "family": name,

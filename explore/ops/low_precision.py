@@ -114,9 +114,11 @@ class Quantizer:
         n_sequences, length, _ = sequences.shape
         filled = length + -length % self.grain
         rows = F.pad(sequences, (0, 0, 0, filled - length)).flatten(0, 1)  # r d_in
-        y = self.product(rows, weight.T[None], Layout([[filled] * n_sequences]))
-        y = y.unflatten(0, (n_sequences, filled))[:, :length].reshape(*x.shape[:-1], len(weight))
-        return y if bias is None else y + bias.to(y.dtype)
+        filled_y = self.product(rows, weight.T[None], Layout([[filled] * n_sequences]))
+        y: Tensor = filled_y.unflatten(0, (n_sequences, filled))[:, :length].reshape(*x.shape[:-1], len(weight))
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+        return y
 
     def product(
         self, rows: Float[Tensor, "r d_in"], weight: Float[Tensor, "e d_in d_out"], layout: Layout, name: str = ""

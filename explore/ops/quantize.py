@@ -168,7 +168,8 @@ def quantize_compiled(
     for each in (x, noise, amax):
         if each is not None and each.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(each, 0)
-    return compiled(quantize_blocks)(x, noise, how, amax)
+    y: Tensor = compiled(quantize_blocks)(x, noise, how, amax)
+    return y
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from math import lcm
 from typing import Literal, NamedTuple
 
 from explore.precision.formats import ELEMENTS, FORMATS, FormatName
-from explore.precision.recipe import Operand, Product, Recipe, WeightFormat
+from explore.precision.recipe import Operand, Product, Recipe
 
 OPERANDS: Mapping[Product, tuple[Operand, Operand]] = {
     "forward": ("x", "w"),
@@ -54,7 +54,7 @@ Products = Mapping[Product, tuple[OperandFormat, OperandFormat]]
 """Operands of the products that are quantised; others are made in the dtype of the run."""
 
 
-def products_of(recipe: Recipe, format: WeightFormat) -> Products:
+def products_of(recipe: Recipe, format: FormatName) -> Products:
     """The products of a component that has this format, as the recipe's switches want them."""
     return {
         product: (_operand(recipe, format, product, left), _operand(recipe, format, product, right))
@@ -63,7 +63,7 @@ def products_of(recipe: Recipe, format: WeightFormat) -> Products:
     }
 
 
-def _operand(recipe: Recipe, format: WeightFormat, product: Product, operand: Operand) -> OperandFormat:
+def _operand(recipe: Recipe, format: FormatName, product: Product, operand: Operand) -> OperandFormat:
     name: FormatName = GRADIENT_FORMATS.get(format, format) if operand == "dy" else format
     entry = FORMATS[name]
     if entry.scaling == "none":
