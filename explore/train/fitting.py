@@ -14,6 +14,7 @@ from explore import tracking
 from explore.checkpoints import LAST, last_whole
 from explore.data import Source
 from explore.experiment import Experiment
+from explore.files import remove_abandoned
 from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
 from explore.terminal import plain_console
@@ -136,6 +137,9 @@ def fit(
 def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
     """Writes what is known before training, and trains."""
     folder = run.folder.path
+    for place in (folder, folder / "checkpoints", runs / "rungs"):
+        if place.is_dir():
+            remove_abandoned(place)
     say(run.experiment.notes(run.source), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
