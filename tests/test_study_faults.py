@@ -110,6 +110,11 @@ def test_a_corpus_that_is_gone_on_the_way_stops_the_sweep_which_then_goes_on(
     assert done_by_key(study_of(runs)) == done_by_key(study_of(tmp_path / "undisturbed"))
 
 
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
 FAULTS: dict[str, Callable[[], BaseException]] = {
     **{
         name: lambda name=name: OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "last.ckpt")
@@ -120,6 +125,7 @@ FAULTS: dict[str, Callable[[], BaseException]] = {
     "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "storage": lambda: optuna.exceptions.StorageInternalError("An exception is raised during the commit."),
+    "files": lambda: caused(ValueError("open files: at least 60 must be allowed"), OSError(errno.EMFILE, "too many")),
     "away": lambda: FaultError("storage: no answer for 600 s: the server closed the connection"),
 }
 
@@ -138,6 +144,12 @@ def test_a_fault_of_the_machine_gives_the_trial_back_and_stops_the_sweep(
         with pytest.raises(FaultError, match=rf"{GOES_ON}$") as stop:
             run(sweep, 3, runs)
     assert "\n" not in str(stop.value)
+    text = str(FAULTS[name]())
+    assert (
+        text.partition("] ")[2].partition(":")[0] in str(stop.value)
+        if name.startswith("E")
+        else text in str(stop.value)
+    )
     assert outcomes(runs) == [RELEASED]
     assert run(sweep, 1, runs).complete == 1
     assert outcomes(runs) == [RELEASED, "done"]

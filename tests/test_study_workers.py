@@ -377,7 +377,7 @@ def test_an_error_on_a_disk_without_room_is_the_disks(tmp_path: Path, monkeypatc
     """As torch tells it, who has no number for it."""
     monkeypatch.setattr(train, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("file write failed")))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
-    with pytest.raises(ValueError, match=r"runs: no space left on the device; the sweep stops here"):
+    with pytest.raises(ValueError, match=r"runs: the disk must have room for 2 checkpoints .*; the sweep stops here"):
         worker(load_sweep(write_sweep(tmp_path)), tmp_path / "runs").work(1)
 
 

@@ -28,16 +28,20 @@ def fault_of(error: BaseException, runs: Path) -> str | None:
     Args:
         runs: the folder of runs, whose disk may be full: torch tells of that as a RuntimeError.
     """
-    for each in _causes(error):
-        if isinstance(each, FaultError):
-            return str(each)
-        if isinstance(each, OSError) and (each.errno in UNWRITABLE or is_passing(each)):
-            return f"{each.filename or runs}: {each.strerror or type(each).__name__}"
-    if is_passing(error) or isinstance(error, optuna.exceptions.StorageInternalError):
-        return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
-    if not isinstance(error, Exception):
-        return None
-    return f"{runs}: no space left on the device" if _is_full(runs) else None
+    causes = list(_causes(error))
+    if (fault := next((each for each in causes if isinstance(each, FaultError)), None)) is not None:
+        return str(fault)
+    unwritable = any(isinstance(each, OSError) and each.errno in UNWRITABLE for each in causes)
+    if unwritable or is_passing(error) or isinstance(error, optuna.exceptions.StorageInternalError):
+        return _line(error, runs)
+    return f"{runs}: no space left on the device" if isinstance(error, Exception) and _is_full(runs) else None
+
+
+def _line(error: BaseException, runs: Path) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or runs}: {error.strerror or str(error) or type(error).__name__}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -28,6 +28,7 @@ from explore.study.dashboard import annotate
 from explore.study.faults import FaultError, fault_of
 from explore.study.identity import check_data
 from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, leave
+from explore.study.needs import check_needs
 from explore.study.progress import EXHAUSTED, is_counted, why_used_up
 from explore.study.sweep_file import Sweep, reason
 from explore.table import expected_row
@@ -88,7 +89,7 @@ class Worker:
         """Runs trials until `n_trials` have been trained or failed, whoever ran them, or nothing new is found.
 
         Raises:
-            FaultError: a fault of the machine, of which the trial is not the cause; the trial is given back.
+            FaultError: a fault of the machine stopped the sweep; the trial that it met is given back.
         """
         try:
             self._work(n_trials)
@@ -161,7 +162,9 @@ class Worker:
         try:
             return self._train_claimed(trial, experiment)
         except Exception:
-            check_data(self.study, experiment)  # where the text is gone or was changed meanwhile, that is why
+            # Where the text is gone or was changed meanwhile, or the disk or the memory is too small, that is why.
+            check_data(self.study, experiment)
+            check_needs([experiment], self.runs)
             raise
 
     def _train_claimed(self, trial: optuna.Trial, experiment: Experiment) -> Outcome:
