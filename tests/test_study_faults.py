@@ -22,10 +22,11 @@ from explore import train
 from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, processes, run_sweep
 from explore.study.faults import FaultError
 from explore.study.lease import RELEASED
+from explore.study.needs import check_needs
 from explore.study.storage import JOURNAL
 from explore.study.sweep_file import TRIES
 from explore.termination import TerminatedError, termination_handled
-from explore.train import LitLanguageModel
+from explore.train import LitLanguageModel, capacity
 
 GOES_ON = "; the sweep stops here, and goes on when started again"
 
@@ -84,6 +85,36 @@ def test_a_disk_without_room_for_the_checkpoints_of_all_workers_is_found_before_
     assert not runs.exists()
     place.f_bavail = 1 << 40
     assert run(sweep, 1, runs).complete == 1
+
+
+def test_a_model_that_does_not_fit_into_memory_is_found_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
+    with monkeypatch.context() as patch:
+        patch.setattr(capacity, "memory_bytes", lambda: (1 << 40, 1000))
+        with pytest.raises(FaultError, match=r"^memory: training needs at least .* would fit$"):
+            run(sweep, 2, runs)
+        check_needs(sweep.examples, runs, elsewhere=True)
+    assert not runs.exists()
+    assert run(sweep, 1, runs).complete == 1
+
+
+@pytest.mark.parametrize("total", [2000, 1 << 40])
+def test_a_trial_for_which_the_memory_is_too_small_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int
+) -> None:
+    """Whether another machine is needed, or this one when others have ended."""
+    sweep, runs, real = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", train.fit
+
+    def fit(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(capacity, "memory_bytes", lambda: (total, 1000))
+        return real(*args, **options)
+
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(FaultError, match=rf"^memory: training needs at least .* would fit{GOES_ON}$"):
+        run(sweep, 2, runs)
+    assert outcomes(runs) == [RELEASED]
 
 
 # What comes on the way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ STEP = 6 * 1000.0
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Four cores, much memory, no accelerator, and a table by which steps of up to 6000 FLOPs are shared."""
     monkeypatch.setattr(sharing, "n_cores", lambda: 4)
-    monkeypatch.setattr(sharing, "_free_memory", lambda: 1 << 40)
+    monkeypatch.setattr(sharing, "memory_bytes", lambda: (math.inf, math.inf))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
     rows = [(1000.0, 100.0, 300.0), (STEP, 100.0, 111.0), (9000.0, 100.0, 109.0)]
@@ -54,9 +55,9 @@ def test_the_mean_of_the_experiments_counts(machine: pytest.MonkeyPatch, tmp_pat
 
 
 def test_there_are_as_many_workers_as_fit_into_memory(machine: pytest.MonkeyPatch) -> None:
-    machine.setattr(sharing, "_free_memory", lambda: 3 * sharing.WORKER_BYTES + 1)
+    machine.setattr(sharing, "memory_bytes", lambda: (math.inf, 3.0 * sharing.WORKER_BYTES + 1))
     assert workers_for(1.0, 9) == 3
-    machine.setattr(sharing, "_free_memory", lambda: 0)
+    machine.setattr(sharing, "memory_bytes", lambda: (math.inf, 0.0))
     assert workers_for(1.0, 9) == 1
 
 

@@ -97,7 +97,7 @@ def run_sweep(
     say = partial(console.print, highlight=False, soft_wrap=True)
     # Whatever a person can get wrong is found here, before a worker starts: the sampler, the storage, the study.
     make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)
-    check_needs(sweep.examples, runs, 1 if cluster else workers)
+    check_needs(sweep.examples, runs, workers, elsewhere=cluster == "slurm")
     hide_in_arguments(storage)
     study = open_study(sweep, open_storage(runs, storage, say), sampler=sampler, seed=seed, new=new_study)
     study.set_user_attr(N_TRIALS, n_trials)

@@ -8,7 +8,6 @@ then on.
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from explore.data.cache import cache_folder
 from explore.experiment import Experiment
+from explore.machine import memory_bytes
 from explore.table import read_table
 from explore.threads import n_cores
 
@@ -48,7 +48,7 @@ def workers_for(flops_step: float, n_trials: int) -> int:
     Raises:
         ValueError: the table that was measured on this machine is none.
     """
-    most = min(n_cores(), n_trials, _free_memory() // WORKER_BYTES)
+    most = int(min(n_cores(), n_trials, memory_bytes()[1] // WORKER_BYTES))
     if most < 2 or torch.accelerator.is_available():
         return 1
     own = own_table()
@@ -66,12 +66,3 @@ def _largest_step(path: Path) -> float:
         raise ValueError(f"{path}: {error}; `explore bench --what sharing --save` makes it anew") from None
     gains: pd.Series[bool] = table["apart_tokens_per_s"] >= GAIN * table["together_tokens_per_s"]
     return float(table.loc[gains, "flops_step"].max()) if gains.any() else 0.0
-
-
-def _free_memory() -> int:
-    """Bytes of memory that processes may still take; all there are where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
