@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,12 +31,14 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
         raise ValueError(f"records: {str(path)!r} is not allowed; the suffix must be {PACKED}")
     with _only_writer(path.parent):
         rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
+        before = packed_digest(_table(rows)) if path.exists() else None
         for root in map(Path, roots):
             ended = [run for run in walk_runs(root, pilots=True) if run.status in ENDED]
             rows |= {str(run.path.relative_to(root)): run for run in ended}
-        texts = [{"run": name, **_texts(rows[name])} for name in sorted(rows)]
-        table = pd.DataFrame(texts, columns=["run", *FILES], dtype="str")
+        table = _table(rows)
         table.attrs[DIGEST] = packed_digest(table)
+        if table.attrs[DIGEST] == before:  # a file that is committed is not changed for nothing
+            return len(table)
         with replacing(path) as temporary:
             table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
     return len(table)
@@ -79,6 +81,11 @@ def unpack_runs(path: str | Path, root: str | Path) -> int:
                     temporary.write_text(text, encoding="utf-8")
         n += 1
     return n
+
+
+def _table(rows: Mapping[str, RunFolder]) -> pd.DataFrame:
+    texts = [{"run": name, **_texts(rows[name])} for name in sorted(rows)]
+    return pd.DataFrame(texts, columns=["run", *FILES], dtype="str")
 
 
 def _texts(run: RunFolder) -> dict[str, str | None]:

@@ -81,6 +81,17 @@ def test_what_is_packed_stays_when_its_folder_is_gone(runs: Path, tmp_path: Path
     assert pack_runs(tmp_path / "s.parquet", some) == 3
 
 
+def test_a_table_to_which_nothing_is_added_stays_as_it_is(runs: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "s.parquet"
+    pack_runs(packed, runs)
+    table = pd.read_parquet(packed)
+    table.attrs.clear()
+    table.to_parquet(packed, compression=None)  # as another version would write it
+    before = packed.read_bytes()
+    assert pack_runs(packed, runs) == 3
+    assert packed.read_bytes() == before
+
+
 def test_a_run_that_has_not_ended_is_not_packed_and_what_has_ended_is_not_overwritten(
     runs: Path, tmp_path: Path
 ) -> None:
