@@ -128,6 +128,10 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
         ("--target params_active=9k --keep d_ff=3", "--target, --free: must not be combined with --keep"),
         ("--target params_active=9M --free d_ff", "params_active: must be above 0 and at most the parent's"),
         ("--target params_active=9k", "free: at least one is required"),
+        (
+            "--target params_active=9k --free d_ff --free d_ff=8:24",
+            "free: each size must be named once, got d_ff, d_ff",
+        ),
         ("--by weight", "by must be one of activation, frequency, magnitude, random, reverse, got 'weight'"),
         ("--effect time --drop-layers 1", "effect must be one of mse, kl, loss, influence, got 'time'"),
         ("--scores nowhere.parquet", "nowhere.parquet: is no table of scores"),

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype
+from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype, whole_count
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def cut(
     ] = False,
     scores: Annotated[Path | None, typer.Option(help="Scores to use; those of explore score when absent.")] = None,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of context; the run's sequences when absent.")
+        int | None,
+        typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")] = 1,
     hardware: Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")] = "H100",
@@ -68,7 +69,10 @@ def cut(
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     val_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Validation tokens to score on; as in training when absent.")
+        int | None,
+        typer.Option(
+            parser=whole_count, metavar="COUNT", help="Validation tokens to score on (default: as in training)."
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--out", help="Where to write the plan; in the run when absent.")
@@ -78,8 +82,8 @@ def cut(
 ) -> None:
     """Cut a trained run into a smaller model: write the plan, and score the child before any training.
 
-    Either sizes are given (--keep, --drop-layers, --drop-layer), or budgets and what may change (--target, --free):
-    then every child within the tolerance is enumerated, some are scored on the validation split, and the best listed.
+    Give the child's sizes (--keep, --drop-layers, --drop-layer), or budgets and what may change (--target, --free).
+    A search lists every child within the tolerance, scores some of them, and saves the best.
     """
     from explore.compress import Cutter, Scores
     from explore.compress.measures import Setting

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.options import Json
+from explore.cli.options import Json, whole_count
 
 if TYPE_CHECKING:
     from explore.compress import Scores
@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 )
 def score(
     run: Annotated[Path, typer.Argument(help="A finished run.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the training split to read.")] = 131_072,
+    tokens: Annotated[
+        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, as 128k.")
+    ] = 131_072,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which they are read.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences to read at once.")] = 8,
     figure: Annotated[Path | None, typer.Option(help="Draw the scores here, as PNG and SVG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the parts of a trained run: indices of its axes by their activations, layers by what leaving them out does.
+    """Score the parts of a trained run, and keep the scores in its folder.
 
-    Scores that exist are read. The table has, for each layer, the effect of leaving it out, and for each axis the share
-    of the score that the weaker half of its indices holds: 50% where all are alike, less where some matter little.
+    Indices of an axis are scored by their activations, layers by what the model does without them. The table shows the
+    share of the score that the weaker half of an axis holds: 50% where all are alike.
     """
     from explore.compress import score as score_run
     from explore.compress import weak_halves

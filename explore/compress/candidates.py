@@ -129,6 +129,8 @@ def candidates(
     """
     if not (targets and free):
         raise ValueError(f"{'free' if targets else 'target'}: at least one is required")
+    if len({size.name for size in free}) < len(free):
+        raise ValueError(f"free: each size must be named once, got {', '.join(size.name for size in free)}")
     if not tolerance > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance}")
     for name, target in targets.items():
