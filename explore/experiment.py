@@ -26,7 +26,7 @@ from explore.data import DataConfig, Source
 from explore.files import read_json
 from explore.foreign import echo
 from explore.model import ModelConfig, check_overrides
-from explore.precision import TRAINED, Recipe, Until, named
+from explore.precision import TRAINED, UNQUANTIZED, Recipe, Until, named
 from explore.weights import TrainedModel
 
 UNTIL_DECAY = frozenset(
@@ -267,9 +267,15 @@ class Experiment(Config):
                 )
         if self.train.quantizes:
             try:
-                in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)
+                ledger = in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)
             except ValueError as error:
                 raise ValueError(f"train.{error}") from None
+            for row in ledger:
+                if row.entry.row and row.entry.weight not in UNQUANTIZED:
+                    raise ValueError(
+                        f"train.precision: {row.entry.component} must be in bf16 or fp32 in training, where only "
+                        f"products are quantised, got {row.entry.weight!r}"
+                    )
         if isinstance(self.train.objective, Distillation):
             self.train.objective.check_student(self.model)
         mtp, seq_len = self.model.mtp, self.data.seq_len

@@ -145,6 +145,6 @@ def test_text_is_the_same_with_and_without_speculation_in_formats_of_keys_and_va
     assert speculate(model, tokens(1, 5)[0], 40).tokens == rounded[0].tolist()
 
 
-def test_a_compiled_step_with_rounded_state_is_refused() -> None:
-    with pytest.raises(ValueError, match="compiled must be False where decoding state is rounded, got True"):
+def test_a_compiled_step_of_a_quantised_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="compiled must be False for a quantised model, got True"):
         generate(built("M", StateRounding(state="int8")), tokens(1, 3), 2, compiled=True)

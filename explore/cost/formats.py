@@ -49,7 +49,7 @@ def _in_formats(part: Part, layer: int | None, ledger: Ledger, recipe: Recipe) -
     rows = [Row(layer, part, entry) for entry in part.entries]
     entries = tuple(row.entry._replace(weight=recipe.format_of(_place(row, ledger))) for row in rows)
     for row, entry in zip(rows, entries, strict=True):
-        if entry.is_quantized:
+        if entry.weight not in UNQUANTIZED:
             _check_widths(row._replace(entry=entry))
     return replace(part, entries=entries)
 
@@ -75,16 +75,16 @@ def _check_rule(rule: Rule, field: str, ledger: Ledger, rows: list[Row]) -> None
             f"it has layers 0 to {len(ledger.pattern) - 1} and letters {letters}"
         )
     for row in found:
-        if rule.format not in UNQUANTIZED and not row.entry.sums_over:
+        if rule.format not in UNQUANTIZED and not row.entry.blocks_along:
             raise ValueError(
                 f"{field}.format must be one of {', '.join(sorted(UNQUANTIZED))} for {row.entry.component}, "
-                f"which is no linear layer, got {rule.format!r}"
+                f"which is neither a linear layer nor an embedding, got {rule.format!r}"
             )
 
 
 def _check_widths(row: Row) -> None:
     entry, block = row.entry, FORMATS[row.entry.weight or ""].block
-    for width in entry.sums_over:
+    for width in entry.blocks_along:
         if block and width % block:
             outside = "MTP" if row.letter == MTP_LETTER else "the model"
             where = outside if row.layer is None else f"layer {row.layer} ({row.letter})"

@@ -47,6 +47,7 @@ class Entry(NamedTuple):
         all_to_all_numel: elements that a token sends to its experts and gets back from them.
         sums_over: widths that products with these weights sum over in a forward pass; none where there is no product
             of a linear layer.
+        row: width of a row that is looked up, where these weights are an embedding.
         weight: format of the weights where a recipe of precision gives one.
     """
 
@@ -62,13 +63,19 @@ class Entry(NamedTuple):
     conv_numel: int = 0
     all_to_all_numel: int = 0
     sums_over: tuple[int, ...] = ()
+    row: int = 0
     weight: FormatName | None = None
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """What adds up."""
-        numbers: tuple[int, ...] = self[1:-2]
+        numbers: tuple[int, ...] = self[1:-3]
         return numbers
+
+    @property
+    def blocks_along(self) -> tuple[int, ...]:
+        """Widths along which blocks of a format lie; none where these weights cannot be in blocks."""
+        return self.sums_over or ((self.row,) if self.row else ())
 
     @property
     def is_quantized(self) -> bool:
@@ -89,7 +96,7 @@ def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
 def _added_up(component: str, rows: Iterable[Iterable[int]]) -> Entry:
     """An entry whose numbers are the sums of columns."""
     columns = list(zip(*rows, strict=True))
-    return Entry._make((component, *map(sum, columns), *Entry(component)[-2:])) if columns else Entry(component)
+    return Entry._make((component, *map(sum, columns), *Entry(component)[-3:])) if columns else Entry(component)
 
 
 @dataclass(frozen=True)

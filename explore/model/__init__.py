@@ -6,10 +6,13 @@ from explore.model.language_model import LanguageModel, Loss, TeacherOutput
 from explore.model.layer import Layer
 from explore.model.low_precision import QuantizablePart, quantizable_parts, quantize_products
 from explore.model.mtp import MTPDepth
+from explore.model.post_training import Amax, Component, QuantizedModel, calibrate, check_after_training
 from explore.model.saved import SavedRow, saved_bytes_of, saved_rows, saved_table
 
 __all__ = [
     "GREEDY",
+    "Amax",
+    "Component",
     "LanguageModel",
     "Layer",
     "Loss",
@@ -17,10 +20,13 @@ __all__ = [
     "MTPDepth",
     "ModelConfig",
     "QuantizablePart",
+    "QuantizedModel",
     "Sampling",
     "SavedRow",
     "Speculation",
     "TeacherOutput",
+    "calibrate",
+    "check_after_training",
     "check_overrides",
     "generate",
     "quantizable_parts",

@@ -166,7 +166,7 @@ class ModelConfig(Config):
         d, vocab = self.d_model, self.vocab_size
         head = matrix("head", d, vocab, seq_len)
         # A tied matrix is the head's: it is read whole there, whatever row the embedding took.
-        embedding = Entry("embedding") if self.tie_embeddings else Entry("embedding", d * vocab, d * vocab, d)
+        embedding = Entry("embedding") if self.tie_embeddings else Entry("embedding", d * vocab, d * vocab, d, row=d)
         return Ledger(
             seq_len,
             d,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from explore.blocks import State
 from explore.model.language_model import LanguageModel
+from explore.model.low_precision import quantizable_parts
 from explore.ops import compiled_step, forced_paths, paths_that
 
 COLDEST = 1e-30
@@ -102,8 +103,9 @@ def generate(
     _checked(tokens, max_new_tokens)
     if compiled and tokens.device.type != "cpu":
         raise ValueError(f"compiled: True is not allowed on {tokens.device.type}; only a CPU's steps are compiled")
-    if compiled and model.state_rounding is not None:
-        raise ValueError("compiled must be False where decoding state is rounded, got True")
+    quantizers = (part.module.quantizer for part in quantizable_parts(model))
+    if compiled and (model.state_rounding is not None or any(quantizers)):
+        raise ValueError("compiled must be False for a quantised model, got True")
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     state = model.new_state(tokens.shape[1] + max_new_tokens)
     new: list[Tensor] = []

@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
+from explore.ops.calibration import CalibratedQuantizer, Observer
 from explore.ops.compilation import compiled, compiled_step, compiler_failure, falling_back
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
@@ -29,17 +30,22 @@ from explore.ops.quantize import quantize
 from explore.ops.rounding import rounding_generator
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 from explore.ops.state_rounding import StateRounding
+from explore.ops.weight_scales import SCALES, Scales, quantize_weight
 
 for _module in iter_modules(__path__):  # whose files declare the paths of their ops
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "PATHS",
+    "SCALES",
     "Activation",
+    "CalibratedQuantizer",
     "Divergence",
     "Emulation",
+    "Observer",
     "OpPath",
     "Quantizer",
+    "Scales",
     "StateRounding",
     "Visit",
     "activate",
@@ -67,6 +73,7 @@ __all__ = [
     "paths_in_use",
     "paths_that",
     "quantize",
+    "quantize_weight",
     "rms_norm",
     "rms_norm_before_gate",
     "rotate",

@@ -152,9 +152,9 @@ def quantize_blocks(
         return _rounded(x, how.format.element, noise)
     axes = how.axes(x.ndim)
     blocks, scale = _scaled(x, how, amax)
-    drawn = None if noise is None else _split(noise, axes, how.format.block)[0]
+    drawn = None if noise is None else split_blocks(noise, axes, how.format.block)[0]
     y = _rounded(blocks * scale.encode, how.format.element, drawn) * scale.times / scale.over
-    return _join(y, axes, x.shape)
+    return join_blocks(y, axes, x.shape)
 
 
 @torch.no_grad()
@@ -188,14 +188,14 @@ def count_lost(
     """
     blocks, scale = _scaled(x.float(), how, amax)
     beyond = (blocks * scale.encode).abs() > ELEMENTS[how.format.element].largest * (1 + 2**-12)
-    saturated = _join(beyond, how.axes(x.ndim), x.shape) & (y != 0)
+    saturated = join_blocks(beyond, how.axes(x.ndim), x.shape) & (y != 0)
     return torch.stack([(x != 0).sum(), ((x != 0) & (y == 0)).sum(), saturated.sum()])
 
 
 def _scaled(x: Tensor, how: Blocks, amax_tensor: Tensor | None) -> tuple[Tensor, _Scale]:
     """The tensor in blocks, and their scales."""
     entry, axes = how.format, how.axes(x.ndim)
-    blocks, within = _split(x, axes, entry.block)
+    blocks, within = split_blocks(x, axes, entry.block)
     if entry.scaling == "none":
         return blocks, _Scale(1.0)
     of_tensor = tuple(range(how.per_expert, blocks.ndim))
@@ -284,7 +284,7 @@ def _in_blocks(amax: Tensor, axes: tuple[int, ...], block: int) -> Tensor:
     return amax
 
 
-def _split(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[int, ...]]:
+def split_blocks(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[int, ...]]:
     """Cuts axes into blocks, each axis into two, the last block filled up with zeros; and the axes within a block."""
     for axis in reversed(axes):
         if missing := -x.shape[axis] % block:
@@ -293,8 +293,8 @@ def _split(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[
     return x, tuple(axis + i + 1 for i, axis in enumerate(axes))
 
 
-def _join(x: Tensor, axes: tuple[int, ...], shape: torch.Size) -> Tensor:
-    """Undoes `_split`."""
+def join_blocks(x: Tensor, axes: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """Undoes `split_blocks`."""
     for axis in axes:
         x = x.flatten(axis, axis + 1).narrow(axis, 0, shape[axis])
     return x
