@@ -1,4 +1,4 @@
-"""Checkpoints of runs: which one a run goes on from, where it stands by it, and its trained model."""
+"""Checkpoints of runs: which one a run goes on from, where it stands by it, and the model of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from explore.archive import DamagedError, check_whole, load_checkpoint, weights_in
 from explore.files import read_json
-from explore.runs import RunFolder
+from explore.precision import Recipe
+from explore.runs import RunFolder, find_run
+from explore.weights import weights_digest
 
 if TYPE_CHECKING:
     from explore.model import LanguageModel
@@ -74,12 +76,15 @@ def standing(path: Path, key: str, folder: Path) -> Standing:
 
 
 def load_model(run: RunFolder | str | Path) -> LanguageModel:
-    """The trained model of a run, in evaluation mode.
+    """The model of a run, in evaluation mode. That of a quantised run is made anew of its parent's weights.
 
     Raises:
-        ValueError: the run has no checkpoint, or one that is damaged or of another experiment.
+        ValueError: the run has no checkpoint, or one that is damaged or of another experiment; or the run that was
+            quantised is not beside it with the weights that it had.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
+    if record := folder.quantized:
+        return _quantized(folder, record)
     path = folder.path / "checkpoints" / LAST
     if not path.exists():
         raise ValueError(f"{folder.path}: no checkpoint; train the run first")
@@ -118,3 +123,24 @@ def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder:
 def branched_from(folder: Path) -> dict[str, Any] | None:
     """Key and step of the rung that a run began with, or None if it began with nothing."""
     return read_json(folder / BRANCH) if (folder / BRANCH).exists() else None
+
+
+def _quantized(folder: RunFolder, record: dict[str, Any]) -> LanguageModel:
+    from explore.model import QuantizedModel
+
+    about = record["parent"]
+    parent = find_run(folder.path.resolve().parent, about["key"])
+    if parent is None:
+        raise ValueError(
+            f"{folder.path}: the run {about['run']} must lie beside it: it has the weights that are quantised"
+        )
+    model = load_model(parent)
+    if (digest := weights_digest(model.state_dict())) != about["digest"]:
+        raise ValueError(
+            f"{folder.path}: the digest of the weights of {about['run']} must be {about['digest'][:12]}, "
+            f"got {digest[:12]}"
+        )
+    recipe = Recipe.model_validate(record["recipe"])
+    made = QuantizedModel(model, record["scales"], square_weights=recipe.square_weights, amax=record["amax"])
+    made.apply(recipe, record["seed"])
+    return model

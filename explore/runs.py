@@ -49,6 +49,7 @@ FILES = (
     "trial.json",
     "evals.json",
     "merged.json",
+    "quantized.json",
     "metrics.csv",
     "result.json",
 )
@@ -132,6 +133,11 @@ class RunFolder:
         return _json(self.text("merged.json")) or {}
 
     @property
+    def quantized(self) -> dict[str, Any]:
+        """`quantized.json` of a quantised run: its parent, recipe and scales, and how they were chosen."""
+        return _json(self.text("quantized.json")) or {}
+
+    @property
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or None while there is none that can be read."""
         return _json(self.text("result.json"))
@@ -176,6 +182,7 @@ class RunFolder:
                 "trial": self.trial,
                 "evals": self.evals,
                 "merged": self.merged,
+                "quantized": self.quantized,
                 "result": self.result or {},
             }
         )

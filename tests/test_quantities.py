@@ -51,8 +51,13 @@ SCORES = {
     "ngram": {"order": 3, "val_bpb": 2.2, "test_bpb": 2.3},
 }
 MEMBERS = {"mars_bpb", "blimp_accuracy"}
-ABSENT = {"parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb"}
-"""What a finished run on text without a latent, a parent and a teacher does not have."""
+QUANTIZED = {
+    "quantized_from", "bits_per_element", "kl", "kl_decoded", "scales", "kv_format", "state_format", "state_rounding",
+}  # fmt: skip
+ABSENT = QUANTIZED | {
+    "parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb",
+}  # fmt: skip
+"""What a finished run on text without a latent, a parent and a teacher, which is not quantised, does not have."""
 NUMBERS = [each.name for each in columns(MEMBERS) if each.is_number]
 
 

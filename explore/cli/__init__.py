@@ -22,6 +22,7 @@ from explore.cli import (
     merge,
     score,
     cut,
+    quantize,
     export,
     import_,
     parity,

@@ -12,6 +12,7 @@ from explore.figures.base import (
     family_styles,
     save_figure,
 )
+from explore.figures.bits import bits_table, draw_bits, plot_bits
 from explore.figures.conventions import conventions_table, draw_conventions, plot_conventions
 from explore.figures.cost import RECEIPTS, draw_receipts, group_colors, plot_receipts, receipts_table
 from explore.figures.curves import curves_table, draw_curves, plot_curves
@@ -41,8 +42,10 @@ __all__ = [
     "VERDICTS",
     "FamilyStyle",
     "RunFigure",
+    "bits_table",
     "conventions_table",
     "curves_table",
+    "draw_bits",
     "draw_comparisons",
     "draw_conventions",
     "draw_curves",
@@ -65,6 +68,7 @@ __all__ = [
     "layers_table",
     "layouts_table",
     "plan_memory_table",
+    "plot_bits",
     "plot_conventions",
     "plot_curves",
     "plot_frontier",

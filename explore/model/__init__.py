@@ -6,7 +6,14 @@ from explore.model.language_model import LanguageModel, Loss, TeacherOutput
 from explore.model.layer import Layer
 from explore.model.low_precision import QuantizablePart, quantizable_parts, quantize_products
 from explore.model.mtp import MTPDepth
-from explore.model.post_training import Amax, Component, QuantizedModel, calibrate, check_after_training
+from explore.model.post_training import (
+    Amax,
+    Component,
+    QuantizedModel,
+    calibrate,
+    check_after_training,
+    formats_of_components,
+)
 from explore.model.saved import SavedRow, saved_bytes_of, saved_rows, saved_table
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "calibrate",
     "check_after_training",
     "check_overrides",
+    "formats_of_components",
     "generate",
     "quantizable_parts",
     "quantize_products",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from explore.blocks import RoutedMixer
 from explore.cost import MTP_LETTER, in_formats
@@ -117,7 +117,7 @@ class QuantizedModel:
                 seed,
             )
 
-    def _weights(self, component: Component) -> Iterator[tuple[nn.Parameter, int, str]]:
+    def _weights(self, component: Component) -> Iterator[tuple[Tensor, int, str]]:
         """Matrices of a component: the axis that a product sums over, and a name."""
         if component.name == EMBEDDING:
             yield self.model.embedding.weight, -1, EMBEDDING

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from explore import formatting
 
 Records = Mapping[str, Any]
-"""The content of the files of a run folder (`experiment`, `cost`, `environment`, `trial`, `evals`, `merged`, `result`)
-and `folder`: its name as `run`, and the run's `key` and `status`."""
+"""The content of the files of a run folder (`experiment`, `cost`, `environment`, `trial`, `evals`, `merged`,
+`quantized`, `result`) and `folder`: its name as `run`, and the run's `key` and `status`."""
 
 Role = Literal["about", "setting", "cost", "loss", "score", "training"]
 """Kinds of facts: which run it is (about); what is chosen before training (setting), and what that costs in closed form

@@ -9,7 +9,7 @@ from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
-from explore.train.models import evaluate
+from explore.train.models import evaluate, score
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
@@ -44,6 +44,7 @@ __all__ = [
     "own_table",
     "processor",
     "read_weights",
+    "score",
     "score_merge",
     "slow_precision",
     "stable_steps",

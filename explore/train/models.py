@@ -15,15 +15,17 @@ from explore.train.low_precision import set_step
 
 
 def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
-    """What `result.json` says of a model: loss and bits per byte of both splits, and recall where that is the task.
+    """What `result.json` says of a model, with forward products as at the end of training."""
+    if experiment.train.quantizes:
+        emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
+        set_step(emulation, experiment, experiment.n_steps)
+    return score(experiment, source, model)
 
-    Forward products are as at the end of training.
-    """
+
+def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
+    """Loss and bits per byte of both splits, and recall where that is the task, by a model as it is."""
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
-    if train.quantizes:
-        emulation = quantize_products(model, train.recipe, experiment.seed)
-        set_step(emulation, experiment, experiment.n_steps)
 
     def batches(split: Any) -> Iterator[Batch]:
         for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):

@@ -1,0 +1,8 @@
+"""Quantising a trained run: sensitivities, the choice of formats under a budget of bits, and the child's record."""
+
+from explore.quantizing.child import quantize_run
+from explore.quantizing.choosing import Choice, choose
+from explore.quantizing.request import Quantization
+from explore.quantizing.scoring import Comparison, Reference
+
+__all__ = ["Choice", "Comparison", "Quantization", "Reference", "choose", "quantize_run"]

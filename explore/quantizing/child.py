@@ -1,0 +1,238 @@
+"""The child of a trained run: its formats and scales, its scores, and its record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from explore.checkpoints import load_model
+from explore.cost import Cost, Dtypes, in_formats, storage
+from explore.data import Batch, Source
+from explore.experiment import Experiment
+from explore.files import held, read_json
+from explore.model import LanguageModel, QuantizedModel, calibrate, check_after_training, formats_of_components
+from explore.precision import FormatName, Recipe
+from explore.quantizing.choosing import choose
+from explore.quantizing.request import Quantization
+from explore.quantizing.scoring import Comparison, Reference
+from explore.quantizing.sensitivities import (
+    Offer,
+    Sensitivities,
+    bits_of,
+    measure,
+    offers,
+    recipe_with,
+    record_of,
+    with_high,
+)
+from explore.runs import RunFolder, run_folder, write_json
+from explore.train import score
+from explore.train.environment import environment
+from explore.weights import weights_digest
+
+KL_TOKENS = 16_384
+"""Tokens of the validation split on which a child is compared with its parent."""
+
+DECODED_TOKENS = 4_096
+"""Tokens that are read one by one, where recurrent state is rounded."""
+
+BATCH_TOKENS = 4_096
+"""Tokens that a model reads at once."""
+
+SENSITIVITIES = "sensitivities.json"
+"""File in the folder of a parent: what was measured of its components, by what decides the measurement."""
+
+
+def quantize_run(
+    parent: RunFolder,
+    request: Quantization,
+    runs: Path | None = None,
+    name: str = "quantized",
+    report: Callable[[str], None] = lambda _: None,
+) -> RunFolder:
+    """Quantises a trained run into a run folder of its own; a finished one is found by its key and not made again.
+
+    What was measured before a kill is kept: sensitivities belong to the parent and serve every budget.
+
+    Args:
+        runs: folder of run folders; that of the parent when absent. The child is opened beside its parent.
+        name: what the name of the child says after that of its parent.
+        report: told what is being done.
+
+    Raises:
+        ValueError: the parent is not a finished run, the recipe does not fit it, or no choice fits the budget; nothing
+            is written then.
+    """
+    if parent.quantized:
+        raise ValueError(f"{parent.path}: must be a trained run, got a quantised one")
+    if parent.status != "finished":
+        raise ValueError(f"{parent.path}: must be a finished run, got one that is {parent.status}")
+    experiment, model = parent.load_experiment(), load_model(parent)
+    check_after_training(request.recipe)
+    ledger = experiment.model.ledger(experiment.data.seq_len)
+    found = _offers(experiment, request)
+    if request.bits is None:
+        in_formats(ledger, request.recipe)
+    digest = weights_digest(model.state_dict())
+    key = request.key(str(parent.key), digest)
+    folder = run_folder(runs or parent.path.resolve().parent, f"{experiment.name}-{name}", key)
+    if folder.is_finished:
+        return folder
+    source = experiment.data.open(experiment.seed)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with held(folder.path / "lock", lambda: report("another process makes this child")):
+        if not folder.is_finished:
+            about = {"parent": {"run": parent.path.resolve().name, "key": parent.key, "digest": digest}}
+            content = experiment.model_dump(mode="json") | {"name": f"{experiment.name}-{name}"}
+            write_json(folder.path / "experiment.json", {"key": key, "experiment": content})
+            write_json(folder.path / "environment.json", environment(experiment))
+            _Child(parent, folder, experiment, model, source, request, found, digest, report).make(about)
+    return folder
+
+
+def _offers(experiment: Experiment, request: Quantization) -> list[Offer]:
+    """What is offered formats under a budget, which can be met."""
+    if request.bits is None:
+        return []
+    ledger = experiment.model.ledger(experiment.data.seq_len)
+    found = offers(ledger, request)
+    bits = bits_of(found, request.formats)
+    smallest: dict[str, FormatName] = {
+        name: min(request.formats, key=lambda format: row[format]) for name, row in bits.items()
+    }
+    least = storage(in_formats(ledger, recipe_with(Recipe(), found, smallest)))["bits_per_element"]
+    if request.bits < least:
+        raise ValueError(
+            f"--bits must be at least {least:.4g}, which {', '.join(request.formats)} reach with norms, convolutions "
+            f"and multi-token prediction in bf16, got {request.bits:g}"
+        )
+    return found
+
+
+class _Child:
+    """One child while it is made."""
+
+    def __init__(
+        self,
+        parent: RunFolder,
+        folder: RunFolder,
+        experiment: Experiment,
+        model: LanguageModel,
+        source: Source,
+        request: Quantization,
+        found: list[Offer],
+        digest: str,
+        report: Callable[[str], None],
+    ) -> None:
+        self.parent, self.folder, self.experiment, self.source = parent, folder, experiment, source
+        self.request, self.found, self.report = request, found, report
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = model.to(self.device)
+        self.digest = digest
+        self.n_params = sum(row.entry.params for row in experiment.model.ledger(1))
+
+    def make(self, about: dict[str, Any]) -> None:
+        """Quantises, scores and writes, the result last."""
+        request = self.request
+        bf16 = self.experiment.train.recipe.high == "bf16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+            text = list(self._calibration_text())
+            self.report("calibration")
+            amax = calibrate(self.model, ((each.inputs, each.targets) for each in text))
+            quantized = QuantizedModel(
+                self.model, request.scales, square_weights=request.recipe.square_weights, amax=amax
+            )
+            recipe, choice = self._recipe(quantized, text)
+            scales = {"recipe": recipe.model_dump(mode="json"), "scales": request.scales, "seed": request.seed}
+            asked = {
+                "bits": request.bits,
+                "calibration": {
+                    "split": "train", "tokens": sum(each.inputs.numel() for each in text),
+                    "seed": request.calibration_seed,
+                },
+            }  # fmt: skip
+            kept = about | scales | asked | choice | {"formats": self._formats(recipe), "amax": amax}
+            write_json(self.folder.path / "cost.json", self._cost(recipe))
+            write_json(self.folder.path / "quantized.json", kept)
+            reference, by_token = self._reference("val", KL_TOKENS), self._reference("val", DECODED_TOKENS)
+            losses = {"parent": reference.compare(self.model).losses}
+            quantized.apply(recipe, request.seed)
+            self.report("comparison with the parent")
+            whole = reference.compare(self.model)
+            losses["quantized"] = whole.losses
+            decoded: Comparison | None = None
+            if recipe.state is not None:
+                self.report("comparison token by token")
+                decoded = by_token.compare(self.model, by_token=True)
+                losses["decoded"] = decoded.losses
+        self.report("validation and test")
+        result = self.parent.result or {}
+        write_json(
+            self.folder.path / "result.json",
+            {
+                "status": "finished",
+                "reason": None,
+                **{name: result.get(name) for name in ("step", "tokens", "flops_run")},
+                **score(self.experiment, self.source, self.model),
+                "kl": whole.kl,
+                "kl_decoded": None if decoded is None else decoded.kl,
+                "losses_by_position": losses,
+                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+    def _recipe(self, quantized: QuantizedModel, text: list[Batch]) -> tuple[Recipe, dict[str, Any]]:
+        """The recipe of the child, and what is on record of its choice."""
+        request, base = self.request, self.request.recipe
+        if request.bits is None:
+            return base, {}
+        path = self.parent.path / SENSITIVITIES
+        key = request.sensitivity_key(self.digest)
+
+        def save(measured: Sensitivities) -> None:
+            write_json(path, (read_json(path) if path.exists() else {}) | {key: measured})
+
+        known = (read_json(path) if path.exists() else {}).get(key, {})
+        reference = Reference(self.model, text)
+        measured = measure(quantized, reference, self.found, request.formats, known, save, self.report)
+        sensitivities = with_high(self.found, measured, request.formats)
+        formats: tuple[FormatName, ...] = ("bf16", *request.formats)
+        in_components = sum(each.params for each in self.found)
+        assert request.bits is not None
+        rest = 16 * (self.n_params - in_components)
+        choice = choose(sensitivities, bits_of(self.found, formats), request.bits * self.n_params - rest)
+        recipe = recipe_with(base, self.found, choice.formats)  # type: ignore[arg-type]
+        return recipe, {"sensitivities": sensitivities, "choice": record_of(choice, rest, self.n_params)}
+
+    def _formats(self, recipe: Recipe) -> dict[str, FormatName]:
+        """By component, of those that can be in blocks."""
+        formats = formats_of_components(self.model, recipe)
+        return {str(component): formats[component] for component in QuantizedModel(self.model).components}
+
+    def _cost(self, recipe: Recipe) -> dict[str, Any]:
+        ledger = in_formats(self.experiment.model.ledger(self.experiment.data.seq_len), recipe)
+        dtypes = Dtypes().under(recipe)
+        totals = Cost.of(ledger, dtypes).to_dict() | {"weight_dtype": None} | storage(ledger)
+        return {"family": self.experiment.model.family, **totals, "ledger": ledger.to_records(dtypes)}
+
+    def _calibration_text(self) -> Iterator[Batch]:
+        """The first windows of the training split in an order that the seed decides."""
+        n_windows = max(1, round(self.request.calibration_tokens / self.experiment.data.seq_len))
+        source = self.experiment.data.open(self.request.calibration_seed)
+        n_batches = -(-n_windows // self._batch_size)
+        for i in range(n_batches):
+            batch = source.batch(i, -(-n_windows // n_batches))
+            yield Batch(batch.inputs.to(self.device), batch.targets.to(self.device))
+
+    @property
+    def _batch_size(self) -> int:
+        return max(1, BATCH_TOKENS // self.experiment.data.seq_len)
+
+    def _reference(self, split: Literal["val", "test"], n_tokens: int) -> Reference:
+        batches = self.source.eval_batches(split, self._batch_size, self.experiment.train.eval_tokens)
+        return Reference(self.model, islice(batches, max(1, n_tokens // BATCH_TOKENS)))

@@ -1,0 +1,109 @@
+"""Sensitivity of every component in every format: how far the model is off when only that one is quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from explore.cost import BITS, MTP_LETTER, Ledger, in_formats
+from explore.model import Component, QuantizedModel
+from explore.precision import FormatName, Recipe, Rule
+from explore.quantizing.choosing import Choice
+from explore.quantizing.request import Quantization
+from explore.quantizing.scoring import Reference
+
+Sensitivities = dict[str, dict[str, float]]
+"""Nats per token by component and format."""
+
+
+class Offer(NamedTuple):
+    """A component that is offered formats, with its parameters."""
+
+    component: Component
+    params: int
+
+
+def offers(ledger: Ledger, request: Quantization) -> list[Offer]:
+    """The components that are offered formats: all matrices of the main model.
+
+    Raises:
+        ValueError: a block of a format does not divide a width.
+    """
+    found = [
+        Offer(Component(row.layer, row.letter, row.entry.component), row.entry.params)
+        for row in ledger
+        if row.entry.blocks_along and row.entry.params and row.letter != MTP_LETTER
+    ]
+    for format in request.formats:
+        chosen: dict[str, FormatName] = {str(offer.component): format for offer in found}
+        in_formats(ledger, recipe_with(Recipe(), found, chosen))
+    return found
+
+
+def bits_of(found: Sequence[Offer], formats: Sequence[FormatName]) -> dict[str, dict[str, float]]:
+    """Bits of the weights of every component, by format."""
+    return {str(each.component): {format: each.params * BITS[format] for format in formats} for each in found}
+
+
+def recipe_with(base: Recipe, found: Sequence[Offer], formats: dict[str, FormatName]) -> Recipe:
+    """A recipe that gives formats to components; those in the high format of `base` need no rule."""
+    layers: dict[tuple[str, FormatName], list[int]] = {}
+    rules = []
+    for component, _ in found:
+        format = formats[str(component)]
+        if format == base.high:
+            continue
+        if component.layer is None:
+            rules.append(Rule.model_validate({"format": format, "components": (component.name,)}))
+        else:
+            layers.setdefault((component.name, format), []).append(component.layer)
+    for (name, format), where in layers.items():
+        rules.append(Rule.model_validate({"format": format, "components": (name,), "layers": tuple(where)}))
+    return base.model_copy(update={"rules": tuple(rules)})
+
+
+def measure(
+    quantized: QuantizedModel,
+    reference: Reference,
+    found: Sequence[Offer],
+    formats: Sequence[FormatName],
+    known: Sensitivities,
+    save: Callable[[Sensitivities], None],
+    report: Callable[[str], None],
+) -> Sensitivities:
+    """Measures what is not known yet.
+
+    Args:
+        known: what was measured before; it is added to.
+        save: called after every measurement.
+        report: told what is measured.
+    """
+    for i, (component, _) in enumerate(found):
+        row = known.setdefault(str(component), {})
+        for format in formats:
+            if format not in row:
+                report(f"sensitivity of {component} in {format}, {i + 1} of {len(found)}")
+                quantized.put(component, format)
+                row[format] = reference.compare(quantized.model).kl
+                quantized.put(component, None)
+                save(known)
+    return known
+
+
+def with_high(found: Sequence[Offer], measured: Sensitivities, formats: Sequence[FormatName]) -> Sensitivities:
+    """The sensitivities of what is offered, and none in bf16."""
+    return {
+        str(component): {"bf16": 0.0} | {format: measured[str(component)][format] for format in formats}
+        for component, _ in found
+    }
+
+
+def record_of(choice: Choice, other_bits: float, n_params: int) -> dict[str, float | str]:
+    """A choice as a record says it, without its formats.
+
+    Args:
+        other_bits: bits of all weights that had no choice.
+        n_params: parameters of the whole model.
+    """
+    bits_per_element = (choice.bits + other_bits) / n_params
+    return {"status": choice.status, "sensitivity": choice.sensitivity, "bits_per_element": bits_per_element}
