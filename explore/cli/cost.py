@@ -250,8 +250,9 @@ def _saved(model: ModelConfig, seq_len: int) -> None:
             title=f"bytes that a token keeps {title}",
             title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim",
         )  # fmt: skip
-        short = {"linear input": "linear", "activation": "activ.", "attention": "attn."}
-        for i, name in enumerate(("letter", "layers", *(short.get(group, group) for group in groups), "total")):
+        words = [group.split()[0] for group in groups]
+        heads = [word if len(word) < 8 else f"{word[:5]}." for word in words]
+        for i, name in enumerate(("letter", "layers", *heads, "total")):
             table.add_column(name, justify="right" if i else "left")
         for letter in dict.fromkeys(record["letter"] for record in rows):
             of = {record["group"]: record["bytes"] for record in rows if record["letter"] == letter}
