@@ -102,7 +102,10 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
             d_out = rest[0] if rest else entry.flops_seq // (2 * d_in)
             n_matrices = entry.flops_seq / (2 * d_in * d_out)
             n_elements += 2 * n_matrices * (d_in + d_out)  # each operand in two products
-            shapes |= {(last, d_in), (last, d_out), (last, d_in, "dy"), (last, d_out, "dy"), (last, d_in, d_out)}
+            routed = entry.all_to_all_numel > 0  # where each row has the scale of its expert
+            for x, dy in ((d_in, d_out), (d_out, d_in)) if rest else ((d_in, d_out),):
+                rows = {(operand, width, axis) for operand, width in (("x", x), ("dy", dy)) for axis in (0, 1)}
+                shapes |= {(last, routed, *shape) for shape in (*rows, ("w", x, dy))}
     rows = table if (table["op"] == QUANTIZE).any() else _read(SHIPPED)
     return _saved(_row(rows, QUANTIZE, last), n_elements * n_tokens, len(shapes))
 
