@@ -178,6 +178,11 @@ class _Call(NamedTuple):
         one, other = self._how("forward", "w"), self._how("input_gradient", "w")
         return one is not None and one == other and one.has_no_axis
 
+    def has_one_gradient(self) -> bool:
+        """Whether both products of the backward pass take the same values of the gradient."""
+        one, other = self._how("input_gradient", "dy"), self._how("weight_gradient", "dy")
+        return one is not None and one == other and one.has_no_axis and not one.stochastic
+
     def _how(self, product: Product, operand: Operand) -> OperandFormat | None:
         """How an operand is quantised; None where its product is made as without a quantiser."""
         if product not in self.quantizer.emulation.products or product not in self.quantizer.products:
@@ -196,10 +201,9 @@ class _Call(NamedTuple):
         n_experts = len(self.layout.counts)
         amax = rows.new_zeros(n_experts, dtype=torch.float32)
         expert_of = None if n_experts == 1 else self.layout.expert_of(rows.device)
-        if expert_of is None:
-            amax += rows.abs().amax()
-        else:
-            amax = amax.scatter_reduce(0, expert_of, rows.abs().amax(1).float(), "amax")
+        low, high = rows.aminmax() if expert_of is None else rows.aminmax(dim=1)
+        largest = torch.maximum(-low, high).float()
+        amax = amax + largest if expert_of is None else amax.scatter_reduce(0, expert_of, largest, "amax")
         if (reduce_max := self.quantizer.emulation.reduce_max) is not None:
             reduce_max(amax)
         return (amax if expert_of is None else amax[expert_of])[:, None]
@@ -243,14 +247,15 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weight, w = ctx.saved_tensors
         call, loads = ctx.call, ctx.call.layout.loads
-        dx = dweight = None
+        dx = dweight = given = None
         with torch.autocast(rows.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 if w is None:
                     w = call.weight("input_gradient", weight.to(rows.dtype))
-                dy_rows = call.rows("input_gradient", "dy", dy)
-                dx = grouped_product(dy_rows, w.transpose(1, 2), loads).to(rows.dtype)
+                given = call.rows("input_gradient", "dy", dy)
+                dx = grouped_product(given, w.transpose(1, 2), loads).to(rows.dtype)
             if ctx.needs_input_grad[1]:
-                x, given = (call.rows("weight_gradient", *each) for each in (("x", rows), ("dy", dy)))
-                dweight = grouped_outer(x, given, loads).to(weight.dtype)
+                if given is None or not call.has_one_gradient():
+                    given = call.rows("weight_gradient", "dy", dy)
+                dweight = grouped_outer(call.rows("weight_gradient", "x", rows), given, loads).to(weight.dtype)
         return dx, dweight, None
