@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -142,18 +144,21 @@ def test_handlers_are_set_for_the_block_only_and_those_of_others_stay() -> None:
 # The command
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`explore train` in a process group of its own."""
+def start(folder: Path, *options: str, every: str = "1000", limit: int | None = None) -> subprocess.Popen[str]:
+    """`explore train` in a process group of its own, whose files may have so many bytes."""
     command = [sys.executable, str(Path(sys.executable).with_name("explore")), "train", str(folder / "one.json")]
     kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
-    return subprocess.Popen(
-        [*command, "--runs", str(folder / "runs"), "--checkpoint-every", "1000", *options],
+    process = subprocess.Popen(
+        [*command, "--runs", str(folder / "runs"), "--checkpoint-every", every, *options],
         env=kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    if limit is not None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    return process
 
 
 def wait_for(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -210,3 +215,23 @@ def test_ctrl_c_is_said_once_by_two_processes(corpus: Path, tmp_path: Path) -> N
     wait_for(lambda: n_rows(tmp_path / "runs") > 3, process)
     said = ended(process, lambda: os.killpg(process.pid, signal.SIGINT))
     assert (process.returncode, said) == (130, LINE.replace("terminated", "interrupted"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [(), ("--devices", "2")], ids=str)
+def test_a_full_disk_ends_all_processes_with_one_line_each_time(
+    corpus: Path, tmp_path: Path, devices: tuple[str, ...]
+) -> None:
+    one = tiny(corpus, "E-", train__tokens=20_000 * TOKENS)
+    one.data.open(0)  # so that its tokens are in the cache
+    (tmp_path / "one.json").write_text(one.model_dump_json())
+    for _ in range(2):
+        process = start(tmp_path, *devices, every="10", limit=20_000)
+        said = process.communicate(timeout=200)[1]
+        assert process.returncode == 2, said
+        (line,) = said.splitlines()
+        assert line.startswith("error: ")
+        assert os.strerror(errno.EFBIG) in line
+        assert str(tmp_path / "runs") in line
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Container, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from explore.archive import load_checkpoint
 from explore.checkpoints import LAST, PREVIOUS
 from explore.files import copy_whole, replacing
+from explore.machine import causes
 from explore.termination import SIGNALS, TerminatedError
 from explore.train.module import LitLanguageModel
 
@@ -35,7 +36,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             path.with_name(PREVIOUS).unlink(missing_ok=True)  # first, so that there are never three on the disk
         with replacing(path) as temporary:
             with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+                _save(checkpoint, file)
             if replaces:
                 _keep_previous(path)
 
@@ -43,6 +44,13 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         return load_checkpoint(Path(path), mmap=False)
+
+
+def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:  # what torch makes of an error of the disk
+        raise next((each for each in causes(error) if isinstance(each, OSError)), error) from None
 
 
 def _keep_previous(path: Path) -> None:
