@@ -390,7 +390,7 @@ def test_children_are_ranked_by_their_loss_on_validation(run: RunFolder, found: 
     cutter, validation = Cutter.of(run, scores=found), Validation(run)
     free = [free_size(cutter.model, text) for text in ("d_ff=8:24:8", "depth=4:6")]
     chosen = candidates(cutter, {"params_active": 25_000}, free, Setting(32), 0.2)
-    ranked = validation.rank(cutter, chosen)
+    ranked = validation.rank(cutter, chosen[::-1])
     losses = [each.quality.val_loss for each in ranked]
     assert losses == sorted(losses)
     assert len(ranked) == len(chosen) > 1
