@@ -395,6 +395,9 @@ def test_children_are_ranked_by_their_loss_on_validation(run: RunFolder, found: 
     assert losses == sorted(losses)
     assert len(ranked) == len(chosen) > 1
     assert ranked[0].quality == validation.zero_shot(cutter.child(ranked[0].plan))
+    forward = [each.quality.tokens * each.plan.model().cost(32).flops_fwd for each in ranked]
+    assert [each.plan.flops for each in ranked] == pytest.approx([found.about["flops"] + sum(forward)] * len(ranked))
+    assert cutter.plan({"d_ff": 8}).flops == found.about["flops"]
     result = run.result
     assert result is not None
     assert validation.zero_shot(cutter.child(cutter.whole)).val_bpb == pytest.approx(result["val_bpb"], rel=1e-6)

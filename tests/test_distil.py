@@ -120,6 +120,7 @@ def test_the_command_distils_and_says_what_it_cost(
     parent: RunFolder, plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(parent.path.parent, plan.parent / "runs"))
+    halved(parent, origin={"flops": 12345.0}).save(plan)  # those of scoring the parent
     code, out, err = run(capsys, monkeypatch, plan, "--tokens", "2.56k", "--runs", root, "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)
@@ -127,7 +128,7 @@ def test_the_command_distils_and_says_what_it_cost(
     assert child.path.parent == root
     assert said == child.result
     assert said["flops_teacher"] == STEPS * TOKENS * load_model(parent).config.cost(32).flops_fwd
-    assert said["flops_before"] == result(parent)["flops_run"]
+    assert said["flops_before"] == result(parent)["flops_run"] + 12345
     code, out, _ = run(capsys, monkeypatch, plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path)
     assert (code, child.path.name in out) == (0, True)  # the same run, which is not trained again
 

@@ -74,7 +74,7 @@ class Cutter:
         order = ranking(by, model.config, weights, scores, effect=effect, seed=seed)
         origin: dict[str, Any] = {"run": folder.path.name, "by": by, "norm_scales": norm_scales}
         origin |= {"seed": seed} if by == "random" else {"effect": effect}
-        origin |= {} if scores is None else {"scores": scores.key}
+        origin |= {} if scores is None else {"scores": scores.key, "flops": scores.about["flops"]}
         whole = whole.model_copy(update={"origin": origin})
         return cls(whole, weights, order, scores, norm_scales, principal)
 

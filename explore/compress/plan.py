@@ -62,7 +62,7 @@ class Plan(Config):
         drop_mtp: multi-token prediction is left out. Where it is kept, its layers keep everything but `d_model`.
         norm_scales: factors of the weights of norms, by name: one, or one for each kept group of channels. They make
             up for the mean square over fewer channels.
-        origin: how the plan was made. It decides nothing and does not count in `fingerprint`.
+        origin: how the plan was made, `flops` among it. It decides nothing and does not count in `fingerprint`.
     """
 
     parent: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -125,6 +125,12 @@ class Plan(Config):
     def key(self) -> str:
         """64 hexadecimal digits over everything that decides the child."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def flops(self) -> float:
+        """FLOPs that were spent on choosing what is kept: on scores of the parent and on candidates."""
+        spent = self.origin.get("flops", 0)
+        return float(spent) if isinstance(spent, int | float) else 0.0
 
     def model(self, parent: ModelConfig | None = None) -> ModelConfig:
         """The child's config. Layers of one letter that are no longer alike get further letters.

@@ -58,14 +58,22 @@ class Validation:
         return ZeroShot(score.loss, score.bits_per_byte, score.n_targets)
 
     def rank(self, cutter: Cutter, among: Iterable[Candidate], *, drop_mtp: bool = False) -> list[Ranked]:
-        """Candidates with their plans, the lowest loss first."""
-        chosen, ranked = list(among), []
+        """Candidates with their plans, the lowest loss first; each plan counts the FLOPs of scoring all of them."""
+        chosen, ranked, spent = list(among), [], 0.0
         with progress("candidates", len(chosen)) as report:
             for i, each in enumerate(chosen):
                 widths = {name: n for name, n in each.sizes.items() if name != DEPTH}
                 plan = cutter.plan(widths, each.n_dropped, drop_mtp=drop_mtp)
-                ranked.append(Ranked(each, plan, self.zero_shot(cutter.child(plan))))
+                quality = self.zero_shot(cutter.child(plan))
+                spent += quality.tokens * plan.model().cost(self.experiment.data.seq_len).flops_fwd
+                ranked.append(Ranked(each, plan, quality))
                 report(i + 1)
+        ranked = [
+            each._replace(
+                plan=each.plan.model_copy(update={"origin": {**each.plan.origin, "flops": each.plan.flops + spent}})
+            )
+            for each in ranked
+        ]
         return sorted(ranked, key=lambda each: each.quality.val_loss)
 
 

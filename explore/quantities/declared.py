@@ -163,7 +163,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     Family(Quantity("flops_run_{}", "Training FLOPs as {} counts them", unit="FLOPs", better="lower", log=True)),
     _result("flops_spent", "Training FLOPs without those of a shared trunk", "FLOPs", better="lower", log=True),
     _result("flops_teacher", "Forward passes of the teacher", "FLOPs", better="lower", log=True),
-    _result("flops_before", "FLOPs that trained parent and teacher", "FLOPs", better="lower", log=True),
+    _result("flops_before", "FLOPs of parent, teacher and choosing what is kept", "FLOPs", better="lower", log=True),
     _result("tokens", "Training tokens", "tokens", dtype="Int64", better="lower", log=True),
     _loss("val_bpb", "Validation bits per byte", BITS, short="val bpb", headline=True),
     _loss("test_bpb", "Test bits per byte", BITS, short="test bpb", headline=True),

@@ -9,10 +9,11 @@ from typing import Any
 
 from explore.checkpoints import branched_from
 from explore.cost import Cost
-from explore.experiment import Experiment
+from explore.experiment import Experiment, ParentWeights
 from explore.runs import RunFolder, write_json
 from explore.train.callbacks import Throughput
 from explore.train.environment import environment
+from explore.train.start import plan_of
 
 
 def cost_record(experiment: Experiment) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def _others(experiment: Experiment, tokens: int) -> dict[str, Any]:
     """What a run owes to others, where it has a parent or a teacher.
 
     `flops_teacher` are those of the teacher's forward passes. `before` has the training FLOPs of every model that the
-    run goes back to, by its digest, and `flops_before` is their sum; None where one is not known.
+    run goes back to, by its digest, and those of choosing what a plan keeps, by its key; `flops_before` is their sum,
+    None where one is not known.
     """
     if not experiment.trained_models:
         return {}
@@ -65,6 +67,8 @@ def _others(experiment: Experiment, tokens: int) -> dict[str, Any]:
         spent = result.get("flops_run")
         before |= result.get("before") or {}
         before[digest] = None if spent is None else spent + result.get("flops_teacher", 0)
+    if isinstance(experiment.start, ParentWeights) and (plan := plan_of(experiment.start)) is not None and plan.flops:
+        before[plan.key()] = plan.flops
     known = [spent for spent in before.values() if spent is not None]
     return {
         "flops_teacher": tokens * experiment.flops_teacher,

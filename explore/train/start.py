@@ -21,12 +21,17 @@ def _fresh(experiment: Experiment) -> LanguageModel:
 def _from_parent(experiment: Experiment) -> LanguageModel:
     assert isinstance(experiment.start, ParentWeights)
     model, weights = experiment.model.build(), experiment.start.parent.load().state_dict()
-    plan = _plan(experiment.start)
+    plan = plan_of(experiment.start)
     model.load_state_dict(weights if plan is None else plan.apply(weights))
     return model
 
 
-def _plan(start: ParentWeights) -> Plan | None:
+def plan_of(start: ParentWeights) -> Plan | None:
+    """The plan that cuts a parent; None where it is whole.
+
+    Raises:
+        ValueError: it is no plan.
+    """
     if start.plan is None:
         return None
     try:
@@ -53,7 +58,7 @@ def check_start(experiment: Experiment) -> None:
     """
     if not isinstance(experiment.start, ParentWeights):
         return
-    parent, plan = experiment.start.parent, _plan(experiment.start)
+    parent, plan = experiment.start.parent, plan_of(experiment.start)
     parent.check()
     if plan is not None and plan.parent != parent.digest:
         raise ValueError(
