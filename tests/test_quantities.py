@@ -52,7 +52,7 @@ SCORES = {
 }
 MEMBERS = {"mars_bpb", "blimp_accuracy"}
 QUANTIZED = {
-    "quantized_from", "bits_per_element", "kl", "kl_decoded", "scales", "kv_format", "state_format", "state_rounding",
+    "quantized_from", "kl", "kl_decoded", "scales", "kv_format", "state_format", "state_rounding",
 }  # fmt: skip
 ABSENT = QUANTIZED | {
     "parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb",

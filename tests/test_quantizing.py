@@ -255,6 +255,7 @@ def test_the_rows_of_children_have_bits_and_formats_and_survive_packing(
         "mse", "fp8", "int8", "stochastic",
     )  # fmt: skip
     assert row["kl"] == result(child)["kl"]
+    assert load_runs(parent.path).iloc[0]["bits_per_element"] == 16
     assert row["kv_bytes"] == 0.5 * load_runs(parent.path).iloc[0]["kv_bytes"]
     pack_runs(tmp_path / "runs.parquet", child.path.parent)
     unpack_runs(tmp_path / "runs.parquet", tmp_path / "again")

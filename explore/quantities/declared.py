@@ -58,6 +58,15 @@ def _word(precision: Any) -> Any:
     return json.dumps(precision) if isinstance(precision, Mapping) else precision
 
 
+def _bits_per_element(cost: Any) -> float | None:
+    """As the formats of a quantised run give it; else that of the dtype in which `weight_bytes` are counted."""
+    if (bits := at(cost, "bits_per_element")) is not None:
+        return bits if isinstance(bits, int | float) else None
+    n_bytes, params = at(cost, "weight_bytes"), at(cost, "params_total")
+    known = isinstance(n_bytes, int | float) and isinstance(params, int) and params > 0
+    return 8 * n_bytes / params if known else None
+
+
 def _n_steps(records: Records) -> int | None:
     """Optimizer steps that the budget pays for; equals `explore.experiment.Experiment.n_steps`."""
     train, seq_len = at(records, "experiment", "train"), at(records, "experiment", "data", "seq_len")
@@ -219,8 +228,8 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _size("d_latent", "Width of the latent"),
     _cost("weight_bytes", "Weights", "bytes", short="weights"),
     Quantity(
-        "bits_per_element", "Bits per parameter", ("cost", "bits_per_element"), "cost", "bits",
-        better="lower", short="bits", spec=".2f", headline=True,
+        "bits_per_element", "Bits per parameter", ("cost",), "cost", "bits",
+        take=_bits_per_element, better="lower", short="bits", spec=".2f",
     ),
     _cost("kv_bytes_per_token", "KV cache", "bytes per token", tied_to="kv_bytes"),
     _cost("kv_bytes", "KV cache", "bytes per sequence", short="KV", budget=True),
