@@ -85,7 +85,7 @@ def quantize(
     else:
         _show(record)
     if figure is not None:
-        _draw(parent, child, figure, quiet=as_json)
+        _draw(parent, figure, quiet=as_json)
 
 
 def _request(
@@ -184,11 +184,11 @@ def _grouped(record: dict[str, Any]) -> dict[tuple[str, str], tuple[list[int], i
     return groups
 
 
-def _draw(parent: RunFolder, child: RunFolder, path: Path, *, quiet: bool) -> None:
+def _draw(parent: RunFolder, path: Path, *, quiet: bool) -> None:
     from explore.figures import plot_bits, save_figure
     from explore.table import load_runs
 
-    runs = load_runs(child.path.parent, *({parent.path.resolve().parent} - {child.path.resolve().parent}))
-    for written in save_figure(plot_bits(runs, parent.path.resolve().name), path):
+    folder = parent.path.resolve()
+    for written in save_figure(plot_bits(load_runs(folder.parent), folder.name), path):
         if not quiet:
             out.print(f"wrote {written}", highlight=False)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from explore.checkpoints import load_model
-from explore.cost import Cost, Dtypes, in_formats, storage
+from explore.cost import BITS, Cost, Dtypes, in_formats, storage
 from explore.data import Batch, Source
 from explore.experiment import Experiment
 from explore.files import held, read_json
@@ -51,16 +51,14 @@ SENSITIVITIES = "sensitivities.json"
 def quantize_run(
     parent: RunFolder,
     request: Quantization,
-    runs: Path | None = None,
     name: str = "quantized",
     report: Callable[[str], None] = lambda _: None,
 ) -> RunFolder:
-    """Quantises a trained run into a run folder of its own; a finished one is found by its key and not made again.
+    """Quantises a trained run into a run folder beside it; a finished one is found by its key and not made again.
 
     What was measured before a kill is kept: sensitivities belong to the parent and serve every budget.
 
     Args:
-        runs: folder of run folders; that of the parent when absent. The child is opened beside its parent.
         name: what the name of the child says after that of its parent.
         report: told what is being done.
 
@@ -75,116 +73,109 @@ def quantize_run(
     experiment, model = parent.load_experiment(), load_model(parent)
     check_after_training(request.recipe)
     ledger = experiment.model.ledger(experiment.data.seq_len)
-    found = _offers(experiment, request)
+    offered = [] if request.bits is None else offers(ledger, request)
     if request.bits is None:
         in_formats(ledger, request.recipe)
     digest = weights_digest(model.state_dict())
     key = request.key(str(parent.key), digest)
-    folder = run_folder(runs or parent.path.resolve().parent, f"{experiment.name}-{name}", key)
+    folder = run_folder(parent.path.resolve().parent, f"{experiment.name}-{name}", key)
     if folder.is_finished:
         return folder
     source = experiment.data.open(experiment.seed)
     folder.path.mkdir(parents=True, exist_ok=True)
     with held(folder.path / "lock", lambda: report("another process makes this child")):
         if not folder.is_finished:
-            about = {"parent": {"run": parent.path.resolve().name, "key": parent.key, "digest": digest}}
+            about = {"run": parent.path.resolve().name, "key": parent.key, "digest": digest}
             content = experiment.model_dump(mode="json") | {"name": f"{experiment.name}-{name}"}
             write_json(folder.path / "experiment.json", {"key": key, "experiment": content})
             write_json(folder.path / "environment.json", environment(experiment))
-            _Child(parent, folder, experiment, model, source, request, found, digest, report).make(about)
+            _Child(parent, folder, experiment, model, source, request, offered, digest, report).make(about)
     return folder
 
 
-def _offers(experiment: Experiment, request: Quantization) -> list[Offer]:
-    """What is offered formats under a budget, which can be met."""
-    if request.bits is None:
-        return []
-    ledger = experiment.model.ledger(experiment.data.seq_len)
-    found = offers(ledger, request)
-    bits = bits_of(found, request.formats)
-    smallest: dict[str, FormatName] = {
-        name: min(request.formats, key=lambda format: row[format]) for name, row in bits.items()
-    }
-    least = storage(in_formats(ledger, recipe_with(Recipe(), found, smallest)))["bits_per_element"]
-    if request.bits < least:
-        raise ValueError(
-            f"--bits must be at least {least:.4g}, which {', '.join(request.formats)} reach with norms, convolutions "
-            f"and multi-token prediction in bf16, got {request.bits:g}"
-        )
-    return found
-
-
+@dataclass(eq=False)
 class _Child:
-    """One child while it is made."""
+    """One child while it is made.
 
-    def __init__(
-        self,
-        parent: RunFolder,
-        folder: RunFolder,
-        experiment: Experiment,
-        model: LanguageModel,
-        source: Source,
-        request: Quantization,
-        found: list[Offer],
-        digest: str,
-        report: Callable[[str], None],
-    ) -> None:
-        self.parent, self.folder, self.experiment, self.source = parent, folder, experiment, source
-        self.request, self.found, self.report = request, found, report
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = model.to(self.device)
-        self.digest = digest
-        self.n_params = sum(row.entry.params for row in experiment.model.ledger(1))
+    Attributes:
+        model: of the parent, which becomes that of the child.
+        source: data of the parent.
+        offers: what is offered formats; empty where there is a recipe.
+        digest: of the parent's weights.
+    """
 
-    def make(self, about: dict[str, Any]) -> None:
-        """Quantises, scores and writes, the result last."""
-        request = self.request
-        bf16 = self.experiment.train.recipe.high == "bf16"
-        with torch.autocast(self.device, torch.bfloat16, enabled=bf16):
+    parent: RunFolder
+    folder: RunFolder
+    experiment: Experiment
+    model: LanguageModel
+    source: Source
+    request: Quantization
+    offers: list[Offer]
+    digest: str
+    report: Callable[[str], None]
+
+    def make(self, parent: dict[str, Any]) -> None:
+        """Quantises, scores and writes, the result last.
+
+        Args:
+            parent: what the record says of the parent.
+        """
+        self.model.to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.experiment.train.recipe.high == "bf16"):
             text = list(self._calibration_text())
             self.report("calibration")
             amax = calibrate(self.model, ((each.inputs, each.targets) for each in text))
-            quantized = QuantizedModel(
-                self.model, request.scales, square_weights=request.recipe.square_weights, amax=amax
-            )
+            square = self.request.recipe.square_weights
+            quantized = QuantizedModel(self.model, self.request.scales, square_weights=square, amax=amax)
             recipe, choice = self._recipe(quantized, text)
-            scales = {"recipe": recipe.model_dump(mode="json"), "scales": request.scales, "seed": request.seed}
-            asked = {
-                "bits": request.bits,
-                "calibration": {
-                    "split": "train", "tokens": sum(each.inputs.numel() for each in text),
-                    "seed": request.calibration_seed,
-                },
-            }  # fmt: skip
-            kept = about | scales | asked | choice | {"formats": self._formats(recipe), "amax": amax}
             write_json(self.folder.path / "cost.json", self._cost(recipe))
-            write_json(self.folder.path / "quantized.json", kept)
-            reference, by_token = self._reference("val", KL_TOKENS), self._reference("val", DECODED_TOKENS)
-            losses = {"parent": reference.compare(self.model).losses}
-            quantized.apply(recipe, request.seed)
-            self.report("comparison with the parent")
-            whole = reference.compare(self.model)
-            losses["quantized"] = whole.losses
-            decoded: Comparison | None = None
-            if recipe.state is not None:
-                self.report("comparison token by token")
-                decoded = by_token.compare(self.model, by_token=True)
-                losses["decoded"] = decoded.losses
+            n_tokens = sum(each.inputs.numel() for each in text)
+            record = {
+                "parent": parent,
+                "bits": self.request.bits,
+                "recipe": recipe.model_dump(mode="json"),
+                "scales": self.request.scales,
+                "seed": self.request.seed,
+                "calibration": {"split": "train", "tokens": n_tokens, "seed": self.request.calibration_seed},
+                "formats": self._formats(recipe),
+                **choice,
+                "amax": amax,
+            }
+            write_json(self.folder.path / "quantized.json", record)
+            compared = self._compared(quantized, recipe)
         self.report("validation and test")
-        result = self.parent.result or {}
-        write_json(
-            self.folder.path / "result.json",
-            {
-                "status": "finished",
-                "reason": None,
-                **{name: result.get(name) for name in ("step", "tokens", "flops_run")},
-                **score(self.experiment, self.source, self.model),
-                "kl": whole.kl,
-                "kl_decoded": None if decoded is None else decoded.kl,
-                "losses_by_position": losses,
-                "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            },
-        )
+        trained = self.parent.result or {}
+        result = {
+            "status": "finished",
+            "reason": None,
+            **{name: trained.get(name) for name in ("step", "tokens", "flops_run")},
+            **score(self.experiment, self.source, self.model),
+            **compared,
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_json(self.folder.path / "result.json", result)
+
+    def _compared(self, quantized: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
+        """Quantises the model for good, and compares it with what it was."""
+        reference = self._reference("val", KL_TOKENS)
+        by_token = None if recipe.state is None else self._reference("val", DECODED_TOKENS)
+        losses = {"parent": reference.compare(self.model).losses}
+        quantized.apply(recipe, self.request.seed)
+        self.report("comparison with the parent")
+        whole = reference.compare(self.model)
+        losses["quantized"] = whole.losses
+        decoded: Comparison | None = None
+        if by_token is not None:
+            self.report("comparison token by token")
+            decoded = by_token.compare(self.model, by_token=True)
+            losses["decoded"] = decoded.losses
+        kl_decoded = None if decoded is None else decoded.kl
+        return {"kl": whole.kl, "kl_decoded": kl_decoded, "losses_by_position": losses}
+
+    @property
+    def device(self) -> str:
+        """Type of the device that the model runs on."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _recipe(self, quantized: QuantizedModel, text: list[Batch]) -> tuple[Recipe, dict[str, Any]]:
         """The recipe of the child, and what is on record of its choice."""
@@ -199,15 +190,14 @@ class _Child:
 
         known = (read_json(path) if path.exists() else {}).get(key, {})
         reference = Reference(self.model, text)
-        measured = measure(quantized, reference, self.found, request.formats, known, save, self.report)
-        sensitivities = with_high(self.found, measured, request.formats)
+        measured = measure(quantized, reference, self.offers, request.formats, known, save, self.report)
+        sensitivities = with_high(self.offers, measured, request.formats)
         formats: tuple[FormatName, ...] = ("bf16", *request.formats)
-        in_components = sum(each.params for each in self.found)
-        assert request.bits is not None
-        rest = 16 * (self.n_params - in_components)
-        choice = choose(sensitivities, bits_of(self.found, formats), request.bits * self.n_params - rest)
-        recipe = recipe_with(base, self.found, choice.formats)  # type: ignore[arg-type]
-        return recipe, {"sensitivities": sensitivities, "choice": record_of(choice, rest, self.n_params)}
+        n_params = sum(row.entry.params for row in self.experiment.model.ledger(1))
+        rest = BITS["bf16"] * (n_params - sum(each.params for each in self.offers))
+        choice = choose(sensitivities, bits_of(self.offers, formats), request.bits * n_params - rest)
+        recipe = recipe_with(base, self.offers, choice.formats)  # type: ignore[arg-type]
+        return recipe, {"sensitivities": sensitivities, "choice": record_of(choice, rest, n_params)}
 
     def _formats(self, recipe: Recipe) -> dict[str, FormatName]:
         """By component, of those that can be in blocks."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import NamedTuple
 
-from explore.cost import BITS, MTP_LETTER, Ledger, in_formats
+from explore.cost import BITS, MTP_LETTER, Ledger, in_formats, storage
 from explore.model import Component, QuantizedModel
 from explore.precision import FormatName, Recipe, Rule
 from explore.quantizing.choosing import Choice
@@ -27,16 +28,22 @@ def offers(ledger: Ledger, request: Quantization) -> list[Offer]:
     """The components that are offered formats: all matrices of the main model.
 
     Raises:
-        ValueError: a block of a format does not divide a width.
+        ValueError: a block of a format does not divide a width, or the formats do not reach the bits asked for.
     """
     found = [
         Offer(Component(row.layer, row.letter, row.entry.component), row.entry.params)
         for row in ledger
         if row.entry.blocks_along and row.entry.params and row.letter != MTP_LETTER
     ]
-    for format in request.formats:
+    least = float("inf")
+    for format in sorted(request.formats, key=BITS.__getitem__, reverse=True):
         chosen: dict[str, FormatName] = {str(offer.component): format for offer in found}
-        in_formats(ledger, recipe_with(Recipe(), found, chosen))
+        least = storage(in_formats(ledger, recipe_with(Recipe(), found, chosen)))["bits_per_element"]
+    if request.bits is not None and request.bits < least:
+        raise ValueError(
+            f"--bits must be at least {ceil(1000 * least) / 1000}, which {', '.join(request.formats)} reach with "
+            f"norms, convolutions and multi-token prediction in bf16, got {request.bits:g}"
+        )
     return found
 
 
