@@ -69,24 +69,25 @@ def largest(
         def attempt(size: int) -> Plan | None:
             return _fitting(model, cluster, run.model_copy(update={"seq_len": size}), fixed, pipeline)
 
-    size, plan = _last(sizes, attempt, what)
-    if what == "context":  # between two powers of two in eighths
-        for longer in sorted({size + size * k // 8 // multiple * multiple for k in range(1, 8)} - {size}):
-            if (found := attempt(longer)) is None:
-                break
-            size, plan = longer, found
-    return Largest(what, size, plan)
-
-
-def _last(sizes: list[int], attempt: Callable[[int], Plan | None], what: What) -> tuple[int, Plan]:
-    """The last size that fits; memory grows with it."""
-    best: tuple[int, Plan] | None = None
-    for size in sizes:
-        if (plan := attempt(size)) is None:
-            break
-        best = (size, plan)
-    if best is None:
+    if (best := _last(sizes, attempt)) is None:
         raise ValueError(f"--largest {what}: not even {sizes[0]:,} fits")
+    if what == "context":  # between two powers of two in eighths
+        size = best[0]
+        longer = sorted({size + size * k // 8 // multiple * multiple for k in range(1, 8)} - {size})
+        best = _last(longer, attempt) or best
+    return Largest(what, *best)
+
+
+def _last(sizes: list[int], attempt: Callable[[int], Plan | None]) -> tuple[int, Plan] | None:
+    """The last size that fits, by bisection: memory grows with it."""
+    best: tuple[int, Plan] | None = None
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if (plan := attempt(sizes[middle])) is None:
+            high = middle
+        else:
+            best, low = (sizes[middle], plan), middle + 1
     return best
 
 
