@@ -253,7 +253,7 @@ class Experiment(Config):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: NonNegativeInt = 0
     start: Start = added_later(FreshWeights())
 
     @model_validator(mode="after")

@@ -212,7 +212,7 @@ def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, step
         ("train.lr=0", "train.lr: input should be greater than 0, got 0"),
         ("start.kind=warm", "start.kind: must be fresh or parent, got 'warm'"),
         ("train.objective.kind=kl", "train.objective.kind: must be next_token or distillation, got 'kl'"),
-        ("seed=18446744073709551616", "seed: input should be less than 9223372036854775808, got 18446744073709551616"),
+        ("seed=18446744073709551616", "seed must be at most 9223372036854775807, got 18446744073709551616"),
         ("train.tokens=1e16", "train.tokens: input should be less than or equal to 1000000000000000, got 1e+16"),
         ("train.betas=[1, 0.5]", "train.betas.0: input should be less than 1, got 1"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: input should be less than 1, got 1.0"),
