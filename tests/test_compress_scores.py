@@ -354,6 +354,12 @@ def test_free_sizes_end_with_the_parents_and_keep_groups_even(run: RunFolder) ->
     assert free_size(model, "n_heads").values == (2, 4)
     assert free_size(model, "depth").values == (3, 4, 5, 6)
     assert free_size(model, "d_ff=10:20:5").values == (10, 15, 20)
+    assert free_size(model, "d_model=9:31:4").values == (12, 16, 20, 24, 28)
+    assert free_size(model, "n_heads=1:9").values == (2, 4)
+    assert free_size(model, "d_ff=20:99").values == (20, 21, 22, 23, 24)
+    for text in ("d_model=33:40", "n_heads=3:3:1", "d_ff=x:y"):
+        with pytest.raises(ValueError, match=r"^(free|d_model|n_heads)"):
+            free_size(model, text)
 
 
 @pytest.mark.parametrize(

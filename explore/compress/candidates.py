@@ -51,7 +51,9 @@ class Size:
 
 
 def free_size(model: ModelConfig, text: str) -> Size:
-    """Reads `NAME`, `NAME=LOW:HIGH` or `NAME=LOW:HIGH:STEP`; the values end with the parent's, or below it.
+    """Reads `NAME`, `NAME=LOW:HIGH` or `NAME=LOW:HIGH:STEP`: multiples of the step up to the parent's size.
+
+    Without a range the values end with the parent's size, and go down to a quarter of it, or half of its layers.
 
     Raises:
         ValueError: no such size, or no value is left.
@@ -63,15 +65,13 @@ def free_size(model: ModelConfig, text: str) -> Size:
         most, unit = model.d_model, 1
     else:
         most, unit = _bounds(model, name)
+    step = 1 if name == DEPTH else max(unit, most // STEPS // unit * unit)
     if equals:
-        free = Free.parse(text)
-        low, step = free.low, free.step
-        most = min(most, free.high)
+        free = Free.parse(text if text.count(":") == 2 else f"{text}:{step}")
+        values = [n for n in free.lattice if n <= most and n % unit == 0]
     else:
-        step = 1 if name == DEPTH else max(unit, most // STEPS // unit * unit)
         low = math.ceil(most / 2) if name == DEPTH else max(unit, most // 4)
-    start = math.ceil(low / unit) * unit
-    values = [n for n in range(start, most + 1) if n % unit == 0 and (n - most) % step == 0]
+        values = list(range(most, low - 1, -step))[::-1]
     if not values:
         raise ValueError(f"free: {name} must have a value from {unit} to the parent's {most}, got {echo(text)}")
     return Size(name, tuple(values))
