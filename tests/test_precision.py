@@ -170,6 +170,26 @@ def test_switches_say_how_many_products_are_quantised(switches: dict[str, bool],
     assert under.flops_quantized(under) == expected
 
 
+def test_published_recipes_after_training_keep_what_print_says() -> None:
+    nano, larger = (preset(f"nemotron-3-{size}").ledger(4096) for size in ("nano", "super"))
+    pattern = nano.pattern
+    kept = {
+        (row.layer, row.letter)
+        for row in in_formats(nano, named("nano-ptq"))
+        if row.entry.component in ("in_proj", "q_proj") and row.entry.weight == "bf16"
+    }
+    attention = [i for i, letter in enumerate(pattern) if letter == "*"]
+    assert len(attention) == 6
+    assert kept == {(i - j, pattern[i - j]) for i in attention for j in (0, 1)}
+    found = {
+        (row["component"], row["format"])
+        for row in formats_of(in_formats(larger, named("super-ptq")))
+        if row["format"] != "bf16"
+    }
+    fp8 = {("shared", "fp8"), ("in_proj", "fp8"), ("out_proj", "fp8")}
+    assert found == fp8 | {("experts", "nvfp4")}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_named_recipes_are_data(name: str) -> None:
     entry = RECIPES[name]

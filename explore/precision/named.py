@@ -42,6 +42,8 @@ NEMOTRON_3 = (
     _rule("bf16", components=(*ATTENTION, "latent_down", "latent_up")),
     _rule("mxfp8", letters="M", components=("out_proj",)),
 )
+BEFORE_ATTENTION = (4, 11, 18, 25, 32, 41)
+"""Mamba layers of Nemotron 3 Nano whose output its attention layers read."""
 ULTRA = "Nemotron 3 Ultra, released checkpoint: routers in fp32, MTP in bf16"
 
 RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
@@ -80,6 +82,24 @@ RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
                 state="fp16",
             ),
             f"{ULTRA}; routed experts in NVFP4, shared experts and Mamba projections in FP8",
+            trains=False,
+        ),
+        "super-ptq": NamedRecipe(
+            Recipe(rules=(EXPERTS, _rule("fp8", letters="E", components=("shared",)), MAMBA), kv="fp8"),
+            "Nemotron 3 Super, arXiv 2604.12374, released checkpoint in NVFP4: routed experts in NVFP4, shared experts "
+            "and Mamba projections in FP8; the scales of its weights are by squared error",
+            trains=False,
+        ),
+        "nano-ptq": NamedRecipe(
+            Recipe(
+                rules=(
+                    _rule("bf16", letters="M", layers=BEFORE_ATTENTION),
+                    _rule("fp8", letters="E", components=("experts", "shared")),
+                    MAMBA,
+                ),
+                kv="fp8",
+            ),
+            "Nemotron 3 Nano, released checkpoint in FP8: attention and the Mamba layers that feed it in bf16",
             trains=False,
         ),
         "fp8-ptq": NamedRecipe(
