@@ -318,8 +318,10 @@ def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--bits", "4.3"], "--bits must be at least 4.7"),
+        (["--bits", "4.3"], "bits must be at least 4.7"),
         (["--bits", "0"], "bits: input should be greater than 0, got 0"),
+        (["--bits", "nan"], "bits: input should be a finite number"),
+        (["--bits", "6", "--calibration-tokens", "1000000"], "calibration_tokens must be at most"),
         (["--bits", "6", "--precision", "fp8"], "--bits and --precision: exactly one of them is required"),
         ([], "--bits and --precision: exactly one of them is required"),
         (["--precision", "fp9"], "precision must be one of"),

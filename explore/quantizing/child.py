@@ -44,6 +44,9 @@ DECODED_TOKENS = 4_096
 BATCH_TOKENS = 4_096
 """Tokens that a model reads at once."""
 
+MOST_CALIBRATION_TOKENS = 1 << 24
+"""Tokens of a calibration at most, where the training data never end; else those of the training split."""
+
 SENSITIVITIES = "sensitivities.json"
 """File in the folder of a parent: what was measured of its components, by what decides the measurement."""
 
@@ -63,8 +66,8 @@ def quantize_run(
         report: told what is being done.
 
     Raises:
-        ValueError: the parent is not a finished run, the recipe does not fit it, or no choice fits the budget; nothing
-            is written then.
+        ValueError: the parent is not a finished run, the recipe does not fit it, no choice fits the budget, or the
+            training split is shorter than the calibration; nothing is written then.
     """
     if parent.quantized:
         raise ValueError(f"{parent.path}: must be a trained run, got a quantised one")
@@ -82,6 +85,9 @@ def quantize_run(
     if folder.is_finished:
         return folder
     source = experiment.data.open(experiment.seed)
+    most = source.n_train_tokens or MOST_CALIBRATION_TOKENS
+    if request.calibration_tokens > most:
+        raise ValueError(f"calibration_tokens must be at most {most}, got {request.calibration_tokens}")
     folder.path.mkdir(parents=True, exist_ok=True)
     with held(folder.path / "lock", lambda: report("another process makes this child")):
         if not folder.is_finished:

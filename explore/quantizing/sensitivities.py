@@ -41,7 +41,7 @@ def offers(ledger: Ledger, request: Quantization) -> list[Offer]:
         least = storage(in_formats(ledger, recipe_with(Recipe(), found, chosen)))["bits_per_element"]
     if request.bits is not None and request.bits < least:
         raise ValueError(
-            f"--bits must be at least {ceil(1000 * least) / 1000}, which {', '.join(request.formats)} reach with "
+            f"bits must be at least {ceil(1000 * least) / 1000}, which {', '.join(request.formats)} reach with "
             f"norms, convolutions and multi-token prediction in bf16, got {request.bits:g}"
         )
     return found
