@@ -136,14 +136,16 @@ def test_the_scores_of_a_child_are_those_of_the_model_that_it_opens(parent: RunF
         one, source, model
     )
     assert scores["val_bpb"] != result(parent)["val_bpb"]
-    kl, n = 0.0, 0
+    kl, n, first = 0.0, 0, list[Tensor]()
     trained = load_model(parent)
     for batch in source.eval_batches("val", 128, None):
         p, q = (logits(each, batch.inputs).log_softmax(-1) for each in (trained, model))
         kept = batch.targets != -100
+        first.append(-p.gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0][:, :2][kept[:, :2]])
         kl += float(F.kl_div(q[kept], p[kept], reduction="sum", log_target=True))
         n += int(kept.sum())
     assert scores["kl"] == pytest.approx(kl / n, rel=1e-4)
+    assert scores["losses_by_position"]["parent"][0] == pytest.approx(float(torch.cat(first).mean()), rel=1e-5)
     assert scores["kl_decoded"] != scores["kl"]
     assert {name: len(losses) for name, losses in scores["losses_by_position"].items()} == {
         "parent": 16, "quantized": 16, "decoded": 16,
