@@ -88,19 +88,17 @@ class NgramModel:
         self.vocab_size, self.order = vocab_size, order
         places = _places_in_stretch(len(ids), begins)
         orders: list[_Order] = []
-        numbers = np.zeros(len(ids) + 1, np.int64)  # of the context of the token that stands there
+        numbers = np.zeros(len(ids) + 1, np.int64)  # numbers[i + 1]: of the n-gram that ends with token i
         keys, counts, n_contexts = np.empty(0, np.int64), np.empty(0, np.int64), 1
         for n in range(1, order + 1):
             ends = np.flatnonzero(places >= n - 1)  # of all n-grams
             found, some, which, seen = _unique(numbers[ends] * vocab_size + ids[ends])
             if n > 1:  # every different n-gram is one more token before the shorter one that ends with it
-                counts = np.bincount(numbers_ending[ends[some]], minlength=len(keys))
+                counts = np.bincount(numbers[1:][ends[some]], minlength=len(keys))
                 orders.append(_Order.of(keys, counts, n_contexts, vocab_size))
                 n_contexts = len(keys)
             keys, counts = found, seen
-            numbers_ending = np.zeros(len(ids), np.int64)
-            numbers_ending[ends] = which
-            numbers[1:] = numbers_ending
+            numbers[ends + 1] = which
         orders.append(_Order.of(keys, counts, n_contexts, vocab_size))
         self._orders = tuple(orders)
 
@@ -125,7 +123,8 @@ class NgramModel:
             smoothed = (np.maximum(counts - order.discount, 0) + left) / np.maximum(totals, 1)
             probs = np.where(totals > 0, smoothed, probs)
             contexts = np.concatenate(([-1], np.where(known, at, -1)[:-1]))
-        return np.log(probs)
+        logs: np.ndarray = np.log(probs)
+        return logs
 
 
 def _places_in_stretch(n: int, begins: np.ndarray | None) -> np.ndarray:
@@ -133,7 +132,9 @@ def _places_in_stretch(n: int, begins: np.ndarray | None) -> np.ndarray:
     places = np.arange(n)
     if begins is None:
         return places
-    return places - np.maximum.accumulate(np.where(begins, places, 0))
+    firsts: np.ndarray = np.maximum.accumulate(np.where(begins, places, 0))
+    after: np.ndarray = places - firsts
+    return after
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

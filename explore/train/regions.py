@@ -104,8 +104,8 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
             n_elements += 2 * n_matrices * (d_in + d_out)  # each operand in two products
             routed = entry.all_to_all_numel > 0  # where each row has the scale of its expert
             for x, dy in ((d_in, d_out), (d_out, d_in)) if rest else ((d_in, d_out),):
-                rows = {(operand, width, axis) for operand, width in (("x", x), ("dy", dy)) for axis in (0, 1)}
-                shapes |= {(last, routed, *shape) for shape in (*rows, ("w", x, dy))}
+                of_rows = {(operand, width, axis) for operand, width in (("x", x), ("dy", dy)) for axis in (0, 1)}
+                shapes |= {(last, routed, *shape) for shape in (*of_rows, ("w", x, dy))}
     rows = table if (table["op"] == QUANTIZE).any() else _read(SHIPPED)
     return _saved(_row(rows, QUANTIZE, last), n_elements * n_tokens, len(shapes))
 
