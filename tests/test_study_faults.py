@@ -20,7 +20,7 @@ from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore import train
 from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, processes, run_sweep
-from explore.study.faults import FaultError
+from explore.study.faults import FaultError, fault_of
 from explore.study.lease import RELEASED
 from explore.study.needs import check_needs
 from explore.study.storage import JOURNAL
@@ -184,6 +184,17 @@ def test_a_fault_of_the_machine_gives_the_trial_back_and_stops_the_sweep(
     assert outcomes(runs) == [RELEASED]
     assert run(sweep, 1, runs).complete == 1
     assert outcomes(runs) == [RELEASED, "done"]
+
+
+def test_an_error_that_torch_makes_of_a_full_disk_is_the_disks(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        try:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        except OSError:
+            raise RuntimeError("unexpected pos 56960 vs 56912")  # noqa: B904 - as torch does
+    assert fault_of(caught.value, tmp_path) == f"{tmp_path}: {os.strerror(errno.EFBIG)}"
+    caught.value.__context__ = None
+    assert fault_of(caught.value, tmp_path) is None
 
 
 def test_an_error_of_the_trial_is_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -28,28 +27,32 @@ def fault_of(error: BaseException, runs: Path) -> str | None:
     Args:
         runs: the folder of runs, whose disk may be full: torch tells of that as a RuntimeError.
     """
-    causes = list(_causes(error))
+    causes = _causes(error)
     if (fault := next((each for each in causes if isinstance(each, FaultError)), None)) is not None:
         return str(fault)
-    unwritable = any(isinstance(each, OSError) and each.errno in UNWRITABLE for each in causes)
-    if unwritable or is_passing(error) or isinstance(error, optuna.exceptions.StorageInternalError):
-        return _line(error, runs)
+    system = next((each for each in causes if _is_of_the_system(each)), None)
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError) and text and (system is not None or is_passing(error)):  # written for people
+        return text
+    if isinstance(system, OSError):
+        return f"{system.filename or runs}: {system.strerror or str(system) or type(system).__name__}"
+    if is_passing(error) or isinstance(error, optuna.exceptions.StorageInternalError):
+        return f"{type(error).__name__}: {text}".removesuffix(": ")
     return f"{runs}: no space left on the device" if isinstance(error, Exception) and _is_full(runs) else None
 
 
-def _line(error: BaseException, runs: Path) -> str:
-    if isinstance(error, OSError):
-        return f"{error.filename or runs}: {error.strerror or str(error) or type(error).__name__}"
-    text = " ".join(str(error).split())
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+def _is_of_the_system(error: BaseException) -> bool:
+    return isinstance(error, OSError) and (error.errno in UNWRITABLE or is_passing(error))
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and those that it was raised from."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """The error and those that it came from; torch, for one, raises another while it handles that of a full disk."""
+    found: list[BaseException] = []
     following: BaseException | None = error
-    while following is not None:
-        yield following
-        following = following.__cause__
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
 
 
 def _is_full(runs: Path) -> bool:

@@ -151,8 +151,10 @@ def read_data(experiment: Experiment) -> dict[str, Any]:
     """
     try:
         return experiment.data.fingerprint()
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise FaultError(str(error)) from error
+    except OSError as error:
+        raise FaultError(f"{error.filename}: {error.strerror}") from error
 
 
 def first_difference(before: str, after: str) -> str | None:
