@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -143,7 +142,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if _read_config(path).tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         return weights
-    except (EOFError, KeyError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, OSError) as error:
         raise ValueError(f"{file}: the weights cannot be read ({' '.join(str(error).split())[:100]})") from None
 
 
