@@ -67,6 +67,7 @@ def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
         "n_layers": 5, "n_experts": 16, "top_k": 2, "d_latent": 32, "kv_bytes_per_token": 512.0,
         "ssm_state_bytes": 65536.0, "corpus": "austen", "commit": "c0ffee", "finished_at": "2026-01-02T03:04:05+00:00",
         "step": 400, "max_violation": 0.4, "device": "cpu", "precision": "bf16", "n_steps": 400, "seq_len": 128,
+            "eval_data": "4f53cda1",
     }  # fmt: skip
 
 
