@@ -108,7 +108,8 @@ def _print_assumptions(plan: Plan) -> None:
 
 
 def _print_search(found: Found) -> None:
-    _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit; the best:")
+    _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit; the best,")
+    _say("the least divided first among those within 1%, which no estimate tells apart:")
     table = _table("layout", "tokens/s", "TFLOP/s", "GiB", "to save memory", left=(0, 4))
     for plan in found.plans:
         numbers = (f"{plan.tokens_per_s_gpu:,.0f}", f"{plan.tflops[1]:,.0f}", f"{plan.needed / GIB:,.0f}")
