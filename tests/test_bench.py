@@ -83,6 +83,7 @@ def test_a_step_in_emulated_precision_is_the_one_of_its_recipe() -> None:
     assert all(second < first for first, second in losses.values())
 
 
+@pytest.mark.slow
 def test_a_trial_is_timed_up_to_its_first_step() -> None:
     (record,) = time_trials("tiny", ["hybrid MoE"])
     assert record["family"] == "hybrid MoE"
@@ -127,6 +128,7 @@ def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
     assert math.isfinite(decoded["tokens_per_s"])
 
 
+@pytest.mark.slow
 def test_text_of_every_form_is_timed_beside_the_tokenizer() -> None:
     records = list(time_text(300_000))
     assert [record["form"] for record in records] == list(FORMS)

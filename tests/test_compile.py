@@ -93,6 +93,7 @@ def test_dense_and_padded_experts_compute_the_loop_and_all_its_gradients(
 # Compilation and export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["M*-", "M*-EL", "G-"])
 def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients(unchecked: None, pattern: str) -> None:
     lm = model(pattern)
@@ -103,6 +104,7 @@ def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients(unchec
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler looks at it
 def test_only_the_loads_of_the_experts_break_the_graph(unchecked: None) -> None:
     lm = model("M*-E")

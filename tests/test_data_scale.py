@@ -61,6 +61,7 @@ def test_four_times_the_text_takes_less_than_six_times_as_long_to_split(tmp_path
     assert seconds(large) < 6 * seconds(small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_memory_does_not_grow_with_the_text(tmp_path: Path, suffix: str) -> None:
     peaks = {}

@@ -110,6 +110,7 @@ def check_coverage(shares):
     return misfit
 
 
+@pytest.mark.slow
 def test_95_percent_of_all_intervals_of_laws_hold_the_truth():
     assert check_coverage(covered(150)) == pytest.approx(0.05, abs=0.05)
 

@@ -325,6 +325,7 @@ def test_a_search_says_what_stops_the_other_layouts() -> None:
     assert rates[0] >= 0.99 * max(rates)
 
 
+@pytest.mark.slow
 def test_objectives_change_what_is_best() -> None:
     model, on, run = preset("nemotron-3-nano"), Cluster.named("H100x64"), Run(seq_len=8192, global_batch=512)
     fast, small = (search(model, on, run, objective=objective).plans[0] for objective in ("tokens_per_s", "memory"))

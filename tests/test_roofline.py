@@ -127,6 +127,7 @@ def test_a_batch_reads_more_experts_until_it_reads_all() -> None:
     assert all(later / earlier < 2 for earlier, later in pairwise(steps))
 
 
+@pytest.mark.slow
 def test_a_request_is_its_prefill_and_its_steps() -> None:
     deployed = Deployment(DENSE, TOY)
     steps = sum(deployed.decode_s(100 + i, 4) for i in range(1, 6401))

@@ -18,6 +18,7 @@ from explore.table import load_runs
 from explore.train import score_merge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["params_active", "params_total", "flops_train", "state_bytes"])
 @pytest.mark.parametrize("pattern", ["*-*-", "M-M-", "ME*E"])
 def test_every_pattern_meets_a_tied_budget_within_a_hundredth(budget: str, pattern: str) -> None:
@@ -146,6 +147,7 @@ def test_a_search_that_makes_no_sense_is_refused(wrong: dict[str, float], says: 
         LearningRates(**wrong)
 
 
+@pytest.mark.slow
 def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> None:
     text = sweep_file(tmp_path, "flops_run").read_text()
     rates = "learning_rates = LearningRates(low=1e-3, high=4e-3, start=2e-3, share=0.5)\nseeds = 2\nbudgets ="

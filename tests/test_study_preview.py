@@ -69,6 +69,7 @@ def test_a_continuous_parameter_is_named_and_nothing_is_counted(tmp_path: Path) 
     assert math.isinf(seen.n_feasible)
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_all_trials_and_seeds(tmp_path: Path) -> None:
     one, three = (
         preview(load_sweep(written(tmp_path, seeds)), 10, tmp_path / "runs", measure=False) for seeds in (1, 3)
@@ -79,6 +80,7 @@ def test_flops_are_those_of_all_trials_and_seeds(tmp_path: Path) -> None:
     assert costs[0] < one.flops / 10 < costs[-1]
 
 
+@pytest.mark.slow
 def test_the_spread_between_seeds_tells_what_can_be_resolved(tmp_path: Path) -> None:
     sweep, runs = load_sweep(written(tmp_path, seeds=3)), tmp_path / "runs"
     assert preview(sweep, 2, runs, measure=False).difference is None

@@ -26,6 +26,7 @@ print(first, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no such setting")
 def test_what_a_step_frees_is_there_for_the_next() -> None:
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)

@@ -156,6 +156,7 @@ def test_a_run_in_low_precision_learns_and_says_what_it_lost(corpus: Path, throu
     assert gradients["flushed"].isna().all()
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_quantised_forward_products(corpus: Path, through: RunFolder, tmp_path: Path) -> None:
     backward = train(experiment(corpus, {"base": "nvfp4", "forward": False}), tmp_path)
     assert result(backward)["val_loss"] != result(through)["val_loss"]
@@ -169,6 +170,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [7])
 def test_a_resumed_run_rounds_as_one_that_was_not_stopped(
     corpus: Path, through: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int

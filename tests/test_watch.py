@@ -156,6 +156,7 @@ def test_off_a_terminal_a_line_is_printed_for_each_trial_that_ends(runs: Path) -
     assert "E-E" in line
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_without_an_error(runs: Path) -> None:
     """A real terminal of 100 columns, and the signal that its driver sends."""
     ours, theirs = pty.openpty()
