@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from explore.cost.ledger import BITS, DTYPES, MTP_LETTER, Dtypes, Ledger, Part, Row
-from explore.precision import FORMATS, UNQUANTIZED, FormatName, Place, Recipe, Rule
+from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
+
+if TYPE_CHECKING:
+    from explore.precision import Place, Recipe, Rule
 
 FIRST_VARIANT = 0xE000
 """Code of the first letter, of those that nobody writes, for layers of one letter that differ in their formats."""
@@ -55,6 +58,8 @@ def _in_formats(part: Part, layer: int | None, ledger: Ledger, recipe: Recipe) -
 
 
 def _place(row: Row, ledger: Ledger) -> Place:
+    from explore.precision import Place
+
     return Place(row.layer, len(ledger.pattern), row.letter, row.entry.component, bool(row.entry.sums_over))
 
 

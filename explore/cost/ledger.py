@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from explore.precision import FORMATS, UNQUANTIZED, FormatName, Recipe
+from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
+
+if TYPE_CHECKING:
+    from explore.precision import Recipe
 
 By = Literal["letter", "layer", "component"]
 ConventionName = Literal["exact", "megatron", "palm", "6nd"]

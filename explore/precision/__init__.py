@@ -1,9 +1,9 @@
 """Low precision as data: number formats, and recipes of which product is in which. Knows nothing of torch."""
 
-from explore.precision.formats import ELEMENTS, FORMATS, Element, Format, FormatName, Scaling
+from explore.number_formats import ELEMENTS, FORMATS, UNQUANTIZED, Element, Format, FormatName, Scaling
 from explore.precision.named import RECIPES, TRAINED, NamedRecipe, named, read_recipe
 from explore.precision.products import OPERANDS, OperandFormat, Products, products_at, products_of
-from explore.precision.recipe import HIGH, UNQUANTIZED, Operand, Place, Product, Recipe, Rule, Until, WeightFormat
+from explore.precision.recipe import HIGH, Operand, Place, Product, Recipe, Rule, Until, WeightFormat
 
 __all__ = [
     "ELEMENTS",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import lcm
 from typing import Literal, NamedTuple
 
-from explore.precision.formats import ELEMENTS, FORMATS, FormatName
+from explore.number_formats import ELEMENTS, FORMATS, FormatName
 from explore.precision.recipe import Operand, Product, Recipe
 
 OPERANDS: Mapping[Product, tuple[Operand, Operand]] = {

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field, model_serializer, model_validator
 
 from explore.config import Config
+from explore.number_formats import UNQUANTIZED
 
 WeightFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"]
 StateFormat = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4", "int8"]
@@ -17,8 +18,6 @@ Product = Literal["forward", "input_gradient", "weight_gradient"]
 
 HIGH = frozenset({"embedding", "head", "router", "shared_gate"})
 """Components with matrices that stay high unless a rule names them."""
-
-UNQUANTIZED = frozenset({"fp32", "bf16", "fp16"})
 
 
 class Place(NamedTuple):

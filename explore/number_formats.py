@@ -95,3 +95,6 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
         )
     }
 )
+
+UNQUANTIZED = frozenset({"fp32", "bf16", "fp16"})
+"""Formats that are not narrow: products in them are made as they are."""
