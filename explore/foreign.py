@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 ECHO_CHARS = 80
@@ -32,6 +34,11 @@ def shorten(text: str, length: int = ECHO_CHARS) -> str:
     """A text of at most this many characters, cut in the middle."""
     half = (length - len(GAP)) // 2
     return text if len(text) <= length else text[: length - len(GAP) - half] + GAP + text[-half:]
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """`did you mean 'NAME'? ` with the nearest name that is allowed; empty where none is near."""
+    return "".join(f"did you mean {near!r}? " for near in get_close_matches(name, list(allowed), 1))
 
 
 def hide_passwords(text: str) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 
 from explore.cost import DTYPES, Cost, Dtypes
-from explore.foreign import echo
+from explore.foreign import did_you_mean, echo
 from explore.model import ModelConfig
 from explore.roofline import Deployment, hardware
 
@@ -78,7 +77,7 @@ def check_measure(name: str) -> None:
         ValueError: it is none.
     """
     if name not in MEASURES:
-        hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, MEASURES, 1))
+        hint = did_you_mean(name, MEASURES)
         raise ValueError(
             f"target: {echo(name)} is unknown; {hint}allowed are params_total, params_active, flops_train, "
             "decode_bytes, weight_bytes, kv_bytes, state_bytes, memory_bytes, decode_s and other totals of explore cost"

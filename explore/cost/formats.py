@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from explore.cost.ledger import BITS, DTYPES, MTP_LETTER, Dtypes, Ledger, Part, Row
+from explore.foreign import did_you_mean
 from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _check_rule(rule: Rule, field: str, ledger: Ledger, rows: list[Row]) -> None
     known = dict.fromkeys(row.entry.component for row in rows)
     for component in rule.components:
         if component not in known and not rule.optional:
-            hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(component, known, 1))
+            hint = did_you_mean(component, known)
             allowed = f"{hint}allowed are {', '.join(known)}"
             raise ValueError(f"{field}.components must be components of the model, got {component!r}; {allowed}")
     found = [row for row in rows if rule.matches(_place(row, ledger))]

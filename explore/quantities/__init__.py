@@ -7,10 +7,9 @@ quantity is one entry of `explore/quantities/declared.py`, beside the code that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
-from explore.foreign import echo
+from explore.foreign import did_you_mean, echo
 from explore.quantities.declared import EVAL_DATA, METRICS, QUANTITIES
 from explore.quantities.quantity import Family, Quantity, Records
 
@@ -103,5 +102,5 @@ def choose(name: str, among: Iterable[str], field: str, what: str = "a quantity 
 
 def unknown(name: str, allowed: Sequence[str], field: str, what: str = "a quantity with numbers") -> ValueError:
     """The error about a name that is not allowed; it tells the nearest one that is."""
-    hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, allowed, 1))
+    hint = did_you_mean(name, allowed)
     return ValueError(f"{field} must be {what}, got {echo(name)}; {hint}allowed are {', '.join(allowed)}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
 
-from explore.foreign import echo, shorten
+from explore.foreign import did_you_mean, echo, shorten
 from explore.model import ModelConfig
 from explore.quantities import budgets
 
@@ -145,7 +144,7 @@ class Solution:
 def known(name: str) -> str:
     """The name, if there is such a budget."""
     if name not in BUDGETS:
-        hint = "".join(f"did you mean {near!r}? " for near in get_close_matches(name, BUDGETS, 1))
+        hint = did_you_mean(name, BUDGETS)
         raise ValueError(f"targets: {echo(name)} is unknown; {hint}allowed are {', '.join(BUDGETS)}")
     return name
 
