@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +48,25 @@ def result(folder: RunFolder) -> dict[str, Any]:
     found = folder.result
     assert found is not None
     return found
+
+
+def kill_after_a_checkpoint(one: Experiment, runs: Path) -> None:
+    """Trains in a process of its own that gets SIGKILL soon after its first checkpoint, one every five steps."""
+    file = runs.with_suffix(".json")
+    file.write_text(one.model_dump_json())
+    program = (
+        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
+        "from explore.experiment import Experiment; from explore.train import fit\n"
+        "fit(Experiment.load(pathlib.Path(sys.argv[1])), sys.argv[2], checkpoint_every=5, accelerator='cpu')\n"
+    )
+    command = [sys.executable, "-c", program, str(file), str(runs)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not list(runs.glob("*/checkpoints/last.ckpt")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(runs.glob("*/result.json"))

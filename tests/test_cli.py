@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 
 from explore import ModelConfig
-from explore.cli import app, main
+from explore.cli import app
 from explore.data import load_corpus, train_bpe
 from explore.experiment import Experiment
 from explore.presets import PRESETS, preset
@@ -48,14 +49,6 @@ def experiment_file(tmp_path: Path) -> Path:
     path = tmp_path / "experiment.json"
     path.write_text(json.dumps(content))
     return path
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_cost_prints_what_the_config_computes_and_the_module_has(

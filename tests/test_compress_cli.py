@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from small_runs import tiny, train, write_corpus
 
 import explore.cli.cut
 import explore.cli.score  # noqa: F401  (adds its command)
-from explore.cli import main
 from explore.cli.cut import ranges
 from explore.compress import Plan, Scores
 from explore.figures import draw_layers, draw_scores, layers_table, plot_scores, scores_table
@@ -35,13 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture
 def explore_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["explore", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return run
+    return partial(run, capsys, monkeypatch)
 
 
 @pytest.fixture

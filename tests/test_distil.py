@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
 
 from explore.checkpoints import load_model
-from explore.cli import main
 from explore.compress import LayerCut, Plan
 from explore.experiment import Distillation, Experiment, ParentWeights
 from explore.files import read_json
@@ -42,14 +41,6 @@ def halved(parent: RunFolder, **changes: Any) -> Plan:
 def plan(parent: RunFolder, tmp_path: Path) -> Path:
     halved(parent).save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", "distil", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_a_child_begins_with_the_weights_that_its_plan_keeps(parent: RunFolder, plan: Path) -> None:
@@ -121,7 +112,7 @@ def test_the_command_distils_and_says_what_it_cost(
 ) -> None:
     root = Path(shutil.copytree(parent.path.parent, plan.parent / "runs"))
     halved(parent, origin={"flops": 12345.0}).save(plan)  # those of scoring the parent
-    code, out, err = run(capsys, monkeypatch, plan, "--tokens", "2.56k", "--runs", root, "--json")
+    code, out, err = run(capsys, monkeypatch, "distil", plan, "--tokens", "2.56k", "--runs", root, "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)
     child = RunFolder(Path(said.pop("run")))
@@ -129,7 +120,9 @@ def test_the_command_distils_and_says_what_it_cost(
     assert said == child.result
     assert said["flops_teacher"] == STEPS * TOKENS * load_model(parent).config.cost(32).flops_fwd
     assert said["flops_before"] == result(parent)["flops_run"] + 12345
-    code, out, _ = run(capsys, monkeypatch, plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path)
+    code, out, _ = run(
+        capsys, monkeypatch, "distil", plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path
+    )
     assert (code, child.path.name in out) == (0, True)  # the same run, which is not trained again
 
 
@@ -153,7 +146,9 @@ def test_what_the_command_cannot_distil_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(plan.parent)
-    code, out, err = run(capsys, monkeypatch, plan, *(str(parent.path) if a == "PARENT" else a for a in arguments))
+    code, out, err = run(
+        capsys, monkeypatch, "distil", plan, *(str(parent.path) if a == "PARENT" else a for a in arguments)
+    )
     assert (code, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
@@ -166,6 +161,6 @@ def test_a_parent_that_did_not_finish_is_refused(
 ) -> None:
     folder = Path(shutil.copytree(parent.path, plan.parent / "bad"))
     write_json(folder / "result.json", {"status": status})
-    code, _, err = run(capsys, monkeypatch, plan, "--tokens", "1k", "--parent", folder)
+    code, _, err = run(capsys, monkeypatch, "distil", plan, "--tokens", "1k", "--parent", folder)
     assert code == 2
     assert f"must be a run that has finished, got '{folder}', which is {status}" in err

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from small_runs import EXPERTS, STEPS, TOKENS, result, tiny, train, write_corpus
+from small_runs import EXPERTS, STEPS, TOKENS, kill_after_a_checkpoint, result, tiny, train, write_corpus
 from torch import Tensor
 
 from explore.data import TextSource
@@ -414,24 +412,8 @@ def test_a_student_that_was_stopped_ends_as_if_it_had_not_been(
 def test_a_student_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     one = stopping(corpus, parent, train__tokens=120 * TOKENS)
     through = train(one, tmp_path / "through", checkpoint_every=5)
-    (tmp_path / RUN).write_text(one.model_dump_json())
-    program = (
-        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
-        "from explore.experiment import Experiment; from explore.train import fit\n"
-        "fit(Experiment.load(pathlib.Path(sys.argv[1])), sys.argv[2], checkpoint_every=5, accelerator='cpu')\n"
-    )
     runs = tmp_path / "killed"
-    command = [sys.executable, "-c", program, str(tmp_path / RUN), str(runs)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        while not list(runs.glob("*/checkpoints/last.ckpt")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.3)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not list(runs.glob("*/result.json"))
+    kill_after_a_checkpoint(one, runs)
     assert_same_run(train(one, runs, checkpoint_every=5), through)
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from explore.cli import main
 from explore.data import load_tokenizer
 from explore.experiment import Experiment
 from explore.interop import load_model_folder, megatron_arguments
@@ -52,14 +51,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         "train": {"tokens": 1024, "batch_size": 4, "eval_tokens": 256},
     }
     return fit(Experiment.model_validate(content), folder / "runs", accelerator="cpu")
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_a_trained_run_goes_to_transformers_and_comes_back(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from small_runs import tiny, write_corpus
 
-from explore.cli import main
 from explore.cost import in_formats
 from explore.interop import model_optimizer_names, te_quant
 from explore.interop.precision import MODULES
@@ -129,14 +129,9 @@ def test_export_prints_the_recipe_of_a_run(
     one = tiny(write_corpus(tmp_path), "M-", train__precision="nvfp4")
     write_json(tmp_path / "experiment.json", {"key": one.key(), "experiment": one.model_dump(mode="json")})
 
-    def run(to: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["explore", "export", str(tmp_path), "--to", to])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    code, out, _ = run("te-quant")
+    export = partial(run, capsys, monkeypatch, "export", tmp_path, "--to")
+    code, out, _ = export("te-quant")
     assert (code, json.loads(out)) == (0, te_quant(one.model, named("nvfp4")))
-    code, out, err = run("model-optimizer")
+    code, out, err = export("model-optimizer")
     assert (code, out) == (2, "")
     assert err.startswith("error: precision.stochastic: ('dy',) cannot be written for Model-Optimizer")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from pydantic import ValidationError
 
 from explore.blocks import STANDARD_LETTERS
 from explore.blocks.declarations import divisors
-from explore.cli import main
 from explore.config import LARGEST, explain, set_field
 from explore.cost import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.data import TextData
@@ -35,14 +34,6 @@ def refusal(config: type[Any], content: dict[str, Any]) -> str:
     with pytest.raises(ValidationError) as caught:
         config.model_validate(content)
     return explain(caught.value)
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 # Unknown fields

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pandas as pd
 import pytest
+from command_line import run
 from matplotlib.figure import Figure
 from PIL import Image
 
-from explore.cli import main
 from explore.figures import (
     draw_layouts,
     draw_plan_memory,
@@ -45,14 +45,7 @@ SMALL = ["plan", "MEM*ME-E", "--d-model", "256", "--cluster", "H100x8", "--seq-l
 
 @pytest.fixture
 def explore(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["explore", *args])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(run, capsys, monkeypatch)
 
 
 def test_choices_of_the_command_are_those_of_the_library() -> None:

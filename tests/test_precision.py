@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from pydantic import ValidationError
 from torch import nn
 
 from explore.blocks import BLOCKS, BlockKind
-from explore.cli import main
 from explore.config import explain
 from explore.cost import DTYPES, Cost, Dtypes, Ledger, bytes_of, formats_of, in_formats, storage
 from explore.model import ModelConfig
@@ -318,14 +317,6 @@ def test_roofline_takes_bytes_and_peaks_from_the_recipe() -> None:
     assert device.peak("fp8-blocks") == device.peak("mxfp8") == device.peak("float8")
     assert device.ridge("nvfp4") == device.ridge("float4")
     assert DTYPES.under(named("fp8-ptq")) == Dtypes(kv="fp8", state="fp16")
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", *args])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_cost_tells_the_format_of_every_line(

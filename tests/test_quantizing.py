@@ -6,18 +6,17 @@ import itertools
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from small_runs import TOKENS, result, tiny, train, write_corpus
 from torch import Tensor
 from torch.nn import functional as F
 
 from explore.checkpoints import load_model
-from explore.cli import main
 from explore.cost import in_formats, storage
 from explore.experiment import Experiment
 from explore.figures import bits_table, plot_bits
@@ -280,14 +279,6 @@ def test_recall_is_scored_where_a_run_has_it(tmp_path: Path) -> None:
 # The command
 
 
-def run_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: Any) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["explore", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    captured = capsys.readouterr()
-    return int(end.value.code or 0), captured.out, captured.err
-
-
 def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
     parent: RunFolder,
     tmp_path: Path,
@@ -296,7 +287,7 @@ def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     args = ("quantize", parent.path, "--bits", "6.5", "--calibration-tokens", "256")
-    code, text, _ = run_cli(capsys, monkeypatch, *args, "--json")
+    code, text, _ = run(capsys, monkeypatch, *args, "--json")
     record = json.loads(text)
     assert code == 0
     assert record["bits_per_element"] <= 6.5
@@ -305,15 +296,15 @@ def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
         name: result(made)[name] for name in ("val_bpb", "test_bpb", "kl")
     }
     assert record["formats"] == made.quantized["formats"]
-    code, text, _ = run_cli(capsys, monkeypatch, *args, "--figure", tmp_path / "bits")
+    code, text, _ = run(capsys, monkeypatch, *args, "--figure", tmp_path / "bits")
     assert code == 0
     lines = [line for line in text.splitlines() if not line.startswith("wrote")]
     assert max(map(len, lines)) <= 80
     assert f"{record['bits_per_element']:.3f}" in text
     assert (tmp_path / "bits.png").exists()
-    code, text, _ = run_cli(capsys, monkeypatch, "generate", made.path, "--prompt", "val", "--max-new-tokens", "4")
+    code, text, _ = run(capsys, monkeypatch, "generate", made.path, "--prompt", "val", "--max-new-tokens", "4")
     assert code == 0
-    code, _, said = run_cli(capsys, monkeypatch, "quantize", made.path, "--bits", "6.5")
+    code, _, said = run(capsys, monkeypatch, "quantize", made.path, "--bits", "6.5")
     assert (code, "must be a trained run, got a quantised one" in said) == (2, True)
 
 
@@ -353,7 +344,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(json.dumps(content))
-    code, out, err = run_cli(capsys, monkeypatch, "quantize", alone.path, *options)
+    code, out, err = run(capsys, monkeypatch, "quantize", alone.path, *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
     assert sorted(path for path in tmp_path.rglob("*") if path.name not in contents) == before

@@ -5,11 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from small_runs import EXPERTS, STEPS, TOKENS, result, tiny, train, write_corpus
+from small_runs import EXPERTS, STEPS, TOKENS, kill_after_a_checkpoint, result, tiny, train, write_corpus
 from torch.optim import Muon
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -366,24 +362,8 @@ def test_a_run_that_was_stopped_before_its_result_is_only_scored(
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path, optimizer: str) -> None:
     one = experiment(corpus, "MEM*", train__optimizer=optimizer, train__tokens=120 * TOKENS)
     through = train(one, tmp_path / "through", checkpoint_every=5)
-    (tmp_path / "experiment.json").write_text(one.model_dump_json())
-    program = (
-        "import sys, pathlib, torch; torch.set_num_threads(1)\n"
-        "from explore.experiment import Experiment; from explore.train import fit\n"
-        "fit(Experiment.load(pathlib.Path(sys.argv[1])), sys.argv[2], checkpoint_every=5, accelerator='cpu')\n"
-    )
     runs = tmp_path / "killed"
-    command = [sys.executable, "-c", program, str(tmp_path / "experiment.json"), str(runs)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    try:
-        while not list(runs.glob("*/checkpoints/last.ckpt")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(0.3)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not list(runs.glob("*/result.json"))
+    kill_after_a_checkpoint(one, runs)
     assert_same_run(train(one, runs, checkpoint_every=5), through)
 
 
