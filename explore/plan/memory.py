@@ -43,7 +43,8 @@ def memory(batch: Batch) -> Memory:
     run, per_rank = batch.run, batch.per_rank
     dense, experts = params(batch)
     narrow, wide = (_weights(batch, i) for i in (0, 1))
-    weight_bytes = narrow * run.format.weight + wide * 2.0
+    spared = run.format.transposed_copy if batch.cluster.device.transposes_fp8 else 0.0
+    weight_bytes = narrow * (run.format.weight - spared) + wide * 2.0
     d, edp = batch.dp * batch.cp, batch.edp
     grad = 4.0 if run.grads == "float32" else 2.0
     # Gradients in bf16 are turned into fp32 where the optimizer needs them, on its own share.

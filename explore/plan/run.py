@@ -33,12 +33,14 @@ class Precision(NamedTuple):
         narrow: bytes of an element of what a narrow product reads; none where products are in bf16.
         compute: dtype of the products.
         description: what is in which format.
+        transposed_copy: bytes of the transposed copy of a weight, which some devices do not need.
     """
 
     weight: float
     narrow: float | None
     compute: Dtype
     description: str
+    transposed_copy: float = 0.0
 
 
 def _bytes(name: FormatName) -> float:
@@ -49,7 +51,13 @@ def _bytes(name: FormatName) -> float:
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         "bf16": Precision(2.0, None, "bfloat16", "weights and products in bf16"),
-        "fp8": Precision(2.0, 1.0, "float8", "FP8 with a scale a tensor, rows and columns of weights"),
+        "fp8": Precision(
+            2.0,
+            1.0,
+            "float8",
+            "FP8 with a scale a tensor, and a transposed copy of weights where products need it",
+            1.0,
+        ),
         "fp8-blocks": Precision(2.0, 1 + 1 / 32, "float8", "FP8 in blocks of 128, rows and columns of weights"),
         "mxfp8": Precision(2 * _bytes("mxfp8"), _bytes("mxfp8"), "float8", "MXFP8, rows and columns of weights"),
         "nvfp4": Precision(2 * _bytes("nvfp4"), _bytes("nvfp4"), "float4", "NVFP4, rows and columns of weights"),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,20 @@ class PrintedRun(NamedTuple):
         return one(profile(preset(self.model), self.run.seq_len), self.run, self.cluster, self.layout)
 
     @property
+    def implied_flops(self) -> tuple[float, float]:
+        """The least and the most training FLOPs per token that the printed pair can mean, with its rounding.
+
+        TFLOP/s are whole. Tokens per second are whole, or whole sequences per second of the cluster are behind them:
+        all rows of release 26.04.01 are multiples of that.
+        """
+        sequence = self.run.seq_len / self.cluster.n_gpus
+        half = 0.5 * (sequence if self.tokens_per_s % sequence == 0 else 1.0)
+        return (
+            (self.tflops - 0.5) * 1e12 / (self.tokens_per_s + half),
+            (self.tflops + 0.5) * 1e12 / (self.tokens_per_s - half),
+        )
+
+    @property
     def tokens(self) -> float:
         """Tokens of a step for each GPU."""
         return self.run.global_batch * self.run.seq_len / self.cluster.n_gpus
@@ -72,7 +86,8 @@ def printed_runs() -> tuple[PrintedRun, ...]:
         )
         key = (row["device"], run.format.compute)
         seen[key] = seen.get(key, 0) + 1
-        degrees = {name: number[name] for name in ("tp", "pp", "cp", "vpp", "ep", "micro_batch")}
+        degrees: dict[str, Any] = {name: number[name] for name in ("tp", "pp", "cp", "vpp", "ep", "micro_batch")}
+        degrees["pipeline"] = row["pipeline"] or None
         runs.append(
             PrintedRun(
                 row["model"],

@@ -39,7 +39,7 @@ EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
         ("GB300", "float4"): 0.55,
         ("GB300", "float8"): 0.61,
         ("H100", "bfloat16"): 0.69,
-        ("H100", "float8"): 0.56,
+        ("H100", "float8"): 0.57,
     }
 )
 """Part of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""

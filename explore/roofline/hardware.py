@@ -32,6 +32,8 @@ class Hardware(Config):
         domain_size: devices that share the fast link.
         network: bytes per second of a device to other domains, one direction; `link` when absent.
         host_link: bytes per second between a device and its CPU's memory, one direction; none when absent.
+        transposes_fp8: FP8 products read transposed operands, so a weight with one scale needs no transposed copy.
+            Blackwell does and Hopper does not (Transformer Engine, `non_tn_fp8_gemm_supported`).
         source: where the figures stand.
     """
 
@@ -46,6 +48,7 @@ class Hardware(Config):
     domain_size: PositiveInt = 1
     network: PositiveFloat | None = None
     host_link: PositiveFloat | None = None
+    transposes_fp8: bool = False
     source: str
 
     def peak(self, dtype: Stored) -> float:
