@@ -42,6 +42,15 @@ UNREADABLE_TABLE = (ArrowException, OSError, ValueError, LookupError, TypeError,
 PILOTS = "pilots"
 """Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
 
+RUNS = "runs"
+"""Folder of runs where no other is named."""
+
+PREFIX = 4
+"""Fewest characters of a key that stand for a run."""
+
+NAME_CHARS = 128
+"""Longest part of a folder's name that comes from the name of an experiment."""
+
 FILES = (
     "experiment.json",
     "cost.json",
@@ -213,12 +222,63 @@ def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
     """
     if (existing := find_run(root, key)) is not None:
         return existing
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", name)[:64].strip("-.") or "run"
+    slug = folder_slug(name)
     number, path = 1, Path(root) / f"{slug}-{key[:8]}"
     while path.exists() and ((taken := RunFolder(path)).key is not None or (path / "result.json").exists()):
         number += 1
         path = taken.path.with_name(f"{slug}-{number}-{key[:8]}")
     return RunFolder(path)
+
+
+def folder_slug(name: str) -> str:
+    """The name of an experiment in characters that are safe in a path; different patterns stay different.
+
+    The letter `*` of attention becomes `a`, which is no letter of a pattern in capitals, and `/` becomes `_`.
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name.translate({ord("*"): "a", ord("/"): "_", ord("|"): ""}))
+    slug = slug[:NAME_CHARS].lstrip(".")
+    return re.sub(r"^-", "_", slug) if slug.strip("-._") else "run"
+
+
+def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
+    """The run that a path, the name of a run folder, or the first characters of a key stand for.
+
+    Args:
+        name: a folder that exists is taken as it is. Else the last part is looked up in the folder before it, or below
+            `root` where there is none.
+        root: folder of runs, or a table of records.
+
+    Raises:
+        ValueError: no run, or several, with the matches.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return RunFolder(path)
+    where = Path(root) if path.parent == Path() else path.parent
+    found = match_runs(path.name, where)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        several = ", ".join(str(run.path) for run in found[:4]) + (", ..." if len(found) > 4 else "")
+        raise ValueError(f"run {echo(path.name)} stands for {len(found)} runs: {several}; give more characters")
+    raise ValueError(
+        f"run must be a run folder, or the first {PREFIX} or more characters of the key of a run in "
+        f"{str(where)!r}, got {echo(str(name))}; `explore runs --runs {where}` lists them"
+    )
+
+
+def match_runs(text: str, *roots: str | Path) -> list[RunFolder]:
+    """The runs, at or below the roots that exist, whose folder has this name or whose key begins with these characters.
+
+    The key is looked at where `text` has at least four characters of one.
+    """
+    is_key = re.fullmatch(rf"[0-9a-f]{{{PREFIX},64}}", text) is not None
+    there = [root for root in map(Path, roots) if root.is_file() or (root.is_dir() and any(walk_runs(root)))]
+    return [
+        run
+        for run in (find_runs(*there) if there else ())
+        if run.path.name == text or (is_key and (run.key or "").startswith(text))
+    ]
 
 
 def find_runs(*roots: str | Path) -> list[RunFolder]:

@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 
 from explore import runs as runs_module
 from explore.quantities import columns
-from explore.runs import RunFolder, find_run, find_runs, run_folder, write_json
+from explore.records import pack_runs
+from explore.runs import RunFolder, find_run, find_runs, folder_slug, resolve_run, run_folder, write_json
 from explore.table import load_metrics, load_runs, save_table
 
 ROOT = Path(__file__).parents[1]
@@ -177,9 +179,44 @@ def test_an_existing_run_is_found_under_any_name_and_depth_the_finished_one_firs
 
 def test_a_new_folder_is_named_in_safe_characters_and_not_made(tmp_path):
     new = run_folder(tmp_path, "../MEM*E lr=1e-3/é", KEY)
-    assert new.path == tmp_path / "MEM-E-lr-1e-3-01234567"
-    assert run_folder(tmp_path, "**", KEY).path.name == "run-01234567"
+    assert new.path == tmp_path / "_MEMaE-lr-1e-3_--01234567"
+    assert run_folder(tmp_path, "-M*-", KEY).path.name == "_Ma--01234567"
+    assert run_folder(tmp_path, "!!", KEY).path.name == "run-01234567"
     assert not new.path.exists()
+
+
+def test_folders_of_different_patterns_have_different_names():
+    patterns = ["".join(letters) for n in range(1, 6) for letters in product("M*-E", repeat=n)]
+    names = [folder_slug(f"{pattern}-d128") for pattern in patterns] + [folder_slug("ME/M*"), folder_slug("MEM*")]
+    assert len(set(names)) == len(names)
+    assert folder_slug("*-*-*-") == "a-a-a-"
+    assert folder_slug("ME*EME") == "MEaEME"
+
+
+def test_a_run_is_found_by_its_folder_its_name_and_the_first_characters_of_its_key(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "runs" / "study")
+    other = make_run(tmp_path / "runs" / "study", "other", "0123ffff" + KEY[8:])
+    monkeypatch.chdir(tmp_path)
+    for name in (run, "run-01234567", "012345", KEY, "runs/study/01234", "runs/0123456"):
+        assert resolve_run(name).path.resolve() == run
+    assert resolve_run("0123f", tmp_path / "runs").path == other
+
+
+def test_runs_are_found_in_a_table_of_records(tmp_path):
+    make_run(tmp_path / "runs")
+    pack_runs(tmp_path / "records.parquet", tmp_path / "runs")
+    assert resolve_run("01234567", tmp_path / "records.parquet").row()["pattern"] == "ME|M*E/*E"
+
+
+def test_a_prefix_of_no_run_or_of_several_is_refused_in_one_line(tmp_path, monkeypatch):
+    make_run(tmp_path / "runs")
+    make_run(tmp_path / "runs", "other", "0123ffff" + KEY[8:])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"run '0123' stands for 2 runs: runs/other-0123ffff, runs/run-01234567; give"):
+        resolve_run("0123")
+    for missing in ("012", "fedc", "nowhere/0123"):
+        with pytest.raises(ValueError, match=f"run must be a run folder, or the first 4 or more.*got '{missing}'; "):
+            resolve_run(missing)
 
 
 def test_a_folder_cut_off_before_its_key_was_written_is_taken_again(tmp_path):
