@@ -2,25 +2,99 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 
 import typer
+from typer.models import ArgumentInfo, OptionInfo
 
 from explore.foreign import hide_passwords, shorten
 from explore.machine import is_passing
 from explore.terminal import plain_console, replace_unprintable
 from explore.termination import TerminatedError, termination_handled
 
-app = typer.Typer(
-    help="Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers.",
+
+def reflow(text: str) -> str:
+    """Each paragraph of a docstring on one line, so that a terminal of any width breaks it."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
+
+
+class App(typer.Typer):
+    """A Typer application whose help fits 80 columns.
+
+    Docstrings are reflowed, where Typer would keep the breaks of the source. Types of options are one short word, so
+    that there is room for what they mean; choices are named in the text. Each example has a line of its own.
+    """
+
+    def command(self, *args: Any, **options: Any) -> Callable[..., Any]:
+        """Registers a command; the arguments are those of `typer.Typer.command`."""
+
+        def add(function: Callable[..., Any]) -> Callable[..., Any]:
+            options.setdefault("help", reflow(function.__doc__ or ""))
+            if epilog := options.get("epilog"):
+                options["epilog"] = epilog.replace("; explore ", "\n         explore ")
+            annotations = inspect.get_annotations(function, eval_str=True)
+            inspect.unwrap(function).__annotations__ = annotations  # which Typer reads in its turn
+            for name, annotation in annotations.items():
+                _shorten(name, annotation)
+            return super(App, self).command(*args, **options)(function)
+
+        return add
+
+
+_TYPES = {bool: "", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+"""What is shown of the type of an option; a flag takes no value."""
+
+
+def _shorten(name: str, annotation: Any) -> None:
+    """Gives an option that says nothing else one short word as its type, and names its choices in its help."""
+    if get_origin(annotation) is not Annotated:
+        return
+    kind, *said = get_args(annotation)
+    while get_origin(kind) in (Union, UnionType, list):
+        kind = next(each for each in get_args(kind) if each is not NoneType)
+    for each in said:
+        if isinstance(each, ArgumentInfo):
+            each.metavar = each.metavar or name.upper()
+        elif isinstance(each, OptionInfo) and each.metavar is None:
+            choices = [str(choice) for choice in get_args(kind)]
+            each.metavar = "NAME" if choices else _TYPES.get(kind, "TEXT")
+            if not all(re.search(rf"\b{re.escape(choice)}\b", each.help or "") for choice in choices):
+                each.help = f"{each.help} One of {', '.join(choices)}."
+
+
+app = App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog="Set EXPLORE_TRACEBACK=1 to see the traceback behind an error.",
 )
+
+
+def _print_version(chosen: bool) -> None:
+    from explore import __version__
+
+    if chosen:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", metavar="", help="Print the version and exit.", callback=_print_version)
+    ] = False,
+) -> None:
+    """Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers."""
+
+
 out = plain_console(stderr=False, soft_wrap=True)
 err = plain_console()
 INTERRUPTED = 130

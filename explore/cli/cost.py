@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -27,6 +30,7 @@ from explore.cli.options import (
     WeightDtype,
     recipe_of,
 )
+from explore.cli.tables import fits, plain_table, print_fitting
 from explore.cost import SEQ_LEN, By, ConventionName
 from explore.foreign import echo
 from explore.formatting import count, flops, size
@@ -35,6 +39,7 @@ from explore.quantities import Quantity, quantity
 if TYPE_CHECKING:
     from explore.cost import Ledger
     from explore.model import ModelConfig
+    from explore.presets import Preset
 
 
 @app.command(
@@ -125,8 +130,8 @@ def cost(
     )
     records = ledger.fold(by, dtypes)
     quantized = () if recipe is None else ("flops_train_quantized",)
-    out.print(_receipt("computes", records, (*COMPUTES, *quantized)))
-    out.print(_receipt("holds and moves", records, HOLDS))
+    print_fitting(out, partial(_receipt, records), "computes", (*COMPUTES, *quantized))
+    print_fitting(out, partial(_receipt, records), "holds and moves", HOLDS)
     if recipe is not None:
         out.print(_formats(ledger))
     _summary(totals)
@@ -137,9 +142,6 @@ def cost(
             highlight=False,
         )
 
-
-WIDE = 100
-"""Characters of a terminal that has room for all columns."""
 
 COMPUTES = ("params", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "share")
 """Columns of the first half of a receipt. Prefill is of the whole context, decode of one step."""
@@ -162,11 +164,9 @@ def _declared(field: str) -> Quantity:
     return LEDGER_ONLY.get(field) or quantity(field)
 
 
-def _receipt(title: str, records: list[dict[str, Any]], fields: tuple[str, ...]) -> Table:
-    """A table of the records that have something in these columns; training, 3 times forward, where there is room."""
-    if out.width < WIDE:
-        fields = tuple(field for field in fields if field != "flops_train")
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
+def _receipt(records: list[dict[str, Any]], title: str, fields: Sequence[str]) -> Table:
+    """A table of the records that have something in these columns."""
+    table = plain_table(title)
     names = [name for name in ("layer", "letter", "component") if name in records[0]]
     folded = "layer" not in records[0]
     for name in names:
@@ -186,7 +186,7 @@ def _formats(ledger: Ledger) -> Table:
     """Which component of which layers is in which format."""
     from explore.cost import formats_of
 
-    table = Table(title="in formats", title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table = plain_table("in formats")
     for name in ("letter", "component", "format", "layers"):
         table.add_column(name, no_wrap=True)
     table.add_column("params", justify="right", no_wrap=True)
@@ -246,10 +246,7 @@ def _saved(model: ModelConfig, seq_len: int) -> None:
     for convention, title in titles.items():
         rows = [record for record in records if record["convention"] == convention]
         groups = list(dict.fromkeys(record["group"] for record in rows))
-        table = Table(
-            title=f"bytes that a token keeps {title}",
-            title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim",
-        )  # fmt: skip
+        table = plain_table(f"bytes that a token keeps {title}")
         words = [group.split()[0] for group in groups]
         heads = [word if len(word) < 8 else f"{word[:5]}." for word in words]
         for i, name in enumerate(("letter", "layers", *heads, "total")):
@@ -315,16 +312,25 @@ def _list_presets(as_json: bool) -> None:
         records = {name: {"source": entry.source, "pattern": preset(name).pattern} for name, entry in PRESETS.items()}
         print(json.dumps(records, indent=2))
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    tables = [_presets(PRESETS, "source"), _presets(PRESETS, "arXiv")]
+    out.print(tables[0] if fits(out, tables[0]) else tables[1])
+
+
+def _presets(presets: Mapping[str, Preset], source: Literal["source", "arXiv"]) -> Table:
+    """The presets with their sources, or with the number alone of what is on arXiv."""
+    from explore.presets import preset
+
+    table = plain_table()
     for name in ("preset", "family"):
         table.add_column(name, no_wrap=True)
-    for name in ("total", "active"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("source")
-    for name, entry in PRESETS.items():
+    for name in ("total", "active", source):
+        table.add_column(name, justify="left" if name == source else "right", no_wrap=True)
+    for name, entry in presets.items():
         totals = preset(name).cost(4096)
-        table.add_row(name, preset(name).family, count(totals.params_total), count(totals.params_active), entry.source)
-    out.print(table)
+        on_arxiv = re.search(r"arXiv (\S+?)[,;:]?( |$)", entry.source)
+        where = entry.source if source == "source" else on_arxiv[1] if on_arxiv else ""
+        table.add_row(name, preset(name).family, count(totals.params_total), count(totals.params_active), where)
+    return table
 
 
 def _published(as_json: bool) -> None:

@@ -42,7 +42,9 @@ def cut(
     ] = None,
     free: Annotated[
         list[str] | None,
-        typer.Option(metavar="SIZE[=LOW:HIGH[:STEP]]", help="What the search may change, e.g. d_model or depth."),
+        typer.Option(
+            metavar="SIZE[=RANGE]", help="What the search may change, e.g. d_model, depth or M.n_heads=2:8:2."
+        ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Allowed relative distance from a target (0.01 = 1%).")] = 0.01,
     score_at_most: Annotated[int, typer.Option(min=1, help="Candidates to score on the validation split.")] = 16,

@@ -63,7 +63,7 @@ def plan(
     ] = False,
     offload_activations: Annotated[float, typer.Option(help="Fraction of activations to keep in host memory.")] = 0.0,
     memory_efficient_permutation: Annotated[
-        bool, typer.Option("--memory-efficient-permutation", help="Apply routing weights before the last matrix.")
+        bool, typer.Option("--efficient-permutation", help="Apply routing weights before the last matrix.")
     ] = False,
     all_to_all: Annotated[AllToAll, typer.Option(help="Copies of a token: for each expert, rank or domain.")] = "node",
     expert_groups: Annotated[
