@@ -23,7 +23,16 @@ from explore import figures, solve, train  # noqa: F401 - loaded before a comman
 from explore.cli import app, main
 from explore.data import train_bpe
 
-N = {"patterns": 250, "models": 220, "experiments": 240, "records": 130, "solved": 20, "options": 110, "texts": 100}
+N = {
+    "patterns": 250,
+    "models": 220,
+    "experiments": 240,
+    "records": 130,
+    "solved": 20,
+    "options": 110,
+    "texts": 100,
+    "long": 60,
+}
 """Mutated inputs of each test."""
 HANG_S = 20
 LONGEST = 400
@@ -383,6 +392,20 @@ def test_options_of_all_commands(place: Path) -> None:
         return args if rng.random() < 0.9 else [misspelt(rng, name), *args[1:]]
 
     check(place, N["options"], draw, {2})
+
+
+@pytest.mark.slow
+def test_mistakes_in_commands_that_take_their_time(place: Path) -> None:
+    def draw(rng: random.Random) -> list[str]:
+        name = rng.choice(sorted(LONG))
+        command = COMMANDS.commands[name]
+        typed = [each.opts[0] for each in command.params if isinstance(each.default, int | float) and not each.is_flag]
+        wrong = rng.choice(["x", "[red]", "", "1e400x", "--", "9" * 5000, "nan?", ":rocket:", "é☃"])
+        mistakes = [[misspelt(rng, "--json")], ["--no-such-option", wrong], [wrong or "x", "y", "z"]]
+        mistakes += [[option, wrong] for option in typed if option.startswith("--")]
+        return [name, *rng.choice(mistakes)]
+
+    check(place, N["long"], draw, {2})
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ app = App(
 )
 
 
-def _print_version(chosen: bool) -> None:
+def _print_version(chosen: bool | None) -> None:
     from explore import __version__
 
     if chosen:
@@ -89,8 +89,8 @@ def _print_version(chosen: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", metavar="", help="Print the version and exit.", callback=_print_version)
-    ] = False,
+        bool | None, typer.Option("--version", metavar="", help="Print the version and exit.", callback=_print_version)
+    ] = None,
 ) -> None:
     """Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers."""
 
