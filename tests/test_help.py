@@ -23,7 +23,9 @@ COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
 def shown(*args: str, application: App = app) -> str:
-    return CliRunner().invoke(application, [*args, "--help"], env={"COLUMNS": str(COLUMNS)}, color=False).output
+    result = CliRunner().invoke(application, [*args, "--help"], env={"COLUMNS": str(COLUMNS)}, color=False)
+    assert result.exit_code == 0, result.exception
+    return result.output
 
 
 def ragged(text: str, width: int) -> list[str]:

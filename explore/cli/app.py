@@ -78,19 +78,20 @@ app = App(
 )
 
 
-def _print_version(chosen: bool | None) -> None:
+def _print_version(chosen: bool) -> bool:
     from explore import __version__
 
     if chosen:
         print(__version__)
         raise typer.Exit
+    return chosen
 
 
 @app.callback()
 def root(
     version: Annotated[
-        bool | None, typer.Option("--version", metavar="", help="Print the version and exit.", callback=_print_version)
-    ] = None,
+        bool, typer.Option("--version", metavar="", help="Print the version and exit.", callback=_print_version)
+    ] = False,
 ) -> None:
     """Explore hybrids of Mamba-2, attention, MLP and (latent) mixture-of-experts layers."""
 

@@ -29,6 +29,7 @@ def print_fitting(
         make: a table with a title and some of the fields; what names its rows is in every part.
         fields: columns, of which each part has some, in this order.
     """
+    tables: list[Table] = []
     for n in range(1, len(fields) + 1):
         size = math.ceil(len(fields) / n)
         parts = [fields[start : start + size] for start in range(0, len(fields), size)]
