@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from small_runs import result, tiny, train, write_corpus
 
 from explore import machine
 from explore.experiment import Experiment
 from explore.machine import ensure_descriptors, is_passing, memory_bytes
+from explore.model import config as model_config
 from explore.train import build_optimizer, capacity, check_capacity
 
 GIB = 1 << 30
@@ -106,6 +108,23 @@ def test_two_processes_need_two_copies_unless_they_share_them(corpus: Path, monk
     check_capacity(one, devices=2, strategy="fsdp")
     with pytest.raises(ValueError, match="memory: "):
         check_capacity(one, devices=2)
+
+
+def test_a_model_that_does_not_fit_is_refused_where_it_is_built(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train(tiny(corpus, "*-"), tmp_path).path
+    monkeypatch.setattr(model_config, "memory_bytes", lambda: (64.0 * 1024, 64.0 * 1024))
+    for command in (
+        ["generate", folder, "--prompt", "x"],
+        ["eval", folder, "--corpus", corpus],
+        ["export", folder, "--to", "hf", tmp_path / "out"],
+        ["score", folder],
+    ):
+        code, _, err = run(capsys, monkeypatch, *command)
+        assert code == 2
+        assert "memory: the weights of the model need " in err
+    assert not (tmp_path / "out").exists()
 
 
 # The machine

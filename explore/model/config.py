@@ -15,6 +15,8 @@ from explore.blocks import STANDARD_LETTERS, AnyBlock, BlockConfig
 from explore.config import LARGEST, Config, Frozen, read_numbers
 from explore.cost import MTP_LETTER, Cost, Dtype, Dtypes, Entry, Ledger, Part, matrix, vector
 from explore.foreign import echo
+from explore.formatting import size
+from explore.machine import memory_bytes
 
 if TYPE_CHECKING:
     from explore.model.language_model import LanguageModel
@@ -190,9 +192,22 @@ class ModelConfig(Config):
         return Cost.of(self.ledger(seq_len), Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype))
 
     def build(self) -> LanguageModel:
-        """The module with freshly drawn weights."""
+        """The module with freshly drawn weights.
+
+        Raises:
+            ValueError: the weights do not fit into the memory that is free.
+        """
+        import torch
+
         from explore.model.language_model import LanguageModel
 
+        if torch.get_default_device().type == "cpu":
+            cost = self.cost(1)
+            needed = (cost.params_total + cost.params_mtp) * torch.get_default_dtype().itemsize
+            total, free = memory_bytes()
+            if needed > free:
+                line = f"memory: the weights of the model need {size(needed)}, and {size(free)} are free"
+                raise ValueError(line) from (MemoryError() if needed <= total else None)
         return LanguageModel(self)
 
     def _mtp_parts(self, mtp: MTPConfig, head: Entry, seq_len: int) -> tuple[Part, ...]:
