@@ -214,7 +214,7 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if (self.tokens is None) == (self.flops is None):
             raise ValueError(
-                f"tokens and flops: exactly one budget is allowed, got tokens={self.tokens} flops={self.flops}"
+                f"tokens or flops must be given, and not both, got tokens={self.tokens} flops={self.flops}"
             )
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")

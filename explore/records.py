@@ -28,7 +28,7 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
     """
     path = Path(path)
     if path.suffix != PACKED:
-        raise ValueError(f"records: {str(path)!r} is not allowed; the suffix must be {PACKED}")
+        raise ValueError(f"records: the suffix must be {PACKED}, got {str(path)!r}")
     with _only_writer(path.parent):
         rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
         before = packed_digest(_table(rows)) if path.exists() else None

@@ -110,7 +110,7 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
     [
         ("--keep d_ff", "--keep must be of the form SIZE=N, such as d_model=96, got 'd_ff'"),
         ("--keep d_ff=1.5", "--keep must be of the form SIZE=N"),
-        ("--keep d_gg=3", "keep: 'd_gg' is no size of this parent; allowed are d_model, M.n_groups"),
+        ("--keep d_gg=3", "keep must be among d_model, M.n_groups"),
         ("--keep d_ff=25", "layers.1: d_ff: must be from 1 to 24, got 25"),
         ("--keep d_model=0", "d_model: must be from 1 to 32, got 0"),
         ("--keep n_experts=1", "layers.2: top_k: 2 is above n_experts=1"),

@@ -366,7 +366,7 @@ def test_the_digest_of_weights_depends_on_names_shapes_dtypes_and_values() -> No
         (0, {"n_heads": (2, 0)}, "layers.0: n_heads: kept indices must rise and lie from 0 to 3, got [2, 0]"),
         (0, {"d_state": (0, 16)}, "layers.0: d_state: kept indices must rise and lie from 0 to 15"),
         (0, {"d_state": ()}, "layers.0: d_state: at least 1 of 16 must be kept, got none"),
-        (0, {"d_ff": (0,)}, "layers.0: keep: 'd_ff' must be an axis of this block; allowed are n_groups, d_head"),
+        (0, {"d_ff": (0,)}, "layers.0: keep must name an axis of this block (n_groups, d_head"),
         (1, {"n_heads": (0, 1, 2)}, "layers.1: n_heads: equally many must be kept within each kept index of n_kv"),
         (1, {"n_kv_heads": (0,), "n_heads": (2, 3)}, "layers.1: n_heads: equally many must be kept"),
         (2, {"n_experts": (0,)}, "layers.2: top_k: 2 is above n_experts=1"),

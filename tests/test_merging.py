@@ -242,8 +242,8 @@ def test_the_last_checkpoint_has_the_scores_of_the_run_where_it_is_its_last_step
     ("last", "shape", "message"),
     [
         (10, "flat", r"last: 10 is more than the 9 checkpoints .* steps 4 to 30; allowed are 1 to 9"),
-        (0, "flat", r"last: 0 is not allowed; at least 1 checkpoint is"),
-        (3, "cosine", r"shape: 'cosine' is unknown; allowed are flat, minus_sqrt"),
+        (0, "flat", r"last must be at least 1 checkpoint, got 0"),
+        (3, "cosine", r"shape must be flat or minus_sqrt, got 'cosine'"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(

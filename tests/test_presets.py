@@ -293,15 +293,15 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "llama"}, "model_type: 'llama' cannot be read; allowed is 'nemotron_h'"),
-        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act: 'silu' has no counterpart here; allowed is 'relu2'"),
-        ({"use_bias": True}, "use_bias: True has no counterpart here"),
-        ({"n_group": 8}, "n_group: 8 has no counterpart here"),
-        ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type: 'rnn' is unknown"),
+        ({"model_type": "llama"}, "model_type must be 'nemotron_h', got 'llama'"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act must be 'relu2', .* got 'silu'"),
+        ({"use_bias": True}, "use_bias must be False, .*got True"),
+        ({"n_group": 8}, "n_group must be 1, .*got 8"),
+        ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type must hold only .*, got 'rnn'"),
         ({"layers_block_type": None}, "layers_block_type: field required, or hybrid_override_pattern"),
         ({"num_experts_per_tok": 99}, "top_k: 99 is above n_experts=8"),
         ({"model_type": None}, "model_type: field required; 'nemotron_h' is the only model that can be read"),
-        ({"block_configs": [{"a": 1}]}, "block_configs: .* has no counterpart here"),
+        ({"block_configs": [{"a": 1}]}, "block_configs must be .*, as no other value"),
         ({"num_hidden_layers": 52}, "num_hidden_layers: must be the number of layers in layers_block_type, 2, got 52"),
         (
             {"hybrid_override_pattern": "MEM"},
@@ -313,9 +313,9 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
         ),
         ({"head_dim": 64, "attention_head_dim": 128}, "head_dim: must be equal to attention_head_dim, its old name"),
         ({"layers_block_type": "mamba"}, "layers_block_type: must be a list of layer types, got 'mamba'"),
-        ({"layers_block_type": [["mamba"]]}, "layers_block_type: .* is unknown"),
+        ({"layers_block_type": [["mamba"]]}, "layers_block_type must hold only "),
         ({"layers_block_type": [], "hybrid_override_pattern": 7}, "hybrid_override_pattern: must be letters, got 7"),
-        ({"mlp_hidden_act": "x" * 5000}, "mlp_hidden_act: 'xxx.*x' has no counterpart"),
+        ({"mlp_hidden_act": "x" * 5000}, "mlp_hidden_act must be 'relu2', .* got 'xxx"),
     ],
 )
 def test_what_a_released_configuration_cannot_say_here_is_refused_by_name(

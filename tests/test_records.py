@@ -108,7 +108,7 @@ def test_a_run_that_has_not_ended_is_not_packed_and_what_has_ended_is_not_overwr
 
 
 def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"records: '.*s\.csv' is not allowed; the suffix must be \.parquet"):
+    with pytest.raises(ValueError, match=r"records: the suffix must be \.parquet, got '.*s\.csv'"):
         pack_runs(tmp_path / "s.csv")
     (tmp_path / "text.parquet").write_text("text")
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "other.parquet")

@@ -119,7 +119,7 @@ def test_a_sweep_file_knows_its_whole_path(sweep_file: Path, monkeypatch: pytest
     assert load_sweep(Path(sweep_file.name)).sampler == "random"
 
 
-@pytest.mark.parametrize(("sampler", "says"), [("foo", "'foo' is not allowed"), ("grid", "needs a mapping")])
+@pytest.mark.parametrize(("sampler", "says"), [("foo", "got 'foo'"), ("grid", "needs a mapping")])
 def test_a_sampler_that_cannot_be_is_refused_before_anything_is_created(
     sweep_file: Path, tmp_path: Path, sampler: str, says: str
 ) -> None:
@@ -176,7 +176,9 @@ def test_a_remark_in_a_sweep_file_changes_nothing(sweep_file: Path, tmp_path: Pa
     assert run(load_sweep(sweep_file), 1, tmp_path / "runs").complete == 1
 
 
-@pytest.mark.parametrize(("options", "says"), [({"sampler": "qmc"}, "--sampler: qmc"), ({"seed": 7}, "--seed: 7")])
+@pytest.mark.parametrize(
+    ("options", "says"), [({"sampler": "qmc"}, "--sampler must be"), ({"seed": 7}, "--seed must be")]
+)
 def test_another_sampler_or_seed_than_the_study_has_is_refused(
     sweep_file: Path, tmp_path: Path, options: dict[str, object], says: str
 ) -> None:

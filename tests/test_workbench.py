@@ -201,7 +201,7 @@ def test_what_is_wrong_is_said_in_one_line_and_the_last_good_readout_stays(
     [
         ({"seq_len": 0}, "seq_len: input should be greater than 0, got 0"),
         ({"batch_size": 1.5}, "batch_size: input should be a valid integer"),
-        ({"hardware": "H20"}, "hardware: 'H20' is unknown; the nearest are H200"),
+        ({"hardware": "H20"}, "hardware must be one of .*, got 'H20'; the nearest are H200"),
         ({"contxt": 3}, "contxt: unknown field"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_wrong_use_is_refused(change: dict[str, Any], message: str) -> None:
 def test_a_workbench_cannot_begin_with_what_is_no_model() -> None:
     with pytest.raises(ValueError, match="unknown letter 'X' at position 2 of 'MX'"):
         Workbench("MX")
-    with pytest.raises(ValueError, match="hardware: 'abacus' is unknown"):
+    with pytest.raises(ValueError, match=r"hardware must be one of .*, got 'abacus'"):
         Workbench("M", hardware="abacus")
 
 

@@ -78,11 +78,11 @@ def compare(
 def chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
     """Models of the families asked for, of all where none is."""
     if shape not in SHAPES:
-        raise ValueError(f"shape: {shape!r} is unknown; allowed are {', '.join(SHAPES)}")
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     models = families(SHAPES[shape].d_model)
     for name in names or ():
         if name not in models:
-            raise ValueError(f"family: {name!r} is unknown; allowed are {', '.join(models)}")
+            raise ValueError(f"family must be one of {', '.join(models)}, got {name!r}")
     return {name: models[name] for name in names or models}
 
 

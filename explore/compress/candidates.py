@@ -89,9 +89,7 @@ def _bounds(model: ModelConfig, name: str) -> tuple[int, int]:
             if axis.within and not axis.per_index:
                 unit = math.lcm(unit, axes[axis.within].size)
     if not most:
-        raise ValueError(
-            f"free: {echo(name)} is no size of this parent; allowed are {DEPTH}, {', '.join(names(model))}"
-        )
+        raise ValueError(f"free must be among {DEPTH}, {', '.join(names(model))} for this parent, got {echo(name)}")
     return min(most), unit
 
 

@@ -163,7 +163,7 @@ class Cutter:
             if name == "d_model":
                 continue
             if not here:
-                raise ValueError(f"keep: {echo(name)} is no size of this parent; allowed are {', '.join(names(model))}")
+                raise ValueError(f"keep must be among {', '.join(names(model))} for this parent, got {echo(name)}")
             for i in here:
                 found[i][field] = n
         return found, sizes.get("d_model")

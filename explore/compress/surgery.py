@@ -25,7 +25,7 @@ def complete(axes: Iterable[Axis], keep: Mapping[str, Sequence[int]]) -> dict[st
     axes = tuple(axes)
     if unknown := [name for name in keep if name not in {axis.name for axis in axes}]:
         allowed = ", ".join(axis.name for axis in axes) or "none"
-        raise ValueError(f"keep: {echo(unknown[0])} must be an axis of this block; allowed are {allowed}")
+        raise ValueError(f"keep must name an axis of this block ({allowed}), got {echo(unknown[0])}")
     sizes = {axis.name: axis.size for axis in axes}
     found: dict[str, Indices] = {}
     for axis in axes:

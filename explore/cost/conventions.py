@@ -100,4 +100,4 @@ def _known(name: str) -> ConventionName:
     for convention in CONVENTIONS:
         if convention == name:
             return convention
-    raise ValueError(f"convention: {name!r} is unknown; allowed are {', '.join(CONVENTIONS)}")
+    raise ValueError(f"convention must be one of {', '.join(CONVENTIONS)}, got {name!r}")

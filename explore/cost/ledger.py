@@ -162,7 +162,7 @@ class Dtypes:
     def __post_init__(self) -> None:
         for each in fields(self):
             if (dtype := getattr(self, each.name)) not in BITS:
-                raise ValueError(f"{each.name}_dtype: {dtype!r} is unknown; allowed are {', '.join(BITS)}")
+                raise ValueError(f"{each.name}_dtype must be one of {', '.join(BITS)}, got {dtype!r}")
 
 
 DTYPES = Dtypes()

@@ -102,7 +102,7 @@ def generate(
     """
     _checked(tokens, max_new_tokens)
     if compiled and tokens.device.type != "cpu":
-        raise ValueError(f"compiled: True is not allowed on {tokens.device.type}; only a CPU's steps are compiled")
+        raise ValueError(f"compiled must be False on {tokens.device.type}, got True: steps are compiled only on a CPU")
     quantizers = (part.module.quantizer for part in quantizable_parts(model))
     if compiled and (model.state_rounding is not None or any(quantizers)):
         raise ValueError("compiled must be False for a quantised model, got True")
@@ -283,4 +283,4 @@ def _checked(tokens: Tensor, max_new_tokens: int) -> None:
     if tokens.shape[1] == 0:
         raise ValueError("prompt: is empty; at least one token is needed")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} is not allowed; at least 1 is")
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

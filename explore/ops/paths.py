@@ -128,7 +128,7 @@ def forced_paths(**paths: str) -> Iterator[None]:
     for op, path in paths.items():
         known = [each.name for each in PATHS.get(op, ())]
         if path not in known:
-            raise ValueError(f"{op}: {path!r} is unknown; allowed are {', '.join(known or sorted(PATHS))}")
+            raise ValueError(f"{op} must be one of {', '.join(known or sorted(PATHS))}, got {path!r}")
     token = _forced.set({**_forced.get(), **paths})
     try:
         yield

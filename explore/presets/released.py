@@ -124,10 +124,12 @@ def from_released(content: Mapping[str, Any]) -> ModelConfig:
     if content.get("model_type") is None:
         raise ValueError(f"model_type: field required; {TARGET!r} is the only model that can be read")
     if content["model_type"] != TARGET:
-        raise ValueError(f"model_type: {echo(content['model_type'])} cannot be read; allowed is {TARGET!r}")
+        raise ValueError(f"model_type must be {TARGET!r}, got {echo(content['model_type'])}")
     for field, allowed in FIXED.items():
         if field in content and content[field] not in allowed:
-            raise ValueError(f"{field}: {echo(content[field])} has no counterpart here; allowed is {allowed[0]!r}")
+            raise ValueError(
+                f"{field} must be {allowed[0]!r}, as no other value has a counterpart here, got {echo(content[field])}"
+            )
     c = {field: content.get(field, default) for field, default in DEFAULTS.items()}
     mtp = None
     if c["num_nextn_predict_layers"]:
@@ -187,7 +189,7 @@ def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: 
         if not isinstance(layers, list | tuple):
             raise ValueError(f"{as_list}: must be a list of layer types, got {echo(layers)}")
         if unknown := [layer for layer in layers if not isinstance(layer, str) or layer not in LETTERS]:
-            raise ValueError(f"{as_list}: {echo(unknown[0])} is unknown; allowed are {', '.join(LETTERS)}")
+            raise ValueError(f"{as_list} must hold only {', '.join(LETTERS)}, got {echo(unknown[0])}")
         found[as_list] = "".join(LETTERS[layer] for layer in layers)
     if letters := content.get(as_letters):
         if not isinstance(letters, str) and not (

@@ -61,7 +61,7 @@ class Hardware(Config):
         for wider in ORDER[ORDER.index(operands) :]:
             if wider in self.flops_per_s:
                 return self.flops_per_s[wider]
-        raise ValueError(f"dtype: {self.name} has no rate for {dtype!r}; allowed are {', '.join(self.flops_per_s)}")
+        raise ValueError(f"dtype must be one of {', '.join(self.flops_per_s)} on {self.name}, got {dtype!r}")
 
     def ridge(self, dtype: Stored) -> float:
         """FLOPs per byte above which matrix products, not memory, are the limit."""
@@ -101,7 +101,7 @@ def hardware(name: str) -> Hardware:
             return gpu
     near = difflib.get_close_matches(name.upper(), GPUS, n=2, cutoff=0.3)
     hint = f"; the nearest are {', '.join(near)}" if near else ""
-    raise ValueError(f"hardware: {name!r} is unknown{hint}; allowed are {', '.join(GPUS)}, a JSON file, and {HERE}")
+    raise ValueError(f"hardware must be one of {', '.join(GPUS)}, a JSON file or {HERE}, got {name!r}{hint}")
 
 
 @cache

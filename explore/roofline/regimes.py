@@ -52,7 +52,7 @@ class Deployment:
     def __post_init__(self) -> None:
         for name in ("tensor_parallel", "expert_parallel"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is not allowed; at least 1 is")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def n_devices(self) -> int:
@@ -208,7 +208,7 @@ def decode_table(
 
 def _positive(name: str, value: int) -> int:
     if value < 1:
-        raise ValueError(f"{name}: {value} is not allowed; at least 1 is")
+        raise ValueError(f"{name} must be at least 1, got {value}")
     return value
 
 

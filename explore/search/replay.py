@@ -93,7 +93,7 @@ def sampler_regrets(
         if name not in SIMPLEST_FIRST:
             raise ValueError(f"sampler: {name!r} has no random draws to compare; {', '.join(SIMPLEST_FIRST)} have")
     if wrong := [n for n in n_trials if not 1 <= n <= len(table)]:
-        raise ValueError(f"trials: {wrong[0]} is not allowed; 1 to {len(table)}, all of the table, are")
+        raise ValueError(f"trials must be between 1 and {len(table)}, the rows of the table, got {wrong[0]}")
     space = space_of(table, axes)
     for name in samplers:
         for seed in seeds:

@@ -78,7 +78,7 @@ def check_sampler(name: str) -> None:
         ValueError: with the names that are allowed.
     """
     if name not in SAMPLERS:
-        raise ValueError(f"sampler: {name!r} is not allowed; {', '.join(SAMPLERS)} are")
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
 
 
 class DrawnSampler(BaseSampler):

@@ -98,17 +98,21 @@ class PatternSpace(Config):
         pattern = canonical(pattern)
         n = len(pattern)
         if n < self.min_layers:
-            raise ValueError(f"min_layers: {pattern!r} has {n} layers; at least {self.min_layers} are allowed")
+            raise ValueError(
+                f"min_layers: a pattern must have at least {self.min_layers} layers, got {n} in {pattern!r}"
+            )
         if n > self.max_layers:
-            raise ValueError(f"max_layers: {pattern!r} has {n} layers; at most {self.max_layers} are allowed")
+            raise ValueError(
+                f"max_layers: a pattern must have at most {self.max_layers} layers, got {n} in {pattern!r}"
+            )
         for rule, allowed, letter in (("first", self.first, pattern[0]), ("last", self.last, pattern[-1])):
             if allowed is not None and letter not in allowed:
-                raise ValueError(f"{rule}: {letter!r} is not allowed in {pattern!r}; {_names(allowed)} are")
+                raise ValueError(f"{rule} must be among {_names(allowed)}, got {letter!r} in {pattern!r}")
         for i, (before, letter) in enumerate(pairwise(pattern), start=2):
             if before not in (allowed := self.after.get(letter, self.letters)):
                 raise ValueError(
-                    f"after: {before!r} is not allowed before {letter!r} at position {i} of {pattern!r}; "
-                    f"{_names(allowed)} are"
+                    f"after: the layer before {letter!r} must be among {_names(allowed)}, "
+                    f"got {before!r} at position {i} of {pattern!r}"
                 )
         for rule, bounds, sign in (("at_least", self.at_least, 1), ("at_most", self.at_most, -1)):
             for group, bound in bounds.items():
@@ -116,7 +120,7 @@ class PatternSpace(Config):
                 if sign * count < sign * bound:
                     words = rule.replace("_", " ")
                     raise ValueError(
-                        f"{rule}: {pattern!r} has {count} layers of {group!r}; {words} {bound} are allowed"
+                        f"{rule}: a pattern must have {words} {bound} layers of {group!r}, got {count} in {pattern!r}"
                     )
 
     def patterns(self) -> Iterator[str]:

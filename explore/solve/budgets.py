@@ -154,7 +154,7 @@ def checked(targets: Mapping[str, float]) -> Mapping[str, float]:
     for name, target in targets.items():
         known(name)
         if not 0 < target < math.inf:
-            raise ValueError(f"{name}: target {target} is not allowed; a positive number is")
+            raise ValueError(f"{name}: the target must be a positive number, got {target}")
     return targets
 
 

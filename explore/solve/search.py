@@ -66,9 +66,7 @@ class Search:
             here = [(place, name) for place in where if name in fields.get(place, ())]
             if not here:
                 allowed = [path((place, known)) for place, names in fields.items() for known in names]
-                raise ValueError(
-                    f"free: {echo(each.field)} is no field of this pattern; allowed are {', '.join(allowed)}"
-                )
+                raise ValueError(f"free must be among {', '.join(allowed)} for this pattern, got {echo(each.field)}")
             if taken := [place for place in here if place in chain(*places)]:
                 raise ValueError(f"free: {path(taken[0])} is named twice")
             places.append(here)

@@ -29,9 +29,9 @@ class Merging:
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
-            raise ValueError(f"merging.share: {self.share} is not allowed; above 0 and at most 1 is")
+            raise ValueError(f"merging.share must be above 0 and at most 1, got {self.share}")
         if not self.shapes:
-            raise ValueError("merging.shapes: () is not allowed; at least one shape is")
+            raise ValueError("merging.shapes must name at least one shape, got ()")
         for shape in self.shapes:
             decay_weights(self.last, shape)
 

@@ -40,7 +40,7 @@ class Budgets:
     def __post_init__(self) -> None:
         for name in (*self.targets, *self.compare):
             if name not in BUDGETS:
-                raise ValueError(f"budgets: {name!r} is unknown; allowed are {', '.join(BUDGETS)}")
+                raise ValueError(f"budgets must be among {', '.join(BUDGETS)}, got {name!r}")
 
     def model(self, trial: optuna.Trial | optuna.trial.FixedTrial, content: Mapping[str, Any]) -> ModelConfig:
         """The model with these fields that meets the targets; the residuals of all budgets are kept with the trial.

@@ -105,7 +105,7 @@ def _check(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | N
     for name, now in (("sampler", sampler), ("seed", seed)):
         if now is not None and now != was[name]:
             raise ValueError(
-                f"--{name}: {now} is not allowed: the study {study.study_name!r} has {was[name]}; see --new-study"
+                f"--{name} must be {was[name]}, that of the study {study.study_name!r}, got {now}; see --new-study"
             )
     modules = sweep.modules
     if "modules" not in was:  # an older version made the study

@@ -48,11 +48,11 @@ class LearningRates:
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
-            raise ValueError(f"learning_rates.low: {self.low} is not allowed; above 0 and below high={self.high} is")
+            raise ValueError(f"learning_rates.low must be above 0 and below high={self.high}, got {self.low}")
         if not self.factor > 1:
-            raise ValueError(f"learning_rates.factor: {self.factor} is not allowed; above 1 is")
+            raise ValueError(f"learning_rates.factor must be above 1, got {self.factor}")
         if not 0 < self.share <= 1:
-            raise ValueError(f"learning_rates.share: {self.share} is not allowed; above 0 and at most 1 is")
+            raise ValueError(f"learning_rates.share must be above 0 and at most 1, got {self.share}")
 
     @property
     def grid(self) -> tuple[float, ...]:

@@ -131,7 +131,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         kind, words = allowed[name]
         wrong = not isinstance(value, kind)
         if wrong or (name == "seeds" and int(value) < 1) or (name == "sampler" and value not in SAMPLERS):
-            raise ValueError(f"{path}: {name}: {value!r} is not allowed; {words} is")
+            raise ValueError(f"{path}: {name} must be {words}, got {value!r}")
     if found.get("sampler") == "grid" and "grid" not in found:
         raise ValueError(f"{path}: grid: the sampler 'grid' needs a mapping from parameter to its values")
     return found
@@ -159,7 +159,7 @@ def _objectives(path: Path, module: ModuleType) -> Mapping[str, Direction]:
         if column not in (allowed := allowed_objectives()):
             raise unknown(column, list(allowed), f"{path}: objectives")
         if direction not in ("minimize", "maximize"):
-            raise ValueError(f"{path}: objectives.{column}: {direction!r} is not allowed; minimize and maximize are")
+            raise ValueError(f"{path}: objectives.{column} must be minimize or maximize, got {direction!r}")
     return objectives
 
 

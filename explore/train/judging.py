@@ -37,7 +37,7 @@ def check_judged(experiment: Experiment, points: Mapping[int, float]) -> None:
         ValueError: the data have no bits per byte, or the run is validated at its end only.
     """
     if experiment.data.kind != "text":
-        raise ValueError(f"judge: {experiment.data.kind} data have no bits per byte to judge a run by; allowed is text")
+        raise ValueError(f"judge: the data must be text, got {experiment.data.kind}, which has no bits per byte")
     if not points:
         raise ValueError("judge: the run is never validated before its end; set train.val_every, or give rungs")
 

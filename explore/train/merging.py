@@ -51,14 +51,14 @@ def decay_weights(n: int, shape: Shape) -> tuple[float, ...]:
         ValueError: the shape is unknown, or there is no checkpoint.
     """
     if n < 1:
-        raise ValueError(f"last: {n} is not allowed; at least 1 checkpoint is")
+        raise ValueError(f"last must be at least 1 checkpoint, got {n}")
     match shape:
         case "flat":
             return (1 / n,) * n
         case "minus_sqrt":
             return tuple((math.sqrt(i) - math.sqrt(i - 1)) / math.sqrt(n) for i in range(1, n + 1))
         case _:
-            raise ValueError(f"shape: {shape!r} is unknown; allowed are flat, minus_sqrt")
+            raise ValueError(f"shape must be flat or minus_sqrt, got {shape!r}")
 
 
 def merge_weights(paths: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -68,19 +68,16 @@ def check_parallel(train: TrainConfig, devices: int, strategy: StrategyName) -> 
         ValueError: devices, strategy, batch size or optimizer do not fit one another.
     """
     if devices < 1:
-        raise ValueError(f"devices: {devices} is not allowed; at least 1 is")
+        raise ValueError(f"devices must be at least 1, got {devices}")
     if strategy not in ("auto", "ddp", "fsdp"):
-        raise ValueError(f"strategy: {strategy!r} is unknown; allowed are auto, ddp, fsdp")
+        raise ValueError(f"strategy must be auto, ddp or fsdp, got {strategy!r}")
     if train.batch_size % devices:
         raise ValueError(
             f"train.batch_size: {train.batch_size} cannot be shared by {devices} devices; "
             f"allowed are multiples of {devices}"
         )
     if strategy == "fsdp" and train.optimizer == "muon":
-        raise ValueError(
-            "train.optimizer: 'muon' needs whole matrices, and fsdp keeps a part of each; "
-            "only 'adamw' is allowed with fsdp"
-        )
+        raise ValueError("train.optimizer must be 'adamw' with fsdp, got 'muon', which needs whole matrices")
 
 
 def lightning_strategy(devices: int, strategy: StrategyName) -> str | Strategy:

@@ -61,7 +61,7 @@ class Training(Config):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in GPUS:
-            raise ValueError(f"{value!r} is unknown; allowed are {', '.join(GPUS)}")
+            raise ValueError(f"must be one of {', '.join(GPUS)}, got {value!r}")
         return value
 
     @property
