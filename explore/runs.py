@@ -254,31 +254,37 @@ def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
     path = Path(name)
     if path.is_dir():
         return RunFolder(path)
-    where = Path(root) if path.parent == Path() else path.parent
-    found = match_runs(path.name, where)
+    found = match_runs(path, root)
     if len(found) == 1:
         return found[0]
     if found:
         several = ", ".join(str(run.path) for run in found[:4]) + (", ..." if len(found) > 4 else "")
         raise ValueError(f"run {echo(path.name)} stands for {len(found)} runs: {several}; give more characters")
+    where = _place(path, root)
+    see = "explore runs" if where == Path(RUNS) else f"explore runs --runs {where}"
     raise ValueError(
-        f"run must be a run folder, or the first {PREFIX} or more characters of the key of a run in "
-        f"{str(where)!r}, got {echo(str(name))}; `explore runs --runs {where}` lists them"
+        f"run must be a run folder, or the first {PREFIX} or more characters of the key of a run in {str(where)!r}, "
+        f"got {echo(str(name))}; see `{see}`"
     )
 
 
-def match_runs(text: str, *roots: str | Path) -> list[RunFolder]:
-    """The runs, at or below the roots that exist, whose folder has this name or whose key begins with these characters.
+def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
+    """The runs below `root` whose folder has this name, or whose key begins with it, at least four characters of one.
 
-    The key is looked at where `text` has at least four characters of one.
+    Args:
+        name: a name or a part of a key; the folder before it, where there is one, stands for `root`.
+        root: folder of runs, or a table of records.
     """
+    text, where = Path(name).name, _place(name, root)
     is_key = re.fullmatch(rf"[0-9a-f]{{{PREFIX},64}}", text) is not None
-    there = [root for root in map(Path, roots) if root.is_file() or (root.is_dir() and any(walk_runs(root)))]
-    return [
-        run
-        for run in (find_runs(*there) if there else ())
-        if run.path.name == text or (is_key and (run.key or "").startswith(text))
-    ]
+    if not where.is_file() and not (where.is_dir() and any(walk_runs(where))):
+        return []
+    return [run for run in find_runs(where) if run.path.name == text or (is_key and (run.key or "").startswith(text))]
+
+
+def _place(name: str | Path, root: str | Path) -> Path:
+    """Where a run with this name is looked up."""
+    return Path(root) if Path(name).parent == Path() else Path(name).parent
 
 
 def find_runs(*roots: str | Path) -> list[RunFolder]:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
+from explore.cli.opening import Run
 from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype, whole_count
 from explore.formatting import read_count
 
@@ -26,7 +27,7 @@ SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
     epilog="Example: explore cut runs/my-run-0123abcd --target params_active=1M --free d_model --free depth",
 )
 def cut(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Run,
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="SIZE=N", help="d_model=96, d_ff=256, M.n_heads=4 or 3.d_ff=64 (layer 3); repeatable."),

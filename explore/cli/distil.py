@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from explore.cli.app import app
+from explore.cli.opening import run_option
 from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb
 from explore.cli.train import Devices, Strategy, train_and_show
 from explore.formatting import read_count
@@ -17,12 +18,8 @@ from explore.formatting import read_count
 def distil(
     plan: Annotated[Path, typer.Argument(help="A plan that cuts a trained run, in JSON.")],
     tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
-    teacher: Annotated[
-        Path | None, typer.Option(help="A run, or a folder that import wrote; the parent when absent.")
-    ] = None,
-    parent: Annotated[
-        Path | None, typer.Option(help="Folder of the run that is cut; looked for in --runs when absent.")
-    ] = None,
+    teacher: Annotated[Path | None, run_option("A run, or a folder that import wrote; the parent when absent.")] = None,
+    parent: Annotated[Path | None, run_option("Run that is cut; looked for in --runs when absent.")] = None,
     set_: SetOptions = None,
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
     checkpoint_every: CheckpointEvery = None,

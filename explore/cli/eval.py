@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.opening import open_run
+from explore.cli.opening import open_run, run_argument
 from explore.cli.options import Json, only_with, whole_count
 
 if TYPE_CHECKING:
@@ -28,7 +28,10 @@ PROMPT_TOKENS = 64
     epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz --corpus sotu",
 )
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that import wrote.")],
+    runs: Annotated[
+        list[Path],
+        run_argument("runs (folders, or the first characters of their keys), or folders that import wrote"),
+    ],
     pairs: Annotated[
         list[Path] | None, typer.Option(help="File or folder of minimal pairs, as BLiMP or Zorro; repeatable.")
     ] = None,

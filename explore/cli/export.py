@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from explore.cli.app import app, out
-from explore.cli.opening import describe_size, load_run
+from explore.cli.opening import RunOrModel, describe_size, load_run
 
 Format = Literal["hf", "megatron", "te-quant", "model-optimizer"]
 
@@ -19,7 +19,7 @@ Format = Literal["hf", "megatron", "te-quant", "model-optimizer"]
     rich_help_panel="Use what was trained", epilog="Example: explore export runs/demo/MEM-1a2b3c4d --to hf exported"
 )
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a folder that import wrote.")],
+    source: RunOrModel,
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="New or empty folder, for hf.")] = None,
     to: Annotated[Format, typer.Option(help="hf writes a folder; the others print.")] = "hf",
 ) -> None:

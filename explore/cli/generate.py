@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from explore.cli.app import app, err, out
-from explore.cli.opening import Run, open_run
+from explore.cli.opening import RunOrModel, open_run
 from explore.cli.options import Json
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     epilog='Example: explore generate runs/my-run-0123abcd --prompt "It was" --temperature 0.8 --top-p 0.95',
 )
 def generate(
-    run: Run,
+    run: RunOrModel,
     prompt: Annotated[list[str], typer.Option(help="Text to go on from; repeatable.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.8,

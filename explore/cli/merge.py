@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
+from explore.cli.opening import OR_KEY, run_argument
 from explore.cli.options import Json
 from explore.quantities import columns
 
@@ -19,7 +20,7 @@ from explore.quantities import columns
     epilog="Example: explore merge runs/my-run-0123abcd --last 5 --shape minus_sqrt",
 )
 def merge(
-    run: Annotated[Path, typer.Argument(help="A run folder, trained with --keep-every.")],
+    run: Annotated[Path, run_argument(f"{OR_KEY}, trained with --keep-every")],
     last: Annotated[int, typer.Option(min=1, help="Checkpoints to merge, the last of the stable phase.")] = 5,
     shape: Annotated[
         Literal["flat", "minus_sqrt"], typer.Option(help="Decay that the average imitates; flat is a linear one.")

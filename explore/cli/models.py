@@ -72,12 +72,23 @@ def _file(target: str) -> Path | None:
     if target.endswith(".json") or (exists(path) and path.is_file()):
         return path
     if not (exists(path) and path.is_dir()) or target in ("", "."):
-        return None
+        return None if is_pattern(target) else _run_file(target)
     if found := [path / name for name in IN_FOLDERS if (path / name).is_file()]:
         return found[0]
     if is_pattern(target):
         return None
     raise ValueError(f"{path}: must be a file, or a folder with one of {', '.join(IN_FOLDERS)}")
+
+
+def _run_file(target: str) -> Path | None:
+    """The experiment of the run that a name or the first characters of a key stand for; a preset's name is first."""
+    from explore.presets import PRESETS
+
+    if target in PRESETS:
+        return None
+    from explore.runs import match_runs, resolve_run
+
+    return resolve_run(target).path / IN_FOLDERS[0] if match_runs(target) else None
 
 
 def _read_model(path: Path) -> dict[str, Any]:

@@ -12,7 +12,39 @@ if TYPE_CHECKING:
     from explore.experiment import Experiment
     from explore.model import LanguageModel, ModelConfig
 
-Run = Annotated[Path, typer.Argument(help="A run folder, or a folder that import wrote.")]
+OR_KEY = "a run (its folder, or the first characters of its key)"
+"""How a run is named, in the help of every command that takes one."""
+
+
+def run_path(text: str) -> Path:
+    """The folder that an argument names: a path, or the name or the first characters of the key of a run in `runs`.
+
+    Raises:
+        FileNotFoundError: no run, or several; Typer would hide the words of a ValueError.
+    """
+    from explore.files import exists
+    from explore.runs import resolve_run
+
+    if exists(path := Path(text)) or path.suffix == ".json":
+        return path
+    try:
+        return resolve_run(path).path
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from None
+
+
+def run_argument(help_: str = OR_KEY, metavar: str = "RUN") -> Any:
+    """A Typer argument that takes a run."""
+    return typer.Argument(parser=run_path, metavar=metavar, help=help_[0].upper() + help_[1:] + ".")
+
+
+def run_option(help_: str) -> Any:
+    """A Typer option that takes a run."""
+    return typer.Option(parser=run_path, metavar="RUN", help=help_)
+
+
+Run = Annotated[Path, run_argument()]
+RunOrModel = Annotated[Path, run_argument(f"{OR_KEY}, or a folder that import wrote")]
 
 
 def open_run(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:

@@ -41,7 +41,8 @@ ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent."
 Target = Annotated[
     str | None,
     typer.Argument(
-        help="A pattern, a preset (--list), a run folder, or a JSON file: experiment, model or nemotron_h's config."
+        help="A pattern, a preset (explore cost --list), a run (folder or first characters of its key), or a JSON "
+        "file: experiment, model or nemotron_h's config."
     ),
 ]
 DModel = Annotated[int | None, typer.Option(min=1, help=f"Width of a pattern's model (default: {D_MODEL}).")]

@@ -12,7 +12,7 @@ import typer
 from rich.progress import track
 
 from explore.cli.app import app, err, out
-from explore.cli.opening import load_run
+from explore.cli.opening import load_run, run_argument
 from explore.cli.options import Json
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore parity --cases 50; explore parity runs/mtp-0123abcd")
 def parity(
-    run: Annotated[
-        Path | None, typer.Argument(help="A run on text: compare what it writes, and not random models.")
-    ] = None,
+    run: Annotated[Path | None, run_argument("a run on text: compare what it writes, and not random models")] = None,
     cases: Annotated[int, typer.Option(min=1, help="Random models.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the models.")] = 0,
     prompt: Annotated[str, typer.Option(help="What a run writes on from.")] = "It was",

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, err, out
+from explore.cli.opening import Run
 from explore.cli.options import Json, recipe_of
 from explore.formatting import count
 
@@ -27,7 +28,7 @@ RoundingName = Literal["nearest", "stochastic"]
     epilog="Example: explore quantize runs/my-run-0123abcd --bits 4.75 --kv fp8 --state fp16",
 )
 def quantize(
-    run: Annotated[Path, typer.Argument(help="A run folder of a trained run.")],
+    run: Run,
     bits: Annotated[
         float | None, typer.Option(help="Choose formats within so many bits per parameter, scales included.")
     ] = None,

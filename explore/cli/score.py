@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
+from explore.cli.opening import Run
 from explore.cli.options import Json, whole_count
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     epilog="Example: explore score runs/my-run-0123abcd --figure scores.png",
 )
 def score(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Run,
     tokens: Annotated[
         int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, as 128k.")
     ] = 131_072,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from explore.cli.app import app, err, out
+from explore.cli.opening import OR_KEY, run_argument
 from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
 from explore.quantities import columns, quantity
 
@@ -26,7 +27,7 @@ Strategy = Annotated[
     rich_help_panel="Train and search", epilog="Example: explore train experiment.json --set train.lr=1e-3 --runs runs"
 )
 def train(
-    experiment: Annotated[Path, typer.Argument(help="An experiment in JSON, or the experiment.json of a run.")],
+    experiment: Annotated[Path, run_argument(f"an experiment in JSON, or {OR_KEY}", metavar="EXPERIMENT")],
     set_: SetOptions = None,
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
     checkpoint_every: CheckpointEvery = None,
@@ -46,7 +47,7 @@ def train(
     from explore.experiment import Experiment
 
     train_and_show(
-        Experiment.load(experiment, set_ or []),
+        Experiment.load(experiment / "experiment.json" if experiment.is_dir() else experiment, set_ or []),
         runs,
         path,
         as_json,
