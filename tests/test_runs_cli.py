@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import run
-from small_runs import tiny, train, write_corpus
+from small_runs import result, tiny, train, write_corpus
 from typer.main import get_command
 
 from explore.cli import app
@@ -77,3 +77,26 @@ def test_a_prefix_of_several_runs_names_them_in_one_line(
         assert err == (
             f"error: run '{key[:5]}' stands for 2 runs: runs/one, runs/other-0123abcd; give more characters\n"
         )
+
+
+def test_a_dry_run_of_training_shows_the_run_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = tiny(write_corpus(tmp_path), "M-")
+    Path("one.json").write_text(one.model_dump_json())
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(capsys, monkeypatch, "train", "one.json", "--dry-run", "--json")
+    shown = json.loads(out)
+    assert (code, err, sorted(tmp_path.rglob("*"))) == (0, "", before)
+    assert (shown["key"], shown["status"], shown["run"]) == (one.key(), "new", f"runs/tiny-{one.key()[:8]}")
+    assert (shown["n_steps"], shown["flops_run"], shown["tokens"]) == (one.n_steps, one.flops_run, one.train.tokens)
+    assert one.key()[:8] in run(capsys, monkeypatch, "train", "one.json", "--dry-run")[1]
+
+
+def test_a_finished_run_says_that_it_is_finished_already_and_what_it_reached(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: RunFolder
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "train", str(trained.key)[:8])
+    assert code == 0
+    assert out.startswith(f"{trained.path}: already finished: val_bpb {result(trained)['val_bpb']:.4f}")

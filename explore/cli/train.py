@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.opening import OR_KEY, run_argument
 from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
+from explore.formatting import size
 from explore.quantities import columns, quantity
 
 if TYPE_CHECKING:
     from explore.experiment import Experiment
+    from explore.train.parallel import StrategyName
+
+PLANNED = (
+    "pattern", "family", "d_model", "params_total", "params_active", "lr", "seed", "corpus", "seq_len", "n_steps",
+    "flops_run",
+)  # fmt: skip
+"""What `--dry-run` shows of an experiment."""
 
 Devices = Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")]
 Strategy = Annotated[
@@ -40,14 +49,22 @@ def train(
     devices: Devices = 1,
     strategy: Strategy = "auto",
     path: Paths = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the run, its cost and the memory it needs; train and write nothing.")
+    ] = False,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
     """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
     from explore.experiment import Experiment
 
+    loaded = Experiment.load(experiment / "experiment.json" if experiment.is_dir() else experiment, set_ or [])
+    if dry_run:
+        forced(path)
+        _show_plan(loaded, runs, as_json, recompute=recompute, devices=devices, strategy=strategy)
+        return
     train_and_show(
-        Experiment.load(experiment / "experiment.json" if experiment.is_dir() else experiment, set_ or []),
+        loaded,
         runs,
         path,
         as_json,
@@ -60,15 +77,42 @@ def train(
     )
 
 
+def _show_plan(
+    experiment: Experiment, runs: Path, as_json: bool, *, recompute: bool, devices: int, strategy: StrategyName
+) -> None:
+    """Prints which run this would be, what it costs and what it needs."""
+    from explore.runs import run_folder
+    from explore.table import expected_row
+    from explore.train.capacity import needs
+
+    key = experiment.key()
+    folder = run_folder(runs, experiment.name, key)
+    needed = needs(experiment, recompute=recompute, copies=devices if strategy != "fsdp" else 1)
+    row = expected_row(experiment)
+    record = {"run": str(folder.path), "key": key, "status": folder.status if folder.key else "new"}
+    record |= {name: row[name] for name in PLANNED if name in row}
+    record |= {"tokens": experiment.n_steps * experiment.batch_tokens, "needed_bytes": needed.total}
+    if as_json:
+        print(json.dumps(record, indent=2))
+    else:
+        view = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for name, value in record.items():
+            label = {"needed_bytes": "memory, at least"}.get(name) or quantity(name).header
+            view.add_row(label, size(value) if name == "needed_bytes" else quantity(name).text(value))
+        out.print(view, highlight=False)
+
+
 def train_and_show(
     experiment: Experiment, runs: Path, paths: list[str] | None, as_json: bool, *, devices: int = 1, **options: Any
 ) -> None:
     """Trains an experiment and prints what came of it; the exit code is 1 unless that is a finished run."""
     from explore.ops import forced_paths
+    from explore.runs import run_folder
     from explore.train import fit, is_writer, slow_precision
 
     if (note := slow_precision(experiment)) is not None and is_writer(devices):
         err.print(note, style="yellow", highlight=False)
+    was_finished = run_folder(runs, experiment.name, experiment.key()).is_finished
     with forced_paths(**forced(paths)):
         folder = fit(experiment, runs, devices=devices, **options)
     result = folder.result or {}
@@ -77,7 +121,7 @@ def train_and_show(
     if as_json:
         print(json.dumps({"run": str(folder.path), **result}, indent=2))
     else:
-        out.print(f"{folder.path}: {_outcome(result)}", highlight=False)
+        out.print(f"{folder.path}: {'already ' if was_finished else ''}{_outcome(result)}", highlight=False)
     if result.get("status") != "finished":
         raise typer.Exit(1)
 
