@@ -44,6 +44,15 @@ class Config(BaseModel):
     def _read_numbers(cls, data: Any) -> Any:
         return read_numbers(cls, data)
 
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Shows the fields that are not at their defaults."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
+                yield name, value
+
+    def __str__(self) -> str:
+        return repr(self)
+
     def replace(self: C, **changes: Any) -> C:  # noqa: PYI019 - the shape checks of the tests cannot read Self
         """A copy with other values, validated."""
         return type(self).model_validate({name: getattr(self, name) for name in type(self).model_fields} | changes)

@@ -24,7 +24,9 @@ from explore.config import Config, FrozenJson, added_later, explain, set_field
 from explore.cost import in_formats
 from explore.data import DataConfig, Source
 from explore.files import read_json
-from explore.foreign import echo
+from explore.foreign import echo, shorten
+from explore.formatting import count
+from explore.formatting.html import block, line
 from explore.model import ModelConfig, check_overrides
 from explore.precision import TRAINED, UNQUANTIZED, Recipe, Until, named
 from explore.weights import TrainedModel
@@ -282,6 +284,17 @@ class Experiment(Config):
         if mtp is not None and mtp.n_depths >= seq_len:
             raise ValueError(f"model.mtp: n_depths must be below data.seq_len={seq_len}, got {mtp.n_depths}")
         return self
+
+    def __repr__(self) -> str:
+        model = repr(self.model).partition("(")[2].partition(",")[0]
+        return f"Experiment({echo(self.name)}, {model}, {self._about()})"
+
+    def _repr_html_(self) -> str:
+        return block(line(self.name, self._about()), self.model._repr_html_())
+
+    def _about(self) -> str:
+        corpus = shorten(str(getattr(self.data, "corpus", self.data.kind)))
+        return f"{count(self.n_steps * self.batch_tokens)} tokens of {corpus}, seed {self.seed}"
 
     @property
     def n_steps(self) -> int:

@@ -30,6 +30,20 @@ def echo(value: object) -> str:
         return f"a value of type {type(value).__name__} that is too large to show"
 
 
+def check_type(value: object, allowed: type | tuple[type, ...], rule: str) -> None:
+    """Refuses a value of another type in one sentence.
+
+        check_type(runs, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
+
+    Raises:
+        TypeError: the rule, and what was given instead.
+    """
+    if not isinstance(value, allowed):
+        name = type(value).__name__
+        given = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+        raise TypeError(f"{rule}, got {echo(value) if isinstance(value, str | int | float | None) else given}")
+
+
 def shorten(text: str, length: int = ECHO_CHARS) -> str:
     """A text of at most this many characters, cut in the middle."""
     half = (length - len(GAP)) // 2

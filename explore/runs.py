@@ -17,8 +17,8 @@ import pandas as pd
 from pyarrow.lib import ArrowException
 
 from explore.files import replacing
-from explore.foreign import echo, parse_json
-from explore.quantities import read
+from explore.foreign import check_type, echo, parse_json
+from explore.quantities import headlines, read
 
 if TYPE_CHECKING:
     from explore.experiment import Experiment
@@ -89,6 +89,20 @@ class RunFolder:
 
     path: Path
     packed: Mapping[str, str] | None = None
+
+    def __repr__(self) -> str:
+        score = next((f", {name} {value:.4f}" for name, value in self._scores()), "")
+        return f"RunFolder({self.path}, {self.status}{score})"
+
+    def _repr_html_(self) -> str:
+        from explore.model.display import record_html
+
+        return record_html(self.row(), self.experiment.get("experiment"), self.metrics)
+
+    def _scores(self) -> Iterator[tuple[str, float]]:
+        row = self.row()
+        known = ((each.name, row.get(each.name)) for each in headlines(row) if each.is_quality)
+        return ((name, value) for name, value in known if isinstance(value, float))
 
     def text(self, name: str) -> str | None:
         """The text of one of `FILES`, or None where it is missing."""
@@ -299,6 +313,8 @@ def find_runs(*roots: str | Path) -> list[RunFolder]:
     if not roots:
         raise ValueError("runs: no folder given; name at least one folder that holds runs")
     found: dict[Path, RunFolder] = {}
+    for each in roots:
+        check_type(each, (str, Path), "runs must be a folder that holds runs")
     for root in map(Path, roots):
         if root.suffix == PACKED and root.is_file():
             runs = [run for run in read_packed(root) if PILOTS not in run.path.relative_to(root).parts]

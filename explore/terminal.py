@@ -1,12 +1,17 @@
-"""The terminal: every console of this project prints text as it is."""
+"""The terminal, where every console prints text as it is, and the cell of a notebook, where HTML takes its place."""
 
 from __future__ import annotations
 
 import io
 import sys
+import time
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
+
+NOTEBOOK_EVERY_S = 0.25
+"""Seconds between two changes of what a notebook shows."""
 
 
 def plain_console(*, stderr: bool = True, **options: Any) -> Console:
@@ -27,3 +32,24 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class NotebookOutput:
+    """HTML in the output of the cell that runs, replaced as it changes; for a console whose `is_jupyter` is true."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown_s = -NOTEBOOK_EVERY_S
+
+    def is_due(self) -> bool:
+        """Whether what was shown last has been there long enough."""
+        return time.monotonic() - self._shown_s >= NOTEBOOK_EVERY_S
+
+    def show(self, html: str) -> None:
+        """Replaces what is shown."""
+        ipython: Any = import_module("IPython.display")  # which has no types
+        self._shown_s = time.monotonic()
+        if self._handle is None:
+            self._handle = ipython.display(ipython.HTML(html), display_id=True)
+        else:
+            self._handle.update(ipython.HTML(html))

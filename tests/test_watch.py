@@ -152,7 +152,8 @@ def test_off_a_terminal_a_line_is_printed_for_each_trial_that_ends(runs: Path) -
     time.sleep(0.3)
     tell(find_study(str(runs)).study, 2.125, "E-E")
     watching.join(timeout=20)
-    (line,) = screen.getvalue().splitlines()
+    head, line = screen.getvalue().splitlines()
+    assert head.split()[:3] == ["trial", "model", "pattern"]
     assert "E-E" in line
 
 

@@ -83,6 +83,15 @@ class Plan(Config):
         self.model()
         return self
 
+    def __repr__(self) -> str:
+        kept = [layer for layer in self.layers if not layer.drop]
+        cut = sum(bool(layer.keep) for layer in kept)
+        width = self.parent_model.d_model if self.d_model is None else len(self.d_model)
+        return (
+            f"Plan(of {self.parent[:8]}, keeps {len(kept)} of {len(self.layers)} layers, {cut} of them cut, "
+            f"d_model {width} of {self.parent_model.d_model})"
+        )
+
     @classmethod
     def keep_all(cls, parent: RunFolder | str | Path | LanguageModel, **origin: str | bool | float) -> Plan:
         """The plan that cuts nothing.

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from explore.foreign import shorten
 from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
 
 if TYPE_CHECKING:
@@ -197,6 +198,15 @@ class Ledger:
         for layer, part in self._placed():
             for entry in part.entries:
                 yield Row(layer, part, entry)
+
+    def __repr__(self) -> str:
+        n_entries = sum(len(part.entries) for _, part in self._placed())
+        return f"Ledger({shorten(self.pattern, 40)}, seq_len={self.seq_len}, {n_entries} entries)"
+
+    def _repr_html_(self) -> str:
+        from explore.cost.display import ledger_html
+
+        return ledger_html(self)
 
     def _placed(self) -> Iterator[tuple[int | None, Part]]:
         yield None, self.before

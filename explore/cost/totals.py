@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from explore.cost.ledger import DTYPES, Dtypes, Ledger, Stored, bytes_of
+from explore.formatting import count, flops
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,19 @@ class Cost:
     def state_bytes(self) -> float:
         """Everything that decoding keeps of a sequence after `seq_len` tokens."""
         return self.kv_bytes + self.ssm_state_bytes + self.conv_state_bytes
+
+    def __repr__(self) -> str:
+        active = "" if self.params_active == self.params_total else f", {count(self.params_active)} active"
+        return (
+            f"Cost(seq_len={self.seq_len}, {count(self.params_total)} parameters{active}, "
+            f"FLOPs/token: {flops(self.flops_fwd)} forward, {flops(self.flops_train)} training, "
+            f"{flops(self.flops_decode)} decoding)"
+        )
+
+    def _repr_html_(self) -> str:
+        from explore.cost.display import cost_html
+
+        return cost_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

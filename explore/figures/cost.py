@@ -40,9 +40,10 @@ HEAD, MTP = "embedding, head", "multi-token prediction"
 def group_colors() -> Mapping[str, Color]:
     """Groups of components in the order in which a bar stacks them; no colour blindness makes two colours alike."""
     from explore.blocks import GROUPS  # which needs torch
+    from explore.model.display import MTP_COLOR
 
     of_blocks = {name: group.color for name, group in GROUPS.items()}
-    return {HEAD: (0.71, 0.71, 0.71), **of_blocks, MTP: (0.36, 0.36, 0.36)}
+    return {HEAD: (0.71, 0.71, 0.71), **of_blocks, MTP: MTP_COLOR}
 
 
 def group_of(model: ModelConfig, letter: str, component: str) -> str:

@@ -14,8 +14,8 @@ from explore import pattern as patterns
 from explore.blocks import STANDARD_LETTERS, AnyBlock, BlockConfig
 from explore.config import LARGEST, Config, Frozen, read_numbers
 from explore.cost import MTP_LETTER, Cost, Dtype, Dtypes, Entry, Ledger, Part, matrix, vector
-from explore.foreign import echo
-from explore.formatting import size
+from explore.foreign import echo, shorten
+from explore.formatting import count, size
 from explore.machine import memory_bytes
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ _WIDTH: TypeAdapter[int] = TypeAdapter(PositiveInt)
 
 MOST_DEPTHS = 128
 """Depths of multi-token prediction that a model may have."""
+
+LETTERS = 40
+"""Letters of a pattern that a line shows; a longer one is cut in the middle."""
 
 
 class MTPConfig(Config):
@@ -124,6 +127,18 @@ class ModelConfig(Config):
         if patterns.MTP_MARK in str(changes.get("pattern")):
             kept["mtp"] = None if self.mtp is None else {"shared": self.mtp.shared}
         return type(self).model_validate({**kept, **changes, "blocks": given})
+
+    def __repr__(self) -> str:
+        cost = self.cost(1)
+        active = "" if cost.params_active == cost.params_total else f", {count(cost.params_active)} active"
+        mtp = "" if self.mtp is None else (patterns.MTP_MARK + self.mtp.pattern) * self.mtp.n_depths
+        letters = shorten(self.pattern + mtp, LETTERS)
+        return f"ModelConfig({letters}, d_model={self.d_model}, {count(cost.params_total)} parameters{active})"
+
+    def _repr_html_(self) -> str:
+        from explore.model.display import model_html
+
+        return model_html(self)
 
     def _given(self, letter: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of a block; under another width without those that a standard letter has from the old width."""

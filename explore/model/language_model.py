@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from explore.blocks import Linear, RMSNorm, RoutedMixer, RouterStats, State
+from explore.foreign import check_type
 from explore.model.config import ModelConfig
 from explore.model.layer import Layer
 from explore.model.mtp import MTPDepth
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        check_type(config, ModelConfig, "config must be an explore.ModelConfig")
         super().__init__()
         self.config = config
         self.recompute = False
@@ -80,6 +82,14 @@ class LanguageModel(nn.Module):
         n_stored = 0 if config.mtp is None else config.mtp.n_stored
         self.mtp = nn.ModuleList(MTPDepth(config) for _ in range(n_stored))
         self.init_weights()
+
+    def __repr__(self) -> str:
+        weight = self.embedding.weight
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return f"LanguageModel({repr(self.config).partition('(')[2].removesuffix(')')}, {dtype} on {weight.device})"
+
+    def _repr_html_(self) -> str:
+        return self.config._repr_html_()
 
     def init_weights(self) -> None:
         """Draws all weights anew from torch's global generator."""

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from explore.foreign import shorten
+from explore.formatting import plain
+from explore.formatting.html import block, line, note, table
 from explore.model import ModelConfig
 from explore.plan.batch import Batch, one, stages_of
 from explore.plan.cluster import LINKS, Cluster
@@ -55,6 +58,27 @@ class Plan:
         layout = layout.model_copy(update={"vpp": vpp})
         check(model, run, layout, cluster)
         return cls(model, run, layout, cluster)
+
+    def __repr__(self) -> str:
+        letters = shorten(self.model.pattern, 40)
+        return f"Plan({letters} on {self.cluster.name}, {self.layout}, {self.run.precision}, {self._verdict()})"
+
+    def _repr_html_(self) -> str:
+        gib = ((f"rank {i}", *(f"{size:.1f}" for size in rank.values())) for i, rank in enumerate(self.ranks()))
+        header = ("GiB", *self.ranks()[0])
+        return block(
+            line(f"{self.layout} on {self.cluster.name}", f"{self.run.precision}, {self._verdict()}"),
+            table(header, gib),
+            note(
+                f"{self.capacity / GIB:.1f} GiB for each GPU; a step takes {self.step_s:.3g} s, most of it {self.binds}"
+            ),
+        )
+
+    def _verdict(self) -> str:
+        """Whether it fits, and how fast it trains."""
+        if not self.fits:
+            return f"needs {self.needed / GIB:.1f} of {self.capacity / GIB:.1f} GiB"
+        return f"fits, {plain(round(self.tokens_per_s_gpu))} tokens/s/GPU"
 
     @cached_property
     def batch(self) -> Batch:

@@ -1,4 +1,4 @@
-"""The table of a running sweep on the terminal."""
+"""The table of a running sweep, on the terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from rich.live import Live
 from rich.table import Table
 
 from explore.formatting import duration
+from explore.formatting.html import block, line, note, progress, table
 from explore.quantities import Quantity, headlines, quantity
 from explore.study.lease import is_left, is_rejected
 from explore.study.storage import objectives_of
 from explore.table import cell, model_label
+from explore.terminal import NotebookOutput
 
 SPARKS = "▁▂▃▄▅▆▇█"
+NAMES = ("trial", "model", "pattern")
+"""Headers of the columns that say which trial it is."""
+NOTEBOOK_ROWS = 40
 STATE_WIDTH = 24
 """Columns of the terminal for how a trial stands; the whole reason is in the study."""
 
@@ -30,11 +35,15 @@ class SweepTable:
         self.study, self.n_trials, self.console = study, n_trials, console
         self.objectives = tuple(objectives_of(study))
         self.live = Live(console=console, auto_refresh=False, get_renderable=self.render)
+        self.notebook = NotebookOutput()
+        self._headed = False
         self._printed = {trial.number for trial in self._trials() if trial.state.is_finished()}
 
     def __enter__(self) -> SweepTable:  # noqa: PYI034 - the shape checks of the tests cannot read Self
         if self.console.is_terminal:
             self.live.start(refresh=True)
+        elif self._in_notebook:
+            self.notebook.show(self.render_html())
         return self
 
     def __exit__(
@@ -42,44 +51,80 @@ class SweepTable:
     ) -> None:
         if self.console.is_terminal:
             self.live.stop()
+        elif self._in_notebook:
+            self.notebook.show(self.render_html())
 
     def refresh(self) -> None:
         """Shows how the study stands now."""
         if self.console.is_terminal:
             self.live.refresh()
             return
+        if self._in_notebook:
+            if self.notebook.is_due():
+                self.notebook.show(self.render_html())
+            return
         new = [trial for trial in self._trials() if trial.state.is_finished() and trial.number not in self._printed]
         front = self._front() if new else set()
+        if new and not self._headed:
+            self._headed = True
+            self.console.print("  ".join(self._header()), highlight=False, soft_wrap=True)
         for trial in new:
             self._printed.add(trial.number)
-            cells = [text for text in self._row(trial, front) if text]
+            cells = [text or "-" for text in self._row(trial, front)]
             self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
     def render(self) -> Table:
         """The table: one row a trial, the latest ones where not all fit; Pareto-optimal ones are marked."""
         trials, front = self._trials(), self._front()
-        ended = sum(trial.state.is_finished() for trial in trials)
-        n_rejected = sum(map(is_rejected, self._all()))
         table = Table(
             box=None,
             padding=(0, 1, 0, 0),
-            title=f"{self.study.study_name}: {ended} of {self.n_trials} trials",
-            caption="● on the front" + (f"; {n_rejected} rejected before training" if n_rejected else ""),
+            title=f"{self.study.study_name}: {self._n_ended(trials)} of {self.n_trials} trials",
+            caption=self._legend(),
             title_justify="left",
             caption_justify="left",
         )
-        for column in ("trial", "model", "pattern"):
-            table.add_column(column, no_wrap=True)
-        objectives = (quantity(name) for name in self.objectives)
-        for column in (*(each.header for each in (*self._known(), *objectives)), "time"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("curve", no_wrap=True)
-        table.add_column("state", no_wrap=True, overflow="ellipsis", max_width=STATE_WIDTH)
+        header = self._header()
+        for i, column in enumerate(header[:-2]):
+            table.add_column(column, justify="left" if i < len(NAMES) else "right", no_wrap=True)
+        table.add_column(header[-2], no_wrap=True)
+        table.add_column(header[-1], no_wrap=True, overflow="ellipsis", max_width=STATE_WIDTH)
         room = max(4, self.console.height - 12)
         for trial in trials[-room:]:
             table.add_row(*self._row(trial, front))
         table.columns = [column for column in table.columns if any(column.cells)]  # none that is empty throughout
         return table
+
+    def render_html(self) -> str:
+        """A progress bar and the table, for a notebook: the latest trials where there are many."""
+        trials, front = self._trials(), self._front()
+        ended = self._n_ended(trials)
+        rows = [self._row(trial, front) for trial in trials[-NOTEBOOK_ROWS:]]
+        header = self._header()
+        kept = [i for i in range(len(header)) if any(row[i] for row in rows)]  # no column that is empty throughout
+        shown = [[row[i] for i in kept] for row in rows]
+        return block(
+            line(self.study.study_name),
+            progress(ended / self.n_trials if self.n_trials else 0.0, f"{ended} of {self.n_trials} trials"),
+            table([header[i] for i in kept], shown, left=len(NAMES)) if rows else "",
+            note(self._legend()) if rows else "",
+        )
+
+    @property
+    def _in_notebook(self) -> bool:
+        return self.console.is_jupyter and not self.console.quiet
+
+    def _header(self) -> list[str]:
+        objectives = (quantity(name) for name in self.objectives)
+        return [*NAMES, *(each.header for each in (*self._known(), *objectives)), "time", "curve", "state"]
+
+    def _legend(self) -> str:
+        n_rejected = sum(map(is_rejected, self._all()))
+        return "● on the front" + (f"; {n_rejected} rejected before training" if n_rejected else "")
+
+    @staticmethod
+    def _n_ended(trials: list[FrozenTrial]) -> int:
+        return sum(trial.state.is_finished() for trial in trials)
 
     def _all(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

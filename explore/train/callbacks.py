@@ -13,7 +13,10 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from explore.formatting import duration
+from explore.formatting.html import block, line, progress
 from explore.ops import compiler_failure
+from explore.terminal import NotebookOutput
 from explore.threads import CoreWatch
 from explore.train.module import DivergedError, LitLanguageModel
 from explore.train.parallel import end_followers
@@ -127,15 +130,55 @@ class ProgressBar(Callback):
     ) -> None:
         if self._task is None or self.progress.finished:
             return
-        metrics = trainer.callback_metrics
-        parts = [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
-        if "val_bpb" in metrics:
-            parts.append(f"val {float(metrics['val_bpb']):.3f} bits/byte")
-        parts.append(f"{self.throughput.tokens_per_s:,.0f} tokens/s")
-        self.progress.update(self._task, completed=trainer.global_step, status="  ".join(parts))
+        status = "  ".join(progress_words(trainer, self.throughput))
+        self.progress.update(self._task, completed=trainer.global_step, status=status)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.progress.stop()
+
+
+class NotebookProgress(Callback):
+    """The same line as HTML in the output of a notebook's cell.
+
+    Args:
+        keeps: leave the line there when training ends, else take it away.
+    """
+
+    def __init__(self, n_steps: int, description: str, throughput: Throughput, *, keeps: bool) -> None:
+        self.n_steps, self.description, self.throughput, self.keeps = n_steps, description, throughput, keeps
+        self._output = NotebookOutput()
+        self._began_s, self._first_step = 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began_s, self._first_step = time.monotonic(), trainer.global_step
+        self._output.show(self.render(trainer))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._output.is_due():
+            self._output.show(self.render(trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._output.show(self.render(trainer) if self.keeps else "")
+
+    def render(self, trainer: Trainer) -> str:
+        """The line, with the time that is left."""
+        step, took_s = trainer.global_step, time.monotonic() - self._began_s
+        parts = [f"{step:,} of {self.n_steps:,} steps", *progress_words(trainer, self.throughput)]
+        if step > self._first_step:
+            left_s = took_s / (step - self._first_step) * (self.n_steps - step)
+            parts.append(f"{duration(left_s)} left" if step < self.n_steps else duration(took_s))
+        return block(line(self.description), progress(step / self.n_steps, " · ".join(parts)))
+
+
+def progress_words(trainer: Trainer, throughput: Throughput) -> list[str]:
+    """Loss, validation bits per byte where there are some, and tokens per second."""
+    metrics = trainer.callback_metrics
+    parts = [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
+    if "val_bpb" in metrics:
+        parts.append(f"val {float(metrics['val_bpb']):.3f} bits/byte")
+    return [*parts, f"{throughput.tokens_per_s:,.0f} tokens/s"]
 
 
 _SAID: set[str] = set()

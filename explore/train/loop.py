@@ -23,6 +23,7 @@ from explore.termination import Requests, TerminatedError, termination_handled
 from explore.train.callbacks import (
     EndsTogether,
     FreeCores,
+    NotebookProgress,
     PlainWhereNotCompiled,
     ProgressBar,
     Throughput,
@@ -163,6 +164,9 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput) -
         callbacks.append(KeptCheckpoints(folder, run.keep_every))
     if run.writes and run.console.is_terminal:
         callbacks.append(ProgressBar(experiment.n_steps, experiment.name, throughput, run.console))
+    elif run.writes and run.console.is_jupyter and not run.console.quiet:
+        keeps = run.group is None  # the trials of a study would fill the page
+        callbacks.append(NotebookProgress(experiment.n_steps, experiment.name, throughput, keeps=keeps))
     return callbacks
 
 

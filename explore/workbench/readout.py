@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from explore.blocks import STANDARD_LETTERS, BlockConfig
-from explore.cost import MTP_LETTER, Cost, bytes_of, decode_bytes, params_touched
+from explore.cost import Cost, bytes_of, decode_bytes, params_touched
 from explore.figures.base import Color
 from explore.figures.cost import MTP, group_colors, group_of
+from explore.formatting.html import paint
 from explore.model import ModelConfig
+from explore.model.display import letter_kinds, letter_paints
 from explore.roofline import Deployment, hardware
 from explore.roofline.regimes import components
 from explore.workbench.state import Controls
@@ -96,14 +97,9 @@ def decode_by_bound(deployed: Deployment, context: int, batch_size: int) -> dict
 
 def letters(model: ModelConfig) -> list[dict[str, str]]:
     """The letters that a pattern may have: what each stands for, and its colour, the same as in the figures."""
-    kinds: dict[str, type[BlockConfig]] = dict(STANDARD_LETTERS)
-    kinds |= {letter: type(block) for letter, block in model.blocks.items()}
-    records = []
-    colors = group_colors()
-    for letter, kind in kinds.items():
-        color = colors[kind.colored_as or next(iter(kind.groups))]
-        records.append({"letter": letter, "name": kind.label, **_style(color)})
-    return [*records, {"letter": MTP_LETTER, "name": MTP, **_style(colors[MTP])}]
+    paints = letter_paints(model.blocks)
+    names = {letter: kind.label for letter, kind in letter_kinds(model.blocks).items()}
+    return [{"letter": letter, "name": names.get(letter, MTP), **style._asdict()} for letter, style in paints.items()]
 
 
 def groups() -> dict[str, dict[str, str]]:
@@ -113,7 +109,7 @@ def groups() -> dict[str, dict[str, str]]:
 
 def styles(colors: Mapping[str, Color]) -> dict[str, dict[str, str]]:
     """Colours, each with a readable ink, for a style sheet."""
-    return {name: _style(color) for name, color in colors.items()}
+    return {name: paint(color)._asdict() for name, color in colors.items()}
 
 
 def code(fields: Mapping[str, Any]) -> str:
@@ -126,11 +122,3 @@ def code(fields: Mapping[str, Any]) -> str:
         else:
             lines.append(f"    {name}={value!r},")
     return "\n".join([*lines, ")"])
-
-
-def _style(rgb: Color) -> dict[str, str]:
-    """A colour and the ink that is readable on it, for a style sheet."""
-    linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    ink = "#fff" if 1.05 / (luminance + 0.05) >= 4.5 else "#111"
-    return {"color": "#" + "".join(f"{round(255 * channel):02x}" for channel in rgb), "ink": ink}

@@ -1,0 +1,58 @@
+"""How a ledger and a cost look in a notebook: tables of formatted numbers."""
+
+from __future__ import annotations
+
+from explore.cost.ledger import Ledger
+from explore.cost.totals import Cost
+from explore.formatting import count, flops, size
+from explore.formatting.html import block, line, note, table
+from explore.quantities import quantity
+
+TOTALS = (
+    "params_total", "params_active", "params_mtp", "flops_fwd", "flops_train", "flops_prefill", "flops_decode",
+    "weight_bytes", "kv_bytes_per_token", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes",
+    "all_to_all_bytes",
+)  # fmt: skip
+"""Totals of a cost that a notebook shows, those that are zero left out."""
+
+
+def cost_html(cost: Cost) -> str:
+    """The totals of a cost with their units."""
+    rows = []
+    for name in TOTALS:
+        if value := getattr(cost, name):
+            about = quantity(name)
+            unit = "" if about.unit in ("parameters", "bytes") else about.unit.removeprefix("bytes ")
+            rows.append((about.label, about.text(value), unit, name))
+    dtypes = f"weights {cost.weight_dtype}, keys and values {cost.kv_dtype}, state {cost.state_dtype}"
+    return block(
+        line(f"Cost at {cost.seq_len:,} tokens"),
+        table(("", "", "", "field"), [(label, text, unit, name) for label, text, unit, name in rows]),
+        note(dtypes),
+    )
+
+
+def ledger_html(ledger: Ledger) -> str:
+    """A ledger folded by component."""
+    rows = []
+    for record in ledger.fold("component"):
+        state = record["kv_bytes"] + record["ssm_state_bytes"] + record["conv_state_bytes"]
+        rows.append(
+            (
+                record["letter"],
+                record["component"],
+                str(record["layers"] or ""),
+                count(record["params"]),
+                count(record["params_active"]),
+                flops(record["flops_fwd"]),
+                f"{record['share']:.1%}",
+                flops(record["flops_decode"]),
+                size(state) if state else "",
+            )
+        )
+    main, extra = ledger.main, ledger.extra
+    params, active = count(main.params + extra.params), count(main.params_active + extra.params_active)
+    forward = flops((main.flops_seq + extra.flops_seq) / ledger.seq_len)
+    rows.append(("", "total", str(len(ledger.pattern)), params, active, forward, "", flops(main.flops_step), ""))
+    header = ("", "component", "layers", "params", "active", "FLOPs/token", "share", "decoding", "state")
+    return block(line(f"Ledger of {ledger.pattern}", f"at {ledger.seq_len:,} tokens"), table(header, rows, left=2))
