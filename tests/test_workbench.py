@@ -1,37 +1,28 @@
-"""The workbench: its numbers and its sliders without a browser, and all of it in JupyterLab with one."""
+"""The workbench: its numbers and its sliders, without a browser."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from explore import ModelConfig, preset
+from explore import Experiment, ModelConfig, preset
 from explore.blocks import BLOCKS, AttentionConfig, MoEConfig
 from explore.cost import HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.figures.cost import group_colors, receipts_table
 from explore.presets import PRESETS
 from explore.roofline import Deployment, hardware
+from explore.runs import RunFolder, write_json
 from explore.workbench import Workbench, evaluate
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 LETTERS = "".join(kind.letter for kind in BLOCKS)
 PATTERNS = [*LETTERS, "MEM*E", "M-L*E/*E/*E", "nemotron-3-nano", "nemotron-3-super", "llama-nemotron-super-49b"]
 
@@ -217,6 +208,25 @@ def test_a_workbench_cannot_begin_with_what_is_no_model() -> None:
         Workbench("M", hardware="abacus")
 
 
+def test_it_opens_on_anything_that_has_a_model_and_compares_two(tmp_path: Path) -> None:
+    model, other = preset("nemotron-3-nano"), ModelConfig(d_model=128, vocab_size=257, pattern="M*-")
+    data, train = {"kind": "text", "seq_len": 64}, {"tokens": 1000}
+    record = {"name": "mine", "model": other.model_dump(mode="json"), "data": data, "train": train}
+    folder = tmp_path / "mine-aaaaaaaa"
+    write_json(folder / "experiment.json", {"key": "a" * 64, "experiment": record})
+    row = pd.Series({"run": folder.name, "d_model": 128})
+    for one in (other, Experiment.model_validate(record), RunFolder(folder), folder, str(folder), row, row.to_dict()):
+        assert Workbench(one, runs=tmp_path).config == other
+    bench = Workbench(model, against=folder, seq_len=512)
+    assert bench.config == model
+    assert bench.pinned["readout"] == json.loads(json.dumps(Workbench(other, seq_len=512).readout))
+    assert (bench.pinned["label"], bench.pinned["use"]) == ("M*-", "1 × 512 tokens on H100")
+    with pytest.raises(ValueError, match="nowhere: must be a run folder"):
+        Workbench(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="unknown letter 'X'"):
+        Workbench("M", against="X")
+
+
 def test_what_the_browser_needs_is_synchronised_and_is_json() -> None:
     bench = Workbench("nemotron-3-nano")
     assert {"edit", "view", "pinned", "offers", "_esm", "_css"} <= set(bench.keys)
@@ -250,250 +260,3 @@ def test_a_change_is_answered_well_within_a_tenth_of_a_second(pattern: str) -> N
         assert bench.view["n"] == i
     print(f"\n{pattern}: a change takes {1e3 * statistics.median(times):.2f} ms in Python")
     assert statistics.median(times) < 0.05
-
-
-# In JupyterLab, with a browser.
-
-CELLS = (
-    'from explore.workbench import Workbench\nbench = Workbench("nemotron-3-nano", seq_len=8192)\nbench',
-    "print(bench.config.pattern, bench.config.d_model, bench.config.cost(8192).params_total)",
-)
-QUIET = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
-WAIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A folder and the address of a JupyterLab of its own that shows it, up to the name of a notebook."""
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    folder = tmp_path_factory.mktemp("lab")
-    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    quiet.parent.mkdir(parents=True)
-    quiet.write_text(json.dumps(QUIET))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
-    own = {
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTER_DATA_DIR": "data",
-        "JUPYTER_RUNTIME_DIR": "runtime",
-        "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        "IPYTHONDIR": "ipython",
-    }
-    environment = {**os.environ, "JUPYTER_TOKEN": token, **{name: str(folder / place) for name, place in own.items()}}
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-        "--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}", "--expose-app-in-browser",
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-        try:
-            address, began = f"http://127.0.0.1:{port}", time.monotonic()
-            while not answers(f"{address}/api/status?token={token}"):
-                assert server.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() - began < WAIT_S, (folder / "log").read_text()
-                time.sleep(0.2)
-            yield folder, f"{address}/lab/tree/{{}}?token={token}&reset"
-        finally:
-            server.terminate()  # it ends its kernels first
-            server.wait(30)
-
-
-def write_notebook(path: Path) -> None:
-    cells = [
-        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None}
-        for i, cell in enumerate(CELLS)
-    ]
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    path.write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except urllib.error.URLError:
-        return False
-
-
-@pytest.fixture
-def page(lab: tuple[Path, str], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page with a notebook of its own that shows a workbench: its first cell has run."""
-    from playwright.sync_api import TimeoutError, sync_playwright
-
-    folder, address = lab
-    name = f"{request.node.name}.ipynb"
-    write_notebook(folder / name)
-    with sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage"]  # tests run as root too, and in small containers
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        context = browser.new_context(viewport={"width": 1280, "height": 1240}, device_scale_factor=1)
-        context.grant_permissions(["clipboard-read", "clipboard-write"])
-        page = context.new_page()
-        page.set_default_timeout(1000 * WAIT_S)
-        page.goto(address.format(name))
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-        for _ in range(5):  # on a busy machine, JupyterLab may show no widget of a cell that ran while it was loading
-            page.locator(".jp-CodeCell .cm-content").first.click()
-            page.keyboard.press("Shift+Enter")
-            with suppress(TimeoutError):
-                page.wait_for_selector(".wb[data-n]", timeout=200 * WAIT_S)
-                break
-        page.wait_for_selector(".wb[data-n]")
-        yield page
-        browser.close()
-
-
-def shown(page: Any) -> dict[str, float]:
-    """The raw numbers behind what stands in the tiles."""
-    values = page.eval_on_selector_all(
-        ".wb [data-name]", "all => all.map(one => [one.dataset.name, one.dataset.value])"
-    )
-    return {name: json.loads(value) for name, value in values}
-
-
-def parts(page: Any) -> dict[str, float]:
-    """The raw numbers behind the legends of the bars."""
-    values = page.eval_on_selector_all(
-        ".wb [data-part]", "all => all.map(one => [one.dataset.part, one.dataset.value])"
-    )
-    return {name: float(value) for name, value in values}
-
-
-def settle(page: Any, strip: str) -> None:
-    """Waits until what was sent is answered."""
-    page.wait_for_function(
-        "strip => [...document.querySelectorAll('.wb-strip .wb-chip')].map(e => e.textContent).join('') === strip",
-        arg=strip,
-    )
-    last = -1
-    while (now := int(page.get_attribute(".wb", "data-n"))) != last:
-        last = now
-        page.wait_for_timeout(150)
-
-
-def check(page: Any, model: ModelConfig, **use: Any) -> None:
-    """The browser shows what Python says of the model."""
-    expected = Workbench.from_config(model, **use).readout
-    told = shown(page)
-    assert {"params_total", "flops_fwd", "kv_bytes_per_token", "cache_bytes", "decode_s", "fits"} == told.keys()
-    assert told == {name: pytest.approx(expected[name]) for name in told}
-    assert parts(page) == pytest.approx(expected["flops_by_group"] | expected["decode_by_bound"])
-
-
-STOPWATCH = """() => {
-  const root = document.querySelector('.wb'), times = (window.benchTimes = []);
-  let began = 0;
-  root.addEventListener('input', () => { began = performance.now(); }, true);
-  new MutationObserver(() => requestAnimationFrame(() => times.push(performance.now() - began)))
-    .observe(root, { attributes: true, attributeFilter: ['data-n'] });
-}"""
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any, tmp_path: Path) -> None:
-    nano = preset("nemotron-3-nano")
-    check(page, nano)
-    assert page.locator("[data-name=params_total]").inner_text() == "31.58 B"
-    page.locator(".wb").screenshot(path=tmp_path / "nano.png")
-
-    # Typed, letter by letter.
-    text = page.get_by_label("Pattern")
-    text.fill("")
-    page.locator(".wb-error").get_by_text("pattern: '' has no layer", exact=True).wait_for()
-    assert "wb-stale" in page.get_attribute(".wb", "class")
-    text.press_sequentially("MEM*")
-    settle(page, "MEM*")
-    fields = nano.model_dump()
-    check(page, ModelConfig.model_validate({**fields, "pattern": "MEM*"}))
-    assert page.locator(".wb-error").inner_text() == ""
-
-    # The keyboard on the strip, whose keys JupyterLab must not take for its own.
-    chips = page.locator(".wb-strip .wb-chip")
-    chips.nth(3).click()
-    for key in ("Insert", "e", "Home", "ArrowRight", "Shift+ArrowRight", "ArrowLeft", "Delete", "m"):
-        page.keyboard.press(key)
-    settle(page, "MM*E")
-    assert page.locator(".jp-CodeCell").count() == 2
-
-    # The mouse: a choice from the palette, a click on what is selected, and a drag.
-    chips.nth(3).click()
-    page.locator(".wb-palette").get_by_text("latent attention").click()
-    settle(page, "MM*L")
-    page.locator(".wb-palette").get_by_label("remove the layer").click()
-    settle(page, "MM*")
-    chips.nth(2).click()  # it is selected already, so this turns it into the next kind
-    settle(page, "MML")
-    chips.nth(2).drag_to(chips.nth(0))
-    settle(page, "LMM")
-
-    # A slider, by its keys.
-    width = page.locator("[data-path='model.d_model']")
-    width.focus()
-    page.evaluate(STOPWATCH)
-    before = int(width.input_value())
-    for i, key in enumerate(["ArrowRight"] * 12 + ["ArrowLeft"] * 9):
-        page.keyboard.press(key)
-        page.wait_for_function("i => window.benchTimes.length > i", arg=i)
-    times = page.evaluate("window.benchTimes")
-    print(f"\nfrom an input event to the drawn readout: {statistics.median(times):.1f} ms, at most {max(times):.1f} ms")
-    assert statistics.median(times) < 100
-    assert int(width.input_value()) == before + 3
-    settle(page, "LMM")
-    d_model = int(page.locator("label", has=width).locator("output").inner_text().replace(",", ""))
-    assert d_model > nano.d_model
-    changed = ModelConfig.model_validate({**fields, "pattern": "LMM", "d_model": d_model})
-    check(page, changed)
-
-    # What it gives back.
-    page.get_by_role("button", name="Copy JSON").click()
-    page.get_by_text("Copied").wait_for()
-    assert ModelConfig.model_validate_json(page.evaluate("navigator.clipboard.readText()")) == changed
-    page.locator(".jp-CodeCell .cm-content").nth(1).click()
-    page.keyboard.press("Shift+Enter")
-    printed = page.locator(".jp-CodeCell").nth(1).locator(".jp-OutputArea-output pre")
-    assert printed.inner_text().split() == ["LMM", str(d_model), str(changed.cost(8192).params_total)]
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_in_jupyterlab_a_published_system_and_another_device_are_a_choice_away(page: Any) -> None:
-    page.get_by_label("Begin with").select_option("qwen3-8b")
-    settle(page, preset("qwen3-8b").pattern)
-    check(page, preset("qwen3-8b"))
-    page.get_by_label("Hardware").select_option("B200")
-    settle(page, preset("qwen3-8b").pattern)
-    check(page, preset("qwen3-8b"), hardware="B200")
-
-
-@pytest.mark.slow
-@pytest.mark.alone
-def test_in_jupyterlab_it_fits_its_cell_in_both_themes(page: Any, tmp_path: Path) -> None:
-    page.get_by_role("button", name="Pin", exact=True).click()
-    page.locator(".wb-strip .wb-chip").nth(5).click()
-    page.keyboard.press("e")
-    page.locator("[data-path='batch_size']").focus()
-    page.keyboard.press("End")
-    page.wait_for_selector(".wb-ratio")
-    colors = []
-    for theme in ("Light", "Dark"):
-        page.evaluate(f"jupyterapp.commands.execute('apputils:change-theme', {{ theme: 'JupyterLab {theme}' }})")
-        page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']", state="attached")
-        page.wait_for_timeout(500)
-        picture = tmp_path / f"{theme.lower()}.png"
-        page.locator(".wb").screenshot(path=picture)
-        assert picture.stat().st_size > 20_000
-        colors.append(page.eval_on_selector(".wb", "e => getComputedStyle(e).backgroundColor"))
-        wider = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1 || e.getBoundingClientRect().right > "
-        wider += "e.closest('.jp-OutputArea-output').getBoundingClientRect().right + 1).length"
-        for width in (1280, 700):
-            page.set_viewport_size({"width": width, "height": 1240})
-            page.wait_for_timeout(200)
-            assert page.eval_on_selector_all(".wb, .wb-body, .wb-bar, .wb-palette, .wb-tiles", wider) == 0
-        page.locator(".wb").screenshot(path=tmp_path / f"{theme.lower()}-narrow.png")
-        page.set_viewport_size({"width": 1280, "height": 1240})
-    assert colors[0] != colors[1]

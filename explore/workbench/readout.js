@@ -22,7 +22,7 @@ function readoutOf(shown, state, pin, offers) {
     h("div", { class: "wb-more" }, more));
   const needed = shown.weight_bytes + shown.cache_bytes;
   return [
-    pinned ? h("div", { class: "wb-pinned", title: pin.label }, `× against ${pin.use}, `, h("code", {}, pin.label)) : "",
+    pinned ? h("div", { class: "wb-pinned", title: pin.label }, "× against ", h("code", {}, pin.label), ` at ${pin.use}`) : "",
     h("div", { class: "wb-tiles" },
       TILES.map(([name, title, format, more]) =>
         tile(name, title, format(shown[name]), shown[name], more(shown, state))),

@@ -8,16 +8,15 @@ from typing import Any
 
 import anywidget
 import traitlets
-from pydantic import BaseModel, ValidationError
 
-from explore.config import explain
-from explore.cost import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
+from explore.cost import HARDWARE, SEQ_LEN
 from explore.figures.plan import MEMORY
 from explore.model import ModelConfig
 from explore.pattern import canonical
 from explore.plan import PRECISIONS
 from explore.presets import PRESETS, preset
 from explore.roofline import GPUS, HERE
+from explore.workbench.opening import Opened, fields_of
 from explore.workbench.readout import BOUNDS, code, groups, letters, readout, styles
 from explore.workbench.state import Controls, content_of
 from explore.workbench.training import PARTS
@@ -40,7 +39,7 @@ class Workbench(anywidget.AnyWidget):
         view: the answer to the change `n`: the `state`, an `error` or none, and, of the last state without one,
             the `sliders`, the `readout`, the `plan` of the training run on its tab, and the config as `json` and
             as `code`.
-        pinned: what the browser compares with: a `readout`, its `label` and the `use` it is for, or nothing.
+        pinned: what is compared with: a `readout`, its `label` and the `use` it is for, or nothing.
     """
 
     _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -52,8 +51,10 @@ class Workbench(anywidget.AnyWidget):
 
     def __init__(
         self,
-        pattern: str = "MEM*E",
+        pattern: Opened = "MEM*E",
         *,
+        against: Opened | None = None,
+        runs: str | Path = "runs",
         seq_len: int = SEQ_LEN,
         batch_size: int = 1,
         hardware: str = HARDWARE,
@@ -62,26 +63,21 @@ class Workbench(anywidget.AnyWidget):
         """Begins with a model.
 
         Args:
-            pattern: its layers, or the name of a published system.
+            pattern: its layers, the name of a published system, a `ModelConfig`, an `Experiment`, a run or its folder,
+                or a row of the table of runs. All sizes of a model that was given stay when others are changed.
+            against: a second one of these, with which the first is compared.
+            runs: folder of run folders, in which a row of a table is looked up.
             seq_len: tokens of a sequence, and of the context of decoding.
             batch_size: sequences that are decoded at once.
             hardware: name of a device of `explore.roofline`, or `here`.
             fields: further fields of `ModelConfig`; width and vocabulary are those of `explore cost` unless given.
 
         Raises:
+            TypeError: `pattern` or `against` is none of these.
             ValueError: the first thing that is wrong, in one line.
         """
         super().__init__()
-        if pattern in PRESETS:
-            model: dict[str, Any] = {**content_of(preset(pattern)), **_plain(fields)}
-        else:
-            model = {"d_model": D_MODEL, "vocab_size": VOCAB_SIZE, "pattern": pattern, **_plain(fields)}
-        try:
-            built = ModelConfig.model_validate(model)
-        except ValidationError as error:
-            raise ValueError(explain(error)) from None
-        if built.mtp is not None:
-            model |= {name: content_of(built)[name] for name in ("pattern", "mtp")}
+        model = fields_of(pattern, runs, fields)
         self.offers = {
             "hardware": [*GPUS, HERE],
             "presets": list(PRESETS),
@@ -95,6 +91,8 @@ class Workbench(anywidget.AnyWidget):
         self._n = 0
         others = {"seq_len": seq_len, "batch_size": batch_size, "hardware": hardware}
         self._show(Controls.read({"model": model, "home": model, **others}))
+        if against is not None:
+            self._pin(Controls.read({"model": fields_of(against, runs, {}), **others}))
 
     @classmethod
     def from_config(cls, model: ModelConfig, **others: Any) -> Workbench:
@@ -119,6 +117,11 @@ class Workbench(anywidget.AnyWidget):
     def readout(self) -> dict[str, Any]:
         """The numbers that are shown: those that `explore.workbench.evaluate` returns."""
         return dict(self.view["readout"])
+
+    def _pin(self, state: Controls) -> None:
+        """Makes a state what the browser compares with."""
+        use = f"{state.batch_size:,} × {state.seq_len:,} tokens on {state.hardware}"
+        self.pinned = {"label": canonical(state.model["pattern"]), "use": use, "readout": readout(state, state.build())}
 
     @traitlets.observe("edit")
     def _edited(self, change: Mapping[str, Any]) -> None:
@@ -152,10 +155,3 @@ class Workbench(anywidget.AnyWidget):
             "json": model.model_dump_json(),
             "code": code(state.fields),
         }
-
-
-def _plain(value: Any) -> Any:
-    """The same in dictionaries, without configs."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value

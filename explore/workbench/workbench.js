@@ -9,7 +9,7 @@ function render({ model, el }) {
   let kinds = {};
   let drag = null;
   let rows = new Map();
-  let told = 0;
+  const timers = new Map();
 
   const presets = h("select", { title: "begin with a published system", onchange: () => begin(presets.value) },
     h("option", { value: "" }, "published systems…"), offers.presets.map((name) => h("option", {}, name)));
@@ -190,7 +190,7 @@ function render({ model, el }) {
 
   function togglePin() {
     const { batch_size, seq_len, hardware: device } = view.state;
-    const use = `pinned at ${grouped(batch_size)} × ${grouped(seq_len)} tokens on ${device}`;
+    const use = `${grouped(batch_size)} × ${grouped(seq_len)} tokens on ${device}`;
     model.set("pinned", model.get("pinned").readout ? {} : { label: view.strip, use, readout: view.readout });
     model.save_changes();
   }
@@ -305,8 +305,8 @@ function render({ model, el }) {
       area.remove();
     }
     button.textContent = "Copied";
-    clearTimeout(told);
-    told = setTimeout(() => { button.textContent = name; }, 1200);
+    clearTimeout(timers.get(button)); // one for each button: both may say so at once
+    timers.set(button, setTimeout(() => { button.textContent = name; }, 1200));
   }
 }
 
