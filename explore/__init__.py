@@ -28,9 +28,16 @@ if TYPE_CHECKING:
     from explore.interop import to_hf as to_hf
     from explore.model import LanguageModel as LanguageModel
     from explore.model import ModelConfig as ModelConfig
+    from explore.model import generate as generate
+    from explore.ops import quantize as quantize
     from explore.presets import preset as preset
+    from explore.study import load_sweep as load_sweep
+    from explore.study import run_sweep as run_sweep
+    from explore.table import load_metrics as load_metrics
     from explore.table import load_runs as load_runs
     from explore.train import fit as fit
+    from explore.train import load as load
+    from explore.workbench import Workbench as Workbench
 
 choose_waiting()  # before anything below loads torch
 
@@ -41,22 +48,32 @@ _HOMES = {
     "explore.figures": ("plot_frontier",),
     "explore.frontier": ("pareto_front",),
     "explore.interop": ("from_hf", "to_hf"),
-    "explore.model": ("LanguageModel", "ModelConfig"),
+    "explore.model": ("LanguageModel", "ModelConfig", "generate"),
+    "explore.ops": ("quantize",),
     "explore.presets": ("preset",),
-    "explore.table": ("load_runs",),
-    "explore.train": ("fit",),
+    "explore.study": ("load_sweep", "run_sweep"),
+    "explore.table": ("load_metrics", "load_runs"),
+    "explore.train": ("fit", "load"),
+    "explore.workbench": ("Workbench",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_PACKAGES = (
+    "blocks", "compress", "cost", "data", "evals", "figures", "frontier", "interop", "kernels", "model", "ops", "plan",
+    "precision", "presets", "quantities", "quantizing", "roofline", "search", "solve", "study", "train", "workbench",
+)  # fmt: skip
+"""Packages that can be used as `explore.NAME` without being imported by name."""
 
 __version__ = version("hybrid-frontier")
 __all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"explore.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'explore' has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, *_PACKAGES]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from explore.blocks.moe import MoEConfig
+from explore.foreign import check_type
 from explore.ops import is_gated
 
 
 def _alpha(standard: MoEConfig, d_model: int, d_latent: int) -> int:
+    check_type(standard, MoEConfig, "standard must be an explore.MoEConfig")
     if standard.d_latent is not None:
         raise ValueError(f"d_latent: a standard MoE is needed, this one has d_latent={standard.d_latent}")
     if d_latent < 1 or d_model % d_latent:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from explore.figures.axes import dress, is_log, log_axis, nothing, span
 from explore.figures.base import RunFigure, text_pt
-from explore.foreign import echo
+from explore.foreign import check_type, echo
 from explore.quantities import EVAL_DATA, quantity
 
 _UNTOLD = {"run": "", "family": "other", "pattern": ""}
@@ -23,6 +23,7 @@ def finished(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     Raises:
         ValueError: a column is missing, x and y are one, or runs on different data would be compared.
     """
+    check_type(table, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
     if x == y:
         raise ValueError(f"y: must be another column than x, got {y!r}")
     if missing := [column for column in ("run", "family", "pattern", x, y) if column not in table]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from explore.foreign import check_type
 from explore.quantities import quantity
 
 Floats = npt.NDArray[np.float64]
@@ -20,6 +21,7 @@ def check_columns(table: pd.DataFrame, columns: Iterable[str]) -> None:
     Raises:
         ValueError: a column is missing.
     """
+    check_type(table, pd.DataFrame, "table must be a table of runs, as explore.load_runs gives it")
     for column in columns:
         if column not in table:
             raise ValueError(f"column {column!r} is not in the table; it has {', '.join(map(str, table.columns))}")

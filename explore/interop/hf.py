@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from explore.foreign import check_type
 from explore.interop.extra import needs_extra
 from explore.interop.names import read_checkpoint, to_theirs
 from explore.interop.nemotron_h import hf_fields, model_config
@@ -34,6 +35,7 @@ def from_hf(source: str | Path | NemotronHForCausalLM) -> LanguageModel:
         from explore.interop.folder import read_hf_folder
 
         return read_hf_folder(Path(source))
+    check_type(source, nn.Module, "source must be a folder, or a model of transformers")
     tensors: Mapping[str, Tensor] = source.state_dict()
     config = model_config(source.config.to_dict(), tensors)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -49,6 +51,7 @@ def to_hf(model: LanguageModel, *, without_mtp: bool = False) -> NemotronHForCau
     Raises:
         ValueError: what nemotron_h cannot express, by name.
     """
+    check_type(model, LanguageModel, "model must be an explore.LanguageModel")
     with needs_extra():
         from transformers import NemotronHForCausalLM
 

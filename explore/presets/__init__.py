@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from explore.files import read_json
-from explore.foreign import echo
+from explore.foreign import check_type, echo
 from explore.model import ModelConfig
 from explore.presets.base import Preset, Published
 from explore.presets.comparators import COMPARATORS
@@ -36,6 +36,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
         ValueError: no such system; the nearest names are given.
     """
+    check_type(name, str, "preset must be the name of a published system")
     if name in PRESETS:
         return _built(name)
     if name.endswith(".json") and is_released(content := read_json(Path(name))):

@@ -7,6 +7,7 @@ from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
 from explore.train.judging import Judge
+from explore.train.loaded import LoadedRun, load
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
 from explore.train.models import evaluate, score
@@ -26,6 +27,7 @@ __all__ = [
     "JointOptimizer",
     "Judge",
     "LitLanguageModel",
+    "LoadedRun",
     "build_optimizer",
     "check_capacity",
     "child_experiment",
@@ -37,6 +39,7 @@ __all__ = [
     "is_writer",
     "keep_compiled",
     "keep_freed_memory",
+    "load",
     "load_model",
     "merge_weights",
     "merge_window",

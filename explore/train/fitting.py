@@ -15,6 +15,7 @@ from explore.checkpoints import LAST, last_whole
 from explore.data import Source
 from explore.experiment import Experiment
 from explore.files import remove_abandoned
+from explore.foreign import check_type
 from explore.ops import paths_in_use
 from explore.runs import RunFolder, run_folder
 from explore.terminal import plain_console
@@ -82,6 +83,7 @@ def fit(
             judge would never be asked; no checkpoint is whole; or (`BusyError`) another process trains this very
             experiment. Nothing is written then.
     """
+    check_type(experiment, Experiment, "experiment must be an explore.Experiment")
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: must be at least 1, got {keep_every}")
     check_parallel(experiment.train, devices, strategy)

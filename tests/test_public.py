@@ -1,0 +1,100 @@
+"""The public names of the package: what is there, `explore.load`, and what wrong types are answered with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import result, tiny, train, write_corpus
+
+import explore
+from explore.interop import save_model_folder
+
+
+def test_everything_that_the_readme_uses_is_in_explore() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    imported = re.findall(r"^from explore import (.+)$", readme, re.MULTILINE)
+    used = {name.strip() for line in imported for name in line.split(",")}
+    used |= set(re.findall(r"(?<![\w/.])explore\.(\w+)(?=[.(])", readme))
+    assert {"Experiment", "fit", "to_hf", "ops"} <= used
+    assert used <= set(dir(explore))
+    assert all(getattr(explore, name) is not None for name in dir(explore))
+
+
+WRONG = {
+    "explore.load(3)": "run must be a folder, or the beginning of a key or name (explore.fit gives a run), got 3",
+    "explore.fit(model)": "experiment must be an explore.Experiment, got a ModelConfig",
+    "explore.plot_frontier('runs')": "runs must be a table, as explore.load_runs gives it, got 'runs'",
+    "explore.pareto_front([1])": "table must be a table of runs, as explore.load_runs gives it, got a list",
+    "explore.load_runs({})": "runs must be a folder that holds runs, got a dict",
+    "explore.preset(model)": "preset must be the name of a published system, got a ModelConfig",
+    "explore.LanguageModel(None)": "config must be an explore.ModelConfig, got None",
+    "explore.to_hf(model)": "model must be an explore.LanguageModel, got a ModelConfig",
+    "explore.from_hf(model)": "source must be a folder, or a model of transformers, got a ModelConfig",
+    "explore.latent_eff(model, 64, 16)": "standard must be an explore.MoEConfig, got a ModelConfig",
+    "explore.Workbench(3)": "pattern must be a pattern, a model, or a run, got 3",
+}
+
+
+def test_a_wrong_type_is_a_sentence() -> None:
+    """In a process without the shape checks of the tests, which would refuse the types first."""
+    program = "import explore\nmodel = explore.preset('nemotron-3-nano')\nfor call in " + repr(list(WRONG)) + ":\n"
+    program += "    try: eval(call)\n    except TypeError as error: print(error)\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == list(WRONG.values())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run of a second, in the folder `runs`."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "text").mkdir()
+    train(tiny(write_corpus(place / "text"), "M*", name="first"), place / "runs")
+    return place
+
+
+def test_a_run_is_opened_by_its_name_its_key_or_its_folder(place: Path) -> None:
+    (folder,) = (each for each in (place / "runs").iterdir() if (each / "result.json").exists())
+    run = explore.load("first", place / "runs")
+    for other in (folder, explore.load(folder).folder, run.folder.key):
+        assert explore.load(other, place / "runs").path == folder
+    assert run.experiment == run.folder.load_experiment()
+    assert run.config == run.model.config
+    assert run.result == result(run.folder)
+    assert len(run.metrics) == 20
+    assert repr(run) == f"LoadedRun({folder}, finished, val_bpb {run.result['val_bpb']:.4f})"
+    assert "<polyline" in run._repr_html_()
+
+
+def test_an_opened_run_measures_what_its_record_says_and_other_texts(place: Path) -> None:
+    run = explore.load("first", place / "runs")
+    scores = run.evaluate(str(place / "text"))
+    recorded = {name: run.result[name] for name in ("val_loss", "val_bpb", "test_loss", "test_bpb")}
+    assert {name: scores[name] for name in recorded} == pytest.approx(recorded, rel=1e-5)
+    assert scores["text_bpb"] == pytest.approx(scores["test_bpb"])  # its own text by another name
+
+
+def test_an_opened_run_writes(place: Path) -> None:
+    run = explore.load("first", place / "runs")
+    text = run.generate("train 1 ", 12, temperature=0)
+    assert text.startswith("train 1 ")
+    assert text == run.generate("train 1 ", 12, temperature=0)
+    assert run.generate("train 1 ", 12, seed=1) != run.generate("train 1 ", 12, seed=2)
+    with pytest.raises(ValueError, match="temperature must be 0 or more, got -1"):
+        run.generate("train", temperature=-1)
+
+
+def test_an_imported_model_is_opened_and_says_what_it_lacks(place: Path) -> None:
+    run = explore.load("first", place / "runs")
+    folder = place / "imported"
+    save_model_folder(run.model, folder)
+    imported = explore.load(folder)
+    assert imported.config == run.config
+    assert repr(imported) == f"LoadedRun({folder}, imported)"
+    with pytest.raises(ValueError, match="must be a run for this, got an imported model"):
+        imported.evaluate()
+    with pytest.raises(ValueError, match="must be a run folder"):
+        explore.load(place)
