@@ -255,7 +255,7 @@ def folder_slug(name: str) -> str:
 
 
 def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
-    """The run that a path, the name of a run folder, or the first characters of a key stand for.
+    """The run that a path, the name of a run folder, or the start of a name or key stand for.
 
     Args:
         name: a folder that exists is taken as it is. Else the last part is looked up in the folder before it, or below
@@ -277,13 +277,15 @@ def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
     where = _place(path, root)
     see = "explore runs" if where == Path(RUNS) else f"explore runs --runs {where}"
     raise ValueError(
-        f"run must be a run folder, or the first {PREFIX} or more characters of the key of a run in {str(where)!r}, "
-        f"got {echo(str(name))}; see `{see}`"
+        f"run must be a run folder, the start of its name, or at least {PREFIX} characters of its key, in "
+        f"{str(where)!r}, got {echo(str(name))}; see `{see}`"
     )
 
 
 def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
-    """The runs below `root` whose folder has this name, or whose key begins with it, at least four characters of one.
+    """The runs below `root` whose folder has this name, else those whose name or key begins with it.
+
+    A key needs at least four characters of it.
 
     Args:
         name: a name or a part of a key; the folder before it, where there is one, stands for `root`.
@@ -293,7 +295,10 @@ def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
     is_key = re.fullmatch(rf"[0-9a-f]{{{PREFIX},64}}", text) is not None
     if not where.is_file() and not (where.is_dir() and any(walk_runs(where))):
         return []
-    return [run for run in find_runs(where) if run.path.name == text or (is_key and (run.key or "").startswith(text))]
+    found = find_runs(where) if text else []
+    return [run for run in found if run.path.name == text] or [
+        run for run in found if run.path.name.startswith(text) or (is_key and (run.key or "").startswith(text))
+    ]
 
 
 def _place(name: str | Path, root: str | Path) -> Path:

@@ -197,7 +197,7 @@ def test_a_run_is_found_by_its_folder_its_name_and_the_first_characters_of_its_k
     run = make_run(tmp_path / "runs" / "study")
     other = make_run(tmp_path / "runs" / "study", "other", "0123ffff" + KEY[8:])
     monkeypatch.chdir(tmp_path)
-    for name in (run, "run-01234567", "012345", KEY, "runs/study/01234", "runs/0123456"):
+    for name in (run, "run-01234567", "run-0", "012345", KEY, "runs/study/01234", "runs/0123456"):
         assert resolve_run(name).path.resolve() == run
     assert resolve_run("0123f", tmp_path / "runs").path == other
 
@@ -215,7 +215,7 @@ def test_a_prefix_of_no_run_or_of_several_is_refused_in_one_line(tmp_path, monke
     with pytest.raises(ValueError, match=r"run '0123' stands for 2 runs: runs/other-0123ffff, runs/run-01234567; give"):
         resolve_run("0123")
     for missing in ("012", "fedc", "nowhere/0123"):
-        with pytest.raises(ValueError, match=f"run must be a run folder, or the first 4 or more.*got '{missing}'; "):
+        with pytest.raises(ValueError, match=f"run must be a run folder, the start of its name.*got '{missing}'; "):
             resolve_run(missing)
 
 

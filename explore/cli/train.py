@@ -89,7 +89,7 @@ def _show_plan(
     folder = run_folder(runs, experiment.name, key)
     needed = needs(experiment, recompute=recompute, copies=devices if strategy != "fsdp" else 1)
     row = expected_row(experiment)
-    record = {"run": str(folder.path), "key": key, "status": folder.status if folder.key else "new"}
+    record: dict[str, Any] = {"run": str(folder.path), "key": key, "status": folder.status if folder.key else "new"}
     record |= {name: row[name] for name in PLANNED if name in row}
     record |= {"tokens": experiment.n_steps * experiment.batch_tokens, "needed_bytes": needed.total}
     if as_json:

@@ -39,7 +39,7 @@ def load(run: str | Path | RunFolder, runs: str | Path = "runs") -> LoadedRun:
     if isinstance(run, RunFolder):
         return LoadedRun(run.path)
     check_type(run, (str, Path), "run must be a folder, or the beginning of a key or name (explore.fit gives a run)")
-    return LoadedRun(resolve_run(run, runs))
+    return LoadedRun(resolve_run(run, runs).path)
 
 
 class LoadedRun:

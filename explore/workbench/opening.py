@@ -66,7 +66,7 @@ def _model_of(given: Any, runs: str | Path) -> ModelConfig | None:
             folder = RunFolder(Path(given))
             return folder.load_experiment().model if given and folder.text("experiment.json") is not None else None
         case Mapping() | pd.Series() if isinstance(given.get("run"), str):
-            return RunFolder(resolve_run(given["run"], runs)).load_experiment().model
+            return resolve_run(given["run"], runs).load_experiment().model
     check_type(given, (), "pattern must be a pattern, a model, or a run")
     return None
 
