@@ -145,6 +145,16 @@ def copy_whole(source: Path, path: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+def safe_name(name: str) -> str:
+    """The name of an experiment in characters that are safe in a path; different patterns stay different.
+
+    The letter `*` of attention becomes `a`, which is no letter of a pattern in capitals, and `/` becomes `_`.
+    """
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name.translate({ord("*"): "a", ord("/"): "_", ord("|"): ""}))
+    slug = slug[:128].lstrip(".")
+    return re.sub(r"^-", "_", slug) if slug.strip("-._") else "run"
+
+
 def exists(path: Path) -> bool:
     """Whether there is anything at a path that a person typed, which may be too long or lead where none may look."""
     try:

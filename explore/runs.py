@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pyarrow.lib import ArrowException
 
-from explore.files import replacing
+from explore.files import replacing, safe_name, try_lock
 from explore.foreign import check_type, echo, parse_json
 from explore.quantities import headlines, read
 
@@ -45,11 +46,11 @@ PILOTS = "pilots"
 RUNS = "runs"
 """Folder of runs where no other is named."""
 
+LOCK = "lock"
+"""File of a run folder that the process which trains it holds."""
+
 PREFIX = 4
 """Fewest characters of a key that stand for a run."""
-
-NAME_CHARS = 128
-"""Longest part of a folder's name that comes from the name of an experiment."""
 
 FILES = (
     "experiment.json",
@@ -236,22 +237,12 @@ def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
     """
     if (existing := find_run(root, key)) is not None:
         return existing
-    slug = folder_slug(name)
+    slug = safe_name(name)
     number, path = 1, Path(root) / f"{slug}-{key[:8]}"
     while path.exists() and ((taken := RunFolder(path)).key is not None or (path / "result.json").exists()):
         number += 1
         path = taken.path.with_name(f"{slug}-{number}-{key[:8]}")
     return RunFolder(path)
-
-
-def folder_slug(name: str) -> str:
-    """The name of an experiment in characters that are safe in a path; different patterns stay different.
-
-    The letter `*` of attention becomes `a`, which is no letter of a pattern in capitals, and `/` becomes `_`.
-    """
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name.translate({ord("*"): "a", ord("/"): "_", ord("|"): ""}))
-    slug = slug[:NAME_CHARS].lstrip(".")
-    return re.sub(r"^-", "_", slug) if slug.strip("-._") else "run"
 
 
 def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
@@ -304,6 +295,21 @@ def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
 def _place(name: str | Path, root: str | Path) -> Path:
     """Where a run with this name is looked up."""
     return Path(root) if Path(name).parent == Path() else Path(name).parent
+
+
+def remove_run(run: RunFolder) -> None:
+    """Deletes the folder of a run, its checkpoints too.
+
+    Raises:
+        ValueError: the run is in a table of records, or another process is training it.
+    """
+    if run.packed is not None:
+        raise ValueError(f"{run.path}: is a row of a table of records, and only a folder can be removed")
+    with (run.path / LOCK).open("w") as lock:
+        if not try_lock(lock.fileno()):
+            raise ValueError(f"{run.path}: another process is training this run; end it first")
+        (run.path / "experiment.json").unlink()  # without it, a folder that is half deleted is no run
+        shutil.rmtree(run.path)
 
 
 def find_runs(*roots: str | Path) -> list[RunFolder]:

@@ -55,6 +55,31 @@ def expected_row(experiment: Experiment) -> dict[str, Any]:
     return {name: value for name, value in read(records).items() if value is not None}
 
 
+def settings(experiment: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The fields of an experiment, by their paths as `--set` takes them; patterns without layers have no blocks."""
+    found: dict[str, Any] = {}
+    for name, value in experiment.items():
+        where = f"{path}.{name}" if path else str(name)
+        if isinstance(value, Mapping) and value:
+            found |= settings(value, where)
+        else:
+            found[where] = value
+    return found
+
+
+def differing(experiments: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The settings in which experiments differ: a row a field, a column an experiment, None where it has no such field.
+
+    Args:
+        experiments: as `experiment.json` holds them, by name.
+    """
+    flat = {name: settings(experiment) for name, experiment in experiments.items()}
+    fields = dict.fromkeys(field for each in flat.values() for field in each if field != "name")
+    rows = {field: [each.get(field) for each in flat.values()] for field in fields}
+    differ = {field: values for field, values in rows.items() if any(value != values[0] for value in values)}
+    return pd.DataFrame.from_dict(differ, orient="index", columns=list(flat), dtype=object)
+
+
 def load_pairs(*roots: str | Path) -> pd.DataFrame:
     """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +33,20 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def bars(values: Sequence[float], height: int = 1) -> list[str]:
+    """A curve as bars of text, one column a value: the lowest value is the lowest bar, the highest fills all rows.
+
+    Args:
+        height: rows, the first above; each has eight steps.
+    """
+    low, high = min(values), max(values)
+    steps = [1 + round((value - low) / ((high - low) or 1) * (8 * height - 1)) for value in values]
+    return ["".join(BARS[min(max(step - 8 * row, 0), 8)] for step in steps) for row in reversed(range(height))]
 
 
 class NotebookOutput:

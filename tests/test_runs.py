@@ -9,51 +9,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from written_runs import KEY, RESULT, make_run
 
 from explore import runs as runs_module
+from explore.files import safe_name
 from explore.quantities import columns
 from explore.records import pack_runs
-from explore.runs import RunFolder, find_run, find_runs, folder_slug, resolve_run, run_folder, write_json
+from explore.runs import RunFolder, find_run, find_runs, resolve_run, run_folder, write_json
 from explore.table import load_metrics, load_runs, save_table
 
 ROOT = Path(__file__).parents[1]
-KEY = "0123456789abcdef" * 4
-
 NAMES = [each.name for each in columns()]
-RESULT = {
-    "status": "finished", "reason": None, "step": 400, "tokens": 819200, "flops_run": 1.2e13, "val_bpb": 2.31,
-    "val_loss": 5.1, "test_bpb": 2.29, "recall": None, "train_s": 21.0, "tokens_per_s": 39000.0, "max_violation": 0.4,
-    "finished_at": "2026-01-02T03:04:05+00:00",
-}  # fmt: skip
-COST = {
-    "family": "hybrid LatentMoE", "params_total": 900_000, "params_active": 400_000, "flops_fwd": 4.9e6,
-    "flops_train": 1.47e7, "kv_bytes_per_token": 512, "ssm_state_bytes": 65536.0, "ledger": [],
-}  # fmt: skip
-
-
-def experiment(key=KEY, pattern="ME|M*E/*E", **train):
-    blocks = {
-        "M": {"kind": "mamba2"},
-        "*": {"kind": "attention"},
-        "E": {"kind": "moe", "n_experts": 16, "top_k": 2, "d_latent": 32},
-        "A": {"kind": "moe", "n_experts": 4, "top_k": 1, "d_latent": None},
-    }
-    model = {"d_model": 128, "vocab_size": 256, "pattern": pattern, "blocks": blocks}
-    data = {"kind": "text", "corpus": "austen", "seq_len": 128}
-    train = {"lr": 1e-3, "precision": "bf16", "tokens": 819_200, "flops": None, "batch_size": 16, **train}
-    return {"key": key, "experiment": {"name": "a name", "model": model, "data": data, "train": train, "seed": 3}}
-
-
-def make_run(root, name="run", key=KEY, result=RESULT, **parts):
-    path = root / f"{name}-{key[:8]}"
-    write_json(path / "experiment.json", experiment(key, **parts))
-    write_json(path / "cost.json", COST)
-    write_json(path / "trial.json", {"tuned": True})
-    write_json(path / "environment.json", {"commit": "c0ffee", "device": "cpu", "versions": {}, "data": {}})
-    (path / "metrics.csv").write_text("step,tokens,val_bpb\n100,1000,3.0\n200,2000,2.5\n")
-    if result is not None:
-        write_json(path / "result.json", result)
-    return path
 
 
 def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
@@ -187,10 +153,10 @@ def test_a_new_folder_is_named_in_safe_characters_and_not_made(tmp_path):
 
 def test_folders_of_different_patterns_have_different_names():
     patterns = ["".join(letters) for n in range(1, 6) for letters in product("M*-E", repeat=n)]
-    names = [folder_slug(f"{pattern}-d128") for pattern in patterns] + [folder_slug("ME/M*"), folder_slug("MEM*")]
+    names = [safe_name(f"{pattern}-d128") for pattern in patterns] + [safe_name("ME/M*"), safe_name("MEM*")]
     assert len(set(names)) == len(names)
-    assert folder_slug("*-*-*-") == "a-a-a-"
-    assert folder_slug("ME*EME") == "MEaEME"
+    assert safe_name("*-*-*-") == "a-a-a-"
+    assert safe_name("ME*EME") == "MEaEME"
 
 
 def test_a_run_is_found_by_its_folder_its_name_and_the_first_characters_of_its_key(tmp_path, monkeypatch):

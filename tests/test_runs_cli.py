@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import pytest
 from command_line import run
 from small_runs import result, tiny, train, write_corpus
 from typer.main import get_command
+from written_runs import make_run
 
 from explore.cli import app
-from explore.runs import RunFolder
+from explore.runs import RunFolder, find_runs, write_json
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_RUN = {
@@ -100,3 +103,69 @@ def test_a_finished_run_says_that_it_is_finished_already_and_what_it_reached(
     code, out, _ = run(capsys, monkeypatch, "train", str(trained.key)[:8])
     assert code == 0
     assert out.startswith(f"{trained.path}: already finished: val_bpb {result(trained)['val_bpb']:.4f}")
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three runs that nobody trained, in `runs` below the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, key in (("ME-d64", "aaaa0000"), ("ME-d128", "aaaa1111"), ("MaE-d64", "bbbb2222")):
+        make_run(tmp_path / "runs" / "study", name, key * 8)
+    return tmp_path / "runs" / "study"
+
+
+def test_runs_are_listed_and_found_by_name_and_by_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written: Path
+) -> None:
+    def listed(*args: str) -> list[str]:
+        return [Path(each["path"]).name for each in json.loads(run(capsys, monkeypatch, "runs", *args, "--json")[1])]
+
+    assert listed() == ["ME-d128-aaaa1111", "ME-d64-aaaa0000", "MaE-d64-bbbb2222"]
+    assert listed("d64") == ["ME-d64-aaaa0000", "MaE-d64-bbbb2222"]
+    assert listed("aaaa") == ["ME-d128-aaaa1111", "ME-d64-aaaa0000"]
+    out = run(capsys, monkeypatch, "runs")[1]
+    assert "3 runs" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, err = run(capsys, monkeypatch, "runs", "nothing")
+    assert (code, out) == (2, "")
+    assert "of one of 3 runs, got 'nothing'" in err
+
+
+def test_one_run_is_shown_with_its_settings_results_and_curve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written: Path
+) -> None:
+    shown = json.loads(run(capsys, monkeypatch, "runs", "bbbb", "--json")[1])
+    assert shown["settings"]["model.blocks.E.n_experts"] == 16
+    assert (shown["row"]["val_bpb"], shown["metrics"]["val_bpb"]) == (2.31, [3.0, 2.5])
+    out = run(capsys, monkeypatch, "runs", "bbbb")[1]
+    assert "model.blocks.E.n_experts" in out
+    assert "2.3100" in out
+    assert "3.000 █ \n" in out
+    assert "2.500 █▁\n" in out
+
+
+def test_a_run_is_removed_after_a_question(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    assert run(capsys, monkeypatch, "runs", "bbbb", "--remove")[0] == 1
+    assert (written / "MaE-d64-bbbb2222").is_dir()
+    assert run(capsys, monkeypatch, "runs", "bbbb", "--remove", "--yes")[0] == 0
+    assert [run.path.name for run in find_runs("runs")] == ["ME-d128-aaaa1111", "ME-d64-aaaa0000"]
+    code, _, err = run(capsys, monkeypatch, "runs", "aaaa", "--remove", "--yes")
+    assert (code, len(find_runs("runs"))) == (2, 2)
+    assert "TEXT must stand for one run with --remove, got 'aaaa', which fits 2" in err
+
+
+def test_a_run_in_use_is_not_removed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written: Path
+) -> None:
+    with (written / "MaE-d64-bbbb2222" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, err = run(capsys, monkeypatch, "runs", "bbbb", "--remove", "--yes")
+    assert (code, "another process is training this run" in err) == (2, True)
+    child = make_run(written, "child", "cccc" * 16)
+    write_json(child / "quantized.json", {"parent": {"run": "MaE-d64-bbbb2222"}})
+    code, _, err = run(capsys, monkeypatch, "runs", "bbbb", "--remove", "--yes")
+    assert (code, "child-cccccccc may need its weights" in err) == (2, True)
+    assert RunFolder(written / "MaE-d64-bbbb2222").is_finished

@@ -12,6 +12,7 @@ from explore.cli import (
     distil,
     table,
     plot,
+    runs,
     sweep,
     proxy,
     watch,

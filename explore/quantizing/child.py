@@ -30,7 +30,7 @@ from explore.quantizing.sensitivities import (
     record_of,
     with_high,
 )
-from explore.runs import RunFolder, run_folder, write_json
+from explore.runs import LOCK, RunFolder, run_folder, write_json
 from explore.train import score
 from explore.train.environment import environment
 from explore.weights import weights_digest
@@ -89,7 +89,7 @@ def quantize_run(
     if request.calibration_tokens > most:
         raise ValueError(f"calibration_tokens must be at most {most}, got {request.calibration_tokens}")
     folder.path.mkdir(parents=True, exist_ok=True)
-    with held(folder.path / "lock", lambda: report("another process makes this child")):
+    with held(folder.path / LOCK, lambda: report("another process makes this child")):
         if not folder.is_finished:
             about = {"run": parent.path.resolve().name, "key": parent.key, "digest": digest}
             content = experiment.model_dump(mode="json") | {"name": f"{experiment.name}-{name}"}

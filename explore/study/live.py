@@ -18,9 +18,8 @@ from explore.quantities import Quantity, headlines, quantity
 from explore.study.lease import is_left, is_rejected
 from explore.study.storage import objectives_of
 from explore.table import cell, model_label
-from explore.terminal import NotebookOutput
+from explore.terminal import NotebookOutput, bars
 
-SPARKS = "▁▂▃▄▅▆▇█"
 NAMES = ("trial", "model", "pattern")
 """Headers of the columns that say which trial it is."""
 NOTEBOOK_ROWS = 40
@@ -163,10 +162,7 @@ class SweepTable:
 
 def sparkline(values: list[float]) -> str:
     """A curve in one line of text, the highest value as the highest bar."""
-    if len(values) < 2:
-        return ""
-    low, high = min(values), max(values)
-    return "".join(SPARKS[round((value - low) / ((high - low) or 1) * (len(SPARKS) - 1))] for value in values)
+    return bars(values)[0] if len(values) > 1 else ""
 
 
 def _state(trial: FrozenTrial) -> str:

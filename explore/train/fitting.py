@@ -17,7 +17,7 @@ from explore.experiment import Experiment
 from explore.files import remove_abandoned
 from explore.foreign import check_type
 from explore.ops import paths_in_use
-from explore.runs import RunFolder, run_folder
+from explore.runs import LOCK, RunFolder, run_folder
 from explore.terminal import plain_console
 from explore.threads import n_cores, use_free_cores
 from explore.train.callbacks import say
@@ -182,7 +182,7 @@ def _compiled(
 def _locked(path: Path) -> Iterator[None]:
     """Holds a run folder against other processes; the lock goes with the process, however it ends."""
     path.mkdir(parents=True, exist_ok=True)
-    with (path / "lock").open("w") as file:
+    with (path / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
