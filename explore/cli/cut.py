@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +10,8 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.opening import Run
+from explore.cli.cut_tables import ranges, show_published_cut
+from explore.cli.opening import OR_KEY, run_path
 from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype, whole_count
 from explore.formatting import read_count
 
@@ -27,7 +27,9 @@ SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
     epilog="Example: explore cut runs/my-run-0123abcd --target params_active=1M --free d_model --free depth",
 )
 def cut(
-    run: Run,
+    parent: Annotated[
+        str, typer.Argument(metavar="RUN", help=f"A finished {OR_KEY[2:]}; a preset with --like or --published.")
+    ],
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="SIZE=N", help="d_model=96, d_ff=256, M.n_heads=4 or 3.d_ff=64 (layer 3); repeatable."),
@@ -37,6 +39,13 @@ def cut(
         list[int] | None, typer.Option(metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
     ] = None,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave out multi-token prediction.")] = False,
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Cut to the sizes of this model: a preset, a run, or a model in JSON."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Print what was searched to compress this preset; write nothing.")
+    ] = False,
     target: Annotated[
         list[str] | None,
         typer.Option(metavar="BUDGET=VALUE", help="Search for children that cost this, e.g. params_active=1.5M."),
@@ -81,20 +90,33 @@ def cut(
         Path | None, typer.Option("--out", help="Where to write the plan; in the run when absent.")
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print what is cut; write nothing.")] = False,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw what --like keeps of each layer here, as PNG and SVG.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Cut a trained run into a smaller model: write the plan, and score the child before any training.
 
-    Give the child's sizes (--keep, --drop-layers, --drop-layer), or budgets and what may change (--target, --free).
+    Give the child's sizes (--keep, --drop-layers, --drop-layer), those of another model (--like), or budgets and what
+    may change (--target, --free).
     A search lists every child within the tolerance, scores some of them, and saves the best.
     """
     from explore.compress import Cutter, Scores
     from explore.compress.measures import Setting
     from explore.compress.zero_shot import Validation
     from explore.cost import Dtypes
+    from explore.presets import PRESETS
 
-    if (target or free) and (keep or drop_layers or drop_layer):
-        raise ValueError("--target, --free: must not be combined with --keep, --drop-layers or --drop-layer")
+    if (target or free) and (keep or drop_layers or drop_layer or like):
+        raise ValueError("--target, --free: must not be combined with --keep, --drop-layers, --drop-layer or --like")
+    if like is not None and (keep or drop_layers or drop_layer):
+        raise ValueError("--like: must not be combined with --keep, --drop-layers or --drop-layer")
+    if published or (parent in PRESETS and not Path(parent).exists()):
+        show_published_cut(parent, like, published, figure, as_json)
+        return
+    run = run_path(parent)
+    if figure is not None and like is None:
+        raise ValueError("--figure: must come with --like, the model to draw")
     if drop_layers and drop_layer:
         raise ValueError("--drop-layers: must not be combined with --drop-layer")
     sizes = dict(_pair("--keep", text) for text in keep or [])
@@ -119,6 +141,8 @@ def cut(
         n_candidates = len(found)
         ranked = validation.rank(cutter, spread(found, score_at_most), drop_mtp=drop_mtp)[:best]
         plan = ranked[0].plan
+    elif like is not None:
+        plan = _like(cutter, like, figure, run.resolve().name, drop_mtp=drop_mtp)
     else:
         drop: int | list[int] = drop_layer or drop_layers
         plan = cutter.plan({name: int(n) for name, n in sizes.items()}, drop, drop_mtp=drop_mtp)
@@ -132,6 +156,20 @@ def cut(
         print(json.dumps(record, indent=2))
         return
     _print(record)
+
+
+def _like(cutter: Cutter, like: str, figure: Path | None, run: str, *, drop_mtp: bool) -> Plan:
+    """The plan that cuts a parent to the sizes of another model, which is drawn where that is asked for."""
+    from explore.cli.models import load_model
+    from explore.compress.alignment import align
+
+    alignment = align(cutter.model, load_model(like))
+    plan = cutter.plan(alignment.sizes(), alignment.dropped, drop_mtp=drop_mtp)
+    if figure is not None:
+        from explore.figures import plot_cut, save_figure
+
+        save_figure(plot_cut(alignment, run, Path(like).name), figure)
+    return plan
 
 
 def _save(plan: Plan, run: Path, output: Path | None) -> Path:
@@ -221,13 +259,6 @@ def _show(plan: Plan) -> None:
         out.print("multi-token prediction: left out", highlight=False)
     child = plan.model()
     out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
-
-
-def ranges(indices: list[int]) -> str:
-    """Rising numbers as ranges, `0-3 7 9-10`."""
-    runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
-    ends = ((run[0][1], run[-1][1]) for run in runs)
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def _pair(option: str, text: str) -> tuple[str, float]:

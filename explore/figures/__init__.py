@@ -16,6 +16,7 @@ from explore.figures.bits import bits_table, draw_bits, plot_bits
 from explore.figures.conventions import conventions_table, draw_conventions, plot_conventions
 from explore.figures.cost import RECEIPTS, draw_receipts, group_colors, plot_receipts, receipts_table
 from explore.figures.curves import curves_table, draw_curves, plot_curves
+from explore.figures.cuts import cut_table, draw_cut, plot_cut
 from explore.figures.decoding import (
     draw_latency,
     draw_state,
@@ -45,10 +46,12 @@ __all__ = [
     "bits_table",
     "conventions_table",
     "curves_table",
+    "cut_table",
     "draw_bits",
     "draw_comparisons",
     "draw_conventions",
     "draw_curves",
+    "draw_cut",
     "draw_frontier",
     "draw_latency",
     "draw_laws",
@@ -71,6 +74,7 @@ __all__ = [
     "plot_bits",
     "plot_conventions",
     "plot_curves",
+    "plot_cut",
     "plot_frontier",
     "plot_latency",
     "plot_plans",

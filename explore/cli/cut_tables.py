@@ -1,0 +1,214 @@
+"""Tables of what a child keeps of another model's layers, and of published searches, in a terminal."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from explore.cli.app import out
+from explore.formatting import count, flops
+
+if TYPE_CHECKING:
+    from explore.compress.alignment import Alignment
+    from explore.compress.published import BlockSearch, BudgetSearch
+
+WIDTH = 100
+"""Largest number of characters of a line of prose."""
+
+
+def show_published_cut(parent: str, like: str | None, published: bool, figure: Path | None, as_json: bool) -> None:
+    """What a preset keeps of another one, or what was searched in print to find such a child.
+
+    Raises:
+        ValueError: neither is asked for, or a figure of a search.
+    """
+    from explore.cli.models import load_model
+    from explore.compress.alignment import align
+    from explore.compress.published import BlockSearch
+    from explore.compress.published import published as search_of
+    from explore.presets import preset
+
+    if like is not None:
+        _show_alignment(align(preset(parent), load_model(like)), parent, Path(like).name, figure, as_json)
+        return
+    if not published:
+        raise ValueError(f"{parent}: has no weights to cut; add --like MODEL to show a cut, or --published the search")
+    if figure is not None:
+        raise ValueError("--figure: must come with --like, the model to draw")
+    search = search_of(parent)
+    if isinstance(search, BlockSearch):
+        _show_blocks(search, as_json)
+    else:
+        _show_budget(search, as_json)
+
+
+def _show_alignment(alignment: Alignment, parent: str, child: str, figure: Path | None, as_json: bool) -> None:
+    if figure is not None:
+        from explore.figures import plot_cut, save_figure
+
+        save_figure(plot_cut(alignment, parent, child), figure)
+    params = {
+        name: model.cost(1).params_total for name, model in ((parent, alignment.parent), (child, alignment.child))
+    }
+    if as_json:
+        layers = [
+            {
+                "layer": part.layer,
+                "kind": part.block.kind,
+                "treatment": part.treatment,
+                "sizes": {name: new for name, (_, new) in part.changes.items()},
+                "share": part.share,
+                "kept_in": part.kept_in,
+            }
+            for part in alignment.parts
+        ]
+        fused = [block.model_dump(mode="json") for block in alignment.fused]
+        d_model = {parent: alignment.parent.d_model, child: alignment.child.d_model}
+        record = {"d_model": d_model, "params_total": params, "ways": alignment.ways, "layers": layers, "fused": fused}
+        print(json.dumps(record, indent=2))
+        return
+    width = (alignment.parent.d_model, alignment.child.d_model)
+    changed = "d_model is kept" if width[0] == width[1] else f"d_model {width[0]} -> {width[1]}"
+    _say(f"{child} as a cut of {parent}: {' -> '.join(count(n) for n in params.values())} parameters, {changed}")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("kind", "what becomes of it", "layers", "parameters kept", "which of its kind, from 0"):
+        table.add_column(name, justify="right" if name in ("layers", "parameters kept") else "left")
+    treatments: dict[tuple[str, str, float], list[int]] = {}
+    for part in alignment.parts:
+        treatments.setdefault((part.block.kind, part.treatment, part.share), []).append(part.nth)
+    kinds = list(dict.fromkeys(kind for kind, _, _ in treatments))
+    for kind, treatment, share in sorted(treatments, key=lambda each: (kinds.index(each[0]), -each[2])):
+        nth = treatments[kind, treatment, share]
+        table.add_row(kind, treatment, str(len(nth)), f"{share:.1%}", ranges(nth))
+    out.print(table, highlight=False)
+    if alignment.fused:
+        widths = ", ".join(f"{value:,}" for block in alignment.fused for value in _sizes(block))
+        _say(f"The fused layers became {len(alignment.fused)} wider ones: {widths}.")
+    if alignment.ways is not None and alignment.ways > 1:
+        n_open = sum(part.is_open for part in alignment.parts)
+        _say(
+            f"{alignment.ways:,} choices of layers give this pattern, and the earliest is shown. It is open for "
+            f"{n_open} layers whether they were kept: only the weights could say."
+        )
+
+
+def _show_budget(search: BudgetSearch, as_json: bool) -> None:
+    standing = search.standing()
+    dtypes = {
+        name: {each: search.memory_gib(each, setting) for each in (search.child, search.parent)}
+        for name, setting in search.settings.items()
+    }
+    stages = {} if not search.depths else {"depth": search.depths_table(), "width": search.widths_table()}
+    if as_json:
+        tables = {name: table.to_dict("records") for name, table in stages.items()}
+        about = {"parent": search.parent, "child": search.child, "source": search.source, "printed": search.printed}
+        print(
+            json.dumps({**about, "budget_gib": search.budget_gib, **standing, "memory_gib": dtypes, **tables}, indent=2)
+        )
+        return
+    setting = search.setting
+    _say(f"{search.parent} to {search.child}, {search.source}")
+    _say(
+        f"Budget: {search.budget_gib:g} GiB of weights and of the state of one sequence of {setting.context:,} tokens. "
+        f"{search.printed}"
+    )
+    table = Table("dtypes", "child", "parent", "within", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name, each in dtypes.items():
+        inside = [who for who, gib in zip(("child", "parent"), each.values(), strict=True) if gib <= search.budget_gib]
+        table.add_row(name, *(f"{gib:.2f} GiB" for gib in each.values()), ", ".join(inside) or "neither")
+    out.print(table, highlight=False)
+    _say(
+        f"Of {standing['n']:,} children, {standing['n_within']:,} need at most {search.budget_gib:g} GiB "
+        f"({next(iter(search.settings))}). {search.child} is "
+        f"{'one of them' if standing['child_within'] else 'not one of them'}, and {search.parent} "
+        f"{'fits too' if standing['parent_within'] else 'does not fit'}. {standing['n_less']:,} use less memory than "
+        f"{search.child}, {standing['n_more']:,} more; {standing['n_larger']:,} of those are smaller in nothing."
+    )
+    if not stages:
+        return
+    depth, width = stages["depth"], stages["width"]
+    _say(f"FLOPs and the roofline's time on one {setting.device} are those of decoding one token at this context.")
+    table = _measures("Stage 1: depth, at the parent's widths and the child's attention layers", "layers", "splits")
+    for layers, rows in depth.groupby("layers"):
+        table.add_row(str(layers), str(len(rows)), *_spans(rows), "yes" if rows["within"].any() else "no")
+    out.print(table, highlight=False)
+    names = [name.rpartition(".")[2] for name in search.widths]
+    layers = int(width["layers"].iloc[0])
+    title = f"Stage 2: width, at {layers} layers; the largest {names[-1]} within the budget"
+    table = _measures(title, *names)
+    for _, rows in width.groupby(width.index):
+        released = ", released" if rows["released"].any() else ""
+        table.add_row(*(str(int(rows[name].iloc[0])) for name in names), *_spans(rows), f"yes{released}")
+    out.print(table, highlight=False)
+
+
+def _measures(title: str, *names: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in (*names, "parameters", "GiB", "FLOPs", "step, ms", "within"):
+        table.add_column(name, justify="left" if name == "within" else "right")
+    return table
+
+
+def _spans(rows: Any) -> list[str]:
+    """The smallest and the largest of each measure."""
+    texts: dict[str, Callable[[float], str]] = {
+        "params_total": count,
+        "memory_gib": "{:.2f}".format,
+        "flops_decode": flops,
+        "decode_s": lambda value: f"{1e3 * value:.1f}",
+    }
+    ends = {
+        name: dict.fromkeys([text(float(rows[name].min())), text(float(rows[name].max()))])
+        for name, text in texts.items()
+    }
+    return [" to ".join(each) for each in ends.values()]
+
+
+def _show_blocks(search: BlockSearch, as_json: bool) -> None:
+    blocks = search.blocks()
+    size = {"choices": search.n_choices, "blocks": search.n_blocks, "log10_size": search.log10_size}
+    if as_json:
+        about = {"parent": search.parent, "child": search.child, "source": search.source}
+        print(json.dumps({**about, **size, "released": blocks.to_dict("records")}, indent=2))
+        return
+    widths = ", ".join(f"{width:.0%}" for width in search.widths)
+    _say(f"{search.parent} to {search.child}, {search.source}")
+    _say(
+        f"Choices for a block: {len(search.attention)} for attention ({', '.join(search.attention)}) times "
+        f"{len(search.widths) + len(search.others)} for the feed-forward layer "
+        f"({widths}, {', '.join(search.others)}) = {search.n_choices}. For {search.n_blocks} blocks that is "
+        f"{search.n_choices}^{search.n_blocks}, about 10^{search.log10_size:.0f} models."
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("attention", "d_ff", "of the parent's", "printed choice", "blocks", "which, from 0"):
+        table.add_column(name, justify="right" if name in ("d_ff", "of the parent's", "blocks") else "left")
+    for (attention, d_ff, share, printed), rows in blocks.groupby(["attention", "d_ff", "share", "is_printed"]):
+        width = ("fused", "") if d_ff == 0 else (f"{d_ff:,}", f"{share:.1%}")
+        kept, choice = ("kept" if bool(attention) else "none"), ("yes" if bool(printed) else "no")
+        table.add_row(kept, *width, choice, str(len(rows)), ranges(rows["block"].tolist()))
+    out.print(table, highlight=False)
+    n = len(blocks[["attention", "d_ff"]].drop_duplicates())
+    _say(f"{search.child} uses {n} of these pairs. explore cut {search.parent} --like {search.child} shows the layers.")
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Rising numbers as ranges, `0-3 7 9-10`."""
+    runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
+    ends = ((run[0][1], run[-1][1]) for run in runs)
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
+def _sizes(block: Any) -> list[int]:
+    from explore.compress.cutting import fields
+
+    return [int(getattr(block, name)) for name in fields(block.axes())]
+
+
+def _say(text: str) -> None:
+    out.print(textwrap.fill(text, WIDTH, break_on_hyphens=False), highlight=False, markup=False)
