@@ -296,6 +296,17 @@ def test_a_step_is_compiled_once_however_long_the_context_gets(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+def test_texts_of_similar_length_share_one_compiled_step(traced: None) -> None:
+    lm = model("M*E", init_std=0.3).eval()
+    lengths = [(20, 20), (9, 30), (33, 31), (1, 12)]
+    for n_prompt, n_new in lengths:  # at most 64 positions each
+        prompts = tokens(n_prompt)
+        assert torch.equal(generate(lm, prompts, n_new, compiled=True), generate(lm, prompts, n_new))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    generate(lm, tokens(40), 25, compiled=True)  # 65
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:
     with pytest.raises(ValueError, match="compiled must be False on meta, got True"):
         generate(model("M").to("meta"), tokens().to("meta"), 2, compiled=True)

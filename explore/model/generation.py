@@ -73,6 +73,9 @@ class Sampling:
 
 GREEDY = Sampling(temperature=0)
 
+SMALLEST_CAPACITY = 64
+"""Positions of the smallest state of a compiled step; larger ones double."""
+
 LENGTH = r".*\.length"
 """Torch's name of the number of positions in a cache, in a compiled step."""
 
@@ -92,13 +95,15 @@ def generate(
         eot_id: a row that has drawn it goes on with nothing else, and all stop when every row has; never when absent.
         compiled: the step of one token runs as one compiled function, for which a C++ compiler is needed. A model's
             first step then takes up to a minute, and what is cached of it a quarter of that; those after it a
-            third to two thirds of the time. Every expert computes every token in it.
+            third to two thirds of the time. Every expert computes every token in it. It is compiled once for each
+            batch size and for each power of two that prompt and new tokens fit in.
 
     Returns:
         The new tokens.
 
     Raises:
         ValueError: a prompt without tokens, no token asked for, or a compiled step on another device than a CPU.
+        CompilerError: the step cannot be compiled here.
     """
     _checked(tokens, max_new_tokens)
     if compiled and tokens.device.type != "cpu":
@@ -107,7 +112,8 @@ def generate(
     if compiled and (model.state_rounding is not None or any(quantizers)):
         raise ValueError("compiled must be False for a quantised model, got True")
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
-    state = model.new_state(tokens.shape[1] + max_new_tokens)
+    length = tokens.shape[1] + max_new_tokens
+    state = model.new_state(_capacity(length) if compiled else length)
     new: list[Tensor] = []
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     read = tokens
@@ -122,6 +128,11 @@ def generate(
             break
         read = drawn[:, None]
     return torch.stack(new, dim=1)
+
+
+def _capacity(length: int) -> int:
+    """Positions of a state that texts of similar length share, so that one compiled step serves all of them."""
+    return max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())
 
 
 def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
