@@ -64,7 +64,7 @@ def test_emulated_precisions_are_timed_beside_bf16_with_what_a_long_run_compiles
         return {"tokens_per_s": 100.0 / len(tasks), "peak_bytes": 1000 + len(tasks), "first_step_s": 1.0}
 
     monkeypatch.setattr(precision, "in_a_process", measured)
-    monkeypatch.setattr(regions, "_has_compiler", lambda: True)
+    monkeypatch.setattr(regions, "has_compiler", lambda: True)
     records = list(compare_precisions("small", 1.0, ["hybrid LatentMoE"]))
     assert [record["precision"] for record in records] == ["bf16", "fp8", "nvfp4"]
     assert [record["step_ratio"] for record in records] == pytest.approx([1, 2, 3])

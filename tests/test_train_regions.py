@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from command_line import run
 from small_runs import STEPS, result, tiny, train, write_corpus
 from torch._dynamo.exc import BackendCompilerFailed
 
 from explore.model import ModelConfig
-from explore.ops import compilation, forced_paths, paths_in_use
+from explore.ops import CompilerError, compilation, forced_paths, paths_in_use
 from explore.precision import TRAINED
 from explore.runs import RunFolder, write_json
 from explore.table import read_table, save_table
@@ -43,7 +45,7 @@ def chosen(pattern: str, n_tokens: int, precision: str = "fp32", seq_len: int = 
 def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A table of this machine, on which every op gains a microsecond an element for ten seconds."""
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(regions, "_has_compiler", lambda: True)
+    monkeypatch.setattr(regions, "has_compiler", lambda: True)
     row = {"precision": "fp32", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 10.0}
     rows = [{"op": op, **row, "threads": torch.get_num_threads()} for op in COMPILED]
     save_table(pd.DataFrame(rows), own_table())
@@ -98,7 +100,7 @@ def test_what_is_forced_or_not_on_a_cpu_or_without_a_compiler_is_left_alone(
         assert set(chosen("M", n_tokens)) == set(COMPILED) - {"ssd"}
     assert compiled_ops(model("M"), 32, n_tokens, "fp32", "cuda") == {}
     assert chosen("-", n_tokens) == {}
-    monkeypatch.setattr(regions, "_has_compiler", lambda: False)
+    monkeypatch.setattr(regions, "has_compiler", lambda: False)
     assert chosen("M", n_tokens) == {}
 
 
@@ -220,8 +222,8 @@ def test_what_cannot_be_compiled_runs_as_it_is_where_that_is_allowed(failing: li
         return 2 * x
 
     function, x = compilation.compiled(double), torch.arange(3.0)
-    with pytest.raises(BackendCompilerFailed):  # whoever asks for it by name is told
-        function(x)
+    with pytest.raises(CompilerError, match=r"^the compiler failed: RuntimeError: cxx: fatal error: killed; without"):
+        function(x)  # by name
     assert compilation.compiler_failure() is None
     assert "ssd" in chosen("M", ENOUGH + 1)
     with compilation.falling_back():
@@ -230,6 +232,52 @@ def test_what_cannot_be_compiled_runs_as_it_is_where_that_is_allowed(failing: li
     assert len(failing) == 2
     assert compilation.compiler_failure() == "RuntimeError: cxx: fatal error: killed"
     assert chosen("M", ENOUGH + 1) == {}
+
+
+def test_a_step_of_decoding_that_cannot_be_compiled_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise BackendCompilerFailed(lambda: None, RuntimeError("cxx: fatal error: killed\nno more"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda function, options: fail)
+    step = compilation.compiled_step(lambda x: 2 * x, varying="length")
+    with pytest.raises(CompilerError) as raised:
+        step(torch.arange(3.0))
+    assert str(raised.value) == (
+        "the compiler failed: RuntimeError: cxx: fatal error: killed; "
+        "without --compile and --path OP=compiled no compiler is needed"
+    )
+
+
+def test_a_missing_compiler_is_said_before_anything_is_begun(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compilation, "has_compiler", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (path := tmp_path / "one.json").write_text(tiny(write_corpus(tmp_path), "M-").model_dump_json(), encoding="utf-8")
+    before = sorted(tmp_path.iterdir())
+    for args in (("train", path, "--path", "ssd=compiled"), ("generate", "runs/none", "--prompt", "a", "--compile")):
+        code, out, err = run(capsys, monkeypatch, *args)
+        assert (code, out) == (2, "")
+        assert err == (
+            "error: no C++ compiler was found (g++, or the one that CXX names); "
+            "without --compile and --path OP=compiled no compiler is needed\n"
+        )
+    assert sorted(tmp_path.iterdir()) == before
+    assert run(capsys, monkeypatch, "generate", "runs/none", "--prompt", "a")[2] != err
+
+
+def test_a_run_that_would_gain_by_a_compiler_says_that_there_is_none(
+    own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save_table(read_table(own).assign(default_ns=1e9), own)
+    monkeypatch.setattr(regions, "has_compiler", lambda: False)
+    train(tiny(write_corpus(tmp_path), "M-"), tmp_path / "runs")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "compiler" in line)
+    assert re.fullmatch(
+        r"note: no C\+\+ compiler was found \(g\+\+, or the one that CXX names\), so nothing is compiled; "
+        r"with one this run would take about \d+ s less",
+        line,
+    )
 
 
 def test_errors_of_a_function_itself_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:

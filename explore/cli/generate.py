@@ -45,8 +45,10 @@ def generate(
     if compiled and speculate:
         raise ValueError("--compile: not with --speculate; only steps of one token are compiled")
     if compiled:
+        from explore.ops import check_compiler
         from explore.train import keep_compiled
 
+        check_compiler()
         keep_compiled()
     sampling = Sampling(temperature, top_k, top_p, seed)
     model, tokenizer, _ = open_run(run)

@@ -75,7 +75,7 @@ def only_with(option: str, given: object, other: str, needed: object) -> None:
 
 def forced(paths: list[str] | None) -> dict[str, str]:
     """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
-    from explore.ops import forced_paths
+    from explore.ops import PATHS, check_compiler, forced_paths
 
     pairs = [text.partition("=") for text in paths or []]
     for op, equals, path in pairs:
@@ -83,6 +83,8 @@ def forced(paths: list[str] | None) -> dict[str, str]:
             raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
     found = {op: path for op, _, path in pairs}
     with forced_paths(**found):  # which knows them
+        if any(path.compiled for op, name in found.items() for path in PATHS[op] if path.name == name):
+            check_compiler()
         return found
 
 

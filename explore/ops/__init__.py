@@ -6,7 +6,16 @@ from pkgutil import iter_modules
 from explore.ops.activation import Activation, activate, is_gated
 from explore.ops.attention import attention, rotate
 from explore.ops.calibration import CalibratedQuantizer, Observer
-from explore.ops.compilation import compiled, compiled_step, compiler_failure, falling_back
+from explore.ops.compilation import (
+    NO_COMPILER,
+    CompilerError,
+    check_compiler,
+    compiled,
+    compiled_step,
+    compiler_failure,
+    falling_back,
+    has_compiler,
+)
 from explore.ops.conv import causal_conv1d
 from explore.ops.delta_rule import delta_rule, delta_rule_chunked, delta_rule_recurrent
 from explore.ops.divergence import Divergence, linear_kl, logits_kl
@@ -36,10 +45,12 @@ for _module in iter_modules(__path__):  # whose files declare the paths of their
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "NO_COMPILER",
     "PATHS",
     "SCALES",
     "Activation",
     "CalibratedQuantizer",
+    "CompilerError",
     "Divergence",
     "Emulation",
     "Observer",
@@ -51,6 +62,7 @@ __all__ = [
     "activate",
     "attention",
     "causal_conv1d",
+    "check_compiler",
     "compiled",
     "compiled_step",
     "compiler_failure",
@@ -62,6 +74,7 @@ __all__ = [
     "forced_paths",
     "gated_group_rms_norm",
     "hadamard",
+    "has_compiler",
     "is_forced",
     "is_gated",
     "l2_norm",

@@ -31,6 +31,17 @@ STEP: Mapping[str, Any] = {
 SHOWN_CHARS = 120
 """Of what a compiler says."""
 
+
+NO_COMPILER = "no C++ compiler was found (g++, or the one that CXX names)"
+
+
+class CompilerError(ValueError):
+    """The compiler is missing or fails, and compilation was asked for by name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; without --compile and --path OP=compiled no compiler is needed")
+
+
 _falling_back: ContextVar[bool] = ContextVar("falling_back", default=False)
 _failures: list[str] = []
 
@@ -39,7 +50,8 @@ _failures: list[str] = []
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """The function compiled by torch: for each shape once, which takes from ten seconds to a minute.
 
-    Where the compiler fails, inside `falling_back`, the function runs as it is, from then on.
+    Where the compiler fails, inside `falling_back`, the function runs as it is, from then on; elsewhere a call raises
+    `CompilerError`.
     """
     from torch._functorch import config as functorch
 
@@ -56,8 +68,10 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
             try:
                 return fast(*args, **kwargs)
             except RuntimeError as error:
-                if not _falling_back.get() or (failure := _compiler_failure(error)) is None:
+                if (failure := _compiler_failure(error)) is None:
                     raise
+                if not _falling_back.get():
+                    raise CompilerError(f"the compiler failed: {failure}") from error
                 _failures.append(failure)
         return function(*args, **kwargs)
 
@@ -77,6 +91,27 @@ def falling_back() -> Iterator[None]:
 def compiler_failure() -> str | None:
     """Why the compiler has failed in this process, in one line; None while it has not."""
     return _failures[0] if _failures else None
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler that torch can call."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except Exception:  # of several kinds, as torch looks for one
+        return False
+
+
+def check_compiler() -> None:
+    """Checks that there is a C++ compiler, before work begins that needs it.
+
+    Raises:
+        CompilerError: there is none.
+    """
+    if not has_compiler():
+        raise CompilerError(NO_COMPILER)
 
 
 def _compiler_failure(error: RuntimeError) -> str | None:
@@ -99,8 +134,22 @@ def compiled_step(function: Callable[P, T], varying: str) -> Callable[P, T]:
     Args:
         varying: the numbers that differ from step to step, as torch names them, by a regular expression. Others that
             are seen to change cost one more compilation.
+
+    Returns:
+        The step, which raises `CompilerError` where the compiler fails.
     """
     known = torch.compiler.config.dynamic_sources
     torch.compiler.config.dynamic_sources = f"{known},{varying}" if known else varying
     torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, options=dict(STEP))
+    step = torch.compile(function, options=dict(STEP))
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return step(*args, **kwargs)
+        except RuntimeError as error:
+            if (failure := _compiler_failure(error)) is None:
+                raise
+            raise CompilerError(f"the compiler failed: {failure}") from error
+
+    return run

@@ -16,7 +16,9 @@ from explore.data import Source
 from explore.experiment import Experiment
 from explore.files import remove_abandoned
 from explore.foreign import check_type
+from explore.model import ModelConfig
 from explore.ops import paths_in_use
+from explore.precision import Recipe
 from explore.runs import LOCK, RunFolder, run_folder
 from explore.terminal import plain_console
 from explore.threads import n_cores, use_free_cores
@@ -27,7 +29,7 @@ from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
 from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
-from explore.train.regions import compiled_ops
+from explore.train.regions import compiled_ops, missing_compiler
 from explore.train.rungs import branch, curve_steps, rung_path, rung_steps
 from explore.train.start import check_start
 
@@ -143,6 +145,7 @@ def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
         if place.is_dir():
             remove_abandoned(place)
     say(run.experiment.notes(run.source), run.console)
+    say(missing_compiler(*_length_and_precision(run.experiment, run.devices, device)), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
     if run.devices == 1:  # several processes would not agree on files that others write
@@ -172,10 +175,17 @@ def _compiled(
     if goes_on:
         recorded: Mapping[str, Mapping[str, float]] = folder.environment.get("compiled") or {}
         return recorded
+    return compiled_ops(*_length_and_precision(experiment, devices, device))
+
+
+def _length_and_precision(
+    experiment: Experiment, devices: int, device: str
+) -> tuple[ModelConfig, int, int, str, str, Recipe | None]:
+    """Arguments of `compiled_ops`, and of what is said where there is no compiler."""
     n_tokens = experiment.n_steps * experiment.batch_tokens // devices
     train = experiment.train
     recipe = train.recipe if train.quantizes else None
-    return compiled_ops(experiment.model, experiment.data.seq_len, n_tokens, train.recipe.high, device, recipe)
+    return experiment.model, experiment.data.seq_len, n_tokens, train.recipe.high, device, recipe
 
 
 @contextmanager

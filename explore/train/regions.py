@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from explore.blocks import BlockConfig
 from explore.cost import in_formats
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
-from explore.ops import compiler_failure, is_forced, paths_that
+from explore.ops import NO_COMPILER, compiler_failure, has_compiler, is_forced, paths_that
 from explore.precision import Recipe
 from explore.table import read_table
 
@@ -61,9 +60,33 @@ def compiled_ops(
     Raises:
         ValueError: the table that was measured on this machine is none.
     """
+    found = _gains(model, seq_len, n_tokens, precision, device, recipe)
+    return found if found and compiler_failure() is None and has_compiler() else {}
+
+
+def missing_compiler(
+    model: ModelConfig,
+    seq_len: int,
+    n_tokens: int,
+    precision: str,
+    device: str = "cpu",
+    recipe: Recipe | None = None,
+) -> list[str]:
+    """What to say of a run that would gain by a compiler and finds none; nothing otherwise."""
+    found = _gains(model, seq_len, n_tokens, precision, device, recipe)
+    if not found or has_compiler():
+        return []
+    gained = sum(op["saves_s"] - op["costs_s"] for op in found.values())
+    return [f"{NO_COMPILER}, so nothing is compiled; with one this run would take about {gained:.0f} s less"]
+
+
+def _gains(
+    model: ModelConfig, seq_len: int, n_tokens: int, precision: str, device: str, recipe: Recipe | None
+) -> dict[str, dict[str, float]]:
+    """The ops that it would pay to compile, where a compiler is."""
     layers = list(_layers(model, seq_len))
     has_regions = recipe is not None or any(block.regions(length) for block, length in layers)
-    if device != "cpu" or not has_regions or not _works():
+    if device != "cpu" or not has_regions:
         return {}
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
@@ -118,21 +141,6 @@ def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int
         depths += [(blocks, seq_len - k) for k in range(1, model.mtp.n_depths + 1)]
     for blocks, length in depths:
         yield from ((block, length) for block in blocks)
-
-
-def _works() -> bool:
-    """Whether there is a compiler, and it has not failed in this process."""
-    return compiler_failure() is None and _has_compiler()
-
-
-@cache
-def _has_compiler() -> bool:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except Exception:  # of several kinds, as torch looks for one
-        return False
 
 
 def _read(path: Path) -> pd.DataFrame:
