@@ -8,6 +8,8 @@ from typing import NamedTuple
 from explore.model import ModelConfig
 
 VOCAB_SIZE = 1024
+WIDE = 1024
+"""Width from which models have the heads of large ones."""
 
 
 class Shape(NamedTuple):
@@ -28,13 +30,28 @@ SHAPES: Mapping[str, Shape] = {
     "large": Shape(512, 8, 1024),
 }
 
+GPU_SHAPES: Mapping[str, Shape] = {"d1024": Shape(1024, 8, 2048), "d2048": Shape(2048, 4, 2048)}
+"""Shapes that keep a GPU busy."""
+
+REHEARSAL_SHAPES: Mapping[str, Shape] = {"d64": Shape(64, 2, 64), "d128": Shape(128, 2, 64)}
+"""Shapes with which the timing of a GPU is rehearsed on a CPU."""
+
+
+def size_of(shape: str) -> Shape:
+    """The shape of a name."""
+    return {**SHAPES, **GPU_SHAPES, **REHEARSAL_SHAPES}[shape]
+
 
 def families(d_model: int) -> dict[str, ModelConfig]:
-    """Attention + MLP, Mamba + MLP, and hybrids with a standard and a latent mixture of experts."""
-    n_heads = d_model // 32
+    """Attention + MLP, Mamba + MLP, and hybrids with a standard and a latent mixture of experts.
+
+    From `WIDE` on heads, states and chunks have the sizes of published models, for which the kernels of GPUs are made.
+    """
+    d_head, d_state, chunk_size = (64, 128, 256) if d_model >= WIDE else (32, 64, 64)
+    n_heads = d_model // d_head
     blocks = {
-        "*": {"n_heads": n_heads, "n_kv_heads": 2, "d_head": 32},
-        "M": {"n_heads": 2 * n_heads, "d_head": 32, "d_state": 64, "n_groups": 1, "chunk_size": 64},
+        "*": {"n_heads": n_heads, "n_kv_heads": 2, "d_head": d_head},
+        "M": {"n_heads": 2 * n_heads, "d_head": d_head, "d_state": d_state, "n_groups": 1, "chunk_size": chunk_size},
         "-": {"d_ff": 4 * d_model},
     }
     moe = {"n_experts": 16, "top_k": 2, "d_expert": d_model, "d_shared": d_model, "routed_scaling_factor": 1.0}

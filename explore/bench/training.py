@@ -190,10 +190,14 @@ def in_a_process(variables: Mapping[str, str] | None = None, **task: Any) -> dic
 
     Args:
         variables: its whole environment; this process's when absent.
+
+    Raises:
+        ValueError: it failed; the last line that it wrote says why.
     """
     command = [sys.executable, "-m", "explore.bench.worker", json.dumps(task)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{task}: {done.stderr.strip().splitlines()[-1]}")
+        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"bench: {task['what']}: {said}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -9,21 +9,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.profiler import record_function
 
-from explore.bench.families import SHAPES, VOCAB_SIZE, families
+from explore.bench.families import SHAPES, VOCAB_SIZE, families, size_of
 from explore.bench.ops import timed
+from explore.bench.profile import OPTIMIZER, profiled
 from explore.bench.training import RUN_TOKENS
 from explore.data import TextData
 from explore.experiment import Experiment, TrainConfig
 from explore.interop import to_hf
 from explore.model import generate, quantize_products
-from explore.ops import forced_paths, path_of, rounding_generator
+from explore.ops import forced_paths, path_of, paths_in_use, rounding_generator
 from explore.ops.quantize import Blocks, quantize_blocks, quantize_compiled
 from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS, FormatName
@@ -40,7 +43,7 @@ REPEATS = 9
 
 
 def train_step(
-    family: str, shape: str, side: str, precision: str, nudge: float = 0.0
+    family: str, shape: str, side: str, precision: str, nudge: float = 0.0, device: str = "cpu"
 ) -> Callable[[Tensor, Tensor], float]:
     """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
 
@@ -48,18 +51,19 @@ def train_step(
 
     Args:
         nudge: standard deviation of a random part by which every weight is changed at the start.
+        device: where it trains, and where the batches are.
 
     Returns:
         A function from inputs and targets to the loss before the step; transformers shifts the inputs itself.
     """
     torch.manual_seed(0)
-    model = families(SHAPES[shape].d_model)[family].build()
+    model = families(size_of(shape).d_model)[family].build().to(device)
     if nudge:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1 + nudge * torch.randn_like(weight))
     config = TrainConfig(tokens=1, precision=precision)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.recipe.high == "bf16")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=config.recipe.high == "bf16")
     emulation = quantize_products(model, config.recipe)
     loads: dict[int, Tensor] = {}
     if side == "ours":
@@ -75,7 +79,8 @@ def train_step(
     else:
         module, experts = to_hf(model).train(), {}
         del model
-        optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.1)
+        fused = {"fused": True} if device == "cuda" else {}
+        optimizer = torch.optim.AdamW(module.parameters(), lr=config.lr, betas=config.betas, weight_decay=0.1, **fused)
 
         def loss(inputs: Tensor, targets: Tensor) -> Tensor:
             out: Tensor = module(input_ids=inputs, labels=inputs, use_cache=False).loss
@@ -87,10 +92,11 @@ def train_step(
         with autocast:
             value = loss(inputs, targets)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        for i, load in loads.items():
-            experts[i].update_bias(load)
+        with record_function(OPTIMIZER):
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            for i, load in loads.items():
+                experts[i].update_bias(load)
         return float(value.detach())
 
     return step
@@ -122,6 +128,39 @@ def measure(
         "n_steps": len(times),
         "peak_bytes": peak_bytes() - before,
     }
+
+
+def end_to_end(family: str, shape: str, side: str, seconds: float, device: str) -> dict[str, Any]:
+    """As `measure` in bf16 on a device, whose own count of its memory is the peak."""
+    size = size_of(shape)
+    tokens = torch.randint(0, VOCAB_SIZE, (size.batch_size, size.seq_len + 1), device=device)
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    step = train_step(family, shape, side, "bf16", device=device)
+    for _ in range(3):  # kernels are compiled and chosen
+        step(*batch)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        start = time.perf_counter()
+        step(*batch)  # which waits for the device, since it returns the loss as a number
+        times.append(time.perf_counter() - start)
+    return {
+        "tokens_per_s": size.batch_tokens / statistics.median(times),
+        "n_steps": len(times),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else peak_bytes(),
+        "ops": paths_in_use(device),
+    }
+
+
+def profile(family: str, shape: str, precision: str, seconds: float, paths: dict[str, str]) -> dict[str, Any]:
+    """Where the time of a step on the bytes of the embedded text goes."""
+    size = SHAPES[shape]
+    source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
+    drawn = (source.batch(i, size.batch_size) for i in count())
+    batches = ((batch.inputs, batch.targets) for batch in drawn)
+    with forced_paths(**paths):
+        return profiled(train_step(family, shape, "ours", precision), batches, seconds)
 
 
 def region(shape: str, op: str, precision: str) -> dict[str, Any]:
@@ -287,6 +326,8 @@ if __name__ == "__main__":
     task = json.loads(sys.argv[1])
     works: dict[str, Callable[..., dict[str, Any]]] = {
         "train": measure,
+        "profile": profile,
+        "end_to_end": end_to_end,
         "region": region,
         "quantizer": quantizer,
         "curve": curve,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -11,15 +12,33 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.options import Json, Paths, forced
-from explore.formatting import duration, flops, size
+from explore.formatting import duration, flops, milliseconds, size
+
+What = Literal[
+    "train",
+    "profile",
+    "decode",
+    "ops",
+    "curves",
+    "trials",
+    "regions",
+    "neighbours",
+    "sharing",
+    "text",
+    "precision",
+]
+
+PROFILED_OPS = 12
+"""Ops of a family that a table of its profile shows."""
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
 def bench(
     what: Annotated[
-        Literal["train", "decode", "ops", "curves", "trials", "regions", "neighbours", "sharing", "text", "precision"],
+        What,
         typer.Option(
-            help="What is timed; curves compares losses, trials is what a sweep spends before a trial's first step, "
+            help="What is timed; profile divides a training step into products, passes over memory, dispatch, "
+            "optimizer and data, curves compares losses, trials is what a sweep spends before a trial's first step, "
             "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
             "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches, "
             "precision trains in emulated FP8 and NVFP4 beside bf16."
@@ -61,8 +80,8 @@ def bench(
         raise ValueError(f"--save: not with --what {what}; only regions and sharing are kept")
     if compiled and what != "decode":
         raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
-    if path and what not in ("train", "curves"):
-        raise ValueError(f"--path: not with --what {what}; only train and curves can be forced")
+    if path and what not in ("train", "profile", "curves"):
+        raise ValueError(f"--path: not with --what {what}; only train, profile and curves can be forced")
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -100,6 +119,9 @@ def bench(
         _show(records, as_json, ("neighbours",), columns)
         return
     paths = forced(path)
+    if what == "profile":
+        _profile(shape, seconds, paths, family, as_json)
+        return
     if what == "curves":
         curves = compare_curves(shape, steps, paths, family)
         records = _told(curves, lambda r: f"{r['family']}, {r['precision']}: {r['mean']:.4f} nats apart")
@@ -135,6 +157,43 @@ def bench(
     _show(records, as_json, ("family",), columns)
     if not as_json:
         out.print(f"matrix products reach {flops(rate)} FLOP/s here in {fastest}", highlight=False)
+
+
+def _profile(shape: str, seconds: float, paths: dict[str, str], family: list[str] | None, as_json: bool) -> None:
+    from explore.bench import KINDS, by_op, by_part, profile_training
+
+    timed = profile_training(shape, seconds, paths, family)
+    records = _told(timed, lambda r: f"{r['family']}: {milliseconds(r['step_s'])} ms a step in {r['precision']}")
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"ms": lambda r: milliseconds(r["step_s"])}
+    columns |= {kind: partial(_share_of, kind) for kind in KINDS}
+    columns["unexplained"] = lambda r: f"{r['unexplained_s'] / r['step_s']:.0%}"
+    _show(records, as_json, ("family",), columns)
+    if as_json:
+        return
+    for record in records:
+        out.print(f"\n{record['family']}, ms of a step by part of the model:", highlight=False)
+        parts = [{"part": part, **kinds} for part, kinds in by_part(record["ops"]).items()]
+        kinds = [kind for kind in KINDS if any(row[kind] for row in parts)]
+        shown = {kind: partial(_milliseconds_of, kind) for kind in kinds}
+        _show(parts, False, ("part",), shown | {"sum": lambda row: milliseconds(sum(row[kind] for kind in KINDS))})
+        out.print(f"\n{record['family']}, ops that take most of a step:", highlight=False)
+        columns = {
+            "calls": lambda op: f"{op['calls']:.0f}",
+            "ms": lambda op: milliseconds(op["seconds"]),
+            "of the step": lambda op: f"{op['seconds'] / op['step_s']:.0%}",
+        }
+        ops = [{**op, "step_s": record["step_s"]} for op in by_op(record["ops"])[:PROFILED_OPS]]
+        _show(ops, False, ("op", "kind"), columns)
+    threads = records[0]["threads"]
+    out.print(f"\n{threads} threads; what the profiler adds is taken out of the dispatch", highlight=False)
+
+
+def _share_of(kind: str, record: dict[str, Any]) -> str:
+    return f"{record['shares'][kind] / record['step_s']:.0%}"
+
+
+def _milliseconds_of(kind: str, row: dict[str, Any]) -> str:
+    return milliseconds(row[kind])
 
 
 def _regions(shape: str, save: bool, as_json: bool) -> None:

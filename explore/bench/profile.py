@@ -1,0 +1,287 @@
+"""Where the time of a training step goes: products, passes over memory, dispatch, optimizer and data."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler_util import FunctionEvent
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.profiler import ProfilerActivity, record_function
+
+from explore.bench.families import SHAPES
+from explore.bench.training import RUN_TOKENS, chosen, in_a_process
+from explore.blocks import Mixer, RMSNorm
+from explore.train import compiled_ops, multiplies_bf16
+
+Kind = Literal["products", "passes", "dispatch", "optimizer", "data"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+STEP, DATA, OPTIMIZER, PART = "bench: step", "bench: data", "bench: optimizer", "bench: part "
+"""Names of the ranges that a profiled step is divided by; the name of a part of the model follows on the last."""
+
+OWNERS: Mapping[str, Kind] = {DATA: "data", OPTIMIZER: "optimizer"}
+"""Ranges whose time is of one kind, whatever op it is spent on."""
+
+BACKWARD = "autograd::engine::evaluate_function: "
+"""Before the name of a node of the backward pass, where torch runs it."""
+
+COMPILED = ("Torch-Compiled Region", "CompiledFunction", "## Call CompiledFxGraph")
+"""Beginnings of the names of what torch has compiled, whose time without that of products is loops over memory."""
+
+PRODUCTS = frozenset(
+    f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm", "mv", "dot")
+) | {"mkldnn::_linear_pointwise", "mkl::_mkl_linear"}
+
+MOVES = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_", "cat", "stack", "_foreach_norm"))
+"""Ops that go through memory although torch registers them for no device of their own."""
+
+CALIBRATION_CALLS = 10_000
+
+
+class OpTime(NamedTuple):
+    """The time that one op takes in a step of one part of the model.
+
+    Attributes:
+        op: as torch names it.
+        part: of the model, in the forward or the backward pass: the class of a mixer, a norm, or the rest; or
+            optimizer or data.
+        calls: in a step.
+        seconds: in a step, without the ops that it calls.
+    """
+
+    op: str
+    kind: Kind
+    part: str
+    calls: float
+    seconds: float
+
+
+def profile_training(
+    shape: str, seconds: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Divides a training step of every family, in the precision and with the compiled ops of a long run.
+
+    Args:
+        seconds: of steps without the profiler; as many steps are profiled as fit into a third of that.
+        paths: implementations to force.
+        names: of families; all when absent.
+
+    Yields:
+        Records of family, shape, precision, paths, threads, step_s (median without the profiler), shares (seconds of a
+        step by kind; with `unexplained_s` they add up to `step_s`), profiler_s (what the profiler added to a step,
+        which is taken out of the dispatch), and ops: records of op, kind, part, calls and seconds, most seconds first.
+
+    Raises:
+        ValueError: no such shape or family.
+    """
+    precision = "bf16" if multiplies_bf16() else "fp32"
+    for name, model in chosen(shape, names).items():
+        compiled = compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, precision)
+        used = dict.fromkeys(compiled, "compiled") | dict(paths or {})
+        task: dict[str, Any] = {"family": name, "shape": shape, "precision": precision, "paths": used}
+        yield task | in_a_process(what="profile", seconds=seconds, **task)
+
+
+def profiled(
+    step: Callable[[Tensor, Tensor], float], batches: Iterator[tuple[Tensor, Tensor]], seconds: float
+) -> dict[str, Any]:
+    """Times steps with and without the profiler, and divides them.
+
+    Args:
+        step: trains on a batch; what it does in a range named `OPTIMIZER` is the optimizer's.
+        batches: a new one for each step; to make it is the time of data.
+    """
+
+    def run() -> float:
+        began = time.perf_counter()
+        with record_function(STEP):
+            with record_function(DATA):
+                batch = next(batches)
+            step(*batch)
+        return time.perf_counter() - began
+
+    run()  # what is compiled or allocated once
+    plain = _repeated(run, seconds / 2)
+    n_steps = max(2, round(seconds / 3 / statistics.median(plain)))
+    with _parts_marked(), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+        marked = [run() for _ in range(n_steps)]
+    plain += _repeated(run, seconds / 2)
+    ops, n_events = divide(profiler.events())
+    return summary(ops, statistics.median(plain), n_events * seconds_of_an_event()) | {
+        "profiled_step_s": statistics.median(marked),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summary(ops: list[OpTime], step_s: float, profiler_s: float) -> dict[str, Any]:
+    """The record of a step of `step_s`, of which the profiled ops are to explain as much as they can."""
+    found = Counter(dict.fromkeys(KINDS, 0.0))
+    for op in ops:
+        found[op.kind] += op.seconds
+    found["dispatch"] -= profiler_s
+    return {
+        "step_s": step_s,
+        "shares": {kind: found[kind] for kind in KINDS},
+        "unexplained_s": step_s - sum(found.values()),
+        "profiler_s": profiler_s,
+        "ops": [op._asdict() for op in sorted(ops, key=lambda op: -op.seconds)],
+    }
+
+
+def divide(events: Iterable[FunctionEvent]) -> tuple[list[OpTime], float]:
+    """Ops of the profiled steps and their time in one step, and the number of events of one step.
+
+    The time of an event without those inside it is its own; so the own times of all events of a step add up to it.
+    """
+    ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
+    steps = [event for event in ordered if event.name == STEP]
+    parts = _parts(ordered)
+    calls: Counter[tuple[str, Kind, str]] = Counter()
+    seconds: defaultdict[tuple[str, Kind, str], float] = defaultdict(float)
+    n_events = 0
+    for root in steps:
+        pending: list[tuple[FunctionEvent, Kind | None, str]] = [(root, None, "")]
+        while pending:
+            event, owner, part = pending.pop()
+            owner = OWNERS.get(event.name, owner)
+            part = owner or parts.get(event.id) or part
+            key = (_name(event.name), owner or kind_of(event.name), part or "rest of the model")
+            calls[key] += 1
+            seconds[key] += 1e-6 * event.self_cpu_time_total
+            n_events += 1
+            pending += [(child, owner, part) for child in event.cpu_children]
+    n = len(steps)
+    return [OpTime(*key, calls[key] / n, seconds[key] / n) for key in seconds], n_events / n
+
+
+def _parts(ordered: list[FunctionEvent]) -> dict[int, str]:
+    """The part of the model of the events that begin one, forward and backward, by the id of the event."""
+    parts: dict[int, str] = {}
+    of_sequence: dict[int, str] = {}  # of a forward pass, by the number that its node of the backward pass has too
+    pending = [(event, "") for event in reversed(ordered) if event.name == STEP]
+    while pending:
+        event, part = pending.pop()
+        if event.name.startswith(PART):
+            part = part or event.name.removeprefix(PART)
+            parts[event.id] = part
+        elif event.name.startswith(BACKWARD):
+            if made_by := of_sequence.get(event.sequence_nr):
+                parts[event.id] = made_by
+            continue
+        elif event.sequence_nr >= 0:
+            of_sequence[event.sequence_nr] = part  # the last event with a number is the one whose node it is
+        pending += [(child, part) for child in reversed(event.cpu_children)]
+    return parts
+
+
+def _name(event: str) -> str:
+    if event == STEP:
+        return "Python between ops"
+    name = event.removeprefix(BACKWARD)
+    if name.startswith(PART):
+        return f"Python in {name.removeprefix(PART)}"
+    for compiled in COMPILED:
+        if name.startswith(compiled):
+            return compiled
+    return name.removeprefix("bench: ").partition("#")[0]
+
+
+@cache
+def kind_of(event: str) -> Kind:
+    """What the own time of an event is spent on, in a forward or backward pass."""
+    if event in PRODUCTS:
+        return "products"
+    if event.startswith(COMPILED) or event in MOVES:
+        return "passes"
+    namespace, _, name = event.partition("::")
+    if namespace != "aten" or name.startswith(("empty", "resize_", "new_empty")):
+        return "dispatch"
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
+    return "passes" if any(map(_touches_memory, overloads)) else "dispatch"
+
+
+def _touches_memory(op: torch._ops.OpOverload) -> bool:
+    """Whether an op has a loop of its own on a CPU: it neither calls other ops nor returns a view."""
+    if any(each.alias_info is not None and not each.alias_info.is_write for each in op._schema.returns):
+        return False
+    # The overloads for TorchScript's own types are known to no device.
+    return op.name() in _names() and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
+
+
+@cache
+def _names() -> frozenset[str]:
+    return frozenset(torch._C._dispatch_get_all_op_names())
+
+
+@contextmanager
+def _parts_marked() -> Iterator[None]:
+    """Marks the forward passes of mixers and norms as ranges of the profile."""
+    ranges: list[Any] = []
+
+    def begin(module: nn.Module, _: Any) -> None:
+        if isinstance(module, Mixer | RMSNorm):
+            ranges.append(record_function(PART + type(module).__name__))
+            ranges[-1].__enter__()
+
+    def end(module: nn.Module, *_: Any) -> None:
+        if isinstance(module, Mixer | RMSNorm):
+            ranges.pop().__exit__(None, None, None)
+
+    hooks = register_module_forward_pre_hook(begin), register_module_forward_hook(end)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _repeated(run: Callable[[], float], seconds: float) -> list[float]:
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        times.append(run())
+    return times
+
+
+def seconds_of_an_event() -> float:
+    """What the profiler adds to each event that it records."""
+    x = torch.zeros(1)
+
+    def timed() -> float:
+        began = time.perf_counter()
+        for _ in range(CALIBRATION_CALLS):
+            x.view(1)
+        return time.perf_counter() - began
+
+    timed()
+    plain = min(timed() for _ in range(3))
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU]):
+        marked = min(timed() for _ in range(3))
+    return max(0.0, marked - plain) / CALIBRATION_CALLS
+
+
+def by_part(ops: Iterable[Mapping[str, Any]]) -> dict[str, dict[Kind, float]]:
+    """Seconds of a step of each kind by part of the model, most first."""
+    found: dict[str, dict[Kind, float]] = {}
+    for op in ops:
+        found.setdefault(op["part"], dict.fromkeys(KINDS, 0.0))[op["kind"]] += op["seconds"]
+    return dict(sorted(found.items(), key=lambda each: -sum(each[1].values())))
+
+
+def by_op(ops: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls and seconds of each op in all parts of the model, most seconds first."""
+    found: dict[tuple[str, Kind], dict[str, Any]] = {}
+    for op in ops:
+        key = op["op"], op["kind"]
+        row = found.setdefault(key, {"op": op["op"], "kind": op["kind"], "calls": 0.0, "seconds": 0.0})
+        row["calls"] += op["calls"]
+        row["seconds"] += op["seconds"]
+    return sorted(found.values(), key=lambda row: -row["seconds"])
