@@ -4,6 +4,7 @@
 # Each of these modules adds its commands, in the order in which --help shows them.
 from explore.cli import (
     cost,
+    compare,
     roofline,
     plan,
     solve,

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from explore.cli.app import app, out
+from explore.cli.many import load_models, print_costs, read_targets
 from explore.cli.models import load_model
 from explore.cli.options import (
     ActivationDtype,
@@ -63,10 +64,16 @@ def cost(
     activation_dtype: ActivationDtype = "bfloat16",
     precision: Precision = None,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print every component of every layer as CSV.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV: every component of every layer, or with --patterns every model.")
+    ] = False,
     saved: Annotated[bool, typer.Option("--saved", help="Show what a token keeps for the backward pass.")] = False,
     list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
     published: Annotated[bool, typer.Option("--published", help="Counts in print beside those computed.")] = False,
+    patterns: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|-", help="One row for each line of a file: a pattern, preset, run or path."),
+    ] = None,
 ) -> None:
     """Parameters, FLOPs, memory and traffic of a model, itemised.
 
@@ -81,7 +88,7 @@ def cost(
 
     if as_csv and as_json:
         raise ValueError("--csv: not with --json")
-    for option, chosen in (("--list", list_), ("--published", published)):
+    for option, chosen in (("--list", list_), ("--published", published), ("--patterns", patterns)):
         if chosen and target is not None:
             raise ValueError(f"{option}: takes no TARGET, got {echo(target)}")
     if list_:
@@ -90,9 +97,16 @@ def cost(
     if published:
         _published(as_json)
         return
-    if target is None:
-        raise ValueError("TARGET: a pattern, preset or path is required, or --list, or --published")
     dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
+    if patterns is not None:
+        for option, given in (("--diff", diff), ("--saved", saved), ("--precision", precision)):
+            if given:
+                raise ValueError(f"{option}: not with --patterns, which prints one row a model")
+        models = load_models(read_targets(patterns), d_model, vocab_size, set_ or [])
+        print_costs(models, seq_len, dtypes, as_json=as_json, as_csv=as_csv)
+        return
+    if target is None:
+        raise ValueError("TARGET: a pattern, preset or path is required, or --list, --patterns or --published")
     model = load_model(target, d_model, vocab_size, set_ or [])
     ledger = model.ledger(seq_len)
     if (recipe := recipe_of(precision)) is not None:

@@ -38,7 +38,7 @@ def model_content(target: str, d_model: int | None, vocab_size: int | None, over
     from explore.foreign import echo
     from explore.presets import preset
 
-    if (path := _file(target)) is not None:
+    if (path := find_file(target)) is not None:
         content = _read_model(path)
     elif not is_pattern(target):
         content = preset(target).model_dump(mode="json")
@@ -64,7 +64,7 @@ def is_pattern(target: str) -> bool:
     return not any(letter.islower() or letter.isdigit() for letter in target)
 
 
-def _file(target: str) -> Path | None:
+def find_file(target: str) -> Path | None:
     """The file that a target names, in a folder that it names, or nothing."""
     from explore.files import exists
 

@@ -33,7 +33,7 @@ def print_fitting(
     for n in range(1, len(fields) + 1):
         size = math.ceil(len(fields) / n)
         parts = [fields[start : start + size] for start in range(0, len(fields), size)]
-        tables = [make(f"{title} (more columns)" if i else title, part) for i, part in enumerate(parts)]
+        tables = [make(f"{title} (more columns)".strip() if i else title, part) for i, part in enumerate(parts)]
         if size == 1 or all(fits(console, table) for table in tables):
             break
     for table in tables:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from explore.figures.axes import legend
 from explore.figures.base import README_HEIGHT, README_WIDTH, RunFigure, family_styles
+from explore.figures.panels import line_styles
 from explore.figures.runs import dress_runs, finished, one_axes
 
 
@@ -26,16 +29,22 @@ def curves_table(metrics: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb"
     return finished(metrics, x, y).sort_values(["run", x], ignore_index=True, kind="stable")
 
 
-def draw_curves(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: float = 8.0) -> None:
+def draw_curves(
+    table: pd.DataFrame, ax: Axes, x: str, y: str, *, by: Literal["family", "run"] = "family", font_pt: float = 8.0
+) -> None:
     """Draws a table of learning curves: one line a run in the colour of its family, a marker where it ends.
 
     Args:
         table: from `curves_table`.
         x: the horizontal column.
         y: the vertical column.
+        by: what has a colour of its own, and a place in the legend.
         font_pt: size of the text in points; lines and markers follow it.
     """
     if not dress_runs(ax, table, x, y, font_pt):
+        return
+    if by == "run":
+        _draw_runs(table, ax, x, y, font_pt)
         return
     handles = []
     for family, style in family_styles(table["family"]).items():
@@ -52,17 +61,27 @@ def draw_curves(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: float
     legend(ax, handles, font_pt)
 
 
+def _draw_runs(table: pd.DataFrame, ax: Axes, x: str, y: str, font_pt: float) -> None:
+    """Draws one line a run, each in a style of its own."""
+    looks = {name: style.look(font_pt) for name, style in line_styles(table["run"]).items()}
+    for name, look in looks.items():
+        rows = table[table["run"] == name]
+        ax.plot(rows[x], rows[y], markevery=[-1], label=name, **look)
+    legend(ax, [Line2D([], [], label=name, **look) for name, look in looks.items()], font_pt)
+
+
 def plot_curves(
     metrics: pd.DataFrame,
     x: str = "flops_run",
     y: str = "val_bpb",
     *,
+    by: Literal["family", "run"] = "family",
     width: float = README_WIDTH,
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """The runs' learning curves, by family; the arguments are those of `plot_frontier`."""
+    """The runs' learning curves, by family or one by one; the other arguments are those of `plot_frontier`."""
     table = curves_table(metrics, x, y)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)
-    draw_curves(table, ax, x, y, font_pt=font_pt)
+    draw_curves(table, ax, x, y, by=by, font_pt=font_pt)
     return figure

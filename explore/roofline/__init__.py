@@ -1,5 +1,6 @@
 """Inference regimes: hardware, what a model can reach on it, and published speed-ups."""
 
+from explore.roofline.costs import costs_table
 from explore.roofline.hardware import GPUS, HERE, Hardware, hardware, measured
 from explore.roofline.published import SPEEDUPS, facts, speedup_table
 from explore.roofline.regimes import (
@@ -17,6 +18,7 @@ __all__ = [
     "Deployment",
     "Hardware",
     "all_to_all_ratio",
+    "costs_table",
     "decode_table",
     "expert_intensity",
     "facts",
