@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from explore.table import load_runs as load_runs
     from explore.train import fit as fit
     from explore.train import load as load
+    from explore.workbench import Frontier as Frontier
     from explore.workbench import Workbench as Workbench
 
 choose_waiting()  # before anything below loads torch
@@ -54,7 +55,7 @@ _HOMES = {
     "explore.study": ("load_sweep", "run_sweep"),
     "explore.table": ("load_metrics", "load_runs"),
     "explore.train": ("fit", "load"),
-    "explore.workbench": ("Workbench",),
+    "explore.workbench": ("Frontier", "Workbench"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _PACKAGES = (

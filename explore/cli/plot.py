@@ -30,6 +30,10 @@ def plot(
     ] = None,
     x: Annotated[str, typer.Option(help=f"Cost: {COSTS}, or any other number in the table.")] = "flops_run",
     y: Annotated[str, typer.Option(help=f"Quality: {QUALITIES}, or any other number in the table.")] = "val_bpb",
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Interactive page in one file, which any browser opens; instead of a picture without --out."),
+    ] = None,
     corpus: Annotated[str | None, typer.Option(help="Draw only the runs that were trained on this corpus.")] = None,
 ) -> None:
     """Draw the accuracy-per-FLOP frontier, or any quantity against any other, families by colour."""
@@ -44,6 +48,12 @@ def plot(
     x, y = choose(x, numeric, "--x"), choose(y, numeric, "--y")
     if frontier_table(runs, x, y).empty:
         raise ValueError(f"--x, --y: a finished run must have both {x} and {y}, got none among {len(runs)} runs")
+    if html is not None:
+        from explore.workbench import save_frontier
+
+        out.print(f"wrote {save_frontier(runs, html, x, y)}", highlight=False)
+        if output is None:
+            return
     folder = roots[0] if roots[0].is_dir() else roots[0].parent
     for path in save_figure(plot_frontier(runs, x, y), output or folder / "frontier.png"):
         out.print(f"wrote {path}", highlight=False)

@@ -1,6 +1,7 @@
-"""A workbench in JupyterLab: edit a pattern as coloured letters, move its sizes, and see its cost at once."""
+"""Widgets in JupyterLab: a model that is edited and costed at once, and a frontier of runs that is asked."""
 
+from explore.workbench.frontier import Frontier, frontier_data, save_frontier
 from explore.workbench.readout import evaluate
 from explore.workbench.widget import Workbench
 
-__all__ = ["Workbench", "evaluate"]
+__all__ = ["Frontier", "Workbench", "evaluate", "frontier_data", "save_frontier"]

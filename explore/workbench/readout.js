@@ -54,35 +54,3 @@ function bar(title, shown, pinned, total, parts, format, colors, named) {
   return h("figure", {}, h("figcaption", {}, title), stack(shown, "wb-stack"),
     pinned ? stack(pinned, "wb-stack wb-thin") : "", h("div", { class: "wb-legend" }, legend));
 }
-
-// ---- numbers
-
-function quantity(value, base, units, digits = 4) {
-  let power = 0;
-  while (value >= base && power < units.length - 1) [value, power] = [value / base, power + 1];
-  return `${Number(value.toPrecision(digits))} ${units[power]}`.trim();
-}
-
-function count(value) { return quantity(value, 1000, ["", "k", "M", "B", "T"]); }
-function metric(value) { return quantity(value, 1000, ["", "k", "M", "G", "T"]); }
-function bytes(value) { return quantity(value, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]); }
-function seconds(value) { return quantity(1e6 * value, 1000, ["µs", "ms", "s"], 3); }
-function percent(part, whole) {
-  const share = whole ? part / whole : 0;
-  return share > 0 && share < 0.0005 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
-}
-function grouped(value) { return value.toLocaleString("en-US"); }
-
-/** An element; attributes that begin with `on` are listeners, children may be nested lists. */
-function h(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  if ("tabindex" in attributes || ["BUTTON", "INPUT", "SELECT"].includes(element.tagName)) {
-    element.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes arrows and letters for its own
-  }
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else element.setAttribute(name, value);
-  }
-  element.append(...children.flat(3).filter((child) => child !== null));
-  return element;
-}

@@ -22,7 +22,7 @@ from explore.workbench.state import Controls, content_of
 from explore.workbench.training import PARTS
 
 _FOLDER = Path(__file__).parent
-SCRIPTS = ("readout.js", "training.js", "workbench.js")
+SCRIPTS = ("kit.js", "readout.js", "training.js", "workbench.js")
 
 
 class Workbench(anywidget.AnyWidget):

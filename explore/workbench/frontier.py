@@ -1,0 +1,295 @@
+"""The frontier of runs as a picture that is asked: in JupyterLab, and as one file that any browser opens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import numpy as np
+import pandas as pd
+import traitlets
+
+from explore.blocks import STANDARD_LETTERS
+from explore.cost import MTP_LETTER
+from explore.figures import family_styles
+from explore.files import replacing
+from explore.foreign import check_type
+from explore.formatting.html import paint
+from explore.frontier.intervals import t_quantile
+from explore.frontier.repeats import repeats
+from explore.model.display import letter_paints
+from explore.quantities import EVAL_DATA, Quantity, choose, columns, headlines, quantity
+from explore.runs import RunFolder, find_runs, resolve_run
+from explore.table import load_runs
+from explore.workbench.widget import Workbench
+
+_FOLDER = Path(__file__).parent
+SCRIPTS = ("kit.js", "scales.js", "frontier.js")
+LEVEL = 0.95
+"""Confidence of the intervals of means over seeds."""
+POINT = ("family", "pattern", "parent", "quantized_from", "teacher", "corpus", EVAL_DATA, "tokens", "flops_run")
+"""Columns that tell points apart, with all that is known before training but the seed."""
+PARENTS = ("parent", "quantized_from", "teacher")
+"""Columns that name another run, from which or with which a run was trained."""
+KINDS = {"loss": "Quality", "score": "Quality", "cost": "Cost", "setting": "Setting", "training": "Training"}
+"""Headings of the quantities in a menu, by role."""
+
+
+def frontier_data(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> dict[str, Any]:
+    """What an interactive frontier shows, as JSON.
+
+    Args:
+        runs: a table as `load_runs` gives it; where it has a `status`, only finished runs are shown.
+        x: quantity of the horizontal axis at first.
+        y: quantity of the vertical axis at first.
+
+    Returns:
+        `axes`: of every quantity that some run has, its label, unit, kind, which way is better, whether its axis is
+        logarithmic, and `half`: half the interval of a single run, from the spread between seeds of equal points;
+        `rows`: a record a run; `families` and `letters` with their colours; `seeds`, `corpora`, and `start`.
+
+    Raises:
+        TypeError: `runs` is no table.
+        ValueError: a column is missing, or no finished run has both quantities.
+    """
+    check_type(runs, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
+    if missing := [name for name in ("run", "family", "pattern") if name not in runs]:
+        raise ValueError(f"runs must have the columns run, family and pattern, got none named {', '.join(missing)}")
+    if "status" in runs:
+        runs = runs[runs["status"].eq("finished").fillna(False).astype(bool)]
+    runs = runs.reset_index(drop=True)
+    axes = _axes(runs)
+    x, y = choose(x, axes, "x"), choose(y, axes, "y")
+    if not (_numbers(runs[x]).notna() & _numbers(runs[y]).notna()).any():
+        raise ValueError(f"x, y: a finished run must have both {x} and {y}, got none among {len(runs)} runs")
+    points = _points(runs)
+    return {
+        "start": {"x": x, "y": y},
+        "axes": {name: _axis(each, runs, points) for name, each in axes.items()},
+        "shown": [each.name for each in headlines(runs.columns) if each.name in axes],
+        "rows": _rows(runs, list(axes), points),
+        "families": {
+            name: {"color": paint(style.color).color, "marker": style.marker}
+            for name, style in family_styles(runs["family"].astype("str").fillna("other")).items()
+        },
+        "letters": {
+            letter: {**style._asdict(), "name": STANDARD_LETTERS[letter].label if letter in STANDARD_LETTERS else "MTP"}
+            for letter, style in letter_paints({}).items()
+            if letter in STANDARD_LETTERS or letter == MTP_LETTER
+        },
+        "level": LEVEL,
+    }
+
+
+def save_frontier(runs: pd.DataFrame, path: str | Path, x: str = "flops_run", y: str = "val_bpb") -> Path:
+    """Writes an interactive frontier as one file that a browser opens without a network and without Python.
+
+    Args:
+        path: of the file, which ends in .html.
+
+    Raises:
+        ValueError: another suffix, or what `frontier_data` refuses.
+    """
+    path = Path(path)
+    if path.suffix != ".html":
+        raise ValueError(f"path must end in .html, got {str(path)!r}")
+    text = frontier_page(frontier_data(runs, x, y))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def frontier_page(data: Mapping[str, Any]) -> str:
+    """The HTML of a page that shows a frontier; a policy in it forbids whatever is not in the file."""
+    content = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    title = f"{quantity(data['start']['y']).label} of {len(data['rows'])} runs"
+    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_style(page=True)}</style>\n</head>\n"
+        '<body class="fr-page">\n<main id="frontier"></main>\n'
+        f'<script type="application/json" id="data">{content}</script>\n'
+        f'<script type="module">\n{_script()}\nshowPage();\n</script>\n</body>\n</html>\n'
+    )
+
+
+class Frontier(anywidget.AnyWidget):
+    """The frontier of runs in JupyterLab: any quantity on either axis, and what is behind every point.
+
+    Examples:
+        >>> view = Frontier("runs/demo")  # doctest: +SKIP
+        >>> view.run  # the run that was clicked  # doctest: +SKIP
+
+    Attributes:
+        data: what is shown, as `frontier_data` gives it.
+        selected: names of the runs that were clicked, the last one first.
+        ask: a run that the browser asks to open in a workbench.
+        bench: the workbench that is shown below the picture, by the name of its model in the browser.
+    """
+
+    _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS) + "\nexport default { render };"
+    _css = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in ("frontier.css",))
+    data = traitlets.Dict().tag(sync=True)
+    selected = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    ask = traitlets.Dict().tag(sync=True)
+    bench = traitlets.Dict().tag(sync=True)
+
+    def __init__(
+        self, runs: pd.DataFrame | str | Path, *more: str | Path, x: str = "flops_run", y: str = "val_bpb"
+    ) -> None:
+        """Shows runs.
+
+        Args:
+            runs: a table as `load_runs` gives it, whose runs are opened from the folder `runs`; or a folder of runs, or
+                a table of records.
+            more: further folders.
+            x: quantity of the horizontal axis at first.
+            y: quantity of the vertical axis at first.
+
+        Raises:
+            TypeError: `runs` is neither a table nor a folder.
+            ValueError: a folder does not exist or holds no run, or no finished run has both quantities.
+        """
+        super().__init__()
+        check_type(runs, (pd.DataFrame, str, Path), "runs must be a table of runs, or a folder that holds runs")
+        self._roots = () if isinstance(runs, pd.DataFrame) else (runs, *more)
+        self._workbench: Workbench | None = None
+        self.data = frontier_data(runs if isinstance(runs, pd.DataFrame) else load_runs(*self._roots), x, y)
+
+    @property
+    def run(self) -> RunFolder | None:
+        """The run that was clicked last; None before any was.
+
+        Raises:
+            ValueError: its folder is not there.
+        """
+        return self._open(self.selected[0]) if self.selected else None
+
+    def workbench(self) -> Workbench:
+        """A workbench with the run that was clicked last, compared with the one before it where two are selected.
+
+        Raises:
+            ValueError: no run was clicked, or its folder is not there.
+        """
+        if not self.selected:
+            raise ValueError("run: click a run first; with shift, a second one is compared with it")
+        opened = [self._open(name) for name in self.selected[:2]]
+        return Workbench(opened[0], against=opened[1] if len(opened) > 1 else None)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes what is shown as one file that a browser opens without a network and without Python.
+
+        Raises:
+            ValueError: the path does not end in .html.
+        """
+        path = Path(path)
+        if path.suffix != ".html":
+            raise ValueError(f"path must end in .html, got {str(path)!r}")
+        with replacing(path) as temporary:
+            temporary.write_text(frontier_page(self.data), encoding="utf-8")
+        return path
+
+    def _open(self, name: str) -> RunFolder:
+        if not self._roots:
+            return RunFolder(resolve_run(name))
+        return next(run for run in find_runs(*self._roots) if run.path.resolve().name == name)
+
+    @traitlets.observe("ask")
+    def _asked(self, change: Mapping[str, Any]) -> None:
+        try:
+            self._workbench = self.workbench()
+        except ValueError as error:
+            self.bench = {"n": change["new"].get("n", 0), "error": str(error)}
+        else:
+            self.bench = {"n": change["new"].get("n", 0), "model": self._workbench.model_id}
+
+
+def _script() -> str:
+    return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def _style(*, page: bool) -> str:
+    names = ("frontier.css", "page.css") if page else ("frontier.css",)
+    return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
+
+
+def _axes(runs: pd.DataFrame) -> dict[str, Quantity]:
+    """The quantities with numbers that some run has, those of quality first."""
+    known = [each for each in columns(runs.columns) if each.is_number and each.name in runs and each.role in KINDS]
+    some = [each for each in known if _numbers(runs[each.name]).notna().any()]
+    order = list(dict.fromkeys(KINDS.values()))
+    return {each.name: each for each in sorted(some, key=lambda each: order.index(KINDS[each.role]))}
+
+
+def _axis(each: Quantity, runs: pd.DataFrame, points: pd.Series[int]) -> dict[str, Any]:
+    return {
+        "label": each.label,
+        "unit": each.unit,
+        "kind": KINDS[each.role],
+        "sign": each.sign,
+        "better": each.better or "",
+        "log": each.log is not False,
+        "own": each.is_on_own_data,
+        "half": _half_width(_numbers(runs[each.name]), points),
+    }
+
+
+def _half_width(values: pd.Series[float], points: pd.Series[int]) -> float | None:
+    """Half the interval of one run, by the spread between the seeds of equal points; None without any."""
+    if not values.notna().any():
+        return None
+    found = repeats(pd.DataFrame({"point": points, "cost": 0.0, "error": values}), ["point"], "cost", "error")
+    if not found.dof or not found.sd > 0:
+        return None
+    return t_quantile(found.dof, LEVEL) * found.sd
+
+
+def _points(runs: pd.DataFrame) -> pd.Series[int]:
+    """Number of the point of every run: runs of one point differ in nothing but their seed."""
+    settings = [each.name for each in columns(runs.columns) if each.is_known and each.name != "seed"]
+    by = [name for name in dict.fromkeys([*POINT, *settings]) if name in runs]
+    groups = runs[by].astype("str").fillna("").groupby(by, sort=False, dropna=False)
+    return groups.ngroup()
+
+
+def _rows(runs: pd.DataFrame, axes: Iterable[str], points: pd.Series[int]) -> list[dict[str, Any]]:
+    names = list(axes)
+    values = np.column_stack([_numbers(runs[name]).to_numpy(np.float64) for name in names])
+    texts = {name: _texts(runs, name) for name in ("run", "key", "family", "pattern", "corpus", EVAL_DATA, *PARENTS)}
+    seeds = _numbers(runs["seed"]) if "seed" in runs else pd.Series(math.nan, index=runs.index)
+    present = set(texts["run"])
+    rows = []
+    for i, row in enumerate(values):
+        parents = {name: texts[name][i] for name in PARENTS if texts[name][i] in present and texts[name][i]}
+        rows.append(
+            {
+                "run": texts["run"][i],
+                "key": texts["key"][i][:8],
+                "family": texts["family"][i] or "other",
+                "pattern": texts["pattern"][i],
+                "data": texts["corpus"][i] or texts[EVAL_DATA][i] or "",
+                "seed": None if math.isnan(seeds.iloc[i]) else int(seeds.iloc[i]),
+                "point": int(points.iloc[i]),
+                "parents": parents,
+                "values": {name: float(value) for name, value in zip(names, row, strict=True) if math.isfinite(value)},
+            }
+        )
+    return rows
+
+
+def _texts(runs: pd.DataFrame, name: str) -> list[str]:
+    if name not in runs:
+        return [""] * len(runs)
+    return [value if isinstance(value, str) else "" for value in runs[name].tolist()]
+
+
+def _numbers(column: pd.Series[Any]) -> pd.Series[float]:
+    values = pd.to_numeric(column, errors="coerce").astype("float64")
+    return values.where(np.isfinite(values))
