@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from explore.files import replacing
-from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, packed_digest, read_packed, walk_runs
+from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, json_text, packed_digest, read_packed, walk_runs
 
 
 def pack_runs(path: str | Path, *roots: str | Path) -> int:
@@ -59,6 +60,30 @@ def _only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+def update_records(path: str | Path, name: str, contents: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replaces one file of some runs in a table of records.
+
+    Args:
+        name: one of `explore.runs.FILES`, such as `evals.json`.
+        contents: what it shall hold, by the folder of the run as the table names it.
+
+    Raises:
+        ValueError: the file is no table of records, or lacks one of the runs.
+    """
+    path = Path(path)
+    with _only_writer(path.parent):
+        rows = {str(run.path.relative_to(path)): run for run in read_packed(path)}
+        if missing := sorted(contents.keys() - rows.keys()):
+            raise ValueError(f"{path}: holds no run {missing[0]!r}")
+        table = _table(rows).set_index("run")
+        for run, content in contents.items():
+            table.loc[run, name] = json_text(content, name)
+        table = table.reset_index()
+        table.attrs[DIGEST] = packed_digest(table)
+        with replacing(path) as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
 
 
 def unpack_runs(path: str | Path, root: str | Path) -> int:

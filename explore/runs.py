@@ -72,11 +72,20 @@ def write_json(path: str | Path, obj: Any) -> None:
     Raises:
         ValueError: a float is NaN or infinite, which JSON cannot say; write None.
     """
-    if (where := _non_finite(obj)) is not None:
-        raise ValueError(f"{Path(path).name}: {where} is not finite; a number that is missing is written as null")
-    text = json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    text = json_text(obj, Path(path).name)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(obj: Any, name: str) -> str:
+    """The text of a JSON file of a run.
+
+    Raises:
+        ValueError: a float is NaN or infinite, in the file called `name`.
+    """
+    if (where := _non_finite(obj)) is not None:
+        raise ValueError(f"{name}: {where} is not finite; a number that is missing is written as null")
+    return json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,16 @@ def load_pairs(*roots: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "suite", "uid", "accuracy"])
 
 
+def load_params(*roots: str | Path) -> pd.DataFrame:
+    """What was drawn for each run that a sweep made: a column `run`, and one a parameter of its trial.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    rows = [{"run": run.path.resolve().name, **(run.trial.get("params") or {})} for run in find_runs(*roots)]
+    return pd.DataFrame(rows)
+
+
 def load_metrics(*roots: str | Path) -> pd.DataFrame:
     """The learning curves of all runs below the roots: the rows of every `metrics.csv`, led by run, family and pattern.
 

@@ -49,7 +49,7 @@ def test_two_arms_at_one_size_are_the_paired_t_test():
 
 def test_more_arms_and_sizes_pool_the_noise_of_randomised_blocks():
     table = runs(np.random.default_rng(0), EFFECTS)
-    found = compare(table, "arm", "base", by=["d_model"])
+    found = compare(table, "arm", "base", by=["d_model"], noise="pooled")
     centred = table["test_bpb"] - table.groupby(["d_model", "arm"])["test_bpb"].transform("mean")
     centred -= centred.groupby([table["d_model"], table["seed"]]).transform("mean")
     dof = 2 * (5 - 1) * (3 - 1)

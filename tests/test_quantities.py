@@ -56,6 +56,7 @@ QUANTIZED = {
 }  # fmt: skip
 ABSENT = QUANTIZED | {
     "parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb",
+    "whole_val_bpb", "whole_test_bpb", "test_documents",
 }  # fmt: skip
 """What a finished run on text without a latent, a parent and a teacher, which is not quantised, does not have."""
 NUMBERS = [each.name for each in columns(MEMBERS) if each.is_number]

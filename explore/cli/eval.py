@@ -30,7 +30,9 @@ PROMPT_TOKENS = 64
 def evaluate(
     runs: Annotated[
         list[Path],
-        run_argument("runs (folders, or the first characters of their keys), or folders that import wrote"),
+        run_argument(
+            "runs (folders, or the first characters of their keys), folders that import wrote, or records (.parquet)"
+        ),
     ],
     pairs: Annotated[
         list[Path] | None, typer.Option(help="File or folder of minimal pairs, as BLiMP or Zorro; repeatable.")
@@ -57,7 +59,8 @@ def evaluate(
 ) -> None:
     """Minimal pairs, other corpora, an n-gram model of the same tokens, or the acceptance length of drafts."""
     from explore.evals import read_minimal_pairs
-    from explore.runs import RunFolder, write_json
+    from explore.frontier.floors import add_floors, ngram_floor
+    from explore.runs import PACKED, RunFolder, write_json
 
     if not (pairs or corpus or acceptance or ngram):
         raise ValueError("--pairs, --corpus, --acceptance, --ngram: at least one of them is required")
@@ -72,9 +75,15 @@ def evaluate(
     read = {suite: read_minimal_pairs(path, limit) for suite, path in suites.items()}
     found = {}
     for run in runs:
+        if run.suffix == PACKED:
+            if ngram is None or not save or pairs or corpus or acceptance:
+                raise ValueError(f"{run}: records have no weights; only --ngram with --save can be measured on them")
+            n = add_floors(run, ngram)
+            out.print(f"{run}: {n} runs got the score of a {ngram}-gram model of their tokens", highlight=False)
+            continue
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
         if ngram is not None:
-            results["ngram"] = _ngram(run, ngram)
+            results["ngram"] = ngram_floor(RunFolder(run), ngram)
         if save:
             kept = RunFolder(run).evals
             write_json(
@@ -82,6 +91,8 @@ def evaluate(
                 {name: kept.get(name, {}) | each for name, each in results.items()}
                 | {name: each for name, each in kept.items() if name not in results},
             )
+    if not found:
+        return
     if as_json:
         print(json.dumps(found if len(runs) > 1 else found[str(runs[0])], indent=2))
         return
@@ -130,21 +141,6 @@ def _results(
             for name, sampling in (("greedy", GREEDY), ("temperature 1", Sampling()))
         }
     return results
-
-
-def _ngram(run: Path, order: int) -> dict[str, Any]:
-    """Bits per byte of an n-gram model of the tokens that the run was trained on, for `evals.json`."""
-    from explore.data import TextSource
-    from explore.evals import ngram_scores
-    from explore.runs import RunFolder
-
-    experiment = RunFolder(run).load_experiment()
-    source = experiment.data.open(experiment.seed)
-    if not isinstance(source, TextSource):
-        raise ValueError(f"--ngram: {run} was trained on {experiment.data.kind}, and this needs text")
-    train = experiment.train
-    scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, train.eval_tokens)
-    return {"order": order, **{f"{split}_bpb": score.bits_per_byte for split, score in scores.items()}}
 
 
 def _prompts(data: TextData, n: int) -> Iterator[Tensor]:

@@ -30,7 +30,7 @@ from explore.figures.decoding import (
 from explore.figures.frontier import draw_frontier, frontier_table, plot_frontier
 from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
 from explore.figures.scores import draw_layers, draw_scores, layers_table, plot_scores, scores_table
-from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, stacked
+from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, mark, stacked
 
 __all__ = [
     "COLUMN_HEIGHT",
@@ -70,6 +70,7 @@ __all__ = [
     "latency_table",
     "layers_table",
     "layouts_table",
+    "mark",
     "plan_memory_table",
     "plot_bits",
     "plot_conventions",

@@ -36,6 +36,11 @@ def stacked(heights: Sequence[float], title: str, width: float = COLUMN_WIDTH) -
     return figure, list(axes[:, 0])
 
 
+def mark(figure: RunFigure, words: str, font_pt: float = 7.0) -> None:
+    """Writes above a study's figure what a reader must know before all else."""
+    figure.suptitle(words, fontsize=font_pt, color=VERDICTS["worse"][0], x=0.99, ha="right")
+
+
 def draw_comparisons(
     ax: Axes, table: pd.DataFrame, names: Mapping[str, str], label: str, *, arm: str = "arm", font_pt: float = 7.0
 ) -> None:

@@ -8,8 +8,9 @@ from explore.frontier.comparisons import compare, n_for_half_width
 from explore.frontier.flips import rank_correlation
 from explore.frontier.front import hypervolume, pareto_front
 from explore.frontier.intervals import NOT_RESOLVED, Interval, holm
-from explore.frontier.laws import PowerLaws, fit_power_laws
+from explore.frontier.laws import PowerLaws, fit_power_laws, reducible_ratio
 from explore.frontier.multipliers import Crossover, EffectiveCompute, crossover, effective_compute
+from explore.frontier.noise import Noise, bartlett, fit_noise
 from explore.frontier.scores import cluster_interval, success_difference, success_fraction
 from explore.frontier.volumes import hypervolume_difference, hypervolume_interval
 
@@ -19,14 +20,17 @@ __all__ = [
     "EffectiveCompute",
     "Floats",
     "Interval",
+    "Noise",
     "PowerLaws",
     "add_axes",
     "arms_table",
+    "bartlett",
     "cluster_interval",
     "compare",
     "crossover",
     "effective_compute",
     "experiments_of",
+    "fit_noise",
     "fit_power_laws",
     "front_changes",
     "holm",
@@ -37,6 +41,7 @@ __all__ = [
     "pairs_table",
     "pareto_front",
     "rank_correlation",
+    "reducible_ratio",
     "seed_bands",
     "success_difference",
     "success_fraction",

@@ -13,6 +13,8 @@ from explore.quantities import headlines
 
 BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
 SETTINGS = ("tokens", "lr", "tuned", "lr_sensitivity")
+FLOOR = "ngram_test_bpb"
+"""Column of what an n-gram model of the same tokens reaches; it stands beside the scores that must beat it."""
 
 
 def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = ()) -> pd.DataFrame:
@@ -26,7 +28,8 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
 
     Returns:
         The columns `by` and `arm`, n_seeds, tokens, lr, tuned (all of its runs are), lr_sensitivity, each budget with
-        `_residual` (its share above the baseline's), and the means of the headline scores that some run has.
+        `_residual` (its share above the baseline's), and the means of the headline scores that some run has and of the
+        floor that they must beat.
 
     Raises:
         ValueError: a column is missing, or the baseline has no run somewhere.
@@ -46,6 +49,7 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
         residuals = [row[budget] / of[budget] - 1 for row, of in rows if of is not None]
         found.insert(list(found.columns).index(budget) + 1, f"{budget}_residual", residuals)
     scores = [each.name for each in headlines(table.columns) if each.is_quality and each.name in table]
+    scores += [FLOOR] if FLOOR in table else []
     means = groups[scores].mean().dropna(axis="columns", how="all")
     return found.join(means.reset_index(drop=True))
 

@@ -104,7 +104,7 @@ def front_changes(
 
 def _on_axis(table: pd.DataFrame, axis: str, by: Sequence[str], error: str, level: float) -> pd.DataFrame:
     points = repeats(table, by, axis, error)
-    if points.dof:
+    if points.spread is not None:
         found = seed_bands(table, by, axis, error, level)
     else:
         found = points.table.assign(on_front=pareto_front(points.table, axis, error), standing=NOT_RESOLVED)

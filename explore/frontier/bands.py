@@ -10,6 +10,7 @@ import pandas as pd
 from explore.frontier.columns import Floats
 from explore.frontier.front import pareto_front
 from explore.frontier.intervals import NOT_RESOLVED, t_quantile
+from explore.frontier.noise import NoiseKind
 from explore.frontier.repeats import Repeats, repeats
 
 ON_FRONT, BEHIND = "on the front", "behind"
@@ -23,35 +24,38 @@ def seed_bands(
     level: float = 0.95,
     n_bootstrap: int = 4000,
     seed: int = 0,
+    noise: NoiseKind = "auto",
 ) -> pd.DataFrame:
     """Means over seeds with t intervals, and whether each point is on the front, as `pareto_front` finds it.
 
-    The variance between seeds is pooled over all points. A rival of a point is another that costs no more. A point is
-    `on the front` when it beats all rivals at once with a probability of `level` or more, `behind` when the hypothesis
-    that no rival beats it is rejected (by the largest t statistic over the rivals, so that many ties do not add up to a
-    verdict), and `not resolved` otherwise. Either verdict is wrong with a probability of 1 - `level` at most, point by
-    point. Seeds are taken as independent between points.
+    The variance between seeds follows the cost, as `noise` says. A rival of a point is another that costs no more. A
+    point is `on the front` when it beats all rivals at once with a probability of `level` or more, `behind` when the
+    hypothesis that no rival beats it is rejected (by the largest t statistic over the rivals, so that many ties do not
+    add up to a verdict), and `not resolved` otherwise. Either verdict is wrong with a probability of 1 - `level` at
+    most, point by point. Seeds are taken as independent between points.
 
     Args:
         by: columns whose values tell points apart, such as arm and size.
+        noise: how the noise changes with the cost, as in `explore.frontier.noise.fit_noise`.
 
     Returns:
-        One row a point: the columns `by`, `cost` and `error` (means), low and high (of the mean error), n_seeds,
+        One row a point: the columns `by`, `cost` and `error` (means), low and high (of the mean error), n_seeds, sd,
         on_front (of the means), p_front (parametric bootstrap), p_value (that the point is on the front and only looks
         behind), and standing.
 
     Raises:
         ValueError: a column is missing, no point has two runs, or `level` is no level.
     """
-    points = repeats(table, by, cost, error)
-    points.need_spread()
-    half = t_quantile(points.dof, level) * points.sd / np.sqrt(points.n_seeds)
+    points = repeats(table, by, cost, error, noise)
+    t = np.array([t_quantile(dof, level) for dof in points.noise.dof])
+    half = t * points.noise.sd / np.sqrt(points.n_seeds)
     p_front, p_value = _front_tests(points, n_bootstrap, np.random.default_rng(seed))
     standing = np.where(p_value <= 1 - level, BEHIND, NOT_RESOLVED)
     return points.table.drop(columns="n_seeds").assign(
         low=points.table[error] - half,
         high=points.table[error] + half,
         n_seeds=points.table["n_seeds"],
+        sd=points.noise.sd,
         on_front=pareto_front(points.table, cost, error),
         p_front=p_front,
         p_value=p_value,
@@ -60,17 +64,17 @@ def seed_bands(
 
 
 def _front_tests(points: Repeats, n: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    draws = points.standard_draws(n, rng)
-    means = points.error + points.sd * draws
-    sd = max(points.sd, float(np.finfo(np.float64).tiny))
+    draws = points.draws(n, rng)
+    means = points.error + draws
+    variance = np.maximum(points.noise.sd**2, np.finfo(np.float64).tiny) / points.n_seeds
     p_front, p_value = np.ones(len(points.error)), np.ones(len(points.error))
     for i in range(len(points.error)):
         rivals = points.cost <= points.cost[i]
         rivals[i] = False
         if rivals.any():
             p_front[i] = (means[:, i] < means[:, rivals].min(axis=1)).mean()
-            scale = np.sqrt(1 / points.n_seeds[i] + 1 / points.n_seeds[rivals])
-            found = ((points.error[i] - points.error[rivals]) / sd / scale).max()
+            scale = np.sqrt(variance[i] + variance[rivals])
+            found = ((points.error[i] - points.error[rivals]) / scale).max()
             by_chance = ((draws[:, [i]] - draws[:, rivals]) / scale).max(axis=1)
             p_value[i] = (1 + (by_chance >= found).sum()) / (1 + n)
     return p_front, p_value

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Hashable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from explore.frontier.intervals import NOT_RESOLVED, check_level, holm, p_two_sided, t_quantile
+from explore.frontier.intervals import (
+    NOT_RESOLVED,
+    check_level,
+    holm,
+    p_equivalent,
+    p_two_sided,
+    resolvable,
+    t_quantile,
+)
+from explore.frontier.noise import NoiseKind
 from explore.frontier.paired import Paired, paired
 from explore.quantities import quantity
 
-BETTER, WORSE, EXPLORATORY = "better", "worse", "exploratory"
+BETTER, WORSE, EXPLORATORY, EQUIVALENT = "better", "worse", "exploratory", "equivalent"
 MAX_PAIRS = 10_000
 
 
@@ -30,13 +39,17 @@ def compare(
     better: Literal["lower", "higher"] | None = None,
     min_pairs: int = 3,
     level: float = 0.95,
+    noise: NoiseKind = "auto",
+    margin: float | None = None,
 ) -> pd.DataFrame:
     """Differences of arms from a baseline that was run from the same seeds.
 
     A run's value is the effect of its arm, of its seed, and noise, within a size; so a difference is the mean of the
-    paired ones where no run is missing. The variance of the noise is pooled over arms, `by` and `strata`. The interval
-    is that of one comparison by itself; the verdict is Holm's over all primary comparisons, so of the verdicts that
-    should be `not resolved` any is another with a probability of 1 - `level` at most.
+    paired ones where no run is missing. The variance of the noise is one for all arms of a size, and between sizes it
+    follows `noise`. The interval is that of one comparison by itself; the verdict is Holm's over all primary
+    comparisons, so of the verdicts that should be `not resolved` any is `better` or `worse` with a probability of
+    1 - `level` at most. An arm that is neither is `equivalent` where two one-sided tests, corrected in the same way,
+    place its difference within `margin`.
 
     Args:
         arm: column that names the arms.
@@ -48,47 +61,70 @@ def compare(
             comparisons unless given. Others have no adjusted p value, and their verdict is `exploratory`.
         better: which values are better; as `explore.quantities` declares it when absent.
         min_pairs: seeds that an arm must share with the baseline in every stratum.
+        noise: how the noise changes between sizes, as in `explore.frontier.noise.fit_noise`.
+        margin: largest difference of arms that count as equivalent, in the unit of `value`.
 
     Returns:
-        One row a comparison: the columns `by` and `arm`, n_pairs, difference (arm less baseline), low, high, sd (noise
-        of one run), dof, p, primary, p_holm and verdict: better, worse, not resolved or exploratory.
+        One row a comparison: the columns `by` and `arm`, n_pairs, difference (arm minus baseline), low, high, sd (noise
+        of one run; the root of the mean variance over strata), dof, noise (its kind), bartlett_p (of equal variances
+        over all sizes), resolvable (smallest difference that is found with a power of 80%), p, p_equivalent (NaN
+        without a margin), primary, p_holm and verdict: better, worse, equivalent, not resolved or exploratory.
 
     Raises:
-        ValueError: a column, the baseline or a primary comparison is not there; a run is there twice; too few pairs.
+        ValueError: a column, the baseline or a primary comparison is not there; a run is there twice; too few pairs;
+            a margin that is not positive.
     """
     check_level(level)
+    if margin is not None and not (math.isfinite(margin) and margin > 0):
+        raise ValueError(f"margin must be positive, got {margin!r}")
     better = better or quantity(value).better or "lower"
     if better not in ("lower", "higher"):
         raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
-    fit = paired(table, arm, [*by, *strata], pair, value)
+    fit = paired(table, arm, [*by, *strata], pair, value, noise)
     labels = [*by, arm]
     rows = list(_differences(fit, len(by), arm, baseline, pair, min_pairs))
     if not rows:
         raise ValueError(f"{arm}: no arm stands beside the baseline {baseline!r}")
-    named = _named([key for key, *_ in rows], primary)
-    p = np.array([p_two_sided(difference, error, fit.dof) for _, _, difference, error in rows])
-    adjusted = np.full(len(rows), np.nan)
-    adjusted[named] = holm(p[named])
-    half = t_quantile(fit.dof, level)
+    named = _named([row.key for row in rows], primary)
+    p = np.array([p_two_sided(row.difference, row.error, row.dof) for row in rows])
+    same = np.full(len(rows), np.nan)
+    if margin is not None:
+        same = np.array([p_equivalent(row.difference, row.error, row.dof, margin) for row in rows])
+    adjusted, adjusted_same = np.full((2, len(rows)), np.nan)
+    adjusted[named], adjusted_same[named] = holm(p[named]), holm(same[named])
     records = []
-    for i, (key, n_pairs, difference, error) in enumerate(rows):
+    for i, row in enumerate(rows):
         verdict = NOT_RESOLVED if named[i] else EXPLORATORY
         if adjusted[i] <= 1 - level:
-            verdict = BETTER if (difference < 0) == (better == "lower") else WORSE
-        interval = (difference, difference - half * error, difference + half * error)
-        records.append((*key, n_pairs, *interval, fit.sd, fit.dof, p[i], named[i], adjusted[i], verdict))
-    rest = ["n_pairs", "difference", "low", "high", "sd", "dof", "p", "primary", "p_holm", "verdict"]
-    return pd.DataFrame(records, columns=[*labels, *rest])
+            verdict = BETTER if (row.difference < 0) == (better == "lower") else WORSE
+        elif adjusted_same[i] <= 1 - level:
+            verdict = EQUIVALENT
+        half = t_quantile(row.dof, level) * row.error
+        interval = (row.difference, row.difference - half, row.difference + half)
+        about = (row.sd, row.dof, fit.noise.kind, fit.noise.bartlett_p, resolvable(row.error, row.dof, level))
+        records.append((*row.key, row.n_pairs, *interval, *about, p[i], same[i], named[i], adjusted[i], verdict))
+    rest = ["n_pairs", "difference", "low", "high", "sd", "dof", "noise", "bartlett_p", "resolvable"]
+    return pd.DataFrame(records, columns=[*labels, *rest, "p", "p_equivalent", "primary", "p_holm", "verdict"])
+
+
+class _Difference(NamedTuple):
+    """One comparison: its key, its pairs, and the difference with its noise."""
+
+    key: tuple[Hashable, ...]
+    n_pairs: int
+    difference: float
+    sd: float
+    error: float
+    dof: float
 
 
 def _differences(
     fit: Paired, n_by: int, arm: str, baseline: Hashable, pair: str, min_pairs: int
-) -> Iterator[tuple[tuple[Hashable, ...], int, float, float]]:
-    """Each comparison's key, pairs, difference and standard error."""
+) -> Iterator[_Difference]:
     if not any(baseline in stratum.effects for stratum in fit.strata):
         raise ValueError(f"{arm}: the baseline {baseline!r} has no run")
-    found: dict[tuple[Hashable, ...], list[tuple[int, float, float]]] = {}
-    for stratum in fit.strata:
+    found: dict[tuple[Hashable, ...], list[tuple[int, int, float, float]]] = {}
+    for place, stratum in enumerate(fit.strata):
         for each in stratum.effects if baseline in stratum.effects else ():
             if each == baseline:
                 continue
@@ -96,10 +132,15 @@ def _differences(
             if n_pairs < min_pairs:
                 where = f" at {stratum.key}" if stratum.key else ""
                 raise ValueError(f"{pair}: {each!r} shares {n_pairs} with the baseline{where}; at least {min_pairs}")
-            found.setdefault((*stratum.key[:n_by], each), []).append((n_pairs, *stratum.difference(each, baseline)))
+            key = (*stratum.key[:n_by], each)
+            found.setdefault(key, []).append((place, n_pairs, *stratum.difference(each, baseline)))
     for key, parts in found.items():
-        error = fit.sd * math.sqrt(sum(variance for *_, variance in parts)) / len(parts)
-        yield key, sum(n for n, *_ in parts), sum(difference for _, difference, _ in parts) / len(parts), error
+        weights = np.zeros(len(fit.strata))
+        for place, _, _, variance in parts:
+            weights[place] = variance / len(parts) ** 2
+        variances = fit.noise.sd[[place for place, *_ in parts]] ** 2
+        n_pairs, difference = sum(n for _, n, *_ in parts), sum(part[2] for part in parts) / len(parts)
+        yield _Difference(key, n_pairs, difference, math.sqrt(variances.mean()), *fit.noise.error(weights))
 
 
 def _named(

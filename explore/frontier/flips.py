@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Iterator
 from itertools import combinations
 from typing import Any
@@ -72,7 +71,7 @@ def _order_changes(
 
 def _difference(fit: Paired, stratum: Stratum, a: Hashable, b: Hashable) -> tuple[float, float]:
     difference, variance = stratum.difference(a, b)
-    return difference, p_two_sided(difference, fit.sd * math.sqrt(variance), fit.dof)
+    return difference, p_two_sided(difference, *fit.error(stratum, variance))
 
 
 def _size_pairs(fit: Paired, size: str) -> Iterator[tuple[Stratum, Stratum, list[Hashable]]]:

@@ -13,6 +13,9 @@ from explore.frontier.columns import Floats
 NOT_RESOLVED: Final = "not resolved"
 """Verdict on a difference that the noise could have made."""
 
+POWER: Final = 0.8
+"""Probability with which a difference that counts as resolvable is found."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -54,6 +57,22 @@ def p_two_sided(difference: float, error: float, dof: float) -> float:
     if error <= 0:
         return float(difference == 0)
     return float(2 * special.stdtr(dof, -abs(difference) / error))
+
+
+def p_equivalent(difference: float, error: float, dof: float, margin: float) -> float:
+    """The p value of two one-sided t tests that a difference lies within `margin` on either side of zero.
+
+    Source: Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.
+    """
+    gap = margin - abs(difference)
+    if error <= 0:
+        return float(gap <= 0)
+    return float(special.stdtr(dof, -gap / error))
+
+
+def resolvable(error: float, dof: float, level: float = 0.95, power: float = POWER) -> float:
+    """The smallest difference that a two-sided t test finds with this power, given its standard error."""
+    return (t_quantile(dof, level) + float(special.stdtrit(dof, power))) * error
 
 
 def between(draws: Any, level: float, axis: int = 0) -> tuple[Any, Any]:

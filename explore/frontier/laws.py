@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,17 @@ from scipy import optimize, special
 
 from explore.frontier.columns import Floats, known_rows
 from explore.frontier.curves import bounds, curves, refit, slopes, starts
-from explore.frontier.intervals import between
+from explore.frontier.intervals import Interval, between
+from explore.frontier.noise import fit_noise
 
 MIN_POINTS = 5
 APART = 0.01
 """Decades of compute by which two points differ at least."""
 ROUNDING = 1e-9
+REWEIGHTED = 3
+"""Times that runs are weighted by the noise which the fit before found."""
+WEBB = np.sqrt([0.5, 1.0, 1.5]) * np.array([[1.0], [-1.0]])
+"""Factors of six points, by which few trunks can be resampled. Source: Webb, Reworking wild bootstrap, 2023."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +37,8 @@ class PowerLaws:
         amplitude: A_f by family.
         exponent: alpha_f by family.
         ranges: least and largest compute of each family's data.
-        sd: standard deviation of one run around its law.
+        sd: standard deviation of one run around its law, at C_0.
+        sd_exponent: d log sd / d log C; 0 where the noise was taken as the same everywhere.
         dof: runs less parameters, and less the seeds but one.
         p_fit: p value that the means of points lie off the laws by noise alone; NaN where no point was repeated.
         draws: bootstrap draws (n, 1 + 2 families) of E, all A_f and all alpha_f.
@@ -44,6 +50,7 @@ class PowerLaws:
     exponent: Mapping[str, float]
     ranges: Mapping[str, tuple[float, float]]
     sd: float
+    sd_exponent: float
     dof: int
     p_fit: float
     draws: Floats = field(repr=False)
@@ -118,26 +125,38 @@ def fit_power_laws(
     pair: str | None = "seed",
     n_bootstrap: int = 1000,
     seed: int = 0,
+    *,
+    shared_exponent: bool = False,
+    noise: Literal["power", "pooled"] = "power",
+    trunk: str | None = None,
 ) -> PowerLaws:
     """Fits the laws by least squares of the loss, and again to data made of the laws and resampled residuals.
 
-    Residuals are pooled over families and resampled one by one, larger by sqrt(n / (n - parameters)), and scaled by
-    draws of what their standard deviation may be. What a seed does to all runs alike is taken out first, and comes back
-    as a shift of all laws, t distributed with the seeds less one: with three seeds it widens the interval of a law and
-    of E, and of no exponent or multiplier. `p_fit` says whether the laws fit; where they do not, no interval holds.
+    The noise of a run is a power of its compute: runs count by the inverse of its square, and residuals are resampled
+    over the noise of their runs. They are resampled one by one, larger by sqrt(n / (n - parameters)), and scaled by
+    draws of what their standard deviation may be. Runs that branched from one trunk share its noise; with `trunk`, the
+    residuals of each keep together, with a random factor. What a seed does to all runs alike is taken out first, and
+    comes back as a shift of all laws, t distributed with the seeds minus one: with three seeds it widens the interval
+    of a law and of E, and of no exponent or multiplier. `p_fit` says whether the laws fit; where they do not, no
+    interval holds.
 
     Args:
         family: column that tells the laws apart.
         compute: column of training FLOPs.
         pair: column of the seed, which sets the order of the data; None takes all runs as independent.
+        shared_exponent: one exponent for all families, whose laws then differ by a factor of the reducible loss alone.
+        noise: `power`, or `pooled` for one standard deviation everywhere.
+        trunk: column of the trunk from which a run branched, such as that of its seed; each family has its own trunks.
 
     Raises:
-        ValueError: a column is missing, compute or loss is not positive, or a family has too few points: five that
-            differ in compute by 2% or more.
+        ValueError: a column is missing, compute or loss is not positive, a family has too few points (five that
+            differ in compute by 2% or more) or a single trunk, or Bartlett's test rejects `pooled`.
 
-    Source: the form of arXiv 2203.15556, section 3.3, in compute instead of parameters and tokens.
+    Source: the form of arXiv 2203.15556, section 3.3, in compute instead of parameters and tokens; trunks as in the
+    wild cluster bootstrap of Cameron, Gelbach and Miller, 2008.
     """
-    rows = known_rows(table, [family] if pair is None else [family, pair], compute, loss)
+    labels = [family, *([] if pair is None else [pair]), *([] if trunk is None else [trunk])]
+    rows = known_rows(table, list(dict.fromkeys(labels)), compute, loss)
     x, y = rows[compute].to_numpy(dtype=np.float64), rows[loss].to_numpy(dtype=np.float64)
     for column, numbers in ((compute, x), (loss, y)):
         if (numbers <= 0).any():
@@ -150,75 +169,132 @@ def fit_power_laws(
             raise ValueError(f"{family}: {name!r} has {n_points} points of compute; at least {MIN_POINTS} are needed")
         ranges[str(name)] = (float(x[which == i].min()), float(x[which == i].max()))
     log_c = np.log(x) - np.log(x).mean()
-    theta = _fit(which, log_c, y, starts(which, log_c, y))
+    if noise == "pooled":
+        _check_equal(rows, family, compute, loss)
+    theta = _fit(which, log_c, y, starts(which, log_c, y, shared=shared_exponent))
     seeds = np.zeros(len(y), dtype=np.intp) if pair is None else pd.factorize(rows[pair])[0]
-    moves, shares = _moves(y - curves(theta[None], which, log_c)[0], seeds)
-    if len(moves) > 1:
-        y = y - moves[seeds]
-        theta = _fit(which, log_c, y, [theta])
+    dof = len(y) - len(theta) - int(seeds.max())
+    measured, sd_exponent, scale = y, 0.0, np.ones(len(y))
+    moves, shares = _moves(measured - curves(theta[None], which, log_c)[0], seeds, scale)
+    for _ in range(REWEIGHTED):
+        y = measured - moves[seeds]
+        theta = _fit(which, log_c, y, [theta], scale)
+        if noise == "power":
+            sd_exponent = _sd_exponent(y - curves(theta[None], which, log_c)[0], log_c, dof)
+            scale = np.exp(sd_exponent * log_c)
+        moves, shares = _moves(measured - curves(theta[None], which, log_c)[0], seeds, scale)
+    y = measured - moves[seeds]
+    theta = _fit(which, log_c, y, [theta], scale)
     fitted = curves(theta[None], which, log_c)[0]
-    residuals, dof = y - fitted, len(y) - len(theta) - len(moves) + 1
-    sd = math.sqrt(float(residuals @ residuals) / dof)
+    residuals = (y - fitted) / scale
     rng = np.random.default_rng(seed)
-    scale = np.sqrt(len(y) / dof) * np.sqrt(dof / rng.chisquare(dof, size=(n_bootstrap, 1)))
-    noise = rng.choice(residuals - residuals.mean(), size=(n_bootstrap, len(y))) * scale
-    draws = np.exp(refit(theta, which, log_c, fitted + noise))
+    if trunk is None:
+        factor = np.sqrt(len(y) / dof) * np.sqrt(dof / rng.chisquare(dof, size=(n_bootstrap, 1)))
+        drawn = rng.choice(residuals - residuals.mean(), size=(n_bootstrap, len(y))) * factor
+    else:
+        drawn = residuals * _trunk_factors(rows, family, trunk, n_bootstrap, rng)
+    draws = np.exp(refit(theta, which, log_c, fitted + drawn * scale, scale))
     if len(moves) > 1:
         error = math.sqrt(float(moves.var(ddof=1) * (shares @ shares)))
         draws[:, 0] += error * rng.standard_t(len(moves) - 1, size=n_bootstrap)
-    values = np.exp(theta).tolist()
-    n = len(names)
+    values, n = np.exp(theta), len(names)
+    if shared_exponent:
+        values, draws = (
+            np.append(each[..., : 1 + n], np.repeat(each[..., -1:], n, -1), -1) for each in (values, draws)
+        )
+    found = values.tolist()
     return PowerLaws(
         float(np.exp(np.log(x).mean())),
-        values[0],
-        dict(zip(ranges, values[1 : 1 + n], strict=True)),
-        dict(zip(ranges, values[1 + n :], strict=True)),
+        found[0],
+        dict(zip(ranges, found[1 : 1 + n], strict=True)),
+        dict(zip(ranges, found[1 + n :], strict=True)),
         ranges,
-        sd,
+        math.sqrt(float(residuals @ residuals) / dof),
+        sd_exponent,
         dof,
-        _lack_of_fit(rows.assign(which=which, **{loss: y}), compute, loss, residuals, dof, len(moves) - 1),
+        _lack_of_fit(rows.assign(which=which, off=residuals), compute, dof, len(moves) - 1),
         draws,
     )
 
 
-def _fit(which: npt.NDArray[np.intp], log_c: Floats, y: Floats, starts: Iterable[Floats]) -> Floats:
-    low, high = bounds(int(which.max()) + 1, float(y.min()))
+def reducible_ratio(laws: PowerLaws, variant: str, baseline: str, level: float = 0.95) -> Interval:
+    """Reducible loss of a variant over that of a baseline at the same compute, by laws with a shared exponent.
+
+    Below 1 the variant is better, at every compute alike: it is one number for a whole study.
+
+    Raises:
+        ValueError: a family has no law, or the exponents differ.
+    """
+    (_, a_v, alpha_v), (_, a_b, alpha_b) = laws.parameters(variant), laws.parameters(baseline)
+    if not np.array_equal(alpha_v, alpha_b):
+        raise ValueError("laws must have a shared exponent, as fit_power_laws(..., shared_exponent=True) gives them")
+    ratio = a_v / a_b
+    low, high = between(ratio[1:], level)
+    return Interval(float(ratio[0]), float(low), float(high), level)
+
+
+def _check_equal(rows: pd.DataFrame, family: str, compute: str, loss: str) -> None:
+    groups = rows.groupby([family, compute])[loss]
+    dof = groups.size().to_numpy(dtype=np.float64) - 1
+    if (dof > 0).any():
+        squares = np.asarray(groups.var(ddof=0).to_numpy(dtype=np.float64) * (dof + 1), dtype=np.float64)
+        fit_noise(squares, np.asarray(dof, dtype=np.float64), kind="pooled")
+
+
+def _sd_exponent(residuals: Floats, log_c: Floats, dof: int) -> float:
+    """The exponent of the noise in compute, from residuals that share their degrees of freedom."""
+    if not (residuals**2).sum() or len(np.unique(log_c)) < 2:
+        return 0.0
+    share = np.full(len(residuals), dof / len(residuals))
+    return fit_noise(residuals**2, share, np.exp(log_c), "power").exponent
+
+
+def _trunk_factors(rows: pd.DataFrame, family: str, trunk: str, n: int, rng: np.random.Generator) -> Floats:
+    """Random factors (n, runs) of residuals: one a trunk, made larger by what the fit took from few trunks."""
+    trunks = rows.groupby([family, trunk], sort=False).ngroup().to_numpy()
+    per_family = rows.groupby(family)[trunk].transform("nunique").to_numpy(dtype=np.float64)
+    if (per_family < 2).any():
+        alone = rows.loc[per_family < 2, family].iloc[0]
+        raise ValueError(f"{trunk}: {alone!r} must have at least two trunks, got one")
+    dof = len(np.unique(trunks)) - rows[family].nunique()
+    signs = rng.choice(WEBB.ravel(), size=(n, int(trunks.max()) + 1))[:, trunks]
+    chance = np.sqrt(dof / rng.chisquare(dof, size=(n, 1)))
+    return np.asarray(signs * np.sqrt(per_family / (per_family - 1)) * chance, dtype=np.float64)
+
+
+def _fit(
+    which: npt.NDArray[np.intp], log_c: Floats, y: Floats, starts: Iterable[Floats], scale: Floats | None = None
+) -> Floats:
+    n, over = int(which.max()) + 1, np.ones(len(y)) if scale is None else scale
 
     def missed(theta: Floats) -> Floats:
-        return np.asarray(curves(theta[None], which, log_c)[0] - y)
+        return np.asarray((curves(theta[None], which, log_c)[0] - y) / over)
 
     def jacobian(theta: Floats) -> Floats:
-        return np.asarray(slopes(theta[None], which, log_c)[0])
+        return np.asarray(slopes(theta[None], which, log_c)[0] / over[:, None])
 
-    found: list[Any] = [
-        optimize.least_squares(
-            missed,
-            np.clip(start, low + 1e-6, high - 1e-6),
-            jac=jacobian,
-            bounds=(low, high),
-            x_scale="jac",
-            xtol=1e-12,
-            ftol=1e-12,
-            gtol=1e-12,
-        )
-        for start in starts
-    ]
-    return np.asarray(min(found, key=lambda fit: float(fit.cost)).x, dtype=np.float64)
+    def fitted(start: Floats) -> Any:
+        low, high = bounds(n, float(y.min()), len(start) - 1 - n)
+        start = np.clip(start, low + 1e-6, high - 1e-6)
+        tolerances: dict[str, Any] = dict.fromkeys(("xtol", "ftol", "gtol"), 1e-12)
+        return optimize.least_squares(missed, start, jac=jacobian, bounds=(low, high), x_scale="jac", **tolerances)
+
+    return np.asarray(min(map(fitted, starts), key=lambda fit: float(fit.cost)).x, dtype=np.float64)
 
 
-def _moves(residuals: Floats, seeds: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """What each seed does to all runs alike, zero in the mean over runs, and its share of the runs."""
-    counts = np.bincount(seeds)
-    means = np.bincount(seeds, residuals) / counts
-    return means - residuals.mean(), counts / len(seeds)
+def _moves(residuals: Floats, seeds: npt.NDArray[np.intp], scale: Floats) -> tuple[Floats, Floats]:
+    """What each seed does to all runs alike, zero in the weighted mean over runs, and its share of their weight."""
+    counts = np.bincount(seeds, scale**-2.0)
+    means, shares = np.bincount(seeds, residuals * scale**-2.0) / counts, counts / counts.sum()
+    return means - means @ shares, shares
 
 
-def _lack_of_fit(rows: pd.DataFrame, compute: str, loss: str, residuals: Floats, dof: int, n_moves: int) -> float:
-    """The F test of what the means of points lie off the laws against the spread of their runs."""
-    groups = rows.groupby(["which", compute])[loss]
+def _lack_of_fit(rows: pd.DataFrame, compute: str, dof: int, n_moves: int) -> float:
+    """The F test of how far the means of points lie off the laws, against the spread of their runs."""
+    groups, total = rows.groupby(["which", compute])["off"], float((rows["off"] ** 2).sum())
     pure_dof = len(rows) - groups.ngroups - n_moves
-    pure = float(((rows[loss] - groups.transform("mean")) ** 2).sum())
+    pure = float(((rows["off"] - groups.transform("mean")) ** 2).sum())
     if pure_dof <= 0 or pure <= 0 or dof <= pure_dof:
         return math.nan
-    f = max(float(residuals @ residuals) - pure, 0.0) / (dof - pure_dof) / (pure / pure_dof)
+    f = max(total - pure, 0.0) / (dof - pure_dof) / (pure / pure_dof)
     return float(special.fdtrc(dof - pure_dof, pure_dof, f))

@@ -1,12 +1,12 @@
 """Arms that were run from the same seeds: their effects without what a seed does to all arms alike.
 
 Within a stratum, such as a size, the value of a run is the effect of its arm, plus that of its seed (of the order of
-the data, which all arms share), plus noise. The noise is normal with one variance over all arms and strata.
+the data, which all arms share), plus noise. The noise is normal with one variance over the arms of a stratum; how it
+changes from stratum to stratum is for `explore.frontier.noise` to say.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from explore.frontier.columns import Floats, known_rows
+from explore.frontier.noise import Noise, NoiseKind, fit_noise
 
 
 @dataclass(frozen=True)
@@ -44,19 +45,26 @@ class Paired:
     """All strata, with their noise.
 
     Attributes:
-        sd: standard deviation of the noise of one run, pooled over arms and strata.
-        dof: its degrees of freedom.
+        noise: of one run in each stratum, in their order.
     """
 
     strata: tuple[Stratum, ...]
-    sd: float
-    dof: int
+    noise: Noise
+
+    def error(self, stratum: Stratum, variance: float) -> tuple[float, float]:
+        """Standard error of a contrast within a stratum, from its variance over that of the noise, with its dof."""
+        return self.noise.error([variance * (each is stratum) for each in self.strata])
 
 
-def paired(table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, value: str) -> Paired:
+def paired(
+    table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, value: str, noise: NoiseKind = "auto"
+) -> Paired:
     """Fits the effects of arms and seeds by least squares, stratum by stratum.
 
     Where every arm has every seed, an effect is the mean of the arm, and a difference the mean of the paired ones.
+
+    Args:
+        noise: as in `fit_noise`; the size is the only column of `strata` with positive numbers, if there is one.
 
     Raises:
         ValueError: a column is missing, a run is there twice, or no noise can be told from the effects.
@@ -65,7 +73,7 @@ def paired(table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, valu
     rows = known_rows(table, labels, value)
     if (twice := rows.duplicated(labels)).any():
         raise ValueError(f"table: two rows have the same {', '.join(labels)}: {tuple(rows.loc[twice, labels].iloc[0])}")
-    fitted, squares, dof = [], 0.0, 0
+    fitted, squares, dof = [], [], []
     groups = rows.groupby(list(strata), sort=False, dropna=False) if strata else [((), rows)]
     for key, group in groups:
         arms, seeds = (pd.factorize(group[column]) for column in (arm, pair))
@@ -73,8 +81,8 @@ def paired(table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, valu
         inverse = np.linalg.pinv(design.T @ design)
         values = group[value].to_numpy(dtype=np.float64)
         found = inverse @ (design.T @ values)
-        squares += float(((values - design @ found) ** 2).sum())
-        dof += len(values) - int(np.linalg.matrix_rank(design))
+        squares.append(float(((values - design @ found) ** 2).sum()))
+        dof.append(len(values) - int(np.linalg.matrix_rank(design)))
         n_arms = len(arms[1])
         fitted.append(
             Stratum(
@@ -84,6 +92,15 @@ def paired(table: pd.DataFrame, arm: str, strata: Sequence[str], pair: str, valu
                 {each: frozenset(group.loc[group[arm] == each, pair]) for each in arms[1]},
             )
         )
-    if not dof:
+    if not any(dof):
         raise ValueError(f"table: no noise can be told from the effects; two arms need two of the same {pair}")
-    return Paired(tuple(fitted), math.sqrt(squares / dof), dof)
+    sizes = _sizes(rows, strata, [each.key for each in fitted])
+    return Paired(tuple(fitted), fit_noise(np.array(squares), np.array(dof, dtype=np.float64), sizes, noise))
+
+
+def _sizes(rows: pd.DataFrame, strata: Sequence[str], keys: Sequence[tuple[Hashable, ...]]) -> Floats | None:
+    """The sizes of strata, where one column alone has positive numbers; None elsewhere."""
+    numeric = [
+        i for i, column in enumerate(strata) if pd.api.types.is_numeric_dtype(rows[column]) and (rows[column] > 0).all()
+    ]
+    return np.array([key[numeric[0]] for key in keys], dtype=np.float64) if len(numeric) == 1 else None

@@ -1,62 +1,72 @@
-"""Points that were run from several seeds: their means, and one spread pooled over all of them."""
+"""Points that were run from several seeds: their means, and the noise of one run at each of them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from explore.frontier.columns import Floats, known_rows, oriented
+from explore.frontier.noise import Noise, NoiseKind, fit_noise
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Points with their means over seeds; the noise of a run is normal, with one standard deviation at all points.
+    """Points with their means over seeds; the noise of a run is normal.
 
     Attributes:
         table: a row a point: its labels, mean cost, mean error, and `n_seeds`.
         cost: mean cost of each point; lower is better, so values of which higher is better are negated.
         error: mean error of each point, in the same way.
         n_seeds: runs of each point.
-        sd: standard deviation of the error of one run, pooled over points; NaN where no point was repeated.
-        dof: degrees of freedom of `sd`.
+        spread: noise of one run at each point; None where no point was repeated.
     """
 
     table: pd.DataFrame
     cost: Floats
     error: Floats
     n_seeds: Floats
-    sd: float
-    dof: int
+    spread: Noise | None
 
-    def standard_draws(self, n: int, rng: np.random.Generator, n_seeds: Floats | None = None) -> Floats:
-        """Draws (n, points) of the errors of the means over `sd`: multivariate t, as `sd` is an estimate too.
-
-        Args:
-            n_seeds: runs of other points with the same noise, instead of those of these.
+    @property
+    def noise(self) -> Noise:
+        """The noise of one run at each point.
 
         Raises:
             ValueError: no point was repeated.
         """
-        self.need_spread()
-        scale = np.sqrt(rng.chisquare(self.dof, size=(n, 1)) / self.dof)
-        runs = self.n_seeds if n_seeds is None else n_seeds
-        return np.asarray(rng.standard_normal((n, len(runs))) / np.sqrt(runs) / scale)
-
-    def need_spread(self) -> None:
-        """Raises ValueError when no point was repeated."""
-        if not self.dof:
+        if self.spread is None:
             raise ValueError("table: no point has two runs; a spread needs a point that was run from several seeds")
+        return self.spread
+
+    def draws(self, n: int, rng: np.random.Generator) -> Floats:
+        """Draws (n, points) of the errors of the means.
+
+        Raises:
+            ValueError: no point was repeated.
+        """
+        return self.noise.draws(n, self.n_seeds, rng)
+
+    def take(self, points: npt.NDArray[np.bool_]) -> Repeats:
+        """Some of the points, with the noise that was found from all."""
+        return Repeats(
+            self.table[points].reset_index(drop=True),
+            self.cost[points],
+            self.error[points],
+            self.n_seeds[points],
+            self.noise.take(points),
+        )
 
 
-def repeats(table: pd.DataFrame, by: Sequence[str], cost: str, error: str) -> Repeats:
+def repeats(table: pd.DataFrame, by: Sequence[str], cost: str, error: str, noise: NoiseKind = "auto") -> Repeats:
     """Averages the runs of each point; rows without a finite cost and error are left out.
 
     Args:
         by: columns whose values tell points apart.
+        noise: how the noise changes with the cost, as in `fit_noise`.
 
     Raises:
         ValueError: a column is missing, or no row is left.
@@ -64,13 +74,14 @@ def repeats(table: pd.DataFrame, by: Sequence[str], cost: str, error: str) -> Re
     rows = known_rows(table, by, cost, error)
     groups = rows.groupby(list(by), sort=False, dropna=False)
     means = groups[[cost, error]].mean().assign(n_seeds=groups.size()).reset_index()
-    squares = float(((rows[error] - groups[error].transform("mean")) ** 2).sum())
-    dof = len(rows) - len(means)
+    off = (rows[error] - groups[error].transform("mean")) ** 2
+    squares = off.groupby(groups.ngroup()).sum().to_numpy(dtype=np.float64)
+    n_seeds = means["n_seeds"].to_numpy(dtype=np.float64)
+    sizes = means[cost].to_numpy(dtype=np.float64)
     return Repeats(
         means,
         oriented(means, cost),
         oriented(means, error),
-        means["n_seeds"].to_numpy(dtype=np.float64),
-        math.sqrt(squares / dof) if dof else math.nan,
-        dof,
+        n_seeds,
+        fit_noise(squares, n_seeds - 1, sizes, noise) if (n_seeds > 1).any() else None,
     )

@@ -46,7 +46,7 @@ def hypervolume_interval(
     """Hypervolume of the means over seeds, less its bias, with an interval.
 
     The least of several noisy means is too low, so the front of means reaches too far, the more points are tied on it.
-    `estimate` is less by the bias that a parametric bootstrap finds (normal noise, variance pooled over points). Where
+    `estimate` is lower by the bias that a parametric bootstrap finds (normal noise, which follows the cost). Where
     points are tied that is too little, and a bootstrap's interval too high: so the lower end holds even if all points
     within three standard errors of the front lie on it, and the upper end even if none does.
 
@@ -64,7 +64,7 @@ def hypervolume_interval(
     by moment inequalities, 2010.
     """
     points, reference = repeats(table, by, cost, error), oriented_reference(reference, cost, error)
-    volume = _volume(points, points, reference, cost, n_bootstrap, np.random.default_rng(seed))
+    volume = _volume(points, reference, cost, n_bootstrap, np.random.default_rng(seed))
     return _interval(volume.found, volume.bias, volume.most, volume.least, level)
 
 
@@ -84,26 +84,25 @@ def hypervolume_difference(
 
     Args:
         group: column that tells the groups apart.
-        pair: its two values; the variance between seeds is pooled over both.
+        pair: its two values; the noise is found from the runs of both.
 
     Raises:
         ValueError: as `hypervolume_interval` does, or a group has no runs.
     """
     check_columns(table, [group])
     reference = oriented_reference(reference, cost, error)
-    spread = repeats(table[table[group].isin(pair)], [group, *by], cost, error)
-    rng = np.random.default_rng(seed)
+    both = repeats(table[table[group].isin(pair)], [group, *by], cost, error)
+    rng, groups = np.random.default_rng(seed), both.table[group]
+    if missing := [name for name in pair if not (groups == name).any()]:
+        raise ValueError(f"table: no row of {group} {missing[0]!r} has a finite {cost} and {error}")
     one, other = (
-        _volume(repeats(table[table[group] == name], by, cost, error), spread, reference, cost, n_bootstrap, rng)
-        for name in pair
+        _volume(both.take((groups == name).to_numpy(dtype=bool)), reference, cost, n_bootstrap, rng) for name in pair
     )
     found, bias = one.found - other.found, one.bias - other.bias
     return _interval(found, bias, one.most - other.least, one.least - other.most, level)
 
 
-def _volume(
-    points: Repeats, spread: Repeats, reference: tuple[float, float], cost: str, n: int, rng: np.random.Generator
-) -> _Volume:
+def _volume(points: Repeats, reference: tuple[float, float], cost: str, n: int, rng: np.random.Generator) -> _Volume:
     limit_cost, limit = reference
     if (points.cost <= 0).any():
         raise ValueError(f"{cost}: must be positive on a log axis, got {points.cost.min():g}")
@@ -112,8 +111,8 @@ def _volume(
     order = np.argsort(points.cost, kind="stable")
     order = order[points.cost[order] < limit_cost]
     widths = np.diff(np.log10(np.append(points.cost[order], limit_cost)))
-    means, variances = points.error[order], 1 / points.n_seeds[order]
-    noise = spread.sd * spread.standard_draws(n, rng, points.n_seeds)[:, order]
+    means, variances = points.error[order], (points.noise.sd**2 / points.n_seeds)[order]
+    noise = points.draws(n, rng)[:, order]
 
     def area(errors: Floats) -> Floats:
         return np.asarray(np.maximum(limit - errors, 0.0) @ widths, dtype=np.float64)
@@ -122,7 +121,7 @@ def _volume(
     most, least = np.empty_like(noise), np.empty_like(noise)
     for i in range(len(order)):
         best = int(np.argmin(means[: i + 1]))
-        near = means[: i + 1] - means[best] <= TIED * spread.sd * np.sqrt(variances[: i + 1] + variances[best])
+        near = means[: i + 1] - means[best] <= TIED * np.sqrt(variances[: i + 1] + variances[best])
         most[:, i], least[:, i] = noise[:, : i + 1][:, near].min(axis=1), noise[:, best]
     found = float(area(front))
     bias = float(area(np.minimum.accumulate(means + noise, axis=1)).mean()) - found

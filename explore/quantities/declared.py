@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -85,6 +86,20 @@ def _eval_data(data: Any) -> str | None:
     splits = [data[name] for name in ("val", "test") if name in data]
     content = splits or sorted((str(name), str(value)) for name, value in data.items())
     return hashlib.sha256(repr(content).encode(errors="replace")).hexdigest()[:8]
+
+
+def _bits_of_documents(documents: Any) -> float | None:
+    """Bits per byte of a split, from the sums of its documents."""
+    nats, n_bytes = (_numbers_of(at(documents, name)) for name in ("nats", "n_bytes"))
+    return sum(nats) / math.log(2) / sum(n_bytes) if sum(n_bytes) else None
+
+
+def _n_documents(documents: Any) -> int | None:
+    return len(_numbers_of(at(documents, "n_bytes"))) or None
+
+
+def _numbers_of(values: Any) -> list[float]:
+    return _numbers(dict(enumerate(values))) if isinstance(values, list | tuple) else []
 
 
 def _folder_name(path: Any) -> str | None:
@@ -191,6 +206,18 @@ _DECLARED: tuple[Quantity | Family, ...] = (
         "ngram_test_bpb", "N-gram model of the same tokens, test bits per byte", "evals", "ngram", "test_bpb",
         unit=BITS, better="lower",
     ),
+    _score(
+        "whole_val_bpb", "Bits per byte on the whole of validation", "evals", "documents", "val",
+        take=_bits_of_documents, unit=BITS, better="lower",
+    ),
+    _score(
+        "whole_test_bpb", "Bits per byte on the whole of the test text", "evals", "documents", "test",
+        take=_bits_of_documents, unit=BITS, better="lower",
+    ),
+    Quantity(
+        "test_documents", "Test documents that are scored one by one", ("evals", "documents", "test"), "setting",
+        dtype="Int64", take=_n_documents,
+    ),
     Family(_score("{}_accuracy", "Accuracy on {}", "evals", "pairs", "{}", take=_mean, better="higher")),
     _score("acceptance_length", "Acceptance length, greedy", "evals", "acceptance_length", "greedy", better="higher"),
     _score(
@@ -220,6 +247,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _setting("state_format", "Format of recurrent state", "quantized", "recipe", "state", dtype="str"),
     _setting("state_rounding", "Rounding of recurrent state", "quantized", "recipe", "state_rounding", dtype="str"),
     _setting("n_steps", "Optimizer steps of the schedule", dtype="Int64", take=_n_steps, log=True),
+    _setting("decay", "Share of the steps in which the learning rate falls", "experiment", "train", "decay"),
     _setting("seq_len", "Sequence length", "experiment", "data", "seq_len", unit="tokens", dtype="Int64", log=True),
     _setting("d_model", "Width of the model", "experiment", "model", "d_model", dtype="Int64", log=True, headline=True),
     _setting("n_layers", "Layers", "experiment", "model", "pattern", dtype="Int64", take=_n_layers, log=True),
