@@ -33,6 +33,7 @@ from explore.frontier import (
     rank_correlation,
     seed_bands,
 )
+from explore.frontier.gate import Gate
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
@@ -50,6 +51,13 @@ sampler = "grid"
 grid = {"d_model": WIDTHS, "arm": (*PRIMARY, *SECONDARY)}
 seeds = 3
 learning_rates = LearningRates(start=3.2e-2, high=0.256, share=0.5)
+gate = Gate(
+    baseline="moe",
+    worse=("squeezed4",),
+    trivial=("dense",),
+    effect=0.013,
+    source="1.2 times the compute, arXiv 2601.18089",
+)
 
 
 def blocks(arm: str, d_model: int) -> dict[str, Any]:

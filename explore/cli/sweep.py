@@ -17,6 +17,7 @@ from explore.formatting import count, duration, flops
 from explore.quantities import quantity
 
 if TYPE_CHECKING:
+    from explore.frontier.gate import GateReport
     from explore.study import Preview, Sweep
 
 Storage = Annotated[
@@ -56,6 +57,9 @@ def sweep(
         bool, typer.Option("--new-study", help="Begin another study beside those of this file.")
     ] = False,
     prune: Annotated[bool, typer.Option(help="Let the sweep file's pruner stop runs.")] = True,
+    ungated: Annotated[
+        bool, typer.Option("--ungated", help="Go on although the gate of the sweep file fails.")
+    ] = False,
     notes: Annotated[bool, typer.Option(help="Write notes, figures and the frontier so far.")] = True,
     cluster: Annotated[
         Literal["slurm", "local"] | None, typer.Option(help="Submit the workers with submitit, and wait for them.")
@@ -76,7 +80,7 @@ def sweep(
 
     The same command from any number of terminals or hosts works on the same study, given the same storage.
     """
-    from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_sweep
+    from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_gated
 
     loaded = load_sweep(file)
     folder = runs or Path("runs") / loaded.name
@@ -91,10 +95,11 @@ def sweep(
             seen = preview(loaded, trials, folder, workers=workers, seed=seed or 0)
         _show(loaded, seen, trials, workers, as_json)
         return
-    summary = run_sweep(
+    summary, report = run_gated(
         loaded,
         trials,
         folder,
+        ungated=ungated,
         sampler=sampler,
         seed=seed,
         storage=storage,
@@ -108,12 +113,30 @@ def sweep(
     )
     numbers = dataclasses.asdict(summary)
     if as_json:
-        print(json.dumps({"runs": str(folder), **numbers}))
+        gate = {} if report is None else {"gate": report.table().to_dict("records"), "gate_passed": report.passed}
+        print(json.dumps({"runs": str(folder), **numbers, **gate}))
     else:
+        if report is not None:
+            out.print(_gate_table(loaded.name, report))
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
+    if report is not None and not report.passed:
+        end = "went on, as --ungated says" if ungated else "stopped (--ungated goes on)"
+        err.print(f"{loaded.name}: the gate fails {report.reason}; {end}", highlight=False, soft_wrap=True)
+        if not ungated:
+            raise typer.Exit(1)
     if summary.failed and not (summary.complete or summary.pruned):
         raise typer.Exit(1)
+
+
+def _gate_table(name: str, report: GateReport) -> Table:
+    """The conditions of a gate, and what was found."""
+    view = Table(title=f"gate of {name}, at {report.size}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("condition", "found", "needed", "verdict"):
+        view.add_column(column, overflow="fold")
+    for each in report.conditions:
+        view.add_row(each.name, each.found, each.needed, "passed" if each.passed else "[red]failed[/red]")
+    return view
 
 
 def _options(texts: list[str] | None) -> dict[str, Any]:

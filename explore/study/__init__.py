@@ -3,6 +3,7 @@
 from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError
 from explore.study.crew import SweepSummary, run_sweep
+from explore.study.gating import run_gated
 from explore.study.learning_rates import LearningRates
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
@@ -24,6 +25,7 @@ __all__ = [
     "choose_workers",
     "load_sweep",
     "preview",
+    "run_gated",
     "run_sweep",
     "serve_storage",
 ]

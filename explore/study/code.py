@@ -10,8 +10,8 @@ from importlib.util import resolve_name
 from pathlib import Path
 from types import ModuleType
 
-TELLING = ("tables", "figure")
-"""Functions of a sweep file that tell its results, and may be changed under its study."""
+TELLING = ("tables", "figure", "gate")
+"""Names of a sweep file that are about its results alone, and may be changed under its study."""
 
 INSTALLED = tuple(
     {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -86,7 +86,7 @@ def _is_text(statement: ast.stmt) -> bool:
 def _tells(statement: ast.stmt) -> bool:
     """Whether a statement of a sweep file is about its results only."""
     match statement:
-        case ast.FunctionDef(name=name):
+        case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
             return name in TELLING
         case ast.ImportFrom(module=str(module)):
             return module.startswith(("explore.figures", "explore.frontier"))

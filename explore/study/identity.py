@@ -73,7 +73,7 @@ def _fill(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | No
     for key, value in {"question": sweep.question, "sampler": sampler or sweep.sampler, "seed": seed or 0}.items():
         study.set_user_attr(key, value)
     there = {trial.user_attrs.get("baseline") for trial in study.get_trials(deepcopy=False)}
-    for number, baseline in enumerate(sweep.baselines):
+    for number, baseline in enumerate([*sweep.baselines, *sweep.first]):
         if number not in there:
             study.enqueue_trial(dict(baseline), user_attrs={"baseline": number})
     for experiment in sweep.examples:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,9 +20,11 @@ from pydantic import ValidationError
 
 from explore.config import explain
 from explore.experiment import Experiment
+from explore.frontier.gate import Gate
 from explore.quantities import objectives as allowed_objectives
 from explore.quantities import unknown
 from explore.search.samplers import DEFAULT_SAMPLER, SAMPLERS, Grid
+from explore.search.spaces import PatternSpace
 from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError, check_not_tied
 from explore.study.code import own_modules, sweep_tree
@@ -54,6 +58,7 @@ class Sweep:
         merging: averages of checkpoints that are scored of every run without a decay.
         tables: what the tables of runs and of minimal pairs come to, as tables by name.
         figure: drawn from these tables.
+        gate: what its runs must show at the smallest size before it goes on.
         examples: the experiments of the baselines, and one that was drawn.
     """
 
@@ -71,11 +76,30 @@ class Sweep:
     merging: Merging | None = None
     tables: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
+    gate: Gate | None = None
     examples: Sequence[Experiment] = ()
 
     @property
     def name(self) -> str:
         return self.path.stem
+
+    @cached_property
+    def first(self) -> Sequence[Mapping[str, Any]]:
+        """The points of its grid that its gate looks at: those of the smallest size that are not rejected."""
+        if self.gate is None or self.grid is None:
+            return ()
+        values: dict[str, list[Any]] = {name: list(each) for name, each in self.grid.items()}
+        values |= {name: [value] for name, value in self.gate.where.items() if name in values}
+        values[self.gate.size] = [min(values[self.gate.size])]
+        found: dict[str, Mapping[str, Any]] = {}
+        for combination in itertools.product(*values.values()):
+            params = dict(zip(values, combination, strict=True))
+            try:
+                experiment = self.experiment(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
+            except RejectedError:
+                continue
+            found.setdefault(experiment.key(), params)
+        return tuple(found.values())
 
     @property
     def code(self) -> str:
@@ -125,6 +149,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         "merging": (Merging, "explore.study.Merging"),
         "tables": (FunctionType, "a function from the tables of runs and of minimal pairs to tables by name"),
         "figure": (FunctionType, "a function from these tables to a figure"),
+        "gate": (Gate, "explore.frontier.gate.Gate"),
     }
     found = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
     for name, value in found.items():
@@ -134,6 +159,11 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} must be {words}, got {value!r}")
     if found.get("sampler") == "grid" and "grid" not in found:
         raise ValueError(f"{path}: grid: the sampler 'grid' needs a mapping from parameter to its values")
+    if "gate" in found and (found.get("sampler") != "grid" or found["gate"].size not in found.get("grid", ())):
+        size = found["gate"].size
+        raise ValueError(f"{path}: gate: must come with a grid that has {size!r}, whose smallest value runs first")
+    if "gate" in found and any(isinstance(values, PatternSpace) for values in found["grid"].values()):
+        raise ValueError(f"{path}: gate: must come with a grid of plain values, got one of patterns")
     return found
 
 

@@ -1,0 +1,295 @@
+"""The gate of a study: what it must show at its smallest size before it may answer its question.
+
+A study whose models lose to an n-gram, whose positive control is not found, or whose seeds cannot resolve the effect
+that it looks for, says nothing of that effect. So its sweep file declares a `Gate`, the sweep runs the smallest size
+first, and neither the sweep nor a finding goes on when a condition fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from explore.frontier.columns import check_columns, numbers
+from explore.frontier.comparisons import BETTER, WORSE, compare
+from explore.frontier.intervals import resolvable
+from explore.quantities import quantity
+from explore.table import load_metrics, load_params, load_runs
+
+PASSED, FAILED = "passed", "failed"
+MIN_DOCUMENTS: Final = 5
+FLAT: Final = 0.1
+"""Share of a curve, at its end, that must be flat or inside the decay."""
+ABSENT: Final = "not measured"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition of a gate.
+
+    Attributes:
+        name: what is looked at.
+        found: what the runs show.
+        needed: what they must show.
+        passed: whether they do.
+    """
+
+    name: str
+    found: str
+    needed: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What a gate found.
+
+    Attributes:
+        size: the size at which it looked, such as `d_model 24`.
+        conditions: all of them, in order.
+    """
+
+    size: str
+    conditions: tuple[Condition, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all conditions hold."""
+        return all(each.passed for each in self.conditions)
+
+    @property
+    def reason(self) -> str:
+        """The conditions that fail, in one line; empty where none does."""
+        failed = [f"{each.name}: {each.found}, needed {each.needed}" for each in self.conditions if not each.passed]
+        return f"at {self.size} " + "; ".join(failed) if failed else ""
+
+    def table(self) -> pd.DataFrame:
+        """Columns condition, found, needed and verdict (`passed` or `failed`), a row a condition."""
+        return pd.DataFrame(
+            [
+                (each.name, each.found, each.needed, PASSED if each.passed else FAILED, self.size)
+                for each in self.conditions
+            ],
+            columns=["condition", "found", "needed", "verdict", "at"],
+        )
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a study declares of itself, so that it can be told whether it can answer.
+
+    Attributes:
+        baseline: the arm from which differences are taken.
+        worse: positive controls: arms that must be resolved as worse than the baseline.
+        trivial: dense or otherwise trivial arms, which must be resolved from the baseline, either way.
+        effect: smallest effect in print that the study is about, in the unit of `value`.
+        source: where that effect is in print.
+        arm: column of the arms: a parameter of the trials, or a column of the table of runs.
+        size: column of the sizes, of which the smallest is looked at.
+        where: values of columns, to which the runs of the gate are restricted.
+        value: the score.
+        floor: score that the baseline must beat; that of the n-gram model of its own tokens when absent.
+        n_sizes: sizes over which the primary claim is averaged.
+        min_steps: optimizer steps.
+        min_tokens: training tokens for each active parameter of the layers.
+        max_violation: limit of the mean load of the fullest expert over the mean, minus 1, in every arm.
+        alike: columns in which all arms must agree.
+    """
+
+    baseline: Hashable
+    worse: tuple[Hashable, ...]
+    trivial: tuple[Hashable, ...]
+    effect: float
+    source: str
+    arm: str = "arm"
+    size: str = "d_model"
+    where: Mapping[str, Any] = field(default_factory=dict)
+    value: str = "test_bpb"
+    floor: float | None = None
+    n_sizes: int = 1
+    min_steps: int = 3000
+    min_tokens: float = 20.0
+    max_violation: float = 0.5
+    alike: tuple[str, ...] = ("n_steps", "tokens")
+
+    def __post_init__(self) -> None:
+        for name in ("worse", "trivial"):
+            arms = getattr(self, name)
+            if isinstance(arms, str) or not arms:
+                raise ValueError(f"gate.{name} must name at least one arm in a tuple, got {arms!r}")
+        if not (math.isfinite(self.effect) and self.effect > 0):
+            raise ValueError(f"gate.effect must be positive, got {self.effect!r}")
+        if self.n_sizes < 1:
+            raise ValueError(f"gate.n_sizes must be at least 1, got {self.n_sizes}")
+
+    def smallest(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """The finished runs of the smallest size.
+
+        Raises:
+            ValueError: a column is missing, or no run is left.
+        """
+        check_columns(runs, [self.arm, self.size, *self.where])
+        chosen = runs[runs["status"] == "finished"] if "status" in runs else runs
+        for column, allowed in self.where.items():
+            chosen = chosen[chosen[column] == allowed]
+        if chosen.empty:
+            only = "".join(f" with {column}={allowed}" for column, allowed in self.where.items())
+            raise ValueError(f"gate: needs finished runs{only}, got none")
+        return pd.DataFrame(chosen[chosen[self.size] == chosen[self.size].min()])
+
+    def check(self, runs: pd.DataFrame, curves: pd.DataFrame, seeds: int) -> GateReport:
+        """Looks at the runs of the smallest size.
+
+        Args:
+            runs: a row a run, as `explore.table.load_runs` gives them, with the columns `arm`, `size` and `where`.
+            curves: learning curves, as `explore.table.load_metrics` gives them; read where runs have no decay.
+            seeds: seeds of each arm that the study plans.
+
+        Raises:
+            ValueError: a column is missing, or no run is left.
+        """
+        rows = self.smallest(runs)
+        conditions = [
+            *self._floor(rows),
+            *self._controls(rows, seeds),
+            *self._whole(rows),
+            *self._training(rows, curves),
+            *self._alike(rows),
+        ]
+        return GateReport(f"{self.size} {rows[self.size].iloc[0]}", tuple(conditions))
+
+    def _floor(self, rows: pd.DataFrame) -> Iterator[Condition]:
+        own = rows[rows[self.arm] == self.baseline]
+        name, sign = f"{self.baseline} beats the floor", quantity(self.value).sign
+        split = self.value.partition("_")[0]
+        column = f"ngram_{split}_bpb"
+        floor, words = self.floor, ""
+        if floor is None and column in own and own[column].notna().any():
+            floor, words = float(own[column].mean()), " (n-gram)"
+        score = float(numbers(own, self.value).mean()) if len(own) else math.nan
+        found = f"{score:.3f}" if math.isfinite(score) else ABSENT
+        if floor is None:
+            yield Condition(name, found, "a floor: `explore eval RUN --ngram 3 --save` adds it", passed=False)
+            return
+        side = "below" if sign > 0 else "above"
+        yield Condition(name, found, f"{side} {floor:.3f}{words}", passed=sign * score < sign * floor)
+
+    def _controls(self, rows: pd.DataFrame, seeds: int) -> Iterator[Condition]:
+        arms = [each for each in dict.fromkeys((*self.worse, *self.trivial)) if (rows[self.arm] == each).any()]
+        why = None
+        try:
+            found = compare(rows, self.arm, self.baseline, value=self.value, primary=arms).set_index(self.arm)
+        except ValueError as error:
+            found, why = pd.DataFrame(), str(error)
+        for kind, wanted in (("worse", (WORSE,)), ("trivial", (BETTER, WORSE))):
+            for each in getattr(self, kind):
+                words = "worse" if kind == "worse" else "resolved either way"
+                if each not in arms:
+                    yield Condition(f"control {each}", "no run at this size", words, passed=False)
+                elif each not in found.index:
+                    yield Condition(f"control {each}", why or ABSENT, words, passed=False)
+                else:
+                    row = found.loc[each]
+                    text = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] {row['verdict']}"
+                    yield Condition(f"control {each}", text, words, passed=row["verdict"] in wanted)
+        needed = f"at most {self.effect:g} ({self.source})"
+        if found.empty:
+            yield Condition("resolvable difference", why or ABSENT, needed, passed=False)
+            return
+        sd, dof = float(found["sd"].iloc[0]), float(found["dof"].iloc[0])
+        least = resolvable(sd * math.sqrt(2 / seeds / self.n_sizes), dof)
+        text = f"{least:.4f} by {seeds} seeds"
+        if self.n_sizes > 1:
+            text += f" and {self.n_sizes} sizes"
+        yield Condition("resolvable difference", text, needed, passed=least <= self.effect)
+
+    def _whole(self, rows: pd.DataFrame) -> Iterator[Condition]:
+        if "corpus" in rows and rows["corpus"].isna().all():
+            yield Condition("units of the score", "sequences drawn at random", "independent units", passed=True)
+            return
+        needed = f"the whole split, {MIN_DOCUMENTS} documents or more"
+        n = numbers(rows, "test_documents") if "test_documents" in rows else np.full(len(rows), math.nan)
+        if np.isnan(n).any():
+            yield Condition("units of the score", "windows from the beginning of the split", needed, passed=False)
+            return
+        least = int(n.min())
+        yield Condition("units of the score", f"whole split, {least} documents", needed, least >= MIN_DOCUMENTS)
+
+    def _training(self, rows: pd.DataFrame, curves: pd.DataFrame) -> Iterator[Condition]:
+        per_parameter = numbers(rows, "tokens") / numbers(rows, "params_active_no_embeddings")
+        least, steps = float(per_parameter.min()), float(numbers(rows, "n_steps").min())
+        yield Condition(
+            "tokens per active parameter of the layers",
+            f"{least:.1f}" if math.isfinite(least) else ABSENT,
+            f"at least {self.min_tokens:g}",
+            passed=least >= self.min_tokens,
+        )
+        found = f"{steps:,.0f}" if math.isfinite(steps) else ABSENT
+        yield Condition("optimizer steps", found, f"at least {self.min_steps:,}", passed=steps >= self.min_steps)
+        decay = numbers(rows, "decay") if "decay" in rows else np.full(len(rows), math.nan)
+        needed = "inside the decay, or flat within noise"
+        if (decay >= FLAT).all():
+            yield Condition("last tenth of the curve", f"inside a decay of {decay.min():.0%}", needed, passed=True)
+            return
+        change = _last_change(curves, rows["run"][decay < FLAT] if "run" in rows else [])
+        text = ABSENT if change is None else f"{change[0]:+.4f} ± {change[1]:.4f}"
+        yield Condition("last tenth of the curve", text, needed, change is not None and abs(change[0]) <= change[1])
+
+    def _alike(self, rows: pd.DataFrame) -> Iterator[Condition]:
+        for column in self.alike:
+            values = sorted(rows[column].dropna().unique()) if column in rows else []
+            text = " and ".join(f"{value:,g}" for value in (values[0], values[-1])) if len(values) > 1 else "equal"
+            label = quantity(column).label.lower()
+            yield Condition(f"{label} of all arms", text if values else ABSENT, "equal", passed=len(values) == 1)
+        loads = rows.groupby(self.arm)["max_violation"].mean() if "max_violation" in rows else pd.Series(dtype=float)
+        if loads.notna().any():
+            text, needed = f"{loads.max():.2f} ({loads.idxmax()})", f"below {self.max_violation:g} in every arm"
+            yield Condition("max violation of routers", text, needed, passed=bool(loads.max() < self.max_violation))
+        tuned = rows["tuned"].fillna(value=False).astype(bool) if "tuned" in rows else pd.Series([False])
+        without = sorted({str(arm) for arm in rows.loc[~tuned, self.arm]}) if "tuned" in rows else ["all arms"]
+        text = "interior in every arm" if not without else f"not tuned, or at an end of its grid: {', '.join(without)}"
+        yield Condition("learning rate", text, "tuned, interior to its grid", passed=not without)
+
+
+def gate_runs(*roots: str | Path) -> pd.DataFrame:
+    """The table of the runs below the roots, with the parameters of their trials as further columns.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    runs, params = load_runs(*roots), load_params(*roots)
+    new = [column for column in params if column == "run" or column not in runs]
+    return runs.merge(params[new], on="run", how="left")
+
+
+def gate_report(gate: Gate, seeds: int, *roots: str | Path) -> GateReport:
+    """What a gate finds in the runs below the roots, which may be tables of records.
+
+    Raises:
+        ValueError: as `Gate.check` does, or a root holds no run.
+    """
+    return gate.check(gate_runs(*roots), load_metrics(*roots), seeds)
+
+
+def _last_change(curves: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) -> tuple[float, float] | None:
+    """Mean change of the loss over the last tenth of these runs, and two standard errors of it; None if unknown."""
+    column = next((each for each in ("val_bpb", "val_loss") if each in curves and curves[each].notna().any()), None)
+    if column is None or "step" not in curves:
+        return None
+    changes = []
+    for run in dict.fromkeys(runs):
+        points = curves[(curves["run"] == run) & curves[column].notna()].sort_values("step")
+        before = points[points["step"] <= (1 - FLAT) * points["step"].max()] if len(points) else points
+        if before.empty:
+            return None
+        changes.append(float(points[column].iloc[-1] - before[column].iloc[-1]))
+    if len(changes) < 2:
+        return None
+    values = np.array(changes)
+    return float(values.mean()), float(2 * values.std(ddof=1) / math.sqrt(len(values)))

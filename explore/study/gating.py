@@ -1,0 +1,42 @@
+"""A sweep that must pass its gate: the smallest size is trained first, and the rest only if that can answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from explore.frontier.floors import add_floors
+from explore.frontier.gate import GateReport, gate_report, gate_runs
+from explore.records import pack_runs
+from explore.study.crew import SweepSummary, run_sweep
+from explore.study.sweep_file import Sweep
+
+
+def run_gated(
+    sweep: Sweep, n_trials: int, runs: Path, *, ungated: bool = False, records: Path | None = None, **options: Any
+) -> tuple[SweepSummary, GateReport | None]:
+    """Runs a sweep as `run_sweep` does, the smallest size first, and stops there when its gate fails.
+
+    Args:
+        ungated: go on although the gate fails.
+        options: as for `run_sweep`.
+
+    Returns:
+        How the study stands, and what the gate found; None without a gate, or before all trials of the smallest size
+        have ended.
+    """
+    if sweep.gate is None:
+        return run_sweep(sweep, n_trials, runs, records=records, **options), None
+    first = len(sweep.baselines) + len(sweep.first)
+    summary = run_sweep(sweep, min(n_trials, first), runs, records=records, **options)
+    if n_trials < first:
+        return summary, None
+    if sweep.gate.floor is None:
+        rows = sweep.gate.smallest(gate_runs(runs))
+        add_floors(runs, names=rows.loc[rows[sweep.gate.arm] == sweep.gate.baseline, "run"])
+    report = gate_report(sweep.gate, sweep.seeds, runs)
+    if (report.passed or ungated) and n_trials > first:
+        summary = run_sweep(sweep, n_trials, runs, records=records, **options)
+    elif records is not None:
+        pack_runs(records, runs)  # with the floors
+    return summary, report

@@ -1,0 +1,245 @@
+"""The gate: synthetic studies with known answers pass and fail as they must, condition by condition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from command_line import run as run_command
+from small_sweeps import quiet, write_sweep
+
+from explore.frontier.floors import add_floors
+from explore.frontier.gate import Gate, gate_report
+from explore.records import pack_runs
+from explore.runs import find_runs
+from explore.study import load_sweep, run_gated
+from explore.table import load_runs
+
+ROOT = Path(__file__).resolve().parent.parent
+GATE = Gate(baseline="base", worse=("squeezed",), trivial=("dense",), effect=0.01, source="print")
+EFFECTS = {"base": 0.0, "squeezed": 0.05, "dense": 0.04, "new": -0.01}
+
+
+def study(sd: float = 0.001, effects: dict[str, float] = EFFECTS, **columns: Any) -> pd.DataFrame:
+    """A study that passes; `columns` replace what its runs say, by value or by arm."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for size in (48, 96):
+        for arm, effect in effects.items():
+            for seed in range(5):
+                row = {
+                    "run": f"{arm}-{size}-{seed}",
+                    "status": "finished",
+                    "arm": arm,
+                    "d_model": size,
+                    "seed": seed,
+                    "test_bpb": 2.0 - size / 1000 + effect + sd * rng.standard_normal(),
+                    "ngram_test_bpb": 2.1,
+                    "corpus": "gutenberg",
+                    "test_documents": 10,
+                    "tokens": 4_000_000,
+                    "params_active_no_embeddings": 100_000,
+                    "n_steps": 4000,
+                    "decay": 0.2,
+                    "max_violation": 0.2,
+                    "tuned": True,
+                }
+                if size == 48:
+                    row |= {
+                        name: value.get(arm, row[name]) if isinstance(value, dict) else value
+                        for name, value in columns.items()
+                    }
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+NO_CURVES = pd.DataFrame(columns=["run", "step"])
+
+
+def failed(runs: pd.DataFrame, gate: Gate = GATE, curves: pd.DataFrame = NO_CURVES, seeds: int = 5) -> dict[str, str]:
+    report = gate.check(runs, curves, seeds)
+    assert report.size == "d_model 48"
+    assert report.passed == (report.reason == "")
+    table = report.table()
+    assert report.passed == (table["verdict"] == "passed").all()
+    return table[table["verdict"] == "failed"].set_index("condition")["found"].to_dict()
+
+
+def test_a_sound_study_passes() -> None:
+    assert failed(study()) == {}
+
+
+@pytest.mark.parametrize(
+    ("columns", "condition", "found"),
+    [
+        ({"ngram_test_bpb": 1.9}, "base beats the floor", "1.95"),
+        ({"ngram_test_bpb": float("nan")}, "base beats the floor", "1.95"),
+        ({"test_documents": float("nan")}, "units of the score", "windows from the beginning of the split"),
+        ({"test_documents": 4}, "units of the score", "whole split, 4 documents"),
+        ({"tokens": 1_900_000}, "tokens per active parameter of the layers", "19.0"),
+        ({"n_steps": 2999}, "optimizer steps", "2,999"),
+        ({"decay": 0.05}, "last tenth of the curve", "not measured"),
+        ({"n_steps": {"new": 5000}}, "optimizer steps of the schedule of all arms", "4,000 and 5,000"),
+        ({"tokens": {"new": 8_000_000}}, "training tokens of all arms", "4e+06 and 8e+06"),
+        ({"max_violation": {"new": 0.6}}, "max violation of routers", "0.60 (new)"),
+        ({"tuned": {"new": False}}, "learning rate", "not tuned, or at an end of its grid: new"),
+    ],
+)
+def test_each_condition_fails_alone_and_says_what_was_found(
+    columns: dict[str, Any], condition: str, found: str
+) -> None:
+    (only,) = failed(study(**columns)).items()
+    assert only[0] == condition
+    assert only[1].startswith(found)
+
+
+def test_a_positive_control_that_is_not_found_fails() -> None:
+    found = failed(study(effects=EFFECTS | {"squeezed": 0.0}))
+    assert list(found) == ["control squeezed"]
+    assert found["control squeezed"].endswith("not resolved")
+    found = failed(study(effects=EFFECTS | {"squeezed": -0.05}))
+    assert found["control squeezed"].endswith("better")  # a control that must be worse
+    assert failed(study(effects=EFFECTS | {"dense": -0.05})) == {}  # a trivial arm may be either
+    without = study()
+    without = without[(without["arm"] != "dense") | (without["d_model"] != 48)]
+    assert failed(without) == {"control dense": "no run at this size"}
+
+
+def test_seeds_that_cannot_resolve_the_effect_in_print_fail() -> None:
+    noisy = study(sd=0.008)
+    assert list(failed(noisy)) == ["resolvable difference"]
+    assert failed(noisy, seeds=40) == {}  # as many seeds are planned beyond the pilot
+    averaged = Gate(baseline="base", worse=("squeezed",), trivial=("dense",), effect=0.01, source="print", n_sizes=8)
+    assert failed(noisy, averaged) == {}
+
+
+def test_a_curve_without_decay_must_be_flat_at_its_end() -> None:
+    runs = study(decay=0.0)
+
+    def curves(drop: float) -> pd.DataFrame:
+        rng = np.random.default_rng(1)
+        rows = []
+        for name in runs.loc[runs["d_model"] == 48, "run"]:
+            last = 2.0 - drop + 0.001 * rng.standard_normal()
+            rows += [(name, 3000, 2.1), (name, 3600, 2.0), (name, 4000, last)]
+        return pd.DataFrame(rows, columns=["run", "step", "val_bpb"])
+
+    assert failed(runs, curves=curves(0.0)) == {}
+    found = failed(runs, curves=curves(0.02))
+    assert found["last tenth of the curve"].startswith("-0.0")
+
+
+def test_a_task_with_a_floor_of_its_own_needs_no_documents() -> None:
+    runs = study(corpus=None, ngram_test_bpb=float("nan"), test_documents=float("nan"))
+    runs = runs.assign(recall=3.0 - runs["test_bpb"])
+    recall = Gate(
+        baseline="base",
+        worse=("squeezed",),
+        trivial=("dense",),
+        effect=0.01,
+        source="print",
+        value="recall",
+        floor=0.25,
+    )
+    assert failed(runs, recall) == {}
+    assert list(failed(runs.assign(recall=runs["recall"] - 0.9), recall)) == ["base beats the floor"]
+
+
+def test_a_gate_without_controls_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate.worse must name at least one arm in a tuple, got \(\)"):
+        Gate(baseline="base", worse=(), trivial=("dense",), effect=0.01, source="print")
+    with pytest.raises(ValueError, match=r"gate\.effect must be positive, got 0"):
+        Gate(baseline="base", worse=("a",), trivial=("dense",), effect=0, source="print")
+    with pytest.raises(ValueError, match="gate: needs finished runs, got none"):
+        failed(study().assign(status="diverged"))
+
+
+def test_the_old_latent_study_fails_and_says_why() -> None:
+    sweep = load_sweep(ROOT / "sweeps" / "latent_or_not.py")
+    assert sweep.gate is not None
+    report = gate_report(sweep.gate, sweep.seeds, ROOT / "sweeps" / "records" / "latent_or_not.parquet")
+    assert not report.passed
+    table = report.table().set_index("condition")
+    wrong = {
+        "moe beats the floor",
+        "control squeezed4",
+        "resolvable difference",
+        "units of the score",
+        "tokens per active parameter of the layers",
+        "optimizer steps",
+        "max violation of routers",
+    }
+    assert wrong <= set(table.index[table["verdict"] == "failed"])
+    assert table.loc["moe beats the floor", "found"] == "2.699"
+    assert table.loc["moe beats the floor", "needed"] == "below 2.268 (n-gram)"
+    assert report.reason.startswith("at d_model 24 moe beats the floor: 2.699, needed below 2.268")
+
+
+SWEEP = {
+    'sampler = "random"': """sampler = "grid"
+seeds = 3
+gate = Gate(baseline=2, worse=(1,), trivial=(1,), effect=EFFECT, source="print", arm="n_layers", min_steps=1,
+            min_tokens=0.0, value="val_bpb", floor=FLOOR)""",
+    "from explore.study import": "from explore.frontier.gate import Gate\nfrom explore.study import",
+}
+
+
+def gated(folder: Path, floor: str = "0.1") -> Path:
+    folder.mkdir()
+    replaced = {old: new.replace("EFFECT", "10.0").replace("FLOOR", floor) for old, new in SWEEP.items()}
+    replaced['grid = {"d_model": [32, 64], "n_layers": [1, 2], "lr": [0.002, 0.004]}'] = (
+        'grid = {"d_model": [64, 32], "n_layers": [2, 1], "lr": [0.002]}'
+    )
+    replaced['baselines = ({"d_model": 32, "n_layers": 2, "lr": 0.004},)'] = ""
+    return write_sweep(folder, replaced=replaced, tokens=256)
+
+
+def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, runs = gated(tmp_path / "sweep"), tmp_path / "runs"
+    args = ("sweep", str(path), "--trials", "4", "--runs", str(runs), "--workers", "1", "--no-notes")
+    code, out, said = run_command(capsys, monkeypatch, *args)
+    assert code == 1
+    assert set(load_runs(runs)["d_model"]) == {32}
+    assert "gate of width, at d_model 32" in out
+    assert "failed" in out
+    assert "width: the gate fails at d_model 32" in said
+    assert "stopped (--ungated goes on)" in said
+    code, out, said = run_command(capsys, monkeypatch, *args, "--ungated")
+    assert code == 0
+    assert set(load_runs(runs)["d_model"]) == {32, 64}
+    assert "went on, as --ungated says" in said
+
+
+def test_a_gate_needs_a_grid_with_its_sizes(tmp_path: Path) -> None:
+    path = gated(tmp_path / "sweep")
+    path.write_text(path.read_text().replace('sampler = "grid"', 'sampler = "random"'))
+    with pytest.raises(ValueError, match="gate: must come with a grid that has 'd_model', whose smallest value runs"):
+        load_sweep(path)
+
+
+def test_a_gate_may_change_under_its_study(tmp_path: Path) -> None:
+    path = gated(tmp_path / "sweep")
+    before = load_sweep(path).code
+    path.write_text(path.read_text().replace('source="print"', 'source="elsewhere"'))
+    assert load_sweep(path).code == before
+
+
+def test_floors_are_kept_with_runs_and_in_records_whose_keys_stay(tmp_path: Path) -> None:
+    path, runs = gated(tmp_path / "sweep", floor="None"), tmp_path / "runs"
+    _, report = run_gated(load_sweep(path), 2, runs, console=quiet())
+    assert report is not None
+    table = load_runs(runs)
+    assert table["ngram_test_bpb"].notna().tolist() == (table["n_layers"] == 2).tolist()  # of the baseline alone
+    records = tmp_path / "records.parquet"
+    pack_runs(records, runs)
+    keys = [each.key for each in find_runs(records)]
+    assert add_floors(records) == 3
+    again = load_runs(records)
+    assert again["ngram_test_bpb"].notna().all()
+    assert [each.key for each in find_runs(records)] == keys
+    assert add_floors(records) == 0
