@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-
-RESOLUTION = 10**7
-"""Steps to which the largest sensitivity, and the bits of the whole model, are rounded: the program is one of whole
-numbers, so that the solver's own tolerance hides no better choice."""
+from explore.compress.program import Budget, solve
 
 
 class Choice(NamedTuple):
@@ -42,37 +37,12 @@ def choose(
     Raises:
         ValueError: no choice fits the budget.
     """
-    pairs = [(name, format) for name, row in sensitivity.items() for format in row]
-    least = sum(min(bits[name][format] for format in row) for name, row in sensitivity.items())
-    if least > budget:
+    errors = [list(row.values()) for row in sensitivity.values()]
+    costs = [[bits[name][format] for format in row] for name, row in sensitivity.items()]
+    if (least := sum(map(min, costs))) > budget:
         raise ValueError(f"budget must be at least {least:g} bits, got {budget:g}")
-    cost = np.array([bits[name][format] for name, format in pairs])
-    error = np.array([sensitivity[name][format] for name, format in pairs])
-    largest, unit = max(float(error.max()), np.finfo(float).tiny), float(cost.max())
-    whole_error, whole_cost = np.round(error / largest * RESOLUTION), np.round(cost / unit * RESOLUTION)
-    one_each = LinearConstraint(np.array([[float(name == other) for other, _ in pairs] for name in sensitivity]), 1, 1)
-    slack = 0.0
-    while True:
-        fits = LinearConstraint(cost / unit, -np.inf, budget / unit - slack)
-        best, status = _solve(whole_error, [one_each, fits])
-        ties = LinearConstraint(whole_error / RESOLUTION, -np.inf, (whole_error @ best + 0.5) / RESOLUTION)
-        chosen, _ = _solve(whole_cost, [one_each, fits, ties])
-        if cost @ chosen <= budget:
-            break
-        slack = max(1e-9, 10 * slack)  # the solver meets a bound to its tolerance only
-    formats = {name: format for (name, format), taken in zip(pairs, chosen, strict=True) if taken}
-    return Choice(formats, float(error @ chosen), float(cost @ chosen), status)
-
-
-def _solve(objective: np.ndarray, constraints: list[LinearConstraint]) -> tuple[np.ndarray, str]:
-    """The optimum, with no gap left, as zeros and ones."""
-    found = milp(
-        objective,
-        integrality=np.ones(len(objective), dtype=int),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0},
-    )
-    if found.x is None:
-        raise ValueError(f"the integer program has no solution: {found.message}")
-    return np.round(found.x), str(found.message)
+    found = solve(errors, costs, [Budget(costs, budget)])
+    pairs = zip(sensitivity.items(), found.options, strict=True)
+    formats = {name: list(row)[option] for (name, row), option in pairs}
+    spent = sum(bits[name][format] for name, format in formats.items())
+    return Choice(formats, found.value, spent, found.status)

@@ -1,0 +1,222 @@
+"""The integer program: one option for every item, the least sum of values under budgets, solved to the end.
+
+Values are rounded to whole numbers, so that the tolerance of the solver hides no better choice. Of equal sums the one
+with the lower tie-breaker is taken, and of those the first in the order of the options, item by item.
+
+Source: Puzzle, arXiv 2411.19146, section 3; the row that makes a further solution different is theirs as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+RESOLUTION = 10**7
+"""Steps to which the largest value, and the largest tie-breaker, are rounded."""
+
+STEPS = 10**4
+"""What the largest number of a bound is to the solver, which meets bounds to 1e-6."""
+
+ROUNDING = 1e-12
+"""Relative error of a sum of costs that counts as none."""
+
+Rows = Sequence[Sequence[float]]
+"""Numbers by item and option."""
+
+
+class Budget(NamedTuple):
+    """A bound on what the chosen options cost together.
+
+    Attributes:
+        costs: by item and option.
+        most: of the sum.
+    """
+
+    costs: Rows
+    most: float
+
+
+class Row(NamedTuple):
+    """A bound on what is chosen: low <= sum of the weights of chosen (item, option) <= high."""
+
+    weights: Mapping[tuple[int, int], float]
+    low: float
+    high: float
+
+
+class Same(NamedTuple):
+    """Items that take the same option.
+
+    Attributes:
+        items: all with equally many options.
+        free: options that an item may take alone.
+    """
+
+    items: Sequence[int]
+    free: frozenset[int] = frozenset()
+
+
+class Solution(NamedTuple):
+    """An option for every item.
+
+    Attributes:
+        options: index of the option by item.
+        value: sum of the values that are minimised.
+        status: what the solver said.
+        gap: relative distance from the bound that the solver proved.
+    """
+
+    options: tuple[int, ...]
+    value: float
+    status: str
+    gap: float
+
+
+class NoSolutionError(ValueError):
+    """No choice meets the bounds."""
+
+
+def solve(
+    values: Rows,
+    ties: Rows,
+    budgets: Sequence[Budget] = (),
+    rows: Sequence[Row] = (),
+    same: Sequence[Same] = (),
+) -> Solution:
+    """The choice with the least sum of values.
+
+    Args:
+        values: what is minimised, by item and option.
+        ties: what is minimised among equal sums of values.
+        budgets: bounds on sums of costs.
+        rows: further bounds.
+        same: items that take the same option.
+
+    Raises:
+        NoSolutionError: nothing meets the bounds.
+    """
+    program = _Program(values, budgets, rows, same)
+    whole, second = program.whole(values), program.whole(ties)
+    while True:
+        best, status, gap = program.minimum(whole, [])
+        tied = [program.at_most(whole, best)]
+        chosen, _, _ = program.minimum(second, tied)
+        chosen = program.first(chosen, [*tied, program.at_most(second, chosen)])
+        if program.fits(chosen):
+            break
+        program.fixed.append(program.other_than(chosen))  # the solver meets a bound to its tolerance only
+    options = program.options(chosen)
+    value = float(sum(values[i][option] for i, option in enumerate(options)))
+    return Solution(options, value, status, gap)
+
+
+class _Program:
+    """The constraints, over one zero-one variable for each option of each item and each option of each group."""
+
+    def __init__(self, values: Rows, budgets: Sequence[Budget], rows: Sequence[Row], same: Sequence[Same]) -> None:
+        self.sizes = [len(row) for row in values]
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(int)
+        self.n = int(self.starts[-1])
+        self.n_shared = sum(self.sizes[group.items[0]] for group in same)
+        self.budgets = [(flat(budget.costs), budget.most) for budget in budgets]
+        self.fixed = [self._constraint({(i, c): 1.0 for i in range(len(values)) for c in self._columns(i)}, 1, 1)]
+        for row in rows:
+            self.fixed.append(self._constraint({(0, self._column(*at)): w for at, w in row.weights.items()}, *row[1:]))
+        self._add_same(same)
+
+    def _add_same(self, same: Sequence[Same]) -> None:
+        """A variable of a group says which option its items take."""
+        column = self.n
+        for group in same:
+            options = range(self.sizes[group.items[0]])
+            self.fixed.append(self._constraint({(0, column + k): 1.0 for k in options}, 1, 1))
+            bound = [(i, k) for i in group.items for k in options if k not in group.free]
+            own = {(row, self._column(i, k)): 1.0 for row, (i, k) in enumerate(bound)}
+            shared = {(row, column + k): -1.0 for row, (_, k) in enumerate(bound)}
+            if bound:
+                self.fixed.append(self._constraint(own | shared, -np.inf, 0))
+            column += len(options)
+
+    def _column(self, item: int, option: int) -> int:
+        return int(self.starts[item]) + option
+
+    def _columns(self, item: int) -> range:
+        return range(int(self.starts[item]), int(self.starts[item + 1]))
+
+    def _constraint(self, entries: Mapping[tuple[int, int], float], low: float, high: float) -> LinearConstraint:
+        rows, columns = np.array(list(entries)).T
+        shape = (int(rows.max()) + 1, self.n + self.n_shared)
+        return LinearConstraint(csr_array((list(entries.values()), (rows, columns)), shape=shape), low, high)
+
+    def whole(self, rows: Rows) -> np.ndarray:
+        """Numbers as whole ones from 0 to `RESOLUTION`, each item's least as 0: that changes no order of sums."""
+        above = flat(rows) - np.concatenate([np.full(len(row), min(row)) for row in rows])
+        whole: np.ndarray = np.round(above / max(float(above.max()), np.finfo(float).tiny) * RESOLUTION)
+        return whole
+
+    def at_most(self, objective: np.ndarray, chosen: np.ndarray) -> LinearConstraint:
+        """Forbids a higher value of an objective than a choice has."""
+        unit = RESOLUTION / STEPS
+        return LinearConstraint(self._padded(objective) / unit, -np.inf, (objective @ chosen + 0.5) / unit)
+
+    def _padded(self, of_options: np.ndarray) -> np.ndarray:
+        return np.concatenate([of_options, np.zeros(self.n_shared)])
+
+    def fits(self, chosen: np.ndarray) -> bool:
+        return all(costs @ chosen <= most + ROUNDING * abs(most) for costs, most in self.budgets)
+
+    def options(self, chosen: np.ndarray) -> tuple[int, ...]:
+        return tuple(int(chosen[start:end].argmax()) for start, end in pairwise(self.starts))
+
+    def first(self, chosen: np.ndarray, ties: list[LinearConstraint]) -> np.ndarray:
+        """The first of equally good choices in the order of the options, item by item."""
+        try:
+            self.minimum(np.zeros(self.n), [*ties, self.other_than(chosen)])
+        except NoSolutionError:
+            return chosen
+        for i, size in enumerate(self.sizes):
+            order = np.zeros(self.n)
+            order[self.starts[i] : self.starts[i + 1]] = np.arange(size)
+            chosen, _, _ = self.minimum(order, ties)
+            ties = [*ties, self._constraint({(0, self._column(i, self.options(chosen)[i])): 1.0}, 1, 1)]
+        return chosen
+
+    def other_than(self, chosen: np.ndarray) -> LinearConstraint:
+        """Forbids a choice."""
+        taken = self.options(chosen)
+        return self._constraint({(0, self._column(*at)): 1.0 for at in enumerate(taken)}, -np.inf, len(taken) - 1)
+
+    def minimum(self, objective: np.ndarray, ties: list[LinearConstraint]) -> tuple[np.ndarray, str, float]:
+        """The optimum as zeros and ones, what the solver said, and the gap that it left.
+
+        Raises:
+            NoSolutionError: there is none.
+        """
+        fits = []
+        for costs, most in self.budgets:
+            least = np.concatenate(
+                [np.full(end - start, costs[start:end].min()) for start, end in pairwise(self.starts)]
+            )
+            unit = max(float((costs - least).max()), np.finfo(float).tiny) / STEPS
+            room = most - least[self.starts[:-1]].sum()
+            fits.append(LinearConstraint(self._padded(costs - least) / unit, -np.inf, room / unit))
+        found = milp(
+            self._padded(objective),
+            integrality=np.ones(self.n + self.n_shared, dtype=int),
+            bounds=Bounds(0, 1),
+            constraints=[*self.fixed, *fits, *ties],
+            options={"mip_rel_gap": 0},
+        )
+        if found.x is None:
+            raise NoSolutionError(f"the integer program has no solution: {found.message}")
+        return np.round(found.x[: self.n]), str(found.message), float(found.mip_gap or 0)
+
+
+def flat(rows: Rows) -> np.ndarray:
+    """The numbers of all items, one after another."""
+    return np.array([value for row in rows for value in row], dtype=float)
