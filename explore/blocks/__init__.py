@@ -31,6 +31,7 @@ from explore.blocks.declarations import (
 )
 from explore.blocks.gated_deltanet import GatedDeltaNet, GatedDeltaNetConfig
 from explore.blocks.latent import latent_acc, latent_eff
+from explore.blocks.linear_map import LinearMapConfig
 from explore.blocks.mamba2 import Mamba2, Mamba2Config
 from explore.blocks.mla import MLA, MLAConfig
 from explore.blocks.mlp import MLP, MLPConfig
@@ -55,6 +56,7 @@ BLOCKS: tuple[BlockKind, ...] = (
     BlockKind("L", MLAConfig, MLAConfig(n_heads=4, q_rank=12, kv_rank=16, d_nope=8, d_rope=4, d_v=8)),
     BlockKind("-", MLPConfig, MLPConfig(d_ff=48)),
     BlockKind("E", MoEConfig, MoEConfig(n_experts=8, top_k=2, d_expert=24, d_shared=32, d_latent=16)),
+    BlockKind("P", LinearMapConfig, LinearMapConfig()),
 )
 """Patterns, JSON, cost tables, figures and tests read this."""
 
@@ -103,6 +105,7 @@ __all__ = [
     "LatentCache",
     "Layout",
     "Linear",
+    "LinearMapConfig",
     "MLAConfig",
     "MLPConfig",
     "Mamba2",

@@ -59,6 +59,10 @@ class Mixer(nn.Module, ABC, Generic[S]):
             out_std: standard deviation of matrices that write to it.
         """
 
+    def linear_map(self) -> Float[Tensor, "d_model d_model"] | None:
+        """The matrix with which a linear map that replaces this mixer begins; None where there is no such product."""
+        return None
+
 
 class RoutedMixer(Mixer[State]):
     """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics.

@@ -103,6 +103,10 @@ class MLP(Mixer[State]):
             nn.init.normal_(self.gate.weight, std=std)
         nn.init.normal_(self.down.weight, std=out_std)
 
+    def linear_map(self) -> Float[Tensor, "d_model d_model"]:
+        """W_down W_up: what is left without the activation (Puzzle, arXiv 2411.19146, section 3.2)."""
+        return self.down.weight @ self.up.weight
+
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], state: State | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
