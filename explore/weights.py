@@ -14,11 +14,13 @@ from torch import Tensor
 
 from explore.archive import read_weights
 from explore.config import Config, explain
-from explore.files import exists, read_json
+from explore.files import exists, read_json, replacing
 from explore.model import LanguageModel, ModelConfig
 
 RUN, CHECKPOINT, RESULT = "experiment.json", "checkpoints/last.ckpt", "result.json"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
+BLOCKS = "blocks"
+"""Folder in that of a run: blocks that were trained to replace its layers, by the digests of their weights."""
 
 
 class TrainedModel(Config):
@@ -84,6 +86,38 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def block_path(folder: Path, digest: str) -> Path:
+    """Where a block lies that can replace a layer of the model in a folder."""
+    return folder / BLOCKS / f"{digest}.safetensors"
+
+
+def write_block(folder: Path, weights: Mapping[str, Tensor]) -> str:
+    """Keeps a block beside the model in a folder, and gives its digest."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ValueError(f"{folder}: {error}; pip install 'hybrid-frontier[hf]'") from None
+    digest = weights_digest(weights)
+    if not (path := block_path(folder, digest)).exists():
+        with replacing(path) as temporary:
+            save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, temporary)
+    return digest
+
+
+def read_block(folder: Path, digest: str) -> dict[str, Tensor]:
+    """The weights of a block beside the model in a folder.
+
+    Raises:
+        ValueError: it is missing, damaged, or another block.
+    """
+    if not (path := block_path(folder, digest)).exists():
+        raise ValueError(f"{path}: is missing; explore puzzle makes the blocks of a plan again")
+    weights = _read_safetensors(path)
+    if (found := weights_digest(weights)) != digest:
+        raise ValueError(f"{path}: the digest of the weights must be {digest[:8]}, got {found[:8]}")
+    return weights
 
 
 def check_shapes(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:

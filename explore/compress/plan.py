@@ -14,21 +14,33 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from explore.blocks import STANDARD_LETTERS, Axis, BlockConfig
+from explore.blocks import STANDARD_LETTERS, AnyBlock, Axis, BlockConfig
 from explore.checkpoints import load_model
 from explore.compress.surgery import Indices, complete, cut, resized
-from explore.config import Config, Frozen, explain
+from explore.config import Config, Frozen, added_later, explain
 from explore.files import read_json, replacing
 from explore.model import LanguageModel, ModelConfig
 from explore.model.layout import model_layout
 from explore.runs import RunFolder
-from explore.weights import weights_digest
+from explore.weights import read_block, weights_digest
 
 Matrix = tuple[tuple[float, ...], ...]
 """Rows of numbers."""
 
 FRESH_LETTERS = string.ascii_lowercase + string.ascii_uppercase + "".join(map(chr, range(0x00C0, 0x0250)))
 """Letters for layers that are no longer alike, as far as a model does not use them."""
+
+
+class LibraryBlock(Config):
+    """A trained block that takes the place of a layer's mixer; the norm before it stays that of the parent.
+
+    Attributes:
+        config: of the block.
+        digest: of its weights, as `weights_digest` gives it.
+    """
+
+    config: AnyBlock
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class LayerCut(Config):
@@ -38,21 +50,25 @@ class LayerCut(Config):
         keep: kept indices by axis, in rising order; an axis that is not named is kept whole.
         rotate: by axis, a matrix (size, kept) whose columns are the directions that become the kept indices.
         drop: the layer is left out.
+        block: a block of a library that replaces the layer; then nothing else is said of it.
     """
 
     keep: Frozen[str, Indices] = Field(default_factory=dict, validate_default=True)
     rotate: Frozen[str, Matrix] = Field(default_factory=dict, validate_default=True)
     drop: bool = False
+    block: LibraryBlock | None = added_later(None)
 
     @model_validator(mode="after")
     def _check(self) -> LayerCut:
+        if self.block is not None and (self.drop or self.keep or self.rotate):
+            raise ValueError("block: a layer that a block replaces must be neither left out nor cut")
         if self.drop and (self.keep or self.rotate):
             raise ValueError("drop: a layer that is left out must keep nothing")
         return self
 
 
 class Plan(Config):
-    """A child of a trained parent: which layers remain, and which indices of their axes.
+    """A child of a trained parent: which layers remain, which indices of their axes, and what replaces layers.
 
     Attributes:
         parent: digest of the parent's weights.
@@ -153,7 +169,7 @@ class Plan(Config):
         whole = self.parent_model
         if parent is not None and parent != whole:
             raise ValueError("plan: must be for this model, and is for one of other sizes")
-        kept = [(whole.pattern[i], block) for i, block in enumerate(self._blocks()) if block is not None]
+        kept = [(self._letter(i, block), block) for i, block in enumerate(self._blocks()) if block is not None]
         mtp = None if self.drop_mtp else whole.mtp
         fixed = dict.fromkeys([] if mtp is None else mtp.pattern)
         blocks = {letter: whole.blocks[letter] for letter in fixed}
@@ -175,22 +191,23 @@ class Plan(Config):
             }
         )
 
-    def apply(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def apply(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Tensor]:
         """The child's weights, which load strictly into `self.model().build()`.
 
         Args:
             weights: all of the parent's weights and buffers.
+            folder: of the parent, with the blocks that replace its layers; required where some do.
 
         Raises:
-            ValueError: they are not the weights that the plan is for.
+            ValueError: they are not the weights that the plan is for, or a block is missing.
         """
         if (digest := weights_digest(weights)) != self.parent:
             raise ValueError(
                 f"plan: is for a parent whose weights have the digest {self.parent[:12]}, got {digest[:12]}"
             )
-        return self.cut_weights(weights)
+        return self.cut_weights(weights, folder)
 
-    def cut_weights(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def cut_weights(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Tensor]:
         """As `apply`, without checking whose weights they are."""
         whole, layout = self.parent_model, model_layout(self.parent_model)
         stream = Axis("d_model", whole.d_model)
@@ -202,6 +219,8 @@ class Plan(Config):
             place = layout[name]
             if (place.layer is not None and place.layer not in indices) or (self.drop_mtp and name.startswith("mtp.")):
                 continue
+            if place.layer is not None and self.layers[place.layer].block is not None and ".mixer." in name:
+                continue
             axes = () if place.block is None else place.block.axes()
             of_layer = complete(axes, {}) if place.layer is None else kept[place.layer]
             rotations = {} if place.layer is None else self._rotations(place.layer)
@@ -212,7 +231,18 @@ class Plan(Config):
             if place.layer is not None:
                 name = name.replace(f"layers.{place.layer}.", f"layers.{indices[place.layer]}.", 1)
             child[name] = part
-        if whole.tie_embeddings:
+        for i, layer in enumerate(self.layers):
+            if layer.block is not None:
+                if folder is None:
+                    raise ValueError(
+                        f"layers.{i}: the folder of the parent is required, for the block that replaces it"
+                    )
+                block, mixer = layer.block.config, f"layers.{indices[i]}.mixer."
+                dims, axes = block.layout(), (*block.axes(), stream)
+                whole_block = {**complete(block.axes(), {}), "d_model": self._d_model()}
+                for name, weight in read_block(folder, layer.block.digest).items():
+                    child[mixer + name] = cut(weight, dims[name], axes, whole_block)
+        if whole.tie_embeddings and "embedding.weight" in child:
             child["head.weight"] = child["embedding.weight"]
         return child
 
@@ -220,11 +250,20 @@ class Plan(Config):
         stream = Axis("d_model", self.parent_model.d_model)
         return complete((stream,), {} if self.d_model is None else {"d_model": self.d_model})["d_model"]
 
+    def _letter(self, layer: int, block: BlockConfig) -> str:
+        """The letter of a layer: the parent's, or the standard one of another kind of block that replaces it."""
+        kinds = {config: letter for letter, config in STANDARD_LETTERS.items()}
+        is_of_kind = type(block) is type(self.parent_model.layers[layer])
+        return self.parent_model.pattern[layer] if is_of_kind else kinds[type(block)]
+
     def _blocks(self) -> Iterator[BlockConfig | None]:
         """The child's block at each of the parent's layers; None where the layer is left out."""
         for i, (block, layer) in enumerate(zip(self.parent_model.layers, self.layers, strict=True)):
             if layer.drop:
                 yield None
+                continue
+            if layer.block is not None:
+                yield layer.block.config
                 continue
             try:
                 kept = complete(block.axes(), layer.keep)

@@ -2,6 +2,7 @@
 
 from explore.archive import read_weights
 from explore.checkpoints import load_model
+from explore.train.blockwise import block_library
 from explore.train.capacity import check_capacity
 from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
@@ -14,6 +15,7 @@ from explore.train.models import evaluate, score
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
+from explore.train.puzzle_rounds import puzzle_rounds
 from explore.train.record import cost_record
 from explore.train.regions import COMPILED, QUANTIZE, compiled_ops, keep_compiled, own_table
 from explore.train.schedule import stable_steps, wsd
@@ -28,6 +30,7 @@ __all__ = [
     "Judge",
     "LitLanguageModel",
     "LoadedRun",
+    "block_library",
     "build_optimizer",
     "check_capacity",
     "child_experiment",
@@ -46,6 +49,7 @@ __all__ = [
     "multiplies_bf16",
     "own_table",
     "processor",
+    "puzzle_rounds",
     "read_weights",
     "score",
     "score_merge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from pydantic import ValidationError
@@ -11,7 +12,7 @@ from explore.compress import Plan
 from explore.config import explain, thaw
 from explore.experiment import Experiment, ParentWeights
 from explore.model import LanguageModel
-from explore.weights import check_shapes
+from explore.weights import block_path, check_shapes
 
 
 def _fresh(experiment: Experiment) -> LanguageModel:
@@ -22,7 +23,7 @@ def _from_parent(experiment: Experiment) -> LanguageModel:
     assert isinstance(experiment.start, ParentWeights)
     model, weights = experiment.model.build(), experiment.start.parent.load().state_dict()
     plan = plan_of(experiment.start)
-    model.load_state_dict(weights if plan is None else plan.apply(weights))
+    model.load_state_dict(weights if plan is None else plan.apply(weights, Path(experiment.start.parent.path)))
     return model
 
 
@@ -65,6 +66,9 @@ def check_start(experiment: Experiment) -> None:
             f"start.plan: the weights of the parent must have the digest {plan.parent[:8]}, got {parent.digest[:8]}, "
             f"those of {parent.path}"
         )
+    for i, layer in enumerate(() if plan is None else plan.layers):
+        if layer.block is not None and not (path := block_path(Path(parent.path), layer.block.digest)).exists():
+            raise ValueError(f"start.plan: the block that replaces layer {i} must be at {path}, which is missing")
     whole = parent.model if plan is None else plan.model(parent.model)
     with torch.device("meta"):
         ours, theirs = (model.build().state_dict() for model in (experiment.model, whole))

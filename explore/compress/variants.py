@@ -1,0 +1,183 @@
+"""What can stand in place of a trained layer: the layer with fewer indices of an axis, a linear map, or nothing.
+
+Source: the search space of Puzzle, arXiv 2411.19146, section 2.1, along all axes that blocks declare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, product
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from explore.blocks import Axis, BlockConfig, Dim, LinearMapConfig
+from explore.compress.cutting import Cutter, fields
+from explore.config import Config
+from explore.foreign import echo
+from explore.model import ModelConfig
+
+How = Literal["whole", "cut", "pooled", "linear", "none"]
+"""whole: the layer as it is; cut: fewer indices of some axes; pooled: means over the indices of an axis that others
+share, such as heads of keys and values; linear: a matrix; none: the layer is left out."""
+
+REPLACEMENTS: tuple[How, ...] = get_args(How)[1:]
+
+SHARES = (0.75, 0.5, 0.25)
+"""Shares of an axis that are offered beside the whole."""
+
+
+class Variant(NamedTuple):
+    """What can stand in place of one layer.
+
+    Attributes:
+        name: for tables, such as `n_experts=4`.
+        how: what is done to the layer.
+        block: its config; None where the layer is left out.
+        sizes: fields of the config that are smaller than the parent's.
+    """
+
+    name: str
+    how: How
+    block: BlockConfig | None
+    sizes: Mapping[str, int]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.how not in ("whole", "none")
+
+
+class Offer(Config):
+    """Which variants a library has.
+
+    Attributes:
+        shares: of an axis, below 1.
+        vary: sizes that are offered, as `n_experts` or `E.n_experts`; all when empty.
+        at_once: sizes of one block that are cut together, at most.
+        replacements: what is done to layers.
+    """
+
+    shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = SHARES
+    vary: tuple[str, ...] = ()
+    at_once: int = Field(default=1, ge=1, le=4)
+    replacements: tuple[How, ...] = REPLACEMENTS
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuses sizes that a model does not have.
+
+        Raises:
+            ValueError: one of them.
+        """
+        known = [name for letter in dict.fromkeys(model.pattern) for name in _names(letter, model.blocks[letter])]
+        for name in self.vary:
+            if name not in known and name not in {each.partition(".")[2] for each in known}:
+                raise ValueError(f"vary: {echo(name)} is no size of this parent; allowed are {', '.join(known)}")
+
+
+def _names(letter: str, block: BlockConfig) -> list[str]:
+    return [f"{letter}.{field}" for field in fields(block.axes())]
+
+
+def variants(letter: str, block: BlockConfig, offer: Offer) -> list[Variant]:
+    """The variants of a layer, the whole one first, and those that are left of it in falling order."""
+    found = [Variant("whole", "whole", block, {}), *_smaller(letter, block, offer)]
+    if "linear" in offer.replacements:
+        found.append(Variant("linear", "linear", LinearMapConfig(), {}))
+    if "none" in offer.replacements:
+        found.append(Variant("none", "none", None, {}))
+    unique: dict[BlockConfig | None, Variant] = {}
+    for each in found:
+        unique.setdefault(each.block, each)
+    return list(unique.values())
+
+
+def _smaller(letter: str, block: BlockConfig, offer: Offer) -> Iterator[Variant]:
+    axes = {axis.field or axis.name: axis for axis in block.axes()}
+    sizes = {
+        field: _sizes(block, axis, offer.shares)
+        for field, axis in axes.items()
+        if not offer.vary or field in offer.vary or f"{letter}.{field}" in offer.vary
+    }
+    for n_fields in range(1, offer.at_once + 1):
+        for together in combinations(sizes, n_fields):
+            for values in product(*(sizes[field] for field in together)):
+                cut = dict(zip(together, values, strict=True))
+                name = ", ".join(f"{field}={n}" for field, n in cut.items())
+                if "cut" in offer.replacements:
+                    yield from _variant(name, "cut", block, _within(block, cut))
+                if "pooled" in offer.replacements and n_fields == 1 and is_pooled(block, axes[together[0]], values[0]):
+                    yield from _variant(f"{name} pooled", "pooled", block, cut)
+
+
+def _variant(name: str, how: How, block: BlockConfig, sizes: Mapping[str, int]) -> Iterator[Variant]:
+    try:
+        yield Variant(name, how, type(block).model_validate({**block.model_dump(), **sizes}), sizes)
+    except ValidationError:  # sizes that cannot go together, such as more active experts than there are
+        return
+
+
+def _sizes(block: BlockConfig, axis: Axis, shares: Sequence[float]) -> list[int]:
+    """Sizes of an axis below the parent's, in falling order; multiples of what it lies within."""
+    most = int(getattr(block, axis.field or axis.name))
+    unit = 1
+    if axis.within and not axis.per_index:
+        unit = next(each.size for each in block.axes() if each.name == axis.within)
+    found = {max(unit, round(share * most / unit) * unit) for share in shares}
+    return sorted((n for n in found if n < most), reverse=True)
+
+
+def _within(block: BlockConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes with those of the axes that lie within what is cut, which keep their share."""
+    found = dict(sizes)
+    for axis in block.axes():
+        field = axis.field or axis.name
+        if axis.within in sizes and not axis.per_index and field not in sizes:
+            outer = next(each.size for each in block.axes() if each.name == axis.within)
+            found[field] = int(getattr(block, field)) // outer * sizes[axis.within]
+    return found
+
+
+def is_pooled(block: BlockConfig, axis: Axis, n: int) -> bool:
+    """Whether an axis can become `n` means: indices of another one share its indices, as heads of queries do."""
+    return axis.size % n == 0 and any(each.within == axis.name and not each.per_index for each in block.axes())
+
+
+def starting_weights(cutter: Cutter, layer: int, variant: Variant) -> dict[str, Tensor]:
+    """The weights of the mixer with which a smaller variant of a layer begins, by their names in the mixer."""
+    prefix = f"layers.{layer}.mixer."
+    own = {name: weight for name, weight in cutter.weights.items() if name.startswith(prefix)}
+    if variant.how == "pooled":
+        ((axis, n),) = variant.sizes.items()
+        block = cutter.model.layers[layer]
+        sizes = {each.name: each.size for each in block.axes()}
+        local = {name.removeprefix(prefix): weight for name, weight in own.items()}
+        return {name: pooled(weight, block.layout()[name], axis, n, sizes) for name, weight in local.items()}
+    plan = cutter.plan({f"{layer}.{field}": n for field, n in variant.sizes.items()})
+    return {name.removeprefix(prefix): weight for name, weight in plan.cut_weights(own).items()}
+
+
+def pooled(weight: Tensor, dims: Sequence[Dim], axis: str, n: int, sizes: Mapping[str, int]) -> Tensor:
+    """A weight in which every run of indices of an axis has become their mean, so that `n` are left.
+
+    Source: heads of keys and values as in arXiv 2305.13245, section 2.1.
+
+    Args:
+        dims: axes of its dimensions.
+        sizes: of all axes.
+    """
+    for k, dim in enumerate(dims):
+        if not any(axis in stretch for stretch in dim):
+            continue
+        shapes = [[part if isinstance(part, int) else sizes[part] for part in stretch] for stretch in dim]
+        parts = list(weight.split([math.prod(shape) for shape in shapes], k))
+        for i, (stretch, shape) in enumerate(zip(dim, shapes, strict=True)):
+            if axis in stretch:
+                at = stretch.index(axis)
+                runs = [*shape[:at], n, shape[at] // n, *shape[at + 1 :]]
+                parts[i] = parts[i].unflatten(k, runs).mean(k + at + 1).flatten(k, k + len(shape) - 1)
+        weight = torch.cat(parts, k)
+    return weight

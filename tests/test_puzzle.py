@@ -1,0 +1,349 @@
+"""Libraries of replacements: how they begin, learn and are measured, and the children that are made of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from block_variants import D_MODEL, VARIANTS
+from small_runs import result, tiny, train, write_corpus
+from torch import Tensor
+
+from explore.blocks import AttentionConfig, BlockConfig, MLPConfig
+from explore.checkpoints import load_model
+from explore.compress import Cutter, Library, LibraryRequest, Plan, puzzle
+from explore.compress.assembling import Children
+from explore.compress.measures import Setting, measure
+from explore.compress.puzzle import Choice, Limits, Puzzle
+from explore.compress.replacing import block_flops
+from explore.compress.variants import Offer, pooled, variants
+from explore.runs import RunFolder
+from explore.train import block_library, child_experiment, puzzle_rounds
+from explore.train.blockwise import least_squares
+from explore.weights import block_path
+
+BLOCKS = {
+    "M": {"n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 16},
+    "*": {"n_heads": 4, "n_kv_heads": 2, "d_head": 8},
+    "-": {"d_ff": 48},
+    "E": {"n_experts": 4, "top_k": 2, "d_expert": 8, "d_shared": 16, "d_latent": 16},
+}
+REQUEST = LibraryRequest(
+    offer=Offer(shares=(0.5,), vary=("d_ff", "n_kv_heads", "n_experts", "d_latent", "d_state", "n_groups")),
+    tokens=12 * 128,
+    val_tokens=384,
+)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    model = {"model__d_model": 32, "model__blocks": BLOCKS, "train__tokens": 60 * 128, "train__eval_tokens": 384}
+    return train(tiny(corpus, "M*E-", **model), tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def library(parent: RunFolder) -> Library:
+    return block_library(parent, REQUEST)
+
+
+@pytest.fixture(scope="module")
+def solver(library: Library) -> Puzzle:
+    return Puzzle(library, Setting(32))
+
+
+@pytest.fixture(scope="module")
+def children(parent: RunFolder, library: Library) -> Children:
+    return Children(parent, library)
+
+
+def all_choices(solver: Puzzle, limits: Limits) -> list[Choice]:
+    sizes = [range(len(layer)) for layer in solver.library.layers]
+    every = (each for each in itertools.product(*sizes) if not is_empty(solver.library, each))
+    return [solver.choice(options, limits) for options in every]
+
+
+def is_empty(library: Library, options: tuple[int, ...]) -> bool:
+    return all(layer[k].how == "none" for layer, k in zip(library.layers, options, strict=True))
+
+
+# What is offered
+
+
+@pytest.mark.parametrize("letter", VARIANTS)
+def test_variants_are_distinct_and_smaller_and_the_layer_itself_is_the_first(letter: str) -> None:
+    block = VARIANTS[letter]
+    found = variants(letter, block, Offer(at_once=2))
+    assert (found[0].block, found[0].how) == (block, "whole")
+    assert len({each.block for each in found}) == len({each.name for each in found}) == len(found)
+    assert [each.how for each in found].count("none") == 1
+    for each in found[1:]:
+        if each.how in ("cut", "pooled"):
+            assert each.block is not None
+            assert params(each.block) < params(block) or each.sizes.keys() == {"top_k"}
+
+
+def params(block: BlockConfig) -> int:
+    return sum(entry.params for entry in block.entries(D_MODEL, 8))
+
+
+def test_only_the_sizes_that_are_named_vary() -> None:
+    experts = VARIANTS["E"]
+    found = variants("E", experts, Offer(shares=(0.5,), vary=("E.n_experts", "top_k"), replacements=("cut",)))
+    assert [each.name for each in found] == ["whole", "n_experts=4", "top_k=1"]
+
+
+# How replacements begin
+
+
+def test_a_linear_map_begins_as_what_attention_does_to_a_single_token() -> None:
+    torch.manual_seed(0)
+    mixer = AttentionConfig(n_heads=6, n_kv_heads=3, d_head=4).build(16)
+    mixer.init_weights(0.3, 0.3)
+    x = torch.randn(5, 1, 16)
+    torch.testing.assert_close(mixer(x)[0], x @ mixer.linear_map().T)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_a_linear_map_begins_as_the_product_of_an_mlps_matrices(activation: Any) -> None:
+    torch.manual_seed(0)
+    mixer = MLPConfig(d_ff=24, activation=activation).build(16)
+    mixer.init_weights(0.3, 0.3)
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(mixer.down(mixer.up(x)), x @ mixer.linear_map().T)
+
+
+@pytest.mark.parametrize("letter", ["*", "G"])
+def test_pooling_equal_heads_changes_nothing(letter: str) -> None:
+    """Heads of keys and values that are alike in pairs: their means are what each of them was."""
+    torch.manual_seed(0)
+    block = {"*": AttentionConfig(n_heads=8, n_kv_heads=4, d_head=4), "G": VARIANTS["G"]}[letter]
+    whole = next(each for each in variants(letter, block, Offer(shares=(0.5,))) if each.how == "pooled")
+    ((axis, n),) = whole.sizes.items()
+    sizes = {each.name: each.size for each in block.axes()}
+    mixer = block.build(16)
+    mixer.init_weights(0.3, 0.3)
+    layout, weights = block.layout(), {name: weight.clone() for name, weight in mixer.state_dict().items()}
+    means = {name: pooled(weight, layout[name], axis, n, sizes) for name, weight in weights.items()}
+    assert whole.block is not None
+    small = whole.block.build(16)
+    small.load_state_dict(means)
+    twice = {name: repeated(weight, layout[name], axis, n, sizes) for name, weight in means.items()}
+    mixer.load_state_dict(twice)
+    x = torch.randn(2, 20, 16)
+    torch.testing.assert_close(small(x)[0], mixer(x)[0], atol=1e-5, rtol=1e-5)
+    assert any(not torch.equal(weights[name], twice[name]) for name in weights)
+
+
+def repeated(weight: Tensor, dims: Any, axis: str, n: int, sizes: dict[str, int]) -> Tensor:
+    """Undoes `pooled`: every index of an axis stands for a run of equal ones."""
+    for k, dim in enumerate(dims):
+        if any(axis in stretch for stretch in dim):
+            parts, start = [], 0
+            for stretch in dim:
+                shape = [n if part == axis else part if isinstance(part, int) else sizes[part] for part in stretch]
+                length = int(torch.tensor(shape).prod())
+                part = weight.narrow(k, start, length).unflatten(k, shape)
+                if axis in stretch:
+                    part = part.repeat_interleave(sizes[axis] // n, k + stretch.index(axis))
+                parts.append(part.flatten(k, k + len(shape) - 1))
+                start += length
+            weight = torch.cat(parts, k)
+    return weight
+
+
+def test_the_least_squares_fit_finds_a_linear_map_and_keeps_to_its_start_where_inputs_say_nothing() -> None:
+    torch.manual_seed(0)
+    W, start = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
+    x = torch.randn(1000, 6, dtype=torch.float64)
+    x[:, 5] = 0
+    y = x @ W.T
+    found = least_squares(x.T @ x, y.T @ x, start)
+    torch.testing.assert_close(found[:, :5], W[:, :5], atol=1e-2, rtol=1e-2)
+    assert torch.equal(found[:, 5], start[:, 5])
+
+
+# How they learn, and how they are measured
+
+
+def test_training_brings_every_kind_of_replacement_nearer_to_its_layer(parent: RunFolder, library: Library) -> None:
+    begun = block_library(parent, REQUEST.model_copy(update={"tokens": 128}))
+    trained = block_library(parent, REQUEST.model_copy(update={"tokens": 150 * 128}))
+    for before, after in zip(begun.layers, trained.layers, strict=True):
+        for first, last in zip(before, after, strict=True):
+            if first.digest is not None:
+                assert last.mse < first.mse, first.name
+            assert last.digest != first.digest or first.digest is None
+
+
+def test_a_replacement_learns_the_same_whatever_else_is_in_the_library(parent: RunFolder, library: Library) -> None:
+    alone = REQUEST.model_copy(update={"offer": Offer(shares=(0.5,), vary=("d_latent",), replacements=("cut",))})
+    (few,) = (layer for layer in block_library(parent, alone).layers if len(layer) > 1)
+    many = {each.name: each.digest for layer in library.layers for each in layer}
+    assert [each.name for each in few] == ["whole", "d_latent=8"]
+    assert few[1].digest == many["d_latent=8"]
+
+
+def test_each_divergence_is_that_of_the_parent_with_this_replacement_alone(
+    library: Library, solver: Puzzle, children: Children
+) -> None:
+    for i, layer in enumerate(library.layers):
+        for k, each in enumerate(layer):
+            options = tuple(k if j == i else 0 for j in range(len(library.layers)))
+            found = children.measure(solver.choice(options, Limits({})))
+            assert found.kl == pytest.approx(each.kl, abs=2e-6), each.name
+    assert [layer[-1].mse for layer in library.layers] == [1.0] * 4
+
+
+def test_a_choice_of_the_layers_themselves_is_the_parent(parent: RunFolder, library: Library) -> None:
+    model = load_model(parent)
+    child = library.child(model, [0] * 4, parent.path)
+    tokens = torch.randint(0, 250, (2, 32))
+    assert torch.equal(child(tokens), model(tokens))
+    assert library.plan([0] * 4).key() == Plan.keep_all(model).key()
+
+
+def test_the_library_is_found_again_and_counts_what_it_cost(parent: RunFolder, library: Library) -> None:
+    assert block_library(parent, REQUEST) == library
+    layers = library.parent_model.layers
+    trained = [each for layer in library.layers for each in layer if each.digest is not None]
+    passes = sum(block_flops(block, 32, 32) for block in layers)
+    learnt = 12 * 128 * (passes + 3 * sum(block_flops(each.block, 32, 32) for each in trained if each.block))
+    scores = Cutter.of(parent).whole.flops  # of the parent, with which smaller blocks begin
+    assert scores > 0
+    assert learnt < library.flops - scores < 3 * learnt
+
+
+KILLED = """
+import os, signal, sys
+import torch; torch.set_num_threads(1)
+from explore.compress import LibraryRequest
+from explore.train import blockwise
+blockwise.SAVE_EVERY_S, saves, save = -1.0, [], blockwise._Maker._save
+def count(self, content):
+    save(self, content)
+    saves.append(1)
+    if len(saves) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+blockwise._Maker._save = count
+blockwise.block_library(sys.argv[1], LibraryRequest.model_validate_json(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_saves", [5, 13], ids=["training", "measuring"])
+def test_a_kill_loses_nothing(parent: RunFolder, n_saves: int) -> None:
+    """Saved after each of 11 steps, at the end of training, and after each of 3 batches of measuring."""
+    request = REQUEST.model_copy(update={"seed": 1, "tokens": 12 * 128})
+    command = [sys.executable, "-c", KILLED, str(parent.path), request.model_dump_json(), str(n_saves)]
+    for path in parent.path.glob("library-*"):
+        path.unlink()
+    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (partial,) = parent.path.glob("library-*.partial")
+    resumed = block_library(parent, request)
+    assert not partial.exists()
+    (path,) = parent.path.glob("library-*.json")
+    path.unlink()
+    assert block_library(parent, request) == resumed
+
+
+# Choices
+
+
+def test_the_solution_is_the_best_of_all_children(solver: Puzzle) -> None:
+    limits = Limits({"params_active": 0.6 * solver.parent_cost("params_active"), "state_bytes": 3000})
+    fitting = [
+        each
+        for each in all_choices(solver, limits)
+        if all(each.costs[name] <= most for name, most in limits.most.items())
+    ]
+    (found,) = solver.solve(limits)
+    best = min(fitting, key=lambda each: each.predicted)
+    assert found.predicted == pytest.approx(best.predicted, rel=1e-6)
+    assert found.options in [each.options for each in fitting]
+    assert "Optimal" in found.status
+    assert found.gap == 0
+
+
+def test_what_layers_cost_adds_up_to_what_the_child_costs(solver: Puzzle) -> None:
+    for name in ("params_total", "flops_train", "state_bytes", "decode_bytes", "memory_bytes", "decode_s"):
+        for options in [(0, 1, 2, 1), (2, 0, 1, 2), (1, 3, 1, 3)]:
+            child = solver.library.plan(options).model()
+            added = sum(row[k] for row, k in zip(solver.costs(name), options, strict=True))
+            assert measure(name, child, solver.setting) == pytest.approx(solver.parent_cost(name) + added, rel=1e-9)
+
+
+def test_further_solutions_differ_and_get_worse(solver: Puzzle) -> None:
+    found = solver.solve(Limits({"params_active": 22_000}), solutions=4, differ=2)
+    assert [each.predicted for each in found] == sorted(each.predicted for each in found)
+    for one, other in itertools.combinations(found, 2):
+        assert sum(a != b for a, b in zip(one.options, other.options, strict=True)) >= 2
+
+
+def test_as_many_layers_are_left_out_as_asked_for(solver: Puzzle, library: Library) -> None:
+    for n in range(4):
+        (found,) = solver.solve(Limits({}, drop=n))
+        assert len(library.plan(found.options).model().pattern) == 4 - n
+
+
+def test_baselines_meet_the_budgets_and_predict_no_better(solver: Puzzle) -> None:
+    limits = Limits({"params_active": 22_000, "flops_train": 110_000})
+    (best,) = solver.solve(limits)
+    found = dict(solver.baselines(limits))
+    assert list(found) == ["greedy", "random", "most parameters", "whole layers only"]
+    for choice in found.values():
+        assert choice.predicted >= best.predicted - 1e-6
+        assert all(choice.costs[name] <= most for name, most in limits.most.items())
+    fitting = [each for each in all_choices(solver, limits) if all(each.costs[n] <= m for n, m in limits.most.items())]
+    sizes = [solver.cost_of(solver.library.plan(each.options).model(), "params_total") for each in fitting]
+    largest = solver.library.plan(found["most parameters"].options).model()
+    assert solver.cost_of(largest, "params_total") == max(sizes)
+
+
+def test_dropping_the_only_attention_layer_is_said(solver: Puzzle, children: Children, library: Library) -> None:
+    none = len(library.layers[1]) - 1
+    without, whole = ((0, k, 0, 0) for k in (none, 0))
+    assert "no attention layer left" in children.notes(solver.choice(without, Limits({})))[0]
+    assert children.notes(solver.choice(whole, Limits({}))) == []
+
+
+def test_a_plan_of_a_library_is_read_back_and_distilled(parent: RunFolder, library: Library, tmp_path: Path) -> None:
+    plan, choice = puzzle(library, {"params_active": 22_000})
+    assert choice.costs["params_active"] == plan.model().cost(32).params_active <= 22_000
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").key() == plan.key()
+    assert any(layer.block is not None for layer in plan.layers)
+    child = train(child_experiment(tmp_path / "plan.json", 256, parent=parent.path), tmp_path / "runs")
+    assert result(child)["before"][plan.key()] == plan.flops == library.flops
+    digest = next(layer.block.digest for layer in plan.layers if layer.block is not None)
+    path = block_path(parent.path, digest)
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(
+        ValueError, match=r"start.plan: the block that replaces layer \d must be at .*, which is missing"
+    ):
+        train(child_experiment(tmp_path / "plan.json", 512, parent=parent.path), tmp_path / "runs")
+    path.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_rounds_go_part_of_the_way_and_count_what_came_before(parent: RunFolder, library: Library) -> None:
+    setting, limits = Setting(32), Limits({"params_active": 20_000})
+    last = puzzle_rounds(parent, limits, REQUEST, setting, 3, 256)
+    half = last.load_experiment()
+    whole = measure("params_active", library.parent_model, setting)
+    part = whole * (20_000 / whole) ** (2 / 3)
+    assert half.model.cost(32).params_active <= part
+    assert half.name == "tiny-round-2"
+    before = result(last)["before"]
+    assert len(before) == 4  # two parents, two plans
+    assert result(last)["flops_before"] == pytest.approx(sum(before.values()))
+    assert half.train.objective.teacher.path == str(parent.path)  # type: ignore[union-attr]
