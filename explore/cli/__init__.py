@@ -24,6 +24,7 @@ from explore.cli import (
     merge,
     score,
     cut,
+    puzzle,
     quantize,
     export,
     import_,

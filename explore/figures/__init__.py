@@ -29,6 +29,7 @@ from explore.figures.decoding import (
 )
 from explore.figures.frontier import draw_frontier, frontier_table, plot_frontier
 from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
+from explore.figures.puzzle import draw_divergences, draw_quality, plot_tradeoff
 from explore.figures.scores import draw_layers, draw_scores, layers_table, plot_scores, scores_table
 from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, mark, stacked
 
@@ -52,6 +53,7 @@ __all__ = [
     "draw_conventions",
     "draw_curves",
     "draw_cut",
+    "draw_divergences",
     "draw_frontier",
     "draw_latency",
     "draw_laws",
@@ -59,6 +61,7 @@ __all__ = [
     "draw_layouts",
     "draw_levels",
     "draw_plan_memory",
+    "draw_quality",
     "draw_receipts",
     "draw_scores",
     "draw_search",
@@ -83,6 +86,7 @@ __all__ = [
     "plot_scores",
     "plot_state",
     "plot_throughput",
+    "plot_tradeoff",
     "receipts_table",
     "save_figure",
     "scores_table",

@@ -1,0 +1,98 @@
+"""Figure of a swept budget: what was predicted and what was measured of the best child under each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from explore.figures.axes import LINE, dress, is_log, legend, log_axis, nothing
+from explore.figures.base import README_WIDTH, RunFigure, text_pt
+from explore.figures.panels import line_styles
+from explore.quantities import quantity
+
+if TYPE_CHECKING:
+    from explore.compress.replacing import Measured
+
+PREDICTED, MEASURED = "predicted: sum over the layers", "measured: the child"
+
+
+def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float = 8.0) -> None:
+    """Draws the divergence from the parent that was predicted, and the one that was measured.
+
+    Args:
+        table: from `explore.compress.assembling.sweep`.
+        name: of the measure that was swept.
+        font_pt: size of the text in points.
+    """
+    dress(ax, quantity(name).label, "KL divergence (nats per token)", font_pt)
+    if table.empty:
+        nothing(ax, "nothing to show", font_pt)
+        return
+    handles = []
+    styles = line_styles([PREDICTED, MEASURED])
+    shown = pd.concat([table["predicted"], table["kl"]])
+    for label, column in ((PREDICTED, "predicted"), (MEASURED, "kl")):
+        (line,) = ax.plot(table[name], table[column], **styles[label].look(font_pt), label=label)
+        handles.append(line)
+    if is_log(shown):
+        log_axis(ax, shown, 0.1, which="y")
+    log_axis(ax, table[name], 0.05)
+    legend(ax, handles, font_pt)
+
+
+def draw_quality(
+    table: pd.DataFrame, name: str, y: str, parent: tuple[float, float], ax: Axes, *, font_pt: float = 8.0
+) -> None:
+    """Draws the quality of the children, and that of the parent.
+
+    Args:
+        y: column of the quality.
+        parent: what the parent costs, and its quality.
+    """
+    dress(ax, quantity(name).label, quantity(y).label, font_pt)
+    if table.empty:
+        nothing(ax, "nothing to show", font_pt)
+        return
+    (children,) = ax.plot(table[name], table[y], **line_styles([PREDICTED, MEASURED])[MEASURED].look(font_pt))
+    ax.axhline(parent[1], ls=":", color=LINE, lw=0.15 * font_pt, zorder=1)
+    ax.plot(*parent, marker="*", ms=font_pt, color=LINE, ls="", zorder=3)
+    log_axis(ax, pd.concat([table[name], pd.Series([parent[0]])]), 0.05)
+    children.set_label("children, not trained further")
+    legend(ax, [children, Line2D([], [], marker="*", ms=font_pt, color=LINE, ls=":", label="parent")], font_pt)
+
+
+def plot_tradeoff(
+    table: pd.DataFrame,
+    name: str,
+    parent: Measured,
+    parent_cost: float,
+    run: str,
+    *,
+    width: float = README_WIDTH,
+    height: float = 2.9,
+    title: str | None = None,
+) -> RunFigure:
+    """Predicted and measured divergence, and the quality of the children, against a swept budget.
+
+    Args:
+        table: from `explore.compress.assembling.sweep`.
+        name: of the measure that was swept.
+        parent: the parent on the same text.
+        parent_cost: what it costs.
+        run: name of the parent.
+        width: inches.
+        height: inches.
+        title: drawn above the axes; there is none unless asked for.
+    """
+    font_pt = text_pt(width)
+    figure = RunFigure(width, height, title or f"Children of {run} by {name}", [run])
+    if title:
+        figure.suptitle(title, fontsize=font_pt + 1)
+    left, right = figure.subplots(1, 2)
+    draw_divergences(table, name, left, font_pt=font_pt)
+    y = "val_loss" if parent.val_bpb is None else "val_bpb"
+    draw_quality(table, name, y, (parent_cost, getattr(parent, y)), right, font_pt=font_pt)
+    return figure
