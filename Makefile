@@ -9,7 +9,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo doors test test-slow lint lab venv constraints clean
+.PHONY: help demo doors test test-slow lint docs lab venv constraints clean
 
 help: ## say what the targets do
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -40,21 +40,25 @@ lint: $(VENV)/.installed-dev ## check format, style, types, floors of imports, s
 	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
 	$(BIN)/explore figures --check
 
+docs: $(VENV)/.installed-dev ## build the pages into build/docs; a broken link, or a figure that is not drawn, is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'open build/docs/index.html'
+
 lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-venv: $(VENV)/.installed-dev ## make the environment with all that the tests need
+venv: $(VENV)/.installed-dev ## make the environment with all that tests and pages need
 
 constraints: ## write constraints.txt anew from a fresh environment, keeping the torch it names
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && set -e && \
 	$(PYTHON) -m venv "$$fresh" && \
-	"$$fresh/bin/python" -m pip install "$$(grep '^torch==' constraints.txt)" -e '.[dev]' && \
+	"$$fresh/bin/python" -m pip install "$$(grep '^torch==' constraints.txt)" -e '.[dev,docs]' && \
 	{ head -n 1 constraints.txt; "$$fresh/bin/python" -m pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+[^+]*$$//'; } \
 	  > "$$fresh/constraints.txt" && \
 	cp "$$fresh/constraints.txt" constraints.txt
 
 clean: ## remove the environment, builds and caches; runs stay
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find explore kernels sweeps tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written only after its command succeeded, so that whatever was interrupted is done again.
@@ -71,6 +75,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 # The development environment contains the other: both stamps, or `make demo` would install once more.
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
-	@echo 'installing PyTorch, Lightning, Optuna, JupyterLab and what the tests need into $(VENV): two to four minutes, once only'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo 'installing PyTorch, Lightning, Optuna, JupyterLab and what tests and pages need into $(VENV): two to four minutes, once only'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	@touch $(VENV)/.installed $@

@@ -128,7 +128,8 @@ def test_every_direct_dependency_is_pinned_to_what_is_installed() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = (*project["dependencies"], *project["optional-dependencies"]["dev"])
+    extras = project["optional-dependencies"]
+    lines = (*project["dependencies"], *extras["dev"], *extras["docs"])
     required = {line.split(">=")[0].partition("[")[0] for line in lines}
     named = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     assert required <= named.keys()

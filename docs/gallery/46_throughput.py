@@ -1,0 +1,13 @@
+"""Throughput against latency
+
+The same steps: tokens per second of the device against the time between the tokens of one sequence. Points of one
+batch lie on one diagonal; up and to the left is better.
+"""
+
+from explore import preset
+from explore.figures import plot_throughput
+from explore.roofline import decode_table
+
+names = ("llama-3.1-8b", "nemotron-h-8b", "gpt-oss-20b")
+decoding = decode_table({name: preset(name) for name in names}, "H100", 65_536, (1, 4, 16, 64, 256))
+figure = plot_throughput(decoding)

@@ -1,0 +1,160 @@
+"""What the README and the pages show exists and runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+from command_line import run
+from pages import PAGES, ROOT, Block, blocks, mentioned
+from small_runs import write_corpus
+
+from explore.cli import app
+from explore.experiment import Experiment
+from explore.presets import published_table
+
+CHEAP = {"cost", "roofline", "solve", "data"}
+"""Commands that take less than a second and need no run."""
+SMALL = {
+    "tokens=200_000": "tokens=4_096, eval_tokens=4_096",
+    "train.tokens=200000": "train.tokens=4096",
+    "tokens=20_000": "tokens=2_048",
+    "TOKENS = 250_000": "TOKENS = 4_096",
+    "eval_tokens=65_536": "eval_tokens=4_096",
+}
+"""Budgets that the tests make smaller, in files and code."""
+SMALL_OPTIONS = {"--trials": "2", "--tokens": "4096", "--train-bpe": "512"}
+"""And on the command line."""
+RUNNABLE = [
+    name
+    for name, path in PAGES.items()
+    if name.startswith(("README", "docs")) and any(block.is_run for block in blocks(path))
+]
+
+
+def smaller(text: str) -> str:
+    for large, small in SMALL.items():
+        text = text.replace(large, small)
+    return text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
+    group: Any = typer.main.get_command(app)
+    whole = [arguments for block in blocks(PAGES[page]) for arguments in block.commands]
+    for arguments in (*whole, *mentioned(PAGES[page])):
+        if arguments[0].startswith("-"):
+            continue
+        assert arguments[0] in group.commands, f"{page}: explore {arguments[0]}"
+        try:
+            group.commands[arguments[0]].make_context(arguments[0], arguments[1:])
+        except typer.TyperException as error:
+            said = error.format_message()
+            if arguments in whole or not said.startswith("Missing"):
+                pytest.fail(f"{page}: explore {' '.join(arguments)}: {said}")
+
+
+@pytest.fixture(scope="module")
+def tables() -> ModuleType:
+    """The module that makes the tables of the pages."""
+    path = ROOT / "docs" / "site" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables", path)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+def test_pages_ask_for_tables_that_exist_and_for_all_of_them(tables: ModuleType) -> None:
+    texts = [path.read_text(encoding="utf-8") for name, path in PAGES.items() if name.startswith("docs")]
+    asked = re.findall(r"^<!-- table: (\S+) -->$", "\n".join(texts), flags=re.MULTILINE)
+    assert set(asked) == set(tables.TABLES)
+
+
+def test_the_table_of_published_counts_shows_every_one_of_them(tables: ModuleType) -> None:
+    shown = re.findall(r"^\| (\S+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", tables.published(), flags=re.MULTILINE)
+    table = [(row["preset"], float(row["published"]), f"{row['computed']:.3f}") for row in published_table()]
+    assert [(name, float(printed), computed) for name, printed, computed in shown] == table
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the sweeps of the repository, at a few tokens, and a corpus beside it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copytree(ROOT / "sweeps", work / "sweeps", ignore=shutil.ignore_patterns("records", "__pycache__"))
+    (work / "sweeps" / "records").symlink_to(ROOT / "sweeps" / "records")
+    for file in (work / "sweeps").glob("*.py"):
+        file.write_text(smaller(file.read_text()))
+    books = tmp_path / "books"
+    books.mkdir()
+    write_corpus(books)
+    monkeypatch.chdir(work)
+    return work
+
+
+def write(block: Block) -> None:
+    """Writes a block that is a file."""
+    path = Path(block.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(smaller(block.text))
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_what_is_quick_on_a_page_runs(
+    page: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks(PAGES[page]):
+        if block.title:
+            write(block)
+        elif block.mark == "" and block.language == "python":
+            exec(compile(block.text, page, "exec"), names)
+        elif block.mark == "":
+            for arguments in block.commands:
+                if arguments[0] in CHEAP and "RUN" not in arguments:
+                    code, _, said = run(capsys, monkeypatch, *arguments)
+                    assert code == 0, f"explore {' '.join(arguments)}: {said}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one run of a few steps, which stands for RUN."""
+    from explore.train import fit
+
+    example = ROOT / "sweeps" / "examples" / "latent_moe.json"
+    fit(
+        Experiment.load(example, ["train.tokens=4096", "train.eval_tokens=4096"]),
+        runs := tmp_path_factory.mktemp("runs"),
+    )
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNABLE)
+def test_all_of_a_page_runs_in_its_order(
+    page: str, place: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, place / "runs")
+    (parent,) = (place / "runs").iterdir()
+    names: dict[str, Any] = {}
+    for block in filter(lambda block: block.is_run, blocks(PAGES[page])):
+        if block.title:
+            write(block)
+        elif block.language == "python":
+            exec(compile(smaller(block.text).replace("RUN", str(parent)), page, "exec"), names)
+        for arguments in block.commands if not block.title else ():
+            plan = next((parent / "plans").glob("*.json"), Path("PLAN"))
+            given = [smaller(each).replace("RUN", str(parent)).replace("PLAN", str(plan)) for each in arguments]
+            for option in SMALL_OPTIONS.keys() & given if given[0] != "plan" else ():
+                given[given.index(option) + 1] = SMALL_OPTIONS[option]
+            if given[0] == "train" and not any(each.startswith("train.tokens") for each in given):
+                given += ["--set", "train.tokens=4096", "--set", "train.eval_tokens=4096"]
+            code, _, said = run(capsys, monkeypatch, *given)
+            assert code == 0, f"explore {' '.join(given)}: {said}"
