@@ -366,10 +366,3 @@ def test_a_byte_order_mark_before_a_configuration_is_skipped(tmp_path: Path) -> 
     content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "mlp"], "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8-sig")
     assert preset(str(tmp_path / "config.json")) == from_released(content)
-
-
-def test_the_readme_shows_the_table_in_print() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| (\S+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", readme, flags=re.MULTILINE)
-    table = [(row["preset"], float(row["published"]), f"{row['computed']:.3f}") for row in published_table()]
-    assert [(name, float(printed), computed) for name, printed, computed in shown] == table
