@@ -39,7 +39,7 @@ def letters() -> str:
     for kind in BLOCKS:
         fields = [f"`{name}`" for name in kind.config.model_fields if name != "kind"]
         state = type(kind.example.new_state()).__name__
-        keeps = {"State": "nothing"}.get(state, f"[`{state}`](../how-to/add-a-block.md)")
+        keeps = {"State": "nothing"}.get(state, f"`{state}`")
         rows.append((f"`{kind.letter}`", kind.config.label, kind.config.role, keeps, ", ".join(fields)))
     return table(("letter", "block", "role", "decoding state", "fields"), rows)
 
