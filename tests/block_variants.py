@@ -25,6 +25,10 @@ VARIANTS: dict[str, BlockConfig] = {kind.letter: kind.example for kind in BLOCKS
         n_heads=4, n_kv_heads=2, d_head=8, bias="all", qk_norm=True, sinks=True, window=6, rope_theta=1e4
     ),
     "gate": AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, bias="qkv", output_gate=True, rope_theta=1e4, d_rope=4),
+    "convolution": AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, d_conv=4),
+    "convolution, window": AttentionConfig(
+        n_heads=4, n_kv_heads=1, d_head=8, d_conv=3, window=6, qk_norm=True, rope_theta=1e4, output_gate=True
+    ),
     "full-rank queries": MLAConfig(n_heads=2, kv_rank=8, d_nope=8, d_rope=4, d_v=16),
     "swiglu": MLPConfig(d_ff=24, activation="swiglu"),
     "clamped": MLPConfig(d_ff=24, activation="swiglu_clamped"),

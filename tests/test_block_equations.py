@@ -173,6 +173,32 @@ def test_the_output_of_attention_is_multiplied_by_a_sigmoid_of_the_input() -> No
     torch.testing.assert_close(mixer(x)[0], truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("d_conv", [1, 2, 4])
+def test_queries_keys_and_values_are_convolved_before_norm_and_rotation(d_conv: int) -> None:
+    config = AttentionConfig(n_heads=4, n_kv_heads=2, d_head=8, qk_norm=True, rope_theta=1e4, d_conv=d_conv)
+    mixer, plain = built(config), built(config.model_copy(update={"d_conv": None}))
+    assert isinstance(mixer, Attention)
+    assert isinstance(plain, Attention)
+    assert mixer.conv1d is not None
+    filters = mixer.conv1d.weight[:, 0]  # q, k, v channels, d_conv
+    assert filters.shape == (64, d_conv)
+    plain.load_state_dict({name: w for name, w in mixer.state_dict().items() if name != "conv1d.weight"})
+    x = torch.randn(2, 9, D_MODEL)
+    start = 0
+    for projection in (plain.q_proj, plain.k_proj, plain.v_proj):
+        own = filters[start : start + projection.out_features]
+        start += projection.out_features
+
+        def convolve(_: object, __: object, y: torch.Tensor, own: torch.Tensor = own) -> torch.Tensor:
+            parts = [
+                sum(own[:, -1 - back] * y[:, t - back] for back in range(min(d_conv, t + 1))) for t in range(y.shape[1])
+            ]
+            return torch.stack(parts, dim=1)
+
+        projection.register_forward_hook(convolve)
+    torch.testing.assert_close(mixer(x)[0], plain(x)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_only_the_first_channels_of_a_head_are_rotated() -> None:
     sizes: dict[str, Any] = {"n_heads": 2, "n_kv_heads": 2, "d_head": 8, "rope_theta": 1e4}
     whole, part = (built(AttentionConfig(**sizes, d_rope=d_rope)) for d_rope in (8, 4))

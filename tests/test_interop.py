@@ -248,6 +248,7 @@ def test_our_own_folder_comes_back_the_same(tie_embeddings: bool, tmp_path: Path
         (config(blocks={"*": {"qk_norm": True}}), r"blocks.\*.qk_norm: True"),
         (config(blocks={"*": {"sinks": True}}), r"blocks.\*.sinks: True"),
         (config(blocks={"*": {"output_gate": True}}), r"blocks.\*.output_gate: True"),
+        (config(blocks={"*": {"d_conv": 4}}), r"blocks.\*.d_conv: 4"),
         (config(blocks={"E": {"shared_gate": True}}), "blocks.E.shared_gate: True"),
         (config(blocks={"*": {"bias": "qkv"}}), r"blocks.\*.bias: 'qkv'"),
         (config(blocks={"M": {"norm_eps": 1e-6}}), "blocks.M.norm_eps: 1e-06 .* only 1e-05 can"),

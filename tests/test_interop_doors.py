@@ -201,6 +201,7 @@ def test_options_that_only_some_models_have_become_arguments() -> None:
         (model("*", attention={"qk_norm": True}), r"blocks.\*.qk_norm: True"),
         (model("*", attention={"sinks": True}), r"blocks.\*.sinks: True"),
         (model("*", attention={"output_gate": True}), r"blocks.\*.output_gate: True"),
+        (model("*", attention={"d_conv": 4}), r"blocks.\*.d_conv: 4"),
         (model("*", attention={"rope_theta": 1e4, "d_rope": 2}), r"blocks.\*.d_rope: 2"),
         (model("*", attention={"bias": "all"}), r"blocks.\*.bias: 'all' .* only 'none' or 'qkv' can"),
         (model("*", attention={"rope_theta": 0.5}), r"blocks.\*.rope_theta: 0.5 .* only whole numbers can"),

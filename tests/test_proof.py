@@ -115,6 +115,7 @@ def test_random_models_reach_every_kind_of_block_and_option() -> None:
         "sinks",
         "output_gate",
         "d_rope",
+        "d_conv",
         "shared_gate",
         "q_rank",
         "d_latent",

@@ -23,6 +23,7 @@ from explore.blocks.declarations import (
     Layout,
     Powers,
     Probe,
+    Region,
     Role,
     Stops,
     Uncounted,
@@ -34,7 +35,7 @@ from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kep
 from explore.blocks.state import KVCache, WindowCache
 from explore.config import added_later
 from explore.cost import ConventionName, Entry, Saved, attended_keys, linear_input, matrix, vector, visible_keys
-from explore.ops import attention, rotate
+from explore.ops import attention, causal_conv1d, rotate
 
 
 class AttentionConfig(BlockConfig):
@@ -48,6 +49,8 @@ class AttentionConfig(BlockConfig):
         sinks: a learned logit of each head in its softmax, which takes weight and gives no value.
         output_gate: the heads' outputs are multiplied by a sigmoid of another projection of the input.
         d_rope: width of a head that is rotated, from its start; the whole head when absent.
+        d_conv: positions that a causal convolution of queries, keys and values reads, one filter a channel, before
+            norm and rotation; no convolution when absent.
     """
 
     label: ClassVar[str] = "attention"
@@ -57,7 +60,9 @@ class AttentionConfig(BlockConfig):
         "attention scores, KV": Group((0.53, 0.77, 1.00), ("attention",)),
     }
     draws: ClassVar[Mapping[str, Draw]] = {"d_head": Powers(16, 64), "sharing": Powers(1, 4)}
-    ranks: ClassVar[Ranks] = Ranks(replicated=("qk_norm",), recomputed=(("core_attn", ("attention",)),))
+    ranks: ClassVar[Ranks] = Ranks(
+        replicated=("qk_norm",), full_width=("conv1d",), recomputed=(("core_attn", ("attention",)),)
+    )
 
     kind: Literal["attention"] = "attention"
     n_heads: PositiveInt
@@ -71,6 +76,7 @@ class AttentionConfig(BlockConfig):
     norm_eps: PositiveFloat = 1e-5
     output_gate: bool = added_later(False)
     d_rope: PositiveInt | None = added_later(None)
+    d_conv: PositiveInt | None = added_later(None)
 
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
@@ -84,6 +90,11 @@ class AttentionConfig(BlockConfig):
         elif self.rope_theta is not None and self.d_head % 2:
             raise ValueError(f"d_head must be even with rope_theta, got {self.d_head}")
         return self
+
+    @property
+    def d_conv_channels(self) -> int:
+        """Channels of the convolution: queries, keys and values; 0 without one."""
+        return 0 if self.d_conv is None else (self.n_heads + 2 * self.n_kv_heads) * self.d_head
 
     @classmethod
     def default(cls, d_model: int) -> AttentionConfig:
@@ -106,6 +117,7 @@ class AttentionConfig(BlockConfig):
             sinks=rng.random() < 0.5,
             output_gate=rng.random() < 0.5,
             d_rope=None if rope_theta is None else rng.choice([None, *range(2, d_head + 1, 2)]),
+            d_conv=rng.choice([None, rng.randint(1, 4)]),
         )
 
     @classmethod
@@ -129,11 +141,23 @@ class AttentionConfig(BlockConfig):
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         seen = visible_keys(seq_len, self.window)
         qkv_bias, o_bias = self.bias != "none", self.bias == "all"
+        d_conv, channels = self.d_conv or 0, self.d_conv_channels
+        conv = d_conv * channels
+        conv1d = Entry(
+            "conv1d",
+            params=conv,
+            params_active=conv,
+            params_read=conv,
+            flops_seq=2 * conv * seq_len,
+            flops_step=2 * conv,
+            conv_numel=conv - channels,
+        )
         return (
             matrix("q_proj", d_model, d_q, seq_len, bias=qkv_bias),
             matrix("k_proj", d_model, d_kv, seq_len, bias=qkv_bias),
             matrix("v_proj", d_model, d_kv, seq_len, bias=qkv_bias),
             *((matrix("gate_proj", d_model, d_q, seq_len, bias=qkv_bias),) if self.output_gate else ()),
+            *((conv1d,) if self.d_conv else ()),
             *((vector("qk_norm", 2 * self.d_head),) if self.qk_norm else ()),
             *((vector("sinks", self.n_heads),) if self.sinks else ()),
             Entry(
@@ -151,6 +175,7 @@ class AttentionConfig(BlockConfig):
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         return (
             linear_input("q_proj", d_model * seq_len),
+            *((Saved("conv1d", "attention", self.d_conv_channels * seq_len, cut="width"),) if self.d_conv else ()),
             *((Saved("qk_norm", "norm", (d_q + d_kv) * seq_len, cut="width"),) if self.qk_norm else ()),
             Saved("attention", "attention", (d_q + 2 * d_kv) * seq_len, cut="width"),
             # The gate, and what it makes of the heads' outputs.
@@ -160,8 +185,10 @@ class AttentionConfig(BlockConfig):
 
     def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
         heads, d_q, d_kv = self.n_heads + self.n_kv_heads, self.n_heads * self.d_head, self.n_kv_heads * self.d_head
+        padded = (seq_len + (self.d_conv or 1) - 1) * self.d_conv_channels
         return (
             Saved("q_proj", "linear input", d_model * seq_len, "float32"),
+            *((Saved("conv1d", "attention", padded, "float32"),) if self.d_conv else ()),
             *((norm_kept("qk_norm", d_q + d_kv, seq_len, heads),) if self.qk_norm else ()),
             Saved("attention", "attention", (d_q + 2 * d_kv) * seq_len, "float32"),
             *((Saved("gate_proj", "activation", 2 * d_q * seq_len, "float32"),) if self.output_gate else ()),
@@ -178,12 +205,15 @@ class AttentionConfig(BlockConfig):
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         square = 2 * 2 * self.n_heads * self.d_head * seq_len**2
-        return {"megatron": {"attention": square // 2}, "palm": {"attention": square}}
+        return {"megatron": {"attention": square // 2, "conv1d": 0}, "palm": {"attention": square}}
 
     def uncounted(self, seq_len: int) -> Uncounted:
         """Pairs of positions that causality and the window forbid, as attention written out runs over all of them."""
         masked = 2 * 2 * self.n_heads * self.d_head * (seq_len**2 - attended_keys(seq_len, self.window))
         return Uncounted(masked, 3 * masked)
+
+    def regions(self, seq_len: int) -> Mapping[str, Region]:
+        return {"conv": Region(self.d_conv_channels, (seq_len,))} if self.d_conv else {}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         q, k, v = (
@@ -204,6 +234,7 @@ class AttentionConfig(BlockConfig):
         return {
             **{f"{name}.weight": (rows, D_MODEL) for name, rows in projections.items()},
             **{f"{name}.bias": (rows,) for name, rows in projections.items()},
+            "conv1d.weight": ((*q, *kv, *kv), WHOLE, WHOLE),
             "q_norm.weight": (WHOLE,),
             "k_norm.weight": (WHOLE,),
             "sinks": ((("n_heads",),),),
@@ -215,13 +246,17 @@ class AttentionConfig(BlockConfig):
         return Attention(self, d_model)
 
     def new_state(self, capacity: int | None = None) -> KVCache:
-        return KVCache(capacity=capacity) if self.window is None else WindowCache(capacity=capacity, window=self.window)
+        n_past = (self.d_conv or 1) - 1
+        if self.window is None:
+            return KVCache(capacity=capacity, n_past=n_past)
+        return WindowCache(capacity=capacity, n_past=n_past, window=self.window)
 
 
 class Attention(Mixer[KVCache]):
     """softmax(Q K^T / sqrt(d_head)) V over what came before, keys and values shared by groups of heads.
 
-    Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925; output gate as in arXiv 2505.06708 and Qwen3-Next.
+    Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925; output gate as in arXiv 2505.06708 and Qwen3-Next;
+    convolution as in Primer, arXiv 2109.08668, with any number of positions.
     """
 
     def __init__(self, config: AttentionConfig, d_model: int) -> None:
@@ -233,6 +268,9 @@ class Attention(Mixer[KVCache]):
         self.k_proj = Linear(d_model, d_kv, bias=qkv_bias)
         self.v_proj = Linear(d_model, d_kv, bias=qkv_bias)
         self.gate_proj = Linear(d_model, d_q, bias=qkv_bias) if config.output_gate else None
+        channels, self.conv1d = config.d_conv_channels, None
+        if config.d_conv is not None:
+            self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=False)
         self.q_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.d_head, eps=config.norm_eps) if config.qk_norm else None
         self.sinks = parameter(config.n_heads) if config.sinks else None
@@ -244,6 +282,8 @@ class Attention(Mixer[KVCache]):
             nn.init.normal_(projection.weight, std=out_std if projection is self.o_proj else std)
             if projection.bias is not None:
                 nn.init.zeros_(projection.bias)
+        if self.conv1d is not None:
+            self.conv1d.reset_parameters()
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.reset_parameters()
@@ -254,10 +294,10 @@ class Attention(Mixer[KVCache]):
         self, x: Float[Tensor, "batch seq d_model"], state: KVCache | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], None]:
         c = self.config
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, c.d_head)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        qkv = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        if self.conv1d is not None:
+            qkv = _convolved(qkv, self.conv1d.weight, state)
+        q, k, v = (each.unflatten(-1, (-1, c.d_head)).transpose(1, 2) for each in qkv)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if c.rope_theta is not None:
@@ -281,3 +321,11 @@ class Attention(Mixer[KVCache]):
         if d_rope is None:
             return rotate(heads, theta, start)
         return torch.cat((rotate(heads[..., :d_rope], theta, start), heads[..., d_rope:]), dim=-1)
+
+
+def _convolved(qkv: list[Tensor], weight: Tensor, state: KVCache | None) -> list[Tensor]:
+    """Queries, keys and values, each channel by its own filter of a weight that has those of all three."""
+    widths = [each.shape[-1] for each in qkv]
+    before = None if state is None else state.update_conv(torch.cat(qkv, dim=-1))
+    past = [None] * len(qkv) if before is None else before.split(widths, dim=-1)
+    return [causal_conv1d(*each[:2], None, each[2]) for each in zip(qkv, weight.split(widths), past, strict=True)]

@@ -2,9 +2,9 @@
 
 A block's config makes the state (`BlockConfig.new_state`) and its mixer reads and updates it. A block whose output
 depends on the current position alone, such as an MLP, keeps nothing: the default of `new_state` serves it. Attention
-takes a `KVCache` or a `WindowCache`; a recurrent mixer takes a `RecurrentState`, whatever the shape of its state, with
-a short convolution or without. Another kind of state is a subclass of `State` whose tensors are attributes, and that
-rounds them when it writes them, where it has a `rounding`.
+takes a `KVCache` or a `WindowCache`; a recurrent mixer takes a `RecurrentState`, whatever the shape of its state. Both
+hold the inputs of a short convolution where there is one. Another kind of state is a subclass of `State` whose tensors
+are attributes, and that rounds them when it writes them, where it has a `rounding`.
 
 Batch size, dtype and device are those of the first tokens that are read, so a new state holds no tensors.
 """
@@ -55,29 +55,18 @@ class State:
 
 
 @dataclass(eq=False, kw_only=True)
-class RecurrentState(State):
-    """State of a size that does not depend on the length: a recurrence's, and the inputs of a short convolution.
+class ConvState(State):
+    """The inputs of a short convolution.
 
     Attributes:
-        shape: of the recurrent state of one sequence.
         n_past: positions before the current one that the convolution reads, `d_conv` - 1.
-        recurrent: recurrent state after the last position; none (zero) before the first.
         conv: the last `n_past` inputs of the convolution; none (zero) before the first position.
-        length: positions so far, counted where state is rounded.
+        length: positions so far.
     """
 
-    shape: tuple[int, ...]
     n_past: int = 0
-    recurrent: Float[Tensor, "batch *shape"] | None = None
     conv: Float[Tensor, "batch n_past channels"] | None = None
     length: int = 0
-
-    def keep(self, recurrent: Float[Tensor, "batch *shape"], n: int) -> None:
-        """Keeps the recurrent state after `n` more positions."""
-        if self.rounding is not None:
-            self.length += n
-            recurrent = self.rounding.recurrent(recurrent, self.length)
-        self.recurrent = recurrent.contiguous()  # one layout, whichever path made it
 
     def update_conv(self, x: Float[Tensor, "batch seq channels"]) -> Float[Tensor, "batch n_past channels"] | None:
         """Keeps the last inputs of the convolution; returns those before `x`, none at the start of a sequence."""
@@ -93,6 +82,27 @@ class RecurrentState(State):
 
 
 @dataclass(eq=False, kw_only=True)
+class RecurrentState(ConvState):
+    """State of a size that does not depend on the length: a recurrence's, and the inputs of a short convolution.
+
+    Attributes:
+        shape: of the recurrent state of one sequence.
+        recurrent: recurrent state after the last position; none (zero) before the first.
+        length: positions so far, counted where state is rounded.
+    """
+
+    shape: tuple[int, ...]
+    recurrent: Float[Tensor, "batch *shape"] | None = None
+
+    def keep(self, recurrent: Float[Tensor, "batch *shape"], n: int) -> None:
+        """Keeps the recurrent state after `n` more positions."""
+        if self.rounding is not None:
+            self.length += n
+            recurrent = self.rounding.recurrent(recurrent, self.length)
+        self.recurrent = recurrent.contiguous()  # one layout, whichever path made it
+
+
+@dataclass(eq=False, kw_only=True)
 class Cache(State):
     """State with an entry for each position.
 
@@ -104,11 +114,14 @@ class Cache(State):
 
     def _advance(self, n: int) -> int:
         """Counts `n` more positions; returns the place of the first."""
-        start, length = self.length, self.length + n
+        self._check_capacity(n)
+        start, self.length = self.length, self.length + n
+        return start
+
+    def _check_capacity(self, n: int) -> None:
+        length = self.length + n
         if self.capacity is not None and length > self.capacity:
             raise ValueError(f"capacity must be at least {length}, the positions so far, got {self.capacity}")
-        self.length = length
-        return start
 
     def _rounded(self, new: Tensor, name: str, start: int) -> Tensor:
         """Entries from `start` on, in the format in which they are kept."""
@@ -131,11 +144,20 @@ class Cache(State):
 
 
 @dataclass(eq=False, kw_only=True)
-class KVCache(Cache):
-    """Keys and values of all positions."""
+class KVCache(ConvState, Cache):
+    """Keys and values of all positions, and what a convolution reads that makes them, where there is one."""
 
     k: Float[Tensor, "batch n_kv_heads held d_head"] | None = None
     v: Float[Tensor, "batch n_kv_heads held d_v"] | None = None
+
+    def update_conv(self, x: Float[Tensor, "batch seq channels"]) -> Float[Tensor, "batch n_past channels"] | None:
+        """As of any convolution; call it before `update`, which counts the positions.
+
+        Raises:
+            ValueError: more positions than `capacity`.
+        """
+        self._check_capacity(x.shape[1])
+        return super().update_conv(x)
 
     def update(
         self, k: Float[Tensor, "batch n_kv_heads seq d_head"], v: Float[Tensor, "batch n_kv_heads seq d_v"]

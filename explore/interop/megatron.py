@@ -21,6 +21,7 @@ ATTENTION: Mapping[str, tuple[Any, ...]] = {
     "sinks": (False,),
     "output_gate": (False,),
     "d_rope": (None,),
+    "d_conv": (None,),
 }
 MOE: Mapping[str, tuple[Any, ...]] = {
     "router_input": ("model",),

@@ -39,6 +39,7 @@ ATTENTION: Mapping[str, tuple[Any, ...]] = {
     "sinks": (False,),
     "output_gate": (False,),
     "d_rope": (None,),
+    "d_conv": (None,),
 }
 MOE: Mapping[str, tuple[Any, ...]] = {
     "activation": ("relu2",),
