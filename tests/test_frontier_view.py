@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 from browser import need_chromium, new_page, run_first_cell, running_lab, set_theme, write_notebook
 from command_line import run
+from scipy import stats
 
 from explore import ModelConfig
 from explore.frontier import pareto_front
+from explore.frontier.repeats import repeats
 from explore.runs import write_json
 from explore.workbench import Frontier, frontier_data, save_frontier
 
@@ -67,14 +69,15 @@ def test_runs_that_differ_in_their_seed_alone_are_one_point() -> None:
     assert len({row["point"] for row in frontier_data(runs)["rows"]}) == 12
 
 
-def test_the_interval_of_a_mean_is_that_of_a_pooled_spread() -> None:
+def test_the_interval_of_a_mean_has_the_noise_of_its_size() -> None:
     runs = table(40, seeds=4).drop(columns="parent")
-    half = frontier_data(runs)["axes"]["val_bpb"]["half"]
-    groups = runs.groupby("flops_run")["val_bpb"]
-    dof = len(runs) - groups.ngroups
-    sd = math.sqrt(float(((runs["val_bpb"] - groups.transform("mean")) ** 2).sum()) / dof)
-    assert half / sd == pytest.approx(2.0423, abs=1e-3)  # Student's t with 30 degrees of freedom, 95% two-sided
-    assert frontier_data(runs.drop_duplicates("flops_run"))["axes"]["val_bpb"]["half"] is None
+    data = frontier_data(runs)
+    half = data["axes"]["val_bpb"]["half"]
+    found = repeats(runs.assign(point=[row["point"] for row in data["rows"]]), ["point"], "flops_run", "val_bpb")
+    assert found.table["point"].tolist() == list(range(len(half)))
+    expected = [stats.t.ppf(0.975, dof) * sd for dof, sd in zip(found.noise.dof, found.noise.sd, strict=True)]
+    assert half == pytest.approx(expected)
+    assert frontier_data(runs.drop_duplicates("flops_run"))["axes"]["val_bpb"]["half"] == []
 
 
 def test_what_did_not_finish_and_what_is_not_finite_is_left_out() -> None:

@@ -314,7 +314,8 @@ class Attention(Mixer[KVCache]):
         """W_O W_V: what is left where every token attends to itself alone (Puzzle, arXiv 2411.19146, section 3.2)."""
         c = self.config
         v = self.v_proj.weight.unflatten(0, (c.n_kv_heads, c.d_head))
-        return self.o_proj.weight @ v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=0).flatten(0, 1)
+        product: Tensor = self.o_proj.weight @ v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=0).flatten(0, 1)
+        return product
 
     def _rotate(self, heads: Tensor, theta: float, start: int) -> Tensor:
         d_rope = self.config.d_rope

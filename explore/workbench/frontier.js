@@ -106,7 +106,7 @@ function render({ model, el }) {
   function mean(some, name) { return some.reduce((sum, row) => sum + row.values[name], 0) / some.length; }
 
   /** Half the interval of a point on an axis: of means over seeds only. */
-  function half(point, name) { return view.means && axes[name].half ? axes[name].half / Math.sqrt(point.rows.length) : 0; }
+  function half(point, name) { return view.means ? (axes[name].half[point.rows[0].point] ?? 0) / Math.sqrt(point.rows.length) : 0; }
 
   function draw() {
     const began = performance.now();

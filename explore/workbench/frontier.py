@@ -198,7 +198,7 @@ class Frontier(anywidget.AnyWidget):
 
     def _open(self, name: str) -> RunFolder:
         if not self._roots:
-            return RunFolder(resolve_run(name))
+            return resolve_run(name)
         return next(run for run in find_runs(*self._roots) if run.path.resolve().name == name)
 
     @traitlets.observe("ask")
@@ -237,18 +237,28 @@ def _axis(each: Quantity, runs: pd.DataFrame, points: pd.Series[int]) -> dict[st
         "better": each.better or "",
         "log": each.log is not False,
         "own": each.is_on_own_data,
-        "half": _half_width(_numbers(runs[each.name]), points),
+        "half": _half_widths(runs, each.name, points),
     }
 
 
-def _half_width(values: pd.Series[float], points: pd.Series[int]) -> float | None:
-    """Half the interval of one run, by the spread between the seeds of equal points; None without any."""
-    if not values.notna().any():
-        return None
-    found = repeats(pd.DataFrame({"point": points, "cost": 0.0, "error": values}), ["point"], "cost", "error")
-    if not found.dof or not found.sd > 0:
-        return None
-    return t_quantile(found.dof, LEVEL) * found.sd
+def _half_widths(runs: pd.DataFrame, name: str, points: pd.Series[int]) -> list[float | None]:
+    """Half the interval of one run at each point, by the spread between seeds, which changes with the training FLOPs.
+
+    Empty where no point was repeated, or where its repeats are equal.
+    """
+    flops = _numbers(runs["flops_run"]) if "flops_run" in runs else pd.Series(1.0, index=runs.index)
+    table = pd.DataFrame({"point": points, "cost": flops, "error": _numbers(runs[name])})
+    if not table.notna().all(axis=1).any():
+        return []
+    found = repeats(table, ["point"], "cost", "error")
+    if found.spread is None:
+        return []
+    sd, dof = found.spread.sd, found.spread.dof
+    widths: list[float | None] = [None] * (int(points.max()) + 1)
+    for i, point in enumerate(found.table["point"]):
+        if sd[i] > 0 and math.isfinite(dof[i]):
+            widths[int(point)] = t_quantile(float(dof[i]), LEVEL) * float(sd[i])
+    return widths
 
 
 def _points(runs: pd.DataFrame) -> pd.Series[int]:
