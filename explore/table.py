@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import operator
+import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from explore.files import replacing
-from explore.quantities import Quantity, columns, read
-from explore.runs import ENDED, find_runs
+from explore.foreign import echo
+from explore.formatting import read_count
+from explore.quantities import Quantity, choose, columns, read
+from explore.runs import ENDED, UNREADABLE_TABLE, find_runs
 
 if TYPE_CHECKING:
     from explore.experiment import Experiment
@@ -36,6 +41,68 @@ def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
         ValueError: a root does not exist or holds no run.
     """
     return tabulate(run.row() for run in find_runs(*roots) if unfinished or run.status in ENDED)
+
+
+def load_table(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
+    """Runs from folders, tables of records, and .csv or .parquet files that hold a table of runs, in one table.
+
+    Raises:
+        ValueError: a root does not exist, or holds no run.
+    """
+    tables = []
+    for root in map(Path, roots):
+        is_plain = root.is_file() and (root.suffix == ".csv" or (root.suffix == ".parquet" and not _is_records(root)))
+        tables.append(read_table(root) if is_plain else load_runs(root, unfinished=unfinished))
+    return pd.concat(tables, ignore_index=True) if len(tables) > 1 else tables[0]
+
+
+def _is_records(path: Path) -> bool:
+    """Whether a file is a table of records, rather than of runs; what cannot be read is told by who reads records."""
+    try:
+        return "experiment.json" in pq.read_schema(path).names
+    except UNREADABLE_TABLE:
+        return True
+
+
+CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|=|<|>|~)\s*(.*?)\s*")
+"""A condition on a column: `d_model>=64`, `family=Mamba hybrid`, or with `~` a part of a text."""
+
+
+def where(table: pd.DataFrame, *conditions: str) -> pd.DataFrame:
+    """The rows that meet all conditions, such as `d_model>=64`, `params_active<1M`, `corpus=austen` or `name~moe`.
+
+    A value that is missing meets none but `!=`.
+
+    Raises:
+        ValueError: a condition of another form, a column that the table does not have, or no number beside a number.
+    """
+    for condition in conditions:
+        if (parts := CONDITION.fullmatch(condition)) is None:
+            raise ValueError(f"--where must be COLUMN, one of = != < <= > >= ~ and a value, got {echo(condition)}")
+        name, sign, text = parts.groups()
+        column = table[choose(name, list(map(str, table.columns)), "--where", "a column")]
+        table = table[_meets(column, sign, text, condition).fillna(False).astype(bool)]
+    return table
+
+
+def _meets(column: pd.Series[Any], sign: str, text: str, condition: str) -> pd.Series[Any]:
+    compare: dict[str, Callable[[Any, Any], Any]] = {
+        "=": operator.eq, "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le,
+        ">": operator.gt, ">=": operator.ge,
+    }  # fmt: skip
+    found: pd.Series[Any]
+    if sign == "~":
+        found = column.astype("str").str.contains(text, regex=False)
+    elif pd.api.types.is_bool_dtype(column):
+        found = compare[sign](column, text.lower() in ("true", "yes", "1"))
+    elif pd.api.types.is_numeric_dtype(column):
+        try:
+            found = compare[sign](column, read_count(text))
+        except ValueError:
+            raise ValueError(f"--where: {column.name} must be compared with a number, got {echo(condition)}") from None
+    else:
+        found = compare[sign](column.astype("str"), text)
+    return found
 
 
 def tabulate(rows: Iterable[Mapping[str, Any]] = ()) -> pd.DataFrame:

@@ -328,7 +328,7 @@ def test_runs_on_two_texts_have_a_front_each_in_a_table_and_no_common_picture(
     assert picture.exists()
     for folder in tmp_path.glob("a*"):
         shutil.rmtree(folder)
-    assert "corpus" not in run(capsys, monkeypatch, "table", str(tmp_path))[1]
+    assert "all: corpus b" in run(capsys, monkeypatch, "table", str(tmp_path))[1].splitlines()
 
 
 def test_a_picture_without_a_point_is_refused(
