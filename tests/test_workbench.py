@@ -220,7 +220,9 @@ def test_it_opens_on_anything_that_has_a_model_and_compares_two(tmp_path: Path) 
     bench = Workbench(model, against=folder, seq_len=512)
     assert bench.config == model
     assert bench.pinned["readout"] == json.loads(json.dumps(Workbench(other, seq_len=512).readout))
-    assert (bench.pinned["label"], bench.pinned["use"]) == ("M*-", "1 × 512 tokens on H100")
+    assert (bench.pinned["label"], bench.pinned["use"]) == ("mine-aaaaaaaa", "1 × 512 tokens on H100")
+    assert Workbench("M", against="qwen3-8b").pinned["label"] == "qwen3-8b"
+    assert Workbench("M", against="M*" * 50).pinned["label"].startswith("M*M*")
     with pytest.raises(ValueError, match="nowhere: must be a run folder"):
         Workbench(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown letter 'X'"):

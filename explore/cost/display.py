@@ -27,7 +27,7 @@ def cost_html(cost: Cost) -> str:
     dtypes = f"weights {cost.weight_dtype}, keys and values {cost.kv_dtype}, state {cost.state_dtype}"
     return block(
         line(f"Cost at {cost.seq_len:,} tokens"),
-        table(("", "", "", "field"), [(label, text, unit, name) for label, text, unit, name in rows]),
+        table(("", "", "", "field"), rows, left=(0, 2, 3)),
         note(dtypes),
     )
 
@@ -42,11 +42,11 @@ def ledger_html(ledger: Ledger) -> str:
                 record["letter"],
                 record["component"],
                 str(record["layers"] or ""),
-                count(record["params"]),
-                count(record["params_active"]),
-                flops(record["flops_fwd"]),
-                f"{record['share']:.1%}",
-                flops(record["flops_decode"]),
+                count(record["params"] or None),
+                count(record["params_active"] or None),
+                flops(record["flops_fwd"] or None),
+                f"{record['share']:.1%}" if record["share"] else "",
+                flops(record["flops_decode"] or None),
                 size(state) if state else "",
             )
         )
@@ -55,4 +55,4 @@ def ledger_html(ledger: Ledger) -> str:
     forward = flops((main.flops_seq + extra.flops_seq) / ledger.seq_len)
     rows.append(("", "total", str(len(ledger.pattern)), params, active, forward, "", flops(main.flops_step), ""))
     header = ("", "component", "layers", "params", "active", "FLOPs/token", "share", "decoding", "state")
-    return block(line(f"Ledger of {ledger.pattern}", f"at {ledger.seq_len:,} tokens"), table(header, rows, left=2))
+    return block(line(f"Ledger of {ledger.pattern}", f"at {ledger.seq_len:,} tokens"), table(header, rows, left=(0, 1)))

@@ -7,7 +7,7 @@ inline, since a notebook that is opened again keeps no style sheet of its output
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -72,10 +72,14 @@ def chip(letter: str, style: Paint | None, title: str = "") -> Html:
     )
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", left: int = 1) -> str:
-    """A table of texts; the columns after the first `left` ones are numbers, and stand on the right."""
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """A table of texts.
+
+    Args:
+        left: columns of words; the others are numbers, and stand on the right.
+    """
     cell = "padding:1px 10px 1px 0;border:0;white-space:nowrap;background:none"
-    aligned = ["text-align:left" if i < left else "text-align:right" for i in range(len(header))]
+    aligned = ["text-align:left" if i in left else "text-align:right" for i in range(len(header))]
     head = "".join(
         f'<th style="{cell};{side};color:{SOFT};font-weight:normal;border-bottom:1px solid {LINE}">{_cell(name)}</th>'
         for name, side in zip(header, aligned, strict=True)
@@ -87,9 +91,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = 
         for row in rows
     )
     return (
-        (line(title) if title else "")
-        + '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:2px 0;font-variant-numeric:'
-        + f'tabular-nums;color:{INK}">'
+        '<div style="overflow-x:auto"><table style="border-collapse:collapse;margin:2px 0;font-variant-numeric:'
+        f'tabular-nums;color:{INK}">'
         + (f'<thead><tr style="background:none">{head}</tr></thead>' if any(header) else "")
         + f"<tbody>{body}</tbody></table></div>"
     )

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MTP_COLOR: Color = (0.36, 0.36, 0.36)
 """Colour of multi-token prediction."""
 
+ENOUGH = 5
+"""Validations with which a learning curve is that of validation, and not that of the training loss."""
+
 
 def letter_color(kind: type[BlockConfig]) -> Color:
     """The colour of the letters of a kind of block: that of its first group of components, unless it says another."""
@@ -80,20 +83,25 @@ def record_html(row: Mapping[str, Any], experiment: Any, metrics: pd.DataFrame) 
         letters = strip_of(ModelConfig.model_validate(experiment["model"]))
     except (LookupError, TypeError, ValueError):  # a record of another version, or one that is damaged
         letters = strip(str(row.get("pattern") or ""), letter_paints({}))
-    shown = [*headlines(row), *(quantity(name) for name in ("tokens", "lr", "seed"))]
-    known = [each for each in shown if row.get(each.name) is not None]
+    names = dict.fromkeys([*(each.name for each in headlines(row)), "tokens", "seed"])
+    known = [quantity(name) for name in names if row.get(name) is not None]
     cells = [[each.header for each in known], [each.text(row[each.name]) for each in known]]
-    score = next((name for name in ("val_bpb", "loss") if name in metrics and metrics[name].notna().sum() > 1), "")
+    lengths = {name: int(metrics[name].notna().sum()) for name in ("val_bpb", "loss") if name in metrics}
+    score = next(
+        (name for name, n in lengths.items() if n >= ENOUGH), max(lengths, key=lengths.__getitem__, default="")
+    )
     return block(
         line(str(row.get("run")), str(row.get("status"))),
         letters,
-        table(cells[0], cells[1:], left=0),
+        table(cells[0], cells[1:], left=()),
         _curve(metrics, score) if score and "tokens" in metrics else "",
     )
 
 
 def _curve(metrics: pd.DataFrame, score: str) -> str:
     rows = metrics[["tokens", score]].dropna()
+    if rows.empty:
+        return ""
     points = [(float(x), float(y)) for x, y in rows.itertuples(index=False)]
     label = quantity(score).label
     return note(label) + curve(points, "tokens", label, (count(points[0][0]), count(points[-1][0])))

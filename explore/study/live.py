@@ -105,7 +105,13 @@ class SweepTable:
         return block(
             line(self.study.study_name),
             progress(ended / self.n_trials if self.n_trials else 0.0, f"{ended} of {self.n_trials} trials"),
-            table([header[i] for i in kept], shown, left=len(NAMES)) if rows else "",
+            table(
+                [header[i] for i in kept],
+                shown,
+                left=[at for at, i in enumerate(kept) if header[i] in (*NAMES, "curve", "state")],
+            )
+            if rows
+            else "",
             note(self._legend()) if rows else "",
         )
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from explore.config import explain
 from explore.cost import D_MODEL, VOCAB_SIZE
 from explore.experiment import Experiment
-from explore.foreign import check_type
+from explore.foreign import check_type, shorten
 from explore.model import ModelConfig
 from explore.presets import PRESETS, preset
 from explore.runs import RunFolder, resolve_run
@@ -46,6 +46,23 @@ def fields_of(given: Any, runs: str | Path, changes: Mapping[str, Any]) -> dict[
     if built.mtp is not None:
         fields |= {name: content_of(built)[name] for name in ("pattern", "mtp")}
     return fields
+
+
+def name_of(given: Any, pattern: str) -> str:
+    """What to call what a workbench was given: its name where it has one, else its letters."""
+    given = getattr(given, "folder", given)
+    match given:
+        case Experiment():
+            return given.name
+        case RunFolder():
+            return given.path.resolve().name
+        case Mapping() | pd.Series():
+            return str(given["run"])
+        case Path():
+            return given.resolve().name
+        case str() if given in PRESETS or Path(given).is_dir():
+            return Path(given).name
+    return shorten(pattern, 40)
 
 
 def _model_of(given: Any, runs: str | Path) -> ModelConfig | None:

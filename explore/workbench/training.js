@@ -21,6 +21,7 @@ function trainingOf(plan, state, offers) {
       PLAN_TILES.map(([name, title, format, more]) => tile(name, title, format(plan[name]), plan[name], more(plan, state))),
       tile("binds", "What binds", plan.binds, plan.binds, plan.fits ? "takes most of a step" : "no relief is enough")),
     plan.relief ? h("p", { class: "wb-note" }, `To fit: ${plan.relief}.`) : "",
+    plan.fits ? "" : h("p", { class: "wb-note" }, "Speed and time are those that this layout would have if it fitted."),
     rankBars(plan, offers.memory),
     bar("A step, by what it is spent on", plan, null, "step_s", "seconds", seconds, offers.parts, (name) => name),
     h("p", { class: "wb-note" }, "Efficiencies are fitted to published runs; explore plan --published shows their errors."),

@@ -16,7 +16,7 @@ from explore.pattern import canonical
 from explore.plan import PRECISIONS
 from explore.presets import PRESETS, preset
 from explore.roofline import GPUS, HERE
-from explore.workbench.opening import Opened, fields_of
+from explore.workbench.opening import Opened, fields_of, name_of
 from explore.workbench.readout import BOUNDS, code, groups, letters, readout, styles
 from explore.workbench.state import Controls, content_of
 from explore.workbench.training import PARTS
@@ -92,7 +92,7 @@ class Workbench(anywidget.AnyWidget):
         others = {"seq_len": seq_len, "batch_size": batch_size, "hardware": hardware}
         self._show(Controls.read({"model": model, "home": model, **others}))
         if against is not None:
-            self._pin(Controls.read({"model": fields_of(against, runs, {}), **others}))
+            self._pin(Controls.read({"model": fields_of(against, runs, {}), **others}), against)
 
     @classmethod
     def from_config(cls, model: ModelConfig, **others: Any) -> Workbench:
@@ -118,10 +118,11 @@ class Workbench(anywidget.AnyWidget):
         """The numbers that are shown: those that `explore.workbench.evaluate` returns."""
         return dict(self.view["readout"])
 
-    def _pin(self, state: Controls) -> None:
-        """Makes a state what the browser compares with."""
+    def _pin(self, state: Controls, given: Opened) -> None:
+        """Makes a state what the browser compares with, under the name of what was given."""
+        label = name_of(given, canonical(state.model["pattern"]))
         use = f"{state.batch_size:,} × {state.seq_len:,} tokens on {state.hardware}"
-        self.pinned = {"label": canonical(state.model["pattern"]), "use": use, "readout": readout(state, state.build())}
+        self.pinned = {"label": label, "use": use, "readout": readout(state, state.build())}
 
     @traitlets.observe("edit")
     def _edited(self, change: Mapping[str, Any]) -> None:

@@ -11,6 +11,9 @@ function render({ model, el }) {
   let rows = new Map();
   const timers = new Map();
 
+  const degrees = { tp: ["TP", "tensor-parallel ranks"], cp: ["CP", "context-parallel ranks"], pp: ["PP", "ranks of the pipeline"],
+    vpp: ["VPP", "stages of the pipeline on each rank"], ep: ["EP", "expert-parallel ranks"],
+    etp: ["ETP", "ranks that divide an expert"], micro_batch: ["micro-batch", "sequences that pass through the pipeline at once"] };
   const presets = h("select", { title: "begin with a published system", onchange: () => begin(presets.value) },
     h("option", { value: "" }, "published systems…"), offers.presets.map((name) => h("option", {}, name)));
   const hardware = h("select", { onchange: () => change((s) => { s.hardware = hardware.value; }) },
@@ -44,9 +47,9 @@ function render({ model, el }) {
     h("div", { class: "wb-bar" }, h("label", {}, "Begin with ", presets),
       h("span", { role: "tablist", class: "wb-tabs" }, tabs),
       h("label", { class: "wb-decode" }, "Hardware ", hardware),
-      h("label", { class: "wb-train" }, "GPU ", choices.gpu), h("label", { class: "wb-train" }, choices.precision),
+      h("label", { class: "wb-train" }, "GPU ", choices.gpu), h("label", { class: "wb-train" }, "Precision ", choices.precision),
       h("span", { class: "wb-train" }, best), h("span", { class: "wb-gap" }), h("span", { class: "wb-decode" }, pin),
-      copies),
+      h("span", { class: "wb-copies" }, copies)),
     strip, palette, h("label", { class: "wb-typed" }, "Pattern", text, tally), error,
     h("div", { class: "wb-body" }, sliders, readout));
   el.replaceChildren(root);
@@ -191,7 +194,8 @@ function render({ model, el }) {
   function togglePin() {
     const { batch_size, seq_len, hardware: device } = view.state;
     const use = `${grouped(batch_size)} × ${grouped(seq_len)} tokens on ${device}`;
-    model.set("pinned", model.get("pinned").readout ? {} : { label: view.strip, use, readout: view.readout });
+    const label = view.strip.length <= 40 ? view.strip : `${view.strip.slice(0, 18)}…${view.strip.slice(-18)}`;
+    model.set("pinned", model.get("pinned").readout ? {} : { label, use, readout: view.readout });
     model.save_changes();
   }
 
@@ -251,10 +255,12 @@ function render({ model, el }) {
     const names = view.sliders.map((slider) => slider.path.join("."));
     if (names.join() !== [...rows.keys()].join()) {
       rows = new Map(names.map((name, i) => [name, row(name, view.sliders[i])]));
-      const owners = [...new Set(view.sliders.map((slider) => slider.letter))];
+      const ownerOf = (slider) => slider.letter || (slider.path[0] !== "training" ? "" : degrees[slider.label] ? "layout" : "run");
+      const titles = { "": state.tab === "training" ? "Model" : "Model and use", run: "Training run", layout: "Layout, in ranks" };
+      const owners = [...new Set(view.sliders.map(ownerOf))];
       sliders.replaceChildren(...owners.map((owner) => h("fieldset", {},
-        h("legend", {}, owner ? [chip(owner), kinds[owner].name] : "Model and use"),
-        names.filter((_, i) => view.sliders[i].letter === owner).map((name) => rows.get(name).element))));
+        h("legend", {}, titles[owner] ?? [chip(owner), kinds[owner].name]),
+        names.filter((_, i) => ownerOf(view.sliders[i]) === owner).map((name) => rows.get(name).element))));
     }
     view.sliders.forEach((slider, i) => rows.get(names[i]).set(slider));
   }
@@ -275,15 +281,15 @@ function render({ model, el }) {
       input.style.setProperty("--wb-part", `${(100 * input.value) / Math.max(1, values.length - 1)}%`);
     };
     const names = { seq_len: path[0] === "training" ? "sequence" : "context", batch_size: "batch",
-      vocab_size: "vocabulary", n_gpus: "GPUs", global_batch: "global batch", micro_batch: "micro-batch",
-      tp: "TP", cp: "CP", pp: "PP", vpp: "VPP", ep: "EP", etp: "ETP" };
+      vocab_size: "vocabulary", n_gpus: "GPUs", global_batch: "global batch", ...Object.fromEntries(
+        Object.entries(degrees).map(([degree, [short]]) => [degree, short])) };
     const set = (slider) => {
       values = slider.values;
       input.max = values.length - 1;
       input.value = values.indexOf(slider.value);
       tell();
     };
-    return { element: h("label", { class: "wb-slider" }, h("span", {}, names[label] ?? label), input, output), set };
+    return { element: h("label", { class: "wb-slider", title: degrees[label]?.[1] ?? "" }, h("span", {}, names[label] ?? label), input, output), set };
   }
 
   function drawReadout() {
