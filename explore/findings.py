@@ -1,16 +1,21 @@
 """From the records of a study to its tables, its figure and the sentences that quote them; all can be made again.
 
-A sweep file that defines `tables(runs, pairs)` and `figure(tables)`, and has records beside it in
-`records/<name>.parquet`, is a finding. A text that quotes it is kept as a template, in which
+A sweep file that defines `tables(runs, pairs)`, or `tables(runs, pairs, curves)`, and `figure(tables)`, and has records
+beside it in `records/<name>.parquet`, is a finding. A text that quotes it is kept as a template, in which
 
     {{latent_or_not.differences[arm=acc4, d_model=48].difference:+.3f}}
 
-stands for a cell: study, table, the columns that name exactly one row, column and format.
+stands for a cell: study, table, the columns that name exactly one row, column and format. `{{latent_or_not.gate}}`
+stands for a whole table.
+
+A study answers its question only if it passes its gate (`explore.frontier.gate`). Tables and figures of one that does
+not say `ungated`, and a text may say of it nothing but that it cannot answer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +25,12 @@ from typing import Any
 
 import pandas as pd
 
-from explore.figures import RunFigure, save_figure
+from explore.figures import RunFigure, mark, save_figure
 from explore.files import replacing
+from explore.frontier.gate import PASSED, GateReport, gate_report
 from explore.runs import PACKED, find_runs
 from explore.study import Sweep, load_sweep
-from explore.table import load_pairs, load_runs, read_table, save_table
+from explore.table import load_metrics, load_pairs, load_runs, read_table, save_table
 
 TOLERANCE = 1e-6
 """Relative difference of two numbers of a table that another machine's arithmetic may make."""
@@ -32,6 +38,15 @@ TOLERANCE = 1e-6
 STUDIES = "studies.runs.csv"
 """File of the table of all studies."""
 
+UNGATED = "ungated"
+"""What tables and figures say of a study that passes no gate."""
+
+CANNOT = "Cannot be answered at these sizes"
+"""How the answer to the question of a study that passes no gate begins."""
+
+ANSWER = "**Answer.** "
+
+TABLE = re.compile(r"\{\{(\w+)\.(\w+)\}\}")
 CELL = re.compile(r"\{\{(\w+)\.(\w+)\[([^\]]*)\]\.(\w+)(?::([^}]*))?\}\}")
 
 
@@ -58,16 +73,44 @@ class Finding:
         return load_runs(self.records)
 
     @cached_property
+    def gate(self) -> GateReport | None:
+        """What the gate of the study finds in its records; None where its file declares none."""
+        return None if self.sweep.gate is None else gate_report(self.sweep.gate, self.sweep.seeds, self.records)
+
+    @property
+    def sizes(self) -> str:
+        """Widths that have all seeds, of those that the study promises; empty where it promises none."""
+        promised = list((self.sweep.grid or {}).get("d_model", ()))
+        if not promised:
+            return ""
+        runs = self.runs[self.runs["status"] == "finished"]
+        seeds = runs.groupby(["d_model", "name"])["seed"].nunique().groupby("d_model").max()
+        return f"{sum(int(seeds.get(size, 0)) >= self.sweep.seeds for size in promised)} of {len(promised)}"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the study passes a gate, so that it may answer."""
+        return self.gate is not None and self.gate.passed
+
+    @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """What the study comes to, by name, with numbers as a file holds them."""
+        """What the study comes to, by name, with numbers as a file holds them; without a gate each says so."""
         assert self.sweep.tables is not None
-        return dict(self.sweep.tables(self.runs, load_pairs(self.records)))
+        given = [self.runs, load_pairs(self.records)]
+        if len(inspect.signature(self.sweep.tables).parameters) > len(given):
+            given.append(load_metrics(self.records))
+        found = dict(self.sweep.tables(*given))
+        if not self.is_gated:
+            found = {name: table.assign(gate=UNGATED) for name, table in found.items()}
+        return found | ({} if self.gate is None else {"gate": self.gate.table()})
 
     def figure(self) -> RunFigure:
-        """The figure, drawn from the tables alone."""
+        """The figure, drawn from the tables alone; without a gate it says so."""
         assert self.sweep.figure is not None
         drawn = self.sweep.figure(self.tables)
         drawn.runs = tuple(self.runs["run"])
+        if not self.is_gated:
+            mark(drawn, UNGATED)
         return drawn
 
     @cached_property
@@ -136,8 +179,10 @@ def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
     """How many runs stand behind each study and, in the last row, behind all, and on what they were trained.
 
     Returns:
-        The columns study, runs (that finished), seeds (different ones) and devices.
+        The columns study, runs (that finished), seeds (different ones), sizes (those that have all seeds, of those that
+        the study promises), gate (`passed` or `ungated`) and devices.
     """
+    about = {finding.name: (finding.sizes, PASSED if finding.is_gated else UNGATED) for finding in findings}
     runs = pd.concat([finding.runs.assign(study=finding.name) for finding in findings])
     runs = runs[runs["status"] == "finished"]
     groups = [*runs.groupby("study"), ("all", runs)]
@@ -146,9 +191,30 @@ def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
             "study": [name for name, _ in groups],
             "runs": [len(each) for _, each in groups],
             "seeds": [each["seed"].nunique() for _, each in groups],
+            "sizes": [about.get(str(name), ("", ""))[0] for name, _ in groups],
+            "gate": [about.get(str(name), ("", ""))[1] for name, _ in groups],
             "devices": [", ".join(sorted(each["device"].dropna().unique())) for _, each in groups],
         }
     )
+
+
+def ungated_claims(template: str, findings: Sequence[Finding]) -> list[str]:
+    """What a text claims by studies that pass no gate, and gates that it does not show, one line each.
+
+    A section is about the studies whose files it names as `sweeps/NAME.py`.
+    """
+    found = []
+    for section in re.split(r"^## ", template, flags=re.MULTILINE)[1:]:
+        title, answer = section.partition("\n")[0], section.partition(ANSWER)[2]
+        for finding in findings:
+            if f"sweeps/{finding.name}.py" not in section:
+                continue
+            if finding.gate is not None and f"{{{{{finding.name}.gate}}}}" not in section:
+                found.append(f"{title!r}: must show the gate of its study as {{{{{finding.name}.gate}}}}")
+            if not (finding.is_gated or answer.startswith(CANNOT)):
+                why = finding.gate.reason if finding.gate is not None else "as its file declares none"
+                found.append(f"{title!r}: {finding.name} passes no gate, {why}; its answer must begin {CANNOT!r}")
+    return found
 
 
 def fill(template: str, findings: Sequence[Finding]) -> str:
@@ -172,7 +238,18 @@ def fill(template: str, findings: Sequence[Finding]) -> str:
         except KeyError as error:
             raise ValueError(f"{match[0]}: there is no {error}") from None
 
-    return CELL.sub(cell, template)
+    def whole(match: re.Match[str]) -> str:
+        study, name = match.groups()
+        if name not in by_name.get(study, {}):
+            raise ValueError(f"{match[0]}: there is no such table")
+        return _markdown(by_name[study][name])
+
+    return TABLE.sub(whole, CELL.sub(cell, template))
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> list[Path]:

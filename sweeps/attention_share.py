@@ -20,7 +20,7 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, RecallData, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
+from explore.figures import RunFigure, draw_comparisons, draw_gaps, draw_levels, stacked
 from explore.frontier import (
     arms_table,
     compare,
@@ -114,8 +114,12 @@ SOLVED = 0.9
 """Recall accuracy from which a run counts as a success."""
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte and successes in recall of every arm, and the differences from `25`.
+WINDOW = 20
+"""Steps over which the training losses of curves are averaged."""
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also along the runs.
 
     Raises:
         ValueError: `25` has no run on one of the tasks.
@@ -132,7 +136,19 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     against = pd.DataFrame(
         [vars(success_difference(each.successes, each.n, of.successes, of.n)) for each in solved.itertuples()]
     )
+    along = curves.drop(columns=["family", "pattern", "flops_run"], errors="ignore").merge(
+        primary[["run", "arm", "d_model", "n_steps", "flops_run"]], on="run"
+    )
+    along["step"] = ((along["step"] - 1) // WINDOW + 1) * WINDOW
+    losses = along.pivot_table(index=["d_model", "step"], columns="arm", values="loss")
+    gaps = losses.sub(losses["25"], axis=0).drop(columns="25").stack().rename("difference").reset_index()
+    gaps = gaps.merge(primary.groupby(["d_model", "arm"])[["n_steps", "flops_run"]].mean().reset_index())
+    gaps["flops_run"] *= gaps["step"] / gaps["n_steps"]
+    leads = gaps[(gaps["arm"] == "100") & (gaps["difference"] < 0)].groupby("d_model")["step"].max()
+    crossing = gaps.groupby("d_model")["step"].max().rename("last_step").to_frame().join(leads.rename("last_lead"))
     return {
+        "curves": gaps.drop(columns="n_steps"),
+        "crossing": crossing.reset_index(),
         "arms": arms_table(text, "arm", "25", by=["d_model"]),
         "differences": compare(text, "arm", "25", by=["d_model"], primary=named),
         "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
@@ -145,17 +161,22 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     """Loss and, by the first mixer, recall against the share of attention; all differences from one layer in four."""
-    drawn, (above, middle, below) = stacked([1.7, 1.7, 2.1], "How much attention does a Mamba hybrid need?")
+    heights = [1.7, 1.5, 1.5, 1.7, 2.1]
+    drawn, (above, steps, flops, middle, below) = stacked(heights, "How much attention does a Mamba hybrid need?")
+    draw_gaps(steps, tables["curves"][tables["curves"]["arm"] == "100"], "step", WIDTHS)
+    draw_gaps(flops, tables["curves"][tables["curves"]["arm"] == "100"], "flops_run", WIDTHS)
+    for panel in (steps, flops):
+        panel.set_ylabel("Training loss (nats),\nall minus one in four")
     bands = tables["bands"].rename(columns={"test_bpb": "estimate"})
     bands = bands[bands["arm"].isin(SHARES)]
     bands = bands.assign(x=bands["arm"].map(SHARES), series=bands["d_model"])
     label = "Mixers that are attention (%)"
-    draw_levels(above, bands, {width: f"d_model {width}" for width in WIDTHS}, label, "Test bits per byte")
+    draw_levels(above, bands, {width: f"d_model {width}" for width in WIDTHS}, label, "Test bits per byte", joined=True)
     shares = SHARES | {"25-early": 25}
     recall = tables["recall"][tables["recall"]["arm"].isin(shares)]
     recall = recall.assign(x=recall["arm"].map(shares), series=[ARMS[arm][0] for arm in recall["arm"]])
     first = {"M": "Mamba-2 first", "*": "attention first"}
-    draw_levels(middle, recall, first, label, f"Share of seeds that recall\n(d_model {RECALL_WIDTH})")
+    draw_levels(middle, recall, first, label, f"Share of seeds that recall\n(d_model {RECALL_WIDTH})", joined=True)
     at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
-    draw_comparisons(below, at, NAMES, f"Test bits per byte, less one in four's (d_model {SECONDARY_WIDTH})")
+    draw_comparisons(below, at, NAMES, f"Test bits per byte,\ndifference from one in four (d_model {SECONDARY_WIDTH})")
     return drawn

@@ -22,7 +22,7 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_laws, draw_levels, stacked
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_laws, draw_levels, draw_residuals, stacked
 from explore.frontier import (
     arms_table,
     compare,
@@ -31,6 +31,7 @@ from explore.frontier import (
     fit_power_laws,
     pairs_table,
     rank_correlation,
+    reducible_ratio,
     seed_bands,
 )
 from explore.frontier.gate import Gate
@@ -161,14 +162,21 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     predicted = [laws.predict(run.arm, run.flops_run).iloc[0] for run in beyond.itertuples()]
     arms = arms_table(whole, "arm", "moe", by=["d_model"])
     differences = compare(whole, "arm", "moe", by=["d_model"], primary=named)
-    half = (differences["high"] - differences["low"]).max() / 2
+    half = (differences["high"] - differences["low"]) / 2
+    noise = differences.assign(half_width=half)[["d_model", "sd", "dof", "noise", "bartlett_p", "half_width"]]
+    averages = compare(whole, "arm", "moe", strata=["d_model"], primary=())
+    shared = fit_power_laws(primary, "arm", loss="test_bpb", shared_exponent=True)
+    common = fit_power_laws(primary.assign(law="all"), "law", loss="test_bpb", n_bootstrap=2)
+    every = ["arm", "d_model", "seed", "flops_run", "test_bpb"]
     return {
+        "runs": primary[every].assign(fitted=common.predict("all", primary["flops_run"])["loss"].to_numpy()),
         "arms": arms,
         "differences": differences,
-        "noise": pd.DataFrame([{"sd": differences["sd"].iloc[0], "half_width": half}]),
+        "noise": noise.drop_duplicates("d_model").sort_values("d_model"),
         "saved": arms[arms["arm"] == "eff4"].assign(saved=-arms["flops_run_residual"])[["d_model", "saved"]],
         "counts": pd.DataFrame([{"runs": len(whole), "single": len(beyond)}]),
-        "averages": compare(primary, "arm", "moe", strata=["d_model"], primary=()),
+        "averages": averages[averages["arm"].isin(PRIMARY)],
+        "offsets": pd.DataFrame([{"variant": arm, **vars(reducible_ratio(shared, arm, "moe"))} for arm in PRIMARY[1:]]),
         "bands": seed_bands(primary, ["arm", "d_model"], error="test_bpb"),
         "laws": laws.table(),
         "curves": laws.curves().rename(columns={"family": "arm"}),
@@ -183,12 +191,14 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss against compute, the primary differences at every width, and those of all arms where all were trained."""
-    drawn, (above, middle, below) = stacked([2.0, 1.6, 2.4], "Does a latent pay?")
+    """Loss and its floor, residuals of all seeds, the primary differences, and those of all arms at one width."""
+    drawn, (above, residuals, middle, below) = stacked([1.9, 1.9, 1.6, 2.4], "Does a latent pay?")
     primary = {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]}
     draw_laws(above, tables["bands"], tables["curves"], primary)
+    draw_floor(above, tables["arms"][tables["arms"]["arm"] == "moe"])
+    draw_residuals(residuals, tables["runs"], primary)
     named = tables["differences"].query("primary").rename(columns={"difference": "estimate", "d_model": "x"})
-    words = "Test bits per byte,\nless standard MoE's"
+    words = "Test bits per byte,\ndifference from MoE"
     level = named.drop_duplicates("x").assign(arm="moe", estimate=0.0, low=0.0, high=0.0)
     draw_levels(middle, pd.concat([named, level]), primary, "d_model", words, series="arm")
     middle.set_xticks(sorted(named["x"].unique()))

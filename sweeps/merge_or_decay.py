@@ -104,5 +104,5 @@ def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     rows = differences.assign(row=differences["arm"] + differences["d_model"].astype("str"))
     shown = ("minus_sqrt", "flat")
     names = {f"{arm}{width}": f"{arms[arm].split(', ')[1]} (d {width})" for arm in shown for width in WIDTHS}
-    draw_comparisons(below, rows, names, "Test bits per byte of the average, less the decay's", arm="row")
+    draw_comparisons(below, rows, names, "Test bits per byte of the average,\ndifference from the decay", arm="row")
     return drawn

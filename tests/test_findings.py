@@ -16,8 +16,9 @@ from test_cli import run as run_command
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import draw_search, stacked
-from explore.findings import Finding, fill, find_findings, load_finding
+from explore.findings import Finding, fill, find_findings, load_finding, ungated_claims
 from explore.frontier import pairs_table
+from explore.frontier.gate import Condition, GateReport
 from explore.runs import FILES
 from explore.study import load_sweep
 from explore.table import load_pairs, load_runs
@@ -204,12 +205,72 @@ def test_the_command_writes_checks_and_ends_with_one_where_something_drifted(
     assert (code, "FINDINGS.md: line 1 is not what" in said) == (1, True)
     assert run_command(capsys, monkeypatch, *args)[0] == 0
     studies = out / "studies.runs.csv"
-    assert studies.read_text() == 'study,runs,seeds,devices\npays,9,3,"CPU 0, CPU 1"\nall,9,3,"CPU 0, CPU 1"\n'
+    columns = "study,runs,seeds,sizes,gate,devices\n"
+    assert studies.read_text() == f'{columns}pays,9,3,,ungated,"CPU 0, CPU 1"\nall,9,3,,,"CPU 0, CPU 1"\n'
     studies.write_text(studies.read_text().replace("pays,9", "pays,8"))
     code, _, said = run_command(capsys, monkeypatch, *args, "--check")
     assert (code, "studies.runs.csv: row 1, runs: is 8, and the records give 9" in said) == (1, True)
     code, _, said = run_command(capsys, monkeypatch, *args, "absent")
     assert (code, "NAMES: absent is no study with records; there are pays" in said) == (2, True)
+
+
+CLAIM = """# Findings
+
+## Does an arm pay?
+
+**Design.** `sweeps/pays.py`.
+
+**Answer.** {answer}{gate}
+
+## Another question
+
+**Answer.** Yes, of another study.
+"""
+GATE = """
+from explore.frontier.gate import Gate
+
+gate = Gate(baseline="base", worse=("deep",), trivial=("wide",), effect=1.0, source="print", arm="name")
+sampler = "grid"
+grid = {"d_model": [32, 64]}
+"""
+
+
+def test_a_claim_of_a_study_that_passes_no_gate_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweeps: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "docs"
+    out.mkdir()
+    template, args = out / "FINDINGS.template.md", ("figures", "--sweeps", str(sweeps), "--out", str(out))
+
+    def said(answer: str, gate: str = "") -> str:
+        template.write_text(CLAIM.format(answer=answer, gate=gate))
+        assert run_command(capsys, monkeypatch, *args)[0] == 0
+        code, _, words = run_command(capsys, monkeypatch, *args, "--check")
+        assert code == bool(words)
+        return words
+
+    assert "'Does an arm pay?': pays passes no gate, as its file declares none; its answer must begin" in said("Yes.")
+    assert said("Cannot be answered at these sizes.") == ""
+    (sweeps / "pays.py").write_text(SWEEP + GATE)
+    words = said("Cannot be answered at these sizes.")
+    assert "must show the gate of its study as {{pays.gate}}" in words
+    assert said("Cannot be answered at these sizes.", "\n\n{{pays.gate}}") == ""
+    assert "| control deep |" in (tmp_path / "FINDINGS.md").read_text()
+    words = said("Yes.", "\n\n{{pays.gate}}")
+    assert "pays passes no gate, at d_model 32 base beats the floor" in words
+    assert pd.read_csv(out / "pays.differences.csv")["gate"].unique().tolist() == ["ungated"]
+    assert pd.read_csv(out / "studies.runs.csv")["sizes"][0] == "1 of 2"
+    assert b"ungated" in (out / "pays.svg").read_bytes()
+
+
+def test_a_study_that_passes_its_gate_may_answer(sweeps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = GateReport("d_model 32", (Condition("all", "well", "well", passed=True),))
+    monkeypatch.setattr("explore.findings.gate_report", lambda *args: passed)
+    (sweeps / "pays.py").write_text(SWEEP + GATE)
+    (finding,) = find_findings(sweeps)
+    assert ungated_claims(CLAIM.format(answer="Yes. ", gate="{{pays.gate}}"), [finding]) == []
+    assert "gate" not in finding.tables["differences"]
+    assert finding.figure().get_suptitle() == ""
 
 
 def test_evaluations_are_kept_with_a_run_and_added_to(

@@ -27,11 +27,14 @@ def figures(
     ),
     output: Annotated[Path, typer.Option("--out", help="Folder of the figures and tables.")] = Path("docs/findings"),
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; end with 1 where something has drifted.")
+        bool,
+        typer.Option(
+            "--check", help="Write nothing; end with 1 where something has drifted, or a claim passes no gate."
+        ),
     ] = False,
 ) -> None:
     """Make every figure and table of the findings again, as PDF, SVG, PNG and CSV, from records; nothing is trained."""
-    from explore.findings import find_findings, text_drift, write_text
+    from explore.findings import find_findings, text_drift, ungated_claims, write_text
 
     found = find_findings(sweeps)
     if unknown := set(names or ()) - {finding.name for finding in found}:
@@ -41,7 +44,9 @@ def figures(
     template, text = output / TEMPLATE, sweeps.parent / TEXT
     if check:
         drifted = [line for finding in chosen for line in finding.drift(output)]
-        drifted += text_drift(template, text, found) if template.exists() else []
+        if template.exists():
+            drifted += text_drift(template, text, found)
+            drifted += [f"{text}: {line}" for line in ungated_claims(template.read_text(encoding="utf-8"), found)]
         for line in drifted:
             err.print(line, highlight=False, soft_wrap=True)
         if drifted:

@@ -31,7 +31,18 @@ from explore.figures.frontier import draw_frontier, frontier_table, plot_frontie
 from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
 from explore.figures.puzzle import draw_divergences, draw_quality, plot_tradeoff
 from explore.figures.scores import draw_layers, draw_scores, layers_table, plot_scores, scores_table
-from explore.figures.studies import VERDICTS, draw_comparisons, draw_laws, draw_levels, draw_search, mark, stacked
+from explore.figures.studies import (
+    VERDICTS,
+    draw_comparisons,
+    draw_floor,
+    draw_gaps,
+    draw_laws,
+    draw_levels,
+    draw_residuals,
+    draw_search,
+    mark,
+    stacked,
+)
 
 __all__ = [
     "COLUMN_HEIGHT",
@@ -54,7 +65,9 @@ __all__ = [
     "draw_curves",
     "draw_cut",
     "draw_divergences",
+    "draw_floor",
     "draw_frontier",
+    "draw_gaps",
     "draw_latency",
     "draw_laws",
     "draw_layers",
@@ -63,6 +76,7 @@ __all__ = [
     "draw_plan_memory",
     "draw_quality",
     "draw_receipts",
+    "draw_residuals",
     "draw_scores",
     "draw_search",
     "draw_state",

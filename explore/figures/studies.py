@@ -109,6 +109,74 @@ def draw_laws(
     legend(ax, handles, font_pt)
 
 
+def draw_gaps(
+    ax: Axes, gaps: pd.DataFrame, x: str, sizes: Sequence[int], *, size: str = "d_model", font_pt: float = 7.0
+) -> None:
+    """Draws differences between two arms along their runs, a line a size; zero is the baseline.
+
+    The same lines over steps and over FLOPs tell an effect of the number of steps from one of the size.
+
+    Args:
+        gaps: columns `size`, `x` and difference.
+    """
+    dress(ax, quantity(x).axis_label, "Difference", font_pt)
+    ax.axhline(0, color=LINE, lw=0.8, zorder=1)
+    styles = line_styles(map(str, sizes))
+    for each in sizes:
+        rows = gaps[gaps[size] == each].sort_values(x)
+        look = {**styles[str(each)].look(font_pt), "marker": ""}
+        ax.plot(rows[x], rows["difference"], **look, label=f"{quantity(size).name} {each}")
+    if quantity(x).log and (gaps[x] > 0).any() and x != "step":
+        log_axis(ax, gaps[x], 0.08)
+    legend(ax, list(ax.get_lines()[1:]), font_pt)
+
+
+def draw_residuals(
+    ax: Axes,
+    runs: pd.DataFrame,
+    names: Mapping[str, str],
+    *,
+    arm: str = "arm",
+    cost: str = "flops_run",
+    error: str = "test_bpb",
+    font_pt: float = 7.0,
+) -> None:
+    """Draws every seed as a dot, as its residual from one law that is common to all arms; no line joins two sizes.
+
+    Args:
+        runs: a row a run, with the loss of the common law at its cost in the column fitted.
+        names: the arms that are drawn, and what each is called.
+    """
+    dress(ax, quantity(cost).axis_label, f"{quantity(error).label},\nresidual from the common law", font_pt)
+    ax.axhline(0, color=LINE, lw=0.8, zorder=1)
+    styles = line_styles(names)
+    log_axis(ax, runs[cost], 0.08)
+    for i, each in enumerate(names):
+        rows = runs[runs[arm] == each]
+        aside = 1 + 0.06 * (i - (len(names) - 1) / 2)  # so that arms of one cost do not hide each other
+        off = rows[error] - rows["fitted"]
+        look = styles[each].look(font_pt, line=False)
+        ax.plot(rows[cost] * aside, off, **{**look, "ms": 0.4 * font_pt, "alpha": 0.6})
+        means = off.groupby(rows["d_model"]).mean()
+        at = rows.groupby("d_model")[cost].mean() * aside
+        ax.plot(at, means, ls="", marker="_", ms=1.6 * font_pt, mew=0.2 * font_pt, color=styles[each].color)
+    handles = [Line2D([], [], **styles[each].look(font_pt, line=False), label=name) for each, name in names.items()]
+    legend(ax, handles, font_pt)
+
+
+def draw_floor(ax: Axes, floors: pd.DataFrame, cost: str = "flops_run", font_pt: float = 7.0) -> None:
+    """Draws what an n-gram model of the same tokens reaches at each cost: a model above it has learned too little.
+
+    Args:
+        floors: columns `cost` and ngram_test_bpb, as `explore.frontier.arms_table` gives them.
+    """
+    rows = floors.groupby(cost)["ngram_test_bpb"].mean()
+    ax.plot(rows.index, rows, ls="", marker="_", ms=2 * font_pt, mew=0.2 * font_pt, color="0.2", label="trigram")
+    place = (rows.index[len(rows) // 2], rows.iloc[len(rows) // 2])
+    look: dict[str, Any] = {"fontsize": font_pt - 0.5, "color": "0.2", "ha": "center"}
+    ax.annotate("trigram", place, xytext=(0, -font_pt), textcoords="offset points", **look)
+
+
 def draw_levels(
     ax: Axes,
     levels: pd.DataFrame,
@@ -117,12 +185,14 @@ def draw_levels(
     y_label: str,
     *,
     series: str = "series",
+    joined: bool = False,
     font_pt: float = 7.0,
 ) -> None:
-    """Draws levels with their intervals against a number, a line for each series of `names`.
+    """Draws levels with their intervals against a number, for each series of `names`.
 
     Args:
         levels: columns `series`, x, estimate, low and high.
+        joined: draw a line through each series; not where x is a size, between which nothing was measured.
     """
     dress(ax, x_label, y_label, font_pt)
     styles = line_styles(names)
@@ -130,8 +200,9 @@ def draw_levels(
         rows = levels[levels[series] == each].sort_values("x")
         beside = 0.012 * (i - (len(names) - 1) / 2) * float(np.ptp(levels["x"]) or 1)  # so that none hides another
         ax.vlines(rows["x"] + beside, rows["low"], rows["high"], color=styles[each].color, lw=0.14 * font_pt)
-        ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=len(rows) > 1))
-    legend(ax, [Line2D([], [], **styles[each].look(font_pt), label=name) for each, name in names.items()], font_pt)
+        ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=joined))
+    handles = [Line2D([], [], **styles[each].look(font_pt, line=joined), label=name) for each, name in names.items()]
+    legend(ax, handles, font_pt)
 
 
 def draw_search(

@@ -12,7 +12,7 @@ from explore.frontier.scores import cluster_interval
 from explore.quantities import headlines
 
 BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
-SETTINGS = ("tokens", "lr", "tuned", "lr_sensitivity")
+SETTINGS = ("tokens", "n_steps", "lr", "tuned", "lr_sensitivity")
 FLOOR = "ngram_test_bpb"
 """Column of what an n-gram model of the same tokens reaches; it stands beside the scores that must beat it."""
 
@@ -27,9 +27,9 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
         by: columns of which each combination is a table by itself, such as size.
 
     Returns:
-        The columns `by` and `arm`, n_seeds, tokens, lr, tuned (all of its runs are), lr_sensitivity, each budget with
-        `_residual` (its share above the baseline's), and the means of the headline scores that some run has and of the
-        floor that they must beat.
+        The columns `by` and `arm`, n_seeds, tokens, n_steps, lr, tuned (all of its runs are), lr_sensitivity, each
+        budget with `_residual` (its share above the baseline's), and the means of the headline scores that some run has
+        and of the floor that they must beat.
 
     Raises:
         ValueError: a column is missing, or the baseline has no run somewhere.
@@ -38,9 +38,9 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
     if missing := [column for column in (*keys, *BUDGETS, *SETTINGS) if column not in table]:
         raise ValueError(f"column {missing[0]!r} is not in the table; it has {', '.join(map(str, table.columns))}")
     groups = table.groupby(keys, observed=True, sort=False)
-    found = groups[["tokens", "lr", "lr_sensitivity", *BUDGETS]].first().reset_index()
+    found = groups[["tokens", "n_steps", "lr", "lr_sensitivity", *BUDGETS]].first().reset_index()
     found.insert(len(keys), "n_seeds", groups.size().to_numpy())
-    found.insert(len(keys) + 3, "tuned", groups["tuned"].all().to_numpy(dtype=bool))
+    found.insert(len(keys) + 4, "tuned", groups["tuned"].all().to_numpy(dtype=bool))
     own = {_key(row, by): row for row in found.to_dict("records") if row[arm] == baseline}
     rows = [(row, own.get(_key(row, by))) for row in found.to_dict("records")]
     if alone := [_key(row, by) for row, of in rows if of is None]:

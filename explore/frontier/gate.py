@@ -71,13 +71,8 @@ class GateReport:
 
     def table(self) -> pd.DataFrame:
         """Columns condition, found, needed and verdict (`passed` or `failed`), a row a condition."""
-        return pd.DataFrame(
-            [
-                (each.name, each.found, each.needed, PASSED if each.passed else FAILED, self.size)
-                for each in self.conditions
-            ],
-            columns=["condition", "found", "needed", "verdict", "at"],
-        )
+        rows = [(each.name, each.found, each.needed, PASSED if each.passed else FAILED) for each in self.conditions]
+        return pd.DataFrame(rows, columns=["condition", "found", "needed", "verdict"])
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ class Sweep:
         learning_rates: search of the learning rate within every trial.
         pruner: what stops a run on its learning curve.
         merging: averages of checkpoints that are scored of every run without a decay.
-        tables: what the tables of runs and of minimal pairs come to, as tables by name.
+        tables: what the tables of runs, of minimal pairs and, where it takes three, of learning curves come to, as
+            tables by name.
         figure: drawn from these tables.
         gate: what its runs must show at the smallest size before it goes on.
         examples: the experiments of the baselines, and one that was drawn.
@@ -74,7 +75,7 @@ class Sweep:
     learning_rates: LearningRates | None = None
     pruner: FrontPruner | None = None
     merging: Merging | None = None
-    tables: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, pd.DataFrame]] | None = None
+    tables: Callable[..., Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
     gate: Gate | None = None
     examples: Sequence[Experiment] = ()
