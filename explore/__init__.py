@@ -6,12 +6,12 @@ The names below are the public ones; they are imported on first use, so that `im
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from explore.threads import choose_waiting
 
 if TYPE_CHECKING:
+    __version__: str
     from explore.blocks import AttentionConfig as AttentionConfig
     from explore.blocks import Mamba2Config as Mamba2Config
     from explore.blocks import MLPConfig as MLPConfig
@@ -64,11 +64,14 @@ _PACKAGES = (
 )  # fmt: skip
 """Packages that can be used as `explore.NAME` without being imported by name."""
 
-__version__ = version("hybrid-frontier")
 __all__ = ["__version__", *_HOME_OF]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # the slowest import of this module
+
+        return version("hybrid-frontier")
     if name in _PACKAGES:
         return import_module(f"explore.{name}")
     if name not in _HOME_OF:
