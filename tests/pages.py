@@ -49,7 +49,7 @@ class Block(NamedTuple):
     @property
     def commands(self) -> list[list[str]]:
         """Arguments of every call of explore."""
-        return [] if self.language in ("python", "json") else [*_commands(self.text)]
+        return [] if self.language in ("python", "json", "text") else [*_commands(self.text)]
 
 
 def blocks(page: Path) -> list[Block]:

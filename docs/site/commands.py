@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import typer
@@ -44,7 +45,7 @@ def _anchor(name: str) -> str:
 def _command(name: str, command: Any, context: Any) -> list[str]:
     lines = [f"### explore {name} {{#{_anchor(name)}}}", "", inspect.cleandoc(command.help or "").split("\f")[0]]
     if example := (command.epilog or "").removeprefix("Example: "):
-        lines += ["", "```", *example.split("; "), "```"]
+        lines += ["", "```", *map(str.strip, example.splitlines()), "```"]
     arguments = [each for each in command.params if each.param_type_name == "argument"]
     options = [each for each in command.params if each.param_type_name == "option" and each.name != "help"]
     if arguments:
@@ -83,4 +84,4 @@ def _default(option: Any) -> str:
 
 def _cell(help_text: str | None) -> str:
     text = Text.from_markup(help_text or "").plain
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"([|*])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
