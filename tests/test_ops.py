@@ -30,6 +30,7 @@ from explore.ops import (
     ssd_chunked,
     ssd_recurrent,
 )
+from explore.ops.loss import HeadGradients
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -418,6 +419,25 @@ def test_loss_without_logits_is_the_cross_entropy_and_its_gradients(monkeypatch:
     torch.testing.assert_close(sliced, whole)
     for a, b in zip(*(torch.autograd.grad(3 * loss, (hidden, weight)) for loss in (sliced, whole)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_that_are_left_out_get_no_logits_where_all_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Counted(HeadGradients):
+        def add(self, rows: slice, dlogits: torch.Tensor) -> None:
+            made.append(len(dlogits))
+            super().add(rows, dlogits)
+
+    monkeypatch.setattr("explore.ops.loss.HeadGradients", Counted)
+    monkeypatch.setattr("explore.ops.loss.MIN_ROWS", 1)
+    hidden, weight = leaves((8, 4), (11, 4))
+    targets = torch.tensor([0, 3, -100, 10, 5, -100, 2, 1])
+    for rows, slices in ((8, [8]), (4, [4, 2])):
+        made.clear()
+        monkeypatch.setattr("explore.ops.loss.MAX_LOGITS", rows * 11)
+        linear_cross_entropy(hidden, weight, targets)
+        assert made == slices
 
 
 def test_targets_that_are_all_left_out_cost_nothing() -> None:

@@ -39,7 +39,8 @@ def linear_cross_entropy(
 
     Logits are made, used and dropped a slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
     exists. Where gradients are wanted, each slice gives its own at once, so that nothing is made a second time; they
-    are kept until the backward pass, as large as `hidden` and as `weight` in fp32.
+    are kept until the backward pass, as large as `hidden` and as `weight` in fp32. Where there is more than one slice,
+    tokens that are left out get no logits.
     """
     if path_of("loss", hidden.device.type) == "triton":
         from explore.kernels import linear_cross_entropy as kernel
@@ -47,6 +48,8 @@ def linear_cross_entropy(
         return kernel.linear_cross_entropy(hidden, weight, targets)
     if path_of("loss", hidden.device.type) == "whole":
         return _cross_entropy(hidden, weight, targets)
+    if len(hidden) > slice_size(weight) and not (predicted := targets != IGNORED).all():
+        hidden, targets = hidden[predicted], targets[predicted]
     if torch.is_grad_enabled():
         total: Tensor = _Sliced.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
         return total
@@ -60,9 +63,14 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORED, reduction="sum")
 
 
+def slice_size(weight: Tensor) -> int:
+    """Tokens whose logits exist at the same time."""
+    return max(MIN_ROWS, MAX_LOGITS // weight.shape[0])
+
+
 def token_slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     """The tokens whose logits exist at the same time."""
-    size = max(MIN_ROWS, MAX_LOGITS // weight.shape[0])
+    size = slice_size(weight)
     return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
