@@ -100,6 +100,18 @@ def test_weights_start_at_the_published_deviation_and_smaller_where_they_write_t
             assert float(weight.detach().std()) == pytest.approx(wanted, rel=0.1), name
 
 
+def test_the_embedding_starts_at_a_deviation_of_its_own_and_nothing_else_does() -> None:
+    config = ModelConfig(d_model=64, vocab_size=500, pattern="M*-", blocks=EXAMPLES)
+    torch.manual_seed(0)
+    one = dict(config.build().named_parameters())
+    torch.manual_seed(0)
+    other = dict(config.replace(embedding_std=1.0).build().named_parameters())
+    assert float(other["embedding.weight"].detach().std()) == pytest.approx(1.0, rel=0.05)
+    torch.testing.assert_close(other.pop("embedding.weight"), one.pop("embedding.weight") / config.std)
+    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert "embedding_std" not in config.model_dump()
+
+
 def test_the_same_seed_draws_the_same_weights_and_drawing_again_changes_them() -> None:
     one, other = built(), built()
     for a, b in zip(one.parameters(), other.parameters(), strict=True):

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, TypeAdapter, ValidationE
 
 from explore import pattern as patterns
 from explore.blocks import STANDARD_LETTERS, AnyBlock, BlockConfig
-from explore.config import LARGEST, Config, Frozen, read_numbers
+from explore.config import LARGEST, Config, Frozen, added_later, read_numbers
 from explore.cost import MTP_LETTER, Cost, Dtype, Dtypes, Entry, Ledger, Part, matrix, vector
 from explore.foreign import echo, shorten
 from explore.formatting import count, size
@@ -61,6 +61,7 @@ class ModelConfig(Config):
         mtp: multi-token prediction; none when absent.
         tie_embeddings: the head uses the embedding's matrix.
         init_std: standard deviation of initial weights; 0.896 / sqrt(d_model), as in Nemotron 3, when absent.
+        embedding_std: standard deviation of the initial embedding; that of the other weights when absent.
     """
 
     d_model: PositiveInt
@@ -71,6 +72,7 @@ class ModelConfig(Config):
     tie_embeddings: bool = False
     norm_eps: PositiveFloat = 1e-5
     init_std: PositiveFloat | None = None
+    embedding_std: PositiveFloat | None = added_later(None)
 
     @model_validator(mode="before")
     @classmethod

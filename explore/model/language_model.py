@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
     """Embedding, layers, norm, head, and the depths of multi-token prediction.
 
     Matrices start with `ModelConfig.std`; those that write to the residual stream with that divided by
-    the square root of the number of layers.
+    the square root of the number of layers. The embedding has its own where the config says so.
 
     Attributes:
         recompute: drop what a layer computed on the way and compute it again in the backward pass.
@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
     def init_weights(self) -> None:
         """Draws all weights anew from torch's global generator."""
         std, out_std = self.config.std, self.config.std / math.sqrt(self.config.n_layers)
-        nn.init.normal_(self.embedding.weight, std=std)
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_std or std)
         if not self.config.tie_embeddings:
             nn.init.normal_(self.head.weight, std=std)
         self.norm.reset_parameters()
