@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,21 +21,30 @@ def configs(draw: st.DrawFn) -> RecallData:
     n_queries = draw(st.integers(1, n_pairs))
     seq_len = 2 * (n_pairs + n_queries) + draw(st.integers(0, 21))
     vocab_size = 2 * (n_pairs + 1) + draw(st.integers(0, 41))
-    return RecallData(seq_len=seq_len, n_pairs=n_pairs, n_queries=n_queries, vocab_size=vocab_size, n_eval=7)
+    fewer_pairs = sorted(draw(st.sets(st.integers(1, n_pairs - 1)))) if n_pairs > 1 else []
+    return RecallData(
+        seq_len=seq_len,
+        n_pairs=n_pairs,
+        n_queries=n_queries,
+        vocab_size=vocab_size,
+        n_eval=7,
+        fewer_pairs=tuple(fewer_pairs),
+    )
 
 
 def check(config: RecallData, batch: Batch) -> None:
     """Answers by looking up, sequence by sequence, and sees that nothing else is in them."""
     half = config.vocab_size // 2
-    for inputs, targets in zip(batch.inputs.tolist(), batch.targets.tolist(), strict=True):
-        context = inputs[: 2 * config.n_pairs]
+    assert batch.n_pairs is not None
+    for inputs, targets, n_pairs in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.n_pairs, strict=True):
+        context = inputs[: 2 * n_pairs]
         book = dict(zip(context[::2], context[1::2], strict=True))
-        assert len(book) == len(set(book.values())) == config.n_pairs
+        assert len(book) == len(set(book.values())) == n_pairs
         assert all(1 <= key < half <= value < config.vocab_size for key, value in book.items())
-        assert targets[: 2 * config.n_pairs] == [IGNORED] * (2 * config.n_pairs)
-        asked = {key for key in inputs[2 * config.n_pairs :] if key != 0}
-        assert len(asked) == config.n_queries
-        assert targets[2 * config.n_pairs :] == [book.get(key, IGNORED) for key in inputs[2 * config.n_pairs :]]
+        assert targets[: 2 * n_pairs] == [IGNORED] * (2 * n_pairs)
+        asked = {key for key in inputs[2 * n_pairs :] if key != 0}
+        assert len(asked) == min(config.n_queries, n_pairs)
+        assert targets[2 * n_pairs :] == [book.get(key, IGNORED) for key in inputs[2 * n_pairs :]]
 
 
 @given(config=configs(), seed=st.integers(0, 9), step=st.integers(0, 2**40))
@@ -40,6 +52,20 @@ def test_every_answer_stands_behind_its_key(config: RecallData, seed: int, step:
     check(config, config.open(seed).batch(step, 5))
     for batch in config.open(seed).eval_batches("test", 3):
         check(config, batch)
+
+
+def test_batches_are_those_that_committed_runs_were_trained_on() -> None:
+    source = RecallData(seq_len=24, n_pairs=6, vocab_size=32).open(3)
+    batch = source.batch(7, 5)
+    text = repr((batch.inputs.tolist(), batch.targets.tolist()))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "915ef45761bf9e0d"
+
+
+def test_a_mixture_has_all_its_numbers_of_pairs_in_every_batch_and_in_turn() -> None:
+    source = RecallData(seq_len=128, n_pairs=32, fewer_pairs=(4, 8, 16), vocab_size=512, n_eval=10).open(0)
+    assert source.batch(0, 8).n_pairs == (4, 8, 16, 32) * 2
+    parts = [batch.n_pairs for batch in source.eval_batches("val", 3)]
+    assert parts == [(4, 8, 16), (32, 4, 8), (16, 32, 4), (8,)]
 
 
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
@@ -97,9 +123,12 @@ def test_every_pair_is_asked_for_equally_often() -> None:
         ({"n_pairs": 4, "n_queries": 5}, "n_queries: 5 must be at most n_pairs, 4"),
         ({"seq_len": 31}, "seq_len: 31 must be at least 32"),
         ({"vocab_size": 17}, "vocab_size: 17 must be at least 18"),
+        ({"fewer_pairs": (8,)}, r"fewer_pairs: must be in rising order and below n_pairs, 8, got \[8\]"),
+        ({"fewer_pairs": (4, 2)}, r"got \[4, 2\]"),
+        ({"fewer_pairs": (2, 2)}, r"got \[2, 2\]"),
     ],
 )
-def test_what_does_not_fit_is_named_with_what_is_allowed(fields: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_named_with_what_is_allowed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RecallData(**fields)
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from explore.blocks import Linear
 from explore.data import Batch, RecallData, TextData, load_tokenizer
 from explore.evals import (
     MinimalPair,
@@ -21,6 +23,7 @@ from explore.evals import (
     minimal_pair_accuracy,
     read_minimal_pairs,
     recall_accuracy,
+    recall_score,
 )
 from explore.model import LanguageModel, ModelConfig
 
@@ -228,8 +231,11 @@ class Oracle(LanguageModel):
         super().__init__(model(vocab_size, "-").config)
         self.answers = answers
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return nn.functional.one_hot(self.answers, self.config.vocab_size).float()
+        self.head = Linear(vocab_size, vocab_size, bias=False)
+        nn.init.eye_(self.head.weight)
+
+    def hidden(self, tokens: torch.Tensor, state: Any = None) -> tuple[torch.Tensor, dict[int, Any]]:
+        return nn.functional.one_hot(self.answers, self.config.vocab_size).float(), {}
 
 
 def test_recall_is_the_share_of_targets_that_come_first() -> None:
@@ -237,6 +243,18 @@ def test_recall_is_the_share_of_targets_that_come_first() -> None:
     answers = torch.tensor([[0, 5, 1, 6], [6, 2, 3, 4]])
     batch = Batch(torch.zeros_like(targets), targets)
     assert recall_accuracy(Oracle(answers, 8), [batch]) == 3 / 4
+
+
+def test_recall_is_counted_by_the_pairs_of_each_sequence() -> None:
+    targets = torch.tensor([[-100, 5, -100, 7], [6, -100, -100, 4], [-100, 3, -100, -100]])
+    answers = torch.tensor([[0, 5, 1, 6], [6, 2, 3, 4], [0, 1, 2, 3]])
+    one = Batch(torch.zeros_like(targets), targets, n_pairs=(2, 8, 4))
+    oracle = Oracle(answers, 8)
+    assert recall_score(oracle, [one]).by_pairs == {2: 1 / 2, 4: 0.0, 8: 1.0}
+    other = replace(one, n_pairs=(4, 8, 4))
+    both = recall_score(oracle, [one, other])
+    assert both.by_pairs == {2: 1 / 2, 4: 1 / 4, 8: 1.0}
+    assert both.accuracy == recall_accuracy(oracle, [one, other]) == 6 / 10
 
 
 def test_recall_weighs_every_target_alike_whatever_the_batches() -> None:

@@ -27,11 +27,13 @@ class Batch:
     Attributes:
         targets: -100 where nothing is predicted.
         n_bytes: UTF-8 bytes of text that the targets stand for; None where that is unknown or there is no text.
+        n_pairs: key-value pairs in each sequence; None where the task is not recall.
     """
 
     inputs: Int64[Tensor, "batch seq"]
     targets: Int64[Tensor, "batch seq"]
     n_bytes: int | None = None
+    n_pairs: tuple[int, ...] | None = None
 
 
 @runtime_checkable

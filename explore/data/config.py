@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from explore.config import Config
+from explore.config import Config, added_later
 from explore.data.batches import Source, TextSource
 from explore.data.corpora import Corpus, load_corpus
 from explore.data.recall import RecallSource
@@ -75,6 +75,8 @@ class RecallData(Config):
         vocab_size: 0 is the filler, keys are below the middle, values from the middle on.
         power_a: 1 spreads the queries evenly; less brings them closer to the pairs.
         n_eval: sequences in validation, and in test.
+        fewer_pairs: numbers of pairs, below `n_pairs`, that sequences have in turn with `n_pairs`; recall is then
+            measured by number of pairs too.
     """
 
     kind: Literal["recall"] = "recall"
@@ -84,11 +86,16 @@ class RecallData(Config):
     vocab_size: PositiveInt = 256
     power_a: float = Field(default=0.01, gt=0, le=1)
     n_eval: int = Field(default=512, gt=0, le=1_000_000)
+    fewer_pairs: tuple[PositiveInt, ...] = added_later(())
 
     @model_validator(mode="after")
     def _fits(self) -> RecallData:
         if self.n_queries > self.n_pairs:
             raise ValueError(f"n_queries: {self.n_queries} must be at most n_pairs, {self.n_pairs}")
+        if self.fewer_pairs != tuple(sorted({n for n in self.fewer_pairs if n < self.n_pairs})):
+            raise ValueError(
+                f"fewer_pairs: must be in rising order and below n_pairs, {self.n_pairs}, got {[*self.fewer_pairs]}"
+            )
         shortest = 2 * (self.n_pairs + self.n_queries)
         if self.seq_len < shortest:
             raise ValueError(
