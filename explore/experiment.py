@@ -192,6 +192,7 @@ class TrainConfig(Config):
         val_every: steps between validations; only at the end when absent.
         eval_tokens: tokens of a split that an evaluation reads; all when absent.
         objective: what is minimised.
+        stop_recall: validation recall at which a run ends before its budget, asked every `val_every` steps.
     """
 
     tokens: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
@@ -211,6 +212,7 @@ class TrainConfig(Config):
     val_every: PositiveInt | None = None
     eval_tokens: PositiveInt | None = None
     objective: Objective = added_later(NextToken())
+    stop_recall: Annotated[float, Field(gt=0, le=1)] | None = added_later(None)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -222,6 +224,8 @@ class TrainConfig(Config):
             raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")
         if "fp16" in (self.recipe.format, *(rule.format for rule in self.recipe.rules)):
             raise ValueError("precision: formats must not be fp16, whose gradients would need loss scaling, got 'fp16'")
+        if self.stop_recall is not None and self.val_every is None:
+            raise ValueError(f"val_every: must be given with stop_recall={self.stop_recall}, which validations decide")
         return self
 
     @property
@@ -280,6 +284,8 @@ class Experiment(Config):
                     )
         if isinstance(self.train.objective, Distillation):
             self.train.objective.check_student(self.model)
+        if self.train.stop_recall is not None and self.data.kind != "recall":
+            raise ValueError(f"train.stop_recall: data.kind must be recall, got {self.data.kind!r}")
         mtp, seq_len = self.model.mtp, self.data.seq_len
         if mtp is not None and mtp.n_depths >= seq_len:
             raise ValueError(f"model.mtp: n_depths must be below data.seq_len={seq_len}, got {mtp.n_depths}")

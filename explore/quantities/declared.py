@@ -193,6 +193,15 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _loss("test_bpb", "Test bits per byte", BITS, short="test bpb", headline=True),
     _score("recall", "Recall accuracy", "result", "recall", better="higher", headline=True),
     Family(
+        _score("recall_{}_pairs", "Recall accuracy of {} pairs", "result", "recall_by_pairs", "{}", better="higher")
+    ),
+    _score(
+        "recall_over_steps", "Validation recall, mean over all steps", "result", "recall_over_steps", better="higher"
+    ),
+    _result(
+        "steps_to_90", "Steps to a validation recall of 90%", "steps", dtype="Int64", better="lower", log=True,
+    ),
+    Family(
         _score(
             "{}_bpb", "Bits per byte on {}", "evals", "bpb", "{}",
             unit=BITS, short="{} bpb", better="lower", headline=True,
@@ -282,6 +291,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _metric("kl_loss", "Divergence from the teacher", NATS, better="lower"),
     _metric("hidden_loss", "Mean of 1 - cosine to layers of the teacher", better="lower"),
     _metric("grad_norm", "Norm of the gradient"),
+    _metric("val_recall", "Validation recall accuracy", better="higher"),
 )  # fmt: skip
 
 QUANTITIES: Mapping[str, Quantity | Family] = {
@@ -292,6 +302,6 @@ that of a corpus called `val`, is not read."""
 
 METRICS = (
     "step", "tokens", "loss", "aux_loss", "mtp_loss", "lr", "grad_norm", "max_violation", "tokens_per_s", "val_loss",
-    "val_bpb", "kl_loss", "hidden_loss",
+    "val_bpb", "kl_loss", "hidden_loss", "val_recall",
 )  # fmt: skip
 """Columns of `metrics.csv`, in order; a row is about one step."""

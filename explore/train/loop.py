@@ -38,6 +38,7 @@ from explore.train.models import evaluate
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.objectives import build_objective
 from explore.train.parallel import StrategyName, ended_together, is_writer, lightning_strategy, wait_for_all
+from explore.train.recall_curve import StopsAtRecall, curve_scores, recall_curve
 from explore.train.record import cost_record, result_of
 from explore.train.regions import keep_compiled
 from explore.train.saving import KeptCheckpoints, LastCheckpoint, WholeCheckpointIO
@@ -132,6 +133,7 @@ def train_run(run: TrainingRun) -> None:
                 result |= {"status": "diverged", "reason": str(diverged)}
             else:
                 result |= _scores(run, trainer, module)
+                result |= curve_scores(run.experiment, recall_curve(run.folder.metrics))
             if run.writes:
                 run.checkpoint.with_name(PREVIOUS).unlink(missing_ok=True)
                 write_json(run.folder.path / "result.json", result)
@@ -156,6 +158,8 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput) -
     experiment, folder = run.experiment, run.checkpoint.parent
     every = run.checkpoint_every or math.ceil(experiment.n_steps / CHECKPOINTS_PER_RUN)
     callbacks: list[Callback] = [curve, LastCheckpoint(folder, every, run.points, run.rungs), EndsTogether()]
+    if experiment.train.stop_recall is not None:
+        callbacks.append(StopsAtRecall(experiment.train.stop_recall, recall_curve(run.folder.metrics)))
     if run.compiled:
         callbacks.append(PlainWhereNotCompiled(run.report_plain))
     if not run.compiled:  # what is compiled is so for a number of threads, and would be compiled again
@@ -243,7 +247,7 @@ def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dic
     """Scores of the trained model, or that it diverged in its last step."""
     scores = evaluate(run.experiment, run.source, module.model.to(trainer.strategy.root_device))
     result: dict[str, Any] = {**scores}
-    if broken := [name for name, score in scores.items() if score is not None and not math.isfinite(score)]:
+    if broken := [name for name, score in scores.items() if isinstance(score, float) and not math.isfinite(score)]:
         reason = f"{broken[0]} is {scores[broken[0]]} after the last step: the run diverged"
         result = {"status": "diverged", "reason": reason}
     if module.max_violation is not None:

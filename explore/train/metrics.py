@@ -14,7 +14,7 @@ from explore.checkpoints import Standing
 from explore.files import named, replacing
 from explore.quantities import METRICS
 
-VALIDATION = ("val_loss", "val_bpb")
+VALIDATION = ("val_loss", "val_bpb", "val_recall")
 
 
 class RowsFile:
@@ -32,7 +32,7 @@ class RowsFile:
         self.path, self.columns = path, columns
         self.text = ",".join(columns) + "\r\n"
         if standing.files is not None:
-            self.text = standing.files.get(path.name, self.text)
+            self.text += self._lines(_rows(standing.files.get(path.name, "")))  # an earlier version had fewer columns
         else:
             self.text += self._lines(row for row in _read(path) if float(row["step"]) <= standing.step)
         with replacing(path) as temporary:
@@ -98,7 +98,10 @@ def _read(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file that are whole; none where there is no file."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    return _rows(path.read_text(encoding="utf-8", errors="replace").replace("\0", ""))
+
+
+def _rows(text: str) -> list[dict[str, str]]:
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
     return [row for row in csv.DictReader(whole.splitlines()) if None not in row.values() and _is_step(row.get("step"))]
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from explore.data import Batch, Source
-from explore.evals import bits_per_byte, recall_accuracy
+from explore.evals import bits_per_byte, recall_score
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
 from explore.train.low_precision import set_step
 
 
-def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
+def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
     """What `result.json` says of a model, with forward products as at the end of training."""
     if experiment.train.quantizes:
         emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
@@ -22,22 +23,28 @@ def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> di
     return score(experiment, source, model)
 
 
-def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, float | None]:
-    """Loss and bits per byte of both splits, and recall where that is the task, by a model as it is."""
+def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
+    """Loss and bits per byte of both splits, and recall where that is the task, by a model as it is.
+
+    Returns:
+        Numbers by name, None where there is none; `recall_by_pairs` where sequences have several numbers of pairs.
+    """
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
 
     def batches(split: Any) -> Iterator[Batch]:
         for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):
-            yield Batch(batch.inputs.to(device), batch.targets.to(device), batch.n_bytes)
+            yield replace(batch, inputs=batch.inputs.to(device), targets=batch.targets.to(device))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=train.recipe.high == "bf16"):
         val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
-        recall = recall_accuracy(model, batches("test")) if experiment.data.kind == "recall" else None
+        recall = recall_score(model, batches("test")) if experiment.data.kind == "recall" else None
+    by_pairs = {} if recall is None else recall.by_pairs
     return {
         "val_loss": val.loss,
         "val_bpb": val.bits_per_byte,
         "test_loss": test.loss,
         "test_bpb": test.bits_per_byte,
-        "recall": recall,
+        "recall": None if recall is None else recall.accuracy,
+        **({"recall_by_pairs": {str(n): share for n, share in by_pairs.items()}} if len(by_pairs) > 1 else {}),
     }

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from explore.data import Batch, Source
-from explore.evals import Score, score_batch
+from explore.evals import RecallScore, Score, score_batch, score_recall
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
 from explore.ops import forced_paths
@@ -75,7 +75,7 @@ class LitLanguageModel(LightningModule):
         self._asked = False
         self.max_violation: Tensor | None = None
         self._load: dict[int, Tensor] = {}
-        self._score = Score()
+        self._score, self._recall = Score(), RecallScore()
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Sharded):
@@ -180,16 +180,20 @@ class LitLanguageModel(LightningModule):
         self.max_violation = checkpoint.get("max_violation")
 
     def on_validation_epoch_start(self) -> None:
-        self._score = Score()
+        self._score, self._recall = Score(), RecallScore()
         set_step(self.emulation, self.experiment, self.global_step)
 
     def validation_step(self, batch: Tensors, batch_idx: int) -> None:
         self._score += score_batch(self.model, Batch(**batch))
+        if self.experiment.data.kind == "recall":
+            self._recall += score_recall(self.model, Batch(**batch))
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._score.loss)
         if (bits := self._score.bits_per_byte) is not None:
             self.log("val_bpb", bits)
+        if self.experiment.data.kind == "recall":
+            self.log("val_recall", self._recall.accuracy)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.experiment.train)
