@@ -94,7 +94,9 @@ def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | N
         "family": row["family"],
         "parameters": f"{texts['params_total']}, of which {texts['params_active']} are active",
         "training FLOPs": f"{texts['flops_run']}, {texts['flops_train']} per token",
-        "learning rate": _learning_rate(row["lr"], about, "val_loss" if _is_number(row["recall"]) else "val_bpb"),
+        "learning rate": _learning_rate(
+            row["lr"], about, about.get("lr_by") or ("val_loss" if _is_number(row["recall"]) else "val_bpb")
+        ),
         "training": f"{texts['tokens']} tokens in {texts['train_s']}" if row["train_s"] else None,
         "seed": row["seed"],
         "run": _code(str(folder.path)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from explore.experiment import Experiment
+from explore.quantities import objectives, unknown
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class LearningRates:
         start: the rates that are tried first are this one and its neighbours.
         factor: between neighbours of the grid.
         share: tokens of a pilot over those of the run.
+        by: quantity by which the rates are compared; when absent, bits per byte on validation or, where tokens stand
+            for no bytes, nats a token.
     """
 
     low: float = 2.5e-4
@@ -45,6 +48,7 @@ class LearningRates:
     start: float = 4e-3
     factor: float = 2.0
     share: float = 0.25
+    by: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
@@ -53,6 +57,8 @@ class LearningRates:
             raise ValueError(f"learning_rates.factor must be above 1, got {self.factor}")
         if not 0 < self.share <= 1:
             raise ValueError(f"learning_rates.share must be above 0 and at most 1, got {self.share}")
+        if self.by is not None and self.by not in (allowed := objectives()):
+            raise unknown(self.by, list(allowed), "learning_rates.by")
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -63,7 +69,9 @@ class LearningRates:
     def pilot(self, experiment: Experiment, lr: float) -> Experiment:
         """A short run of an experiment at another learning rate, the same for every seed."""
         tokens = max(1, round(self.share * experiment.n_steps)) * experiment.batch_tokens
-        changes: dict[str, Any] = {"lr": lr, "tokens": tokens, "flops": None, "val_every": None}
+        changes: dict[str, Any] = {"lr": lr, "tokens": tokens, "flops": None}
+        if self.by is None and experiment.train.stop_recall is None:
+            changes["val_every"] = None  # a pilot is judged by its end alone
         train = experiment.train.model_copy(update=changes)
         return experiment.model_copy(update={"name": f"pilot-{experiment.name}", "train": train, "seed": 0})
 
@@ -71,8 +79,8 @@ class LearningRates:
         """Walks the grid towards less until the best rate has a neighbour on either side, or the grid ends.
 
         Args:
-            score: bits per byte on validation at a rate or, where tokens stand for no bytes, nats a token; infinite
-                where training diverges.
+            score: what `by` says of a run at a rate, with a sign so that lower is better; infinite where training
+                diverges.
         """
         grid = self.grid
         middle = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / self.start)))

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from explore import train
 from explore.experiment import Experiment
-from explore.quantities import columns
+from explore.quantities import columns, quantity
 from explore.runs import PILOTS, RunFolder, write_json
 from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
@@ -173,7 +173,10 @@ class Worker:
             tuned = self.sweep.learning_rates.search(lambda lr: self._pilot(experiment, lr))
             experiment = experiment.model_copy(update={"train": experiment.train.model_copy(update={"lr": tuned.lr})})
             about = {"tuned": tuned.interior, "lr": tuned.lr, "lr_sensitivity": tuned.sensitivity}
-            for name, value in {**about, "lr_pilots": tuned.pilots}.items():
+            by = self.sweep.learning_rates.by
+            sign = 1 if by is None else quantity(by).sign
+            pilots = {lr: sign * score for lr, score in tuned.pilots.items()}
+            for name, value in {**about, "lr_by": by, "lr_pilots": pilots}.items():
                 trial.set_user_attr(name, value)
         folders = []
         for seed in range(self.sweep.seeds):
@@ -204,6 +207,8 @@ class Worker:
         row = self.fit(pilot, self.runs / PILOTS).row()
         if row["status"] != "finished":
             return float("inf")
+        if (by := self.sweep.learning_rates.by) is not None:
+            return quantity(by).sign * float(row[by]) if _is_number(row[by]) else float("inf")
         if self.sweep.merging is not None:
             return float(row[self.sweep.merging.score(pilot)])
         return float(row["val_bpb"] if _is_number(row["val_bpb"]) else row["val_loss"])
