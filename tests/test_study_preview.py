@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from scipy import stats
 
 from explore import train
 from explore.cli import main
 from explore.study import load_sweep, preview, run_sweep
 from explore.study.preview import seed_noise
 
+RECORDS = Path(__file__).parents[1] / "sweeps" / "records" / "latent_or_not.parquet"
 SWEEP = '''"""How large is this space?"""
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
@@ -83,18 +85,32 @@ def test_flops_are_those_of_all_trials_and_seeds(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_spread_between_seeds_tells_what_can_be_resolved(tmp_path: Path) -> None:
     sweep, runs = load_sweep(written(tmp_path, seeds=3)), tmp_path / "runs"
-    assert preview(sweep, 2, runs, measure=False).difference is None
-    assert seed_noise(tmp_path) is None
+    assert preview(sweep, 2, runs, measure=False).differences is None
+    assert seed_noise(tmp_path, (1.0, 2.0)) is None
     run_sweep(sweep, 2, runs, console=Console(quiet=True))
     seen = preview(sweep, 2, runs, measure=False)
     assert seen.noise is not None
-    assert (seen.noise.n, seen.noise.dof) == (2, 4)
+    assert (seen.noise.n, seen.noise.dof) == (2, pytest.approx((4, 4)))
     groups: dict[str, list[float]] = {}
     for folder in train_rows(runs):
         groups.setdefault(folder["pattern"] + str(folder["d_model"]), []).append(folder["val_bpb"])
     pooled = math.sqrt(statistics.fmean(statistics.variance(values) for values in groups.values()))
-    assert seen.noise.sd == pytest.approx(pooled)
-    assert seen.difference == pytest.approx(2.8 * pooled * math.sqrt(2 / 3))
+    assert seen.noise.sd == pytest.approx((pooled, pooled))
+    t = stats.t.ppf(0.975, 4) + stats.t.ppf(0.8, 4)
+    assert seen.differences == pytest.approx((t * pooled * math.sqrt(2 / 3),) * 2)
+
+
+def test_the_spread_between_seeds_follows_the_cost() -> None:
+    noise = seed_noise(RECORDS, (1e11, 2.6e12))
+    assert noise is not None
+    assert noise.kind == "power"
+    assert noise.sd[0] > 2 * noise.sd[1]
+    assert noise.bartlett_p < 0.05
+    cheap, dear = noise.resolvable(seeds=3)
+    assert cheap == pytest.approx(
+        sum(stats.t.ppf(q, noise.dof[0]) for q in (0.975, 0.8)) * noise.sd[0] * (2 / 3) ** 0.5
+    )
+    assert dear < cheap / 2
 
 
 def train_rows(runs: Path) -> list[dict[str, object]]:

@@ -157,6 +157,8 @@ def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool)
     if as_json:
         record = dataclasses.asdict(seen)
         record["examples"] = [_example(each) for each in seen.examples]
+        if seen.noise is not None and math.isnan(seen.noise.bartlett_p):
+            record["noise"]["bartlett_p"] = None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite, indent=2))
         return
@@ -180,12 +182,14 @@ def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool)
     slow = next((note for note in map(slow_precision, seen.examples) if note is not None), None)
     if slow is not None:
         lines["slow here"] = slow
-    if seen.noise is None:
+    if seen.noise is None or seen.differences is None:
         lines["resolvable difference"] = "unknown: no experiment was run here with two seeds yet"
     else:
         lines["resolvable difference"] = (
-            f"{seen.difference:.4f} bits per byte between two trials of {sweep.seeds} seed(s), at 5% and power 80%; "
-            f"the spread between seeds is {seen.noise.sd:.4f}, from {seen.noise.n} repeated experiments"
+            f"{seen.differences[0]:.4f} bits per byte between two of the cheapest trials, {seen.differences[1]:.4f} "
+            f"between two of the dearest, with {sweep.seeds} seed(s), at 5% and power 80%; spread between seeds "
+            f"{seen.noise.sd[0]:.4f} and {seen.noise.sd[1]:.4f} ({seen.noise.kind}), from {seen.noise.n} repeated "
+            f"experiments" + ("" if math.isnan(seen.noise.bartlett_p) else f", equal: p = {seen.noise.bartlett_p:.2g}")
         )
     view = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in lines.items():

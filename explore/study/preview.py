@@ -19,6 +19,8 @@ from optuna.trial import FrozenTrial
 
 from explore import train
 from explore.experiment import Experiment
+from explore.frontier import fit_noise
+from explore.frontier.intervals import resolvable
 from explore.runs import RunFolder, find_runs
 from explore.search.spaces import PatternSpace
 from explore.study.budgets import RejectedError
@@ -28,23 +30,30 @@ from explore.terminal import plain_console
 PROBES = 400
 MEASURED = 4
 STEPS = 6
-POWER = 2.8
-"""Standard errors between two means that a test at 5% finds with a power of 80%: 1.96 + 0.84."""
 
 
 @dataclass(frozen=True)
-class Noise:
-    """Spread between seeds of the same experiment, pooled over experiments.
+class SeedNoise:
+    """Spread between seeds of the same experiment, at the cheapest and the dearest of a sweep's examples.
 
     Attributes:
-        sd: standard deviation of one run, in bits per byte.
+        sd: standard deviations of one run, in bits per byte.
+        dof: their degrees of freedom.
         n: experiments that were run with more than one seed.
-        dof: degrees of freedom.
+        kind: how the noise follows the training FLOPs, as in `explore.frontier.fit_noise`.
+        bartlett_p: p value that it is the same at all sizes.
     """
 
-    sd: float
+    sd: tuple[float, float]
+    dof: tuple[float, float]
     n: int
-    dof: int
+    kind: str
+    bartlett_p: float
+
+    def resolvable(self, seeds: int) -> tuple[float, float]:
+        """Smallest difference of two trials of so many seeds that a test at 5% finds with a power of 80%."""
+        low, high = (resolvable(sd * math.sqrt(2 / seeds), dof) for sd, dof in zip(self.sd, self.dof, strict=True))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class Preview:
         pilot_flops: those of the search of learning rates, estimated with three pilots a trial.
         wall_s: seconds that the sweep takes here; None where nothing was measured.
         noise: spread between seeds, where runs with several seeds are there.
-        difference: smallest difference of two trials that their seeds can resolve, in bits per byte.
+        differences: smallest difference of two trials that their seeds can resolve, in bits per byte, between the
+            cheapest and between the dearest.
     """
 
     n_feasible: float
@@ -74,8 +84,8 @@ class Preview:
     flops: float
     pilot_flops: float
     wall_s: float | None
-    noise: Noise | None
-    difference: float | None
+    noise: SeedNoise | None
+    differences: tuple[float, float] | None
 
 
 class _Prober(optuna.samplers.RandomSampler):
@@ -145,8 +155,9 @@ def preview(
     mean_flops = statistics.fmean(each.flops_run for each in by_cost)
     runs_each = n_trials * sweep.seeds
     share = sweep.learning_rates.share if sweep.learning_rates else 0.0
-    noise = seed_noise(runs) if runs.is_dir() else None
     examples = _spread(by_cost, MEASURED)
+    costs = (examples[0].flops_run, examples[-1].flops_run)
+    noise = seed_noise(runs, costs) if runs.is_dir() else None
     run_s = _measured_s(examples, by_cost, workers) if measure else None
     infinite = bool(prober.continuous)
     return Preview(
@@ -160,13 +171,17 @@ def preview(
         pilot_flops=3 * share * mean_flops * n_trials,
         wall_s=None if run_s is None else run_s * (runs_each + 3 * share * n_trials) / workers,
         noise=noise,
-        difference=None if noise is None else POWER * noise.sd * math.sqrt(2 / sweep.seeds),
+        differences=None if noise is None else noise.resolvable(sweep.seeds),
     )
 
 
-def seed_noise(runs: Path) -> Noise | None:
-    """The pooled standard deviation of `val_bpb` between seeds, from the finished runs below a folder."""
-    groups: dict[str, list[float]] = defaultdict(list)
+def seed_noise(runs: Path, costs: tuple[float, float]) -> SeedNoise | None:
+    """The spread of `val_bpb` between seeds, from the finished runs below a folder.
+
+    Args:
+        costs: training FLOPs at which it is wanted.
+    """
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     try:
         folders: Sequence[RunFolder] = find_runs(runs)
     except ValueError:
@@ -176,13 +191,17 @@ def seed_noise(runs: Path) -> Noise | None:
         if row["status"] == "finished" and isinstance(row["val_bpb"], float):
             record.pop("seed", None)
             record.pop("name", None)
-            groups[repr(sorted(record.items()))].append(row["val_bpb"])
-    repeated = [values for values in groups.values() if len(values) > 1]
-    dof = sum(len(values) - 1 for values in repeated)
-    if not dof:
+            groups[repr(sorted(record.items()))].append((row["val_bpb"], row["flops_run"]))
+    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
+    if not repeated:
         return None
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in repeated)
-    return Noise(math.sqrt(squares / dof), len(repeated), dof)
+    unknown = np.zeros(len(costs))  # sizes without repeats of their own
+    squares = np.array([((each[:, 0] - each[:, 0].mean()) ** 2).sum() for each in repeated])
+    dof = np.array([len(each) - 1.0 for each in repeated])
+    sizes = np.array([*(each[:, 1].mean() for each in repeated), *costs])
+    noise = fit_noise(np.append(squares, unknown), np.append(dof, unknown), sizes)
+    sd, found = noise.sd[-2:].tolist(), noise.dof[-2:].tolist()
+    return SeedNoise((sd[0], sd[1]), (found[0], found[1]), len(repeated), noise.kind, noise.bartlett_p)
 
 
 def _spread(by_cost: Sequence[Experiment], n: int) -> tuple[Experiment, ...]:
