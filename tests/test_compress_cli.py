@@ -190,3 +190,41 @@ def test_the_figure_survives_empty_tables() -> None:
     draw_scores(pd.DataFrame(), left)
     draw_layers(pd.DataFrame({"kl": [float("nan"), 0.0]}), right)
     assert [ax.texts[0].get_text() for ax in (left, right)] == ["nothing to show"] * 2
+
+
+# After a short distillation
+
+
+def test_candidates_are_ranked_again_after_a_short_distillation(
+    finished: RunFolder, explore_: Any, scored: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ["--target", "params_active=12k", "--free", "d_model=16:32:2", "--free", "depth", "--tolerance", "0.1"]
+    options += ["--scores", str(scored), "--best", "3", "--distil-tokens", "1280", "--out", str(tmp_path / "best.json")]
+    code, printed, _ = explore_("cut", str(finished.path), *options, "--json")
+    assert code == 0
+    record = json.loads(printed)
+    after = [each["distilled"]["val_loss"] for each in record["candidates"]]
+    before = [each["val_loss"] for each in record["candidates"]]
+    assert after == sorted(after)
+    assert record["plan"] == str(tmp_path / "best.json")
+    pairs = [(i, j) for i in range(3) for j in range(i)]
+    same = sum((before[i] > before[j]) == (after[i] > after[j]) for i, j in pairs)
+    assert record["kendall_tau"] == pytest.approx((2 * same - len(pairs)) / len(pairs))
+    runs = [RunFolder(Path(each["distilled"]["run"])) for each in record["candidates"]]
+    assert {run.path.parent for run in runs} == {finished.path / "candidates"}
+    spent = sum(run.result["flops_run"] + run.result["flops_teacher"] for run in runs)  # type: ignore[index]
+    scores = Scores.load(scored)
+    zero_shot = record["flops"] - spent - float(scores.about["flops"])
+    assert zero_shot > 0
+    assert Plan.load(record["plan"]).flops == record["flops"]
+
+    import explore.train.loop as loop
+
+    monkeypatch.setattr(loop, "_fit", None)  # nothing is trained a second time
+    code, printed, _ = explore_("cut", str(finished.path), *options)
+    assert code == 0
+    assert (
+        f"Kendall's tau between the rankings before and after the distillation: {record['kendall_tau']:.2f}" in printed
+    )
+    code, _, printed = explore_("cut", str(finished.path), "--distil-tokens", "1k", "--scores", str(scored))
+    assert (code, printed) == (2, "error: --distil-tokens: only with --target\n")

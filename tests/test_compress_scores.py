@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import explore.compress.scores as scoring
+from explore.checkpoints import load_model
 from explore.compress import METHODS, Cutter, LayerCut, Plan, Scores, cut, score, weak_halves
 from explore.compress.candidates import candidates, free_size
 from explore.compress.measures import Setting, measure
@@ -49,7 +50,7 @@ def found(run: RunFolder) -> Scores:
 
 @pytest.fixture(scope="module")
 def parent(run: RunFolder) -> LanguageModel:
-    return scoring.load_model(run)
+    return load_model(run)
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +313,7 @@ def test_scales_of_norms_make_up_for_the_mean_over_fewer_channels(
 
 @torch.no_grad()
 def test_principal_axes_of_a_latent_of_low_rank_lose_nothing(run: RunFolder) -> None:
-    experiment, model = run.load_experiment(), scoring.load_model(run)
+    experiment, model = run.load_experiment(), load_model(run)
     mixer: Any = model.layers[3].mixer
     mixer.latent_down.weight.copy_(torch.randn(8, 3) @ torch.randn(3, 32) / 5)
     mixer.down.copy_(mixer.down @ torch.randn(8, 3) @ torch.randn(3, 8) / 5)

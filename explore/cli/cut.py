@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,12 +13,13 @@ from rich.table import Table
 from explore.cli.app import app, out
 from explore.cli.cut_tables import ranges, show_published_cut
 from explore.cli.opening import OR_KEY, run_path
-from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype, whole_count
+from explore.cli.options import DataOf, Json, KVDtype, StateDtype, WeightDtype, only_with, whole_count
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
     from explore.compress import Cutter, Plan
     from explore.compress.zero_shot import Ranked, Validation
+    from explore.train.shortlist import Distilled
 
 SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
 
@@ -28,13 +30,20 @@ SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
 )
 def cut(
     parent: Annotated[
-        str, typer.Argument(metavar="RUN", help=f"A finished {OR_KEY[2:]}; a preset with --like or --published.")
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help=f"A finished {OR_KEY[2:]}; an imported folder with --data; a preset with --like or --published.",
+        ),
     ],
     keep: Annotated[
         list[str] | None,
         typer.Option(metavar="SIZE=N", help="d_model=96, d_ff=256, M.n_heads=4 or 3.d_ff=64 (layer 3); repeatable."),
     ] = None,
     drop_layers: Annotated[int, typer.Option(min=0, help="Leave out this many layers, the least important ones.")] = 0,
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Score the rest again after each layer that --drop-layers leaves out.")
+    ] = False,
     drop_layer: Annotated[
         list[int] | None, typer.Option(metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
     ] = None,
@@ -59,6 +68,14 @@ def cut(
     tolerance: Annotated[float, typer.Option(help="Allowed relative distance from a target (0.01 = 1%).")] = 0.01,
     score_at_most: Annotated[int, typer.Option(min=1, help="Candidates to score on the validation split.")] = 16,
     best: Annotated[int, typer.Option(min=1, help="Candidates to list and to save.")] = 5,
+    distil_tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_count,
+            metavar="COUNT",
+            help="Distil the listed candidates on this many tokens; rank them by that.",
+        ),
+    ] = None,
     by: Annotated[
         str, typer.Option(help="What ranks indices: activation, frequency, magnitude, random or reverse.")
     ] = "activation",
@@ -71,6 +88,7 @@ def cut(
         bool, typer.Option("--principal", help="Keep principal axes of a latent, not channels.")
     ] = False,
     scores: Annotated[Path | None, typer.Option(help="Scores to use; those of explore score when absent.")] = None,
+    data: DataOf = None,
     context: Annotated[
         int | None,
         typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
@@ -99,7 +117,8 @@ def cut(
 
     Give the child's sizes (--keep, --drop-layers, --drop-layer), those of another model (--like), or budgets and what
     may change (--target, --free).
-    A search lists every child within the tolerance, scores some of them, and saves the best.
+    A search lists every child within the tolerance, scores some of them, and saves the best; with --distil-tokens it
+    ranks these after a short distillation, which is kept in the run.
     """
     from explore.compress import Cutter, Scores
     from explore.compress.measures import Setting
@@ -119,11 +138,13 @@ def cut(
         raise ValueError("--figure: must come with --like, the model to draw")
     if drop_layers and drop_layer:
         raise ValueError("--drop-layers: must not be combined with --drop-layer")
+    only_with("--distil-tokens", distil_tokens, "--target", target)
+    only_with("--one-by-one", one_by_one, "--drop-layers", drop_layers)
     sizes = dict(_pair("--keep", text) for text in keep or [])
     given = None if scores is None else Scores.load(scores)
     how: dict[str, Any] = {"by": by, "effect": effect, "seed": seed, "norm_scales": norm_scales, "principal": principal}
-    cutter = Cutter.of(run, **how, scores=given)
-    validation = Validation(run, val_tokens)
+    cutter = Cutter.of(run, **how, scores=given, data=data)
+    validation = Validation(run, val_tokens, data)
     ranked: list[Ranked] = []
     n_candidates = 0
     if target or free:
@@ -145,13 +166,28 @@ def cut(
         plan = _like(cutter, like, figure, run.resolve().name, drop_mtp=drop_mtp)
     else:
         drop: int | list[int] = drop_layer or drop_layers
-        plan = cutter.plan({name: int(n) for name, n in sizes.items()}, drop, drop_mtp=drop_mtp)
+        widths = {name: int(n) for name, n in sizes.items()}
+        if one_by_one:
+            plan = cutter.one_by_one(run, widths, drop_layers, effect=effect, seed=seed, data=data, drop_mtp=drop_mtp)
+        else:
+            plan = cutter.plan(widths, drop, drop_mtp=drop_mtp)
     if show:
         _show(plan)
         return
-    paths = [_save(each, run, output if each is plan else None) for each in (each.plan for each in ranked)]
-    paths = paths or [_save(plan, run, output)]
-    record = _record(cutter, plan, validation, ranked, paths, n_candidates)
+    paths = [_save(each.plan, run, None) for each in ranked]
+    distilled: list[Distilled] = []
+    if distil_tokens is not None:
+        from explore.train.shortlist import counted, distil_shortlist, order_of
+
+        distilled = distil_shortlist(paths, distil_tokens, run, data)
+        order = order_of(distilled)
+        ranked = [ranked[i]._replace(plan=counted(ranked[i].plan, distilled)) for i in order]
+        distilled = [distilled[i] for i in order]
+        plan = ranked[0].plan
+        paths = [_save(each.plan, run, None) for each in ranked]
+    if output is not None or not paths:
+        paths[:1] = [_save(plan, run, output)]
+    record = _record(cutter, plan, validation, ranked, paths, n_candidates, distilled)
     if as_json:
         print(json.dumps(record, indent=2))
         return
@@ -185,7 +221,10 @@ def _record(
     ranked: list[Ranked],
     paths: list[Path],
     n_candidates: int,
+    distilled: list[Distilled],
 ) -> dict[str, Any]:
+    from explore.train.shortlist import rankings_agree
+
     child, seq_len = plan.model(), validation.experiment.data.seq_len
     quality = ranked[0].quality if ranked else validation.zero_shot(cutter.child(plan))
     parent = validation.zero_shot(cutter.child(cutter.whole))
@@ -206,9 +245,14 @@ def _record(
                 "pattern": each.plan.model().pattern,
                 "costs": dict(each.candidate.values),
                 **each.quality._asdict(),
+                **({} if after is None else {"distilled": {**after._asdict(), "run": str(after.run)}}),
             }
-            for path, each in zip(paths, ranked, strict=False)
+            for path, each, after in zip_longest(paths[: len(ranked)], ranked, distilled)
         ],
+        "kendall_tau": rankings_agree([each.quality.val_loss for each in ranked], [d.val_loss for d in distilled])
+        if distilled
+        else None,
+        "flops": plan.flops,
         "zero_shot": {**quality._asdict(), "parent_val_loss": parent.val_loss, "parent_val_bpb": parent.val_bpb},
     }
 
@@ -218,12 +262,25 @@ def _print(record: dict[str, Any]) -> None:
 
     if record["candidates"]:
         first = record["candidates"][0]
-        view = Table(*first["sizes"], *first["costs"], "val loss", box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for each in record["candidates"]:
+        after = ["rank", "distilled", "rank"] if "distilled" in first else []
+        names = (*first["sizes"], *first["costs"], "val loss", *after)
+        view = Table(*names, box=None, padding=(0, 2, 0, 0), header_style="dim")
+        losses = sorted(each["val_loss"] for each in record["candidates"])
+        for i, each in enumerate(record["candidates"]):
             costs = (quantity(name).text(value) for name, value in each["costs"].items())
-            view.add_row(*map(str, each["sizes"].values()), *costs, f"{each['val_loss']:.4f}")
+            texts = [f"{each['val_loss']:.4f}"]
+            if after:
+                loss = each["distilled"]["val_loss"]
+                shown = "diverged" if loss is None else f"{loss:.4f}"
+                texts += [str(losses.index(each["val_loss"]) + 1), shown, str(i + 1)]
+            view.add_row(*map(str, each["sizes"].values()), *costs, *texts)
         out.print(f"{record['n_candidates']} children meet the targets; the best of those that were scored:")
         out.print(view, highlight=False)
+        if record["kendall_tau"] is not None:
+            out.print(
+                f"Kendall's tau between the rankings before and after the distillation: {record['kendall_tau']:.2f}",
+                highlight=False,
+            )
     table = Table("", "parent", "child", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in SHOWN:
         text = quantity(name).text

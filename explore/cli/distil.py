@@ -9,7 +9,7 @@ import typer
 
 from explore.cli.app import app
 from explore.cli.opening import run_option
-from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb
+from explore.cli.options import CheckpointEvery, DataOf, Json, Paths, SetOptions, Wandb
 from explore.cli.train import Devices, Strategy, train_and_show
 from explore.formatting import read_count
 
@@ -20,6 +20,7 @@ def distil(
     tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
     teacher: Annotated[Path | None, run_option("A run, or a folder that import wrote; the parent when absent.")] = None,
     parent: Annotated[Path | None, run_option("Run that is cut; looked for in --runs when absent.")] = None,
+    data: DataOf = None,
     set_: SetOptions = None,
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
     checkpoint_every: CheckpointEvery = None,
@@ -38,7 +39,7 @@ def distil(
     if (n_tokens := read_count(tokens)) < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     experiment = child_experiment(
-        plan, round(n_tokens), runs=runs, parent=parent, teacher=teacher, overrides=set_ or []
+        plan, round(n_tokens), runs=runs, parent=parent, teacher=teacher, data=data, overrides=set_ or []
     )
     train_and_show(
         experiment,

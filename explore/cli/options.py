@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from explore.precision import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+DataOf = Annotated[
+    Path | None,
+    typer.Option(help="Run or experiment in JSON with the data for an imported checkpoint, which has none."),
+]
 SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),

@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.opening import Run
-from explore.cli.options import Json, whole_count
+from explore.cli.opening import OR_KEY, run_argument
+from explore.cli.options import DataOf, Json, whole_count
 
 if TYPE_CHECKING:
     from explore.compress import Scores
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     epilog="Example: explore score runs/my-run-0123abcd --figure scores.png",
 )
 def score(
-    run: Run,
+    run: Annotated[Path, run_argument(f"{OR_KEY}, or with --data a folder that import wrote")],
     tokens: Annotated[
         int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, as 128k.")
     ] = 131_072,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which they are read.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences to read at once.")] = 8,
+    data: DataOf = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the scores here, as PNG and SVG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,11 +40,10 @@ def score(
     """
     from explore.compress import score as score_run
     from explore.compress import weak_halves
-    from explore.runs import RunFolder
+    from explore.compress.parent import open_parent
 
-    folder = RunFolder(run)
-    scores, path = score_run(folder, tokens=tokens, seed=seed, batch_size=batch_size)
-    model = folder.load_experiment().model
+    scores, path = score_run(run, tokens=tokens, seed=seed, batch_size=batch_size, data=data)
+    model = open_parent(run, data).experiment.model
     if figure is not None:
         from explore.figures import plot_scores, save_figure
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from explore.blocks import Axis
-from explore.checkpoints import load_model
 from explore.compress.choosing import choose, highest
+from explore.compress.depth import one_by_one
+from explore.compress.parent import open_parent
 from explore.compress.plan import LayerCut, Plan
 from explore.compress.ranking import METHODS, SCORED, Ranking, ranking
-from explore.compress.scores import Scores, finished, score
+from explore.compress.scores import Scores, score
 from explore.compress.surgery import complete, indices
 from explore.foreign import echo
 from explore.model import LanguageModel, ModelConfig
@@ -52,27 +53,31 @@ class Cutter:
         norm_scales: bool = True,
         principal: bool = False,
         scores: Scores | None = None,
+        data: str | Path | None = None,
     ) -> Cutter:
         """The cutter of a finished run, which is scored where that is needed and has not been done.
+
+        Args:
+            data: the run or experiment whose data an imported checkpoint is scored on.
 
         Raises:
             ValueError: the run has not finished, the scores are of another parent, or an unknown method.
         """
         if by not in METHODS:
             raise ValueError(f"by must be one of {', '.join(METHODS)}, got {by!r}")
-        folder = finished(run)
-        model = load_model(folder)
+        parent = open_parent(run, data)
+        model = parent.model
         weights = model.state_dict()
         whole = Plan.keep_all(model)
         if scores is None and (by in SCORED or norm_scales or principal):
-            scores, _ = score(folder)
+            scores, _ = score(parent.path, data=data)
         if scores is not None and scores.about["parent"] != whole.parent:
             raise ValueError(
                 f"scores: must be of this parent, with the digest {whole.parent[:12]}, "
                 f"got those of {str(scores.about['parent'])[:12]}"
             )
         order = ranking(by, model.config, weights, scores, effect=effect, seed=seed)
-        origin: dict[str, Any] = {"run": folder.path.name, "by": by, "norm_scales": norm_scales}
+        origin: dict[str, Any] = {"run": parent.path.resolve().name, "by": by, "norm_scales": norm_scales}
         origin |= {"seed": seed} if by == "random" else {"effect": effect}
         origin |= {} if scores is None else {"scores": scores.key, "flops": scores.about["flops"]}
         whole = whole.model_copy(update={"origin": origin})
@@ -129,6 +134,26 @@ class Cutter:
             if not self.norm_scales
             else Plan.model_validate({**content, **changes, "norm_scales": self._scales(plan)})
         )
+
+    def one_by_one(
+        self,
+        run: RunFolder | str | Path,
+        sizes: Mapping[str, int],
+        n: int,
+        *,
+        drop_mtp: bool = False,
+        **how: Any,
+    ) -> Plan:
+        """As `plan`, without `n` layers that are left out one after another, as `explore.compress.depth` chooses them.
+
+        Args:
+            run: the parent.
+            how: as for `explore.compress.depth.one_by_one`.
+        """
+        order = one_by_one(run, n, **how)
+        plan = self.plan(sizes, order.layers, drop_mtp=drop_mtp)
+        origin = {**plan.origin, "order": tuple(map(str, order.layers)), "flops": plan.flops + order.flops}
+        return plan.model_copy(update={"origin": origin})
 
     def child(self, plan: Plan) -> LanguageModel:
         """The model of a plan."""

@@ -58,6 +58,21 @@ class Observer:
         if effects:
             self._add_effects(stream, hidden, batch.targets)
 
+    @torch.no_grad()
+    def observe_layers(self, batch: Batch) -> None:
+        """Adds what leaving out each layer does on one batch, and nothing else."""
+        x = self.model.embedding(batch.inputs)
+        stream = [x]
+        for layer in self.model.layers:
+            x, _ = layer(x)
+            stream.append(x)
+        self._add_effects(stream, self.model.norm(x), batch.targets)
+
+    def effect(self, name: str) -> list[float]:
+        """One of `EFFECTS` of leaving out each layer: the mean over tokens."""
+        n = self.sums["n/targets" if name == "loss" else "n/effects"]
+        return [float(value) for value in self.sums[f"effect/{name}"] / n]
+
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double()
         self.sums[name] = self.sums[name] + value if name in self.sums else value

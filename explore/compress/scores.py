@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from explore.blocks import Axis, BlockConfig
-from explore.checkpoints import load_model
 from explore.compress.observing import CHANNELS, EFFECTS, EXPERTS, Observer
+from explore.compress.parent import finished, open_parent
 from explore.compress.surgery import Indices
 from explore.data.progress import progress
 from explore.files import replacing
 from explore.model import ModelConfig
 from explore.runs import RunFolder
 from explore.weights import weights_digest
+
+__all__ = ["Scores", "finished", "flops_of_scoring", "score", "weak_halves"]
 
 TOKENS = 131_072
 """Tokens of the training split that are read unless told otherwise."""
@@ -123,9 +125,14 @@ class Scores:
 
 
 def score(
-    run: RunFolder | str | Path, *, tokens: int = TOKENS, seed: int = 0, batch_size: int = 8
+    run: RunFolder | str | Path,
+    *,
+    tokens: int = TOKENS,
+    seed: int = 0,
+    batch_size: int = 8,
+    data: str | Path | None = None,
 ) -> tuple[Scores, Path]:
-    """Scores a finished run on a share of its training split; scores that exist are read.
+    """Scores a finished run, or an imported checkpoint, on a share of its training split; scores that exist are read.
 
     After a kill, the same call goes on from what was saved last and gives the same numbers.
 
@@ -133,9 +140,10 @@ def score(
         tokens: how much text is read, in whole batches and at most the split once.
         seed: of the order in which it is read.
         batch_size: sequences that are read at once.
+        data: the run or experiment whose data an imported checkpoint is scored on.
 
     Returns:
-        The scores, and the path of their file in the run folder.
+        The scores, and the path of their file in the parent's folder.
 
     Raises:
         ValueError: the run has not finished, or a number that is below 1.
@@ -143,8 +151,8 @@ def score(
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    folder = finished(run)
-    experiment, model = folder.load_experiment(), load_model(folder)
+    folder = open_parent(run, data)
+    experiment, model = folder.experiment, folder.model
     source = experiment.data.open(seed)
     most = source.n_train_tokens or tokens
     batch_tokens = batch_size * experiment.data.seq_len
@@ -198,20 +206,6 @@ def _weak_half(values: Sequence[float]) -> float:
     return sum(weaker) / total if total else 0.0
 
 
-def finished(run: RunFolder | str | Path) -> RunFolder:
-    """A run that has come to its end.
-
-    Raises:
-        ValueError: it is no run, or has not finished.
-    """
-    folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-    if folder.key is None:
-        raise ValueError(f"{folder.path}: must be a run folder, with an experiment.json that can be read")
-    if folder.status != "finished":
-        raise ValueError(f"{folder.path}: must be a finished run, and is {folder.status}; train it to its end first")
-    return folder
-
-
 def flops_of_scoring(model: ModelConfig, seq_len: int, about: Mapping[str, Any]) -> float:
     """FLOPs of forward passes: one over all tokens, and over those that score layers one from each layer on."""
     layers = [
@@ -240,9 +234,8 @@ def _table(observer: Observer) -> Iterator[tuple[str, int, str, int, int, float]
     assert isinstance(stream, Tensor)
     yield from _rows("activation", -1, "d_model", stream)
     for effect in EFFECTS:
-        n = sums["n/targets" if effect == "loss" else "n/effects"]
-        for i, value in enumerate((sums[f"effect/{effect}"] / n).tolist()):
-            yield effect, i, "layer", 0, -1, value
+        for i, without in enumerate(observer.effect(effect)):
+            yield effect, i, "layer", 0, -1, without
     for name, value in sums.items():
         if name.startswith("moment/"):
             yield from _rows("moment", -1, name.removeprefix("moment/"), value / sums["n/tokens"])

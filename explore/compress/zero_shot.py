@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from explore.compress.candidates import DEPTH, Candidate
 from explore.compress.cutting import Cutter
+from explore.compress.parent import open_parent
 from explore.compress.plan import Plan
 from explore.data.progress import progress
 from explore.evals import bits_per_byte
@@ -43,11 +44,11 @@ class Validation:
 
     Args:
         tokens: how many are predicted; as many as by the run's own evaluations when absent.
+        data: the run or experiment whose data an imported checkpoint is scored on.
     """
 
-    def __init__(self, run: RunFolder | str | Path, tokens: int | None = None) -> None:
-        folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
-        self.experiment: Experiment = folder.load_experiment()
+    def __init__(self, run: RunFolder | str | Path, tokens: int | None = None, data: str | Path | None = None) -> None:
+        self.experiment: Experiment = open_parent(run, data).experiment
         self.source = self.experiment.data.open(self.experiment.seed)
         self.tokens = self.experiment.train.eval_tokens if tokens is None else tokens
 

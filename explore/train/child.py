@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from explore.compress import Plan
+from explore.compress.parent import open_parent
 from explore.config import set_field
 from explore.experiment import Experiment
+from explore.files import exists
 from explore.runs import RunFolder, walk_runs
-from explore.weights import CHECKPOINT, TrainedModel
+from explore.weights import CHECKPOINT, MODEL, TrainedModel
 
 LR_RATIO = 1 / 5
 """Peak learning rate of a distillation over the parent's, as in NVIDIA Model-Optimizer's guide to pruning."""
@@ -23,6 +25,7 @@ def child_experiment(
     runs: str | Path = "runs",
     parent: str | Path | None = None,
     teacher: str | Path | None = None,
+    data: str | Path | None = None,
     overrides: Iterable[str] = (),
 ) -> Experiment:
     """The child of a plan, distilled on the parent's data as the parent was trained, at a fifth of its learning rate.
@@ -31,8 +34,9 @@ def child_experiment(
         path: of the plan.
         tokens: to train on.
         runs: folder of runs, where the parent is looked for.
-        parent: folder of the run that the plan is for.
+        parent: folder of the run, or of the imported checkpoint, that the plan is for.
         teacher: a run, or a folder of weights; the parent when absent.
+        data: a run or an experiment with the data and training of the child, where the parent is imported.
         overrides: `path.to.field=value`, as for `Experiment.load`.
 
     Raises:
@@ -40,20 +44,27 @@ def child_experiment(
     """
     path = Path(path)
     plan = Plan.load(path)
-    folder = find_parent(plan, path, Path(runs)) if parent is None else RunFolder(Path(parent))
-    content: dict[str, Any] = folder.load_experiment().model_dump(mode="json")
+    folder = find_parent(plan, path, Path(runs)).path if parent is None else Path(parent)
+    content: dict[str, Any] = _experiment(folder, data).model_dump(mode="json")
     content["name"] = f"{content['name']}-child"
     content["model"] = plan.model().model_dump(mode="json")
-    content["start"] = {"kind": "parent", "parent": str(folder.path), "plan": plan.model_dump(mode="json")}
+    content["start"] = {"kind": "parent", "parent": str(folder), "plan": plan.model_dump(mode="json")}
     content["train"] |= {
         "tokens": tokens,
         "flops": None,
         "lr": content["train"]["lr"] * LR_RATIO,
-        "objective": {"kind": "distillation", "teacher": str(teacher or folder.path)},
+        "objective": {"kind": "distillation", "teacher": str(teacher or folder)},
     }
     for override in overrides:
         set_field(content, override)
     return Experiment.read(content, path)
+
+
+def _experiment(folder: Path, data: str | Path | None) -> Experiment:
+    """How the parent was trained; its weights are checked where they are read."""
+    return (
+        open_parent(folder, data).experiment if data or exists(folder / MODEL) else RunFolder(folder).load_experiment()
+    )
 
 
 def find_parent(plan: Plan, path: Path, runs: Path) -> RunFolder:

@@ -1,0 +1,122 @@
+"""Depth, one layer after another: leave out the layer that matters least, score the rest again, and so on.
+
+Source: Nemotron Nano 2, arXiv 2508.14444, section 4, where layers are left out by the change of the logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from explore.compress.observing import EFFECTS, Observer
+from explore.compress.parent import open_parent
+from explore.data.progress import progress
+from explore.files import exists, read_json
+from explore.model import LanguageModel
+from explore.runs import RunFolder, write_json
+from explore.weights import weights_digest
+
+TOKENS = 16_384
+"""Tokens of the training split that every round reads unless told otherwise."""
+
+
+class Order(NamedTuple):
+    """Layers in the order in which they are left out.
+
+    Attributes:
+        layers: their indices in the parent.
+        effects: what leaving out each of them does to the model without those before it.
+        flops: of all rounds.
+    """
+
+    layers: tuple[int, ...]
+    effects: tuple[float, ...]
+    flops: float
+
+
+def one_by_one(
+    run: RunFolder | str | Path,
+    n: int,
+    *,
+    effect: str = "mse",
+    tokens: int = TOKENS,
+    seed: int = 0,
+    batch_size: int = 8,
+    data: str | Path | None = None,
+) -> Order:
+    """The `n` layers to leave out, of which each is the least important one once those before it are gone.
+
+    Every round is kept in the parent's folder, so a second call goes on after the last one, and for more layers too.
+
+    Args:
+        effect: what is measured of each layer, one of `EFFECTS`.
+        tokens: of the training split, in whole batches and at least one.
+        seed: of the order in which they are read.
+        batch_size: sequences that are read at once.
+        data: the run or experiment whose data an imported checkpoint is scored on.
+
+    Raises:
+        ValueError: an unknown effect, as many layers as there are, or a number below 1.
+    """
+    if effect not in EFFECTS:
+        raise ValueError(f"effect must be one of {', '.join(EFFECTS)}, got {effect!r}")
+    for name, value in (("tokens", tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    parent = open_parent(run, data)
+    model, seq_len = parent.model, parent.experiment.data.seq_len
+    if not 0 <= n < (n_layers := model.config.n_layers):
+        raise ValueError(f"drop: must be from 0 to {n_layers - 1} of {n_layers} layers, got {n}")
+    n_batches = max(1, tokens // (batch_size * seq_len))
+    about: dict[str, Any] = {
+        "parent": weights_digest(model.state_dict()),
+        "effect": effect,
+        "seed": seed,
+        "batch_size": batch_size,
+        "tokens": n_batches * batch_size * seq_len,
+        "data": parent.experiment.data.fingerprint(),
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    path = parent.path / f"depth-{key[:8]}.json"
+    rounds: list[dict[str, Any]] = read_json(path)["rounds"] if exists(path) else []
+    source = parent.experiment.data.open(seed)
+    with progress("leaving out layers", n) as report:
+        while len(rounds) < n:
+            gone = [each["layer"] for each in rounds]
+            left = [i for i in range(n_layers) if i not in gone]
+            observer = Observer(_shorter(model, left))
+            for step in range(n_batches):
+                observer.observe_layers(source.batch(step, batch_size))
+            values = observer.effect(effect)
+            least = min(range(len(left)), key=lambda k: (values[k], k))
+            flops = about["tokens"] * _flops_of_round(model, left, seq_len)
+            rounds.append({"layer": left[least], "effect": values[least], "flops": flops})
+            write_json(path, {"key": key, "about": about, "rounds": rounds})
+            report(len(rounds))
+    used = rounds[:n]
+    layers, effects = (tuple(each[name] for each in used) for name in ("layer", "effect"))
+    return Order(layers, effects, float(sum(each["flops"] for each in used)))
+
+
+def _shorter(model: LanguageModel, layers: list[int]) -> LanguageModel:
+    """A view of a model that runs some of its layers and shares its weights."""
+    pattern = "".join(model.config.pattern[i] for i in layers)
+    view = LanguageModel.__new__(LanguageModel)
+    view.__dict__ = {**model.__dict__, "_modules": {**model._modules}}
+    view.config = model.config.model_copy(update={"pattern": pattern})
+    view.layers = nn.ModuleList(model.layers[i] for i in layers)
+    return view
+
+
+def _flops_of_round(model: LanguageModel, layers: list[int], seq_len: int) -> float:
+    """FLOPs of a token: one forward pass, and one from each layer on."""
+    blocks = [model.config.layers[i] for i in layers]
+    each = [
+        sum(entry.flops_seq for entry in block.entries(model.config.d_model, seq_len)) / seq_len for block in blocks
+    ]
+    head = 2 * model.config.d_model * model.config.vocab_size
+    return sum(each) + head + sum(sum(each[i + 1 :]) + head for i in range(len(each)))
