@@ -25,7 +25,7 @@ def gallery_page() -> dict[str, str | bytes]:
         title, about, code = parts(source)
         name = f"gallery/{source.stem[3:]}.png"
         pages[name] = picture(draw(code, source))
-        lines += ["", f"## {title}", "", about, "", f"![{title}]({name}){{ .figure }}", "", "```python", code, "```"]
+        lines += ["", f"## {title}", "", about, "", f"![{title}]({name})", "", "```python", code, "```"]
     return {"gallery.md": "\n".join(lines) + "\n", **pages}
 
 
