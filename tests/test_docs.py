@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from small_runs import write_corpus
 from explore.cli import app
 from explore.experiment import Experiment
 from explore.presets import published_table
+from explore.study import Sweep
 
 CHEAP = {"compare", "cost", "data", "roofline"}
 """Commands that take less than a second and need no run."""
@@ -82,6 +84,13 @@ def test_the_table_of_published_counts_shows_every_one_of_them(tables: ModuleTyp
     shown = re.findall(r"^\| (\S+) \| [^|]+ \| ([\d.]+) \| ([\d.]+) \|$", tables.published(), flags=re.MULTILINE)
     table = [(row["preset"], float(row["published"]), f"{row['computed']:.3f}") for row in published_table()]
     assert [(name, float(printed), computed) for name, printed, computed in shown] == table
+
+
+def test_a_page_names_all_that_a_sweep_file_may_define() -> None:
+    page = PAGES["docs/how-to/write-a-sweep.md"].read_text(encoding="utf-8")
+    rows = " ".join(re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE))
+    given = {each.name for each in fields(Sweep)} - {"path", "question", "experiment", "examples"}
+    assert set(re.findall(r"`(\w+)`", rows)) == given
 
 
 @pytest.fixture
