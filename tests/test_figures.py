@@ -22,6 +22,8 @@ from explore.figures import (
     plot_frontier,
     save_figure,
 )
+from explore.figures.labels import point_labels
+from explore.frontier import seed_means
 from explore.pattern import families
 
 ATTENTION, MAMBA, MOE, LATENT = FAMILIES[:4]
@@ -81,6 +83,11 @@ def drawn(ax):
     return {points.get_label(): (points.get_offsets().tolist(), points.get_facecolor()) for points in ax.collections}
 
 
+def offsets(ax):
+    """Points of all scatters."""
+    return np.concatenate([points.get_offsets() for points in ax.collections])
+
+
 def labels(ax):
     return [text for text in ax.texts if text.get_text()]
 
@@ -95,6 +102,7 @@ def test_the_table_is_exactly_what_is_drawn(runs):
         ],
         columns=["run", "family", "pattern", "flops_run", "val_bpb", "on_front"],
     )
+    expected.insert(5, "label", expected["pattern"])
     pd.testing.assert_frame_equal(frontier_table(runs), expected)
 
 
@@ -117,10 +125,56 @@ def test_more_recall_is_better(runs):
 
 
 def test_missing_columns_and_equal_axes_are_refused(runs):
-    with pytest.raises(ValueError, match="column 'test_bpb' is not in the table of runs; its columns: run, family"):
-        frontier_table(runs, y="test_bpb")
+    with pytest.raises(
+        ValueError, match=r"got none named 'flops' and 'test_bpb'; its columns: run, family, .*, status$"
+    ):
+        frontier_table(runs, "flops", "test_bpb")
     with pytest.raises(ValueError, match="y: must be another column than x, got 'val_bpb'"):
         frontier_table(runs, x="val_bpb")
+
+
+def test_any_table_with_both_columns_is_drawn():
+    table = frontier_table(pd.DataFrame({"cost": [1.0, 2.0], "loss": [3, 2]}, index=["a", "b"]), "cost", "loss")
+    assert table[["run", "family", "cost", "loss", "on_front"]].values.tolist() == [
+        ["a", "other", 1.0, 3.0, True], ["b", "other", 2.0, 2.0, True]
+    ]  # fmt: skip
+    assert sorted(map(tuple, offsets(axes(plot_frontier(table, "cost", "loss"))))) == [(1.0, 3.0), (2.0, 2.0)]
+
+
+def test_runs_of_several_seeds_are_a_mean_with_its_interval(runs):
+    seeds = pd.concat([runs.assign(seed=seed, val_bpb=runs["val_bpb"] + 0.01 * seed) for seed in range(3)])
+    table = frontier_table(seeds)
+    means = seed_means(seeds[seeds["status"] == "finished"]).dropna(subset="flops_run").set_index("pattern")
+    assert table["val_bpb"].tolist() == pytest.approx(means.loc[table["pattern"], "val_bpb"].tolist())
+    assert table["half_width"].tolist() == means.loc[table["pattern"], "val_bpb_half_width"].tolist()
+    ax = axes(plot_frontier(seeds))
+    bars = [segment for bar in ax.containers for line in bar[2] for segment in line.get_segments()]
+    assert sorted(high - low for (_, low), (_, high) in bars) == pytest.approx(sorted(2 * table["half_width"]))
+    assert len(frontier_table(seeds, by_seed=True)) == 3 * len(table)
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"pattern": ["ME", "M-"]}, ["ME", "M-"]),
+        ({"pattern": ["ME", "ME"], "name": ["one", "other"]}, ["one", "other"]),
+        ({"pattern": ["ME", "ME", "M-"], "name": ["a", "a", "a"], "d_model": [64, 96, 96]},
+         ["ME, d64", "ME, d96", "M-"]),
+        ({"pattern": ["ME", "ME"], "name": ["ME", "ME"], "top_k": [2, 4]}, ["ME, top 2", "ME, top 4"]),
+        ({"pattern": ["ME", "ME"]}, ["ME", "ME"]),
+    ],
+)  # fmt: skip
+def test_points_with_one_pattern_are_told_apart_by_name_or_settings(columns, expected):
+    assert point_labels(pd.DataFrame(columns)).tolist() == expected
+
+
+def test_costs_that_hardly_differ_fill_their_axis(runs):
+    runs["flops_run"] = 1e12 * (1 + 0.01 * np.arange(len(runs)))
+    ax = axes(plot_frontier(runs))
+    points = offsets(ax)[:, 0]
+    low, high = ax.get_xlim()
+    assert points.max() - points.min() > 0.5 * (high - low)
+    assert len({tick.get_text() for tick in ax.get_xticklabels()}) >= 3
 
 
 def test_points_line_and_labels_on_the_axes_are_those_of_the_table(runs):

@@ -33,6 +33,16 @@ def run_path(text: str) -> Path:
         raise FileNotFoundError(str(error)) from None
 
 
+def place_path(text: str) -> Path:
+    """A folder or file of runs; where there is none, the run that a name or the first characters of a key stand for."""
+    from explore.files import exists
+    from explore.runs import match_runs
+
+    if exists(path := Path(text)) or not match_runs(path):
+        return path
+    return run_path(text)
+
+
 def run_argument(help_: str = OR_KEY, metavar: str = "RUN") -> Any:
     """A Typer argument that takes a run."""
     return typer.Argument(parser=run_path, metavar=metavar, help=help_[0].upper() + help_[1:] + ".")
@@ -44,6 +54,13 @@ def run_option(help_: str) -> Any:
 
 
 Run = Annotated[Path, run_argument()]
+Places = Annotated[
+    list[Path],
+    typer.Argument(
+        parser=place_path, metavar="RUNS",
+        help="Folders that hold runs, tables of records, .csv or .parquet files, or first characters of keys.",
+    ),
+]  # fmt: skip
 RunOrModel = Annotated[Path, run_argument(f"{OR_KEY}, or a folder that import wrote")]
 
 

@@ -32,6 +32,10 @@ SetOptions = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, e.g. train.lr=1e-3; repeatable."),
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(metavar="CONDITION", help="Rows to keep, as d_model>=64, corpus=austen or name~moe; repeatable."),
+]
 Paths = Annotated[
     list[str] | None,
     typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),

@@ -11,7 +11,8 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, out
-from explore.cli.options import Json
+from explore.cli.opening import Places
+from explore.cli.options import Json, Where
 from explore.cli.tables import plain_table, print_fitting
 from explore.quantities import EVAL_DATA, choose, headlines, quantity, unknown
 
@@ -31,18 +32,13 @@ RUN_SETTINGS = ("tokens", "seed", "corpus", "d_model")
     "explore table sweeps/records/latent_or_not.parquet --columns name,seed,val_bpb --by-seed",
 )
 def table(
-    roots: Annotated[
-        list[Path], typer.Argument(help="Folders that hold runs, tables of records, or .csv and .parquet files.")
-    ],
+    roots: Places,
     output: Annotated[Path | None, typer.Option("--out", help="Write the whole table, .csv or .parquet.")] = None,
     sort: Annotated[str, typer.Option(help="Column to sort by.")] = "val_bpb",
     columns: Annotated[
         list[str] | None, typer.Option(metavar="NAMES", help="Columns to show, with commas between them; repeatable.")
     ] = None,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="CONDITION", help="Rows to keep, as d_model>=64, corpus=austen or name~moe; repeatable."),
-    ] = None,
+    where: Where = None,
     by_seed: Annotated[bool, typer.Option("--by-seed", help="One row a run, not a mean over seeds.")] = False,
     unfinished: Annotated[bool, typer.Option(help="Runs that have not ended, too.")] = False,
     as_json: Json = False,

@@ -99,7 +99,7 @@ def ticks_of_two(axis: Axis, text: Callable[[float], str], at_most: int = 8) -> 
 def power_of_ten(value: float) -> str:
     """A number as a tick label: as it is below ten thousand, else with its power of ten."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
-    factor = f"{value / 10.0**exponent:.3g}"
+    factor = f"{value / 10.0**exponent:.4g}"
     if 0 <= exponent < 4:
         return f"{value:.4g}"
     return rf"$10^{{{exponent}}}$" if factor == "1" else rf"${factor}\times10^{{{exponent}}}$"

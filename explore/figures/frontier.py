@@ -8,37 +8,47 @@ from matplotlib.lines import Line2D
 
 from explore.figures.axes import LINE, legend
 from explore.figures.base import EVEN, README_HEIGHT, README_WIDTH, RunFigure, family_styles
-from explore.figures.labels import label_front, label_room
-from explore.figures.runs import dress_runs, finished, is_log_x, one_axes
-from explore.frontier import pareto_front
+from explore.figures.labels import LABELLING, label_front, label_room, point_labels
+from explore.figures.runs import check_table, dress_runs, finished, is_log_x, named, one_axes
+from explore.frontier import HALF_WIDTH, pareto_front, seed_means
 from explore.quantities import quantity
 
 
-def frontier_table(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> pd.DataFrame:
+def frontier_table(
+    runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb", *, by_seed: bool = False
+) -> pd.DataFrame:
     """What a frontier figure draws: the finished runs with both values, by rising cost.
 
     Args:
-        runs: a table as `load_runs` gives it; where it has a `status`, only finished runs are drawn.
+        runs: a table as `load_runs` gives it, or any with the columns `x` and `y`; where it has a `status`, only
+            finished runs are drawn.
         x: the cost column.
         y: the quality column. Of both, lower is better unless `explore.quantities` declares that higher is.
+        by_seed: a row for each run; else runs that differ in nothing but their seed are their mean.
 
     Returns:
-        Columns run, family, pattern, `x`, `y` and on_front; and `floor`, the score of an n-gram model of the same
-        tokens, where `runs` tell it.
+        Columns run, family, pattern, `x`, `y`, `label` and on_front; `half_width` of the 95% interval of a mean, where
+        there are several seeds; and `floor`, the score of an n-gram model of the same tokens, where `runs` tell it.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: it is no table, or a column is missing.
     """
-    table = finished(runs, x, y)
-    if (floor := f"ngram_{y}") in runs:
-        table["floor"] = table["run"].map(runs.drop_duplicates("run").set_index("run")[floor].astype("float64"))
+    half, floor = HALF_WIDTH.format(y), f"ngram_{y}"
+    check_table(runs, x, y)
+    if not by_seed:
+        runs = seed_means(named(runs))
+    table = finished(runs, x, y, (*LABELLING, half, floor))
     table["on_front"] = pareto_front(table, x, y)
+    table["label"] = point_labels(table[table["on_front"]]).reindex(table.index).fillna(table["pattern"])
+    table = table.rename(columns={half: "half_width", floor: "floor"})
+    kept = [name for name in ("half_width", "floor") if name in table and table[name].notna().any()]
+    table = table[["run", "family", "pattern", x, y, "label", *kept, "on_front"]]
     order = table.assign(cost=quantity(x).sign * table[x], error=quantity(y).sign * table[y])
     return table.loc[order.sort_values(["cost", "error", "run"]).index].reset_index(drop=True)
 
 
 def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: float = 8.0) -> None:
-    """Draws a frontier table: runs by family, the front as a step line, its members solid and labelled by pattern.
+    """Draws a frontier table: runs by family, the front as a step line, its members solid and labelled.
 
     Args:
         table: from `frontier_table`.
@@ -48,7 +58,9 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
     """
     front = table[table["on_front"]]
     floor = table.dropna(subset="floor") if "floor" in table else table.iloc[:0].assign(floor=[])
-    drawn = pd.concat([table[[x, y]], floor[[x, "floor"]].rename(columns={"floor": y})])
+    half = table["half_width"].fillna(0.0) if "half_width" in table else 0.0
+    ends = [table[[x, y]].assign(**{y: table[y] + sign * half}) for sign in (-1, 1)]
+    drawn = pd.concat([*ends, floor[[x, "floor"]].rename(columns={"floor": y})])
     signs = quantity(x).sign, quantity(y).sign
     room = label_room(ax, table, x, signs[0], font_pt, log=is_log_x(table, x))
     # Labels are on the better side of both axes.
@@ -67,12 +79,19 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
                 edgecolor=style.color, linewidth=0.08 * font_pt, zorder=4 if on_front else 3,
                 label=family if on_front else f"{family}, off the front",
             )  # fmt: skip
+            if "half_width" in table:
+                ax.errorbar(
+                    rows[x], rows[y], rows["half_width"], fmt="none", ecolor=style.color, elinewidth=0.1 * font_pt,
+                    capsize=0.2 * font_pt, zorder=2.5,
+                )  # fmt: skip
         handles.append(Line2D([], [], marker=style.marker, ls="", ms=size, color=style.color, label=family))
     if len(front) > 1:
         handles.append(Line2D([], [], color=LINE, lw=0.11 * font_pt, label="Pareto front"))
     if len(floor):
         ax.plot(floor[x], floor["floor"], ls=":", color=LINE, lw=0.15 * font_pt, zorder=1)
         handles.append(Line2D([], [], ls=":", color=LINE, lw=0.15 * font_pt, label="n-gram model"))
+    if "half_width" in table:
+        handles.append(Line2D([], [], marker="|", ls="", color=LINE, ms=font_pt, label="95% interval over seeds"))
     legend(ax, handles, font_pt)
     label_front(ax, table, x, y, signs, font_pt)
 
@@ -82,6 +101,7 @@ def plot_frontier(
     x: str = "flops_run",
     y: str = "val_bpb",
     *,
+    by_seed: bool = False,
     width: float = README_WIDTH,
     height: float = README_HEIGHT,
     title: str | None = None,
@@ -89,11 +109,13 @@ def plot_frontier(
     """The runs' quality against their cost, with the Pareto front.
 
     Args:
+        runs: any table with the columns `x` and `y`, such as `load_runs` gives.
+        by_seed: a point for each run; else runs that differ in nothing but their seed are a mean with its interval.
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
         height: inches.
         title: drawn above the axes; there is none unless asked for.
     """
-    table = frontier_table(runs, x, y)
+    table = frontier_table(runs, x, y, by_seed=by_seed)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)
     draw_frontier(table, ax, x, y, font_pt=font_pt)
     return figure

@@ -9,14 +9,41 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.path import Path
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox, BboxBase
 
 from explore.figures.axes import INK, LINE
 from explore.frontier import Floats
+from explore.quantities import quantity
 
 _NEAR = ((-0.5, -0.35), (0.0, -0.7), (-0.7, 0.0), (0.5, -0.35))
 _FAR = tuple((dx, -0.4 - 0.8 * row) for row in range(1, 10) for dx in (-0.6 * row, 0.0, 0.5, 1 + 0.6 * row))
 _PLACES = (*_NEAR, *_FAR, (-0.5, 0.4), (0.0, 0.7), (0.5, 0.4))
+
+
+LABELLING = {
+    "name": "{}", "d_model": "d{}", "n_experts": "{} experts", "top_k": "top {}", "d_latent": "latent {}",
+    "tokens": "{} tokens", "lr": "lr {}", "seed": "seed {}",
+}  # fmt: skip
+"""Columns that tell points with one pattern apart, and how a label says them."""
+
+
+def point_labels(table: pd.DataFrame) -> pd.Series[str]:
+    """What points are called: by pattern; where patterns repeat, by name; else with the settings in which they differ.
+
+    Args:
+        table: with a column `pattern`, and those of `LABELLING` that are known.
+    """
+    labels = table["pattern"].astype("str")
+    for column, words in LABELLING.items():
+        if column not in table or labels.is_unique:
+            continue
+        values = table[column]
+        differs = values.groupby(labels).transform("nunique") > 1
+        said = pd.Series([words.format(quantity(column).text(value)) for value in values], index=table.index)
+        more = said if column == "name" else labels + ", " + said
+        labels = labels.where(~differs | values.isna(), more)
+    return labels
 
 
 def label_room(ax: Axes, table: pd.DataFrame, x: str, sign: int, font_pt: float, *, log: bool) -> float:
@@ -32,7 +59,7 @@ def label_room(ax: Axes, table: pd.DataFrame, x: str, sign: int, font_pt: float,
     costs = sign * (np.log10(table[x]) if log else table[x])
     width = max(float(costs.max() - costs.min()), math.log10(2) if log else 1e-9)
     along = (costs[table["on_front"]] - costs.min()) / width
-    letters = front["pattern"].str.len() + 1.5  # a letter of the monospaced font is 0.6 of its size wide
+    letters = front["label"].str.len() + 1.5  # a letter of the monospaced font is 0.6 of its size wide
     share = 0.6 * (font_pt - 1) * letters / (ax.get_window_extent().width * 72 / ax.figure.dpi)
     return float(((1.05 * share - along) / (1 - share.clip(upper=0.5))).clip(0.08, 0.4).max())
 
@@ -50,15 +77,22 @@ def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int,
     texts = [
         ax.annotate(
             label, (cost, error), (0, 0), textcoords="offset points", fontsize=font_pt - 1, color=INK,
-            family="monospace", parse_math=False, zorder=5,
+            family="monospace", parse_math=False, zorder=5, path_effects=[withStroke(linewidth=2, foreground="white")],
         )
-        for label, cost, error in front[["pattern", *columns]].itertuples(index=False)
+        for label, cost, error in front[["label", *columns]].itertuples(index=False)
     ]  # fmt: skip
     corners, unit = ax.transData.transform(front[columns]), np.array(signs) * font_pt * pixel
     sizes = [np.array([extent.width, extent.height]) for extent in (text.get_window_extent() for text in texts)]
+    half = table["half_width"].fillna(0.0) if "half_width" in table else pd.Series(0.0, table.index)
+    bars = [
+        Path(ax.transData.transform([(cost, error - each), (cost, error + each)]))
+        for cost, error, each in zip(table[x], table[y], half, strict=True)
+        if each
+    ]
     arranged: list[dict[int, tuple[float, float]]] = []
     for order in (range(len(texts)), reversed(range(len(texts)))):
         crowd = _Crowd(ax.get_window_extent(), ax.transData.transform(table[columns]), corners, 0.4 * font_pt * pixel)
+        crowd.lines += bars
         places = {i: crowd.place(corners[i], sizes[i], unit) for i in order}
         arranged.append({i: place for i, place in places.items() if place is not None})
     best = max(arranged, key=lambda places: (len(places), -sum(map(_PLACES.index, places.values()))))
@@ -98,7 +132,7 @@ class _Crowd:
         if min(hidden) > 0.04 * size.prod():
             return None
         way = np.array(best) * unit
-        self.boxes.append(_box(point + way, size, way))
+        self.boxes.append(_box(point + way, size, way).padded(self.radius, 0))
         if best in _FAR:
             self.lines.append(self._leader(point, way))
         return best

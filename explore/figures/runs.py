@@ -3,37 +3,66 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from explore.figures.axes import dress, is_log, log_axis, nothing, span
+from explore.figures.axes import dress, is_log, log_axis, nothing, power_of_ten, span
 from explore.figures.base import RunFigure, text_pt
 from explore.foreign import check_type, echo
 from explore.quantities import EVAL_DATA, quantity
 
+NARROW = 1.5
+"""Costs that differ by a smaller factor than this are drawn on a linear axis, which they fill."""
+
 _UNTOLD = {"run": "", "family": "other", "pattern": ""}
 
 
-def finished(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    """Columns run, family, pattern, x and y of the finished rows in which x and y are finite.
+def check_table(table: pd.DataFrame, x: str, y: str) -> None:
+    """Refuses what has not both columns, and names all that is missing.
 
     Raises:
-        ValueError: a column is missing, x and y are one, or runs on different data would be compared.
+        ValueError: it is no table, a column is missing, or x and y are one.
     """
     check_type(table, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
     if x == y:
         raise ValueError(f"y: must be another column than x, got {y!r}")
-    if missing := [column for column in ("run", "family", "pattern", x, y) if column not in table]:
+    if missing := [column for column in (x, y) if column not in table]:
         have = ", ".join(map(str, table.columns)) or "none"
-        raise ValueError(f"column {missing[0]!r} is not in the table of runs; its columns: {have}")
+        needed = " and ".join(map(repr, missing))
+        raise ValueError(f"runs must have the columns {x!r} and {y!r}, got none named {needed}; its columns: {have}")
+
+
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are not known to be unfinished; one without `run` is called by its index."""
     if "status" in table:
         table = table[table["status"].eq("finished").fillna(False).astype(bool)]
-    texts = {column: table[column].astype("str").fillna(other) for column, other in _UNTOLD.items()}
+    return table if "run" in table else table.assign(run=table.index)
+
+
+def finished(table: pd.DataFrame, x: str, y: str, also: Iterable[str] = ()) -> pd.DataFrame:
+    """Columns run, family, pattern, x and y of the finished rows in which x and y are finite.
+
+    Args:
+        table: any table with the columns x and y; a row without `run` is called by its index.
+        also: further columns to keep, where the table has them.
+
+    Raises:
+        ValueError: it is no table, a column is missing, x and y are one, or runs on different data would be compared.
+    """
+    check_table(table, x, y)
+    table = named(table)
+    texts = {
+        column: table[column].astype("str").fillna(other) if column in table else other
+        for column, other in _UNTOLD.items()
+    }
     numbers = {column: pd.to_numeric(table[column], errors="coerce").astype("float64") for column in (x, y)}
-    known = pd.DataFrame({**texts, **numbers})
+    kept = {column: table[column] for column in also if column in table and column not in (*texts, x, y)}
+    known = pd.DataFrame({**texts, **numbers, **kept}, index=table.index)
     known = known.replace([np.inf, -np.inf], np.nan).dropna(subset=[x, y])
     if EVAL_DATA in table:
         _check_comparable(table[table.index.isin(known.index)], x, y)
@@ -69,7 +98,8 @@ def one_axes(
 
 def is_log_x(table: pd.DataFrame, x: str) -> bool:
     """Whether the horizontal axis is logarithmic."""
-    return quantity(x).log is not False and is_log(table[x])
+    wide = table.empty or table[x].max() >= NARROW * table[x].min() or table[x].nunique() == 1
+    return quantity(x).log is not False and is_log(table[x]) and bool(wide)
 
 
 def dress_runs(
@@ -91,7 +121,7 @@ def dress_runs(
     if table.empty:
         nothing(ax, "no finished runs", font_pt)
         return False
-    _scale(ax, "x", table[x], margins_x, log=is_log_x(table, x))
+    _scale(ax, "x", table[x], margins_x, log=quantity(x).log is not False and is_log(table[x]))
     _scale(ax, "y", table[y], margins_y, log=bool(quantity(y).log) and is_log(table[y]))
     return True
 
@@ -99,8 +129,12 @@ def dress_runs(
 def _scale(
     ax: Axes, which: Literal["x", "y"], values: pd.Series[float], margins: tuple[float, float], *, log: bool
 ) -> None:
-    if log:
+    if log and (values.max() >= NARROW * values.min() or values.max() == values.min()):
         log_axis(ax, values, *margins, which=which)
     else:
         low, high = span(values)
+        if log:  # so little of a decade that only a linear axis has round numbers to label
+            axis = ax.xaxis if which == "x" else ax.yaxis
+            axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
         ax.set(**{f"{which}lim": (low - margins[0] * (high - low), high + margins[1] * (high - low))})
