@@ -12,6 +12,7 @@ from small_runs import result, tiny, train, write_corpus
 
 import explore
 from explore.interop import save_model_folder
+from explore.terminal import NotebookOutput, plain_console
 
 
 def test_everything_that_the_readme_uses_is_in_explore() -> None:
@@ -98,3 +99,19 @@ def test_an_imported_model_is_opened_and_says_what_it_lacks(place: Path) -> None
         imported.evaluate()
     with pytest.raises(ValueError, match="must be a run folder"):
         explore.load(place)
+
+
+@pytest.mark.parametrize("group", [None, "study"])
+def test_in_a_notebook_training_shows_its_progress(
+    place: Path, group: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of a study takes its line away when it ends; the table of the study stays."""
+    shown: list[str] = []
+    monkeypatch.setattr(NotebookOutput, "show", lambda self, html: shown.append(html))
+    one = tiny(place / "text", "M", name="<shown>", seed=0 if group is None else 1)
+    train(one, place / "shown", console=plain_console(force_jupyter=True), group=group)
+    assert "0 of 20 steps" in shown[0]
+    assert "width:50.0%" in shown[10]
+    assert "10 of 20 steps · loss " in shown[10]
+    assert "&lt;shown&gt;" in shown[10]
+    assert ("20 of 20 steps" in shown[-1]) is (group is None)

@@ -24,7 +24,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from explore.cli import main
+from explore.study.live import SweepTable
 from explore.study.watching import find_study, watch
+from explore.terminal import NotebookOutput, plain_console
 
 
 def new_study(runs: Path, name: str = "experts") -> optuna.Study:
@@ -155,6 +157,22 @@ def test_off_a_terminal_a_line_is_printed_for_each_trial_that_ends(runs: Path) -
     head, line = screen.getvalue().splitlines()
     assert head.split()[:3] == ["trial", "model", "pattern"]
     assert "E-E" in line
+
+
+def test_in_a_notebook_the_table_is_html_that_is_replaced(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, shown = find_study(str(runs)).study, []
+    monkeypatch.setattr(NotebookOutput, "show", lambda self, html: shown.append(html))
+    screen = io.StringIO()
+    with SweepTable(study, 4, plain_console(file=screen, force_jupyter=True)) as table:
+        tell(find_study(str(runs)).study, 2.125, "<E>")
+        table.refresh()
+    assert screen.getvalue() == ""
+    assert "2 of 4 trials" in shown[0]
+    assert "3 of 4 trials" in shown[-1]
+    assert all(
+        text in shown[-1] for text in ("MEM*E", "M-M-", "&lt;E&gt;", "2.1250", "val bpb", "starting", "width:75.0%")
+    )
+    assert "curve" not in shown[-1]  # which no trial has
 
 
 @pytest.mark.slow
