@@ -16,11 +16,13 @@ from explore.terminal import NotebookOutput, plain_console
 
 
 def test_everything_that_the_readme_uses_is_in_explore() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", root / "docs" / "start.md", *sorted((root / "docs" / "how-to").glob("*.md"))]
+    readme = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     imported = re.findall(r"^from explore import (.+)$", readme, re.MULTILINE)
     used = {name.strip() for line in imported for name in line.split(",")}
     used |= set(re.findall(r"(?<![\w/.])explore\.(\w+)(?=[.(])", readme))
-    assert {"Experiment", "fit", "to_hf", "ops"} <= used
+    assert {"Experiment", "fit", "load"} <= used
     assert used <= set(dir(explore))
     assert all(getattr(explore, name) is not None for name in dir(explore))
 

@@ -72,17 +72,27 @@ def sweep(
         Path | None,
         typer.Option(help="A .parquet to go on from, to which all runs are added, hourly: what one commits."),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Set a parameter that the sweep file declares, as tokens=2M; repeatable.",
+        ),
+    ] = None,
     checkpoint_every: CheckpointEvery = None,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
     """Search with Optuna, or go on with a search: nothing that is finished is trained again.
 
+    A sweep file may declare parameters = {"tokens": 2_000_000}, which --set changes; other values are another study.
     The same command from any number of terminals or hosts works on the same study, given the same storage.
     """
     from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_gated
+    from explore.study.parameters import read_parameters
 
-    loaded = load_sweep(file)
+    loaded = load_sweep(file, read_parameters(file, set_ or []))
     folder = runs or Path("runs") / loaded.name
     if workers is None:
         workers = 1 if cluster else choose_workers(loaded.examples, trials)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import resolve_name
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from explore.study.parameters import set_parameters
 
 TELLING = ("tables", "figure", "gate")
 """Names of a sweep file that are about its results alone, and may be changed under its study."""
@@ -20,9 +23,14 @@ INSTALLED = tuple(
 """Folders of modules that come with Python or were installed: their versions are in the record of a run."""
 
 
-def sweep_tree(path: Path) -> ast.Module:
-    """The file without its docstring and how its results are told; comments and layout are not in a tree."""
-    tree = ast.parse(path.read_bytes())  # of bytes, which may begin with a mark or name their encoding
+def sweep_tree(path: Path, parameters: Mapping[str, Any] = MappingProxyType({})) -> ast.Module:
+    """The file without its docstring and how its results are told; comments and layout are not in a tree.
+
+    Args:
+        parameters: values instead of those in the file.
+    """
+    # Of bytes, which may begin with a mark or name their encoding.
+    tree = set_parameters(ast.parse(path.read_bytes()), path, parameters)
     tree.body = [each for each in tree.body if not _tells(each)]
     return tree
 

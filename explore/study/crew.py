@@ -118,7 +118,8 @@ def run_sweep(
         else:
             parent = os.getpid() if cluster is None else None
             # Whole paths: a job of a cluster may start in another folder.
-            post = Post(sweep.path.resolve(), study.study_name, storage, runs.resolve(), n_trials, options, parent)
+            file, place = sweep.path.resolve(), runs.resolve()
+            post = Post(file, study.study_name, storage, place, n_trials, options, parent, sweep.parameters)
             if cluster is None:
                 work_here(post, study, workers, refresh)
             else:

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -45,6 +45,7 @@ class Post:
     Attributes:
         file: the sweep file. The worker loads it again, because the functions in it cannot be pickled.
         parent: process that the worker must not outlive; none for jobs of a cluster, which run on other hosts.
+        parameters: values of parameters of the sweep file, where they are not its own.
     """
 
     file: Path
@@ -54,6 +55,7 @@ class Post:
     n_trials: int
     options: TrialOptions
     parent: int | None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 def work_here(post: Post, study: optuna.Study, workers: int, refresh: Callable[[], None]) -> None:
@@ -146,7 +148,7 @@ def work_at(post: Post, mouth: Connection | None = None) -> None:
     # A job of a cluster has its signals handled by submitit.
     with termination_handled() if post.parent is not None else contextlib.nullcontext():
         try:
-            sweep = load_sweep(post.file)
+            sweep = load_sweep(post.file, post.parameters)
             check_needs(sweep.examples, post.runs)
             study = open_study(sweep, open_storage(post.runs, post.storage, patience_s=PATIENCE_S), name=post.study)
             Worker(sweep, study, post.runs, post.options, plain_console(quiet=True)).work(post.n_trials)

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -29,6 +29,7 @@ from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError, check_not_tied
 from explore.study.code import own_modules, sweep_tree
 from explore.study.learning_rates import LearningRates
+from explore.study.parameters import set_parameters
 from explore.study.pruning import FrontPruner, check_prunable
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Sweep:
             tables by name.
         figure: drawn from these tables.
         gate: what its runs must show at the smallest size before it goes on.
+        parameters: values of parameters that the file declares, where they are not its own.
         examples: the experiments of the baselines, and one that was drawn.
     """
 
@@ -78,6 +80,7 @@ class Sweep:
     tables: Callable[..., Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
     gate: Gate | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     examples: Sequence[Experiment] = ()
 
     @property
@@ -105,7 +108,7 @@ class Sweep:
     @property
     def code(self) -> str:
         """The file without what changes no result: comments, layout, its docstring, and how its results are told."""
-        return ast.unparse(sweep_tree(self.path))
+        return ast.unparse(sweep_tree(self.path, self.parameters))
 
     @property
     def modules(self) -> dict[str, str]:
@@ -113,15 +116,18 @@ class Sweep:
         return own_modules(sweep_tree(self.path))
 
 
-def load_sweep(path: Path) -> Sweep:
+def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep:
     """Runs a sweep file and checks it by sampling one experiment, before anything is created.
+
+    Args:
+        parameters: values of parameters that the file declares, instead of those in it; another study than without.
 
     Raises:
         ValueError: no such file, an error in it by its line, or a name that is missing or of the wrong kind.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such sweep file")
-    module = _run(path)
+    module = _run(path, parameters or {})
     question = (module.__doc__ or "").strip()
     if not question:
         raise ValueError(f"{path}: a docstring that states the question is missing")
@@ -129,6 +135,7 @@ def load_sweep(path: Path) -> Sweep:
     if not callable(experiment):
         raise ValueError(f"{path}: a function experiment(trial) -> Experiment is missing")
     sweep = Sweep(path, question, experiment, _objectives(path, module), **_options(path, module))
+    sweep = dataclasses.replace(sweep, parameters=dict(parameters or {}))
     if sweep.pruner is not None:
         try:
             check_prunable(sweep.objectives)
@@ -168,7 +175,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
     return found
 
 
-def _run(path: Path) -> ModuleType:
+def _run(path: Path, parameters: Mapping[str, Any]) -> ModuleType:
     """The module of a file, by no import: that would leave a folder of compiled code beside it, or take an old one."""
     if path.suffix != ".py":
         raise ValueError(f"{path}: a sweep file ends in .py")
@@ -176,7 +183,9 @@ def _run(path: Path) -> ModuleType:
     module.__file__ = str(path.absolute())
     sys.modules[module.__name__] = module
     try:
-        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
+        code = path.read_bytes()
+        tree = set_parameters(ast.parse(code), path, parameters) if parameters else code
+        exec(compile(tree, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         raise ValueError(f"{path}: {reason(error, path)}") from error
     return module

@@ -1,0 +1,110 @@
+"""Parameters of a sweep file: named numbers and words that `--set` changes, and that are a part of its study."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from explore.foreign import echo
+from explore.formatting import read_count
+from explore.quantities import unknown
+
+NAME = "parameters"
+"""What a sweep file calls the mapping from a parameter to its value."""
+
+
+def declared_parameters(tree: ast.Module, path: Path) -> dict[str, Any]:
+    """The parameters that a sweep file declares, with their values; none where it declares none.
+
+    Raises:
+        ValueError: `parameters` is no mapping of plain values by name.
+    """
+    if (statement := _statement(tree)) is None:
+        return {}
+    try:
+        found = ast.literal_eval(statement.value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(
+            f"{path}: line {statement.lineno}: {NAME} must be a mapping of plain values, such as "
+            '{"tokens": 2_000_000}'
+        )
+    return found
+
+
+def set_parameters(tree: ast.Module, path: Path, values: Mapping[str, Any]) -> ast.Module:
+    """The tree with other values of its parameters, so that the code of the study has them too.
+
+    Raises:
+        ValueError: the file does not declare one of them.
+    """
+    declared = declared_parameters(tree, path)
+    for name in values:
+        if not declared:
+            raise ValueError(f'--set: {path} declares no parameters; write {NAME} = {{"{name}": ...}} there')
+        if name not in declared:
+            raise unknown(name, list(declared), "--set", f"a parameter of {path}")
+    if values and (statement := _statement(tree)) is not None:
+        node = ast.parse(repr(declared | dict(values)), mode="eval").body
+        for each in ast.walk(node):
+            ast.copy_location(each, statement.value)
+        statement.value = node
+    return tree
+
+
+def read_parameters(path: Path, texts: Sequence[str]) -> dict[str, Any]:
+    """Reads `NAME=VALUE`, each value as the kind of the one in the file; numbers may be `2M` or `5e6`.
+
+    Raises:
+        ValueError: another form, a parameter that is not declared, or a value of another kind.
+    """
+    if not texts:
+        return {}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such sweep file")
+    tree = ast.parse(path.read_bytes())
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise ValueError(f"--set must be NAME=VALUE, such as tokens=2M, got {echo(name + equals + value)}")
+    given = {name: value for name, _, value in pairs}
+    set_parameters(tree, path, given)
+    declared = declared_parameters(ast.parse(path.read_bytes()), path)
+    return {name: _like(declared[name], value, name) for name, value in given.items()}
+
+
+def _like(default: Any, text: str, name: str) -> Any:
+    """A value of the kind of the default."""
+    if isinstance(default, str):
+        return text
+    kind = type(default)
+    if kind in (int, float):
+        try:
+            value = read_count(text)
+        except ValueError:
+            value = None
+        if value is not None and kind(value) == value:
+            return kind(value)
+        raise ValueError(f"--set: {name} must be {'a whole number' if kind is int else 'a number'}, got {echo(text)}")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, kind):
+        return value
+    raise ValueError(f"--set: {name} must be of the kind of {json.dumps(default)}, got {echo(text)}")
+
+
+def _statement(tree: ast.Module) -> Any:
+    """Where a sweep file declares its parameters."""
+    for each in tree.body:
+        match each:
+            case ast.Assign(targets=[ast.Name(id=name)]) if name == NAME:
+                return each
+            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr()) if name == NAME:
+                return each
+    return None
