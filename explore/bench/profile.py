@@ -123,7 +123,7 @@ def profiled(
 
 def summary(ops: list[OpTime], step_s: float, profiler_s: float) -> dict[str, Any]:
     """The record of a step of `step_s`, of which the profiled ops are to explain as much as they can."""
-    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    found: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     for op in ops:
         found[op.kind] += op.seconds
     found["dispatch"] -= profiler_s
