@@ -349,6 +349,12 @@ def test_the_norm_before_the_gate_normalises_and_then_gates() -> None:
     assert rms_norm_before_gate(x.bfloat16(), z.bfloat16(), weight.float(), 0.1).dtype == torch.bfloat16
 
 
+def test_squared_relu_of_every_number_in_bf16_is_that_of_torch() -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert every.isnan().sum() == 254
+    torch.testing.assert_close(activate(every, None, "relu2"), F.relu(every).square(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_squared_relu_and_its_gradient() -> None:
     (x,) = leaves((50,))
     y = activate(x, None, "relu2")

@@ -43,7 +43,7 @@ def activate(
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
+        positive = _positive(x)
         ctx.save_for_backward(positive)
         return positive.square()
 
@@ -52,3 +52,18 @@ class _SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return torch.addcmul(dy.new_zeros(()), positive, dy, value=2)  # one pass over memory
+
+
+NEGATIVE_INFINITY = -128
+"""The bits of minus infinity in bf16, read as an integer."""
+
+
+def _positive(x: Tensor) -> Tensor:
+    """The ReLU of x, which keeps NaN.
+
+    Torch widens bf16 to fp32 and back on a CPU, which takes longer than going through memory. Read as integers, the
+    negative numbers of bf16 are those up to minus infinity; above it are negative NaNs and everything else.
+    """
+    if not (x.is_cpu and x.dtype == torch.bfloat16):
+        return F.relu(x)
+    return F.threshold(x.view(torch.int16), NEGATIVE_INFINITY, 0).view(torch.bfloat16)
