@@ -19,7 +19,13 @@ RUN_TOKENS = 20_000_000
 
 
 def compare(
-    shape: str, seconds: float, rate: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
+    shape: str,
+    seconds: float,
+    rate: float,
+    paths: Mapping[str, str] | None = None,
+    names: list[str] | None = None,
+    *,
+    split: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Times every family, ours and the baseline in turn, each in fp32 and in bf16, and takes the better of each.
 
@@ -30,6 +36,7 @@ def compare(
         rate: FLOP/s that matrix products reach here.
         paths: implementations to force.
         names: of families; all when absent.
+        split: ours trains on both halves of a batch at once.
 
     Yields:
         Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, limit (the ratio, were training as fast as
@@ -47,7 +54,9 @@ def compare(
             for precision in precisions
         }
         found = {
-            (side, precision): _measured(name, shape, side, precision, seconds, compiled[precision])
+            (side, precision): _measured(
+                name, shape, side, precision, seconds, compiled[precision], split and side == "ours"
+            )
             for precision in precisions
             for side in ("ours", "transformers")
         }
@@ -92,20 +101,27 @@ def _precisions() -> tuple[str, ...]:
 
 
 def _measured(
-    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
+    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str], split: bool
 ) -> dict[str, Any]:
-    return in_a_process(
-        what="train", family=family, shape=shape, side=side, precision=precision, seconds=seconds, paths=paths
-    )
+    task: dict[str, Any] = {"family": family, "shape": shape, "side": side, "precision": precision}
+    return in_a_process(what="train", **task, seconds=seconds, paths=paths, split=split)
 
 
 def compare_curves(
-    shape: str, n_steps: int, paths: Mapping[str, str] | None = None, names: list[str] | None = None
+    shape: str,
+    n_steps: int,
+    paths: Mapping[str, str] | None = None,
+    names: list[str] | None = None,
+    *,
+    split: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Trains every family on the same text by the paths in use and, in fp32, by the reference.
 
     Two runs of one reference part as well, once a weight differs in its last bit and a router chooses another expert.
     How far says `rounding`, the mean difference to a run whose weights were moved by about a ten-millionth.
+
+    Args:
+        split: the paths in use train on both halves of a batch at once.
 
     Yields:
         Records of family, precision, n_steps, and the mean and largest difference of the loss, and rounding, in nats.
@@ -116,8 +132,8 @@ def compare_curves(
     for name in chosen(shape, names):
         task = {"family": name, "shape": shape, "n_steps": n_steps, "precision": "fp32", "paths": dict(paths or {})}
         truth = _losses(task | {"paths": paths_that(lambda path: path.reference)})
-        found = {precision: _losses(task | {"precision": precision}) for precision in _precisions()}
-        rounding = _apart(found["fp32"], _losses(task | {"nudge": 1e-7}))
+        found = {precision: _losses(task | {"precision": precision, "split": split}) for precision in _precisions()}
+        rounding = _apart(found["fp32"], _losses(task | {"nudge": 1e-7, "split": split}))
         for precision, losses in found.items():
             apart = _apart(losses, truth)
             yield {

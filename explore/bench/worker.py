@@ -30,7 +30,7 @@ from explore.ops import forced_paths, path_of, paths_in_use, rounding_generator
 from explore.ops.quantize import Blocks, quantize_blocks, quantize_compiled
 from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS, FormatName
-from explore.train import QUANTIZE, build_optimizer, fit, keep_freed_memory, processor
+from explore.train import QUANTIZE, build_objective, build_optimizer, fit, in_halves, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
 """Sequences that are decoded at once, and tokens of their prompts."""
@@ -43,7 +43,7 @@ REPEATS = 9
 
 
 def train_step(
-    family: str, shape: str, side: str, precision: str, nudge: float = 0.0, device: str = "cpu"
+    family: str, shape: str, side: str, precision: str, nudge: float = 0.0, device: str = "cpu", split: bool = False
 ) -> Callable[[Tensor, Tensor], float]:
     """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
 
@@ -52,6 +52,7 @@ def train_step(
     Args:
         nudge: standard deviation of a random part by which every weight is changed at the start.
         device: where it trains, and where the batches are.
+        split: ours takes both halves of a batch at once, as `fit` with `split_batch`.
 
     Returns:
         A function from inputs and targets to the loss before the step; transformers shifts the inputs itself.
@@ -70,10 +71,12 @@ def train_step(
         keep_freed_memory()  # as `fit` does
         optimizer, experts = build_optimizer(model, config), model.moe_layers()
 
+        objective = in_halves(build_objective(config)) if split else build_objective(config)
+
         def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-            found = model.loss(inputs, targets)
+            found = objective(model, inputs, targets)
             loads.update((i, stats.load) for i, stats in found.stats.items())
-            return found.cross_entropy + found.aux_loss
+            return torch.stack([term.weight * term.value for term in found.terms.values()]).sum()
 
         module: torch.nn.Module = model
     else:
@@ -103,7 +106,7 @@ def train_step(
 
 
 def measure(
-    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str]
+    family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str], split: bool = False
 ) -> dict[str, Any]:
     """Tokens per second of the median step, and the peak of memory above what was there before the model."""
     size = SHAPES[shape]
@@ -111,7 +114,7 @@ def measure(
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     before = peak_bytes(reset=True)
     with forced_paths(**paths):
-        step = train_step(family, shape, side, precision)
+        step = train_step(family, shape, side, precision, split=split)
         times: list[float] = []
         began = time.perf_counter()
         step(*batch)
@@ -220,13 +223,19 @@ def quantizer(shape: str, format: FormatName) -> dict[str, Any]:
 
 
 def curve(
-    family: str, shape: str, precision: str, n_steps: int, paths: dict[str, str], nudge: float = 0.0
+    family: str,
+    shape: str,
+    precision: str,
+    n_steps: int,
+    paths: dict[str, str],
+    nudge: float = 0.0,
+    split: bool = False,
 ) -> dict[str, Any]:
     """The loss before each of some steps on the bytes of the embedded text."""
     size = SHAPES[shape]
     source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
     with forced_paths(**paths):
-        step = train_step(family, shape, "ours", precision, nudge)
+        step = train_step(family, shape, "ours", precision, nudge, split=split)
         batches = (source.batch(i, size.batch_size) for i in range(n_steps))
         return {"losses": [step(batch.inputs, batch.targets) for batch in batches]}
 

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, err, out
-from explore.cli.options import Json, Paths, forced
+from explore.cli.options import Json, Paths, SplitBatch, forced
 from explore.formatting import duration, flops, milliseconds, size
 
 What = Literal[
@@ -53,6 +53,7 @@ def bench(
         float, typer.Option(min=1, help="Of a training measurement; there are up to four a family.")
     ] = 10,
     path: Paths = None,
+    split_batch: SplitBatch = False,
     steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the text, in millions of bytes.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
@@ -82,6 +83,8 @@ def bench(
         raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
     if path and what not in ("train", "profile", "curves"):
         raise ValueError(f"--path: not with --what {what}; only train, profile and curves can be forced")
+    if split_batch and what not in ("train", "curves"):
+        raise ValueError(f"--split-batch: not with --what {what}; only train and curves can split a batch")
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -123,7 +126,7 @@ def bench(
         _profile(shape, seconds, paths, family, as_json)
         return
     if what == "curves":
-        curves = compare_curves(shape, steps, paths, family)
+        curves = compare_curves(shape, steps, paths, family, split=split_batch)
         records = _told(curves, lambda r: f"{r['family']}, {r['precision']}: {r['mean']:.4f} nats apart")
         apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest", "rounding")}
         _show(records, as_json, ("family", "precision"), apart)
@@ -134,7 +137,7 @@ def bench(
     rate = measured().peak(fastest)
     training = what == "train"
     timed = (
-        compare(shape, seconds, rate, paths, family)
+        compare(shape, seconds, rate, paths, family, split=split_batch)
         if training
         else compare_decoding(shape, new_tokens, family, compiled=compiled)
     )

@@ -40,6 +40,10 @@ Paths = Annotated[
     list[str] | None,
     typer.Option("--path", metavar="OP=PATH", help="Force an implementation, e.g. ssd=compiled; repeatable."),
 ]
+SplitBatch = Annotated[
+    bool,
+    typer.Option("--split-batch", help="Train on both halves of a batch at once, one thread each: for small models."),
+]
 Precision = Annotated[
     str | None, typer.Option(metavar="RECIPE", help="Formats of the components: a recipe's name, or its JSON file.")
 ]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.opening import OR_KEY, run_argument
-from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, Wandb, forced
+from explore.cli.options import CheckpointEvery, Json, Paths, SetOptions, SplitBatch, Wandb, forced
 from explore.formatting import size
 from explore.quantities import columns, quantity
 
@@ -46,6 +46,7 @@ def train(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Compute activations again in the backward pass: less memory, slower.")
     ] = False,
+    split_batch: SplitBatch = False,
     devices: Devices = 1,
     strategy: Strategy = "auto",
     path: Paths = None,
@@ -71,6 +72,7 @@ def train(
         checkpoint_every=checkpoint_every,
         keep_every=keep_every,
         recompute=recompute,
+        split_batch=split_batch,
         wandb=wandb,
         devices=devices,
         strategy=strategy,

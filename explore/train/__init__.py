@@ -7,12 +7,14 @@ from explore.train.capacity import check_capacity
 from explore.train.child import child_experiment
 from explore.train.environment import multiplies_bf16, processor, slow_precision
 from explore.train.fitting import BusyError, fit
+from explore.train.halves import in_halves
 from explore.train.judging import Judge
 from explore.train.loaded import LoadedRun, load
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
 from explore.train.models import evaluate, score
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
+from explore.train.objectives import build_objective
 from explore.train.optimizer import JointOptimizer, build_optimizer
 from explore.train.parallel import is_writer
 from explore.train.puzzle_rounds import puzzle_rounds
@@ -31,6 +33,7 @@ __all__ = [
     "LitLanguageModel",
     "LoadedRun",
     "block_library",
+    "build_objective",
     "build_optimizer",
     "check_capacity",
     "child_experiment",
@@ -39,6 +42,7 @@ __all__ = [
     "decay_weights",
     "evaluate",
     "fit",
+    "in_halves",
     "is_writer",
     "keep_compiled",
     "keep_freed_memory",

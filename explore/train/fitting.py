@@ -25,6 +25,7 @@ from explore.threads import n_cores, use_free_cores
 from explore.train.callbacks import say
 from explore.train.capacity import check_capacity
 from explore.train.distillation import check_teacher
+from explore.train.halves import check_halves
 from explore.train.judging import Judge, check_judged, has_ended, seen, tell
 from explore.train.loop import TrainingRun, train_run
 from explore.train.parallel import StrategyName, check_parallel, is_writer
@@ -45,6 +46,7 @@ def fit(
     checkpoint_every: int | None = None,
     keep_every: int | None = None,
     recompute: bool = False,
+    split_batch: bool = False,
     wandb: tracking.WandbMode | None = None,
     group: str | None = None,
     accelerator: str = "auto",
@@ -68,6 +70,8 @@ def fit(
         checkpoint_every: steps between checkpoints; a twentieth of the run when absent.
         keep_every: steps between weights that are kept for merging, `checkpoints/step-000120.ckpt`; none when absent.
         recompute: make a layer's activations again in the backward pass, for less memory and more time.
+        split_batch: train on both halves of a batch at once, each by one thread, where a model is so small that threads
+            wait for one another at every op. Losses differ in their last bits. A run that goes on keeps its choice.
         wandb: mirror the run to Weights & Biases.
         group: the study that the run is a trial of, under whose name Weights & Biases shows it.
         accelerator: Lightning's name of the device to train on.
@@ -81,7 +85,8 @@ def fit(
 
     Raises:
         ValueError: memory does not suffice; corpus, tokenizer or vocabulary do not fit the model; parent or teacher
-            are gone or do not fit it; the devices do not fit batch or optimizer; a rung is not in the stable phase; the
+            are gone or do not fit it; the devices do not fit batch or optimizer; the
+            batch cannot be split; a rung is not in the stable phase; the
             judge would never be asked; no checkpoint is whole; or (`BusyError`) another process trains this very
             experiment. Nothing is written then.
     """
@@ -89,6 +94,8 @@ def fit(
     if keep_every is not None and keep_every < 1:
         raise ValueError(f"keep_every: must be at least 1, got {keep_every}")
     check_parallel(experiment.train, devices, strategy)
+    if split_batch:
+        check_halves(experiment, devices, _device(accelerator))
     points = curve_steps(experiment, rungs)
     if judge is not None:
         check_judged(experiment, points)
@@ -116,6 +123,7 @@ def fit(
         checkpoint_every=checkpoint_every,
         keep_every=keep_every,
         recompute=recompute,
+        split_batch=folder.environment.get("split_batch", False) if checkpoint is not None else split_batch,
         wandb=wandb,
         group=group,
         accelerator=accelerator,
@@ -147,7 +155,8 @@ def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
     say(run.experiment.notes(run.source), run.console)
     say(missing_compiler(*_length_and_precision(run.experiment, run.devices, device)), run.console)
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
-    describe(folder, run.experiment, run.key, {"devices": run.devices, "strategy": run.strategy, **ops})
+    options = {"devices": run.devices, "strategy": run.strategy, "split_batch": run.split_batch}
+    describe(folder, run.experiment, run.key, options | ops)
     if run.devices == 1:  # several processes would not agree on files that others write
         branch(runs, run.experiment, folder)
     train_run(run)

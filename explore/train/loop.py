@@ -30,6 +30,7 @@ from explore.train.callbacks import (
     quiet,
     say,
 )
+from explore.train.halves import in_halves
 from explore.train.judging import Judge, LearningCurve, seen, tell
 from explore.train.low_precision import LostElements
 from explore.train.memory import keep_freed_memory
@@ -68,6 +69,7 @@ class TrainingRun:
     checkpoint_every: int | None
     keep_every: int | None
     recompute: bool
+    split_batch: bool
     wandb: tracking.WandbMode | None
     group: str | None
     accelerator: str
@@ -185,6 +187,8 @@ def _module(run: TrainingRun, requests: Requests) -> LitLanguageModel:
     model = starting_model(run.experiment)
     model.recompute = run.recompute
     objective = build_objective(run.experiment.train)
+    if run.split_batch:
+        objective = in_halves(objective)
     return LitLanguageModel(run.experiment, model, objective, run.paths, requests, run.key)
 
 
