@@ -32,7 +32,7 @@ from explore.precision import TRAINED, UNQUANTIZED, Recipe, Until, named
 from explore.weights import TrainedModel
 
 UNTIL_DECAY = frozenset(
-    {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
+    {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens", "evaluation"}
 )
 """Fields of `TrainConfig` that do not act on a run before its decay; of the warm-up, only its steps do."""
 
@@ -191,6 +191,8 @@ class TrainConfig(Config):
             weights and optimizer state in fp32; others quantise the operands of some products, and have the rest so.
         val_every: steps between validations; only at the end when absent.
         eval_tokens: tokens of a split that an evaluation reads; all when absent.
+        evaluation: `opening`: every evaluation reads the first `eval_tokens` of a split. `whole`: validations on the
+            way read as many, drawn over the whole split; at the end both splits are read whole and scored by document.
         objective: what is minimised.
         stop_recall: validation recall at which a run ends before its budget, asked every `val_every` steps.
     """
@@ -213,6 +215,7 @@ class TrainConfig(Config):
     eval_tokens: PositiveInt | None = None
     objective: Objective = added_later(NextToken())
     stop_recall: Annotated[float, Field(gt=0, le=1)] | None = added_later(None)
+    evaluation: Literal["opening", "whole"] = added_later("opening")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

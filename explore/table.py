@@ -163,6 +163,22 @@ def load_pairs(*roots: str | Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["run", "suite", "uid", "accuracy"])
 
 
+def load_documents(*roots: str | Path, split: str = "test") -> pd.DataFrame:
+    """Scores of each document of a split, for all runs that have them: columns run, document, nats, n_targets, n_bytes.
+
+    Raises:
+        ValueError: a root does not exist or holds no run.
+    """
+    columns_of = ["run", "document", "nats", "n_targets", "n_bytes"]
+    tables = []
+    for run in find_runs(*roots):
+        scores = (run.evals.get("documents") or {}).get(split)
+        if run.status in ENDED and scores:
+            table = pd.DataFrame(scores).rename_axis("document").reset_index()
+            tables.append(table.assign(run=run.path.resolve().name)[columns_of])
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns_of)
+
+
 def load_params(*roots: str | Path) -> pd.DataFrame:
     """What was drawn for each run that a sweep made: a column `run`, and one a parameter of its trial.
 

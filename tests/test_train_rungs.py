@@ -23,6 +23,7 @@ from explore.train import LitLanguageModel, read_weights, stable_steps
 from explore.train.saving import WholeCheckpointIO
 
 LATER = {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens"}
+LATER |= {"evaluation"}
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ class Recorder:
         {"final_lr_ratio": 0.5},
         {"val_every": 3},
         {"eval_tokens": 64},
+        {"evaluation": "whole"},
         {"batch_size": 8},
         {"lr": 1e-3},
         {"optimizer": "muon"},

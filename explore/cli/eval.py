@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +53,9 @@ def evaluate(
         int | None,
         typer.Option(min=2, max=5, help="Bits per byte of a Kneser-Ney model of this order on the tokens of the run."),
     ] = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Score the whole of val and test, document by document.")
+    ] = False,
     save: Annotated[
         bool, typer.Option("--save", help="Add the results to evals.json of each run, which tables and records hold.")
     ] = False,
@@ -62,8 +66,8 @@ def evaluate(
     from explore.frontier.floors import add_floors, ngram_floor
     from explore.runs import PACKED, RunFolder, write_json
 
-    if not (pairs or corpus or acceptance or ngram):
-        raise ValueError("--pairs, --corpus, --acceptance, --ngram: at least one of them is required")
+    if not (pairs or corpus or acceptance or ngram or whole):
+        raise ValueError("--pairs, --corpus, --acceptance, --ngram, --whole: at least one of them is required")
     only_with("--limit", limit, "--pairs", pairs)
     only_with("--tokens", tokens, "--corpus", corpus)
     suites: dict[str, Path] = {}
@@ -76,12 +80,14 @@ def evaluate(
     found = {}
     for run in runs:
         if run.suffix == PACKED:
-            if ngram is None or not save or pairs or corpus or acceptance:
+            if ngram is None or not save or pairs or corpus or acceptance or whole:
                 raise ValueError(f"{run}: records have no weights; only --ngram with --save can be measured on them")
             n = add_floors(run, ngram)
             out.print(f"{run}: {n} runs got the score of a {ngram}-gram model of their tokens", highlight=False)
             continue
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
+        if whole:
+            results["documents"] = _documents(run)
         if ngram is not None:
             results["ngram"] = ngram_floor(RunFolder(run), ngram)
         if save:
@@ -109,6 +115,9 @@ def evaluate(
         for split in ("val", "test") if "ngram" in results else ():
             label = f"{split} by a {ngram}-gram model of the same tokens, bits per byte"
             view.add_row(label, f"{results['ngram'][f'{split}_bpb']:.4f}")
+        for split, scores in results.get("documents", {}).items():
+            bits = sum(scores["nats"]) / math.log(2) / sum(scores["n_bytes"])
+            view.add_row(f"whole {split}, {len(scores['nats'])} documents, bits per byte", f"{bits:.4f}")
         for sampling, length in results.get("acceptance_length", {}).items():
             view.add_row(f"acceptance length over {acceptance} prompts, {sampling}", f"{length:.3f}")
         out.print(view)
@@ -141,6 +150,19 @@ def _results(
             for name, sampling in (("greedy", GREEDY), ("temperature 1", Sampling()))
         }
     return results
+
+
+def _documents(run: Path) -> dict[str, Any]:
+    """Scores of the documents of both splits, for `evals.json`."""
+    from explore.runs import RunFolder
+    from explore.train import document_scores, load_model
+
+    experiment = RunFolder(run).load_experiment()
+    source = experiment.data.open(experiment.seed)
+    scores = document_scores(experiment, source, load_model(RunFolder(run)))
+    if scores is None:
+        raise ValueError(f"--whole: {run} was trained on {experiment.data.kind}, and documents are those of text")
+    return scores
 
 
 def _prompts(data: TextData, n: int) -> Iterator[Tensor]:

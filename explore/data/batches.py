@@ -19,6 +19,9 @@ from explore.data.tokens import TokenStream
 IGNORED = -100
 """Target of a position where nothing is predicted; `torch.nn.functional.cross_entropy` skips it."""
 
+SAMPLED = 0
+"""Seed of the windows that stand for a split while a run is trained."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -148,6 +151,29 @@ class TextSource:
             ValueError: `max_tokens` cuts the split and the tokenizer has no table of bytes per token.
         """
         return self._eval_batches(self.streams[split], self.n_targets(split, max_tokens), batch_size)
+
+    def sampled_batches(
+        self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
+    ) -> Iterator[Batch]:
+        """Windows that are drawn evenly over the whole split, and so over its documents; the same for every seed.
+
+        Args:
+            max_tokens: rounded down to whole windows, at least one; the whole split in order when absent or too large.
+
+        Raises:
+            ValueError: as `eval_batches` does.
+        """
+        stream, n_targets = self.streams[split], self.n_targets(split, max_tokens)
+        if n_targets == stream.n_tokens - 1:
+            yield from self._eval_batches(stream, n_targets, batch_size)
+            return
+        n, n_places = n_targets // self.seq_len, (stream.n_tokens - 1) // self.seq_len
+        edges = np.arange(n + 1) * n_places // n  # one window of each of n pieces
+        places = edges[:-1] + (np.random.default_rng(SAMPLED).random(n) * np.diff(edges)).astype(np.int64)
+        starts = places * self.seq_len
+        for some in np.split(starts, range(batch_size, n, batch_size)):
+            windows = stream.ids[some[:, None] + np.arange(self.seq_len + 1)].astype(np.int64)
+            yield _batch(windows[:, :-1], windows[:, 1:], self._bytes(windows[:, 1:]))
 
     def n_targets(self, split: Literal["val", "test"], max_tokens: int | None = None) -> int:
         """Tokens of a split that `eval_batches` predicts; what raises there raises here."""

@@ -2,11 +2,13 @@
 
 from explore.evals.acceptance import acceptance_length
 from explore.evals.bits_per_byte import Score, bits_per_byte, score_batch
+from explore.evals.documents import DocumentScores, score_documents
 from explore.evals.minimal_pairs import MinimalPair, minimal_pair_accuracy, read_minimal_pairs
 from explore.evals.ngram import NgramModel, ngram_scores
 from explore.evals.recall import RecallScore, recall_accuracy, recall_score, score_recall
 
 __all__ = [
+    "DocumentScores",
     "MinimalPair",
     "NgramModel",
     "RecallScore",
@@ -19,5 +21,6 @@ __all__ = [
     "recall_accuracy",
     "recall_score",
     "score_batch",
+    "score_documents",
     "score_recall",
 ]

@@ -5,6 +5,7 @@ from explore.frontier.axes import add_axes, experiments_of, front_changes
 from explore.frontier.bands import seed_bands
 from explore.frontier.columns import Floats
 from explore.frontier.comparisons import compare, n_for_half_width
+from explore.frontier.documents import document_interval
 from explore.frontier.flips import rank_correlation
 from explore.frontier.front import hypervolume, pareto_front
 from explore.frontier.intervals import NOT_RESOLVED, Interval, holm
@@ -30,6 +31,7 @@ __all__ = [
     "cluster_interval",
     "compare",
     "crossover",
+    "document_interval",
     "effective_compute",
     "experiments_of",
     "fit_noise",

@@ -12,7 +12,7 @@ from explore.train.judging import Judge
 from explore.train.loaded import LoadedRun, load
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
-from explore.train.models import evaluate, score
+from explore.train.models import document_scores, evaluate, score
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.objectives import build_objective
 from explore.train.optimizer import JointOptimizer, build_optimizer
@@ -40,6 +40,7 @@ __all__ = [
     "compiled_ops",
     "cost_record",
     "decay_weights",
+    "document_scores",
     "evaluate",
     "fit",
     "in_halves",

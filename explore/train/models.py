@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from explore.data import Batch, Source
-from explore.evals import bits_per_byte, recall_score
+from explore.data import Batch, Source, TextSource
+from explore.evals import bits_per_byte, recall_score, score_documents
+from explore.evals.ngram import EVALUATED
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
 from explore.train.low_precision import set_step
@@ -31,9 +32,10 @@ def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[
     """
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
+    max_tokens = None if train.evaluation == "whole" else train.eval_tokens
 
     def batches(split: Any) -> Iterator[Batch]:
-        for batch in source.eval_batches(split, train.batch_size, train.eval_tokens):
+        for batch in source.eval_batches(split, train.batch_size, max_tokens):
             yield replace(batch, inputs=batch.inputs.to(device), targets=batch.targets.to(device))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=train.recipe.high == "bf16"):
@@ -48,3 +50,18 @@ def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[
         "recall": None if recall is None else recall.accuracy,
         **({"recall_by_pairs": {str(n): share for n, share in by_pairs.items()}} if len(by_pairs) > 1 else {}),
     }
+
+
+def document_scores(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any] | None:
+    """What `evals.json` says under `documents` of a model as it is; None where documents are not scored.
+
+    Raises:
+        ValueError: the tokenizer does not say how many bytes a token stands for.
+    """
+    if not isinstance(source, TextSource):
+        return None
+    model, device = model.eval(), model.embedding.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=experiment.train.recipe.high == "bf16"):
+        return {
+            split: score_documents(model, source, split, experiment.train.batch_size).to_record() for split in EVALUATED
+        }

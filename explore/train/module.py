@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
-from explore.data import Batch, Source
+from explore.data import Batch, Source, TextSource
 from explore.evals import RecallScore, Score, score_batch, score_recall
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
@@ -218,7 +218,10 @@ class DataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Tensors]:
         train = self.experiment.train
-        batches = self.source.eval_batches("val", train.batch_size, train.eval_tokens)
+        read = self.source.eval_batches
+        if train.evaluation == "whole" and isinstance(self.source, TextSource):
+            read = self.source.sampled_batches
+        batches = read("val", train.batch_size, train.eval_tokens)
         return DataLoader([_tensors(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
 
 
