@@ -27,7 +27,7 @@ import pandas as pd
 
 from explore.figures import RunFigure, mark, save_figure
 from explore.files import replacing
-from explore.frontier.gate import PASSED, GateReport, gate_report
+from explore.frontier.gate import PASSED, UNGATED, GateReport, gate_report
 from explore.runs import PACKED, find_runs
 from explore.study import Sweep, load_sweep
 from explore.table import load_metrics, load_pairs, load_runs, read_table, save_table
@@ -37,9 +37,6 @@ TOLERANCE = 1e-6
 
 STUDIES = "studies.runs.csv"
 """File of the table of all studies."""
-
-UNGATED = "ungated"
-"""What tables and figures say of a study that passes no gate."""
 
 CANNOT = "Cannot be answered at these sizes"
 """How the answer to the question of a study that passes no gate begins."""

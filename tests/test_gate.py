@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run as run_command
-from small_sweeps import quiet, write_sweep
+from small_sweeps import quiet, study_of, write_sweep
 
 from explore.frontier.floors import add_floors
 from explore.frontier.gate import Gate, gate_report
 from explore.records import pack_runs
 from explore.runs import find_runs
 from explore.study import load_sweep, run_gated
+from explore.study.mirroring import draw_frontier
 from explore.table import load_runs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,24 @@ def test_a_positive_control_that_is_not_found_fails() -> None:
     without = study()
     without = without[(without["arm"] != "dense") | (without["d_model"] != 48)]
     assert failed(without) == {"control dense": "no run at this size"}
+
+
+def test_a_control_that_other_documents_may_turn_is_not_found() -> None:
+    runs = study()
+
+    def documents(spread: float) -> pd.DataFrame:
+        rng = np.random.default_rng(2)
+        turn = spread * rng.standard_normal(10)
+        rows = []
+        for run in runs[runs["d_model"] == 48].itertuples():
+            bits = run.test_bpb + (turn - turn.mean()) * (run.arm == "squeezed")
+            rows += [(run.run, k, bits[k] * 1000 * np.log(2), 250, 1000) for k in range(10)]
+        return pd.DataFrame(rows, columns=["run", "document", "nats", "n_targets", "n_bytes"])
+
+    assert GATE.check(runs, NO_CURVES, 5, documents(0.01)).passed
+    report = GATE.check(runs, NO_CURVES, 5, documents(0.2))
+    assert report.reason.startswith("at d_model 48 control squeezed: +0.0")
+    assert "with documents [-0." in report.reason
 
 
 def test_seeds_that_cannot_resolve_the_effect_in_print_fail() -> None:
@@ -201,7 +220,7 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, runs = gated(tmp_path / "sweep"), tmp_path / "runs"
-    args = ("sweep", str(path), "--trials", "4", "--runs", str(runs), "--workers", "1", "--no-notes")
+    args = ("sweep", str(path), "--trials", "4", "--runs", str(runs), "--workers", "1")
     code, out, said = run_command(capsys, monkeypatch, *args)
     assert code == 1
     assert set(load_runs(runs)["d_model"]) == {32}
@@ -213,6 +232,11 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
     assert code == 0
     assert set(load_runs(runs)["d_model"]) == {32, 64}
     assert "went on, as --ungated says" in said
+    assert (pd.read_csv(runs / "gate.csv")["verdict"] == "failed").any()
+    marked = []
+    monkeypatch.setattr("explore.study.mirroring.mark", lambda figure, words: marked.append(words))
+    draw_frontier(study_of(runs), runs, load_runs(runs))
+    assert marked == ["ungated"]
 
 
 def test_a_gate_needs_a_grid_with_its_sizes(tmp_path: Path) -> None:

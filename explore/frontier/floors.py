@@ -18,6 +18,8 @@ FLOOR_ORDER = 3
 def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
     """Bits per byte of an n-gram model of the tokens that a run was trained on, for its `evals.json`.
 
+    It reads as much of each split as the run was scored on.
+
     Raises:
         ValueError: the run was not trained on text, or the order is not allowed.
     """
@@ -26,7 +28,9 @@ def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
     if not isinstance(source, TextSource):
         raise ValueError(f"{run.path}: was trained on {experiment.data.kind}, and an n-gram model needs text")
     train = experiment.train
-    scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, train.eval_tokens)
+    whole = train.evaluation == "whole" or "documents" in run.evals  # the text that the run itself is scored on
+    max_tokens = None if whole else train.eval_tokens
+    scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, max_tokens)
     return {"order": order, **{f"{split}_bpb": score.bits_per_byte for split, score in scores.items()}}
 
 

@@ -18,15 +18,20 @@ import pandas as pd
 
 from explore.frontier.columns import check_columns, numbers
 from explore.frontier.comparisons import BETTER, WORSE, compare
+from explore.frontier.documents import document_interval
 from explore.frontier.intervals import resolvable
 from explore.quantities import quantity
-from explore.table import load_metrics, load_params, load_runs
+from explore.table import load_documents, load_metrics, load_params, load_runs, read_table
 
 PASSED, FAILED = "passed", "failed"
 MIN_DOCUMENTS: Final = 5
 FLAT: Final = 0.1
 """Share of a curve, at its end, that must be flat or inside the decay."""
 ABSENT: Final = "not measured"
+GATE_FILE: Final = "gate.csv"
+"""File, in a sweep's folder of runs, of what its gate found last."""
+UNGATED: Final = "ungated"
+"""What tables and figures say of a study that passes no gate."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +143,17 @@ class Gate:
             raise ValueError(f"gate: needs finished runs{only}, got none")
         return pd.DataFrame(chosen[chosen[self.size] == chosen[self.size].min()])
 
-    def check(self, runs: pd.DataFrame, curves: pd.DataFrame, seeds: int) -> GateReport:
+    def check(
+        self, runs: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None = None
+    ) -> GateReport:
         """Looks at the runs of the smallest size.
 
         Args:
             runs: a row a run, as `explore.table.load_runs` gives them, with the columns `arm`, `size` and `where`.
             curves: learning curves, as `explore.table.load_metrics` gives them; read where runs have no decay.
             seeds: seeds of each arm that the study plans.
+            documents: scores by document, as `explore.table.load_documents` gives them; a control must then be resolved
+                for other documents too.
 
         Raises:
             ValueError: a column is missing, or no run is left.
@@ -152,7 +161,7 @@ class Gate:
         rows = self.smallest(runs)
         conditions = [
             *self._floor(rows),
-            *self._controls(rows, seeds),
+            *self._controls(rows, seeds, documents),
             *self._whole(rows),
             *self._training(rows, curves),
             *self._alike(rows),
@@ -162,8 +171,7 @@ class Gate:
     def _floor(self, rows: pd.DataFrame) -> Iterator[Condition]:
         own = rows[rows[self.arm] == self.baseline]
         name, sign = f"{self.baseline} beats the floor", quantity(self.value).sign
-        split = self.value.partition("_")[0]
-        column = f"ngram_{split}_bpb"
+        column = f"ngram_{self.value.removeprefix('whole_')}"
         floor, words = self.floor, ""
         if floor is None and column in own and own[column].notna().any():
             floor, words = float(own[column].mean()), " (n-gram)"
@@ -175,7 +183,7 @@ class Gate:
         side = "below" if sign > 0 else "above"
         yield Condition(name, found, f"{side} {floor:.3f}{words}", passed=sign * score < sign * floor)
 
-    def _controls(self, rows: pd.DataFrame, seeds: int) -> Iterator[Condition]:
+    def _controls(self, rows: pd.DataFrame, seeds: int, documents: pd.DataFrame | None) -> Iterator[Condition]:
         arms = [each for each in dict.fromkeys((*self.worse, *self.trivial)) if (rows[self.arm] == each).any()]
         why = None
         try:
@@ -192,7 +200,8 @@ class Gate:
                 else:
                     row = found.loc[each]
                     text = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] {row['verdict']}"
-                    yield Condition(f"control {each}", text, words, passed=row["verdict"] in wanted)
+                    holds, more = self._for_other_documents(rows, each, documents, wanted)
+                    yield Condition(f"control {each}", text + more, words, passed=holds and row["verdict"] in wanted)
         needed = f"at most {self.effect:g} ({self.source})"
         if found.empty:
             yield Condition("resolvable difference", why or ABSENT, needed, passed=False)
@@ -203,6 +212,19 @@ class Gate:
         if self.n_sizes > 1:
             text += f" and {self.n_sizes} sizes"
         yield Condition("resolvable difference", text, needed, passed=least <= self.effect)
+
+    def _for_other_documents(
+        self, rows: pd.DataFrame, arm: Hashable, documents: pd.DataFrame | None, wanted: tuple[str, ...]
+    ) -> tuple[bool, str]:
+        """Whether the difference of an arm is resolved with documents as random draws, and its interval as text."""
+        if documents is None or documents.empty or not self.value.endswith("_bpb"):
+            return True, ""
+        scored = documents.merge(rows[["run", "seed", self.arm]], on="run")
+        if not {arm, self.baseline} <= set(scored[self.arm]):
+            return True, ""
+        found = document_interval(scored, arm, self.baseline, column=self.arm)
+        holds = found.low > 0 or (found.high < 0 and BETTER in wanted)
+        return holds, f", with documents [{found.low:+.4f}, {found.high:+.4f}]"
 
     def _whole(self, rows: pd.DataFrame) -> Iterator[Condition]:
         if "corpus" in rows and rows["corpus"].isna().all():
@@ -269,7 +291,15 @@ def gate_report(gate: Gate, seeds: int, *roots: str | Path) -> GateReport:
     Raises:
         ValueError: as `Gate.check` does, or a root holds no run.
     """
-    return gate.check(gate_runs(*roots), load_metrics(*roots), seeds)
+    split = gate.value.removeprefix("whole_").partition("_")[0]
+    documents = load_documents(*roots, split=split if split in ("val", "test") else "test")
+    return gate.check(gate_runs(*roots), load_metrics(*roots), seeds, documents)
+
+
+def is_ungated(runs: Path) -> bool:
+    """Whether the sweep with this folder of runs went on although its gate failed."""
+    path = runs / GATE_FILE
+    return path.is_file() and bool((read_table(path)["verdict"] == FAILED).any())
 
 
 def _last_change(curves: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) -> tuple[float, float] | None:

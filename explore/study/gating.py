@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from explore.frontier.floors import add_floors
-from explore.frontier.gate import GateReport, gate_report, gate_runs
+from explore.frontier.gate import GATE_FILE, GateReport, gate_report, gate_runs
 from explore.records import pack_runs
 from explore.study.crew import SweepSummary, run_sweep
 from explore.study.sweep_file import Sweep
+from explore.table import save_table
 
 
 def run_gated(
@@ -35,6 +36,7 @@ def run_gated(
         rows = sweep.gate.smallest(gate_runs(runs))
         add_floors(runs, names=rows.loc[rows[sweep.gate.arm] == sweep.gate.baseline, "run"])
     report = gate_report(sweep.gate, sweep.seeds, runs)
+    save_table(report.table(), runs / GATE_FILE)
     if (report.passed or ungated) and n_trials > first:
         summary = run_sweep(sweep, n_trials, runs, records=records, **options)
     elif records is not None:

@@ -10,7 +10,8 @@ import optuna
 import pandas as pd
 from optuna.trial import TrialState
 
-from explore.figures import family_styles, frontier_table, plot_frontier, save_figure
+from explore.figures import family_styles, frontier_table, mark, plot_frontier, save_figure
+from explore.frontier.gate import UNGATED, is_ungated
 from explore.quantities import quantity
 from explore.runs import find_runs
 from explore.study.storage import objectives_of
@@ -50,7 +51,10 @@ def draw_frontier(study: optuna.Study, runs: Path, table: pd.DataFrame) -> Path:
         The PNG.
     """
     quality, (cost, *_) = frontier_axes(study)
-    return save_figure(plot_frontier(table, cost, quality), runs / "frontier.png")[0]
+    drawn = plot_frontier(table, cost, quality)
+    if is_ungated(runs):
+        mark(drawn, UNGATED)
+    return save_figure(drawn, runs / "frontier.png")[0]
 
 
 class GrowingFrontier:
