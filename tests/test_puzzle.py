@@ -35,6 +35,7 @@ BLOCKS = {
     "-": {"d_ff": 48},
     "E": {"n_experts": 4, "top_k": 2, "d_expert": 8, "d_shared": 16, "d_latent": 16},
 }
+# All kinds of replacements: cut, pooled, linear and none.
 REQUEST = LibraryRequest(
     offer=Offer(shares=(0.5,), vary=("d_ff", "n_kv_heads", "n_experts", "d_latent", "d_state", "n_groups")),
     tokens=12 * 128,

@@ -46,7 +46,7 @@ def puzzle(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with simpler methods under the same budgets.")
     ] = False,
-    shares: Annotated[str, typer.Option(help="Sizes to offer, as shares of the parent's.")] = "0.75,0.5,0.25",
+    shares: Annotated[str, typer.Option(help="Sizes to offer, as shares of the parent's.")] = "0.5,0.25",
     vary: Annotated[
         list[str] | None,
         typer.Option(metavar="SIZE", help="Offer only these sizes, e.g. E.n_experts; repeatable; all when absent."),
@@ -234,7 +234,7 @@ def _record(
         "cost": {name: pair[1] for name, pair in measures.items()},
         "parent_cost": {name: pair[0] for name, pair in measures.items()},
         "parent": children.parent._asdict(),
-        "flops_before": solver.library.flops + children.flops,
+        "flops": solver.library.flops + children.flops,
         "notes": children.notes(found[0]),
         "solutions": rows,
         "baselines": compared,
@@ -299,8 +299,14 @@ def _sweep_and_draw(
     drawing = plot_tradeoff(table, name, children.parent, solver.parent_cost(name), run.resolve().name)
     written = save_figure(drawing, path)
     if as_json:
-        content = {"budget": name, "figure": str(written[0]), "parent": children.parent._asdict()}
-        print(json.dumps({**content, "points": table.to_dict("records")}, indent=2))
+        content = {
+            "budget": name,
+            "figure": str(written[0]),
+            "parent_cost": solver.parent_cost(name),
+            "parent": children.parent._asdict(),
+            "points": table.to_dict("records"),
+        }
+        print(json.dumps(content, indent=2))
         return
     _print_sweep(table, name, solver.parent_cost(name), children.parent.val_loss)
     for each in written:

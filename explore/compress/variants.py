@@ -20,13 +20,15 @@ from explore.config import Config
 from explore.foreign import echo
 from explore.model import ModelConfig
 
+Change = Literal["cut", "pooled", "linear", "none"]
 How = Literal["whole", "cut", "pooled", "linear", "none"]
 """whole: the layer as it is; cut: fewer indices of some axes; pooled: means over the indices of an axis that others
-share, such as heads of keys and values; linear: a matrix; none: the layer is left out."""
+share, such as heads of keys and values, where cutting would take the others away too; linear: a matrix; none: the layer
+is left out."""
 
-REPLACEMENTS: tuple[How, ...] = get_args(How)[1:]
+REPLACEMENTS: tuple[Change, ...] = get_args(Change)
 
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.5, 0.25)
 """Shares of an axis that are offered beside the whole."""
 
 
@@ -64,7 +66,7 @@ class Offer(Config):
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = SHARES
     vary: tuple[str, ...] = ()
     at_once: int = Field(default=1, ge=1, le=4)
-    replacements: tuple[How, ...] = REPLACEMENTS
+    replacements: tuple[Change, ...] = REPLACEMENTS
 
     def check(self, model: ModelConfig) -> None:
         """Refuses sizes that a model does not have.
@@ -107,10 +109,10 @@ def _smaller(letter: str, block: BlockConfig, offer: Offer) -> Iterator[Variant]
             for values in product(*(sizes[field] for field in together)):
                 cut = dict(zip(together, values, strict=True))
                 name = ", ".join(f"{field}={n}" for field, n in cut.items())
-                if "cut" in offer.replacements:
-                    yield from _variant(name, "cut", block, _within(block, cut))
-                if "pooled" in offer.replacements and n_fields == 1 and is_pooled(block, axes[together[0]], values[0]):
+                if n_fields == 1 and "pooled" in offer.replacements and is_pooled(block, axes[together[0]], values[0]):
                     yield from _variant(f"{name} pooled", "pooled", block, cut)
+                elif "cut" in offer.replacements:
+                    yield from _variant(name, "cut", block, _within(block, cut))
 
 
 def _variant(name: str, how: How, block: BlockConfig, sizes: Mapping[str, int]) -> Iterator[Variant]:

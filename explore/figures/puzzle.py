@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from explore.figures.axes import LINE, dress, is_log, legend, log_axis, nothing
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
@@ -16,7 +18,7 @@ from explore.quantities import quantity
 if TYPE_CHECKING:
     from explore.compress.replacing import Measured
 
-PREDICTED, MEASURED = "predicted: sum over the layers", "measured: the child"
+PREDICTED, MEASURED = "predicted, summed", "measured"
 
 
 def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float = 8.0) -> None:
@@ -39,8 +41,18 @@ def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float
         handles.append(line)
     if is_log(shown):
         log_axis(ax, shown, 0.1, which="y")
-    log_axis(ax, table[name], 0.05)
     legend(ax, handles, font_pt)
+
+
+def _dress_x(ax: Axes, name: str) -> None:
+    """A few ticks of a linear axis in whole units: bytes come in powers of 1024."""
+    low, high = ax.get_xlim()
+    base = 1024 if name.endswith("bytes") else 1000
+    unit = float(base ** max(0, math.floor(math.log(max(high, 1.0), base))))
+    ticks = [tick * unit for tick in MaxNLocator(5).tick_values(max(low, 0.0) / unit, high / unit)]
+    ax.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(name).text(value)))
+    ax.set_xlim(low, high)
 
 
 def draw_quality(
@@ -59,7 +71,6 @@ def draw_quality(
     (children,) = ax.plot(table[name], table[y], **line_styles([PREDICTED, MEASURED])[MEASURED].look(font_pt))
     ax.axhline(parent[1], ls=":", color=LINE, lw=0.15 * font_pt, zorder=1)
     ax.plot(*parent, marker="*", ms=font_pt, color=LINE, ls="", zorder=3)
-    log_axis(ax, pd.concat([table[name], pd.Series([parent[0]])]), 0.05)
     children.set_label("children, not trained further")
     legend(ax, [children, Line2D([], [], marker="*", ms=font_pt, color=LINE, ls=":", label="parent")], font_pt)
 
@@ -91,8 +102,10 @@ def plot_tradeoff(
     figure = RunFigure(width, height, title or f"Children of {run} by {name}", [run])
     if title:
         figure.suptitle(title, fontsize=font_pt + 1)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     draw_divergences(table, name, left, font_pt=font_pt)
     y = "val_loss" if parent.val_bpb is None else "val_bpb"
     draw_quality(table, name, y, (parent_cost, getattr(parent, y)), right, font_pt=font_pt)
+    if not table.empty:
+        _dress_x(right, name)
     return figure
