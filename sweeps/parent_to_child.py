@@ -64,7 +64,7 @@ def plans(parent: Path, model: ModelConfig, seq_len: int, *, quick: bool) -> dic
     budget = ["--target", f"params_active={target}", "--best", 1, "--score-at-most", 4 if quick else 32]
     found = {
         "width": explore("cut", parent, *budget, "--tolerance", 0.02, *narrow),
-        "depth": explore("cut", parent, *budget, "--tolerance", 0.05, "--free", "depth"),
+        "depth": explore("cut", parent, *budget, "--tolerance", 0.1, "--free", "depth=2:12"),
     }
     if has_puzzle():
         found["puzzle"] = explore("puzzle", parent, "--max", f"params_active={target}")
