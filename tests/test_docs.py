@@ -55,7 +55,7 @@ def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
             continue
         assert arguments[0] in group.commands, f"{page}: explore {arguments[0]}"
         try:
-            given = [str(ROOT) if each == "RUN" else each for each in arguments[1:]]  # a run has to be there
+            given = [str(ROOT) if each in ("RUN", "RUN2") else each for each in arguments[1:]]  # a run has to be there
             group.commands[arguments[0]].make_context(arguments[0], given)
         except typer.TyperException as error:
             said = error.format_message()
@@ -135,14 +135,13 @@ def test_what_is_quick_on_a_page_runs(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run of a few steps, which stands for RUN."""
+    """A folder with two runs of a few steps, which stand for RUN and RUN2."""
     from explore.train import fit
 
     example = ROOT / "sweeps" / "examples" / "latent_moe.json"
-    fit(
-        Experiment.load(example, ["train.tokens=4096", "train.eval_tokens=4096"]),
-        runs := tmp_path_factory.mktemp("runs"),
-    )
+    runs = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        fit(Experiment.load(example, ["train.tokens=4096", "train.eval_tokens=4096", f"seed={seed}"]), runs)
     return runs
 
 
@@ -152,7 +151,7 @@ def test_all_of_a_page_runs_in_its_order(
     page: str, place: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, place / "runs")
-    (parent,) = (place / "runs").iterdir()
+    parent, other = sorted((place / "runs").iterdir())
     names: dict[str, Any] = {}
     for block in filter(lambda block: block.is_run, blocks(PAGES[page])):
         if block.title:
@@ -161,7 +160,10 @@ def test_all_of_a_page_runs_in_its_order(
             exec(compile(smaller(block.text).replace("RUN", str(parent)), page, "exec"), names)
         for arguments in block.commands if not block.title else ():
             plan = next((parent / "plans").glob("*.json"), Path("PLAN"))
-            given = [smaller(each).replace("RUN", str(parent)).replace("PLAN", str(plan)) for each in arguments]
+            given = [
+                smaller(each).replace("RUN2", str(other)).replace("RUN", str(parent)).replace("PLAN", str(plan))
+                for each in arguments
+            ]
             for option in SMALL_OPTIONS.keys() & given if given[0] != "plan" else ():
                 given[given.index(option) + 1] = SMALL_OPTIONS[option]
             if given[0] == "train" and not any(each.startswith("train.tokens") for each in given):
