@@ -31,6 +31,7 @@ from explore.figures.frontier import draw_frontier, frontier_table, plot_frontie
 from explore.figures.plan import draw_layouts, draw_plan_memory, layouts_table, plan_memory_table, plot_plans
 from explore.figures.puzzle import draw_divergences, draw_quality, plot_tradeoff
 from explore.figures.scores import draw_layers, draw_scores, layers_table, plot_scores, scores_table
+from explore.figures.seeds import draw_seeds
 from explore.figures.studies import (
     VERDICTS,
     draw_comparisons,
@@ -79,6 +80,7 @@ __all__ = [
     "draw_residuals",
     "draw_scores",
     "draw_search",
+    "draw_seeds",
     "draw_state",
     "draw_throughput",
     "family_styles",
