@@ -186,6 +186,35 @@ def test_rates_are_searched_by_nats_where_tokens_stand_for_no_bytes(tmp_path: Pa
     assert pilots.to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
 
 
+def test_rates_are_searched_by_the_quantity_that_the_sweep_names(tmp_path: Path) -> None:
+    text = sweep_file(tmp_path, "flops_run").read_text()
+    text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=2, vocab_size=16)", text)
+    rates = 'LearningRates(low=1e-3, high=4e-3, start=2e-3, share=1.0, by="recall_over_steps")'
+    for old, new in {
+        "import Budgets": "import Budgets, LearningRates",
+        "TextData": "RecallData",
+        "budgets =": f"learning_rates = {rates}\nbudgets =",
+        "val_bpb": "val_loss",
+        "TrainConfig(": "TrainConfig(val_every=2, ",
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "tied.py").write_text(text)
+    assert run_sweep(load_sweep(tmp_path / "tied.py"), 1, tmp_path / "runs", console=Console(quiet=True)).complete == 1
+    (trial,) = study_of(tmp_path / "runs", "tied").trials
+    pilots = load_runs(tmp_path / "runs" / PILOTS).set_index("lr")["recall_over_steps"]
+    assert pilots.to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
+    assert pilots.nunique() > 1
+    assert trial.user_attrs["lr_by"] == "recall_over_steps"
+    best = pilots.idxmax()
+    assert best / 2 <= trial.user_attrs["lr"] <= best * 2
+
+
+def test_a_quantity_that_no_run_has_is_refused_for_a_search() -> None:
+    with pytest.raises(ValueError, match=r"learning_rates\.by must be a quantity with numbers, got 'recal'; .*recall"):
+        LearningRates(by="recal")
+
+
 def merging_sweep(folder: Path, merging: str = "Merging(share=0.5, last=3)") -> Path:
     return write_sweep(
         folder,
