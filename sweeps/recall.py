@@ -23,11 +23,15 @@ everywhere, with a head at every position; only the queries' logits are computed
     explore sweep sweeps/recall.py --trials 8 --workers 1 --records sweeps/records/recall.parquet
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import optuna
+import pandas as pd
 
 from explore import Experiment, ModelConfig, RecallData, TrainConfig
+from explore.figures import RunFigure, draw_seeds, stacked
+from explore.frontier import success_difference, success_fraction
 from explore.study import LearningRates
 
 CONTROL, BASELINE, PRIMARY = "all-rope-conv", "none", "middle"
@@ -44,8 +48,6 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 """Patterns and options of attention, the arms of the gate and of the primary claim first."""
 PAIRS = (4, 8, 16, 32)
 SEQ_LEN, BATCH_SIZE, N_STEPS = 128, 64, 2000
-SOLVED = 0.9
-"""Accuracy from which a run counts as a success."""
 
 objectives = {"recall": "maximize", "recall_over_steps": "maximize"}
 sampler = "grid"
@@ -73,3 +75,82 @@ def experiment(trial: optuna.Trial) -> Experiment:
             tokens=N_STEPS * BATCH_SIZE * SEQ_LEN, batch_size=BATCH_SIZE, lr=3e-3, val_every=25, stop_recall=0.99
         ),
     )
+
+
+SOLVED = 0.9
+"""Accuracy from which a run counts as a success."""
+BY_PAIRS = {f"recall_{n}_pairs": f"{n} pairs" for n in PAIRS}
+HARDEST = f"recall_{PAIRS[-1]}_pairs"
+NAMES = {
+    "none": "none",
+    "early": "one of four, first",
+    "middle": "one of four, third",
+    "late": "one of four, last",
+    "half": "two of four",
+    "all-nope": "all, NoPE",
+    "all-rope": "all, RoPE",
+    "all-rope-conv": "all, RoPE, convolution",
+}
+"""The arms as figures show them, from above."""
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """What every arm and every seed came to, the successes against `none`, and the gate; arms may still be missing."""
+    runs = runs[runs["status"].isin(["finished", "diverged"])].copy()
+    runs["arm"] = runs["name"]
+    runs["solved"] = runs[HARDEST].fillna(0.0) >= SOLVED
+    scores = ["recall", *BY_PAIRS]
+    groups = runs.groupby("arm")
+    what = ["pattern", "lr", "tuned", "params_active_no_embeddings", "state_bytes", "flops_fwd"]
+    arms = groups[what].first().join(groups[scores].mean())
+    steps = runs.assign(steps_to_90=runs["steps_to_90"].astype(float).fillna(float("inf"))).groupby("arm")[
+        "steps_to_90"
+    ]
+    arms["median_steps_to_90"] = steps.median()  # infinite where half of the seeds or more do not get there
+    counts = groups["solved"].agg(n_seeds="size", successes="sum")
+    arms = counts.join(arms).loc[[arm for arm in NAMES if arm in counts.index]]
+    shares = [vars(success_fraction(int(each.successes), int(each.n_seeds))) for each in arms.itertuples()]
+    return {
+        "arms": arms.reset_index(),
+        "solved": pd.DataFrame(shares, index=arms.index)[["estimate", "low", "high"]].reset_index(),
+        "differences": _differences(arms),
+        "gate": _gate(arms),
+        "seeds": runs[["arm", "seed", "lr", "step", "steps_to_90", "recall_over_steps", *scores]].sort_values(
+            ["arm", "seed"]
+        ),
+    }
+
+
+def _differences(arms: pd.DataFrame) -> pd.DataFrame:
+    """Shares of successes minus that of `none`, each with its own interval."""
+    rows = []
+    for arm in arms.index if BASELINE in arms.index else ():
+        if arm == BASELINE:
+            continue
+        numbers = [int(arms.loc[name, column]) for name in (arm, BASELINE) for column in ("successes", "n_seeds")]
+        rows.append({"arm": arm, "primary": arm == PRIMARY, **vars(success_difference(*numbers))})
+    return pd.DataFrame(rows, columns=["arm", "primary", "estimate", "low", "high", "level"])
+
+
+def _gate(arms: pd.DataFrame) -> pd.DataFrame:
+    """The two checks without which nothing follows from the other arms; what has not run yet has not passed."""
+    rows = [
+        ("the control recalls", CONTROL, "recall", "at least", lambda value: value >= SOLVED),
+        ("no attention overflows", BASELINE, HARDEST, "below", lambda value: value < SOLVED),
+    ]
+    records = []
+    for check, arm, quantity, words, passes in rows:
+        value = float(arms.loc[arm, quantity]) if arm in arms.index else float("nan")
+        records.append((check, arm, quantity, value, f"{words} {SOLVED}", bool(passes(value))))
+    return pd.DataFrame(records, columns=["check", "arm", "quantity", "value", "needs", "passed"])
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """Accuracy by number of pairs, and steps to 90%, every seed a dot."""
+    drawn, (above, below) = stacked([3.4, 2.2], "What does attention need in order to recall?")
+    seeds = tables["seeds"]
+    draw_seeds(above, seeds, NAMES, BY_PAIRS, "Accuracy on test")
+    above.set_xlim(-0.02, 1.02)
+    never = (float(N_STEPS), f"not within {N_STEPS:,} steps")
+    draw_seeds(below, seeds, NAMES, {"steps_to_90": "a seed"}, "Steps to 90% of all queries", missing=never, log=True)
+    return drawn
