@@ -62,9 +62,9 @@ def draw_seeds(
                     [median] * 2, [middle - height / 2, middle + height / 2], color=LINE, lw=0.12 * font_pt, zorder=2
                 )
     if log:
-        drawn = runs.loc[runs[arm].isin(shown), list(columns)].astype(float).stack().dropna()
-        ends = drawn if missing is None else pd.concat([drawn, pd.Series([missing[0]])])
-        log_axis(ax, ends, 0.05)
+        drawn = runs.loc[runs[arm].isin(shown), list(columns)].to_numpy(dtype=float).ravel()
+        ends = drawn[np.isfinite(drawn)] if missing is None else np.append(drawn[np.isfinite(drawn)], missing[0])
+        log_axis(ax, pd.Series(ends), 0.05)
     rows_of_names(ax, [names[each] for each in shown])
     legend(ax, _handles(columns, shades, missing, font_pt), font_pt)
 
