@@ -55,8 +55,8 @@ QUANTIZED = {
     "quantized_from", "kl", "kl_decoded", "scales", "kv_format", "state_format", "state_rounding",
 }  # fmt: skip
 ABSENT = QUANTIZED | {
-    "parent", "teacher", "flops_teacher", "flops_before", "recall", "d_latent", "reason", "stopped_val_bpb",
-    "whole_val_bpb", "whole_test_bpb", "test_documents",
+    "parent", "teacher", "flops_teacher", "flops_before", "recall", "recall_over_steps", "steps_to_90", "d_latent",
+    "reason", "stopped_val_bpb", "whole_val_bpb", "whole_test_bpb", "test_documents",
 }  # fmt: skip
 """What a finished run on text without a latent, a parent and a teacher, which is not quantised, does not have."""
 NUMBERS = [each.name for each in columns(MEMBERS) if each.is_number]
