@@ -187,15 +187,15 @@ def test_rates_are_searched_by_nats_where_tokens_stand_for_no_bytes(tmp_path: Pa
 
 
 def test_rates_are_searched_by_the_quantity_that_the_sweep_names(tmp_path: Path) -> None:
-    text = sweep_file(tmp_path, "flops_run").read_text()
-    text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=2, vocab_size=16)", text)
+    text = sweep_file(tmp_path, "flops_run", train="tokens=12_800, val_every=10").read_text()
+    text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=2, vocab_size=6)", text)
     rates = 'LearningRates(low=1e-3, high=4e-3, start=2e-3, share=1.0, by="recall_over_steps")'
     for old, new in {
         "import Budgets": "import Budgets, LearningRates",
         "TextData": "RecallData",
         "budgets =": f"learning_rates = {rates}\nbudgets =",
         "val_bpb": "val_loss",
-        "TrainConfig(": "TrainConfig(val_every=2, ",
+        ", eval_tokens=128": "",
     }.items():
         assert old in text
         text = text.replace(old, new)
