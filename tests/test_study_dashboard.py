@@ -159,6 +159,15 @@ def test_a_note_of_any_length_is_what_the_dashboards_own_package_reads(tmp_path:
     assert optuna_dashboard.get_note(study) == "edited"
 
 
+def test_the_note_of_a_rejected_trial_does_not_call_it_pruned(tmp_path: Path) -> None:
+    study = new_study(tmp_path)
+    trial = study.ask()
+    dashboard.note_rejection(study, trial._cached_frozen_trial, "params_total is 3% above its budget")
+    assert optuna_dashboard.get_note(trial) == (
+        "**rejected before training**, not pruned: params_total is 3% above its budget\n"
+    )
+
+
 def test_what_cannot_be_written_is_one_line_each_and_no_error(tmp_path: Path) -> None:
     study, said = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))

@@ -145,6 +145,30 @@ def test_a_study_tells_how_many_trials_it_was_asked_for(runs: Path) -> None:
     assert "2 of 2 trials" in screen.getvalue()
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_finished_study_is_printed_whole(runs: Path, is_terminal: bool) -> None:
+    study, screen = find_study(str(runs)).study, io.StringIO()
+    for i in range(40):
+        tell(study, 2.125, "E" * (i + 1))
+    watch(study, Console(file=screen, force_terminal=is_terminal, width=120, height=24), 42)
+    assert "42 of 42 trials" in screen.getvalue()
+    assert all(f" {'E' * (i + 1)} " in screen.getvalue() for i in range(40))
+
+
+@pytest.mark.parametrize(("width", "missing"), [(100, []), (60, ["model"]), (40, ["params", "model"])])
+def test_columns_without_room_are_left_out_and_curves_stay(runs: Path, width: int, missing: list[str]) -> None:
+    study, screen = find_study(str(runs)).study, io.StringIO()
+    trial = study.ask()
+    trial.set_user_attr("curve", [[step, 3 - step / 10] for step in range(10)])
+    study.tell(trial, [2.0, 1e12])
+    watch(study, Console(file=screen, width=width), once=True)
+    shown = screen.getvalue()
+    assert "…" not in shown
+    assert "█▇▆▆▅▄▃▃▂▁" in shown
+    heads = shown.splitlines()[1]
+    assert [name for name in ("params", "model") if name not in heads] == missing
+
+
 def test_off_a_terminal_a_line_is_printed_for_each_trial_that_ends(runs: Path) -> None:
     study, screen = find_study(str(runs)).study, io.StringIO()
     watching = threading.Thread(

@@ -18,12 +18,16 @@ def watch(
     storage: StudyStorage = None,
     name: StudyName = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Leave when so many have ended; what was asked for when absent.")
+        int | None, typer.Option(min=1, help="Exit after this many trials (default: what the sweep was asked for).")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print how it stands, and leave.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two drawings.")] = 2.0,
 ) -> None:
-    """Show a study live, from any terminal: its trials, their learning curves and the front. Ctrl-C leaves it alone."""
+    """Show a study live, from any terminal: its trials, the front and, where a run was validated, its learning curve.
+
+    Columns that have no room are left out, the curves last. A study that has its trials is printed once. Ctrl-C leaves
+    the study alone.
+    """
     from explore.study.watching import find_study
     from explore.study.watching import watch as watch_study
 

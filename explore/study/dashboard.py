@@ -78,6 +78,21 @@ def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifac
             say(f"trial {trial.number}: no {name} for optuna-dashboard: {' '.join(str(error).split())}")
 
 
+def note_rejection(study: optuna.Study, trial: FrozenTrial, why: str | None, say: Say = _warn) -> None:
+    """Writes the note of a trial that was turned away before training, which optuna-dashboard lists as pruned.
+
+    There may be hundreds, so the notes that are there are not read first, as `_save_note` does.
+    """
+    text = f"**rejected before training**, not pruned: {why or 'no reason was given'}\n"[:PIECE]
+    try:
+        for name, value in (("note_str:0", text), ("note_ver", 1)):
+            study._storage.set_study_system_attr(study._study_id, f"{_prefix(trial)}{name}", value)
+    except optuna.exceptions.UpdateFinishedTrialError:
+        return
+    except Exception as error:
+        say(f"trial {trial.number}: no note for optuna-dashboard: {' '.join(str(error).split())}")
+
+
 def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | None) -> str:
     """What is worth knowing of a trial, in Markdown."""
     row, result, about = folder.row(), folder.result or {}, trial.user_attrs

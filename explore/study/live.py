@@ -20,8 +20,12 @@ from explore.study.storage import objectives_of
 from explore.table import cell, model_label
 from explore.terminal import NotebookOutput, bars
 
-NAMES = ("trial", "model", "pattern")
-"""Headers of the columns that say which trial it is."""
+ENDLESS = 10_000
+"""Columns of a terminal on which a table has the width that it needs."""
+NAMES, LAST = ("trial", "model", "pattern"), ("time", "curve", "state")
+"""Headers before the quantities and after them."""
+LEFT = (*NAMES, "curve", "state")
+"""Headers of the columns of text."""
 NOTEBOOK_ROWS = 40
 STATE_WIDTH = 24
 """Columns of the terminal for how a trial stands; the whole reason is in the study."""
@@ -72,27 +76,38 @@ class SweepTable:
             cells = [text or "-" for text in self._row(trial, front)]
             self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
-    def render(self) -> Table:
-        """The table: one row a trial, the latest ones where not all fit; Pareto-optimal ones are marked."""
+    def render(self, *, whole: bool = False) -> Table:
+        """The table: one row a trial; Pareto-optimal ones are marked. Columns that have no room are left out.
+
+        Args:
+            whole: all trials, instead of the latest ones where not all fit the screen.
+        """
         trials, front = self._trials(), self._front()
-        table = Table(
-            box=None,
-            padding=(0, 1, 0, 0),
-            title=f"{self.study.study_name}: {self._n_ended(trials)} of {self.n_trials} trials",
-            caption=self._legend(),
-            title_justify="left",
-            caption_justify="left",
-        )
-        header = self._header()
-        for i, column in enumerate(header[:-2]):
-            table.add_column(column, justify="left" if i < len(NAMES) else "right", no_wrap=True)
-        table.add_column(header[-2], no_wrap=True)
-        table.add_column(header[-1], no_wrap=True, overflow="ellipsis", max_width=STATE_WIDTH)
-        room = max(4, self.console.height - 12)
-        for trial in trials[-room:]:
-            table.add_row(*self._row(trial, front))
-        table.columns = [column for column in table.columns if any(column.cells)]  # none that is empty throughout
-        return table
+        known, heads = self._known(), self._header()
+        rows = [self._row(trial, front) for trial in (trials if whole else trials[-max(4, self.console.height - 12) :])]
+        shown = [i for i in range(len(heads)) if any(row[i] for row in rows)]  # none that is empty throughout
+        spare = [heads.index(name) for name in ("model", *(each.header for each in reversed(known)), "time", "state")]
+        while True:
+            table = Table(
+                box=None,
+                padding=(0, 1, 0, 0),
+                title=f"{self.study.study_name}: {self._n_ended(trials)} of {self.n_trials} trials",
+                caption=self._legend(),
+                title_justify="left",
+                caption_justify="left",
+            )
+            for i in shown:
+                width = STATE_WIDTH if heads[i] == "state" else None
+                table.add_column(
+                    heads[i], justify="left" if heads[i] in LEFT else "right", no_wrap=True, max_width=width
+                )
+            for row in rows:
+                table.add_row(*(row[i] for i in shown))
+            endless = self.console.options.update(max_width=ENDLESS)
+            dropped = next((i for i in spare if i in shown), None)
+            if dropped is None or self.console.measure(table, options=endless).maximum <= self.console.width:
+                return table
+            shown.remove(dropped)
 
     def render_html(self) -> str:
         """A progress bar and the table, for a notebook: the latest trials where there are many."""
@@ -108,7 +123,7 @@ class SweepTable:
             table(
                 [header[i] for i in kept],
                 shown,
-                left=[at for at, i in enumerate(kept) if header[i] in (*NAMES, "curve", "state")],
+                left=[at for at, i in enumerate(kept) if header[i] in LEFT],
             )
             if rows
             else "",
@@ -121,7 +136,7 @@ class SweepTable:
 
     def _header(self) -> list[str]:
         objectives = (quantity(name) for name in self.objectives)
-        return [*NAMES, *(each.header for each in (*self._known(), *objectives)), "time", "curve", "state"]
+        return [*NAMES, *(each.header for each in (*self._known(), *objectives)), *LAST]
 
     def _legend(self) -> str:
         n_rejected = sum(map(is_rejected, self._all()))

@@ -87,7 +87,11 @@ def watch(
 
     table = SweepTable(study, asked() or n_counted(study), console)
     if once:
-        console.print(table.render() if study.get_trials(deepcopy=False) else f"{study.study_name}: no trials yet")
+        begun = study.get_trials(deepcopy=False)
+        console.print(table.render(whole=True) if begun else f"{study.study_name}: no trials yet")
+        return
+    if (n := asked()) is not None and n_counted(study) >= n:  # there is nothing to wait for
+        console.print(table.render(whole=True))
         return
     try:
         with table:

@@ -24,7 +24,7 @@ from explore.runs import PILOTS, RunFolder, write_json
 from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
 from explore.study.claim import claim
-from explore.study.dashboard import annotate
+from explore.study.dashboard import annotate, note_rejection
 from explore.study.faults import FaultError, fault_of
 from explore.study.identity import check_data
 from explore.study.lease import REJECTED, RELEASED, Lease, Reaper, is_doubled, leave
@@ -267,6 +267,8 @@ class Worker:
             if self.options.notes and outcome.name != REJECTED and "run" in trial.user_attrs:
                 folder = RunFolder(self.runs / trial.user_attrs["run"])
                 annotate(self.study, trial._cached_frozen_trial, folder, self.runs / "artifacts")
+            elif self.options.notes and outcome.name == REJECTED:
+                note_rejection(self.study, trial._cached_frozen_trial, outcome.reason)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of samplers that are experimental
                 self.study.tell(trial, outcome.values, outcome.state, skip_if_finished=True)
