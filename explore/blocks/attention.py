@@ -205,7 +205,8 @@ class AttentionConfig(BlockConfig):
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         square = 2 * 2 * self.n_heads * self.d_head * seq_len**2
-        return {"megatron": {"attention": square // 2, "conv1d": 0}, "palm": {"attention": square}}
+        none = {"conv1d": 0} if self.d_conv else {}
+        return {"megatron": {"attention": square // 2, **none}, "palm": {"attention": square}}
 
     def uncounted(self, seq_len: int) -> Uncounted:
         """Pairs of positions that causality and the window forbid, as attention written out runs over all of them."""
