@@ -107,7 +107,8 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     steps = runs.assign(steps_to_90=runs["steps_to_90"].astype(float).fillna(float("inf"))).groupby("arm")[
         "steps_to_90"
     ]
-    arms["median_steps_to_90"] = steps.median()  # infinite where half of the seeds or more do not get there
+    medians = steps.median()
+    arms["median_steps_to_90"] = medians.where(medians < float("inf"))  # none where half of the seeds do not get there
     counts = groups["solved"].agg(n_seeds="size", successes="sum")
     arms = counts.join(arms).loc[[arm for arm in NAMES if arm in counts.index]]
     shares = [vars(success_fraction(int(each.successes), int(each.n_seeds))) for each in arms.itertuples()]
