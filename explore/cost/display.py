@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from explore.cost.ledger import Ledger
+from explore.cost.ledger import DTYPES, Ledger
 from explore.cost.totals import Cost
 from explore.formatting import count, flops, size
 from explore.formatting.html import block, line, note, table
@@ -48,11 +48,13 @@ def ledger_html(ledger: Ledger) -> str:
                 f"{record['share']:.1%}" if record["share"] else "",
                 flops(record["flops_decode"] or None),
                 size(state) if state else "",
+                size(record["decode_bytes"]) if record["decode_bytes"] else "",
             )
         )
     main, extra = ledger.main, ledger.extra
     params, active = count(main.params + extra.params), count(main.params_active + extra.params_active)
     forward = flops((main.flops_seq + extra.flops_seq) / ledger.seq_len)
-    rows.append(("", "total", str(len(ledger.pattern)), params, active, forward, "", flops(main.flops_step), ""))
-    header = ("", "component", "layers", "params", "active", "FLOPs/token", "share", "decoding", "state")
+    step, moved = flops(main.flops_step), size(ledger.decode_bytes(DTYPES))
+    rows.append(("", "total", str(len(ledger.pattern)), params, active, forward, "", step, "", moved))
+    header = ("", "component", "layers", "params", "active", "FLOPs/token", "share", "decoding", "state", "moved")
     return block(line(f"Ledger of {ledger.pattern}", f"at {ledger.seq_len:,} tokens"), table(header, rows, left=(0, 1)))

@@ -78,7 +78,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collect
     Args:
         left: columns of words; the others are numbers, and stand on the right.
     """
-    cell = "padding:1px 10px 1px 0;border:0;white-space:nowrap;background:none"
+    cell = "padding:1px 10px 1px 0;border:0;white-space:pre;background:none"
     aligned = ["text-align:left" if i in left else "text-align:right" for i in range(len(header))]
     head = "".join(
         f'<th style="{cell};{side};color:{SOFT};font-weight:normal;border-bottom:1px solid {LINE}">{_cell(name)}</th>'

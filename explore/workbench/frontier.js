@@ -1,4 +1,4 @@
-// A frontier that is asked: any quantity on either axis, and what is behind every point. Python knows all numbers.
+// An interactive frontier: any quantity on either axis, and what is behind every point. Python knows all numbers.
 
 const PAD = { left: 70, right: 16, top: 14, bottom: 46 }, HEIGHT = 440, NEAR = 22, R = 5;
 

@@ -1,4 +1,4 @@
-"""The frontier of runs as a picture that is asked: in JupyterLab, and as one file that any browser opens."""
+"""The frontier of runs as an interactive picture: in JupyterLab, and as one file that any browser opens."""
 
 from __future__ import annotations
 
