@@ -257,7 +257,7 @@ def test_a_claim_of_a_study_that_passes_no_gate_is_refused(
     assert said("Cannot be answered at these sizes.", "\n\n{{pays.gate}}") == ""
     assert "| control deep |" in (tmp_path / "FINDINGS.md").read_text()
     words = said("Yes.", "\n\n{{pays.gate}}")
-    assert "pays passes no gate, at d_model 32 base beats the floor" in words
+    assert "pays passes no gate, at d_model 32: base beats the floor" in words
     assert pd.read_csv(out / "pays.differences.csv")["gate"].unique().tolist() == ["ungated"]
     assert pd.read_csv(out / "studies.runs.csv")["sizes"][0] == "1 of 2"
     assert b"ungated" in (out / "pays.svg").read_bytes()

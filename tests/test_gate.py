@@ -123,7 +123,7 @@ def test_a_control_that_other_documents_may_turn_is_not_found() -> None:
 
     assert GATE.check(runs, NO_CURVES, 5, documents(0.01)).passed
     report = GATE.check(runs, NO_CURVES, 5, documents(0.2))
-    assert report.reason.startswith("at d_model 48 control squeezed: +0.0")
+    assert report.reason.startswith("at d_model 48: control squeezed: +0.0")
     assert "with documents [-0." in report.reason
 
 
@@ -194,7 +194,7 @@ def test_the_old_latent_study_fails_and_says_why() -> None:
     assert wrong <= set(table.index[table["verdict"] == "failed"])
     assert table.loc["moe beats the floor", "found"] == "2.699"
     assert table.loc["moe beats the floor", "needed"] == "below 2.268 (n-gram)"
-    assert report.reason.startswith("at d_model 24 moe beats the floor: 2.699, needed below 2.268")
+    assert report.reason.startswith("at d_model 24: moe beats the floor: 2.699, needed below 2.268")
 
 
 SWEEP = {
@@ -226,6 +226,7 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
     assert set(load_runs(runs)["d_model"]) == {32}
     assert "gate of width, at d_model 32" in out
     assert "failed" in out
+    assert "[" not in out.partition("units of the score")[2]  # the verdicts are coloured, not marked up
     assert "width: the gate fails at d_model 32" in said
     assert "stopped (--ungated goes on)" in said
     code, out, said = run_command(capsys, monkeypatch, *args, "--ungated")

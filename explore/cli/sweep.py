@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from explore.cli.app import app, err, note, out
 from explore.cli.options import CheckpointEvery, Json, Wandb
@@ -145,7 +146,7 @@ def _gate_table(name: str, report: GateReport) -> Table:
     for column in ("condition", "found", "needed", "verdict"):
         view.add_column(column, overflow="fold")
     for each in report.conditions:
-        view.add_row(each.name, each.found, each.needed, "passed" if each.passed else "[red]failed[/red]")
+        view.add_row(each.name, each.found, each.needed, Text("passed") if each.passed else Text("failed", "red"))
     return view
 
 

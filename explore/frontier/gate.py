@@ -72,7 +72,7 @@ class GateReport:
     def reason(self) -> str:
         """The conditions that fail, in one line; empty where none does."""
         failed = [f"{each.name}: {each.found}, needed {each.needed}" for each in self.conditions if not each.passed]
-        return f"at {self.size} " + "; ".join(failed) if failed else ""
+        return f"at {self.size}: " + "; ".join(failed) if failed else ""
 
     def table(self) -> pd.DataFrame:
         """Columns condition, found, needed and verdict (`passed` or `failed`), a row a condition."""
