@@ -20,6 +20,7 @@ from explore.bench import (
     time_text,
     time_trials,
 )
+from explore.bench.compress import BATCH_SIZE, SEQ_LEN, time_distillation, time_scores
 from explore.bench.text import FORMS
 from explore.bench.worker import train_step
 from explore.blocks import KINDS
@@ -146,3 +147,13 @@ def test_text_is_cached_at_the_speed_of_the_tokenizer_and_in_bounded_memory() ->
         slowest = 2.0 if ".xz" in record["form"] else 1.6  # decompressing .xz takes half the time of the tokenizer
         assert record["ratio"] < slowest, record["form"]
         assert record["peak_bytes"] - record["start_bytes"] < 1 << 28, record["form"]
+
+
+@pytest.mark.slow
+def test_scores_and_distillation_are_timed_on_a_parent_of_three_million_parameters() -> None:
+    scored = time_scores(2 * BATCH_SIZE * SEQ_LEN)
+    assert scored["params"] == pytest.approx(3e6, rel=0.1)
+    assert scored["seconds"] > 0
+    found = time_distillation(0.1)
+    assert found["distil_s"] > found["teacher_s"] > 0
+    assert found["ratio"] == pytest.approx((found["distil_s"] - found["teacher_s"]) / found["own_s"])

@@ -1,5 +1,6 @@
 """Speed on this machine, beside what a user would otherwise run."""
 
+from explore.bench.compress import compare_compression
 from explore.bench.families import SHAPES, Shape, families
 from explore.bench.neighbours import time_neighbours
 from explore.bench.ops import time_ops
@@ -16,6 +17,7 @@ __all__ = [
     "by_op",
     "by_part",
     "compare",
+    "compare_compression",
     "compare_curves",
     "compare_decoding",
     "compare_precisions",

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.profiler import record_function
 
+from explore.bench.compress import distillation_peak, time_distillation, time_scores
 from explore.bench.families import SHAPES, VOCAB_SIZE, families, size_of
 from explore.bench.ops import timed
 from explore.bench.profile import OPTIMIZER, profiled
@@ -343,6 +345,9 @@ if __name__ == "__main__":
         "decode": decode,
         "trials": set_up,
         "run": run,
+        "scores": time_scores,
+        "distil": time_distillation,
+        "distil_memory": partial(distillation_peak, peak=peak_bytes),
     }
     with tempfile.TemporaryDirectory() as cache:  # so that a first compilation is one
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

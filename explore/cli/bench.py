@@ -26,6 +26,7 @@ What = Literal[
     "sharing",
     "text",
     "precision",
+    "compress",
 ]
 
 PROFILED_OPS = 12
@@ -41,7 +42,7 @@ def bench(
             "optimizer and data, curves compares losses, trials is what a sweep spends before a trial's first step, "
             "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
             "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches, "
-            "precision trains in emulated FP8 and NVFP4 beside bf16."
+            "precision trains in emulated FP8 and NVFP4 beside bf16, compress scores a parent and distils a child."
         ),
     ] = "train",
     shape: Annotated[
@@ -96,6 +97,9 @@ def bench(
         return
     if what == "precision":
         _precision(shape, seconds, family, as_json)
+        return
+    if what == "compress":
+        _compress(seconds, as_json)
         return
     if what == "ops":
         records = list(time_ops(SHAPES[shape].d_model, SHAPES[shape].batch_tokens, SHAPES[shape].seq_len))
@@ -276,6 +280,21 @@ def _precision(shape: str, seconds: float, family: list[str] | None, as_json: bo
         "first step": lambda r: duration(r["first_step_s"]),
     }
     _show(records, as_json, ("family", "precision"), columns)
+
+
+def _compress(seconds: float, as_json: bool) -> None:
+    from explore.bench import compare_compression
+
+    def text(record: dict[str, Any], name: str) -> str:
+        return size(record[name]) if record["unit"] == "bytes" else f"{record[name]:.2f} {record['unit']}"
+
+    records = _told(compare_compression(seconds), lambda r: f"{r['what']}: {text(r, 'value')}")
+    columns = {
+        "measured": lambda r: text(r, "value"),
+        "bound": lambda r: text(r, "bound"),
+        "holds": lambda r: "yes" if r["holds"] else "no",
+    }
+    _show(records, as_json, ("what",), columns)
 
 
 def _told(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
