@@ -131,7 +131,7 @@ def test_the_profile_is_a_table_of_eighty_columns_and_a_record(
     assert code == 0
     assert max(map(len, table.splitlines())) <= 80
     (row,) = (line for line in table.splitlines() if line.startswith("hybrid LatentMoE ") and "%" in line)
-    assert row.split()[2:] == ["0.11", "15%", "33%", "19%", "14%", "9%", "11%"]
+    assert row.split()[2:] == ["0.1", "15%", "33%", "19%", "14%", "9%", "11%"]
     _, out, _ = run(capsys, monkeypatch, "bench", "--what", "profile", "--shape", "tiny", "--json")
     assert json.loads(out)[0]["family"] == "attention + MLP"
     assert json.loads(out)[0]["shares"]["data"] == pytest.approx(10e-6)

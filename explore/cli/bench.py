@@ -12,7 +12,7 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.options import Json, Paths, SplitBatch, forced
-from explore.formatting import duration, flops, milliseconds, size
+from explore.formatting import duration, flops, size
 
 What = Literal[
     "train",
@@ -170,8 +170,8 @@ def _profile(shape: str, seconds: float, paths: dict[str, str], family: list[str
     from explore.bench import KINDS, by_op, by_part, profile_training
 
     timed = profile_training(shape, seconds, paths, family)
-    records = _told(timed, lambda r: f"{r['family']}: {milliseconds(r['step_s'])} ms a step in {r['precision']}")
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {"ms": lambda r: milliseconds(r["step_s"])}
+    records = _told(timed, lambda r: f"{r['family']}: {_ms(r['step_s'])} ms a step in {r['precision']}")
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"ms": lambda r: _ms(r["step_s"])}
     columns |= {kind: partial(_share_of, kind) for kind in KINDS}
     columns["unexplained"] = lambda r: f"{r['unexplained_s'] / r['step_s']:.0%}"
     _show(records, as_json, ("family",), columns)
@@ -182,17 +182,23 @@ def _profile(shape: str, seconds: float, paths: dict[str, str], family: list[str
         parts = [{"part": part, **kinds} for part, kinds in by_part(record["ops"]).items()]
         kinds = [kind for kind in KINDS if any(row[kind] for row in parts)]
         shown = {kind: partial(_milliseconds_of, kind) for kind in kinds}
-        _show(parts, False, ("part",), shown | {"sum": lambda row: milliseconds(sum(row[kind] for kind in KINDS))})
+        _show(parts, False, ("part",), shown | {"sum": lambda row: _ms(sum(row[kind] for kind in KINDS))})
         out.print(f"\n{record['family']}, ops that take most of a step:", highlight=False)
         columns = {
             "calls": lambda op: f"{op['calls']:.0f}",
-            "ms": lambda op: milliseconds(op["seconds"]),
+            "ms": lambda op: _ms(op["seconds"]),
             "of the step": lambda op: f"{op['seconds'] / op['step_s']:.0%}",
         }
         ops = [{**op, "step_s": record["step_s"]} for op in by_op(record["ops"])[:PROFILED_OPS]]
         _show(ops, False, ("op", "kind"), columns)
     threads = records[0]["threads"]
-    out.print(f"\n{threads} threads; what the profiler adds is taken out of the dispatch", highlight=False)
+    out.print(
+        f"\n{threads} thread{'s' * (threads > 1)}; what the profiler adds is taken out of the dispatch", highlight=False
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"
 
 
 def _share_of(kind: str, record: dict[str, Any]) -> str:
@@ -200,7 +206,7 @@ def _share_of(kind: str, record: dict[str, Any]) -> str:
 
 
 def _milliseconds_of(kind: str, row: dict[str, Any]) -> str:
-    return milliseconds(row[kind])
+    return _ms(row[kind])
 
 
 def _regions(shape: str, save: bool, as_json: bool) -> None:
