@@ -189,7 +189,7 @@ def test_the_layout_of_a_block_has_the_shape_of_each_of_its_weights(name: str) -
 @pytest.mark.parametrize("name", VARIANTS)
 def test_each_axis_counts_what_a_field_of_the_config_counts(name: str) -> None:
     block = VARIANTS[name]
-    assert block.axes()
+    assert block.axes() or type(block).model_fields.keys() == {"kind"}  # a linear map has no size of its own
     for axis in block.axes():
         outer = {each.name: each.size for each in block.axes()}.get(axis.within, 1)
         assert getattr(block, axis.field or axis.name) == axis.size // (outer if axis.per_index else 1)
