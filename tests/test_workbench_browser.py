@@ -14,8 +14,9 @@ from browser import need_chromium, new_page, run_first_cell, running_lab, set_th
 from explore import ModelConfig, preset
 from explore.workbench import Workbench
 
+SEQ_LEN = 8192
 CELLS = (
-    'from explore.workbench import Workbench\nbench = Workbench("nemotron-3-nano", seq_len=8192)\nbench',
+    f'from explore.workbench import Workbench\nbench = Workbench("nemotron-3-nano", seq_len={SEQ_LEN})\nbench',
     "print(bench.config.pattern, bench.config.d_model, bench.config.cost(8192).params_total)",
 )
 
@@ -69,8 +70,8 @@ def settle(page: Any, strip: str) -> None:
 
 
 def check(page: Any, model: ModelConfig, **use: Any) -> None:
-    """The browser shows what Python says of the model."""
-    expected = Workbench.from_config(model, **use).readout
+    """The browser shows what Python says of the model, at the context of the notebook."""
+    expected = Workbench.from_config(model, seq_len=SEQ_LEN, **use).readout
     told = shown(page)
     assert {"params_total", "flops_fwd", "kv_bytes_per_token", "cache_bytes", "decode_s", "fits"} == told.keys()
     assert told == {name: pytest.approx(expected[name]) for name in told}
