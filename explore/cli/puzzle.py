@@ -123,7 +123,7 @@ def puzzle(
     budgets = [] if sweep is None else _budgets(sketch, sweep)
     for each in [limits, *(limits.with_budget(*budget) for budget in budgets)]:
         sketch.solve(each, solutions=solutions, differ=differ)
-    folder = puzzle_rounds(folder, limits, request, setting, rounds, round_tokens)
+    folder, request = puzzle_rounds(folder, limits, request, setting, rounds, round_tokens)
     library = block_library(folder, request)
     solver, children = Puzzle(library, setting), Children(folder, library)
     if sweep is not None:

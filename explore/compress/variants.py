@@ -74,10 +74,20 @@ class Offer(Config):
         Raises:
             ValueError: one of them.
         """
-        known = [name for letter in dict.fromkeys(model.pattern) for name in _names(letter, model.blocks[letter])]
+        known = _known(model)
         for name in self.vary:
             if name not in known and name not in {each.partition(".")[2] for each in known}:
                 raise ValueError(f"vary: {echo(name)} is no size of this parent; allowed are {', '.join(known)}")
+
+    def within(self, model: ModelConfig) -> Offer:
+        """This offer without sizes that a model does not have any more."""
+        known = {part for name in _known(model) for part in (name, name.partition(".")[2])}
+        return self.model_copy(update={"vary": tuple(name for name in self.vary if name in known)})
+
+
+def _known(model: ModelConfig) -> list[str]:
+    """The sizes of a model, by letter."""
+    return [name for letter in dict.fromkeys(model.pattern) for name in _names(letter, model.blocks[letter])]
 
 
 def _names(letter: str, block: BlockConfig) -> list[str]:

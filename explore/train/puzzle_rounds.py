@@ -17,8 +17,11 @@ from explore.train.fitting import fit
 
 def puzzle_rounds(
     run: RunFolder, limits: Limits, request: LibraryRequest, setting: Setting, rounds: int, tokens: int
-) -> RunFolder:
-    """The run from which the last round begins: that of the round before, distilled, or the parent where there is none.
+) -> tuple[RunFolder, LibraryRequest]:
+    """The run from which the last round begins, and what its library is made of.
+
+    That is the run of the round before, distilled, or the parent where there is none; sizes that a round has left no
+    layer with are no longer asked for.
 
     Every round makes its library anew, from what the one before distilled, and goes an equal factor of the way to every
     budget. The teacher is always the first parent. The runs lie beside it, and a kill costs no round that was finished.
@@ -43,4 +46,5 @@ def puzzle_rounds(
         name = f"name={first.load_experiment().name}-round-{i}"
         experiment = child_experiment(path, tokens, parent=run.path, teacher=first.path, overrides=[name])
         run = fit(experiment, first.path.parent)
-    return run
+        request = request.model_copy(update={"offer": request.offer.within(experiment.model)})
+    return run, request
