@@ -1,0 +1,242 @@
+"""The tables that single studies make of their records."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from optuna.trial import FixedTrial
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.figures import draw_search, stacked
+from explore.runs import FILES
+from explore.study import load_sweep
+from explore.table import load_pairs, load_runs
+
+SWEEPS = Path(__file__).parent.parent / "sweeps"
+
+
+def pack(path: Path, rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Writes a table of records, and reads what a study makes its tables of."""
+    texts = [{name: text if name == "run" else json.dumps(text) for name, text in row.items()} for row in rows]
+    path.parent.mkdir(exist_ok=True)
+    pd.DataFrame(texts, columns=["run", *FILES]).to_parquet(path)
+    return load_runs(path), load_pairs(path)
+
+
+def run_of(name: str, seed: int, bpb: float, d_model: int = 48, **files: Any) -> dict[str, Any]:
+    experiment = {"name": name, "seed": seed, "model": {"pattern": "ME", "d_model": d_model}, "train": {"lr": 0.01}}
+    return {
+        "run": f"{name}-{seed}",
+        "experiment.json": {"key": f"{name}{seed}" * 10, "experiment": experiment},
+        "cost.json": {"params_total": 100, "params_active": 90, "flops_fwd": 10.0},
+        "trial.json": {"tuned": True, "lr_sensitivity": 0.1},
+        "result.json": {
+            "status": "finished", "tokens": 10, "val_bpb": bpb, "test_bpb": bpb, "flops_run": 3e11 * len(name)
+        },
+        **files,
+    }  # fmt: skip
+
+
+def wobble(*cause: int) -> float:
+    """Noise that is always the same."""
+    return 0.002 * (hash(cause) % 7 - 3)
+
+
+def labels(axes: Any) -> list[str]:
+    return [label.get_text() for label in axes.get_yticklabels()]
+
+
+def test_multi_token_prediction_is_compared_at_equal_tokens_and_at_equal_flops(tmp_path: Path) -> None:
+    sweep = load_sweep(SWEEPS / "mtp_auxiliary.py")
+    effects = {"none": 0.1, "longer": -0.1, "mtp": 0.0, "heavy": 0.2}
+    rows = [
+        run_of(f"{arm}-d{width}", seed, 2 + effect + 0.01 * seed + wobble(i, width, seed), width)
+        for i, (arm, effect) in enumerate(effects.items())
+        for width in (32, 48)
+        for seed in range(3)
+    ]
+    assert sweep.tables is not None
+    tables = sweep.tables(*pack(tmp_path / "records" / "s.parquet", rows))
+    differences = tables["differences"].set_index(["d_model", "arm"])
+    bpb = {row["run"]: row["result.json"]["test_bpb"] for row in rows}
+    paired = [bpb[f"none-d32-{seed}"] - bpb[f"mtp-d32-{seed}"] for seed in range(3)]
+    assert differences.loc[(32, "none"), "difference"] == pytest.approx(sum(paired) / 3)
+    assert differences["verdict"].to_dict() == {
+        **{(width, "none"): "worse" for width in (32, 48)},
+        **{(width, "longer"): "better" for width in (32, 48)},
+        **{(width, "heavy"): "exploratory" for width in (32, 48)},
+    }
+    assert sweep.figure is not None
+    above, below = sweep.figure(tables).axes
+    assert labels(below)[:3] == ["none, equal tokens (d 32)", "none, equal tokens (d 48)", "none, equal FLOPs (d 32)"]
+    assert above.get_xlabel() == "Training FLOPs (billions)"
+
+
+def test_the_longer_baseline_has_the_flops_of_multi_token_prediction_and_no_run_too_few_tokens() -> None:
+    sweep = load_sweep(SWEEPS / "mtp_auxiliary.py")
+    for width in (32, 48):
+        arms = {
+            arm: sweep.experiment(FixedTrial({"arm": arm, "d_model": width}))  # type: ignore[arg-type]
+            for arm in ("none", "longer", "mtp", "heavy")
+        }
+        assert arms["longer"].flops_run == pytest.approx(arms["mtp"].flops_run, rel=0.01)
+        assert arms["none"].n_steps == arms["mtp"].n_steps == arms["heavy"].n_steps < arms["longer"].n_steps
+        assert (arms["mtp"].train.mtp_weight, arms["heavy"].train.mtp_weight) == (0.1, 0.3)
+        assert arms["mtp"].model.mtp is not None
+        assert arms["none"].model == arms["longer"].model == arms["mtp"].model.model_copy(update={"mtp": None})
+        layers = arms["none"].model.cost(128).params_active - 2 * 2048 * width
+        assert arms["none"].n_steps * arms["none"].batch_tokens >= 5 * layers
+
+
+def averages(flat: float, minus_sqrt: float) -> dict[str, Any]:
+    scores = {"flat": flat, "minus_sqrt": minus_sqrt}
+    return {shape: {"val_bpb": score, "test_bpb": score} for shape, score in scores.items()}
+
+
+def test_averages_of_the_same_runs_are_compared_with_the_decay_one_by_one(tmp_path: Path) -> None:
+    sweep = load_sweep(SWEEPS / "merge_or_decay.py")
+    assert sweep.tables is not None
+
+    def tables_where(flat: float) -> Any:
+        rows = []
+        for width, seed in ((width, seed) for width in (32, 48) for seed in range(5)):
+            decayed, constant = (2 + wobble(arm, width, seed) for arm in range(2))
+            merged = averages(constant + flat * seed, constant + 0.05)
+            rows.append(run_of(f"decayed-d{width}", seed, decayed, width))
+            rows.append(run_of(f"constant-d{width}", seed, constant + 0.3, width, **{"merged.json": merged}))
+        assert sweep.tables is not None
+        return sweep.tables(*pack(tmp_path / "records" / "s.parquet", rows))
+
+    tables = tables_where(flat=0.0)
+    differences = tables["differences"].set_index(["arm", "d_model"])
+    assert differences.loc["minus_sqrt", "verdict"].tolist() == ["worse", "worse"]
+    # Of two arms, not of all that share their noise, and of each width by itself.
+    assert differences.loc["minus_sqrt", "dof"].tolist() == pytest.approx([4, 4])
+    assert set(differences.loc[["flat", "constant"], "verdict"]) == {"exploratory"}
+    gap = differences.loc["constant", "difference"] - differences.loc["minus_sqrt", "difference"]
+    assert gap.tolist() == pytest.approx([0.25, 0.25])
+    noisy = tables_where(flat=0.5)["differences"].set_index(["arm", "d_model"])
+    pd.testing.assert_frame_equal(noisy.loc[["minus_sqrt"]], differences.loc[["minus_sqrt"]])
+    assert (noisy.loc["flat", "sd"] > 2 * differences.loc["flat", "sd"]).all()
+    assert sweep.figure is not None
+    _, below = sweep.figure(tables).axes
+    assert labels(below) == ["minus sqrt (d 32)", "minus sqrt (d 48)", "flat (d 32)", "flat (d 48)"]
+
+
+def test_only_the_constant_rate_is_merged_over_the_steps_of_the_decay_of_the_other() -> None:
+    sweep = load_sweep(SWEEPS / "merge_or_decay.py")
+    assert sweep.merging is not None
+    for width in (32, 48):
+        decayed, constant = (
+            sweep.experiment(FixedTrial({"arm": arm, "d_model": width}))  # type: ignore[arg-type]
+            for arm in ("decayed", "constant")
+        )
+        every = sweep.merging.keep_every(constant)
+        assert sweep.merging.keep_every(decayed) is None
+        assert every is not None
+        assert sweep.merging.last * every == round(decayed.train.decay * decayed.n_steps)
+        assert constant.n_steps % every == 0  # the last checkpoint is that of the last step
+        layers = constant.model.cost(128).params_active - 2 * 2048 * width
+        assert constant.n_steps * constant.batch_tokens >= 6 * layers
+
+
+FOUND = {"M-*E-E": (1.7, 3, 2), "MEM*EME": (1.9, 5, 4), "M*-E": (2.5, 4, 1), "M-M-M-*-": (2.2, 0, 0)}
+"""Patterns that a search found: bits per byte, and the logarithm of the experts with how many of them are active."""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The study that searches and the one that trains its winners, and what the first may have found."""
+    folder = tmp_path_factory.mktemp("search")
+    for name in ("searched_frontier.py", "searched_winners.py"):
+        shutil.copy(SWEEPS / name, folder)
+    search = runpy.run_path(str(folder / "searched_frontier.py"))  # to load it as a sweep would solve for its budgets
+    patterns = search["patterns"]
+    trials = [(1.8 + 0.1 * i, dict(params)) for i, params in enumerate(reversed(search["baselines"]))]
+    for pattern, (bpb, n_experts_log2, top_k) in FOUND.items():
+        experts = {"n_experts_log2": n_experts_log2, "top_k": top_k, "compression_log2": 1}
+        trials.append((bpb, patterns.params(pattern) | (experts if "E" in pattern else {})))
+    rows = []
+    for i, (bpb, params) in enumerate(trials):
+        row = run_of(f"{i}", 0, bpb)
+        row["experiment.json"]["experiment"] = Experiment(
+            name=f"{i}",
+            model=ModelConfig.model_validate(search["content"](patterns.read(params), params)),
+            data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048"),
+            train=TrainConfig(tokens=1000, lr=0.001 * (i + 1)),
+        ).model_dump(mode="json")
+        row["trial.json"] |= {"trial": i, "params": params}
+        row["result.json"] |= {"finished_at": f"2026-01-01T00:00:{i:02d}"}
+        rows.append(row)
+    pack(folder / "records" / "searched_frontier.parquet", rows)
+    return folder
+
+
+def test_the_table_of_a_search_tells_hand_made_from_found_and_ranks_them(searched: Path) -> None:
+    records = searched / "records" / "searched_frontier.parquet"
+    sweep = runpy.run_path(str(searched / "searched_frontier.py"))
+    tables = sweep["tables"](load_runs(records), load_pairs(records))
+    search = tables["search"]
+    assert search["kind"].tolist() == ["hand"] * 6 + ["found"] * 4
+    assert search.set_index("rank").loc[1, "pattern"] == "M-*E-E"
+    assert search.sort_values("rank")["val_bpb"].is_monotonic_increasing
+    (ax,) = sweep["figure"](tables).axes
+    hand, found = (line for line in ax.lines if line.get_linestyle() == "None")
+    assert [*hand.get_xdata(), *found.get_xdata()] == [*range(1, 11)]
+    assert [*hand.get_ydata(), *found.get_ydata()] == search["val_bpb"].tolist()
+    (best,) = (line for line in ax.lines if line.get_linestyle() != "None")
+    assert best.get_ydata()[-1] == search["val_bpb"].min()
+
+
+def test_winners_are_what_the_search_found_best_on_seeds_that_it_had_not(searched: Path) -> None:
+    sweep = load_sweep(searched / "searched_winners.py")
+    hand, found = (sweep.experiment(FixedTrial({"arm": arm})) for arm in ("hand1", "found1"))  # type: ignore[arg-type]
+    assert (found.name, found.model.pattern, found.model.blocks["E"].n_experts) == ("found1", "M-*E-E", 8)  # type: ignore[union-attr]
+    assert (hand.name, hand.model.pattern) == ("hand1", "*-*-*-")
+    assert (hand.seed, found.seed, sweep.seeds) == (100, 100, 3)
+    assert (hand.train.lr, found.train.lr) == (0.001, 0.007)
+    second = sweep.experiment(FixedTrial({"arm": "found2"}))  # type: ignore[arg-type]
+    assert (second.model.pattern, second.model.blocks["E"].top_k) == ("MEM*EME", 4)  # type: ignore[union-attr]
+
+
+def test_the_best_found_is_compared_with_the_best_hand_made(searched: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(searched / "searched_winners.py")
+    effects = {"hand1": 0.0, "hand2": 0.1, "found1": -0.1, "found2": 0.001, "found3": 0.2}
+    rows = [
+        run_of(arm, 100 + seed, 2 + effect + wobble(i, seed), **{"trial.json": {"tuned": False}})
+        for i, (arm, effect) in enumerate(effects.items())
+        for seed in range(3)
+    ]
+    assert sweep.tables is not None
+    tables = sweep.tables(*pack(tmp_path / "records" / "s.parquet", rows))
+    differences, arms = (tables[name].set_index("arm") for name in ("differences", "arms"))
+    assert differences["primary"].to_dict() == {arm: arm == "found1" for arm in effects if arm != "hand1"}
+    assert differences.loc["found1", "verdict"] == "better"
+    assert arms["tuned"].all()  # in the search, whose rates these are
+    assert arms.loc["found1", "search_val_bpb"] == 1.7
+    assert sweep.figure is not None
+    (ax,) = sweep.figure(tables).axes
+    assert len(labels(ax)) == 4
+
+
+def test_winners_of_a_search_that_has_no_records_are_refused_in_one_line(searched: Path, tmp_path: Path) -> None:
+    for name in ("searched_frontier.py", "searched_winners.py"):
+        shutil.copy(searched / name, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"records/searched_frontier\.parquet: is missing; `explore sweep .*` makes it$"
+    ):
+        load_sweep(tmp_path / "searched_winners.py")
+
+
+@pytest.mark.parametrize("bpb", [[], [2.0], [2.0, float("nan"), 1.5]])
+def test_a_search_of_no_trial_of_one_or_with_a_missing_score_is_drawn(bpb: list[float]) -> None:
+    drawn, (ax,) = stacked([2.0], "A search")
+    draw_search(ax, pd.DataFrame({"kind": ["hand"] * len(bpb), "val_bpb": bpb}), {"hand": "hand-made"}, "Trials")
+    drawn.draw_without_rendering()
+    assert len(ax.lines) == (2 if bpb else 0)
