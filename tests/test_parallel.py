@@ -200,7 +200,7 @@ def unchecked() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "train", "message"),
     [
-        ({"devices": 3}, {}, r"train\.batch_size: 4 cannot be shared by 3 devices; allowed are multiples of 3"),
+        ({"devices": 3}, {}, r"train\.batch_size must be a multiple of 3, the number of devices, got 4"),
         ({"devices": 0}, {}, r"devices must be at least 1, got 0"),
         ({"strategy": "deepspeed"}, {}, r"strategy must be auto, ddp or fsdp, got 'deepspeed'"),
         ({"strategy": "fsdp"}, {"optimizer": "muon"}, r"train\.optimizer must be 'adamw' with fsdp, got 'muon'"),

@@ -121,7 +121,7 @@ def test_more_threads_than_measured_gain_less(own: Path, monkeypatch: pytest.Mon
 )
 def test_a_table_that_is_none_is_refused_by_name(own: Path, spoil: Any) -> None:
     save_table(spoil(read_table(own)), own)
-    with pytest.raises(ValueError, match=rf"{own}: .*; `explore bench --what regions --save` makes it anew"):
+    with pytest.raises(ValueError, match=rf"{own}: .*; `explore bench --what regions --save` makes a new one"):
         chosen("M", ENOUGH)
     assert chosen("-", ENOUGH) == {}
 

@@ -1,4 +1,4 @@
-"""Training with Lightning: `fit` makes a run folder of an experiment."""
+"""Training with Lightning: `fit` trains an experiment into a run folder."""
 
 from explore.archive import read_weights
 from explore.checkpoints import load_model

@@ -1,7 +1,7 @@
-"""Block-wise distillation: every replacement of a library learns what its layer gives, from the parent's own inputs.
+"""Block-wise distillation: every replacement in a library learns the output of its layer, given the parent's inputs.
 
-Source: Puzzle, arXiv 2411.19146, section 3.1. All layers and replacements learn from one forward pass of the parent a
-batch, each by its own loss MSE(o_parent, o_child) / MSE(o_parent, 0); attention and FFN are layers of their own here.
+Source: Puzzle, arXiv 2411.19146, section 3.1. One forward pass of the parent per batch trains the replacements of all
+layers, each by its own loss MSE(o_parent, o_child) / MSE(o_parent, 0); attention and FFN count as separate layers here.
 The norm before a layer stays the parent's, and so does the bias of routers.
 """
 
@@ -37,23 +37,23 @@ from explore.train.schedule import wsd
 from explore.weights import read_block, write_block
 
 LR_RATIO = 1 / 5
-"""Peak learning rate of replacements over the parent's."""
+"""Peak learning rate of replacements, divided by the parent's."""
 
 FIT_TOKENS, FIT_ROWS = 16_384, 16
-"""Tokens of the least-squares fit with which linear maps begin: so many, or as many times the width of the model."""
+"""Tokens of the least-squares fit that initialises linear maps: a fixed number, and a multiple of d_model."""
 
 DAMPING = 1e-3
-"""Weight of the distance from the product of the parent's weights in that fit, over the mean square of the inputs."""
+"""Weight, in that fit, of the distance from the product of the parent's weights; in units of the mean squared input."""
 
 SAVE_EVERY_S = 20.0
-"""Seconds between saves of what has been learnt: all that a kill can cost."""
+"""Seconds between saves: the most training time that a kill can cost."""
 
 VERSION = 1
-"""Part of every key; raised when the same library may become another than before."""
+"""Part of every key; raised when a change of the code can change the library that a request gives."""
 
 
 def library_key(experiment: Experiment, parent: str, request: LibraryRequest) -> str:
-    """64 hexadecimal digits over everything that decides a library.
+    """Hashes everything that determines a library into 64 hexadecimal digits.
 
     Args:
         parent: digest of the parent's weights.
@@ -64,7 +64,7 @@ def library_key(experiment: Experiment, parent: str, request: LibraryRequest) ->
 
 
 def block_library(run: RunFolder | str | Path, request: LibraryRequest | None = None) -> Library:
-    """The library of a finished run, made where its folder does not have it; what a kill left is gone on with.
+    """Returns the library of a finished run: read from its folder, or trained there, resuming where a kill stopped it.
 
     Raises:
         ValueError: the run has not finished, or the request does not fit its model.
@@ -93,11 +93,11 @@ class _Part(nn.Module):
 
 @dataclass(eq=False)
 class _Maker:
-    """A library while it is made.
+    """Builds a library.
 
     Attributes:
         parts: the replacements that have weights of their own, layer by layer.
-        digests: of their weights, once they are trained.
+        digests: digests of their weights, once trained.
     """
 
     folder: RunFolder
@@ -181,7 +181,7 @@ class _Maker:
     # Training
 
     def _trained(self, state: Mapping[str, Any]) -> list[str]:
-        """Trains all parts, and keeps them; their digests."""
+        """Trains and saves all parts; returns their digests."""
         parts = nn.ModuleList(self.parts).to(self.device)
         if not state:
             self._begin()
@@ -212,7 +212,7 @@ class _Maker:
         return digests
 
     def _backward(self, batch: Batch) -> None:
-        """The gradients of every part, each clipped by itself."""
+        """Computes the gradients of every part and clips each part separately."""
         parts: dict[int, list[_Part]] = {}
         for part in self.parts:
             parts.setdefault(part.layer, []).append(part)
@@ -225,7 +225,7 @@ class _Maker:
                 nn.utils.clip_grad_norm_(part.parameters(), self.experiment.train.clip)
 
     def _inputs(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """What the parent's mixers read and give, layer by layer: (batch, seq, d_model) each."""
+        """Yields layer index, input and output of each of the parent's mixers, both (batch, seq, d_model)."""
         with torch.no_grad():
             x = self.model.embedding(batch.inputs.to(self.device))
         for i, layer in enumerate(self.model.layers):
@@ -240,7 +240,7 @@ class _Maker:
         return torch.autocast(self.device, torch.bfloat16, enabled=bf16)
 
     def _begin(self) -> None:
-        """Gives every part the weights with which it begins."""
+        """Initialises the weights of every part."""
         linear = {part.layer: part for part in self.parts if part.variant.how == "linear"}
         for part in self.parts:
             if part.variant.how != "linear":
@@ -263,7 +263,7 @@ class _Maker:
     # Measuring
 
     def _measured(self, state: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Relative squared error of every variant alone, and the parent's divergence from itself with it, per token."""
+        """Relative squared error of every variant, and the KL divergence per token when it alone replaces its layer."""
         parts, identity = iter(self.parts), [cast(nn.Module, layer.mixer) for layer in self.model.layers]
         mixers = [
             [identity[i] if each.how == "whole" else next(parts).mixer if each.is_trained else None for each in row]
@@ -311,21 +311,21 @@ class _Maker:
             torch.save({"key": self.key, **content}, temporary)
 
     def _saved(self) -> dict[str, Any]:
-        """What an earlier process left of this library."""
+        """The saved state of an earlier process; empty if there is none."""
         try:
             state: dict[str, Any] = torch.load(self.partial, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError):  # none, or cut off
+        except (OSError, RuntimeError, EOFError, ValueError):  # missing, or truncated
             return {}
         return state if state.get("key") == self.key else {}
 
 
 def least_squares(xx: Tensor, yx: Tensor, start: Tensor) -> Tensor:
-    """The matrix W with the least sum of |y - W x|^2, drawn towards `start` where the inputs say little.
+    """Solves for the matrix W that minimises the sum of |y - W x|^2, regularised towards `start`.
 
     Args:
         xx: sum of x x^T over the inputs, in float64.
         yx: sum of y x^T.
-        start: the matrix without any input.
+        start: the solution if there were no inputs.
     """
     damping = DAMPING * xx.diagonal().mean()
     damped = xx + damping * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: progress, throughput, threads, silence."""
+"""Callbacks around the training steps: progress, throughput, number of threads, silenced warnings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from explore.train.parallel import end_followers
 
 
 class FreeCores(Callback):
-    """Trains with as many threads as there are free cores, also when a neighbour starts or ends during the run.
+    """Trains with as many threads as there are free cores, and adapts when other processes start or end.
 
     Args:
-        devices: processes that train together.
+        devices: number of processes that train together.
     """
 
     def __init__(self, devices: int) -> None:
@@ -37,10 +37,10 @@ class FreeCores(Callback):
 
 
 class EndsTogether(Callback):
-    """Ends the other processes of a run when this one, which has started them, fails."""
+    """Ends the other processes of a run when this one, which started them, fails."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, DivergedError):  # which all of them raise
+        if not isinstance(exception, DivergedError):  # all processes raise this one
             end_followers(trainer)
 
 
@@ -48,7 +48,7 @@ class PlainWhereNotCompiled(Callback):
     """Stops asking for compiled ops once the compiler has failed.
 
     Args:
-        report: told why it failed.
+        report: called with the reason why the compiler failed.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -68,8 +68,8 @@ class Throughput(Callback):
 
     Attributes:
         train_s: seconds in training steps since step 0.
-        steps_here: steps of this process.
-        here_s: seconds in them.
+        steps_here: training steps made by this process.
+        here_s: seconds in those steps.
     """
 
     def __init__(self, batch_tokens: int) -> None:
@@ -98,7 +98,7 @@ class Throughput(Callback):
 
     @property
     def tokens_per_s(self) -> float:
-        """Mean over the steps of this process."""
+        """Mean throughput over the steps of this process."""
         return self.steps_here * self.batch_tokens / self.here_s if self.here_s else 0.0
 
 
@@ -138,10 +138,10 @@ class ProgressBar(Callback):
 
 
 class NotebookProgress(Callback):
-    """The same line as HTML in the output of a notebook's cell.
+    """Shows the same line as HTML in the output of a notebook cell.
 
     Args:
-        keeps: leave the line there when training ends, else take it away.
+        keeps: whether the line stays when training ends.
     """
 
     def __init__(self, n_steps: int, description: str, throughput: Throughput, *, keeps: bool) -> None:
@@ -163,7 +163,7 @@ class NotebookProgress(Callback):
         self._output.show(self.render(trainer) if self.keeps else "")
 
     def render(self, trainer: Trainer) -> str:
-        """The line, with the time that is left."""
+        """The line, with the remaining time."""
         step, took_s = trainer.global_step, time.monotonic() - self._began_s
         parts = [f"{step:,} of {self.n_steps:,} steps", *progress_words(trainer, self.throughput)]
         if step > self._first_step:
@@ -173,7 +173,7 @@ class NotebookProgress(Callback):
 
 
 def progress_words(trainer: Trainer, throughput: Throughput) -> list[str]:
-    """Loss, validation bits per byte where there are some, and tokens per second."""
+    """Loss, validation bits per byte if measured, and tokens per second, as words."""
     metrics = trainer.callback_metrics
     parts = [f"loss {float(metrics['loss']):.3f}"] if "loss" in metrics else []
     if "val_bpb" in metrics:
@@ -185,7 +185,7 @@ _SAID: set[str] = set()
 
 
 def say(notes: Iterable[str], console: Console) -> None:
-    """Prints notes that this process has not printed yet: the trials of a sweep have them in common."""
+    """Prints the notes that this process has not printed yet: trials of a sweep share most of theirs."""
     for note in notes:
         if note not in _SAID:
             _SAID.add(note)
@@ -194,7 +194,7 @@ def say(notes: Iterable[str], console: Console) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences Lightning's advice, which does not fit data that is made by step and steps that are counted."""
+    """Silences Lightning's advice about data loaders and epochs: here data is generated per step."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

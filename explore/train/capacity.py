@@ -1,4 +1,4 @@
-"""Whether a run fits into the machine, known before anything is written."""
+"""Checks whether a run fits into the machine, before anything is written."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from explore.model import ModelConfig, saved_bytes_of
 from explore.train.parallel import StrategyName
 
 OPEN_FILES = 48
-"""Files that a run has open at most, beside those that are open before it."""
+"""Most files that a run opens at once, in addition to those already open."""
 
 WEIGHT, GRADIENT, MOMENT = 4, 4, 4
-"""Bytes of a parameter, of its gradient, and of each number that an optimizer keeps of it."""
+"""Bytes of a parameter, of its gradient, and of each number in its optimizer state."""
 
 
 class Needs(NamedTuple):
-    """Bytes that training takes at the least, of all processes on one machine together.
+    """Lower bound on the bytes that training takes, over all processes on one machine.
 
     Attributes:
         states: weights and optimizer state.
-        gradients: of the weights, at the end of a backward pass.
-        sequence: what one sequence keeps for the backward pass.
+        gradients: gradients of the weights, at the end of a backward pass.
+        sequence: activations that one sequence keeps for the backward pass.
         batch_size: sequences in a batch.
     """
 
@@ -36,20 +36,20 @@ class Needs(NamedTuple):
 
     @property
     def total(self) -> float:
-        """At the start of a backward pass, when there are no gradients yet, or at its end."""
+        """The peak: at the start of a backward pass, before there are gradients, or at its end."""
         return self.states + max(self.gradients, self.batch_size * self.sequence)
 
 
 def needs(experiment: Experiment, *, recompute: bool = False, copies: int = 1) -> Needs:
-    """What a run needs, by closed forms: never more than it takes.
+    """Computes a lower bound on the memory of a run from closed forms.
 
     Args:
-        recompute: a layer's activations are made again in the backward pass, so that only its input is kept.
-        copies: of weights, gradients and optimizer state, one for each process that has the whole model.
+        recompute: whether the backward pass recomputes a layer's activations, so that only its input is kept.
+        copies: number of copies of weights, gradients and optimizer state: one per process that holds the whole model.
     """
     model, seq_len, train = experiment.model, experiment.data.seq_len, experiment.train
     n_params = copies * _n_params(model)
-    moments = 1 if train.optimizer == "muon" else 2  # of the matrices alone; the rest has two
+    moments = 1 if train.optimizer == "muon" else 2  # for matrices only; other parameters have two
     narrow = 1 if train.recipe.high == "fp32" else 0.5
     sequence = _inputs(model, seq_len) if recompute else narrow * saved_bytes_of(model, seq_len)["exact"]
     return Needs(n_params * (WEIGHT + moments * MOMENT), n_params * GRADIENT, sequence, train.batch_size)
@@ -63,14 +63,14 @@ def check_capacity(
     devices: int = 1,
     strategy: StrategyName = "auto",
 ) -> None:
-    """Refuses a run for which the machine has too little memory, or too few open files.
+    """Raises an error if the machine has too little memory, or allows too few open files, for a run.
 
     Args:
-        device: torch's name of the type of device.
+        device: device type, as torch names it.
 
     Raises:
-        ValueError: what is needed, what there is, and what would fit. It comes from a MemoryError where the memory
-            would suffice if nothing else used it: then it is a fault that may pass, as `is_passing` says.
+        ValueError: memory or open files do not suffice; the message says what would fit. Its cause is a MemoryError if
+            the memory would suffice without other processes: `is_passing` then counts it as temporary.
     """
     ensure_descriptors(OPEN_FILES)
     copies = 1 if strategy == "fsdp" else devices
@@ -90,7 +90,7 @@ def check_capacity(
 
 
 def _what_fits(experiment: Experiment, needed: Needs, free: float, recompute: bool) -> str:
-    """What would fit into the memory that is free."""
+    """Describes what would fit into the free memory."""
     states = needed.states + needed.gradients
     if states > free:
         n_params = _n_params(experiment.model)

@@ -1,4 +1,4 @@
-"""The distillation of a child that a plan cuts out of a trained run."""
+"""Distils a child model that a plan cuts out of a trained run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from explore.runs import RunFolder, walk_runs
 from explore.weights import CHECKPOINT, MODEL, TrainedModel
 
 LR_RATIO = 1 / 5
-"""Peak learning rate of a distillation over the parent's, as in NVIDIA Model-Optimizer's guide to pruning."""
+"""Peak learning rate of a distillation, divided by the parent's, as in NVIDIA Model-Optimizer's pruning guide."""
 
 
 def child_experiment(
@@ -28,19 +28,19 @@ def child_experiment(
     data: str | Path | None = None,
     overrides: Iterable[str] = (),
 ) -> Experiment:
-    """The child of a plan, distilled on the parent's data as the parent was trained, at a fifth of its learning rate.
+    """Returns the experiment that distils a plan's child on the parent's data, with a fifth of its learning rate.
 
     Args:
-        path: of the plan.
-        tokens: to train on.
-        runs: folder of runs, where the parent is looked for.
-        parent: folder of the run, or of the imported checkpoint, that the plan is for.
-        teacher: a run, or a folder of weights; the parent when absent.
-        data: a run or an experiment with the data and training of the child, where the parent is imported.
+        path: path of the plan.
+        tokens: number of training tokens.
+        runs: folder of runs to search for the parent.
+        parent: folder of the run or imported checkpoint that the plan cuts.
+        teacher: a run or a folder of weights; None takes the parent.
+        data: a run or experiment whose data and training the child takes; needed if the parent is imported.
         overrides: `path.to.field=value`, as for `Experiment.load`.
 
     Raises:
-        ValueError: the plan cannot be read, its parent is not there, or a field is not allowed.
+        ValueError: the plan cannot be read, its parent is missing, or an override is invalid.
     """
     path = Path(path)
     plan = Plan.load(path)
@@ -61,14 +61,14 @@ def child_experiment(
 
 
 def _experiment(folder: Path, data: str | Path | None) -> Experiment:
-    """How the parent was trained; its weights are checked where they are read."""
+    """The experiment of the parent; its weights are checked later, when they are read."""
     return (
         open_parent(folder, data).experiment if data or exists(folder / MODEL) else RunFolder(folder).load_experiment()
     )
 
 
 def find_parent(plan: Plan, path: Path, runs: Path) -> RunFolder:
-    """The finished run below a folder whose weights the plan is for.
+    """Finds the finished run in `runs` whose weights the plan cuts.
 
     Raises:
         ValueError: there is none.
@@ -76,7 +76,7 @@ def find_parent(plan: Plan, path: Path, runs: Path) -> RunFolder:
     model = plan.parent_model.model_dump(mode="json")
     for run in walk_runs(runs):
         if (run.experiment.get("experiment") or {}).get("model") != model or run.status != "finished":
-            continue  # the digest is of a whole file
+            continue  # the digest covers a whole file
         if (run.path / CHECKPOINT).exists() and TrainedModel.model_validate(run.path).digest == plan.parent:
             return run
     raise ValueError(

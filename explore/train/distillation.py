@@ -1,4 +1,4 @@
-"""Distillation: a student learns the next token of a teacher, and where it is asked to, what its layers give."""
+"""Distillation: a student learns a teacher's next-token distribution and, optionally, its layer outputs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from explore.runs import RunFolder
 
 
 class Teacher:
-    """A trained model that only says what it would predict, without gradients and in its own precision.
+    """A trained model that predicts without gradients and in its own precision.
 
-    It takes the paths of ops that are in use when it is made, so none is compiled for it.
+    It uses the implementations of ops that are active when it is created, so none is compiled for it.
     """
 
     def __init__(self, config: Distillation) -> None:
@@ -33,7 +33,7 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, "batch seq"]) -> tuple[TeacherOutput, dict[int, Tensor]]:
-        """What the teacher says of a batch, and the outputs of its layers that are compared."""
+        """Returns the teacher's predictions for a batch, and the outputs of the layers to compare."""
         device, config = tokens.device, self.config
         self.model, self._weight = self.model.to(device), self._weight.to(device)
         paths = self._paths if device.type == "cpu" else {}
@@ -47,7 +47,7 @@ class Teacher:
 
 @contextmanager
 def outputs_of(model: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collects, by layer, what these layers give in a forward pass inside the block: (batch, seq, d_model)."""
+    """Collects the outputs of these layers in the forward passes of the `with` block: (batch, seq, d_model)."""
     found: dict[int, Tensor] = {}
 
     def keep(layer: int) -> torch.utils.hooks.RemovableHandle:
@@ -71,7 +71,7 @@ def cosine_distance(
 
 
 def check_teacher(experiment: Experiment) -> None:
-    """Refuses a teacher whose weights are gone, that reads other tokens, or shorter sequences only.
+    """Raises an error if the teacher's weights are gone, or its tokens or sequence length do not fit.
 
     Raises:
         ValueError: one of these.
@@ -82,7 +82,7 @@ def check_teacher(experiment: Experiment) -> None:
     path = Path(objective.teacher.path)
     objective.teacher.check()
     run = RunFolder(path)
-    if not run.experiment:  # a folder of weights, of which no sequence length is known
+    if not run.experiment:  # a folder of weights, whose sequence length is unknown
         if not isinstance(data, TextData):
             raise ValueError(f"train.objective.teacher: must be a run on {data.kind} data, got the folder {path}")
         if not (path / "tokenizer.json").exists():

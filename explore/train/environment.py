@@ -1,4 +1,4 @@
-"""Where a run was made: versions, device, code."""
+"""Records the environment of a run: versions, device, code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("hybrid-frontier", "torch", "lightning", "optuna", "numpy", "tokeniz
 
 
 def environment(experiment: Experiment) -> dict[str, Any]:
-    """What a reader needs to judge whether a number can be made again."""
+    """Versions, device and settings: what a reader needs to reproduce a number."""
     return {
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
@@ -32,12 +32,12 @@ def environment(experiment: Experiment) -> dict[str, Any]:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the device has instructions for products in bf16; without them bf16 is several times slower than fp32."""
+    """Whether the device multiplies bf16 in hardware; otherwise bf16 is several times slower than fp32."""
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def slow_precision(experiment: Experiment) -> str | None:
-    """One line that says so where this experiment's precision has no instructions here."""
+    """A one-line warning if this machine has no instructions for the experiment's precision, else None."""
     if experiment.train.recipe.high == "bf16" and not multiplies_bf16():
         return (
             f"train.precision: bf16 has no instructions on this {processor()}; fp32 trains several times as fast here"
@@ -46,7 +46,7 @@ def slow_precision(experiment: Experiment) -> str | None:
 
 
 def processor() -> str:
-    """Name of the processor and its widest vector instructions."""
+    """The name of the processor and its widest vector instructions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -55,7 +55,7 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the code, with `-dirty` when files differ from it; None outside of a repository."""
+    """The commit of the code, with `-dirty` if files differ from it; None outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""Training one experiment, from nothing or from where it stopped, into a run folder."""
+"""Trains one experiment into a run folder, from the start or from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from explore.train.start import check_start
 
 
 class BusyError(ValueError):
-    """Another process trains this very experiment."""
+    """Another process is training this experiment."""
 
 
 def fit(
@@ -58,37 +58,36 @@ def fit(
 ) -> RunFolder:
     """Trains an experiment and writes its record.
 
-    A finished experiment is found by its key and not trained again; one that was interrupted goes on from
-    its last checkpoint, with the same data in the same order; one that has nothing yet goes on from the furthest rung
-    in `runs` that is a state of its own stable phase. A diverged one ends with a result that says so.
+    A finished experiment is found by its key and not trained again. An interrupted one resumes from its last
+    checkpoint, with the same data in the same order. A new one starts from the furthest rung in `runs` that lies on its
+    own stable phase, if there is one. A run that diverges ends with a result that says so.
 
-    Several devices share every batch and give what one would. Lightning starts the script that calls this once
-    more for each of them; the first writes the record, and all return when it is whole.
+    Several devices split every batch and give the same result as one. Lightning starts the calling script again for
+    each further device; the first process writes the record, and all return when it is complete.
 
     Args:
         runs: folder of run folders.
-        checkpoint_every: steps between checkpoints; a twentieth of the run when absent.
-        keep_every: steps between weights that are kept for merging, `checkpoints/step-000120.ckpt`; none when absent.
-        recompute: make a layer's activations again in the backward pass, for less memory and more time.
-        split_batch: train on both halves of a batch at once, each by one thread, where a model is so small that threads
-            wait for one another at every op. Losses differ in their last bits. A run that goes on keeps its choice.
+        checkpoint_every: steps between checkpoints; None takes a twentieth of the run.
+        keep_every: steps between weights kept for merging, as `checkpoints/step-000120.ckpt`; None keeps none.
+        recompute: recompute activations in the backward pass: less memory, more time.
+        split_batch: train on both halves of a batch at once, one thread each. Faster for models so small that threads
+            wait for each other at every op. Losses differ in their last bits. A resumed run keeps its choice.
         wandb: mirror the run to Weights & Biases.
-        group: the study that the run is a trial of, under whose name Weights & Biases shows it.
-        accelerator: Lightning's name of the device to train on.
-        devices: processes that share a batch, each on a device of its own.
+        group: name of the run's study, used as its group in Weights & Biases.
+        accelerator: device type to train on, as Lightning names it.
+        devices: number of processes that share a batch, each on its own device.
         strategy: `ddp` has the whole model on every device, `fsdp` a part of each layer; `auto` is `ddp`.
-        rungs: shares of the schedule, in its stable phase, at which the run is validated and its whole state kept in
-            `runs/rungs` for other runs to branch from.
-        judge: asked at every validation, also of earlier points of a run that goes on; where it gives a reason, the
-            run ends as `pruned`. Without a judge, a pruned run goes on to its end.
-        console: where the progress bar is drawn if it is a terminal; standard error when absent.
+        rungs: fractions of the schedule, within the stable phase, at which the run is validated and its full state
+            saved in `runs/rungs` for other runs to branch from.
+        judge: called at every validation, and for the earlier points of a resumed run; if it returns a reason, the run
+            ends as `pruned`. Without a judge, a pruned run continues to its end.
+        console: where to draw the progress bar if it is a terminal; None takes standard error.
 
     Raises:
-        ValueError: memory does not suffice; corpus, tokenizer or vocabulary do not fit the model; parent or teacher
-            are gone or do not fit it; the devices do not fit batch or optimizer; the
-            batch cannot be split; a rung is not in the stable phase; the
-            judge would never be asked; no checkpoint is whole; or (`BusyError`) another process trains this very
-            experiment. Nothing is written then.
+        ValueError: memory does not suffice; corpus, tokenizer or vocabulary do not fit the model; parent or teacher are
+            missing or do not fit; the devices do not fit batch or optimizer; the batch cannot be split; a rung is
+            outside the stable phase; the judge would never be called; no checkpoint is intact; or (`BusyError`) another
+            process is training this experiment. Nothing is written then.
     """
     check_type(experiment, Experiment, "experiment must be an explore.Experiment")
     if keep_every is not None and keep_every < 1:
@@ -136,7 +135,7 @@ def fit(
         if threads < n_cores() // devices and run.console.is_terminal:
             run.console.print(f"threads: {threads} of {n_cores()}, as other processes are busy", style="dim")
         with _locked(folder.path):
-            if not has_ended(folder, judge):  # a process that held the lock until now may have finished it
+            if not has_ended(folder, judge):  # the process that held the lock may have finished the run
                 if checkpoint is not None and checkpoint.name != LAST:
                     say([damage] if damage else [], run.console)
                     checkpoint.replace(checkpoint.with_name(LAST))
@@ -147,7 +146,7 @@ def fit(
 
 
 def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
-    """Writes what is known before training, and trains."""
+    """Writes the record that is known before training, then trains."""
     folder = run.folder.path
     for place in (folder, folder / "checkpoints", runs / "rungs"):
         if place.is_dir():
@@ -157,7 +156,7 @@ def _train_and_record(run: TrainingRun, runs: Path, device: str) -> None:
     ops = {"ops": paths_in_use(device) | run.paths, "compiled": run.compiled}
     options = {"devices": run.devices, "strategy": run.strategy, "split_batch": run.split_batch}
     describe(folder, run.experiment, run.key, options | ops)
-    if run.devices == 1:  # several processes would not agree on files that others write
+    if run.devices == 1:  # several processes might see different rungs while others write
         branch(runs, run.experiment, folder)
     train_run(run)
 
@@ -180,7 +179,7 @@ def _device(accelerator: str) -> str:
 def _compiled(
     experiment: Experiment, folder: RunFolder, devices: int, device: str, *, goes_on: bool
 ) -> Mapping[str, Mapping[str, float]]:
-    """The ops that a run compiles: those that it compiled where it goes on, since rounding differs."""
+    """The ops that a run compiles; a resumed run compiles the same ones as before, since rounding differs."""
     if goes_on:
         recorded: Mapping[str, Mapping[str, float]] = folder.environment.get("compiled") or {}
         return recorded
@@ -190,7 +189,7 @@ def _compiled(
 def _length_and_precision(
     experiment: Experiment, devices: int, device: str
 ) -> tuple[ModelConfig, int, int, str, str, Recipe | None]:
-    """Arguments of `compiled_ops`, and of what is said where there is no compiler."""
+    """Arguments shared by `compiled_ops` and `missing_compiler`."""
     n_tokens = experiment.n_steps * experiment.batch_tokens // devices
     train = experiment.train
     recipe = train.recipe if train.quantizes else None
@@ -199,7 +198,7 @@ def _length_and_precision(
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a run folder against other processes; the lock goes with the process, however it ends."""
+    """Locks a run folder against other processes; the lock is released however this process ends."""
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("w") as file:
         try:

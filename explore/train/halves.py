@@ -1,8 +1,8 @@
-"""A batch as two halves, each on a thread of its own.
+"""Trains on the two halves of a batch at once, each on its own thread.
 
-The ops of a small model are too short to be shared by threads, which then wait for one another at each of them. Two
-threads that train on half of the batch each wait once a step. The gradient is the same sum in another order, so it
-differs in its last bits from that of the whole batch; with one thread or two it is the same.
+The ops of a small model are too short to split across threads, which would wait for each other at every op. Two threads
+that each train on half of the batch wait only once per step. The gradient is the same sum in another order, so its last
+bits differ from those of the whole batch; they do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from explore.model import LanguageModel
 from explore.train.objectives import BatchLoss, Objective, Term
 
 IGNORED = -100
-"""Target that is left out of the loss."""
+"""Target value that the loss ignores."""
 
 
 def check_halves(experiment: Experiment, devices: int, device: str) -> None:
-    """Checks that the batches of a run can be trained on in halves.
+    """Checks that the batches of a run can be split into halves.
 
     Raises:
         ValueError: they cannot.
@@ -41,16 +41,16 @@ def check_halves(experiment: Experiment, devices: int, device: str) -> None:
 
 
 def in_halves(objective: Objective) -> Objective:
-    """An objective whose forward and backward passes run for two halves of the batch at once, on a CPU.
+    """Wraps an objective so that it runs forward and backward on two halves of the batch at once, on a CPU.
 
-    Gradients are taken with the forward pass and handed on by the backward pass, as those of the sum of the terms, each
-    times its weight. The passes take one thread each, and one after another where torch has a single thread.
+    The forward pass also computes the gradients of the weighted sum of the terms; the backward pass only hands them on.
+    Each half takes one thread; if torch has a single thread, the halves run one after the other.
 
     Args:
         objective: one that draws no random numbers.
     """
     pool = ThreadPoolExecutor(1, thread_name_prefix="half of a batch")
-    is_first = True  # what is compiled is compiled by one thread
+    is_first = True  # only one thread may compile
 
     def halves(model: LanguageModel, tokens: Tensor, targets: Tensor) -> BatchLoss:
         nonlocal is_first
@@ -85,7 +85,7 @@ def in_halves(objective: Objective) -> Objective:
 
 
 def _shares(targets: Tensor, parts: Sequence[Tensor]) -> dict[bool, list[Any]]:
-    """What each half counts in a mean over targets (True), and in a mean over sequences (False)."""
+    """The weight of each half in a mean over targets (True) and in a mean over sequences (False)."""
     n_targets = (targets != IGNORED).sum()
     return {
         True: [(part != IGNORED).sum() / n_targets for part in parts],
@@ -103,13 +103,13 @@ def _joined(
     gradients: Sequence[Tensor | None],
     weights: Sequence[Tensor],
 ) -> BatchLoss:
-    """What the objective would have said of the whole batch."""
+    """Combines the losses of the halves into the loss of the whole batch."""
     first, second = halves
     terms = {}
     for name, term in first.terms.items():
         a, b = shares[term.over_targets]
         terms[name] = term._replace(value=(a * term.value + b * second.terms[name].value).detach())
-    # The gradient of all terms hangs on the loss, whose weight in the sum is known there.
+    # The gradient of all terms is attached to the loss, whose weight in the sum is known here.
     loss = terms["loss"]
     terms["loss"] = loss._replace(value=_handed(loss, gradients, weights))
     stats = {
@@ -127,7 +127,7 @@ def _handed(loss: Term, gradients: Sequence[Tensor | None], weights: Sequence[Te
 
 
 class _Handed(torch.autograd.Function):
-    """The value of the loss, with gradients of all terms that were taken before."""
+    """Passes on the loss, with the gradients of all terms that the forward pass computed."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, weight: float, gradients: list[Tensor | None], *weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The learning curve while it is drawn: when a run is validated, and who may stop it on what is seen."""
+"""The learning curve during training: when a run is validated, and when a judge may stop it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from explore.experiment import Experiment
 from explore.runs import PRUNED, RunFolder
 
 Judge = Callable[[float, float], str | None]
-"""Asked at every validation, with the share of the steps done and the bits per byte; a reason stops the run."""
+"""Called at every validation with the fraction of steps done and the bits per byte; a returned reason stops the run."""
 
 
 def has_ended(folder: RunFolder, judge: Judge | None) -> bool:
-    """Whether there is nothing to train; a run that was pruned is over for judges only."""
+    """Whether there is nothing left to train; a pruned run has ended only if there is a judge."""
     return folder.is_finished or (judge is not None and folder.status == PRUNED)
 
 
 def seen(folder: RunFolder, points: Mapping[int, float], until: float = math.inf) -> list[tuple[float, float]]:
-    """The points of a run's curve that are on disk: shares of the schedule, and bits per byte."""
+    """Reads the points of a run's curve from disk: fractions of the schedule, and bits per byte."""
     metrics = folder.metrics
     if "val_bpb" not in metrics:
         return []
@@ -31,10 +31,10 @@ def seen(folder: RunFolder, points: Mapping[int, float], until: float = math.inf
 
 
 def check_judged(experiment: Experiment, points: Mapping[int, float]) -> None:
-    """Refuses a judge that could never be asked.
+    """Raises an error if the judge would never be called.
 
     Raises:
-        ValueError: the data have no bits per byte, or the run is validated at its end only.
+        ValueError: the data has no bits per byte, or the run is validated only at its end.
     """
     if experiment.data.kind != "text":
         raise ValueError(f"judge: the data must be text, got {experiment.data.kind}, which has no bits per byte")
@@ -43,14 +43,13 @@ def check_judged(experiment: Experiment, points: Mapping[int, float]) -> None:
 
 
 class LearningCurve(Callback):
-    """Has Lightning validate at the given steps, and stops training when the judge gives a reason.
+    """Validates at the given steps, and stops training when the judge returns a reason.
 
-    A run that goes on asks for its earlier points first, so that a judge sees the whole curve, whatever was killed
-    when.
+    A resumed run passes its earlier points to the judge first, so the judge sees the whole curve.
 
     Attributes:
         reason: why the judge stopped the run.
-        value: bits per byte of the last point that it was asked for.
+        value: bits per byte of the last point that the judge was called with.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class LearningCurve(Callback):
         self.value: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning takes up a checkpoint that was written after a validation by skipping that validation, if it is due.
+        # Resuming from a checkpoint written after a validation, Lightning skips that validation if it is due.
         self._validate_next(trainer, due=trainer.global_step > 0)
         if self.judge is not None:
             self._ask(trainer, self.earlier)
@@ -84,7 +83,7 @@ class LearningCurve(Callback):
         trainer.val_check_batch = 1 if due else self.n_steps + 1
 
     def _ask(self, trainer: Trainer, points: list[tuple[float, float]]) -> None:
-        """Asks in the process that writes the record, and tells the answer to the others."""
+        """Calls the judge in the process that writes the record, and broadcasts the answer."""
         reason = None
         if self.judge is not None and trainer.is_global_zero:
             reason = tell(self.judge, points)
@@ -95,6 +94,6 @@ class LearningCurve(Callback):
 
 
 def tell(judge: Judge, points: list[tuple[float, float]]) -> str | None:
-    """Tells a judge points of a curve and returns its first reason to stop, if it has one before the end."""
+    """Passes points of a curve to a judge; returns its first reason to stop before the end, or None."""
     reasons = [(fraction, judge(fraction, value)) for fraction, value in points if math.isfinite(value)]
     return next((reason for fraction, reason in reasons if reason is not None and fraction < 1), None)

@@ -1,4 +1,4 @@
-"""A trained run, opened in Python: its model, its tokenizer, its learning curve, and what it writes."""
+"""A trained run, opened in Python: its model, tokenizer, learning curve and generated text."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from explore.train.models import evaluate, score
 
 
 def load(run: str | Path | RunFolder, runs: str | Path = "runs") -> LoadedRun:
-    """Opens a run that was trained, or a folder that `explore import` wrote.
+    """Opens a trained run, or a folder that `explore import` wrote.
 
         run = explore.load("0123abcd")
         print(run.generate("It was"))
 
-    Nothing is read before it is needed.
+    Files are read only when they are needed.
 
     Args:
-        run: a folder, or the beginning of the key or of the name of a run.
+        run: a folder, or the beginning of a run's key or name.
         runs: folder of run folders in which keys and names are looked up.
 
     Raises:
-        TypeError: `run` is neither a text, nor a path, nor a run.
-        ValueError: no run begins so, several do, or the folder holds no run.
+        TypeError: `run` is not a string, path or run.
+        ValueError: no run or more than one matches, or the folder holds no run.
     """
     if isinstance(run, RunFolder):
         return LoadedRun(run.path)
@@ -43,10 +43,10 @@ def load(run: str | Path | RunFolder, runs: str | Path = "runs") -> LoadedRun:
 
 
 class LoadedRun:
-    """A run that was trained, or a folder that `explore import` wrote.
+    """A trained run, or a folder that `explore import` wrote.
 
     Attributes:
-        path: its folder.
+        path: the folder.
         folder: the record of the run; empty for an imported model.
     """
 
@@ -54,7 +54,7 @@ class LoadedRun:
         self.path = path
         self.folder = RunFolder(path)
         if not self.is_imported:
-            self.folder.load_experiment()  # what is no run is refused here
+            self.folder.load_experiment()  # raises if the folder is not a run
 
     def __repr__(self) -> str:
         kind = "imported" if self.is_imported else repr(self.folder).partition(", ")[2].removesuffix(")")
@@ -70,7 +70,7 @@ class LoadedRun:
 
     @cached_property
     def experiment(self) -> Experiment:
-        """What was trained, and how.
+        """The experiment: model, data and training.
 
         Raises:
             ValueError: the model was imported.
@@ -89,7 +89,7 @@ class LoadedRun:
         """The trained model, in evaluation mode.
 
         Raises:
-            ValueError: there is no checkpoint, or one that is damaged.
+            ValueError: the checkpoint is missing or damaged.
         """
         return load_model_folder(self.path) if self.is_imported else load_model(self.folder)
 
@@ -109,7 +109,7 @@ class LoadedRun:
 
     @property
     def result(self) -> dict[str, Any]:
-        """What `result.json` says; empty while the run has not ended."""
+        """The contents of `result.json`; empty until the run has ended."""
         return self.folder.result or {}
 
     @property
@@ -130,17 +130,17 @@ class LoadedRun:
         """Continues a text.
 
         Args:
-            max_new_tokens: tokens that are written at most; fewer where the model ends the document.
-            temperature: 0 takes the most probable token.
-            top_k: draw from this many tokens, the most probable; from all when absent.
-            top_p: draw from the tokens that together have this probability.
-            seed: of the draws.
+            max_new_tokens: most tokens to generate; fewer if the model ends the document.
+            temperature: divides the logits; 0 always takes the most probable token.
+            top_k: sample only from this many most probable tokens; None samples from all.
+            top_p: sample only from the most probable tokens that together reach this probability.
+            seed: seed of the sampling.
 
         Returns:
-            The prompt and what follows.
+            The prompt and its continuation.
 
         Raises:
-            TypeError: the prompt is no text.
+            TypeError: the prompt is not a string.
             ValueError: an argument is out of range.
         """
         check_type(prompt, str, "prompt must be a text")
@@ -155,16 +155,16 @@ class LoadedRun:
 
         Args:
             corpora: names or paths of other texts, on whose test splits bits per byte are measured too.
-            tokens: read only this many tokens of each of them; all when absent.
+            tokens: read only this many tokens of each other text; None reads all.
 
         Returns:
             `val_loss`, `val_bpb`, `test_loss`, `test_bpb` and `recall`, and `NAME_bpb` for every other corpus.
 
         Raises:
-            ValueError: the model was imported, or another corpus was asked for and the run was not trained on text.
+            ValueError: the model was imported, or other corpora are given and the run was not trained on text.
         """
         experiment = self.experiment
-        measure = score if self.folder.quantized else evaluate  # a quantised model has its formats already
+        measure = score if self.folder.quantized else evaluate  # a quantised model already has its formats
         scores = measure(experiment, experiment.data.open(experiment.seed), self.model)
         for name in corpora:
             other = self._text.model_copy(update={"corpus": name, "n_shards": None}).open(0)

@@ -1,4 +1,4 @@
-"""The training of one run with Lightning, from where it stands to its result."""
+"""Trains one run with Lightning, from its last checkpoint to its result."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ CHECKPOINTS_PER_RUN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """A run that is ready to be trained: what is trained, and with which options of `fit`.
+    """A run that is ready to train: its experiment and the options of `fit`.
 
     Attributes:
-        points: steps after which it is validated, and the share of the schedule that each stands for.
-        rungs: steps whose whole state is kept for other runs, and where.
-        compiled: ops that are compiled, each with the seconds that this saves and costs.
+        points: steps after which the run is validated, each with its fraction of the schedule.
+        rungs: steps whose full state is kept for other runs, each with its path.
+        compiled: ops to compile, each with the seconds that compiling saves and costs.
     """
 
     experiment: Experiment
@@ -80,7 +80,7 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path:
-        """From which the run goes on."""
+        """The checkpoint from which the run resumes."""
         return self.folder.path / "checkpoints" / LAST
 
     @property
@@ -94,7 +94,7 @@ class TrainingRun:
         return is_writer(self.devices)
 
     def report_plain(self, reason: str) -> None:
-        """Says and records that nothing is compiled, since the compiler failed."""
+        """Prints and records that nothing is compiled because the compiler failed."""
         if not self.writes:
             return
         say([f"the compiler failed, so the run goes on without it: {reason}"], self.console)
@@ -109,10 +109,10 @@ class TrainingRun:
 
 
 def train_run(run: TrainingRun) -> None:
-    """Trains a run to its end and writes `result.json`; returns when every process of the run has come here.
+    """Trains a run to its end and writes `result.json`; returns when every process of the run is done.
 
     Raises:
-        TerminatedError: a signal asked this process to end; the run goes on from the step that was its last.
+        TerminatedError: a signal asked this process to end; the run can resume from its last step.
     """
     begun = standing(run.checkpoint, run.key, run.folder.path)
     throughput = Throughput(run.experiment.batch_tokens)
@@ -125,10 +125,10 @@ def train_run(run: TrainingRun) -> None:
         with ended_together(trainer):
             diverged = _fit(run, trainer, module, begun.step, requests)
             if begun.step == run.experiment.n_steps and run.judge is not None and run.writes:
-                tell(run.judge, curve.earlier)  # nothing was trained, so the judge was not asked yet
+                tell(run.judge, curve.earlier)  # nothing was trained, so the judge was not called yet
             step = trainer.global_step if diverged is None else diverged.step
             result = result_of(run.experiment, run.folder.path, step, throughput)
-            if curve.reason is not None:  # a model that has not decayed has no scores: they would mislead
+            if curve.reason is not None:  # scores of a model before its decay would mislead
                 result |= {"status": PRUNED, "reason": curve.reason, "stopped_val_bpb": curve.value}
                 result |= {"val_bpb": None, "test_bpb": None}
             elif diverged is not None:
@@ -146,7 +146,7 @@ def train_run(run: TrainingRun) -> None:
 
 
 def _tables(run: TrainingRun, begun: Standing) -> list[Callback]:
-    """What writes the tables of a run."""
+    """The callbacks that write the tables of a run."""
     experiment, folder = run.experiment, run.folder.path
     tables: list[Callback] = []
     if run.writes:
@@ -164,7 +164,7 @@ def _callbacks(run: TrainingRun, curve: LearningCurve, throughput: Throughput) -
         callbacks.append(StopsAtRecall(experiment.train.stop_recall, recall_curve(run.folder.metrics)))
     if run.compiled:
         callbacks.append(PlainWhereNotCompiled(run.report_plain))
-    if not run.compiled:  # what is compiled is so for a number of threads, and would be compiled again
+    if not run.compiled:  # a changed number of threads would compile the ops again
         callbacks.append(FreeCores(run.devices))
     if run.keep_every is not None:
         callbacks.append(KeptCheckpoints(folder, run.keep_every))
@@ -212,7 +212,7 @@ def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    # Lightning would handle SIGTERM by a broadcast, wherever the processes stand: two that stand elsewhere deadlock.
+    # Lightning would answer SIGTERM with a broadcast, which deadlocks if two processes are at different points.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
@@ -220,7 +220,7 @@ def _trainer(run: TrainingRun, callbacks: list[Callback], mirror: WandbLogger | 
 def _fit(
     run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_at: int, requests: Requests
 ) -> DivergedError | None:
-    """Trains the remaining steps; returns the error of a run that diverged."""
+    """Trains the remaining steps; returns the error if the run diverged."""
     diverged = None
     try:
         with falling_back() if run.compiled else nullcontext():
@@ -233,7 +233,7 @@ def _fit(
     except DivergedError as error:
         diverged = error
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning has turned into an exit
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turned it into an exit
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
@@ -248,7 +248,7 @@ def _fit(
 
 
 def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dict[str, Any]:
-    """Scores of the trained model, or that it diverged in its last step."""
+    """Returns the scores of the trained model, or the error if it diverged in its last step."""
     model = module.model.to(trainer.strategy.root_device)
     scores = evaluate(run.experiment, run.source, model)
     result: dict[str, Any] = {**scores}
@@ -266,7 +266,7 @@ def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dic
 
 @contextmanager
 def _mirrored(run: TrainingRun) -> Iterator[WandbLogger | None]:
-    """Lightning's logger of Weights & Biases, whose run is closed however the block ends; None when off."""
+    """Yields Lightning's logger for Weights & Biases (None when off), and closes it however the block ends."""
     experiment = run.experiment
     if run.wandb is None or not run.writes:
         yield None

@@ -1,4 +1,4 @@
-"""Training in low precision: what is quantised at a step, and what is lost by it."""
+"""Training in low precision: what each step quantises, and what quantisation loses."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ROWS_PER_RUN = 50
 
 
 def set_step(emulation: Emulation, experiment: Experiment, step: int, rank: int = 0, world_size: int = 1) -> None:
-    """Prepares a model's quantisers for a batch.
+    """Prepares a model's quantisers for the next batch.
 
     Args:
-        step: optimizer steps that are done.
-        rank: place of this process among those that share the batch; each has every `world_size`-th sequence.
+        step: optimizer steps done.
+        rank: rank of this process among those that share the batch; each has every `world_size`-th sequence.
     """
     emulation.step = step
     emulation.products = products_at(experiment.train.recipe, step, experiment.n_steps)
@@ -44,9 +44,9 @@ def _reduce_max(x: Tensor) -> None:
 class LostElements(Callback):
     """Writes `precision.csv`: what quantisation loses, by component, at some steps.
 
-    A row is about an operand of a product, such as `dy weight_gradient`: `flushed` is the share of its elements other
-    than zero that became zero, `saturated` the share that the largest value stands for. Or it is about `dw`, the
-    gradient of a weight: `zero` is the share of its elements that are zero. Layers with one letter are one row.
+    A row describes either an operand of a product, such as `dy weight_gradient`: `flushed` is the share of its nonzero
+    elements rounded to zero, `saturated` the share clipped to the largest value. Or it describes `dw`, the gradient of
+    a weight: `zero` is the share of its elements that are zero. Layers with the same letter share a row.
     """
 
     def __init__(self, folder: Path, n_steps: int, standing: Standing, *, writes: bool = True) -> None:
@@ -84,7 +84,7 @@ class LostElements(Callback):
 
 
 def _zeros(parameters: list[Parameter]) -> Tensor:
-    """Elements of the gradients of a module's weights that are zero, and all of them; biases have fewer axes."""
+    """Counts zero elements, and all elements, in the gradients of a module's weights; biases are left out."""
     ndim = max(weight.ndim for weight in parameters)
     gradients = [whole(weight.grad) for weight in parameters if weight.ndim == ndim and weight.grad is not None]
     return torch.tensor([[(each == 0).sum(), each.numel()] for each in gradients], dtype=torch.double).sum(0)

@@ -1,4 +1,4 @@
-"""Memory that a step gives back and the next one asks for again."""
+"""Keeps the memory that one step frees for the next step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ LARGE = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, up to blocks of a gibibyte, for what it allocates next.
+    """Lets this process keep freed blocks of up to one gibibyte for its next allocations.
 
-    By default the C library hands freed activations to the operating system, which has to find and to clear as many
-    pages in the next step. The process holds its peak until it ends.
+    By default the C library returns freed activations to the operating system, which must find and clear the same
+    number of pages in the next step. With this, the process holds its peak memory until it ends.
 
     Returns:
-        Whether the C library can, as glibc does.
+        Whether the C library supports this (glibc does).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Checkpoint merging: an average of checkpoints of the stable phase in place of a decay of the learning rate."""
+"""Checkpoint merging: averaging checkpoints of the stable phase instead of decaying the learning rate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Shape = Literal["flat", "minus_sqrt"]
 
 
 class Window(NamedTuple):
-    """Checkpoints to be merged, by step, and their weights."""
+    """Checkpoints to merge, by step, and their weights."""
 
     shape: Shape
     steps: tuple[int, ...]
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 def decay_weights(n: int, shape: Shape) -> tuple[float, ...]:
-    """Weights under which an average of n equally spaced checkpoints imitates a decay; their sum is 1.
+    """Returns weights, with sum 1, under which an average of n equally spaced checkpoints imitates a decay.
 
     With theta_i the checkpoints, and a decay that multiplies the change from theta_i to theta_(i+1) by the factor
     f(i / n) of its schedule, f(0) = 1 and f(1) = 0, the decayed weights are, summed by parts,
@@ -42,13 +42,13 @@ def decay_weights(n: int, shape: Shape) -> tuple[float, ...]:
         w_i = f((i - 1) / n) - f(i / n),   i = 1 ... n.
 
     `flat` is f(p) = 1 - p, a linear decay: w_i = 1 / n. `minus_sqrt` is f(p) = 1 - sqrt(p):
-    w_i = (sqrt(i) - sqrt(i - 1)) / sqrt(n), most for the earliest. That the changes are those of the
-    stable phase whatever the factor is the approximation in it.
+    w_i = (sqrt(i) - sqrt(i - 1)) / sqrt(n), most for the earliest. The approximation: the changes are taken from the
+    stable phase, as if the factor did not alter them.
 
-    Source: warm-up-stable-merge, arXiv 2507.17634; there too the decay is a property of the weights.
+    Source: warm-up-stable-merge, arXiv 2507.17634; there too, the weights express the decay.
 
     Raises:
-        ValueError: the shape is unknown, or there is no checkpoint.
+        ValueError: the shape is unknown, or n is below 1.
     """
     if n < 1:
         raise ValueError(f"last must be at least 1 checkpoint, got {n}")
@@ -64,7 +64,7 @@ def decay_weights(n: int, shape: Shape) -> tuple[float, ...]:
 def merge_weights(paths: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:
     """Weighted average of checkpoints, buffers such as the routers' biases included.
 
-    Floating-point tensors are summed in fp32; others are those of the last checkpoint.
+    Floating-point tensors are summed in fp32; others are taken from the last checkpoint.
     """
     sums: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
@@ -80,10 +80,10 @@ def merge_weights(paths: Sequence[Path], weights: Sequence[float]) -> dict[str, 
 
 
 def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") -> Window:
-    """The last so many checkpoints that a run kept in its stable phase: warmed up, and not decayed yet.
+    """Returns the last checkpoints that a run kept in its stable phase, after warm-up and before decay.
 
     Raises:
-        ValueError: fewer were kept, one is damaged or of another run, or the shape is unknown.
+        ValueError: fewer were kept, one is damaged or belongs to another run, or the shape is unknown.
     """
     weights = decay_weights(last, shape)
     experiment = folder.load_experiment()
@@ -113,14 +113,14 @@ def _check(path: Path, folder: RunFolder) -> None:
 
 
 def score_merge(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt", *, save: bool = False) -> dict[str, Any]:
-    """Scores the merged model beside the last of its checkpoints, and writes both into `merged.json`, by shape.
+    """Scores the merged model and the last of its checkpoints, and writes both into `merged.json`, by shape.
 
     Args:
-        save: also the merged weights, as `checkpoints/merged.ckpt`.
+        save: whether to save the merged weights as `checkpoints/merged.ckpt`.
 
     Returns:
-        What `merged.json` says of the shape: shape, steps, weights, the scores of `result.json`, and those of the
-        last checkpoint under `last`.
+        The entry of the shape in `merged.json`: shape, steps, weights, the scores as in `result.json`, and under `last`
+        the scores of the last checkpoint.
 
     Raises:
         ValueError: fewer were kept, or the shape is unknown.

@@ -1,4 +1,4 @@
-"""What a run measures while it trains, on disk and in its checkpoints."""
+"""Writes the measurements of a run during training, to disk and into its checkpoints."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ VALIDATION = ("val_loss", "val_bpb", "val_recall")
 class RowsFile:
     """A CSV file that grows with a run.
 
-    Its text is in every checkpoint, from which the file is written anew where a run goes on: rows of later steps are
-    dropped, since those steps are made again, and what has happened to the file does not matter.
+    Every checkpoint contains its text. A resumed run rewrites the file from there, which drops the rows of later steps
+    (they are trained again) and repairs a damaged file.
 
     Args:
-        columns: others are refused.
-        standing: of the run. A checkpoint of an earlier version has no text, and rows on the disk are kept.
+        columns: names of the columns; other names raise an error.
+        standing: the state of the run. Checkpoints of earlier versions have no text; then the rows on disk are kept.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], standing: Standing) -> None:
         self.path, self.columns = path, columns
         self.text = ",".join(columns) + "\r\n"
         if standing.files is not None:
-            self.text += self._lines(_rows(standing.files.get(path.name, "")))  # an earlier version had fewer columns
+            self.text += self._lines(_rows(standing.files.get(path.name, "")))  # earlier versions had fewer columns
         else:
             self.text += self._lines(row for row in _read(path) if float(row["step"]) <= standing.step)
         with replacing(path) as temporary:
@@ -56,17 +56,17 @@ class RowsFile:
 
 
 class MetricsFile(Callback):
-    """Appends metrics to a CSV file. The column `step` counts optimizer steps that are done, from 1.
+    """Appends metrics to a CSV file. The column `step` counts completed optimizer steps, from 1.
 
-    A column that is not known is refused.
+    An unknown column raises an error.
 
-    A callback, as Lightning tells its loggers of a step after the checkpoint of that step is written: whoever went on
-    from there would have lost the row.
+    This is a callback and not a logger because Lightning calls loggers after writing a step's checkpoint: a run resumed
+    from that checkpoint would lack the row.
 
     Args:
-        batch_tokens: tokens of a step, for the column `tokens`.
-        every_n_steps: steps from one row of training to the next.
-        standing: of the run.
+        batch_tokens: tokens per step, for the column `tokens`.
+        every_n_steps: steps between rows of training metrics.
+        standing: the state of the run.
     """
 
     def __init__(self, path: Path, batch_tokens: int, every_n_steps: int, standing: Standing) -> None:
@@ -89,13 +89,13 @@ class MetricsFile(Callback):
         self.rows.save(checkpoint)
 
     def _append(self, trainer: Trainer, *, validation: bool) -> None:
-        step, metrics = trainer.global_step, trainer.callback_metrics  # the last of both kinds
+        step, metrics = trainer.global_step, trainer.callback_metrics  # the latest training and validation metrics
         row = {name: float(value) for name, value in metrics.items() if (name in VALIDATION) == validation}
         self.rows.append([{"step": step, "tokens": step * self.batch_tokens} | row])
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file that are whole; none where there is no file."""
+    """The complete rows of a CSV file; none if the file is missing."""
     if not path.exists():
         return []
     return _rows(path.read_text(encoding="utf-8", errors="replace").replace("\0", ""))

@@ -1,4 +1,4 @@
-"""Models of runs, scored."""
+"""Scores the models of runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from explore.train.low_precision import set_step
 
 
 def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
-    """What `result.json` says of a model, with forward products as at the end of training."""
+    """Scores of a model for `result.json`, with forward products in the precision of the end of training."""
     if experiment.train.quantizes:
         emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
         set_step(emulation, experiment, experiment.n_steps)
@@ -25,10 +25,10 @@ def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> di
 
 
 def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
-    """Loss and bits per byte of both splits, and recall where that is the task, by a model as it is.
+    """Loss and bits per byte of both splits, and recall if that is the task; the model's precision is not changed.
 
     Returns:
-        Numbers by name, None where there is none; `recall_by_pairs` where sequences have several numbers of pairs.
+        Numbers by name, None if not measured; `recall_by_pairs` if sequences differ in their number of pairs.
     """
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
@@ -53,10 +53,10 @@ def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[
 
 
 def document_scores(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any] | None:
-    """What `evals.json` says under `documents` of a model as it is; None where documents are not scored.
+    """The entry `documents` of `evals.json` for an unchanged model; None if documents are not scored.
 
     Raises:
-        ValueError: the tokenizer does not say how many bytes a token stands for.
+        ValueError: the tokenizer does not give the number of bytes per token.
     """
     if not isinstance(source, TextSource):
         return None

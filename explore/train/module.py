@@ -1,4 +1,4 @@
-"""Training as Lightning sees it: the module and the data."""
+"""The Lightning module and data module for training."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from explore.train.parallel import Sharded, shard, whole
 from explore.train.schedule import wsd
 
 Tensors = dict[str, Any]
-"""A batch on its way through Lightning, which moves dictionaries but not frozen dataclasses."""
+"""A batch as a dictionary, since Lightning does not move frozen dataclasses to a device."""
 
 
 WORST = 20
-"""Times the loss of a uniform guess: a run that is further off has diverged, although its loss may stay finite."""
+"""A run has diverged if its loss exceeds this many times that of a uniform guess, even if it is finite."""
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite, or so high that the run is lost."""
+    """The loss is not finite, or far above that of a uniform guess."""
 
     def __init__(self, step: int, loss: float) -> None:
         how = f", over {WORST} times that of a uniform guess" if math.isfinite(loss) else ""
@@ -45,14 +45,14 @@ class DivergedError(RuntimeError):
 class LitLanguageModel(LightningModule):
     """A language model with its objective, optimizer, schedule and metrics.
 
-    After every optimizer step each router's bias moves towards the mean load of that step, over all its
-    batches and processes.
+    After every optimizer step each router's bias is adjusted towards equal expert loads, counted over all batches and
+    processes of that step.
 
     Args:
-        model: with the weights from which training begins.
-        paths: implementations of ops in training; validation has the default ones.
+        model: the model with its initial weights.
+        paths: implementations of ops in training; validation uses the default ones.
         requests: signals that ask this process to end.
-        key: of the run, for its checkpoints.
+        key: key of the run, saved in its checkpoints.
 
     Attributes:
         max_violation: the largest imbalance of a router in the last step.
@@ -82,7 +82,7 @@ class LitLanguageModel(LightningModule):
             shard(self.model, self.trainer.strategy.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
-        """Sets the rate of the next step anew: a rung may be of a run with another budget, which decays elsewhere."""
+        """Sets the learning rate of the next step: a rung may come from a run with another budget and decay."""
         schedule: Any = self.lr_schedulers()
         for group, lr in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
             group["lr"] = lr * wsd(self.global_step, self.experiment.n_steps, self.experiment.train)
@@ -110,7 +110,7 @@ class LitLanguageModel(LightningModule):
 
     @property
     def _n_shares(self) -> int:
-        """What gradients are divided by in the backward pass, whose processes take the mean of their gradients.
+        """The divisor of gradients in the backward pass, after which processes average their gradients.
 
         Formats with scales that are powers of two round a gradient to other values where it is three times as large.
         """
@@ -118,7 +118,7 @@ class LitLanguageModel(LightningModule):
 
     @property
     def is_ending(self) -> bool:
-        """Whether the run ends after this step: a signal has asked for it, and every process knows."""
+        """Whether the run ends after this step because of a signal; the same answer in every process."""
         return self._asked if self.trainer.world_size > 1 else self.requests.signum is not None
 
     def _check_converging(self, total: Tensor, cross_entropy: Tensor) -> None:
@@ -128,11 +128,11 @@ class LitLanguageModel(LightningModule):
             raise DivergedError(self.global_step, cross_entropy.item())
 
     def _mean(self, values: Tensor) -> Tensor:
-        """Mean over the processes, the same on all of them: they stop together where a loss is not finite."""
+        """Mean over the processes, equal in all of them, so that they stop together if a loss is not finite."""
         return self.trainer.strategy.reduce(values.detach(), reduce_op="mean")
 
     def _share(self, n_targets: Tensor) -> Tensor | float:
-        """Weight of the mean over this process's targets, for the mean over processes to be that over all targets."""
+        """Weight of this process's mean loss that makes the mean over processes a mean over all targets."""
         if self.trainer.world_size == 1:
             return 1.0
         return n_targets / self._mean(n_targets.float())
@@ -203,7 +203,7 @@ class LitLanguageModel(LightningModule):
 
 
 class DataModule(LightningDataModule):
-    """Batches of an experiment. Training begins at the trainer's step, so a resumed run reads on where it stopped."""
+    """Batches of an experiment, from the trainer's step on, so a resumed run continues with the next batch."""
 
     def __init__(self, experiment: Experiment, source: Source) -> None:
         super().__init__()

@@ -19,9 +19,9 @@ class Term(NamedTuple):
     """One number that training minimises.
 
     Attributes:
-        value: in nats where it is an entropy; logged, without its weight, under the name of the term.
-        weight: factor in the sum of the terms; 0 logs a term only.
-        over_targets: the value is a mean over the targets of this process, so that processes count by their targets.
+        value: the number, in nats if it is an entropy; logged without its weight under the term's name.
+        weight: factor in the sum of the terms; with 0 the term is only logged.
+        over_targets: whether the value is a mean over targets; then each process is weighted by its number of targets.
     """
 
     value: Float[Tensor, ""]
@@ -30,11 +30,11 @@ class Term(NamedTuple):
 
 
 class BatchLoss(NamedTuple):
-    """What an objective says of one batch.
+    """The result of an objective on one batch.
 
     Attributes:
-        terms: by name. `loss` is always there: the cross-entropy of the next token, by which divergence is judged.
-        n_targets: predicted tokens.
+        terms: the terms by name. `loss` is always present: the next-token cross-entropy, which also detects divergence.
+        n_targets: number of predicted tokens.
         stats: the statistics of every router, by layer, which balance the experts.
     """
 
@@ -44,7 +44,7 @@ class BatchLoss(NamedTuple):
 
 
 Objective = Callable[[LanguageModel, Tensor, Tensor], BatchLoss]
-"""From the model, tokens (batch, seq) and targets (batch, seq) to the terms of their loss."""
+"""A function from model, tokens (batch, seq) and targets (batch, seq) to the terms of the loss."""
 
 
 def _next_token(train: TrainConfig) -> Objective:
@@ -80,7 +80,7 @@ def _distillation(train: TrainConfig) -> Objective:
 
 
 def _own_terms(loss: Loss, train: TrainConfig) -> dict[str, Term]:
-    """What a model minimises beside the next token: the balance of its routers, and the tokens after the next."""
+    """The model's own terms besides the next-token loss: router balance and multi-token prediction."""
     terms = {}
     if loss.stats:
         terms["aux_loss"] = Term(loss.aux_loss)
@@ -93,7 +93,7 @@ OBJECTIVES: Mapping[str, Callable[[TrainConfig], Objective]] = {
     "next_token": _next_token,
     "distillation": _distillation,
 }
-"""How an objective is made, by its kind. A term with a new name also needs a column in `explore.train.metrics`."""
+"""Builders of objectives, by kind. A term with a new name also needs a column in `explore.train.metrics`."""
 
 
 def build_objective(train: TrainConfig) -> Objective:

@@ -14,10 +14,10 @@ from explore.model import LanguageModel
 
 
 def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
-    """The optimizer of a model. Weights of one dimension (norms, biases, scalars of a head) do not decay.
+    """Builds the optimizer of a model. One-dimensional weights (norms, biases, per-head scalars) have no weight decay.
 
-    Muon takes the two-dimensional matrices of the layers, those of multi-token prediction too; embedding, head and
-    stacked experts, which are three-dimensional, stay with AdamW.
+    Muon updates the two-dimensional matrices of the layers, including multi-token prediction. AdamW updates the rest:
+    embedding, head, and stacked experts, which are three-dimensional.
     """
     matrices: list[nn.Parameter] = []
     decaying: list[nn.Parameter] = []
@@ -42,7 +42,7 @@ def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
 
 
 class JointOptimizer(Optimizer):
-    """Several optimizers, each over its own weights, that step as one."""
+    """Several optimizers, each over its own weights, that step together."""
 
     def __init__(self, **members: Optimizer) -> None:
         self.members = members
@@ -50,7 +50,7 @@ class JointOptimizer(Optimizer):
         self._share_groups()
 
     def _share_groups(self) -> None:
-        # The very dictionaries of the members, so that a learning rate set here is set there.
+        # The same dictionaries as in the members, so that a learning rate set here applies there.
         self.param_groups = [group for member in self.members.values() for group in member.param_groups]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Training by several processes: who writes, what is refused, how a model is sharded."""
+"""Training by several processes: which one writes, which settings work, how a model is sharded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Sharded(ModelParallelStrategy):
         super().__init__(data_parallel_size=devices, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads what any strategy has saved; Lightning's own method takes optimizer states of sharded models only."""
+        """Loads a checkpoint of any strategy; Lightning's own method reads optimizer states of sharded models only."""
         assert self.model is not None
         checkpoint = load_checkpoint(Path(checkpoint_path))
         options = StateDictOptions(full_state_dict=True)
@@ -50,7 +50,7 @@ class Sharded(ModelParallelStrategy):
 
 
 def _by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """An optimizer's state with names in place of numbers, which stand for the weights in the order of the groups."""
+    """Replaces the numbers in an optimizer's state, which index the weights in group order, by the weights' names."""
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     name_of = dict(zip(numbers, names, strict=True))
     return {
@@ -62,7 +62,7 @@ def _by_name(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def check_parallel(train: TrainConfig, devices: int, strategy: StrategyName) -> None:
-    """Refuses what cannot be trained by so many processes.
+    """Raises an error if a run cannot be trained by this many processes.
 
     Raises:
         ValueError: devices, strategy, batch size or optimizer do not fit one another.
@@ -73,36 +73,35 @@ def check_parallel(train: TrainConfig, devices: int, strategy: StrategyName) -> 
         raise ValueError(f"strategy must be auto, ddp or fsdp, got {strategy!r}")
     if train.batch_size % devices:
         raise ValueError(
-            f"train.batch_size: {train.batch_size} cannot be shared by {devices} devices; "
-            f"allowed are multiples of {devices}"
+            f"train.batch_size must be a multiple of {devices}, the number of devices, got {train.batch_size}"
         )
     if strategy == "fsdp" and train.optimizer == "muon":
         raise ValueError("train.optimizer must be 'adamw' with fsdp, got 'muon', which needs whole matrices")
 
 
 def lightning_strategy(devices: int, strategy: StrategyName) -> str | Strategy:
-    """What Lightning's trainer takes for a name of ours."""
+    """Converts our name of a strategy into the argument of Lightning's trainer."""
     if strategy == "fsdp":
         return Sharded(devices)
     return "ddp" if devices > 1 else strategy
 
 
 def is_writer(devices: int) -> bool:
-    """Whether this process writes the record of a run by so many devices; one process does."""
+    """Whether this process writes the record of the run; exactly one process does."""
     return devices == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
 def wait_for_all() -> None:
-    """Returns when every process of the run has come here; at once where there is one."""
+    """Waits until every process of the run gets here; returns at once if there is only one."""
     if distributed.is_initialized():
         distributed.barrier()
 
 
 def end_followers(trainer: Trainer) -> None:
-    """Ends the processes that this one has started for their shares of a batch: they would wait for it for ever."""
+    """Ends the processes that this one started for the other devices: they would wait for it forever."""
     started = getattr(trainer.strategy.launcher, "procs", [])
     followers = [*started]
-    started.clear()  # first, since an observer of Lightning's ends this process too where one of them has ended
+    started.clear()  # first, since Lightning ends this process when it sees that one of them has ended
     for process in followers:
         process.kill()
     for process in followers:
@@ -111,7 +110,7 @@ def end_followers(trainer: Trainer) -> None:
 
 @contextmanager
 def ended_together(trainer: Trainer) -> Iterator[None]:
-    """Ends the processes that this one has started where the block raises."""
+    """Ends the processes that this one started if the block raises."""
     try:
         yield
     except BaseException:
@@ -120,7 +119,7 @@ def ended_together(trainer: Trainer) -> Iterator[None]:
 
 
 def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
-    """Shards every layer by itself, and what is left with the model: a depth that runs several times is in there."""
+    """Shards each layer separately, and the rest together, including a prediction depth that runs several times."""
     if isinstance(model, FSDPModule):
         return
     for layer in model.layers:
@@ -130,5 +129,5 @@ def shard(model: LanguageModel, mesh: DeviceMesh) -> None:
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that may lie in parts on several devices, in one piece."""
+    """Gathers a tensor that may be sharded over several devices."""
     return value.full_tensor() if isinstance(value, DTensor) else value

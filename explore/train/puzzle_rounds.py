@@ -1,7 +1,7 @@
-"""The iterative puzzle: a part of the way to the budgets, a short distillation, and the library again.
+"""The iterative puzzle: each round goes part of the way to the budgets, distils briefly and rebuilds the library.
 
-Source: the iterative Puzzle of Nemotron Puzzle 75B; why it helps is that replacements are measured one at a time, and
-their divergences do not add up where many layers change at once.
+Source: the iterative Puzzle of Nemotron Puzzle 75B; it helps because replacements are measured one at a time, and their
+divergences do not add up when many layers change at once.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from explore.train.fitting import fit
 def puzzle_rounds(
     run: RunFolder, limits: Limits, request: LibraryRequest, setting: Setting, rounds: int, tokens: int
 ) -> tuple[RunFolder, LibraryRequest]:
-    """The run from which the last round begins, and what its library is made of.
+    """Runs all rounds but the last; returns the distilled run from which the last begins, and what its library needs.
 
-    That is the run of the round before, distilled, or the parent where there is none; sizes that a round has left no
-    layer with are no longer asked for.
+    With one round that is the parent. Sizes that no layer has after a round are not asked for in the next.
 
-    Every round makes its library anew, from what the one before distilled, and goes an equal factor of the way to every
-    budget. The teacher is always the first parent. The runs lie beside it, and a kill costs no round that was finished.
+    Every round builds a new library from the distilled model of the round before, and goes an equal factor of the way
+    to every budget. The teacher is always the first parent. The runs are written beside it; finished rounds survive a
+    kill.
 
     Args:
-        limits: of the last round.
-        rounds: steps on the way to the budgets.
-        tokens: of each distillation.
+        limits: budgets of the last round.
+        rounds: number of rounds.
+        tokens: training tokens of each distillation.
     """
     first = run
     whole: dict[str, float] = {}

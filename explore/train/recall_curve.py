@@ -1,4 +1,4 @@
-"""Recall over the steps of a run: when it is learned, and a run that ends there."""
+"""Recall over the steps of a run: when the task is learned, and a callback that stops the run there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning import Callback, LightningModule, Trainer
 from explore.experiment import Experiment
 
 LEARNED = 0.9
-"""Validation recall from which the task counts as learned; `steps_to_90` is named after it."""
+"""Validation recall at which the task counts as learned; `steps_to_90` is named after it."""
 
 
 def recall_curve(metrics: pd.DataFrame) -> dict[int, float]:
-    """Validation recall by steps done, as `metrics.csv` has it."""
+    """Reads validation recall by steps done from the rows of `metrics.csv`."""
     if "val_recall" not in metrics:
         return {}
     rows = metrics.dropna(subset="val_recall")
@@ -24,12 +24,12 @@ def recall_curve(metrics: pd.DataFrame) -> dict[int, float]:
 
 
 def curve_scores(experiment: Experiment, curve: Mapping[int, float]) -> dict[str, Any]:
-    """What a recall curve comes to.
+    """Summarises a recall curve.
 
     Returns:
-        `steps_to_90`: the first validated step with a recall of 0.9, None where there is none. `recall_over_steps`: the
-        mean over all steps of the budget, 0 before the first validation, between two validations the value of the
-        earlier, and after the end of a run that was stopped its last value. Nothing without a validation.
+        `steps_to_90`: the first validated step with a recall of at least 0.9, else None. `recall_over_steps`: the mean
+        over all steps of the budget, counting 0 before the first validation, the latest value after each validation,
+        and the last value after a run that stopped early. Empty without a validation.
     """
     if not curve:
         return {}
@@ -42,10 +42,10 @@ def curve_scores(experiment: Experiment, curve: Mapping[int, float]) -> dict[str
 
 
 class StopsAtRecall(Callback):
-    """Ends training at a validation with a recall that suffices, also where a run goes on from there.
+    """Ends training once validation recall reaches a threshold, also if an earlier part of the run reached it.
 
     Args:
-        recall: that suffices.
+        recall: the threshold.
         earlier: validations of the run so far, by step.
     """
 

@@ -1,4 +1,4 @@
-"""What a run folder says beside its metrics."""
+"""Records of a run folder other than its metrics."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from explore.train.start import plan_of
 
 
 def cost_record(experiment: Experiment) -> dict[str, Any]:
-    """Totals, family and ledger of an experiment's model, as in `cost.json`."""
+    """Totals, family and ledger of an experiment's model, for `cost.json`."""
     ledger = experiment.model.ledger(experiment.data.seq_len)
     return {"family": experiment.model.family, **Cost.of(ledger).to_dict(), "ledger": ledger.to_records()}
 
 
 def describe(path: Path, experiment: Experiment, key: str, settings: Mapping[str, Any]) -> None:
-    """Writes what is known before training; `settings` of this run are added to the environment."""
+    """Writes the record known before training; adds the `settings` of this run to the environment."""
     write_json(path / "cost.json", cost_record(experiment))
     write_json(path / "environment.json", {**environment(experiment), **settings})
     write_json(path / "experiment.json", {"key": key, "experiment": experiment.model_dump(mode="json")})
 
 
 def result_of(experiment: Experiment, path: Path, step: int, throughput: Throughput) -> dict[str, Any]:
-    """What `result.json` says of a run that was trained for so many steps, without its scores.
+    """Contents of `result.json` for a run trained for `step` steps, without its scores.
 
-    `flops_run` are the FLOPs behind its weights, `flops_spent` those of them that were not spent before it branched.
+    `flops_run` counts all FLOPs behind its weights, `flops_spent` only those after it branched from another run.
     """
     tokens, branched = step * experiment.batch_tokens, branched_from(path)
     flops_train = experiment.model.cost(experiment.data.seq_len).flops_train
@@ -53,11 +53,10 @@ def result_of(experiment: Experiment, path: Path, step: int, throughput: Through
 
 
 def _others(experiment: Experiment, tokens: int) -> dict[str, Any]:
-    """What a run owes to others, where it has a parent or a teacher.
+    """FLOPs that other models contributed, if the run has a parent or a teacher.
 
-    `flops_teacher` are those of the teacher's forward passes. `before` has the training FLOPs of every model that the
-    run goes back to, by its digest, and those of choosing what a plan keeps, by its key; `flops_before` is their sum,
-    None where one is not known.
+    `flops_teacher` counts the teacher's forward passes. `before` has the training FLOPs of every ancestor model, by
+    digest, and the FLOPs of making each plan, by key; `flops_before` is their sum, None if one is unknown.
     """
     if not experiment.trained_models:
         return {}

@@ -1,8 +1,8 @@
-"""Which ops of a run are compiled: those on which it gains more time than their compilation takes.
+"""Chooses the ops that a run compiles: those that save more time than their compilation takes.
 
-The gain is from a measured table, `regions.csv`: nanoseconds an element, forward and backward, by default and
-compiled, the seconds of a first compilation, and the threads that shared the work. `explore bench --what regions
---save` measures another on this machine, which is taken from then on.
+The saving is read from a measured table, `regions.csv`: nanoseconds per element, forward and backward, default and
+compiled, seconds of a first compilation, and number of threads. `explore bench --what regions --save` measures a new
+table on this machine, which is used from then on.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from explore.table import read_table
 SHIPPED = Path(__file__).with_name("regions.csv")
 NUMBERS = ("default_ns", "compiled_ns", "compile_s", "threads")
 MARGIN = 2.0
-"""Times the seconds of a compilation that must be gained: shapes differ from the measured ones, and so do machines."""
+"""Compile only if it saves this many times its own cost: shapes and machines differ from the measured ones."""
 
 QUANTIZE = "quantize"
-"""The op that quantises operands of any block, where a recipe of precision wants that."""
+"""The op that quantises operands of any block if the precision recipe does."""
 
 COMPILED = tuple(op for op in paths_that(lambda path: path.compiled) if op != QUANTIZE)
-"""Ops of blocks that have a path named `compiled`."""
+"""Ops of blocks that have an implementation named `compiled`."""
 
 
 def own_table() -> Path:
-    """The file of a table that was measured on this machine."""
+    """The path of the table measured on this machine."""
     return cache_folder("bench") / "regions.csv"
 
 
@@ -48,17 +48,17 @@ def compiled_ops(
     device: str = "cpu",
     recipe: Recipe | None = None,
 ) -> dict[str, dict[str, float]]:
-    """The ops that it pays to compile, each with the seconds that this saves and costs; no forced one.
+    """Returns the ops worth compiling, each with the seconds saved and spent; never an op whose path is forced.
 
-    Only on a CPU, where a C++ compiler is: on CUDA kernels do what compilation would.
+    Only on a CPU with a C++ compiler: on CUDA, kernels take the place of compilation.
 
     Args:
-        n_tokens: that a process trains on.
-        device: torch's name of the type of device.
-        recipe: of the run, where operands of products are quantised.
+        n_tokens: number of tokens that one process trains on.
+        device: device type, as torch names it.
+        recipe: precision recipe of the run, if operands of products are quantised.
 
     Raises:
-        ValueError: the table that was measured on this machine is none.
+        ValueError: the table measured on this machine cannot be read.
     """
     found = _gains(model, seq_len, n_tokens, precision, device, recipe)
     return found if found and compiler_failure() is None and has_compiler() else {}
@@ -72,7 +72,7 @@ def missing_compiler(
     device: str = "cpu",
     recipe: Recipe | None = None,
 ) -> list[str]:
-    """What to say of a run that would gain by a compiler and finds none; nothing otherwise."""
+    """A note if the run would gain from a compiler and there is none; otherwise empty."""
     found = _gains(model, seq_len, n_tokens, precision, device, recipe)
     if not found or has_compiler():
         return []
@@ -83,7 +83,7 @@ def missing_compiler(
 def _gains(
     model: ModelConfig, seq_len: int, n_tokens: int, precision: str, device: str, recipe: Recipe | None
 ) -> dict[str, dict[str, float]]:
-    """The ops that it would pay to compile, where a compiler is."""
+    """The ops that would be worth compiling if there is a compiler."""
     layers = list(_layers(model, seq_len))
     has_regions = recipe is not None or any(block.regions(length) for block, length in layers)
     if device != "cpu" or not has_regions:
@@ -108,13 +108,13 @@ def _gains(
 
 
 def _saved(row: pd.Series[float], n_elements: float, n_shapes: int) -> tuple[float, float]:
-    """Seconds that a run saves and spends by compiling an op."""
+    """Seconds that compiling an op saves and costs a run."""
     spared = 1e-9 * float(row["default_ns"] - row["compiled_ns"]) * float(row["threads"]) / torch.get_num_threads()
     return spared * n_elements, float(row["compile_s"]) * n_shapes
 
 
 def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens: int) -> tuple[float, float]:
-    """Seconds for the quantisers of all products, by width of what is quantised and by format."""
+    """Seconds saved and spent on the quantisers of all products, by operand width and format."""
     n_elements, shapes, last = 0.0, set(), "bf16"
     for row in in_formats(model.ledger(1), recipe):
         entry = row.entry
@@ -125,7 +125,7 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
             d_out = rest[0] if rest else entry.flops_seq // (2 * d_in)
             n_matrices = entry.flops_seq / (2 * d_in * d_out)
             n_elements += 2 * n_matrices * (d_in + d_out)  # each operand in two products
-            routed = entry.all_to_all_numel > 0  # where each row has the scale of its expert
+            routed = entry.all_to_all_numel > 0  # each row has the scale of its expert
             for x, dy in ((d_in, d_out), (d_out, d_in)) if rest else ((d_in, d_out),):
                 of_rows = {(operand, width, axis) for operand, width in (("x", x), ("dy", dy)) for axis in (0, 1)}
                 shapes |= {(last, routed, *shape) for shape in (*of_rows, ("w", x, dy))}
@@ -134,7 +134,7 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
 
 
 def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int]]:
-    """The layers, those of multi-token prediction too, and how many positions each of them sees."""
+    """The layers, including multi-token prediction, and the number of positions that each reads."""
     depths = [(model.layers, seq_len)]
     if model.mtp is not None:
         blocks = tuple(model.blocks[letter] for letter in model.mtp.pattern)
@@ -152,16 +152,16 @@ def _read(path: Path) -> pd.DataFrame:
                 raise ValueError(f"{op} has no numbers above 0 in {', '.join(NUMBERS)}")
         return table
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; `explore bench --what regions --save` makes it anew") from None
+        raise ValueError(f"{path}: {error}; `explore bench --what regions --save` makes a new one") from None
 
 
 def _row(table: pd.DataFrame, op: str, precision: str) -> pd.Series[float]:
-    """What was measured in this precision, or in the one that was measured."""
+    """The measurements of an op in this precision, or else in the one that was measured."""
     rows = table[table["op"] == op]
     exact = rows[rows["precision"] == precision]
     return (rows if exact.empty else exact).iloc[0]
 
 
 def keep_compiled() -> None:
-    """Keeps what torch compiles with the other cached files, where a reboot leaves it."""
+    """Keeps torch's compiled code with the other cached files, so that it survives a reboot."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("inductor")))

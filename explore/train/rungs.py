@@ -1,7 +1,7 @@
-"""Rungs: whole checkpoints of the stable phase, from which every run with the same past may go on.
+"""Rungs: full checkpoints of the stable phase, from which any run with the same past can continue.
 
-Under warm-up-stable-decay, the state of a run in its stable phase does not depend on how long the run is to be. A rung
-is such a state under a key of its own, so that a shorter or longer sibling branches from it instead of from nothing.
+Under warm-up-stable-decay, the state of a run in its stable phase does not depend on the planned length of the run. A
+rung is such a state with its own key, so that a shorter or longer sibling branches from it instead of starting over.
 
 Source: warm-up-stable-decay, arXiv 2404.06395; decays of several lengths from one stable phase, arXiv 2405.18392.
 """
@@ -22,10 +22,10 @@ MOST_VALIDATIONS = 100_000
 
 
 def curve_steps(experiment: Experiment, rungs: Sequence[float] = ()) -> dict[int, float]:
-    """Steps done at which a run is validated, and the share of the schedule that each stands for.
+    """Returns the steps after which a run is validated, each with its fraction of the schedule.
 
     Raises:
-        ValueError: the run would do little but validate, or a rung is not in the stable phase.
+        ValueError: validations would be too frequent, or a rung is outside the stable phase.
     """
     n_steps, every = experiment.n_steps, experiment.train.val_every
     if every is not None and n_steps // every > MOST_VALIDATIONS:
@@ -37,10 +37,10 @@ def curve_steps(experiment: Experiment, rungs: Sequence[float] = ()) -> dict[int
 
 
 def rung_steps(experiment: Experiment, rungs: Sequence[float]) -> dict[int, float]:
-    """Steps done at these shares of the schedule.
+    """Returns the number of steps at each of these fractions of the schedule.
 
     Raises:
-        ValueError: one is not in the stable phase.
+        ValueError: a rung is outside the stable phase.
     """
     n_steps, stable = experiment.n_steps, stable_steps(experiment.n_steps, experiment.train)
     steps = {round(rung * n_steps): rung for rung in rungs}
@@ -54,14 +54,14 @@ def rung_steps(experiment: Experiment, rungs: Sequence[float]) -> dict[int, floa
 
 
 def rung_path(runs: str | Path, experiment: Experiment, step: int) -> Path:
-    """Where the rung of an experiment after so many steps is kept, beside the run folders."""
+    """The path of an experiment's rung after `step` steps, beside the run folders."""
     return Path(runs) / "rungs" / f"{experiment.rung_key(step)}.ckpt"
 
 
 def branch(runs: str | Path, experiment: Experiment, folder: Path) -> None:
-    """Puts the furthest rung where the last checkpoint of a run that has none would be, and says so beside it.
+    """Copies the furthest rung into a run that has no checkpoint yet, as its last checkpoint, and records the origin.
 
-    A rung that is damaged is removed: it was a copy, and who passes its step writes it anew.
+    A damaged rung is removed: it was a copy, and the next run that passes its step writes it again.
     """
     checkpoint, rungs = folder / "checkpoints" / LAST, Path(runs) / "rungs"
     if checkpoint.exists() or not rungs.is_dir():

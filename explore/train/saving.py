@@ -1,4 +1,4 @@
-"""When checkpoints of a run are written, and how: each is whole or absent."""
+"""When and how the checkpoints of a run are written: each is complete or absent."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from explore.train.module import LitLanguageModel
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside the old one and swaps them: a kill leaves one or the other.
+    """Writes a checkpoint beside the old one, then swaps them: after a kill, one of the two is intact.
 
     The old one stays as `previous.ckpt` until the next is written, in case the disk damages the new one. Lightning's
-    own way leads through memory and TMPDIR, which may be too small for a checkpoint.
+    own method needs space in memory and TMPDIR, which may be too small for a checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -49,12 +49,12 @@ class WholeCheckpointIO(TorchCheckpointIO):
 def _save(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(checkpoint, file)
-    except RuntimeError as error:  # what torch makes of an error of the disk
+    except RuntimeError as error:  # torch raises this for a disk error
         raise next((each for each in causes(error) if isinstance(each, OSError)), error) from None
 
 
 def _keep_previous(path: Path) -> None:
-    """Gives a checkpoint a second name; where the file system has no links, that name alone."""
+    """Gives a checkpoint a second name; renames it if the file system has no hard links."""
     with suppress(FileNotFoundError):
         try:
             os.link(path, path.with_name(PREVIOUS))
@@ -63,9 +63,9 @@ def _keep_previous(path: Path) -> None:
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps `last.ckpt`, anew every so many steps, at the rungs, at the end, and where a signal ends the run.
+    """Saves `last.ckpt` at a fixed interval, at the rungs, at the end, and when a signal ends the run.
 
-    Where a step is validated, after that: whoever goes on from a checkpoint has its validation on disk.
+    If the step is validated, it saves after the validation, so that a resumed run has that validation on disk.
 
     Args:
         validated: steps that are validated.
@@ -87,7 +87,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._keep_rung(trainer)  # of a run that was killed between the two
+        self._keep_rung(trainer)  # in case the run was killed between the two
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,7 +112,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _end_if_asked(self, trainer: Trainer, pl_module: LightningModule, *, saved: bool) -> None:
         assert isinstance(pl_module, LitLanguageModel)
-        # From the first step on, which may be compiled for a minute: until then a signal ends the process at once.
+        # From the first step on; before it (compilation may take a minute) a signal ends the process at once.
         pl_module.requests.deferred = threading.current_thread() is threading.main_thread()
         if pl_module.is_ending:
             if not saved:
@@ -126,7 +126,7 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 class KeptCheckpoints(Callback):
-    """Keeps the weights of every so many steps, as `step-000120.ckpt`."""
+    """Saves the weights at a fixed interval, as `step-000120.ckpt`."""
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         self.folder, self.every_n_steps = folder, every_n_steps

@@ -8,10 +8,10 @@ from explore.experiment import TrainConfig
 
 
 def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
-    """Factor on the peak learning rate at a step, counted from 0.
+    """Returns the factor on the peak learning rate at a step, counted from 0.
 
-    It rises linearly over the first `warmup` share of the steps, stays at 1, and falls over the last
-    `decay` share, so that the last step has exactly `final_lr_ratio`.
+    It rises linearly over the first fraction `warmup` of the steps, stays at 1, and falls over the last fraction
+    `decay`; the last step has exactly `final_lr_ratio`.
 
     Source: warm-up-stable-decay, arXiv 2404.06395; minus-sqrt, arXiv 2405.18392.
     """
@@ -27,5 +27,5 @@ def wsd(step: int, n_steps: int, config: TrainConfig) -> float:
 
 
 def stable_steps(n_steps: int, config: TrainConfig) -> range:
-    """Numbers of steps done after which the rate has reached its peak and no step has been made below it."""
+    """The numbers of completed steps at which warm-up is over and decay has not begun."""
     return range(config.warmup_steps(n_steps), n_steps - round(config.decay * n_steps) + 1)

@@ -1,4 +1,4 @@
-"""A shortlist of children: the same short distillation of each, and the ranking before and after it."""
+"""Distils a shortlist of children briefly, and compares their ranking before and after."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from explore.train.child import child_experiment
 from explore.train.fitting import fit
 
 FOLDER = "candidates"
-"""Folder within the parent's where the runs of a shortlist lie, apart from those that a table shows."""
+"""Folder within the parent's for the runs of a shortlist, where tables of runs do not look."""
 
 
 class Distilled(NamedTuple):
@@ -20,9 +20,9 @@ class Distilled(NamedTuple):
 
     Attributes:
         run: its folder.
-        val_loss: in nats per token; None where it diverged.
-        val_bpb: bits per byte; None where it diverged, or the data is no text.
-        flops: of training it and of its teacher.
+        val_loss: validation loss in nats per token; None if it diverged.
+        val_bpb: validation bits per byte; None if it diverged or the data is not text.
+        flops: FLOPs of training the child and of its teacher.
     """
 
     run: Path
@@ -34,16 +34,16 @@ class Distilled(NamedTuple):
 def distil_shortlist(
     plans: Sequence[Path], tokens: int, parent: Path, data: Path | None = None, **options: Any
 ) -> list[Distilled]:
-    """Distils the children of some plans of one parent, each on the same tokens in the same order.
+    """Distils the children of several plans of one parent on the same tokens in the same order.
 
-    A child that was distilled before is found, and one that was interrupted goes on.
+    A child that was already distilled is reused; an interrupted one resumes.
 
     Args:
         plans: paths of the plans.
-        tokens: to train each child on.
-        parent: folder of the run, or of the imported checkpoint, that was cut.
-        data: a run or an experiment with the data and training of the child, where the parent is imported.
-        options: further ones of `fit`.
+        tokens: training tokens for each child.
+        parent: folder of the run or imported checkpoint that was cut.
+        data: a run or experiment whose data and training the child takes; needed if the parent is imported.
+        options: further options of `fit`.
     """
     found = []
     for path in plans:
@@ -62,21 +62,21 @@ def _distilled(run: RunFolder) -> Distilled:
 
 
 def order_of(found: Sequence[Distilled]) -> list[int]:
-    """Indices of the children, the lowest loss first; those that diverged are last."""
+    """Indices of the children by increasing loss; diverged ones come last."""
     return sorted(range(len(found)), key=lambda i: (found[i].val_loss is None, found[i].val_loss or 0.0, i))
 
 
 def counted(plan: Plan, found: Sequence[Distilled]) -> Plan:
-    """A plan that also counts what the distillation of the whole shortlist cost."""
+    """Adds the cost of distilling the whole shortlist to a plan."""
     spent = sum(each.flops for each in found)
     return plan.model_copy(update={"origin": {**plan.origin, "flops": plan.flops + spent}})
 
 
 def rankings_agree(before: Sequence[float], after: Sequence[float | None]) -> float | None:
-    """Kendall's tau between two rankings of the same children: 1 where they agree, -1 where they are reversed.
+    """Kendall's tau between two rankings of the same children: 1 if they agree, -1 if they are reversed.
 
     Returns:
-        None where fewer than two children have both losses, or all have the same one.
+        The coefficient; None if fewer than two children have both losses, or all losses are equal.
     """
     from scipy.stats import kendalltau
 

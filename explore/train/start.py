@@ -1,4 +1,4 @@
-"""The model with which a run begins."""
+"""The initial model of a run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _from_parent(experiment: Experiment) -> LanguageModel:
 
 
 def plan_of(start: ParentWeights) -> Plan | None:
-    """The plan that cuts a parent; None where it is whole.
+    """Reads the plan that cuts a parent; None if the parent is used whole.
 
     Raises:
-        ValueError: it is no plan.
+        ValueError: the file is not a plan.
     """
     if start.plan is None:
         return None
@@ -42,17 +42,17 @@ def plan_of(start: ParentWeights) -> Plan | None:
 
 
 STARTS: Mapping[str, Callable[[Experiment], LanguageModel]] = {"fresh": _fresh, "parent": _from_parent}
-"""How the model of an experiment is made, by the kind of its `start`."""
+"""Builders of an experiment's initial model, by the kind of its `start`."""
 
 
 def starting_model(experiment: Experiment) -> LanguageModel:
-    """The model of an experiment before its first step; torch's generator is seeded for all that is drawn after it."""
+    """Builds the model of an experiment before its first step, and seeds torch's generator for what follows."""
     torch.manual_seed(experiment.seed)
     return STARTS[experiment.start.kind](experiment)
 
 
 def check_start(experiment: Experiment) -> None:
-    """Refuses a parent whose weights are gone, are not those of the plan, or do not fit the model.
+    """Raises an error if the parent's weights are missing, are not those of the plan, or do not fit the model.
 
     Raises:
         ValueError: one of these.
