@@ -157,7 +157,7 @@ def test_a_tokenizer_without_byte_table_counts_the_whole_split_and_refuses_a_par
         assert sum(batch.n_bytes or 0 for batch in batches) == n_bytes
     assert source.batch(0, 2).n_bytes is None
     assert list(source.eval_batches("val", 1, max_tokens=10**6))
-    with pytest.raises(ValueError, match=r"max_tokens: 8 must be null with the tokenizer .*words.json"):
+    with pytest.raises(ValueError, match=r"max_tokens must be null with the tokenizer .*words.json', got 8"):
         source.eval_batches("val", 1, max_tokens=8)
 
 

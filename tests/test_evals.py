@@ -184,7 +184,7 @@ def test_what_is_no_suite_of_pairs_says_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must have bad and good sentences on alternate lines, got 3 lines"):
         read_minimal_pairs(tmp_path)
     (tmp_path / "order.txt").write_text("\n")
-    with pytest.raises(ValueError, match="holds no minimal pairs"):
+    with pytest.raises(ValueError, match="must hold at least one minimal pair, got none"):
         read_minimal_pairs(tmp_path / "order.txt")
 
 

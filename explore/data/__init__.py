@@ -1,4 +1,4 @@
-"""Text and synthetic tasks: corpora, tokenizers, and batches that depend on the seed and the step alone."""
+"""Text and synthetic tasks: corpora, tokenizers, and batches that depend only on seed and step."""
 
 from explore.data.batches import IGNORED, Batch, Source, TextSource
 from explore.data.config import DataConfig, RecallData, TextData

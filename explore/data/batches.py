@@ -20,17 +20,17 @@ IGNORED = -100
 """Target of a position where nothing is predicted; `torch.nn.functional.cross_entropy` skips it."""
 
 SAMPLED = 0
-"""Seed of the windows that stand for a split while a run is trained."""
+"""Seed of the sample of windows on which a run is validated during training."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences and what follows each of their tokens.
+    """Input sequences and the target of each position.
 
     Attributes:
         targets: -100 where nothing is predicted.
-        n_bytes: UTF-8 bytes of text that the targets stand for; None where that is unknown or there is no text.
-        n_pairs: key-value pairs in each sequence; None where the task is not recall.
+        n_bytes: UTF-8 bytes of the text of the targets; None if unknown or if the data is not text.
+        n_pairs: key-value pairs in each sequence; None if the task is not recall.
     """
 
     inputs: Int64[Tensor, "batch seq"]
@@ -41,36 +41,36 @@ class Batch:
 
 @runtime_checkable
 class Source(Protocol):
-    """Data that was opened with a seed."""
+    """Data opened with a seed."""
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the data, one line each."""
+        """Notes for the user about the data, one line each."""
 
     @property
     def n_train_tokens(self) -> int | None:
-        """Tokens of the training text; None where it never ends."""
+        """Tokens of the training text; None if the data is unlimited."""
 
     def batch(self, step: int, batch_size: int) -> Batch:
-        """Training batch number `step`, whatever was asked before."""
+        """Returns training batch number `step`, independent of earlier calls."""
 
     def eval_batches(
         self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """The split in order, the same for every seed, or its first sequences up to `max_tokens`."""
+        """Yields the split in order, the same for every seed, or its first sequences up to `max_tokens`."""
 
 
 def windows_per_epoch(n_tokens: int, seq_len: int) -> int:
-    """How many windows of `seq_len`, and a token more, fit into a stream at any offset below `seq_len`; at least 1."""
+    """Number of windows of `seq_len` tokens plus one target that fit at any offset below `seq_len`; at least 1."""
     return max(1, (n_tokens - seq_len) // seq_len)
 
 
 @lru_cache(maxsize=4)
 def window_starts(n_tokens: int, seq_len: int, seed: int, epoch: int) -> Int64[np.ndarray, " windows"]:
-    """Where the windows of one epoch start in a stream, in the order they are read."""
+    """Start positions of the windows of one epoch, in reading order."""
     rng = np.random.default_rng([seed, epoch])
     n = windows_per_epoch(n_tokens, seq_len)
     offset = rng.integers(min(seq_len, n_tokens - n * seq_len))
@@ -114,13 +114,13 @@ class TextSource:
         return _batch(inputs, targets, self._bytes(targets))
 
     def tokens_read(self, n_windows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The training tokens in the first windows that a run reads, in the order of the text, each once.
+        """Returns the training tokens in the first `n_windows` that a run reads, each once, in text order.
 
         Args:
-            n_windows: all tokens of the text when absent, or when that is an epoch or more.
+            n_windows: number of windows; None, or an epoch or more, gives all tokens of the text.
 
         Returns:
-            The tokens, and where a stretch begins that does not follow what stands before it.
+            The tokens, and the start of every stretch that does not continue the previous one.
         """
         ids = self.streams["train"].ids
         if n_windows is None or n_windows >= self.windows_per_epoch:
@@ -128,7 +128,7 @@ class TextSource:
             begins[:1] = True
             return ids, begins
         starts = np.sort(window_starts(len(ids), self.seq_len, self.seed, 0)[:n_windows])
-        last = np.append(np.diff(starts) > self.seq_len, True)  # of a stretch: its last target is read as well
+        last = np.append(np.diff(starts) > self.seq_len, True)  # ends of stretches: their last target is read as well
         places = starts[:, None] + np.arange(self.seq_len + 1)
         read = np.ones(places.shape, bool)
         read[:, -1] = last
@@ -139,13 +139,13 @@ class TextSource:
     def eval_batches(
         self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """Predicts every token of the split but the first once, in order, or the first windows of it.
+        """Yields batches that predict every token of the split except the first once, in order.
 
-        The last window is filled up with targets of -100. Without a table of bytes per token the bytes of the
-        split are shared out among its batches by their number of targets, so that their sum is exact.
+        The last window is padded with targets of -100. If the tokenizer has no table of bytes per token, the bytes of
+        the split are distributed over its batches by number of targets, so that their sum is exact.
 
         Args:
-            max_tokens: rounded down to whole windows, at least one.
+            max_tokens: yield only the first tokens, rounded down to whole windows, at least one.
 
         Raises:
             ValueError: `max_tokens` cuts the split and the tokenizer has no table of bytes per token.
@@ -155,13 +155,14 @@ class TextSource:
     def sampled_batches(
         self, split: Literal["val", "test"], batch_size: int, max_tokens: int | None = None
     ) -> Iterator[Batch]:
-        """Windows that are drawn evenly over the whole split, and so over its documents; the same for every seed.
+        """Yields windows spread evenly over the whole split, and so over its documents; the same for every seed.
 
         Args:
-            max_tokens: rounded down to whole windows, at least one; the whole split in order when absent or too large.
+            max_tokens: number of tokens, rounded down to whole windows, at least one; the whole split in order if None
+                or too large.
 
         Raises:
-            ValueError: as `eval_batches` does.
+            ValueError: as for `eval_batches`.
         """
         stream, n_targets = self.streams[split], self.n_targets(split, max_tokens)
         if n_targets == stream.n_tokens - 1:
@@ -176,14 +177,14 @@ class TextSource:
             yield _batch(windows[:, :-1], windows[:, 1:], self._bytes(windows[:, 1:]))
 
     def n_targets(self, split: Literal["val", "test"], max_tokens: int | None = None) -> int:
-        """Tokens of a split that `eval_batches` predicts; what raises there raises here."""
+        """Number of tokens of a split that `eval_batches` predicts; raises the same errors."""
         n_targets = self.streams[split].n_tokens - 1
         if max_tokens is None or max_tokens >= n_targets:
             return n_targets
         if self.tokenizer.token_bytes is None:
             raise ValueError(
-                f"max_tokens: {max_tokens} must be null with the tokenizer {self.tokenizer.name!r}, "
-                "which does not say how many bytes a token stands for: only those of the whole split are known"
+                f"max_tokens must be null with the tokenizer {self.tokenizer.name!r}, got {max_tokens}: "
+                "it does not give the bytes per token, so only the bytes of the whole split are known"
             )
         return min(n_targets, max(1, max_tokens // self.seq_len) * self.seq_len)
 
@@ -208,5 +209,5 @@ class TextSource:
 
 
 def _batch(inputs: np.ndarray, targets: np.ndarray, n_bytes: int | None) -> Batch:
-    # A copy each: the two are views of one window, and tensors that share memory invite accidents.
+    # Copies: both are views of one window, and writing to tensors that share memory is a trap.
     return Batch(torch.tensor(inputs), torch.tensor(targets), n_bytes)

@@ -1,4 +1,4 @@
-"""The cache folder: arrays that can be made again, each with a digest that is checked, never pickled."""
+"""The cache folder: arrays that can be recomputed, each with a checked digest, never pickled."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _READ_BYTES = 1 << 20
 
 
 def cache_folder(kind: str) -> Path:
-    """The folder for one kind of cached file, under `$EXPLORE_CACHE` or `~/.cache/explore`.
+    """Returns the folder for one kind of cached file, under `$EXPLORE_CACHE` or `~/.cache/explore`.
 
     Raises:
-        ValueError: the folder cannot be made.
+        ValueError: the folder cannot be created.
     """
     root = os.environ.get("EXPLORE_CACHE") or "~/.cache/explore"
     folder = Path(root).expanduser() / kind
@@ -40,13 +40,13 @@ def open_array(
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
     """Opens a cached array, memory-mapped and read-only.
 
-    The file is a header of 1024 bytes, JSON and blanks, and then the array.
+    The file is a header of 1024 bytes (JSON padded with blanks), followed by the array.
 
     Args:
         expected: fields that the header must have.
 
     Returns:
-        The array and its header; None where the file is absent, damaged, or of something else.
+        The array and its header; None if the file is missing, damaged, or has other fields.
     """
     try:
         with path.open("rb") as file:
@@ -57,7 +57,7 @@ def open_array(
             n_bytes = update_digest(digest, file)
         if n_bytes != header["n"] * dtype.itemsize or sealed(header, digest) != header:
             return None
-        if n_bytes == 0:  # cannot be mapped
+        if n_bytes == 0:  # an empty array cannot be mapped
             return np.frombuffer(b"", dtype), header
         return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(header["n"],)), header
     except (OSError, ValueError, KeyError, TypeError):
@@ -65,10 +65,10 @@ def open_array(
 
 
 def save_array(path: Path, array: np.ndarray, fields: Mapping[str, Any]) -> None:
-    """Writes an array for `open_array`, whole or not at all.
+    """Writes an array for `open_array`, completely or not at all.
 
     Args:
-        fields: what else the header holds.
+        fields: further fields of the header.
     """
     raw = np.ascontiguousarray(array).view(np.uint8).data
     with replacing(path) as temporary, temporary.open("r+b") as file:
@@ -77,10 +77,10 @@ def save_array(path: Path, array: np.ndarray, fields: Mapping[str, Any]) -> None
 
 
 def sealed(header: Mapping[str, Any], digest: Any) -> dict[str, Any]:
-    """A header with the digest of the array and itself.
+    """Adds the digest of the array and of the header itself to a header.
 
     Args:
-        digest: SHA-256 of the array, which is left as it is.
+        digest: SHA-256 of the array; not modified.
     """
     fields = {name: value for name, value in header.items() if name != "sha256"}
     both = digest.copy()
@@ -89,10 +89,10 @@ def sealed(header: Mapping[str, Any], digest: Any) -> dict[str, Any]:
 
 
 def read_header(file: BinaryIO) -> dict[str, Any]:
-    """The header of a cached array, from the start of its file.
+    """Reads the header of a cached array from the start of its file.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file has no valid header.
     """
     file.seek(0)
     header = parse_json(file.read(HEADER_BYTES))
@@ -110,7 +110,7 @@ def write_header(file: BinaryIO, header: Mapping[str, Any]) -> None:
 
 
 def update_digest(digest: Any, file: BinaryIO, n_bytes: int | None = None) -> int:
-    """Adds what an open file still holds, or its next `n_bytes`, to a digest; the number of bytes that were there."""
+    """Adds the rest of an open file, or its next `n_bytes`, to a digest; returns the number of bytes read."""
     done = 0
     while block := file.read(_READ_BYTES if n_bytes is None else min(_READ_BYTES, n_bytes - done)):
         digest.update(block)

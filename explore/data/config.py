@@ -1,4 +1,4 @@
-"""What a model is trained on, as a config: text, or synthetic recall."""
+"""Configs of training data: text, or synthetic recall."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextData(Config):
     Attributes:
         corpus: a name in `CORPORA`, a file or folder of .txt or .jsonl, or `hf:` and the name or folder of a data set.
         tokenizer: a name in `TOKENIZERS`, or a JSON file of the `tokenizers` package.
-        seq_len: tokens a window.
+        seq_len: tokens per window.
         n_shards: use only the first training files, in name order.
     """
 
@@ -33,7 +33,7 @@ class TextData(Config):
     n_shards: PositiveInt | None = None
 
     def fingerprint(self) -> dict[str, Any]:
-        """What determines the batches, by content: no name and no path.
+        """Returns everything that determines the batches, by content, without names or paths.
 
         Raises:
             ValueError: no such corpus or tokenizer.
@@ -47,7 +47,7 @@ class TextData(Config):
         }
 
     def open(self, seed: int) -> Source:
-        """Reads, tokenizes and caches what is needed.
+        """Reads, tokenizes and caches the text.
 
         Raises:
             ValueError: no such corpus or tokenizer, or a split shorter than one window.
@@ -70,13 +70,14 @@ class RecallData(Config):
     """Multi-query associative recall; `RecallSource` draws an example.
 
     Attributes:
-        n_pairs: key-value pairs a sequence.
-        n_queries: how many of them are asked for; all, if not said.
-        vocab_size: 0 is the filler, keys are below the middle, values from the middle on.
-        power_a: 1 spreads the queries evenly; less brings them closer to the pairs.
-        n_eval: sequences in validation, and in test.
-        fewer_pairs: numbers of pairs, below `n_pairs`, that sequences have in turn with `n_pairs`; recall is then
-            measured by number of pairs too.
+        n_pairs: key-value pairs per sequence.
+        n_queries: number of pairs that are queried; None queries all.
+        vocab_size: number of token ids; 0 is the filler, keys are in the lower half, values in the upper half.
+        power_a: exponent of the query positions; 1 spreads queries evenly, smaller values move them closer to the
+            pairs.
+        n_eval: sequences in each of validation and test.
+        fewer_pairs: further numbers of pairs, below `n_pairs`; sequences alternate between these and `n_pairs`, and
+            recall is also measured by number of pairs.
     """
 
     kind: Literal["recall"] = "recall"

@@ -1,4 +1,4 @@
-"""A corpus: documents in three splits that share none, and a hash of their content."""
+"""A corpus: documents in three disjoint splits, and a hash of their content."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BLOCK_ROWS = 1 << 16
 class Corpus:
     """Documents in train, val and test; a document is in exactly one of them.
 
-    A split that has no part of its own is taken from the training documents: the documents with the smallest
-    digests, one in twenty (at least one), so that equal documents stay together. Where there are fewer documents
-    than splits, each is cut at paragraphs instead, 90/5/5.
+    A split without its own part is taken from the training documents: the one in twenty (at least one) with the
+    smallest digests, so that equal documents stay together. If there are fewer documents than splits, each document is
+    instead cut at paragraphs, 90/5/5.
 
     Args:
-        leaks: what to do with a document that is in parts of two splits: `refuse` the corpus, or `drop`
-            it from training in favour of val, and from val in favour of test.
+        leaks: how to treat a document that is in two splits: `refuse` raises an error, `drop` removes it from training
+            if it is in val or test, and from val if it is in test.
 
     Attributes:
-        notes: what a user should know of how the splits were made, one line each.
+        notes: notes for the user on how the splits were made, one line each.
 
     Raises:
         ValueError: a split without text, or a document in two splits.
@@ -54,7 +54,7 @@ class Corpus:
         taken = [split for split in SPLITS if all(part.split != split for part in parts)]
         parts = without_leaks(name, parts, leaks)
         if taken and "train" not in taken:
-            sources = [part for part in parts if part.split == "train"]  # they come first
+            sources = [part for part in parts if part.split == "train"]  # training parts come first
             others = parts[len(sources) :]
             shared = share_out(sources, taken)
             parts = [*shared, *others] if shared else without_leaks(name, [*self._cut(sources, taken), *others], leaks)
@@ -80,7 +80,7 @@ class Corpus:
         return ("".join(chunks) for _, chunks in self.read([split]))
 
     def read(self, splits: Collection[Split] = SPLITS) -> Iterator[tuple[Split, Iterator[str]]]:
-        """Reads every file of these splits once, and yields each of their documents as chunks of text.
+        """Reads every file of these splits once, and yields each document as chunks of text.
 
         Raises:
             ValueError: a file changed since it was opened.
@@ -95,7 +95,7 @@ class Corpus:
                     yield SPLITS[owner], (text for _, text in chunks)
 
     def content_hash(self, split: Split | None = None) -> str:
-        """Hash of the documents of one split in order, or of all three; says nothing of names or paths."""
+        """Hash of the documents of one split in order, or of all three splits; independent of names and paths."""
         if split is None:
             return hashlib.sha256("".join(map(self.content_hash, SPLITS)).encode()).hexdigest()
         digest = hashlib.sha256()
@@ -148,10 +148,10 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
         n_shards: use only the first training files, in name order.
 
     Raises:
-        ValueError: nothing has that name, or what has it is not fit for training.
+        ValueError: nothing has that name, or its text cannot be used for training.
     """
     if name.startswith("hf:"):
-        from explore.data.hub import load_parts  # the only door to an optional dependency
+        from explore.data.hub import load_parts  # only here: it needs an optional dependency
 
         if n_shards is not None:
             raise ValueError(
@@ -180,7 +180,7 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
 
 
 def _checked(part: Part) -> Iterator[tuple[int, str]]:
-    """The chunks of a part with the number of their document, each document checked at its end."""
+    """Yields the chunks of a part, each with its document number; checks every document at its end."""
     digests = part.index["digest"]
     number = ended = -1
 

@@ -1,4 +1,4 @@
-"""Where a long document is cut into contiguous parts, found while it is read once in chunks."""
+"""Finds where to cut a long document into contiguous parts, reading it once in chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from explore.data.documents import Chunk
 EVAL_SHARE = 0.05
 
 SMALLEST_TRAIN = 0.1
-"""A cut at lines that leaves less than this share of the text for training is not taken."""
+"""A cut at lines must leave at least this share of the text for training."""
 
 SHORTEST_LINE_CUT = 1000
 """Characters that a text needs to be cut within a line."""
@@ -24,16 +24,16 @@ _RUN = re.compile(r"\n(?:\s*\n)?")
 
 
 def cut_places(read: Callable[[], Iterable[str]], n_eval: int) -> tuple[list[int], bool]:
-    """Where to cut a document into 1 + n_eval parts, all but the first about one twentieth of its characters each.
+    """Finds where to cut a document into 1 + n_eval parts: each but the first has about 1/20 of the characters.
 
-    The cuts are at paragraphs, or at lines where there are too few paragraphs. A text with too few lines, or with
-    almost all of it in its last ones, is cut between words.
+    Cuts are at paragraphs, or at lines if there are too few paragraphs. A text with too few lines, or with almost all
+    its characters in the last ones, is cut between words.
 
     Args:
         read: opens the document and yields its text in chunks.
 
     Returns:
-        Characters before each cut, and whether a line is cut.
+        Number of characters before each cut, and whether a cut falls within a line.
 
     Raises:
         ValueError: the text is too short.
@@ -56,7 +56,7 @@ def cut_places(read: Callable[[], Iterable[str]], n_eval: int) -> tuple[list[int
 
 
 def cut_chunks(chunks: Iterable[Chunk], places: Callable[[int], Sequence[int]]) -> Iterator[Chunk]:
-    """The same text, where a document also opens at each place that `places` gives for the document's number."""
+    """Yields the same text, but with a new document at each place that `places` returns for a document number."""
     number, position, ahead = -1, 0, list[int]()
     for opens, text in chunks:
         if opens:
@@ -73,9 +73,9 @@ def cut_chunks(chunks: Iterable[Chunk], places: Callable[[int], Sequence[int]]) 
 
 
 class _Ends:
-    """Ends of lines or paragraphs: how many there are, and those that a cut may still take.
+    """Ends of lines or paragraphs: their number, and those that are still candidates for a cut.
 
-    A cut lies behind most of the text, so all but the last few ends in the first nine tenths are forgotten.
+    Cuts lie near the end of the text, so only the last few ends in the first nine tenths are kept.
     """
 
     def __init__(self, n_eval: int) -> None:
@@ -91,12 +91,12 @@ class _Ends:
 
 
 def _line_ends(chunks: Iterable[str]) -> Iterator[tuple[list[tuple[int, bool]], int]]:
-    """For each chunk the starts of lines with text, except the first, and the number of characters up to its end.
+    """Yields, per chunk, the starts of nonblank lines except the first, and the number of characters up to its end.
 
-    Each start comes with whether a blank line is before it, and may be reported a chunk late.
+    Each start has a flag for a preceding blank line, and may be reported one chunk late.
     """
     n_chars, begun = 0, False
-    n_newlines, end = 0, 0  # of the run of blanks that is being read
+    n_newlines, end = 0, 0  # of the current run of blanks
     for chunk in chunks:
         first, last = len(chunk) - len(chunk.lstrip()), len(chunk.rstrip())
         blanks = chunk[:first]
@@ -114,7 +114,7 @@ def _line_ends(chunks: Iterable[str]) -> Iterator[tuple[list[tuple[int, bool]], 
 
 
 def _nearest(ends: Sequence[int], targets: Sequence[float]) -> list[int]:
-    """An end near each target, each time another one."""
+    """Chooses a different end near each target."""
     places, first = [], 0
     for left, target in zip(range(len(targets), 0, -1), targets, strict=True):
         nearest = min(range(first, len(ends) - left + 1), key=lambda i: abs(ends[i] - target))
@@ -124,7 +124,7 @@ def _nearest(ends: Sequence[int], targets: Sequence[float]) -> list[int]:
 
 
 def _word_starts(chunks: Iterable[str], targets: Sequence[int]) -> list[int]:
-    """The start of the last word at or before each target; the target itself where no word starts near it."""
+    """The start of the last word at or before each target; the target itself if no word starts near it."""
     places: list[int] = []
     tail, n_chars = "", 0
     for chunk in chunks:

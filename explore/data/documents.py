@@ -1,6 +1,6 @@
 """Files as documents: a .txt file is one document, a .jsonl file holds one per line; both may be .gz or .xz.
 
-Text is read in chunks, so that a document may be far larger than memory.
+Text is read in chunks, so a document may be far larger than memory.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ SUFFIXES = (".txt", ".jsonl")
 ALLOWED = ".txt or .jsonl, plain, .gz or .xz"
 
 Chunk = tuple[bool, str]
-"""Whether this piece of text opens its document, and the piece."""
+"""Whether this piece of text begins a document, and the piece."""
 
 CHUNK_BYTES = 1 << 20
 LINE_BYTES = 1 << 27
-"""Longest line of a .jsonl file, which is read whole."""
+"""Bytes of the longest allowed line of a .jsonl file; lines are read whole."""
 
 INDEX_DTYPE = np.dtype([("digest", "V32"), ("n_bytes", "<u8")])
-"""One row a document: SHA-256 of its UTF-8 bytes, and their number."""
+"""One row per document: SHA-256 of its UTF-8 bytes, and their number."""
 
 SETTLED_NS = 50_000_000
-"""Two changes of a file that are closer in time than this may bear the same time stamp."""
+"""Two changes of a file within this time may get the same time stamp."""
 
 
 def is_text_file(path: Path) -> bool:
-    """Whether `read_chunks` knows the name's ending; hidden files do not count."""
+    """Whether `read_chunks` can read a file with this extension; False for hidden files."""
     return _format(path) in SUFFIXES and not path.name.startswith(".")
 
 
 def stem(path: Path) -> str:
-    """The file's name without its endings: `austen-train` of `austen-train.txt.xz`."""
+    """The file name without extensions: `austen-train` for `austen-train.txt.xz`."""
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
     return name.removesuffix(_format(path))
 
 
 def read_chunks(path: Path) -> Iterator[Chunk]:
-    """The documents of one file, in order, without a byte-order mark; blank ones of .jsonl files are left out.
+    """Yields the documents of one file in order, without a byte-order mark; skips blank documents of .jsonl files.
 
     Raises:
-        ValueError: not UTF-8, not JSON, no string in the field `text`, or a broken archive; with file and line.
+        ValueError: the file is not UTF-8 or not JSON, a record has no string `text`, or the archive is broken.
     """
     try:
         with open_plain(path) as file:
@@ -79,7 +79,7 @@ def watched(chunks: Iterable[Chunk], ended: Callable[[bytes, int, bool], None]) 
 
 
 def index_chunks(chunks: Iterable[Chunk], report: Callable[[int], None] | None = None) -> np.ndarray:
-    """Digest and length of every document that is not blank: an array of `INDEX_DTYPE`.
+    """Returns the digest and length of every nonblank document, as an array of `INDEX_DTYPE`.
 
     Args:
         report: called with the number of characters read so far.
@@ -100,9 +100,9 @@ def index_chunks(chunks: Iterable[Chunk], report: Callable[[int], None] | None =
 
 
 def index_file(path: Path) -> np.ndarray:
-    """The index of one file, kept in the cache until the file changes.
+    """Returns the index of one file, from the cache unless the file changed.
 
-    A change is seen by size, inode, or either of two times; no user can set the time of the last change of state.
+    A change shows in size, inode, mtime or ctime; users cannot set ctime.
     """
     status = path.stat()
     version = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
@@ -177,5 +177,5 @@ def _text_of(record: object) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError('"text" holds half a surrogate pair, which UTF-8 cannot hold') from None
+        raise ValueError('"text" holds half a surrogate pair, which UTF-8 cannot represent') from None
     return text

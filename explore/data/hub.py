@@ -1,4 +1,4 @@
-"""Hugging Face data sets as parts of a corpus, from the hub or from a local folder alike."""
+"""Hugging Face data sets as parts of a corpus, from the hub or a local folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The corpora that have a name: where their text comes from, its licence, and what it must contain."""
+"""Named corpora: source, licence and expected content."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class KnownCorpus:
     """A named corpus.
 
     Attributes:
-        source: what the text is and where it was taken from.
-        licence: under which terms it may be used.
-        files: content hash of every file, by its name without endings.
-        folder: where it ships with this package; without it, it is looked up under `EXPLORE_DATA`.
+        source: what the text is and where it comes from.
+        licence: terms of use.
+        files: content hash of every file, by file name without extensions.
+        folder: the folder of a corpus that ships with this package; None looks under `EXPLORE_DATA`.
     """
 
     source: str
@@ -86,10 +86,10 @@ CORPORA: Mapping[str, KnownCorpus] = MappingProxyType(
 
 
 def locate(name: str) -> Path:
-    """The file or folder that a corpus name or path stands for.
+    """Returns the file or folder of a corpus name or path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such file or folder.
     """
     known = CORPORA.get(name)
     if known is None:
@@ -107,8 +107,8 @@ def locate(name: str) -> Path:
     root = os.environ.get("EXPLORE_DATA")
     if not root:
         raise ValueError(
-            f"corpus: {name!r} is read from a folder {name}/ under the one that the environment variable "
-            f"EXPLORE_DATA names, which is not set (export EXPLORE_DATA=FOLDER); "
+            f"corpus: {name!r} is read from $EXPLORE_DATA/{name}, but the environment variable "
+            f"EXPLORE_DATA is not set (export EXPLORE_DATA=FOLDER); "
             f"without it: 'austen', a file, a folder, or hf:NAME"
         )
     folder = Path(root).expanduser() / name

@@ -1,4 +1,4 @@
-"""Lines that are in the training text and in that of an evaluation: copies that are not whole documents."""
+"""Finds lines shared by training and evaluation text: copies of parts of documents."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from explore.data.progress import progress
 from explore.data.splits import Part
 
 LINE_CHARS = 32
-"""Shorter lines are the same in many texts."""
+"""Minimum characters of a compared line; shorter lines recur in many texts."""
 
 FEWEST_LINES = 8
-"""A share of fewer lines says nothing."""
+"""Minimum number of lines for a meaningful share."""
 
 NOTED, REFUSED = 0.25, 0.9
-"""Shares of an evaluation's lines in the training text; code of different projects shares an eighth."""
+"""Shares of evaluation lines in the training text that give a note; code of different projects shares 1/8."""
 
 SAMPLE = 1 << 16
 _LONGEST_LINE = 1 << 16
@@ -29,13 +29,13 @@ _DTYPE = np.dtype("<u8")
 
 
 def check_overlap(parts: Sequence[Part]) -> list[str]:
-    """Looks for lines of val and test in the training parts.
+    """Checks how many lines of val and test are in the training parts.
 
     Returns:
-        A line for each part of val or test that shares many.
+        One note for each part of val or test that shares many lines.
 
     Raises:
-        ValueError: a part of val or test shares almost all.
+        ValueError: a part of val or test shares almost all its lines.
     """
     if len({part.split for part in parts}) == 1:
         return []
@@ -51,17 +51,17 @@ def check_overlap(parts: Sequence[Part]) -> list[str]:
         share = float(found.mean()) if len(some) >= FEWEST_LINES else 0.0
         says = f"{share:.0%} of the lines of {Path(part.name).name} are in the training text"
         if share >= REFUSED:
-            raise ValueError(f"{says}; {part.split} must be text that is not trained on")
+            raise ValueError(f"{says}; {part.split} must be text that is not in the training text")
         if share >= NOTED:
             notes.append(f"{says}: scores on {part.split} are better than on new text")
     return notes
 
 
 def sample_lines(chunks: Iterable[Chunk]) -> tuple[np.ndarray, int]:
-    """Keys of the different lines of `LINE_CHARS` or more; of a long text, of a sample by key.
+    """Returns keys of the distinct lines of at least `LINE_CHARS`; for a long text, of a sample of them.
 
     Returns:
-        Keys, all of whose bits under the mask are 0, and the mask.
+        The keys, and the mask of the sample: sampled keys are 0 in all bits of the mask.
     """
     keys, mask = set[int](), 0
     for line in map(str.strip, _lines(chunks)):
@@ -97,7 +97,7 @@ def _sample_of(part: Part) -> tuple[np.ndarray, int]:
 
 
 def _lines(chunks: Iterable[Chunk]) -> Iterator[str]:
-    """Lines of documents; of one that is longer than `_LONGEST_LINE` something is left out."""
+    """Yields the lines of documents; lines longer than `_LONGEST_LINE` lose a part."""
     rest = ""
     for opens, text in chunks:
         if opens:

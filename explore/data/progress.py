@@ -1,4 +1,4 @@
-"""A bar on the terminal for work that turns out to take long."""
+"""A progress bar in the terminal for work that takes more than two seconds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ REFRESH_S = 0.1
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes how much is done; the bar shows itself after two seconds.
+    """Yields a function to call with the amount done; the bar appears after two seconds.
 
     Args:
-        total: how much there is to do; None where that is unknown.
+        total: the total amount; None if unknown.
     """
     start = shown = time.monotonic()
     bar = Progress(

@@ -1,4 +1,4 @@
-"""Multi-query associative recall: does a model find again what it read before?"""
+"""Multi-query associative recall: can a model retrieve the value of a key that it read before?"""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 class RecallSource:
-    """Key-value pairs, and later some of the keys again, where the value is to be predicted.
+    """Sequences of key-value pairs, followed by some of the keys again; there the model must predict the value.
 
-    Keys are of the lower half of the vocabulary, values of the upper half, all different within a sequence;
-    0 fills the rest. With two pairs, two queries, 12 tokens and a vocabulary of 12:
+    Keys come from the lower half of the vocabulary, values from the upper half, all different within a sequence; the
+    other positions are 0. With two pairs, two queries, 12 tokens and a vocabulary of 12:
 
         role      key  val  key  val                 query          query
         inputs      2    8    4    7    0    0    0    0    4    0    2    0
         targets  -100 -100 -100 -100 -100 -100 -100 -100    7 -100    8 -100
 
-    A query stands on an even place behind the pairs; the i-th of these places is drawn with a weight of
-    i ** (power_a - 1), without repetition. Validation and test are the same for every seed.
+    Queries are at even offsets after the pairs; the i-th such position is drawn with weight i ** (power_a - 1), without
+    repetition. Validation and test are the same for every seed.
 
-    With `fewer_pairs` sequences have these numbers of pairs and `n_pairs` in turn, so that a batch has all of them;
-    a sequence with fewer pairs than `n_queries` has as many queries as pairs.
+    With `fewer_pairs`, sequences alternate between these numbers of pairs and `n_pairs`, so that a batch has all of
+    them; a sequence with fewer pairs than `n_queries` has one query per pair.
 
-    Source: Arora et al. 2023, arXiv 2312.04927, as in zoology's `multiquery_ar` without random fillers. Here there
-    may be fewer queries than pairs; which pairs are asked for is then drawn as well. Zoology has a data set for each
-    number of pairs and takes a batch from one of them; here every batch has all numbers.
+    Source: Arora et al. 2023, arXiv 2312.04927, as in zoology's `multiquery_ar` without random fillers. Here there may
+    be fewer queries than pairs; the queried pairs are then drawn at random. Zoology has a data set for each number of
+    pairs and takes a batch from one of them; here every batch has all numbers.
     """
 
     n_train_tokens: int | None = None
@@ -78,7 +78,7 @@ class RecallSource:
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), n_pairs=n_pairs_of)
 
     def _fill(self, rng: np.random.Generator, inputs: np.ndarray, targets: np.ndarray, n_pairs: int) -> None:
-        """Writes sequences of `n_pairs` pairs into rows of fillers and of targets that are left out."""
+        """Writes sequences of `n_pairs` pairs into rows of fillers and ignored targets."""
         n_rows, n_queries = len(inputs), min(self.n_queries, n_pairs)
         half, context = self.vocab_size // 2, 2 * n_pairs
         keys = 1 + _distinct(rng, n_rows, np.zeros(half - 1), n_pairs)
@@ -92,10 +92,10 @@ class RecallSource:
 
 
 def _distinct(rng: np.random.Generator, rows: int, log_weights: np.ndarray, n: int) -> np.ndarray:
-    """In each row n distinct indices, drawn one after the other by weight (the Gumbel top-k trick)."""
+    """Draws n distinct indices per row, one after another by weight (the Gumbel top-k trick)."""
     scores = -(log_weights + rng.gumbel(size=(rows, len(log_weights))))
     if n == len(log_weights):
         return np.argsort(scores, axis=1)
-    first = np.argpartition(scores, n, axis=1)[:, :n]  # in any order, in a third of the time of sorting all of them
+    first = np.argpartition(scores, n, axis=1)[:, :n]  # unordered; takes a third of the time of a full sort
     order = np.argsort(np.take_along_axis(scores, first, 1), axis=1)
     return np.take_along_axis(first, order, 1)

@@ -1,4 +1,4 @@
-"""Train, val and test: how a name says it, and which document goes where."""
+"""Train, val and test: which split a name means, and which document goes where."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 TRAIN, NOWHERE = 0, len(SPLITS)
-"""Owner of a training document, by its place in `SPLITS`, and of one that is left out."""
+"""Owner of a training document, as index in `SPLITS`, and of a document that is left out."""
 
 WORDS: dict[str, Split] = {
     "train": "train",
@@ -40,13 +40,13 @@ _NAMED = re.compile(rf"(?:({_WORD})(?![a-z]).*|.+[-_.]({_WORD})(?:[-_.]?\d.*)?)"
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Documents that come from one place: a file, or one split of a data set.
+    """Documents from one source: a file, or one split of a data set.
 
     Attributes:
-        split: what its name says it is.
-        read: opens the part and yields its documents in chunks, in order.
-        index: digest and length of each of them.
-        owners: place in `SPLITS` of each document, or `NOWHERE`; that of `split` when absent.
+        split: the split that its name means.
+        read: a function that opens the part and yields its documents in chunks, in order.
+        index: digest and length of each document.
+        owners: index in `SPLITS` of each document, or `NOWHERE`; None assigns all to `split`.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Part:
 
     @classmethod
     def whole(cls, name: str, split: Split, read: Callable[[], Iterator[Chunk]], index: np.ndarray) -> Part:
-        """A part whose documents all are in the split of its name."""
+        """Makes a part whose documents are all in the split of its name."""
         return cls(name, split, read, index, np.full(len(index), SPLITS.index(split), np.uint8))
 
     @property
@@ -76,18 +76,18 @@ class Part:
 
 
 def split_of(name: str) -> Split | None:
-    """The split that a file or data set split says it is, by its name."""
+    """The split that the name of a file or of a data set's split means, or None."""
     match = _NAMED.fullmatch(name.lower())
     return WORDS[match[1] or match[2]] if match else None
 
 
 def ranks(parts: Sequence[Part]) -> Int32[np.ndarray, " documents"]:
-    """The place of each document's digest among all different ones, in the order of their bytes."""
+    """Rank of each document's digest among the distinct digests, in byte order."""
     index = parts[0].index if len(parts) == 1 else np.concatenate([part.index for part in parts])
-    # A row is five words of 8 bytes, of which the first four are the digest.
+    # A row is five words of 8 bytes; the first four are the digest.
     words = np.ascontiguousarray(index).view(">u8").reshape(-1, INDEX_DTYPE.itemsize // 8)[:, :4]
     order = np.lexsort(words.T[::-1])
-    differs = np.zeros(len(order), bool)  # from the one before
+    differs = np.zeros(len(order), bool)  # from its predecessor
     for word in words.T:
         differs[1:] |= word[order[1:]] != word[order[:-1]]
     found = np.empty(len(order), np.int32)
@@ -96,18 +96,18 @@ def ranks(parts: Sequence[Part]) -> Int32[np.ndarray, " documents"]:
 
 
 def with_owners(parts: Sequence[Part], owners: UInt8[np.ndarray, " documents"]) -> list[Part]:
-    """The parts with other owners of their documents, which come one part after the other."""
+    """Returns the parts with new owners of their documents; `owners` concatenates the parts."""
     ends = np.cumsum([len(part.index) for part in parts])[:-1]
     return [replace(part, owners=some) for part, some in zip(parts, np.split(owners, ends), strict=True)]
 
 
 def share_out(sources: Sequence[Part], taken: Sequence[Split]) -> list[Part] | None:
-    """Gives one in twenty of the training documents, those with the smallest digests, to each split in `taken`.
+    """Moves one in twenty of the training documents, by smallest digest, to each split in `taken`.
 
     At least one each; equal documents stay together.
 
     Returns:
-        The parts with their new owners; None where there are not enough different documents.
+        The parts with their new owners; None if there are too few different documents.
     """
     rank, owners = ranks(sources), np.concatenate([part.owners for part in sources])
     training = owners == TRAIN
@@ -117,7 +117,7 @@ def share_out(sources: Sequence[Part], taken: Sequence[Split]) -> list[Part] | N
     if n_different <= len(taken):
         return None
     share = max(1, round(EVAL_SHARE * n_different))
-    place = np.cumsum(present, dtype=np.int32) - 1  # of a digest among those of training documents
+    place = np.cumsum(present, dtype=np.int32) - 1  # rank of a digest among those of training documents
     moved = np.full(len(rank), TRAIN, np.uint8)
     for i, split in enumerate(taken):
         moved[i * share : (i + 1) * share] = SPLITS.index(split)
@@ -126,16 +126,16 @@ def share_out(sources: Sequence[Part], taken: Sequence[Split]) -> list[Part] | N
 
 
 def without_leaks(name: str, parts: Sequence[Part], leaks: Literal["refuse", "drop"]) -> list[Part]:
-    """Looks for documents that are in two splits, and refuses them or leaves them out of the earlier split.
+    """Finds documents that are in two splits; raises an error or drops them from the earlier split.
 
     Raises:
-        ValueError: such a document, where `leaks` is `refuse`.
+        ValueError: there is such a document and `leaks` is `refuse`.
     """
     if len(set().union(*(np.unique(part.owners).tolist() for part in parts)) - {NOWHERE}) < 2:
         return list(parts)
     rank, owners = ranks(parts), np.concatenate([part.owners for part in parts])
     kept = owners != NOWHERE
-    last = np.zeros(len(rank), np.uint8)  # split that a digest is in
+    last = np.zeros(len(rank), np.uint8)  # the split of each digest
     np.maximum.at(last, rank[kept], owners[kept])
     leaked = kept & (owners != last[rank])
     if not leaked.any():
@@ -161,7 +161,7 @@ def cut_part(part: Part, taken: Sequence[Split]) -> tuple[Part, bool]:
     """Cuts each training document of a part into one piece for training and one for each split in `taken`.
 
     Returns:
-        The part with its pieces as documents, and whether a line is cut.
+        The part with its pieces as documents, and whether a cut falls within a line.
 
     Raises:
         ValueError: a document is too short.
@@ -180,7 +180,7 @@ def cut_part(part: Part, taken: Sequence[Split]) -> tuple[Part, bool]:
     places = [cuts[digest.hex()] if owner == TRAIN else [] for digest, owner in zip(digests, owners, strict=True)]
 
     def read() -> Iterator[Chunk]:
-        # A document that was not there before is found out by its digest.
+        # A document that was added since is detected by its digest.
         return cut_chunks(part.read(), lambda number: places[number] if number < len(places) else [])
 
     index = index_chunks(read()) if found is None else found[0]

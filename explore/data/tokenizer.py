@@ -26,33 +26,33 @@ EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 TOKENIZERS: tuple[str, ...] = ("bytes", "austen-bpe-2048")
 
 PIECE_CHARS = 1 << 16
-"""A text is cut into pieces of about this size where that does not change its tokens."""
+"""Characters per piece of text, if cutting does not change its tokens."""
 
 WHOLE_CHARS = 1 << 23
-"""Where no such places are known, a text is only cut into pieces of this size."""
+"""Characters per piece if it is not known where cutting is safe."""
 
 LONGEST_WORD = 1 << 20
-"""Longest piece in which no blank is, beyond the size asked for; there the cut may change a token."""
+"""Most characters beyond the requested size without a blank; then the piece is cut, which may change a token."""
 
 LARGEST_VOCABULARY = 1 << 20
-"""Entries of a vocabulary that is trained here, at most."""
+"""Most entries of a vocabulary trained here."""
 
 LARGEST_ID = (1 << 24) - 1
-"""Largest id that a tokenizer may have: tables have an entry for each."""
+"""Largest allowed token id: tables have an entry for each id."""
 
-# GPT-2's pattern never looks back, and none of its matches has a blank behind a character that is none.
+# GPT-2's pattern never looks back, and none of its matches has a blank after a nonblank character.
 _BLANK = re.compile(r"(?<=\S)[ \n]")
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Special tokens are never read out of text, so a byte stays a byte.
+    """Converts text to token ids and back. Special tokens are never parsed from text.
 
     Attributes:
-        name: as it was asked for.
+        name: the name or path given to `load_tokenizer`.
         vocab_size: one more than the largest id.
-        eot_id: stands before each document.
-        content_hash: says what the tokenizer does, whatever file it came from.
-        token_bytes: number of bytes of text that each id stands for; None where an id does not determine it.
+        eot_id: id of the end-of-text token, which precedes each document.
+        content_hash: hash of the tokenizer's behaviour, independent of its file.
+        token_bytes: bytes of text per id; None if an id does not determine them.
     """
 
     name: str
@@ -66,26 +66,26 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens stand for none."""
+        """Returns the text of the ids; special tokens have no text."""
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
 
     def pieces(self, chunks: Iterable[str], n_chars: int = PIECE_CHARS) -> Iterator[str]:
-        """Cuts a document into pieces that are encoded by themselves.
+        """Cuts a document into pieces that are encoded separately.
 
-        They encode to the same ids as the whole, if places where they do are known; else only a document of more than
-        `WHOLE_CHARS` is cut at all.
+        The pieces encode to the same ids as the whole if it is known where cutting is safe; otherwise only documents of
+        more than `WHOLE_CHARS` are cut.
 
         Args:
-            chunks: the document, cut anywhere.
-            n_chars: characters of a piece, at least; all but the last have more.
+            chunks: the document, cut at any positions.
+            n_chars: minimum characters per piece; all but the last have more.
         """
         return cut_at_blanks(chunks, max(n_chars, WHOLE_CHARS))
 
 
 class ByteTokenizer(Tokenizer):
-    """One id for each byte of UTF-8, and the end of text."""
+    """One id per UTF-8 byte, and one for the end of text."""
 
     def __init__(self) -> None:
         self.name, self.vocab_size, self.eot_id = "bytes", 257, 256
@@ -106,7 +106,7 @@ class JsonTokenizer(Tokenizer):
     """A tokenizer in the JSON of the `tokenizers` package.
 
     Raises:
-        ValueError: the text is not such JSON, or none of the tokens is known to end a text.
+        ValueError: the text is not such JSON, or none of its tokens is a known end-of-text token.
     """
 
     def __init__(self, name: str, text: str) -> None:
@@ -124,7 +124,7 @@ class JsonTokenizer(Tokenizer):
             raise ValueError(f"tokenizer: {echo(name)} must have ids of at most {LARGEST_ID:,}, got {largest:,}")
         self.name, self.vocab_size, self.eot_id = name, largest + 1, ends[0]
         self.content_hash = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
-        complete = json.loads(self._tokenizer.to_str())  # a file may leave out what has a default
+        complete = json.loads(self._tokenizer.to_str())  # a file may omit fields that have a default
         self.token_bytes = _byte_table(complete, vocab, self.vocab_size)
         plain = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         self._separable = (
@@ -149,7 +149,7 @@ class JsonTokenizer(Tokenizer):
 
 
 def cut_at_blanks(chunks: Iterable[str], n_chars: int) -> Iterator[str]:
-    """Cuts a text before the first blank behind each `n_chars` characters; a word of over `LONGEST_WORD` is cut too."""
+    """Cuts a text before the first blank after every `n_chars` characters; also cuts words over `LONGEST_WORD`."""
     rest = ""
     for chunk in chunks:
         rest, start = rest + chunk, 0
@@ -168,10 +168,10 @@ def cut_at_blanks(chunks: Iterable[str], n_chars: int) -> Iterator[str]:
 def load_tokenizer(name: str) -> Tokenizer:
     """Opens a tokenizer: a name in `TOKENIZERS`, or a JSON file of the `tokenizers` package.
 
-    A relative path is looked for in the working folder, then under the folder that `EXPLORE_DATA` names.
+    A relative path is searched in the working folder, then under `$EXPLORE_DATA`.
 
     Raises:
-        ValueError: nothing stands under that name, or it cannot be used.
+        ValueError: nothing has that name, or it cannot be used.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -189,10 +189,10 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def tokenizer_json(path: Path) -> str:
-    """The content of a JSON file of the `tokenizers` package, whether or not a model can be trained with it.
+    """Reads a JSON file of the `tokenizers` package, whether or not a model can be trained with it.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is not such a file.
     """
     text = _text_of(str(path), path)
     _parsed(str(path), text)
@@ -217,7 +217,7 @@ def _parsed(name: str, text: str) -> tuple[Any, tokenizers.Tokenizer]:
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Refuses a size that no vocabulary of `train_bpe` can have.
+    """Raises an error for a vocabulary size that `train_bpe` cannot produce.
 
     Raises:
         ValueError: fewer than 257 entries, or more than 1,048,576.
@@ -231,7 +231,7 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Trains a byte-level BPE: the end of text is id 0, then 256 bytes, then merges, most frequent first.
+    """Trains a byte-level BPE: ids are the end of text (0), then 256 bytes, then merges by falling frequency.
 
     Args:
         texts: documents, or their pieces from `cut_at_blanks`.

@@ -1,4 +1,4 @@
-"""The token cache: a split as one memory-mapped stream of ids, keyed by the content of text and tokenizer."""
+"""The token cache: each split is one memory-mapped stream of ids, keyed by the content of text and tokenizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from explore.data.tokenizer import PIECE_CHARS, Tokenizer
 from explore.files import held, remove_abandoned, try_lock
 
 BATCH_CHARS = 1 << 21
-"""Text that is tokenized at once, in memory."""
+"""Amount of text tokenized at once in memory."""
 
 SHARD_BATCHES = 8
-"""Batches after which what is done is on record: all that a kill can cost."""
+"""Batches between saves of progress: the most work that a kill can cost."""
 
 PARTIAL = ".partial"
 PARTIAL_KEPT_S = 7 * 86400
@@ -33,11 +33,11 @@ PARTIAL_KEPT_S = 7 * 86400
 
 @dataclass(frozen=True, eq=False)
 class TokenStream:
-    """The tokens of one split, each document behind an end of text.
+    """The tokens of one split; an end-of-text token precedes each document.
 
     Attributes:
         ids: memory-mapped, read-only.
-        n_bytes: UTF-8 bytes of the text; an end of text stands for none.
+        n_bytes: UTF-8 bytes of the text; an end-of-text token has none.
     """
 
     ids: np.ndarray
@@ -50,10 +50,10 @@ class TokenStream:
 
 
 def token_streams(corpus: Corpus, tokenizer: Tokenizer, splits: Collection[Split] = SPLITS) -> dict[Split, TokenStream]:
-    """Opens the cached tokens of some splits; makes those that are absent or damaged, reading the text once.
+    """Opens the cached tokens of some splits; tokenizes missing or damaged ones, reading the text once.
 
-    After a kill, the next process goes on from the last shard. Of two processes that need the same tokens, one makes
-    them and the other waits.
+    After a kill, the next process continues from the last save. If two processes need the same tokens, one tokenizes
+    and the other waits.
 
     Raises:
         ValueError: the tokenizer loses bytes that its table counts, or the text changes while it is read.
@@ -70,7 +70,7 @@ def token_streams(corpus: Corpus, tokenizer: Tokenizer, splits: Collection[Split
 
 @dataclass(frozen=True)
 class _File:
-    """Where the tokens of a split are kept, and what they are tokens of."""
+    """The cache file of a split's tokens, and the text and tokenizer that it belongs to."""
 
     path: Path
     content_hash: str
@@ -97,11 +97,11 @@ class _File:
 
 
 def _make(files: Mapping[Split, _File], corpus: Corpus, tokenizer: Tokenizer) -> None:
-    """Tokenizes the splits whose tokens no other process has made by the time this one may."""
+    """Tokenizes the splits that no other process has tokenized once this one gets the lock."""
     _remove_old(cache_folder("tokens"))
     with ExitStack() as stack:
         opened: dict[Path, BinaryIO] = {}
-        with progress("waiting for another process that tokenizes the same text", None) as report:
+        with progress("waiting for another process to tokenize the same text", None) as report:
             # In the order of paths, so that no two processes wait for each other.
             for path in sorted({file.partial for file in files.values()}):
                 opened[path] = stack.enter_context(held(path, lambda: report(0)))
@@ -113,7 +113,7 @@ def _make(files: Mapping[Split, _File], corpus: Corpus, tokenizer: Tokenizer) ->
                 file.partial.unlink(missing_ok=True)
         try:
             _fill(corpus, tokenizer, writers)
-        except ValueError:  # text or tokenizer are at fault, and another try begins anew
+        except ValueError:  # text or tokenizer is at fault; the next attempt starts over
             for writer in writers.values():
                 writer.file.partial.unlink(missing_ok=True)
             raise
@@ -130,7 +130,7 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, writers: Mapping[Split, _Writer]
 
 
 class _Writer:
-    """Writes the tokens of one split, going on from what an earlier process left."""
+    """Writes the tokens of one split, resuming from an earlier process."""
 
     def __init__(self, file: _File, output: BinaryIO, tokenizer: Tokenizer) -> None:
         self.file, self.output, self.tokenizer = file, output, tokenizer
@@ -142,17 +142,17 @@ class _Writer:
         self.resumed = self._resume()
 
     def add(self, text: str, opens: bool) -> None:
-        """Takes a piece of text, and whether it opens a document."""
+        """Adds a piece of text; `opens` says whether it begins a document."""
         self.batch.append((text, opens))
         self.n_chars += len(text)
         if self.n_chars >= BATCH_CHARS:
             self._flush()
 
     def finish(self, what: str) -> None:
-        """Puts the whole stream in its place.
+        """Moves the complete stream to its final path.
 
         Raises:
-            ValueError: the tokens of `what` do not stand for its bytes.
+            ValueError: the bytes of the tokens are not those of the text `what`.
         """
         self._flush()
         if self.tokenizer.token_bytes is not None and self.counted != self.n_bytes:
@@ -200,7 +200,7 @@ class _Writer:
             self.counted += int(self.tokenizer.token_bytes[ids].sum())
 
     def _save_progress(self) -> None:
-        self.output.flush()  # no record of tokens that are not in the file
+        self.output.flush()  # the record must not count tokens that are not in the file
         done = {"n_batches": self.n_batches, "n_tokens": self.n_tokens, "counted": self.counted}
         digests = {"text_sha256": self.text_digest.hexdigest(), "ids_sha256": self.ids_digest.hexdigest()}
         write_header(self.output, {**self.key, **done, **digests})
@@ -208,7 +208,7 @@ class _Writer:
         self.output.seek(0, os.SEEK_END)
 
     def _resume(self) -> dict[str, Any]:
-        """The record of an earlier process whose tokens are whole; the file then ends behind them."""
+        """Returns the record of an earlier process if its tokens are intact, and truncates the file after them."""
         digest, n_bytes = hashlib.sha256(), 0
         resumed: dict[str, Any] = {}
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -225,7 +225,7 @@ class _Writer:
 
 
 def _remove_old(folder: Path) -> None:
-    """Removes what killed processes left and no other will go on with."""
+    """Removes files of killed processes that no other process will resume."""
     remove_abandoned(folder)
     for path in folder.glob(f"*{PARTIAL}"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""How many tokens multi-token prediction lets one pass of the main model yield."""
+"""Acceptance length: tokens per pass of the main model with multi-token prediction as a draft."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from explore.model import GREEDY, LanguageModel, Sampling, Speculation, speculat
 def acceptance_length(
     model: LanguageModel, prompts: Iterable[Int[Tensor, " prompt"]], max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> float:
-    """Mean tokens of a checking pass in self-speculative decoding: those accepted and one of its own.
+    """Mean tokens per verification pass in self-speculative decoding: the accepted drafts plus one.
 
     It lies between 1 and 1 + the number of depths.
 
     Raises:
-        ValueError: the model has no multi-token prediction, or there is no prompt.
+        ValueError: the model has no multi-token prediction, or there are no prompts.
     """
     accepted: list[int] = []
     for prompt in prompts:

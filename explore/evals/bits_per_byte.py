@@ -1,4 +1,4 @@
-"""Bits per byte: how many bits the model needs for a byte of text, whatever the tokenizer."""
+"""Bits per byte: bits that the model needs per byte of text, comparable across tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Score:
     Attributes:
         nats: summed cross-entropy.
         n_targets: predicted tokens.
-        n_bytes: bytes of text that these tokens stand for; None for data that is not text.
+        n_bytes: bytes of text of these tokens; None for data that is not text.
     """
 
     nats: float = 0.0
@@ -32,17 +32,17 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of a token, in nats."""
+        """Mean cross-entropy per token, in nats."""
         return self.nats / self.n_targets
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits per byte of text, or None where there are no bytes."""
+        """Bits per byte of text, or None if there are no bytes."""
         return self.nats / math.log(2) / self.n_bytes if self.n_bytes else None
 
 
 def score_batch(model: LanguageModel, batch: Batch) -> Score:
-    """Scores one batch; the caller chooses precision and whether gradients are kept."""
+    """Scores one batch; the caller sets precision and gradient mode."""
     loss = model.loss(batch.inputs, batch.targets)
     n_targets = int(loss.n_targets)
     return Score(loss.cross_entropy.double().item() * n_targets, n_targets, batch.n_bytes)

@@ -1,4 +1,4 @@
-"""Scores of a whole split by document: the unit that a claim about text generalises over."""
+"""Scores of a whole split by document, the unit over which claims about text generalise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from explore.evals.bits_per_byte import Score
 from explore.model import LanguageModel
 
 MOST_LOGITS = 1 << 26
-"""Logits that are held at once."""
+"""Number of logits held in memory at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class DocumentScores:
 
     Attributes:
         nats: summed cross-entropy.
-        n_targets: predicted tokens, the end of text before a document among its own.
+        n_targets: predicted tokens; the end-of-text token before a document counts towards it.
         n_bytes: bytes of text.
     """
 
@@ -38,7 +38,7 @@ class DocumentScores:
         return Score(float(self.nats.sum()), int(self.n_targets.sum()), int(self.n_bytes.sum()))
 
     def to_record(self) -> dict[str, list[Any]]:
-        """A column each, as `evals.json` holds them."""
+        """One list per column, as in `evals.json`."""
         return {"nats": self.nats.tolist(), "n_targets": self.n_targets.tolist(), "n_bytes": self.n_bytes.tolist()}
 
 
@@ -46,18 +46,18 @@ class DocumentScores:
 def score_documents(
     model: LanguageModel, source: TextSource, split: Literal["val", "test"], batch_size: int = 16
 ) -> DocumentScores:
-    """Scores a whole split in the windows of `TextSource.eval_batches`, and adds up each document by itself.
+    """Scores a whole split in the windows of `TextSource.eval_batches`, and sums over each document.
 
-    Windows are as in training: they go over the ends of documents, so the first tokens of one are predicted from the
-    end of the one before.
+    As in training, windows cross the ends of documents, so the first tokens of a document are predicted from the end of
+    the previous one.
 
     Raises:
-        ValueError: the tokenizer does not say how many bytes a token stands for.
+        ValueError: the tokenizer does not give the number of bytes per token.
     """
     table, ids = source.tokenizer.token_bytes, np.asarray(source.streams[split].ids)
     if table is None:
         raise ValueError(
-            f"tokenizer: {source.tokenizer.name!r} must say how many bytes a token stands for, for scores by document"
+            f"tokenizer: {source.tokenizer.name!r} must give the number of bytes per token for scores by document"
         )
     device, seq_len = model.embedding.weight.device, source.seq_len
     rows = max(1, min(batch_size, MOST_LOGITS // (seq_len * model.embedding.weight.shape[0])))

@@ -1,4 +1,4 @@
-"""Minimal pairs: does the model find the grammatical sentence more probable than its twin?"""
+"""Minimal pairs: does the model give the grammatical sentence the higher probability?"""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class MinimalPair(NamedTuple):
 
 
 FIELDS: tuple[tuple[str, str, str], ...] = (("uid", "good", "bad"), ("UID", "sentence_good", "sentence_bad"))
-"""Names of paradigm, good and bad sentence in JSON lines; the second set is BLiMP's."""
+"""JSON fields of paradigm, good and bad sentence; the second set is BLiMP's."""
 
 SUFFIXES = (".jsonl", ".txt")
 
 
 def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair]:
-    """Reads minimal pairs as they are published, plain, .gz or .xz.
+    """Reads minimal pairs in their published formats, plain, .gz or .xz.
 
     BLiMP is JSON lines with `UID`, `sentence_good` and `sentence_bad` (`uid`, `good` and `bad` are read as well).
-    Zorro is a .txt file for each paradigm, named after it, with bad and good sentences on alternate lines. A folder
-    stands for all such files in it.
+    Zorro is one .txt file per paradigm, named after it, with bad and good sentences on alternate lines. A folder means
+    all such files in it.
 
     Args:
         limit: keep only the first pairs of each paradigm.
 
     Raises:
-        ValueError: no such file, a line that is not such a record, or no pair at all.
+        ValueError: the file is missing, a line is not such a record, or there are no pairs.
     """
     try:
         pairs = [pair for file in _files(path) for pair in _read(file)]
@@ -50,7 +50,7 @@ def read_minimal_pairs(path: Path, limit: int | None = None) -> list[MinimalPair
             f"{path}: minimal pairs cannot be read ({getattr(error, 'strerror', None) or error})"
         ) from None
     if not pairs:
-        raise ValueError(f"{path}: holds no minimal pairs")
+        raise ValueError(f"{path}: must hold at least one minimal pair, got none")
     n_pairs: Counter[str] = Counter()
     kept = []
     for pair in pairs:
@@ -109,10 +109,10 @@ def minimal_pair_accuracy(
 ) -> dict[str, float]:
     """Share of pairs whose good sentence has the higher log-probability, by paradigm.
 
-    A sentence is scored whole, after the end-of-text token. Equal sentences count one half.
+    The whole sentence is scored, after the end-of-text token. Ties count one half.
 
     Args:
-        batch_size: sentences in a batch; they are sorted by length, so that little is padded.
+        batch_size: sentences per batch; they are sorted by length to reduce padding.
 
     Returns:
         Accuracy of every `uid`; the mean over paradigms is the usual summary.
@@ -120,7 +120,7 @@ def minimal_pair_accuracy(
     Source: BLiMP, arXiv 1912.00582.
     """
     if not pairs:
-        raise ValueError("pairs: there are none")
+        raise ValueError("pairs must hold at least one pair, got none")
     sentences = sorted({sentence for pair in pairs for sentence in (pair.good, pair.bad)})
     encoded = tokenizer.encode_batch(sentences)
     log_probability = dict(

@@ -1,7 +1,7 @@
 """Interpolated Kneser-Ney n-gram models: the floor that a language model must beat on the tokens it was trained on.
 
 Source: Chen & Goodman 1999, "An empirical study of smoothing techniques for language modeling", section 4.1, with one
-discount for each order. Memory is about 50 bytes a training token and order.
+discount for each order. Memory is about 50 bytes per training token and order.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from explore.evals.bits_per_byte import Score
 from explore.files import read_json, replacing
 
 ORDERS = range(2, 6)
-"""Orders that a floor may have: bigrams to 5-grams."""
+"""Allowed orders: bigrams to 5-grams."""
 
 EVALUATED: tuple[Literal["val", "test"], ...] = ("val", "test")
 
 CHUNK = 1 << 20
-"""Tokens that are scored at once."""
+"""Tokens scored at once."""
 
 FALLBACK_DISCOUNT = 0.5
-"""Where an order has no n-gram that occurs once, from which its discount would be estimated."""
+"""Discount of an order if no n-gram occurs exactly once, so that it cannot be estimated."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Order:
-    """All n-grams of one length, by the number of their context (their first n - 1 tokens) and their last token.
+    """All n-grams of one length, by the index of their context (the first n - 1 tokens) and their last token.
 
     Attributes:
-        keys: context times vocabulary plus token, sorted; the place of a key is the number of its n-gram.
-        counts: occurrences; below the highest order, of how many different tokens stand before the n-gram.
-        totals: sum of the counts of a context.
-        kinds: tokens with a count that follow a context.
+        keys: context * vocab_size + token, sorted; the position of a key is the index of its n-gram.
+        counts: occurrences; below the highest order, the number of different tokens that precede the n-gram.
+        totals: sum of the counts of each context.
+        kinds: number of different tokens that follow each context.
     """
 
     keys: Int64[np.ndarray, " ngrams"]
@@ -66,12 +66,12 @@ class NgramModel:
 
     Args:
         ids: training tokens.
-        order: tokens of the longest n-gram, the predicted one included.
-        begins: where a stretch of text begins that does not follow what stands before it in `ids`: no n-gram crosses
-            such a place. One stretch when absent.
+        order: length of the longest n-gram, including the predicted token.
+        begins: start positions in `ids` of stretches of text that do not continue the previous one; no n-gram crosses
+            them. None means one stretch.
 
     Raises:
-        ValueError: the order is not in `ORDERS`, or there are fewer tokens than it.
+        ValueError: the order is not in `ORDERS`, or there are fewer tokens than the order.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class NgramModel:
         self.vocab_size, self.order = vocab_size, order
         places = _places_in_stretch(len(ids), begins)
         orders: list[_Order] = []
-        numbers = np.zeros(len(ids) + 1, np.int64)  # numbers[i + 1]: of the n-gram that ends with token i
+        numbers = np.zeros(len(ids) + 1, np.int64)  # numbers[i + 1]: index of the n-gram that ends with token i
         keys, counts, n_contexts = np.empty(0, np.int64), np.empty(0, np.int64), 1
         for n in range(1, order + 1):
-            ends = np.flatnonzero(places >= n - 1)  # of all n-grams
+            ends = np.flatnonzero(places >= n - 1)  # last tokens of all n-grams
             found, some, which, seen = _unique(numbers[ends] * vocab_size + ids[ends])
-            if n > 1:  # every different n-gram is one more token before the shorter one that ends with it
+            if n > 1:  # each distinct n-gram adds one preceding token to the shorter n-gram that ends it
                 counts = np.bincount(numbers[1:][ends[some]], minlength=len(keys))
                 orders.append(_Order.of(keys, counts, n_contexts, vocab_size))
                 n_contexts = len(keys)
@@ -103,7 +103,7 @@ class NgramModel:
         self._orders = tuple(orders)
 
     def log_probs(self, ids: Integer[np.ndarray, " tokens"]) -> Float64[np.ndarray, " predicted"]:
-        """Log-probability of every token but the first, each after all that stand before it, in nats."""
+        """Log-probability in nats of every token but the first, given the tokens before it."""
         pieces = []
         for start in range(1, len(ids), CHUNK):
             before = max(0, start - self.order + 1)
@@ -111,7 +111,7 @@ class NgramModel:
         return np.concatenate(pieces) if pieces else np.empty(0)
 
     def _log_probs(self, ids: np.ndarray) -> np.ndarray:
-        contexts = np.zeros(len(ids), np.int64)  # -1: did not occur, or begins before the first token
+        contexts = np.zeros(len(ids), np.int64)  # -1: unseen, or begins before the first token
         probs = np.full(len(ids), 1 / self.vocab_size)
         for order in self._orders:
             keys = contexts * self.vocab_size + ids
@@ -119,7 +119,7 @@ class NgramModel:
             known = (contexts >= 0) & (order.keys[at] == keys)
             totals = np.where(contexts >= 0, order.totals[contexts], 0)
             counts = np.where(known, order.counts[at], 0)
-            left = order.discount * order.kinds[contexts] * probs  # what discounting leaves to the shorter context
+            left = order.discount * order.kinds[contexts] * probs  # mass that discounting leaves to the shorter context
             smoothed = (np.maximum(counts - order.discount, 0) + left) / np.maximum(totals, 1)
             probs = np.where(totals > 0, smoothed, probs)
             contexts = np.concatenate(([-1], np.where(known, at, -1)[:-1]))
@@ -128,7 +128,7 @@ class NgramModel:
 
 
 def _places_in_stretch(n: int, begins: np.ndarray | None) -> np.ndarray:
-    """How many tokens of its own stretch stand before each token."""
+    """Number of tokens of the same stretch before each token."""
     places = np.arange(n)
     if begins is None:
         return places
@@ -138,9 +138,9 @@ def _places_in_stretch(n: int, begins: np.ndarray | None) -> np.ndarray:
 
 
 def _unique(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The different keys in order, where one of each stands, which of them each key is, and how often each occurs.
+    """Returns the sorted distinct keys, an index of each, the inverse indices, and the counts.
 
-    As `np.unique`, which sorts stably and takes several times as long.
+    Like `np.unique`, but faster: that sorts stably and takes several times as long.
     """
     order = np.argsort(keys)
     ordered = keys[order]
@@ -154,16 +154,17 @@ def _unique(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 def ngram_scores(
     source: TextSource, order: int = 3, n_windows: int | None = None, max_tokens: int | None = None
 ) -> dict[Literal["val", "test"], Score]:
-    """Scores of the validation and the test text by an n-gram model of the training tokens.
+    """Scores validation and test text with an n-gram model of the training tokens.
 
     The scores are cached by the content of all three texts.
 
     Args:
-        n_windows: windows that a run reads; all training tokens when absent, or when that is an epoch or more.
-        max_tokens: of each split, as in `TextSource.eval_batches`.
+        n_windows: number of windows that a run reads; None, or an epoch or more, takes all training tokens.
+        max_tokens: tokens of each split to score, as in `TextSource.eval_batches`.
 
     Raises:
-        ValueError: the order is not in `ORDERS`, there are fewer tokens than it, or `max_tokens` cannot be applied.
+        ValueError: the order is not in `ORDERS`, there are fewer tokens than the order, or `max_tokens` cannot be
+            applied.
     """
     ids, begins = source.tokens_read(n_windows)
     targets = {split: source.n_targets(split, max_tokens) for split in EVALUATED}

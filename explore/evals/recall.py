@@ -14,11 +14,11 @@ from explore.model import LanguageModel
 
 @dataclass(frozen=True)
 class RecallScore:
-    """How many targets are the model's first choice, by key-value pairs of their sequence.
+    """Counts of targets that are the model's first choice, by number of pairs in their sequence.
 
     Attributes:
-        n_correct: by number of pairs; 0 stands for sequences that do not say it.
-        n_targets: by number of pairs.
+        n_correct: correct targets by number of pairs; key 0 is for sequences whose number is unknown.
+        n_targets: all targets by number of pairs.
     """
 
     n_correct: Counter[int] = field(default_factory=Counter)
@@ -33,7 +33,7 @@ class RecallScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of all targets.
+        """Share of all targets that are correct.
 
         Raises:
             ValueError: there is no target.
@@ -44,16 +44,16 @@ class RecallScore:
 
     @property
     def by_pairs(self) -> dict[int, float]:
-        """Share of the targets of the sequences with each number of pairs, in rising order."""
+        """Share of correct targets for each number of pairs, in rising order."""
         return {n: self.n_correct[n] / total for n, total in sorted(self.n_targets.items()) if n and total}
 
 
 @torch.inference_mode()
 def score_recall(model: LanguageModel, batch: Batch) -> RecallScore:
-    """Scores one batch: its targets are those that are not -100."""
+    """Scores one batch, ignoring targets of -100."""
     asked = batch.targets != IGNORED
     hidden, _ = model.hidden(batch.inputs)
-    # A quantised head has scales that depend on all that it reads.
+    # A quantised head has scales that depend on all of its input.
     logits = model.head(hidden[asked]) if model.head.quantizer is None else model.head(hidden)[asked]
     hits = (logits.argmax(-1) == batch.targets[asked]).tolist()
     rows = asked.nonzero()[:, 0].tolist()
@@ -68,7 +68,7 @@ def recall_score(model: LanguageModel, batches: Iterable[Batch]) -> RecallScore:
 
 
 def recall_accuracy(model: LanguageModel, batches: Iterable[Batch]) -> float:
-    """Share of the targets (those that are not -100) that are the model's first choice.
+    """Share of the targets, ignoring -100, that are the model's first choice.
 
     Raises:
         ValueError: there is no target.
