@@ -323,7 +323,7 @@ def test_runs_on_two_texts_have_a_front_each_in_a_table_and_no_common_picture(
     picture = tmp_path / "picture.png"
     code, _, err = run(capsys, monkeypatch, "plot", str(tmp_path), "--out", str(picture))
     assert (code, picture.exists()) == (2, False)
-    assert "val_bpb does not compare between runs on different data; there are 2 on 'a', 2 on 'b'" in err
+    assert "val_bpb cannot be compared between runs on different data; there are 2 on 'a', 2 on 'b'" in err
     assert run(capsys, monkeypatch, "plot", str(tmp_path), "--out", str(picture), "--corpus", "a")[0] == 0
     assert picture.exists()
     for folder in tmp_path.glob("a*"):

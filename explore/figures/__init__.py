@@ -1,4 +1,4 @@
-"""Figures, each in three pieces: a table of exactly what is drawn, its drawing on axes, and a thin `plot_`."""
+"""Figures, each in three pieces: a table of exactly what is drawn, a function that draws it, and a thin `plot_`."""
 
 from explore.figures.base import (
     COLUMN_HEIGHT,

@@ -1,4 +1,4 @@
-"""How axes look: their scales, ticks, labels, grid and legend."""
+"""Style of axes: scales, ticks, labels, grid and legend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TICKS = ((1,), (1, 3), (1, 2, 5), (1, 2, 4), (1, 2, 4, 6, 8), (1, 1.2, 1.5, 2, 
 
 
 def dress(ax: Axes, x_label: str, y_label: str, font_pt: float) -> None:
-    """Labels, spines, ticks and grid of the axes."""
+    """Sets labels, spines, ticks and grid of the axes."""
     ax.set_xlabel(x_label, fontsize=font_pt, color=INK)
     ax.set_ylabel(y_label, fontsize=font_pt, color=INK)
     ax.spines[["top", "right"]].set_visible(False)
@@ -30,32 +30,32 @@ def dress(ax: Axes, x_label: str, y_label: str, font_pt: float) -> None:
 
 
 def nothing(ax: Axes, says: str, font_pt: float) -> None:
-    """Says in the middle of the axes that there is nothing to draw."""
+    """Writes a message in the middle of empty axes."""
     ax.grid(visible=False)
     ax.set(xticks=[], yticks=[])
     ax.text(0.5, 0.5, says, transform=ax.transAxes, ha="center", va="center", fontsize=font_pt + 1, color=LINE)
 
 
 def span(values: pd.Series[float]) -> tuple[float, float]:
-    """The range of the values, widened to a hundredth of their size."""
+    """The range of the values, at least a hundredth of their size."""
     low, high = float(values.min()), float(values.max())
     half = max(high - low, 0.01 * max(abs(low), abs(high)), 1e-9) / 2
     return (low + high) / 2 - half, (low + high) / 2 + half
 
 
 def is_log(costs: pd.Series[float]) -> bool:
-    """Whether costs have logarithms; one of zero, such as an attention-free model's KV cache, has none."""
+    """Whether all costs are positive; the KV cache of an attention-free model, for example, is zero."""
     return bool((costs > 0).all())
 
 
 def log_axis(
     ax: Axes, values: pd.Series[float], below: float, above: float = 0.05, *, which: Literal["x", "y"] = "x"
 ) -> None:
-    """A log axis over a factor of two or more, with three labelled ticks or more.
+    """Makes a log axis that spans at least a factor of two and has at least three labelled ticks.
 
     Args:
-        below: room before the values, as a part of what they span.
-        above: room behind them.
+        below: margin before the values, as a fraction of their span.
+        above: margin after the values, as a fraction of their span.
     """
     low, high = float(np.log10(values.min())), float(np.log10(values.max()))
     middle, width = (low + high) / 2, max(high - low, math.log10(2))
@@ -65,14 +65,14 @@ def log_axis(
 
 
 def log_limits(values: pd.Series[float], room: float = 0.05) -> tuple[float, float]:
-    """Limits of a log axis around values, a factor of two or more apart; `room` is a part of what they span."""
+    """Limits of a log axis around values, at least a factor of two apart; `room` is a fraction of their span."""
     low, high = float(np.log2(values.min())), float(np.log2(values.max()))
     middle, half = (low + high) / 2, (0.5 + room) * max(high - low, 1.0)
     return 2.0 ** (middle - half), 2.0 ** (middle + half)
 
 
 def ticks_of_ten(axis: Axis, text: Callable[[float], str]) -> None:
-    """Ticks of a log axis within its limits, three or more of them labelled."""
+    """Sets the ticks of a log axis within its limits, with at least three labels."""
     start, end = axis.get_view_interval()
     ticks: list[float] = []
     for steps in _TICKS:
@@ -87,7 +87,7 @@ def ticks_of_ten(axis: Axis, text: Callable[[float], str]) -> None:
 
 
 def ticks_of_two(axis: Axis, text: Callable[[float], str], at_most: int = 8) -> None:
-    """Ticks of a log axis within its limits at powers of two, equally many doublings apart."""
+    """Sets the ticks of a log axis at powers of two within its limits, evenly spaced."""
     start, end = np.log2(axis.get_view_interval())
     first, last = math.ceil(start - 1e-9), math.floor(end + 1e-9)
     step = next(n for n in (1, 2, 3, 5, 10, 20, 40, 80, 160, 320) if (last - first) // n < at_most)
@@ -97,7 +97,7 @@ def ticks_of_two(axis: Axis, text: Callable[[float], str], at_most: int = 8) -> 
 
 
 def power_of_ten(value: float) -> str:
-    """A number as a tick label: as it is below ten thousand, else with its power of ten."""
+    """Formats a number as a tick label: plain below ten thousand, else with a power of ten."""
     exponent = int(np.floor(np.log10(value) + 1e-9))
     factor = f"{value / 10.0**exponent:.4g}"
     if 0 <= exponent < 4:
@@ -106,7 +106,7 @@ def power_of_ten(value: float) -> str:
 
 
 def rows_of_names(ax: Axes, names: Sequence[str]) -> None:
-    """Names beside the rows of the axes, the first above."""
+    """Writes names beside the rows of the axes, the first at the top."""
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_yticks(range(len(names)), names)
     ax.tick_params(axis="y", length=0)
@@ -114,7 +114,7 @@ def rows_of_names(ax: Axes, names: Sequence[str]) -> None:
 
 
 def legend(ax: Axes, handles: list[Line2D], font_pt: float) -> None:
-    """A legend above the axes, in as many even columns as find room."""
+    """Draws a legend above the axes, in as many even columns as fit."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     for rows in range(1, len(handles) + 1):

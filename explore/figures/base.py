@@ -1,4 +1,4 @@
-"""What every figure shares: its sizes, the class of figure, the colours of families, and how it is saved."""
+"""Shared by all figures: sizes, the figure class, colours of families, and saving."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from matplotlib.figure import Figure
 from explore.files import replacing
 
 COLUMN_WIDTH, COLUMN_HEIGHT = 3.35, 2.6
-"""Inches of a figure in one column of a paper."""
+"""Width in inches of a figure in one column of a paper."""
 
 README_WIDTH, README_HEIGHT = 6.5, 4.0
-"""Inches of a figure on a page of its own width."""
+"""Width in inches of a figure as wide as a page."""
 
 FAMILIES = ("attention + MLP", "Mamba hybrid", "hybrid MoE", "hybrid LatentMoE")
-"""The families that a legend names first. All that a pattern can have keep their colour and marker in every figure."""
+"""The first families in a legend. Every family of a pattern keeps its colour and marker in all figures."""
 
 MARKERS = ("s", "o", "^", "D", "v", "P", "X", "<", ">", "p", "h")
-EVEN = {"^": 1.2, "v": 1.2, "<": 1.2, ">": 1.2, "D": 0.9}  # of a marker's size, so that all look equally large
-COLOR_ORDER = (0, 1, 2, 4, 9, 5, 3, 7, 6, 8)  # of seaborn's palette: what is hard to tell apart comes far apart
+EVEN = {"^": 1.2, "v": 1.2, "<": 1.2, ">": 1.2, "D": 0.9}  # factors on the size that make markers look equally large
+COLOR_ORDER = (0, 1, 2, 4, 9, 5, 3, 7, 6, 8)  # indices into seaborn's palette; similar colours are far apart
 
 Color = tuple[float, float, float]
 """Red, green and blue, from 0 to 1."""
 
 
 class RunFigure(Figure):
-    """A figure that knows its title and the runs it shows, for the metadata of its files, and that Jupyter displays.
+    """A figure that Jupyter displays, with a title and names of runs for the metadata of its files.
 
     Attributes:
-        runs: names of what is shown, each once.
-        noun: what they are names of.
+        runs: distinct names of the runs or models shown.
+        noun: what the names denote: `runs` or `models`.
     """
 
     def __init__(self, width: float, height: float, title: str, runs: Iterable[str], noun: str = "runs") -> None:
@@ -60,12 +60,12 @@ class FamilyStyle:
 
 
 def text_pt(width: float) -> float:
-    """Points of the text of a figure that is `width` inches wide: smaller in a column than on a page."""
+    """Font size in points for a figure `width` inches wide: smaller in a column than on a page."""
     return 7.0 if width < 4.5 else 8.5
 
 
 def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
-    """The style of each family, in the order of a legend; names that no pattern gives follow in alphabetical order."""
+    """The style of each family, in the order of a legend; unknown names follow alphabetically."""
     present, order = set(families), list(FAMILIES)
     if not present <= set(order):
         from explore.pattern import families as known  # which needs torch
@@ -83,18 +83,18 @@ def family_styles(families: Iterable[str]) -> dict[str, FamilyStyle]:
 def save_figure(figure: Figure, path: str | Path, *, pdf: bool = False, about: str = "") -> tuple[Path, ...]:
     """Writes a figure as PNG (300 dots per inch) and SVG beside each other, the same bytes for the same figure.
 
-    The title, the number of runs or models and their names, and the software stand in the metadata of all files.
+    The metadata of all files contains the title, the number and names of runs or models, and the software.
 
     Args:
-        path: of one of the files, or of all without a suffix.
-        pdf: write a PDF too.
-        about: what else the metadata says of the data.
+        path: path of one of the files, or of all without a suffix.
+        pdf: whether to write a PDF too.
+        about: further text on the data for the metadata.
 
     Returns:
-        The paths of the PNG, the SVG and, where it is asked for, the PDF.
+        The paths of the PNG, the SVG and, if requested, the PDF.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: the suffix is a different one.
     """
     path = Path(path)
     suffixes = (".png", ".svg", ".pdf")[: 3 if pdf else 2]

@@ -1,4 +1,4 @@
-"""Quantised runs: bits per parameter against quality, beside the run that was quantised."""
+"""Quality of quantised runs against bits per parameter, with the original run for comparison."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ X = "bits_per_element"
 
 
 def bits_table(runs: pd.DataFrame, parent: str, y: str = "test_bpb") -> pd.DataFrame:
-    """What the figure draws: the finished children of a run, by rising bits.
+    """Table for the figure: the finished children of a run, by rising bits.
 
     Args:
         runs: a table as `load_runs` gives it, with the parent.
-        parent: name of the folder of the run that was quantised.
+        parent: folder name of the run that was quantised.
         y: the quality column.
 
     Returns:
@@ -36,7 +36,7 @@ def bits_table(runs: pd.DataFrame, parent: str, y: str = "test_bpb") -> pd.DataF
 
 
 def draw_bits(table: pd.DataFrame, ax: Axes, y: str = "test_bpb", *, font_pt: float = 8.0) -> None:
-    """Draws a table of quantised runs: a line for each criterion of scales, and one for the parent."""
+    """Draws a table of quantised runs: one line per criterion for scales, and one for the parent."""
     shown = pd.concat([table[[X, y]], table[[X, "parent"]].rename(columns={"parent": y}).dropna()])
     if not dress_runs(ax, shown, X, y, font_pt):
         return
@@ -66,13 +66,13 @@ def plot_bits(
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """Quality of the children of a run against their bits per parameter.
+    """Plots the quality of the children of a run against their bits per parameter.
 
     Args:
-        parent: name of the folder of the run that was quantised.
+        parent: folder name of the run that was quantised.
         width: inches.
         height: inches.
-        title: drawn above the axes; there is none unless asked for.
+        title: drawn above the axes if given.
     """
     table = bits_table(runs, parent, y)
     figure, ax, font_pt = one_axes(table, X, y, width, height, title)

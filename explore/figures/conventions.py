@@ -1,4 +1,4 @@
-"""What different conventions count of the same models: training FLOPs, relative to every product that is needed."""
+"""Training FLOPs of the same models by counting convention, relative to an exact count of all products."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def conventions_table(models: Mapping[str, ModelConfig], seq_lens: Sequence[int]) -> pd.DataFrame:
-    """What a figure of conventions draws: training FLOPs per token as each of them counts.
+    """Table for the figure of conventions: training FLOPs per token as each convention counts them.
 
     Returns:
-        Columns model, seq_len, convention, flops_train (per token), and relative: to what `exact` counts.
+        Columns model, seq_len, convention, flops_train (per token), and relative (ratio to `exact`).
     """
     rows = []
     for name, model in models.items():
@@ -37,7 +37,7 @@ def conventions_table(models: Mapping[str, ModelConfig], seq_lens: Sequence[int]
 
 
 def draw_conventions(table: pd.DataFrame, ax: Axes, seq_len: int, *, font_pt: float = 8.0) -> None:
-    """Draws what conventions count at one sequence length: a row a model, a marker a convention, a line at `exact`.
+    """Draws the counts at one sequence length: a row per model, a marker per convention, a line at `exact`.
 
     Args:
         table: from `conventions_table`; its other sequence lengths set the limits too, so that panels compare.
@@ -74,7 +74,7 @@ def plot_conventions(
     height: float | None = None,
     title: str | None = None,
 ) -> RunFigure:
-    """What conventions count of models, relative to `exact`, a panel a sequence length; see `plot_receipts`."""
+    """Plots the counts of conventions relative to `exact`, a panel per sequence length; see `plot_receipts`."""
     table, font_pt = conventions_table(models, seq_lens), text_pt(width)
     label = "Training FLOPs per token by convention, relative to exact"
     figure, axes = panels(len(seq_lens), len(models), width, height, title, label, models)

@@ -1,4 +1,4 @@
-"""Receipts of models as stacked bars: what each group of components holds, computes and moves."""
+"""Cost breakdowns of models as stacked bars: parameters, FLOPs and bytes of each group of components."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ RECEIPTS = (
     "params_total", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "weight_bytes",
     "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes",
 )  # fmt: skip
-"""Totals of `Cost` that the records of a ledger add up to, so that a receipt can be of them."""
+"""Totals of `Cost` that are sums over the ledger, and so can be broken down."""
 
 _WITH_MTP = ("flops_fwd", "flops_train")
-"""Totals that multi-token prediction has a part of."""
+"""Totals that include multi-token prediction."""
 
 HEAD, MTP = "embedding, head", "multi-token prediction"
-"""Groups of what belongs to no block."""
+"""Groups of components outside the blocks."""
 
 
 @cache
 def group_colors() -> Mapping[str, Color]:
-    """Groups of components in the order in which a bar stacks them; no colour blindness makes two colours alike."""
+    """Groups of components in stacking order, with colours that stay distinct under colour blindness."""
     from explore.blocks import GROUPS  # which needs torch
     from explore.model.display import MTP_COLOR
 
@@ -47,7 +47,7 @@ def group_colors() -> Mapping[str, Color]:
 
 
 def group_of(model: ModelConfig, letter: str, component: str) -> str:
-    """The group, of `group_colors`, of a component of the ledger; a norm belongs to its block."""
+    """The group in `group_colors` of a component of the ledger; a norm belongs to its block."""
     if letter == MTP_LETTER:
         return MTP
     return model.blocks[letter].group_of(component) if letter else HEAD
@@ -59,16 +59,16 @@ def receipts_table(
     quantities: Sequence[str] = ("params_active", "flops_fwd", "decode_bytes"),
     dtypes: Dtypes = DTYPES,
 ) -> pd.DataFrame:
-    """What a figure of receipts draws: of every quantity and model, the part of each group.
+    """Table for the figure of cost breakdowns: the part of each group, for every quantity and model.
 
     Args:
-        models: by the name on the axis.
-        seq_len: tokens of a sequence, and of the context of decoding.
-        quantities: of `RECEIPTS`.
+        models: models by the name on the axis.
+        seq_len: tokens of a sequence, and of the decoding context.
+        quantities: names in `RECEIPTS`.
 
     Returns:
         Columns quantity, model, group and value, in parameters, FLOPs or bytes. The groups of a model sum to the total
-        of the same name in `Cost`, so that multi-token prediction stands in FLOPs and not in parameters.
+        of the same name in `Cost`; so FLOPs include multi-token prediction and parameters do not.
 
     Raises:
         ValueError: a quantity is unknown.
@@ -90,12 +90,12 @@ def receipts_table(
 
 
 def draw_receipts(table: pd.DataFrame, ax: Axes, total: str, *, font_pt: float = 8.0, share: bool = False) -> None:
-    """Draws the receipts of one quantity: a bar a model, stacked by group, with its total in numbers at its end.
+    """Draws one quantity: a bar per model, stacked by group, with the total as a number at its end.
 
     Args:
         table: from `receipts_table`.
         font_pt: size of the text in points.
-        share: bars show percent of the model's total instead of the quantity; totals stay in the quantity.
+        share: whether bars show percent of the model's total; the number at the end stays in the quantity's unit.
     """
     table = table.replace([np.inf, -np.inf], np.nan).dropna()
     names, about = list(dict.fromkeys(table["model"])), quantity(total)
@@ -141,13 +141,13 @@ def plot_receipts(
     height: float | None = None,
     title: str | None = None,
 ) -> RunFigure:
-    """The receipts of models as stacked bars, a panel a quantity; the arguments are those of `receipts_table`.
+    """Plots cost breakdowns as stacked bars, a panel per quantity; arguments as in `receipts_table`.
 
     Args:
-        share: bars show percent of each model's total.
-        width: inches; panels lie side by side on a page and above each other in a column.
-        height: inches; as the number of bars asks for when absent.
-        title: drawn above the panels; there is none unless asked for.
+        share: whether bars show percent of each model's total.
+        width: inches; panels are side by side on a page and stacked in a column.
+        height: inches; None follows the number of bars.
+        title: drawn above the panels if given.
     """
     table, font_pt = receipts_table(models, seq_len, quantities, dtypes), text_pt(width)
     label = f"Receipts at {tokens(seq_len)} tokens"

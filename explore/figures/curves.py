@@ -15,7 +15,7 @@ from explore.figures.runs import dress_runs, finished, one_axes
 
 
 def curves_table(metrics: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> pd.DataFrame:
-    """What a figure of learning curves draws: the rows with both values, by run and rising `x`.
+    """Table for learning curves: the rows with both values, by run and rising `x`.
 
     Args:
         metrics: a table as `load_metrics` gives it.
@@ -32,13 +32,13 @@ def curves_table(metrics: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb"
 def draw_curves(
     table: pd.DataFrame, ax: Axes, x: str, y: str, *, by: Literal["family", "run"] = "family", font_pt: float = 8.0
 ) -> None:
-    """Draws a table of learning curves: one line a run in the colour of its family, a marker where it ends.
+    """Draws a table of learning curves: one line per run in the colour of its family, with a marker at its end.
 
     Args:
         table: from `curves_table`.
         x: the horizontal column.
         y: the vertical column.
-        by: what has a colour of its own, and a place in the legend.
+        by: what colours and the legend distinguish: families or runs.
         font_pt: size of the text in points; lines and markers follow it.
     """
     if not dress_runs(ax, table, x, y, font_pt):
@@ -62,7 +62,7 @@ def draw_curves(
 
 
 def _draw_runs(table: pd.DataFrame, ax: Axes, x: str, y: str, font_pt: float) -> None:
-    """Draws one line a run, each in a style of its own."""
+    """Draws one line per run, each in its own style."""
     looks = {name: style.look(font_pt) for name, style in line_styles(table["run"]).items()}
     for name, look in looks.items():
         rows = table[table["run"] == name]
@@ -80,7 +80,7 @@ def plot_curves(
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """The runs' learning curves, by family or one by one; the other arguments are those of `plot_frontier`."""
+    """Plots learning curves, coloured by family or by run; other arguments as in `plot_frontier`."""
     table = curves_table(metrics, x, y)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)
     draw_curves(table, ax, x, y, by=by, font_pt=font_pt)

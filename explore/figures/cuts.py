@@ -1,4 +1,4 @@
-"""Figure of a cut: what a child keeps of every layer of its parent."""
+"""Figure of a cut: how much of each layer of its parent a child keeps."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from explore.compress.alignment import Alignment
 
 STATES = ("kept", "narrower", "fused", "open: mean over all ways", "left out")
-"""What becomes of a layer; it is open where the pattern of the child does not say whether the layer was kept."""
+"""States of a layer; `open` if the child's pattern does not determine whether the layer was kept."""
 
 
 def cut_table(alignment: Alignment) -> pd.DataFrame:
-    """What the figure shows: one row a layer of the parent.
+    """Table for the figure: one row per layer of the parent.
 
     Returns:
-        Columns layer, kind, share (parameters of the child over those of the layer, the mean over all ways to align the
-        two where it is open whether the layer is kept) and state, one of `STATES`.
+        Columns layer, kind, share (parameters kept, divided by those of the layer; for an open layer the mean over all
+        alignments of the two patterns) and state, one of `STATES`.
     """
     most: dict[str, float] = {}
     for part in alignment.parts:
@@ -41,7 +41,7 @@ def cut_table(alignment: Alignment) -> pd.DataFrame:
 
 
 def draw_cut(table: pd.DataFrame, ax: Axes, kind: str, *, font_pt: float = 8.0) -> None:
-    """Draws the layers of one kind: a bar as high as the share of parameters, a cross where a layer is left out.
+    """Draws the layers of one kind: bars for the share of parameters, crosses for layers left out.
 
     Args:
         table: from `cut_table`.
@@ -73,14 +73,14 @@ def plot_cut(
     height: float | None = None,
     title: str | None = None,
 ) -> RunFigure:
-    """What a child keeps of every layer of its parent, a row of panels for each kind of layer.
+    """Plots how much of each layer of its parent a child keeps, with one row of panels per kind of layer.
 
     Args:
-        parent: its name.
-        child: its name.
+        parent: name of the parent.
+        child: name of the child.
         width: inches.
-        height: inches; it follows the number of kinds when absent.
-        title: drawn above the axes; there is none unless asked for.
+        height: inches; None follows the number of kinds.
+        title: drawn above the axes if given.
     """
     font_pt, table = text_pt(width), cut_table(alignment)
     kinds = list(dict.fromkeys(table["kind"]))

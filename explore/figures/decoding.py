@@ -1,4 +1,4 @@
-"""Figures of decoding: the state that is kept for a sequence, the time of a step, and the throughput it leaves."""
+"""Figures of decoding: state per sequence, time per step, and throughput."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from explore.model import ModelConfig
 
 CONTEXTS = tuple(2**i for i in range(6, 21))
-"""Tokens of context at which state is counted unless others are asked for."""
+"""Default context lengths in tokens at which state is counted."""
 
 
 def state_table(
     models: Mapping[str, ModelConfig], contexts: Sequence[int] = CONTEXTS, dtypes: Dtypes = DTYPES
 ) -> pd.DataFrame:
-    """What a figure of decoding state draws: what a sequence keeps after each context.
+    """Table for the figure of decoding state: bytes kept per sequence after each context.
 
     Returns:
         Columns model, context (tokens), kv_bytes, ssm_state_bytes, conv_state_bytes, and state_bytes: their sum.
@@ -51,7 +51,7 @@ def state_table(
 
 
 def draw_state(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws decoding state against context, both on log axes: one line a model.
+    """Draws decoding state against context, both on log axes: one line per model.
 
     Args:
         table: from `state_table`; a model without state is not drawn.
@@ -74,7 +74,7 @@ def plot_state(
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """Keys, values, recurrent and convolution state against context: where the lines cross, another model keeps less.
+    """Plots the state of keys, values, recurrences and convolutions per sequence against context.
 
     Args:
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
@@ -88,15 +88,15 @@ def plot_state(
 
 
 def latency_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What figures of decoding speed draw: the rows whose numbers are positive and finite, by rising batch.
+    """Table for figures of decoding speed: the rows whose numbers are positive and finite, by rising batch.
 
     Args:
         table: columns model, batch_size (sequences), context (tokens), step_s (seconds) and tokens_per_s (per device);
-            fits, whether the batch fits into memory, if it is known; others are left out.
+            optionally fits, whether the batch fits into memory; other columns are dropped.
 
     Returns:
-        Those columns, and series: the model, with its context where the table has several. Series keep their order,
-        and what is not known not to fit does.
+        Those columns, and series: the model, with its context if the table has several. Series keep their order;
+        without a value in fits, a batch counts as fitting.
 
     Raises:
         ValueError: a column is missing.
@@ -117,7 +117,7 @@ def latency_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_latency(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws the time of a decoding step against the batch, both on log axes: one line a model.
+    """Draws the time of a decoding step against the batch, both on log axes: one line per model.
 
     Markers are hollow where the batch does not fit.
 
@@ -134,10 +134,10 @@ def draw_latency(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None
 
 
 def draw_throughput(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws throughput against the time of a step, both on log axes: one line a model.
+    """Draws throughput against the time of a step, both on log axes: one line per model.
 
-    Markers are hollow where the batch does not fit. A step gives a token for each sequence, so that points of one
-    batch, on equally many devices, lie on one diagonal, which says so.
+    Markers are hollow where the batch does not fit. A step yields one token per sequence, so points with the same batch
+    and number of devices lie on a diagonal, labelled with the batch.
 
     Args:
         table: from `latency_table`.
@@ -155,7 +155,7 @@ def draw_throughput(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> N
 def plot_latency(
     table: pd.DataFrame, *, width: float = README_WIDTH, height: float = README_HEIGHT, title: str | None = None
 ) -> RunFigure:
-    """The time of a decoding step against the batch; the table is that of `latency_table`, see also `plot_state`."""
+    """Plots the time of a decoding step against the batch, from a table as for `latency_table`; see `plot_state`."""
     known = latency_table(table)
     figure, ax, font_pt = _figure("Decoding step against batch", known["model"], width, height, title)
     draw_latency(known, ax, font_pt=font_pt)
@@ -165,7 +165,7 @@ def plot_latency(
 def plot_throughput(
     table: pd.DataFrame, *, width: float = README_WIDTH, height: float = README_HEIGHT, title: str | None = None
 ) -> RunFigure:
-    """Throughput against the time of a decoding step; the table is that of `latency_table`, see also `plot_state`."""
+    """Plots throughput against the time of a decoding step, from a table as for `latency_table`; see `plot_state`."""
     known = latency_table(table)
     figure, ax, font_pt = _figure("Throughput against decoding step", known["model"], width, height, title)
     draw_throughput(known, ax, font_pt=font_pt)
@@ -173,14 +173,14 @@ def plot_throughput(
 
 
 def _positive(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The rows that have a logarithm in each of the columns."""
+    """The rows that are positive and finite in each of the columns."""
     for column in columns:
         table = table[np.isfinite(table[column]) & (table[column] > 0)]
     return table.reset_index(drop=True)
 
 
 def _lines(ax: Axes, table: pd.DataFrame, x: str, y: str, font_pt: float) -> bool:
-    """One line a series on log axes, with a legend; says whether there is anything to draw."""
+    """Draws one line per series on log axes, with a legend; returns whether there was anything to draw."""
     if table.empty:
         nothing(ax, "nothing to show", font_pt)
         return False
@@ -201,12 +201,12 @@ def _lines(ax: Axes, table: pd.DataFrame, x: str, y: str, font_pt: float) -> boo
 
 
 def _hollow(look: Mapping[str, Any], color: Color | str) -> dict[str, Any]:
-    """The same markers without a line and without a face."""
+    """The same markers, hollow and without a line."""
     return {**look, "ls": "", "mfc": "white", "mec": color, "mew": look["lw"]}
 
 
 def _diagonals(ax: Axes, table: pd.DataFrame, font_pt: float) -> None:
-    """Draws tokens_per_s * step_s for each batch that has one value of it, with its number at the line's lower end."""
+    """Draws a diagonal for each batch with a single value of tokens_per_s * step_s, labelled at its lower end."""
     tokens_per_step = (table["tokens_per_s"] * table["step_s"]).groupby(table["batch_size"]).agg(["min", "max"])
     one = tokens_per_step["max"] < (1 + 1e-6) * tokens_per_step["min"]
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
@@ -226,7 +226,7 @@ def _diagonals(ax: Axes, table: pd.DataFrame, font_pt: float) -> None:
 def _figure(
     otherwise: str, models: Iterable[str], width: float, height: float, title: str | None
 ) -> tuple[RunFigure, Axes, float]:
-    """A figure of models with one pair of axes, and the points of its text."""
+    """Makes a figure of models with one pair of axes; returns also the font size in points."""
     figure, font_pt = RunFigure(width, height, title or otherwise, models, "models"), text_pt(width)
     if title:
         figure.suptitle(title, fontsize=font_pt + 1)

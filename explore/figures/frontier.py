@@ -17,21 +17,21 @@ from explore.quantities import quantity
 def frontier_table(
     runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb", *, by_seed: bool = False
 ) -> pd.DataFrame:
-    """What a frontier figure draws: the finished runs with both values, by rising cost.
+    """Table for a frontier figure: the finished runs with both values, by rising cost.
 
     Args:
-        runs: a table as `load_runs` gives it, or any with the columns `x` and `y`; where it has a `status`, only
-            finished runs are drawn.
+        runs: a table as `load_runs` gives it, or any with the columns `x` and `y`; if it has a `status`, only finished
+            runs are drawn.
         x: the cost column.
-        y: the quality column. Of both, lower is better unless `explore.quantities` declares that higher is.
-        by_seed: a row for each run; else runs that differ in nothing but their seed are their mean.
+        y: the quality column. For both columns lower is better, unless `explore.quantities` declares the opposite.
+        by_seed: whether each run is a row; otherwise runs that differ only in their seed are averaged.
 
     Returns:
-        Columns run, family, pattern, `x`, `y`, `label` and on_front; `half_width` of the 95% interval of a mean, where
-        there are several seeds; and `floor`, the score of an n-gram model of the same tokens, where `runs` tell it.
+        Columns run, family, pattern, `x`, `y`, `label` and on_front; `half_width` of the 95% interval of a mean, if
+        there are several seeds; and `floor`, the score of an n-gram model of the same tokens, if `runs` has it.
 
     Raises:
-        ValueError: it is no table, or a column is missing.
+        ValueError: a column is missing.
     """
     half, floor = HALF_WIDTH.format(y), f"ngram_{y}"
     check_table(runs, x, y)
@@ -63,7 +63,7 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
     drawn = pd.concat([*ends, floor[[x, "floor"]].rename(columns={"floor": y})])
     signs = quantity(x).sign, quantity(y).sign
     room = label_room(ax, table, x, signs[0], font_pt, log=is_log_x(table, x))
-    # Labels are on the better side of both axes.
+    # Labels go on the better side of both axes.
     margins_x = (room, 0.05) if signs[0] > 0 else (0.05, room)
     margins_y = (0.2, 0.06) if signs[1] > 0 else (0.06, 0.2)
     if not dress_runs(ax, drawn, x, y, font_pt, margins_x, margins_y):
@@ -106,14 +106,15 @@ def plot_frontier(
     height: float = README_HEIGHT,
     title: str | None = None,
 ) -> RunFigure:
-    """The runs' quality against their cost, with the Pareto front.
+    """Plots the quality of runs against their cost, with the Pareto front.
 
     Args:
         runs: any table with the columns `x` and `y`, such as `load_runs` gives.
-        by_seed: a point for each run; else runs that differ in nothing but their seed are a mean with its interval.
+        by_seed: whether each run is a point; otherwise runs that differ only in their seed are a mean with its
+            interval.
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
         height: inches.
-        title: drawn above the axes; there is none unless asked for.
+        title: drawn above the axes if given.
     """
     table = frontier_table(runs, x, y, by_seed=by_seed)
     figure, ax, font_pt = one_axes(table, x, y, width, height, title)

@@ -1,4 +1,4 @@
-"""Labels of the points of a front, placed where they hide neither each other nor a point."""
+"""Labels of the points of a front, placed so that they cover neither each other nor a point."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LABELLING = {
     "name": "{}", "d_model": "d{}", "n_experts": "{} experts", "top_k": "top {}", "d_latent": "latent {}",
     "tokens": "{} tokens", "lr": "lr {}", "seed": "seed {}",
 }  # fmt: skip
-"""Columns that tell points with one pattern apart, and how a label says them."""
+"""Columns that distinguish points with the same pattern, and their form in a label."""
 
 
 def point_labels(table: pd.DataFrame) -> pd.Series[str]:
-    """What points are called: by pattern; where patterns repeat, by name; else with the settings in which they differ.
+    """Returns the labels of points: the pattern; if patterns repeat, the name, or else the settings that differ.
 
     Args:
-        table: with a column `pattern`, and those of `LABELLING` that are known.
+        table: a table with a column `pattern`, and any of the columns in `LABELLING`.
     """
     labels = table["pattern"].astype("str")
     for column, words in LABELLING.items():
@@ -47,11 +47,11 @@ def point_labels(table: pd.DataFrame) -> pd.Series[str]:
 
 
 def label_room(ax: Axes, table: pd.DataFrame, x: str, sign: int, font_pt: float, *, log: bool) -> float:
-    """Room that the labels of the front need on the better side of the points, as a part of what the points span.
+    """Margin that the labels of the front need on the better side of the points, as a fraction of the points' span.
 
     Args:
-        sign: 1 where lower costs are better, so that the labels lie left of the points; -1 where they lie right.
-        log: the horizontal axis is logarithmic.
+        sign: 1 if lower costs are better, so that labels are left of the points; -1 if they are right.
+        log: whether the horizontal axis is logarithmic.
     """
     front = table[table["on_front"]]
     if front.empty:
@@ -65,14 +65,14 @@ def label_room(ax: Axes, table: pd.DataFrame, x: str, sign: int, font_pt: float,
 
 
 def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int, int], font_pt: float) -> None:
-    """Labels front members, on the side of the front where no run can be; one without a readable place has no label.
+    """Labels the points of the front on its empty side; a point without a readable place gets no label.
 
     Args:
-        signs: of each axis, 1 where lower values are better and -1 where higher ones are.
+        signs: for each axis, 1 if lower values are better and -1 if higher ones are.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # settles the layout, on which the places depend
+    figure.draw_without_rendering()  # fixes the layout, on which the places depend
     pixel, columns, front = figure.dpi / 72, [x, y], table[table["on_front"]]
     texts = [
         ax.annotate(
@@ -114,7 +114,7 @@ def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int,
 
 
 class _Crowd:
-    """What labels should not hide, in pixels: points, the step line of the front, and the labels placed so far."""
+    """What labels must not cover, in pixels: points, the step line of the front, and labels placed so far."""
 
     def __init__(self, frame: BboxBase, points: Floats, front: Floats, radius: float) -> None:
         self.frame, self.radius = frame, radius
@@ -122,13 +122,13 @@ class _Crowd:
         self.lines = [Path([(x0, y0), (x1, y0), (x1, y1)]) for (x0, y0), (x1, y1) in pairwise(front)]
 
     def place(self, point: Floats, size: Floats, unit: Floats) -> tuple[float, float] | None:
-        """Takes the place, of `_PLACES`, where a label of this size hides least, if it is readable there.
+        """Chooses the place in `_PLACES` where a label of this size covers least, if it is readable there.
 
         Args:
             unit: pixels of a step to the right and up.
         """
         hidden = [self._hidden(point, np.array(place) * unit, size, far=place in _FAR) for place in _PLACES]
-        best = _PLACES[int(np.argmin(hidden))]  # the first of equals
+        best = _PLACES[int(np.argmin(hidden))]  # the first if several are equal
         if min(hidden) > 0.04 * size.prod():
             return None
         way = np.array(best) * unit
@@ -152,12 +152,12 @@ class _Crowd:
 
 
 def _box(anchor: Floats, size: Floats, way: Floats) -> Bbox:
-    """The box of a label that lies from its anchor on in the direction of its way."""
+    """The box of a label that extends from its anchor in the direction `way`."""
     start = anchor + size * (np.sign(way) - 1) / 2
     return Bbox([start, start + size])
 
 
 def _overlap(a: Bbox, b: BboxBase) -> float:
-    """Area that two boxes share, in square pixels."""
+    """The overlap of two boxes, in square pixels."""
     both = Bbox.intersection(a, b)
     return 0.0 if both is None else float(both.width * both.height)

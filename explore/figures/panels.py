@@ -1,4 +1,4 @@
-"""What the figures of models share: panels of bars or rows, a legend above them, and a style for every model."""
+"""Shared by the figures of models: panels of bars or rows, a legend above them, and a style per model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _DASHES = ("-", (0, (5, 1.2)), (0, (2, 1)), (0, (5, 1, 1, 1)))
 
 @dataclass(frozen=True)
 class LineStyle:
-    """How a line is drawn: three cues, each of which is enough to tell it from its neighbours."""
+    """Style of a line: three cues, each of which is enough to distinguish it from its neighbours."""
 
     color: Color
     marker: str
     dashes: str | tuple[int, tuple[float, ...]]
 
     def look(self, font_pt: float, *, line: bool = True) -> Mapping[str, Any]:
-        """Arguments of a line, or of its markers alone, in sizes that follow the text."""
+        """Matplotlib arguments for a line, or for its markers alone, with sizes that follow the text."""
         return {
             "color": self.color,
             "ls": self.dashes if line else "",
@@ -39,7 +39,7 @@ class LineStyle:
 
 
 def line_styles(names: Iterable[str]) -> dict[str, LineStyle]:
-    """The style of each name, in the order in which they come."""
+    """The style of each name, in the given order."""
     palette = sns.color_palette("colorblind")
     return {
         name: LineStyle(
@@ -52,12 +52,12 @@ def line_styles(names: Iterable[str]) -> dict[str, LineStyle]:
 def panels(
     n: int, n_rows: int, width: float, height: float | None, title: str | None, otherwise: str, models: Iterable[str]
 ) -> tuple[RunFigure, list[Axes]]:
-    """A figure of `n` panels whose rows are models: beside each other on a page, above each other in a column.
+    """Makes a figure of `n` panels whose rows are models: side by side on a page, stacked in a column.
 
     Args:
-        n_rows: rows of a panel, from which the height follows where none is given.
-        title: drawn, if there is one.
-        otherwise: the title in the metadata where none is drawn.
+        n_rows: rows per panel, which set the height if none is given.
+        title: drawn above the panels if given.
+        otherwise: title in the metadata if none is drawn.
     """
     font_pt = text_pt(width)
     beside = max(1, min(n, 3 if width >= 4.5 else 1))
@@ -76,7 +76,7 @@ def panels(
 
 
 def one_x_label(axes: Sequence[Axes]) -> None:
-    """Leaves the label that panels share below the last of a column, or below the middle of the last row."""
+    """Keeps one shared x label: below the last panel of a column, or below the middle of the last row."""
     if not axes:
         return
     label, last = axes[0].get_xlabel(), [ax for ax in axes if _row(ax) == _row(axes[-1])]
@@ -86,7 +86,7 @@ def one_x_label(axes: Sequence[Axes]) -> None:
 
 
 def in_a_row(ax: Axes) -> bool:
-    """Whether panels lie beside this one."""
+    """Whether there are panels beside this one."""
     spec = ax.get_subplotspec()
     return spec is not None and spec.get_gridspec().ncols > 1
 
@@ -97,7 +97,7 @@ def _row(ax: Axes) -> int:
 
 
 def outside_legend(figure: RunFigure, handles: Sequence[Artist], font_pt: float) -> None:
-    """A legend above all panels, below them where a title is above, in as many columns as find room."""
+    """Draws a legend above all panels (below if there is a title), in as many columns as fit."""
     if not handles:
         return
     place: Literal["outside upper left", "outside lower left"]

@@ -1,4 +1,4 @@
-"""Figures of plans: memory of the ranks of a pipeline, and the throughput of the layouts that were searched."""
+"""Figures of plans: memory per pipeline rank, and throughput of the searched layouts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MEMORY: Mapping[str, Color] = {
     "optimizer": (0.90, 0.62, 0.00),
     "activations": (0.00, 0.62, 0.45),
 }
-"""What fills the memory of a rank, from the bottom of a bar."""
+"""Kinds of memory of a rank, from the bottom of a bar."""
 
 MOST_LABELS = 24
-"""Ranks whose numbers find room below an axis."""
+"""Most ranks whose numbers fit below an axis."""
 
 
 def plan_memory_table(plans: Mapping[str, Plan]) -> pd.DataFrame:
-    """What a figure of memory draws.
+    """Table for the figure of memory.
 
     Returns:
         Columns model, rank (of the pipeline), kind (of `MEMORY`), gib and capacity_gib.
@@ -81,7 +81,7 @@ def draw_plan_memory(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> 
 
 
 def layouts_table(searches: Mapping[str, Found]) -> pd.DataFrame:
-    """What a figure of layouts draws: for every value of every degree the best layout that has it.
+    """Table for the figure of layouts: the best layout for every value of every degree of parallelism.
 
     Returns:
         Columns model, degree, value, tokens_per_s_gpu (0 where nothing fits or nothing is legal) and wall.
@@ -95,7 +95,7 @@ def layouts_table(searches: Mapping[str, Found]) -> pd.DataFrame:
 
 
 def draw_layouts(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws the throughput of the best layout with each value of each degree; a cross where there is none.
+    """Draws the throughput of the best layout with each value of each degree; a cross if there is none.
 
     Args:
         table: from `layouts_table`.
@@ -151,14 +151,14 @@ def plot_plans(
     height: float | None = None,
     title: str | None = None,
 ) -> RunFigure:
-    """Memory of every rank with the capacity, and below it the throughput of the layouts that were searched.
+    """Plots the memory of every rank with the capacity, and below it the throughput of the searched layouts.
 
     Args:
-        plans: by name of the model.
-        searches: those that found them; without any there is no lower panel.
+        plans: plans by name of the model.
+        searches: the searches that found them; if empty, there is no lower panel.
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
-        height: inches; 2.6 for each panel when absent.
-        title: drawn above the axes; there is none unless asked for.
+        height: inches; None follows the number of panels.
+        title: drawn above the axes if given.
     """
     font_pt, n = text_pt(width), 2 if searches else 1
     clusters = ", ".join(dict.fromkeys(plan.cluster.name for plan in plans.values()))

@@ -1,4 +1,4 @@
-"""Figure of a swept budget: what was predicted and what was measured of the best child under each."""
+"""Figure of a swept budget: predicted and measured quality of the best child under each budget."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PREDICTED, MEASURED = "predicted, summed", "measured"
 
 
 def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws the divergence from the parent that was predicted, and the one that was measured.
+    """Draws the predicted and the measured divergence from the parent.
 
     Args:
         table: from `explore.compress.assembling.sweep`.
-        name: of the measure that was swept.
+        name: name of the swept measure.
         font_pt: size of the text in points.
     """
     dress(ax, quantity(name).label, "KL divergence (nats per token)", font_pt)
@@ -45,7 +45,7 @@ def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float
 
 
 def _dress_x(ax: Axes, name: str) -> None:
-    """A few ticks of a linear axis in whole units: bytes come in powers of 1024."""
+    """Sets a few ticks of a linear axis in whole units; bytes use powers of 1024."""
     low, high = ax.get_xlim()
     base = 1024 if name.endswith("bytes") else 1000
     unit = float(base ** max(0, math.floor(math.log(max(high, 1.0), base))))
@@ -58,11 +58,11 @@ def _dress_x(ax: Axes, name: str) -> None:
 def draw_quality(
     table: pd.DataFrame, name: str, y: str, parent: tuple[float, float], ax: Axes, *, font_pt: float = 8.0
 ) -> None:
-    """Draws the quality of the children, and that of the parent.
+    """Draws the quality of the children and of the parent.
 
     Args:
-        y: column of the quality.
-        parent: what the parent costs, and its quality.
+        y: the quality column.
+        parent: cost and quality of the parent.
     """
     dress(ax, quantity(name).label, quantity(y).label, font_pt)
     if table.empty:
@@ -86,17 +86,17 @@ def plot_tradeoff(
     height: float = 2.9,
     title: str | None = None,
 ) -> RunFigure:
-    """Predicted and measured divergence, and the quality of the children, against a swept budget.
+    """Plots predicted and measured divergence, and the quality of the children, against a swept budget.
 
     Args:
         table: from `explore.compress.assembling.sweep`.
-        name: of the measure that was swept.
-        parent: the parent on the same text.
-        parent_cost: what it costs.
+        name: name of the swept measure.
+        parent: scores of the parent on the same text.
+        parent_cost: value of the measure for the parent.
         run: name of the parent.
         width: inches.
         height: inches.
-        title: drawn above the axes; there is none unless asked for.
+        title: drawn above the axes if given.
     """
     font_pt = text_pt(width)
     figure = RunFigure(width, height, title or f"Children of {run} by {name}", [run])

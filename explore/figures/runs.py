@@ -1,4 +1,4 @@
-"""What the figures of runs share: which rows are drawn, and the axes they are drawn on."""
+"""Shared by the figures of runs: the choice of rows, and the axes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from explore.foreign import check_type, echo
 from explore.quantities import EVAL_DATA, quantity
 
 NARROW = 1.5
-"""Costs that differ by a smaller factor than this are drawn on a linear axis, which they fill."""
+"""Costs whose ratio is below this are drawn on a linear axis, which they fill."""
 
 _UNTOLD = {"run": "", "family": "other", "pattern": ""}
 
 
 def check_table(table: pd.DataFrame, x: str, y: str) -> None:
-    """Refuses what has not both columns, and names all that is missing.
+    """Raises an error that names every missing column.
 
     Raises:
-        ValueError: it is no table, a column is missing, or x and y are one.
+        ValueError: a column is missing, or x and y are the same.
     """
     check_type(table, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
     if x == y:
@@ -38,7 +38,7 @@ def check_table(table: pd.DataFrame, x: str, y: str) -> None:
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are not known to be unfinished; one without `run` is called by its index."""
+    """The rows not marked as unfinished; a row without `run` is named by its index."""
     if "status" in table:
         table = table[table["status"].eq("finished").fillna(False).astype(bool)]
     return table if "run" in table else table.assign(run=table.index)
@@ -48,11 +48,11 @@ def finished(table: pd.DataFrame, x: str, y: str, also: Iterable[str] = ()) -> p
     """Columns run, family, pattern, x and y of the finished rows in which x and y are finite.
 
     Args:
-        table: any table with the columns x and y; a row without `run` is called by its index.
-        also: further columns to keep, where the table has them.
+        table: any table with the columns x and y; a row without `run` is named by its index.
+        also: further columns to keep if the table has them.
 
     Raises:
-        ValueError: it is no table, a column is missing, x and y are one, or runs on different data would be compared.
+        ValueError: a column is missing, x and y are the same, or runs on different data would be compared.
     """
     check_table(table, x, y)
     table = named(table)
@@ -70,7 +70,7 @@ def finished(table: pd.DataFrame, x: str, y: str, also: Iterable[str] = ()) -> p
 
 
 def _check_comparable(table: pd.DataFrame, *columns: str) -> None:
-    """Refuses runs that were evaluated on different data, where a column depends on that."""
+    """Raises an error if a column depends on the data and runs were evaluated on different data."""
     own = [column for column in columns if quantity(column).is_on_own_data]
     data = table[EVAL_DATA].astype("str").fillna("unknown")
     if not own or data.nunique() < 2:
@@ -79,7 +79,7 @@ def _check_comparable(table: pd.DataFrame, *columns: str) -> None:
     counted = sorted(Counter(zip(names, data, strict=True)).items())
     groups = [f"{n} on {echo(name)}" for (name, _), n in counted]
     raise ValueError(
-        f"{own[0]} does not compare between runs on different data; there are {', '.join(groups[:4])}; "
+        f"{own[0]} cannot be compared between runs on different data; there are {', '.join(groups[:4])}; "
         "choose one (explore plot --corpus), or a score on one text for all, such as sotu_bpb"
     )
 
@@ -87,7 +87,7 @@ def _check_comparable(table: pd.DataFrame, *columns: str) -> None:
 def one_axes(
     table: pd.DataFrame, x: str, y: str, width: float, height: float, title: str | None
 ) -> tuple[RunFigure, Axes, float]:
-    """A figure of a table of runs with one pair of axes, and the points of its text."""
+    """Makes a figure of a table of runs with one pair of axes; returns also the font size in points."""
     words = f"{quantity(y).axis_label} against {quantity(x).axis_label}"
     figure = RunFigure(width, height, title or words, table["run"])
     font_pt = text_pt(width)
@@ -111,11 +111,11 @@ def dress_runs(
     margins_x: tuple[float, float] = (0.05, 0.05),
     margins_y: tuple[float, float] = (0.06, 0.06),
 ) -> bool:
-    """Scales, labels and grid of the axes; says whether there is anything to draw on them.
+    """Sets scales, labels and grid of the axes; returns whether there is anything to draw.
 
     Args:
-        margins_x: room left and right of the points, as parts of what they span.
-        margins_y: room below and above them.
+        margins_x: margins left and right of the points, as fractions of their span.
+        margins_y: margins below and above the points, as fractions of their span.
     """
     dress(ax, quantity(x).axis_label, quantity(y).axis_label, font_pt)
     if table.empty:
@@ -133,7 +133,7 @@ def _scale(
         log_axis(ax, values, *margins, which=which)
     else:
         low, high = span(values)
-        if log:  # so little of a decade that only a linear axis has round numbers to label
+        if log:  # less than a decade: only a linear axis has round numbers to label
             axis = ax.xaxis if which == "x" else ax.yaxis
             axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
             axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))

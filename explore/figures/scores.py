@@ -1,4 +1,4 @@
-"""Figure of the scores of a trained parent: which axes have weak indices, and what leaving out each layer does."""
+"""Figure of the scores of a trained parent: axes with weak indices, and the effect of removing each layer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from explore.model import ModelConfig
 
 EFFECTS = {"kl": "KL divergence (nats)", "loss": "Added loss (nats)", "mse": "MSE before the head"}
-"""Effects of leaving out a layer that can be drawn, and their labels."""
+"""Measures of the effect of removing a layer, and their labels."""
 
 
 def scores_table(scores: Scores, model: ModelConfig) -> pd.DataFrame:
-    """What the heat map shows: one row a layer, one column an axis.
+    """Table for the heat map: one row per layer, one column per axis.
 
     Returns:
-        The share of the score that the weaker half of the indices holds, from 0 to 0.5; NaN where a layer does not have
+        The share of the score that the weaker half of the indices holds, from 0 to 0.5; NaN if a layer does not have
         the axis. The index is the layer's index and letter.
     """
     from explore.compress import weak_halves
@@ -36,13 +36,13 @@ def scores_table(scores: Scores, model: ModelConfig) -> pd.DataFrame:
 
 
 def layers_table(scores: Scores, model: ModelConfig) -> pd.DataFrame:
-    """What the profile shows: one row a layer, a column for each effect of leaving it out."""
+    """Table for the profile: one row per layer, one column per effect of removing it."""
     names = [f"{i} {letter}" for i, letter in enumerate(model.pattern)]
     return pd.DataFrame({effect: scores.layers(effect) for effect in EFFECTS}, index=names, dtype="float64")
 
 
 def draw_scores(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
-    """Draws the heat map; darker cells have indices that hold little of the score.
+    """Draws the heat map; in darker cells the weaker indices hold less of the score.
 
     Args:
         table: from `scores_table`.
@@ -74,7 +74,7 @@ def draw_scores(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
 
 
 def draw_layers(table: pd.DataFrame, ax: Axes, effect: str = "kl", *, font_pt: float = 8.0) -> None:
-    """Draws what leaving out each layer does, on a log axis, in the rows of the heat map.
+    """Draws the effect of removing each layer, on a log axis, in the rows of the heat map.
 
     Args:
         table: from `layers_table`.
@@ -106,13 +106,13 @@ def plot_scores(
     height: float | None = None,
     title: str | None = None,
 ) -> RunFigure:
-    """A heat map of layers and axes, and beside it what leaving out each layer does.
+    """Plots a heat map of layers and axes, and beside it the effect of removing each layer.
 
     Args:
         run: name of the parent.
         width: inches.
-        height: inches; it follows the number of layers when absent.
-        title: drawn above the axes; there is none unless asked for.
+        height: inches; None follows the number of layers.
+        title: drawn above the axes if given.
     """
     font_pt = text_pt(width)
     table = scores_table(scores, model)

@@ -1,4 +1,4 @@
-"""Every seed of every arm as a dot, so that arms whose runs succeed or fail are not hidden behind a mean."""
+"""Every seed of every arm as a dot, since a mean hides that some runs succeed and others fail."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
 
 SPREAD = 0.34
-"""Half of a row that dots may take, from its middle."""
+"""Largest distance of dots from the middle of a row."""
 
 
 def draw_seeds(
@@ -29,13 +29,13 @@ def draw_seeds(
     log: bool = False,
     font_pt: float = 7.0,
 ) -> None:
-    """Draws a row an arm and a dot a run, for each of some columns, with a line at their median.
+    """Draws a row per arm and a dot per run, for each column, with a line at the median.
 
     Args:
-        runs: a row a run.
-        names: the arms that are drawn, from above, and what each is called.
-        columns: columns of `runs`, and what each is called; the darker, the later.
-        missing: where runs without a value are drawn, hollow, and what that means; they are left out when absent.
+        runs: one row per run.
+        names: the arms to draw, from the top, and their labels.
+        columns: columns of `runs`, and their labels; later columns are darker.
+        missing: where to draw runs without a value, as hollow dots, and their label; None leaves them out.
         log: whether the axis is logarithmic.
     """
     dress(ax, label, "", font_pt)

@@ -1,4 +1,4 @@
-"""What a study shows: differences of arms from a baseline with their intervals, loss against compute, a search."""
+"""Figures of studies: differences from a baseline with intervals, loss against compute, and searches."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ VERDICTS: Mapping[str, tuple[str, str, str]] = {
     "not resolved": ("0.45", "D", "not resolved"),
     "exploratory": ("0.45", "o", "not a primary comparison"),
 }
-"""Colour, marker and words of each verdict of `explore.frontier.compare`; an exploratory one is drawn hollow."""
+"""Colour, marker and legend of each verdict of `explore.frontier.compare`; exploratory ones are hollow."""
 
 
 def stacked(heights: Sequence[float], title: str, width: float = COLUMN_WIDTH) -> tuple[RunFigure, list[Axes]]:
-    """A figure as wide as a paper's column, and its axes above each other with their heights in inches.
+    """Makes a figure one column of a paper wide, with stacked axes of these heights in inches.
 
     Args:
-        title: in the metadata of its files.
+        title: title in the metadata of its files.
     """
     figure = RunFigure(width, sum(heights), title, ())
     axes = figure.subplots(len(heights), 1, height_ratios=list(heights), squeeze=False)
@@ -37,19 +37,19 @@ def stacked(heights: Sequence[float], title: str, width: float = COLUMN_WIDTH) -
 
 
 def mark(figure: RunFigure, words: str, font_pt: float = 7.0) -> None:
-    """Writes above a study's figure what a reader must know before all else."""
+    """Writes a warning above a study's figure."""
     figure.suptitle(words, fontsize=font_pt, color=VERDICTS["worse"][0], x=0.99, ha="right")
 
 
 def draw_comparisons(
     ax: Axes, table: pd.DataFrame, names: Mapping[str, str], label: str, *, arm: str = "arm", font_pt: float = 7.0
 ) -> None:
-    """Draws differences from a baseline: a row an arm, with its interval, coloured by verdict; zero is the baseline.
+    """Draws differences from a baseline: a row per arm, with interval, coloured by verdict; zero is the baseline.
 
     Args:
         table: from `explore.frontier.compare`.
-        names: the arms that are drawn, from above, and what each is called.
-        label: of the axis, with its unit.
+        names: the arms to draw, from the top, and their labels.
+        label: label of the axis, with its unit.
     """
     dress(ax, label, "", font_pt)
     rows = table.set_index(arm)
@@ -87,12 +87,12 @@ def draw_laws(
     error: str = "test_bpb",
     font_pt: float = 7.0,
 ) -> None:
-    """Draws mean loss against compute with the interval of each mean, and the law of each family with its band.
+    """Draws mean loss against compute with intervals, and the fitted law of each family with its band.
 
     Args:
         bands: from `explore.frontier.seed_bands`.
         curves: columns `arm`, compute, loss, low and high, of laws fitted to the same runs.
-        names: the arms that are drawn, and what each is called.
+        names: the arms to draw, and their labels.
     """
     dress(ax, quantity(cost).axis_label, quantity(error).axis_label, font_pt)
     styles = line_styles(names)
@@ -112,9 +112,9 @@ def draw_laws(
 def draw_gaps(
     ax: Axes, gaps: pd.DataFrame, x: str, sizes: Sequence[int], *, size: str = "d_model", font_pt: float = 7.0
 ) -> None:
-    """Draws differences between two arms along their runs, a line a size; zero is the baseline.
+    """Draws differences between two arms along their runs, one line per size; zero is the baseline.
 
-    The same lines over steps and over FLOPs tell an effect of the number of steps from one of the size.
+    Comparing these lines over steps and over FLOPs separates an effect of the number of steps from one of size.
 
     Args:
         gaps: columns `size`, `x` and difference.
@@ -141,11 +141,11 @@ def draw_residuals(
     error: str = "test_bpb",
     font_pt: float = 7.0,
 ) -> None:
-    """Draws every seed as a dot, as its residual from one law that is common to all arms; no line joins two sizes.
+    """Draws every seed as a dot: its residual from one law common to all arms; no line joins two sizes.
 
     Args:
-        runs: a row a run, with the loss of the common law at its cost in the column fitted.
-        names: the arms that are drawn, and what each is called.
+        runs: one row per run; the column `fitted` has the loss of the common law at the run's cost.
+        names: the arms to draw, and their labels.
     """
     dress(ax, quantity(cost).axis_label, f"{quantity(error).label},\nresidual from the common law", font_pt)
     ax.axhline(0, color=LINE, lw=0.8, zorder=1)
@@ -153,7 +153,7 @@ def draw_residuals(
     log_axis(ax, runs[cost], 0.08)
     for i, each in enumerate(names):
         rows = runs[runs[arm] == each]
-        aside = 1 + 0.06 * (i - (len(names) - 1) / 2)  # so that arms of one cost do not hide each other
+        aside = 1 + 0.06 * (i - (len(names) - 1) / 2)  # so that arms with the same cost do not hide each other
         off = rows[error] - rows["fitted"]
         look = styles[each].look(font_pt, line=False)
         ax.plot(rows[cost] * aside, off, **{**look, "ms": 0.4 * font_pt, "alpha": 0.6})
@@ -165,7 +165,7 @@ def draw_residuals(
 
 
 def draw_floor(ax: Axes, floors: pd.DataFrame, cost: str = "flops_run", font_pt: float = 7.0) -> None:
-    """Draws what an n-gram model of the same tokens reaches at each cost: a model above it has learned too little.
+    """Draws the score of an n-gram model of the same tokens at each cost: a model above it has learned too little.
 
     Args:
         floors: columns `cost` and ngram_test_bpb, as `explore.frontier.arms_table` gives them.
@@ -188,11 +188,11 @@ def draw_levels(
     joined: bool = False,
     font_pt: float = 7.0,
 ) -> None:
-    """Draws levels with their intervals against a number, for each series of `names`.
+    """Draws estimates with their intervals against a number, for each series in `names`.
 
     Args:
         levels: columns `series`, x, estimate, low and high.
-        joined: draw a line through each series; not where x is a size, between which nothing was measured.
+        joined: whether a line joins each series; not for sizes, since nothing was measured between them.
     """
     dress(ax, x_label, y_label, font_pt)
     styles = line_styles(names)
@@ -215,11 +215,11 @@ def draw_search(
     value: str = "val_bpb",
     font_pt: float = 7.0,
 ) -> None:
-    """Draws what every trial of a search came to, a marker a kind of `names`, and the best so far as a line.
+    """Draws the score of every trial of a search, a marker per kind in `names`, and the best so far as a line.
 
     Args:
-        trials: a row a trial, in their order.
-        label: of the axis of trials.
+        trials: one row per trial, in order.
+        label: label of the axis of trials.
     """
     dress(ax, label, quantity(value).axis_label, font_pt)
     if trials.empty:
