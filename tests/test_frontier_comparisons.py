@@ -119,9 +119,9 @@ def test_what_cannot_be_compared_is_refused_by_name():
         compare(table[table["seed"] < 2], "arm", "base")
     with pytest.raises(ValueError, match="two rows have the same arm, seed"):
         compare(pd.concat([table, table]), "arm", "base")
-    with pytest.raises(ValueError, match="primary: 'e' is no comparison"):
+    with pytest.raises(ValueError, match="primary: 'e' is not a comparison"):
         compare(table, "arm", "base", primary=["e"])
-    with pytest.raises(ValueError, match="arm: no arm stands beside the baseline"):
+    with pytest.raises(ValueError, match="arm: must have an arm other than the baseline"):
         compare(table.assign(d_model=(table["arm"] == "base")), "arm", "base", by=["d_model"])
 
 
@@ -166,9 +166,9 @@ def test_rows_of_a_cluster_are_averaged_first():
     scores = pd.DataFrame({"uid": list("abcdef"), "accuracy": [0.5, 0.6, 0.7, 0.8, 0.9, 0.65]})
     twice = pd.concat([scores, scores.iloc[:2].assign(accuracy=[0.5, 0.6])])
     assert cluster_interval(scores) == cluster_interval(twice)
-    with pytest.raises(ValueError, match="uid: only one of both has f"):
+    with pytest.raises(ValueError, match="uid: both models must have the same; only one has f"):
         cluster_interval(scores, baseline=scores.iloc[:5])
-    with pytest.raises(ValueError, match="uid: 4 clusters are too few; at least 5"):
+    with pytest.raises(ValueError, match="uid: must have at least 5 clusters, got 4"):
         cluster_interval(scores.iloc[:4])
 
 

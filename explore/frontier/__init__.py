@@ -1,4 +1,4 @@
-"""Frontier statistics: what is best at its cost, and how much of that the noise between seeds could have made."""
+"""Frontier statistics: which runs are best at their cost, and which differences exceed the noise between seeds."""
 
 from explore.frontier.arms import arms_table, pairs_table
 from explore.frontier.axes import add_axes, experiments_of, front_changes

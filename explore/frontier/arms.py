@@ -1,4 +1,4 @@
-"""The arms of a study side by side: what each was given, how far that is off its baseline's, and what came of it."""
+"""Tables of a study's arms: their budgets, the difference from the baseline's, and their scores."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from explore.quantities import headlines
 BUDGETS = ("params_active", "params_total", "flops_fwd", "flops_run")
 SETTINGS = ("tokens", "n_steps", "lr", "tuned", "lr_sensitivity")
 FLOOR = "ngram_test_bpb"
-"""Column of what an n-gram model of the same tokens reaches; it stands beside the scores that must beat it."""
+"""Column with the score of an n-gram model of the same tokens, which a model must beat."""
 
 
 def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = ()) -> pd.DataFrame:
-    """One row an arm: seeds, budgets with their residuals, learning rate and mean scores.
+    """One row per arm: seeds, budgets with their residuals, learning rate and mean scores.
 
     Args:
-        table: one row a run, as `load_runs` gives it.
+        table: one row per run, as from `load_runs`.
         arm: column that names the arms.
-        baseline: the arm that the residuals are taken from.
-        by: columns of which each combination is a table by itself, such as size.
+        baseline: the arm relative to which residuals are computed.
+        by: columns such as size; each combination of their values is treated separately.
 
     Returns:
-        The columns `by` and `arm`, n_seeds, tokens, n_steps, lr, tuned (all of its runs are), lr_sensitivity, each
-        budget with `_residual` (its share above the baseline's), and the means of the headline scores that some run has
-        and of the floor that they must beat.
+        The columns `by` and `arm`, n_seeds, tokens, n_steps, lr, tuned (whether all runs are), lr_sensitivity, each
+        budget with `_residual` (its relative difference from the baseline's), and the means of the headline scores and
+        of the floor that they must beat.
 
     Raises:
-        ValueError: a column is missing, or the baseline has no run somewhere.
+        ValueError: a column is missing, or the baseline has no run in one of the combinations.
     """
     keys = [*by, arm]
     if missing := [column for column in (*keys, *BUDGETS, *SETTINGS) if column not in table]:
@@ -58,15 +58,15 @@ def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Has
     """Accuracy of every arm on minimal pairs and its difference from a baseline; intervals resample paradigms.
 
     Args:
-        runs: a row a run, with `run` and the column `arm`.
-        pairs: from `explore.table.load_pairs`; runs that have none are left out.
+        runs: one row per run, with `run` and the column `arm`.
+        pairs: from `explore.table.load_pairs`; runs without pairs are left out.
 
     Returns:
-        One row a suite and arm: suite, arm, n_runs, n_paradigms, accuracy, low, high, and difference, difference_low
-        and difference_high, which are NaN for the baseline. No row where nothing was measured.
+        One row per suite and arm: suite, arm, n_runs, n_paradigms, accuracy, low, high, and difference, difference_low
+        and difference_high, which are NaN for the baseline. Arms that were not measured have no row.
 
     Raises:
-        ValueError: a suite has fewer than five paradigms, or those of an arm and the baseline differ.
+        ValueError: a suite has fewer than five paradigms, or an arm and the baseline have different ones.
     """
     records = []
     for suite, scores in pairs.merge(runs[["run", arm]], on="run").groupby("suite"):

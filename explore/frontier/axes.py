@@ -1,4 +1,4 @@
-"""The same runs on other axes of cost: which of them are on the front, and which of these changes are resolved."""
+"""The same runs on other axes of cost: which are on the front, and which changes are resolved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAYS, ENTERS, LEAVES, OFF = "stays", "enters", "leaves", "off"
 
 
 def experiments_of(*roots: str | Path) -> dict[str, Experiment]:
-    """The experiments of all runs below the roots, by the key that the table of runs has.
+    """Returns the experiments of all runs below the roots, by their key in the table of runs.
 
     Raises:
         ValueError: a root holds no run.
@@ -35,27 +35,27 @@ def experiments_of(*roots: str | Path) -> dict[str, Experiment]:
 def add_axes(
     table: pd.DataFrame, experiments: Mapping[str, Experiment], contexts: Sequence[int] = (4096,), key: str = "key"
 ) -> pd.DataFrame:
-    """Adds what every run costs on other axes, in closed form from its experiment.
+    """Adds the cost of every run on other axes, computed in closed form from its experiment.
 
     Args:
         table: with the columns `key` and tokens.
-        experiments: by the values of `key`, as `experiments_of` gives them.
-        contexts: tokens of context of decoding.
+        experiments: experiments by `key`, as from `experiments_of`.
+        contexts: context lengths of decoding, in tokens.
 
     Returns:
         The table with flops_run_megatron, flops_run_palm and flops_run_6nd (training FLOPs of the run as each
         convention counts them, beside the exact flops_run), params_active, params_total, and decode_bytes_N for every
-        context N: bytes that decoding one token of one sequence reads and writes.
+        context N: bytes read and written to decode one token of one sequence.
 
     Raises:
-        ValueError: a column is missing, or a run's experiment is.
+        ValueError: a column, or the experiment of a run, is missing.
     """
     from explore.cost import CONVENTIONS, flops_train
 
     check_columns(table, [key])
     tokens = numbers(table, "tokens")
     if absent := [str(each) for each in table[key] if each not in experiments]:
-        raise ValueError(f"{key}: no experiment for {', '.join(absent[:3])}; {len(absent)} rows lack theirs")
+        raise ValueError(f"{key}: no experiment for {', '.join(absent[:3])}; {len(absent)} rows have none")
     rows: dict[str, dict[str, float]] = {}
     for each in table[key].unique():
         experiment = experiments[each]
@@ -71,27 +71,27 @@ def add_axes(
 def front_changes(
     table: pd.DataFrame, axes: Sequence[str], by: Sequence[str], error: str = "val_bpb", level: float = 0.95
 ) -> pd.DataFrame:
-    """Which points are on the front on each axis of cost, compared with the first axis.
+    """Finds which points are on the front on each axis of cost, compared with the first axis.
 
     Args:
-        axes: columns of cost; the first is what the others are compared with.
-        by: columns whose values tell points apart.
+        axes: columns of cost; the others are compared with the first.
+        by: columns whose values identify a point.
 
     Returns:
-        One row an axis and point: axis, the columns `by`, cost, error (means over seeds), on_front, standing (as
-        `seed_bands` finds it; `not resolved` where no point has two runs), change (`stays`, `enters`, `leaves` or
-        `off`, by the means) and resolved: whether the standing on both axes is, so that the change is more than noise.
+        One row per axis and point: axis, the columns `by`, cost, error (means over seeds), on_front, standing (from
+        `seed_bands`; `not resolved` if no point has two runs), change (`stays`, `enters`, `leaves` or `off`, by the
+        means) and resolved: whether the standing is resolved on both axes, so that the change exceeds noise.
 
     Raises:
-        ValueError: a column is missing, there is no axis, or points are missing on some axes only.
+        ValueError: a column is missing, `axes` is empty, or a point is missing on only some axes.
     """
     if not axes:
-        raise ValueError("axes: there are none; name at least one column of cost")
+        raise ValueError("axes must name at least one column of cost, got none")
     tables = [_on_axis(table, axis, by, error, level) for axis in axes]
     first = tables[0]
     for axis, other in zip(axes, tables, strict=True):
         if not other[list(by)].equals(first[list(by)]):
-            raise ValueError(f"{axis}: has not the points of {axes[0]}; a value is missing on one of both")
+            raise ValueError(f"{axis}: must have the same points as {axes[0]}; a value is missing on one of them")
     reference, decided = first["on_front"].to_numpy(), (first["standing"] != NOT_RESOLVED).to_numpy()
     words = np.array([[OFF, ENTERS], [LEAVES, STAYS]])
     for i, other in enumerate(tables):

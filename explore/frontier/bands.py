@@ -1,4 +1,4 @@
-"""The front of points that were run from several seeds: what is on it, what is behind, and what is not resolved."""
+"""The front of points with several seeds: which are on it, which are behind, and which are not resolved."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def seed_bands(
     seed: int = 0,
     noise: NoiseKind = "auto",
 ) -> pd.DataFrame:
-    """Means over seeds with t intervals, and whether each point is on the front, as `pareto_front` finds it.
+    """Means over seeds with t intervals, and a verdict on whether each point is on the Pareto front.
 
-    The variance between seeds follows the cost, as `noise` says. A rival of a point is another that costs no more. A
-    point is `on the front` when it beats all rivals at once with a probability of `level` or more, `behind` when the
-    hypothesis that no rival beats it is rejected (by the largest t statistic over the rivals, so that many ties do not
-    add up to a verdict), and `not resolved` otherwise. Either verdict is wrong with a probability of 1 - `level` at
-    most, point by point. Seeds are taken as independent between points.
+    The variance between seeds depends on the cost as `noise` specifies. A rival of a point is another that costs no
+    more. A point is `on the front` if it beats all rivals at once with a probability of at least `level`, `behind` if
+    the hypothesis that no rival beats it is rejected (by the largest t statistic over the rivals, so that many ties do
+    not add up to a verdict), and `not resolved` otherwise. For each point, either verdict is wrong with a probability
+    of at most 1 - `level`. Seeds are treated as independent between points.
 
     Args:
-        by: columns whose values tell points apart, such as arm and size.
+        by: columns whose values identify a point, such as arm and size.
         noise: how the noise changes with the cost, as in `explore.frontier.noise.fit_noise`.
 
     Returns:
-        One row a point: the columns `by`, `cost` and `error` (means), low and high (of the mean error), n_seeds, sd,
-        on_front (of the means), p_front (parametric bootstrap), p_value (that the point is on the front and only looks
-        behind), and standing.
+        One row per point: the columns `by`, `cost` and `error` (means), low and high (interval of the mean error),
+        n_seeds, sd, on_front (by the means), p_front (parametric bootstrap), p_value (of the hypothesis that the point
+        is on the front), and standing.
 
     Raises:
-        ValueError: a column is missing, no point has two runs, or `level` is no level.
+        ValueError: a column is missing, no point has two runs, or `level` is not between 0 and 1.
     """
     points = repeats(table, by, cost, error, noise)
     t = np.array([t_quantile(dof, level) for dof in points.noise.dof])

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 
 def check_columns(table: pd.DataFrame, columns: Iterable[str]) -> None:
-    """Refuses a table that lacks a column.
+    """Raises an error if a table lacks a column.
 
     Raises:
         ValueError: a column is missing.
@@ -28,7 +28,7 @@ def check_columns(table: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def numbers(table: pd.DataFrame, column: str) -> Floats:
-    """A column as float64, with NaN for what is missing.
+    """A column as float64, with NaN for missing values.
 
     Raises:
         ValueError: the column is missing.
@@ -39,7 +39,7 @@ def numbers(table: pd.DataFrame, column: str) -> Floats:
 
 
 def oriented(table: pd.DataFrame, column: str) -> Floats:
-    """A column as float64 whose lower values are the better ones: negated where higher ones are declared to be.
+    """A column as float64 in which lower is better: negated if `explore.quantities` declares that higher is better.
 
     Raises:
         ValueError: the column is missing.
@@ -48,10 +48,10 @@ def oriented(table: pd.DataFrame, column: str) -> Floats:
 
 
 def oriented_reference(reference: tuple[float, float], cost: str, error: str) -> tuple[float, float]:
-    """A reference point of a hypervolume, its error turned as `oriented` turns the column.
+    """A reference point of a hypervolume, with the sign of its error as in `oriented`.
 
     Raises:
-        ValueError: higher costs are better, and the logarithm of a cost is taken.
+        ValueError: `cost` is a column in which higher is better; the log axis does not allow that.
     """
     if quantity(cost).better == "higher":
         raise ValueError(f"cost must be a column whose lower values are better, got {cost!r}")
@@ -59,7 +59,7 @@ def oriented_reference(reference: tuple[float, float], cost: str, error: str) ->
 
 
 def known_rows(table: pd.DataFrame, labels: Iterable[str], *values: str) -> pd.DataFrame:
-    """The rows in which every value is a finite number: the columns `labels` as they are, `values` as float64.
+    """The rows in which every value is finite: the columns `labels` unchanged, `values` as float64.
 
     Raises:
         ValueError: a column is missing, or no row is left.

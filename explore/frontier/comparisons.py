@@ -1,4 +1,4 @@
-"""Arms against a baseline from the same seeds, corrected for how many comparisons were meant to decide."""
+"""Paired comparisons of arms with a baseline, corrected for the number of primary comparisons."""
 
 from __future__ import annotations
 
@@ -42,37 +42,36 @@ def compare(
     noise: NoiseKind = "auto",
     margin: float | None = None,
 ) -> pd.DataFrame:
-    """Differences of arms from a baseline that was run from the same seeds.
+    """Differences of arms from a baseline with the same seeds.
 
-    A run's value is the effect of its arm, of its seed, and noise, within a size; so a difference is the mean of the
-    paired ones where no run is missing. The variance of the noise is one for all arms of a size, and between sizes it
-    follows `noise`. The interval is that of one comparison by itself; the verdict is Holm's over all primary
-    comparisons, so of the verdicts that should be `not resolved` any is `better` or `worse` with a probability of
-    1 - `level` at most. An arm that is neither is `equivalent` where two one-sided tests, corrected in the same way,
-    place its difference within `margin`.
+    Within a size, the value of a run is the effect of its arm, plus that of its seed, plus noise; without missing runs
+    a difference is the mean of the paired differences. All arms of a size share one noise variance; between sizes it
+    follows `noise`. Intervals are not corrected. Verdicts use Holm's correction over all primary comparisons: the
+    probability that any arm without a true difference is called `better` or `worse` is at most 1 - `level`. Otherwise
+    an arm is `equivalent` if two one-sided tests, corrected in the same way, place its difference within `margin`.
 
     Args:
         arm: column that names the arms.
-        baseline: its value for the baseline.
-        by: columns of which each combination is compared by itself, such as size.
-        strata: columns over whose combinations a difference is averaged, with the noise taken within each.
+        baseline: name of the baseline.
+        by: columns such as size; each combination of their values is compared separately.
+        strata: columns over whose combinations a difference is averaged, with the noise estimated within each.
         pair: column of the seed, which sets the order of the data.
-        primary: the comparisons that were named beforehand: arms, or tuples of the values of `by` and an arm; all
-            comparisons unless given. Others have no adjusted p value, and their verdict is `exploratory`.
-        better: which values are better; as `explore.quantities` declares it when absent.
+        primary: the comparisons named in advance: arms, or tuples of the values of `by` and an arm; None means all. The
+            other comparisons have no adjusted p value and the verdict `exploratory`.
+        better: which values are better; None follows `explore.quantities`.
         min_pairs: seeds that an arm must share with the baseline in every stratum.
         noise: how the noise changes between sizes, as in `explore.frontier.noise.fit_noise`.
         margin: largest difference of arms that count as equivalent, in the unit of `value`.
 
     Returns:
-        One row a comparison: the columns `by` and `arm`, n_pairs, difference (arm minus baseline), low, high, sd (noise
-        of one run; the root of the mean variance over strata), dof, noise (its kind), bartlett_p (of equal variances
-        over all sizes), resolvable (smallest difference that is found with a power of 80%), p, p_equivalent (NaN
+        One row per comparison: the columns `by` and `arm`, n_pairs, difference (arm minus baseline), low, high, sd
+        (noise of one run; the root of the mean variance over strata), dof, noise (its kind), bartlett_p (test of equal
+        variances over all sizes), resolvable (smallest difference detected with 80% power), p, p_equivalent (NaN
         without a margin), primary, p_holm and verdict: better, worse, equivalent, not resolved or exploratory.
 
     Raises:
-        ValueError: a column, the baseline or a primary comparison is not there; a run is there twice; too few pairs;
-            a margin that is not positive.
+        ValueError: a column, the baseline or a primary comparison is missing; a run occurs twice; there are too few
+            pairs; or the margin is not positive.
     """
     check_level(level)
     if margin is not None and not (math.isfinite(margin) and margin > 0):
@@ -84,7 +83,7 @@ def compare(
     labels = [*by, arm]
     rows = list(_differences(fit, len(by), arm, baseline, pair, min_pairs))
     if not rows:
-        raise ValueError(f"{arm}: no arm stands beside the baseline {baseline!r}")
+        raise ValueError(f"{arm}: must have an arm other than the baseline {baseline!r}, got none")
     named = _named([row.key for row in rows], primary)
     p = np.array([p_two_sided(row.difference, row.error, row.dof) for row in rows])
     same = np.full(len(rows), np.nan)
@@ -150,16 +149,16 @@ def _named(
         return np.ones(len(keys), dtype=bool)
     for name in primary:
         if not any(name in (key, key[-1]) for key in keys):
-            raise ValueError(f"primary: {name!r} is no comparison; there are {', '.join(map(str, keys))}")
+            raise ValueError(f"primary: {name!r} is not a comparison; there are {', '.join(map(str, keys))}")
     return np.array([key in primary or key[-1] in primary for key in keys], dtype=bool)
 
 
 def n_for_half_width(sd: float, half_width: float, level: float = 0.95, pooled_over: int = 1) -> int:
-    """Pairs of runs that a comparison needs for an interval of this half-width, at least three.
+    """Number of pairs of runs (at least three) for an interval of this half-width.
 
     Args:
-        sd: standard deviation of the noise of one run, as `compare` and pilots tell it.
-        half_width: in the unit of `sd`.
+        sd: standard deviation of the noise of one run, as from `compare` or pilots.
+        half_width: half-width of the interval, in the unit of `sd`.
         pooled_over: comparisons (arms times sizes) over which the variance will be pooled.
 
     Raises:

@@ -1,8 +1,8 @@
 """Saturating power laws as functions of their parameters, and their least-squares fit to many data sets at once.
 
 Parameters are kept as logarithms, theta = log (E, A_1, ..., A_F, alpha_1, ..., alpha_F), so all are positive; with a
-shared exponent there is one alpha. `which` is the family of each run and `log_c` the logarithm of its compute over the
-mean.
+shared exponent there is one alpha. `which` is the family of each run and `log_c` the logarithm of its compute divided
+by the mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ITERATIONS = 200
 
 
 def bounds(n_families: int, least: float, n_exponents: int | None = None) -> tuple[Floats, Floats]:
-    """Limits of theta, for losses of which `least` is the least: E a millionth of it to all of it."""
+    """Bounds of theta, given the lowest loss `least`: E is between 1e-6 and 1 times that."""
     ones, exponents = np.ones(n_families), np.ones(n_exponents or n_families)
     low = np.concatenate([[MIN_E * least], MIN_E * least * ones, MIN_ALPHA * exponents])
     high = np.concatenate([[least], MAX_A * least * ones, MAX_ALPHA * exponents])
@@ -34,7 +34,7 @@ def curves(theta: Floats, which: Families, log_c: Floats) -> Floats:
 
 
 def _exponents(theta: Floats, which: Families) -> Families:
-    """The place in theta of the exponent of each run."""
+    """The index in theta of each run's exponent."""
     n = int(which.max()) + 1
     return np.asarray(1 + n + (which if theta.shape[1] == 1 + 2 * n else np.zeros_like(which)))
 
@@ -56,7 +56,7 @@ def slopes(theta: Floats, which: Families, log_c: Floats) -> Floats:
 
 
 def starts(which: Families, log_c: Floats, y: Floats, *, shared: bool = False) -> Iterator[Floats]:
-    """Parameters to begin a fit from: for some E, the straight lines through the logarithms of what is above it."""
+    """Initial parameters of a fit: for several E, straight lines through the logarithm of the loss above E."""
     for share in (0.05, 0.4, 0.7, 0.9, 0.98):
         e = share * float(y.min())
         lines = [np.polyfit(log_c[which == i], np.log(y[which == i] - e), 1) for i in range(int(which.max()) + 1)]
@@ -66,13 +66,13 @@ def starts(which: Families, log_c: Floats, y: Floats, *, shared: bool = False) -
 
 
 def refit(start: Floats, which: Families, log_c: Floats, y: Floats, scale: Floats | None = None) -> Floats:
-    """Fits every row of `y` (fits, runs) by Levenberg and Marquardt's method, all from the same start.
+    """Fits every row of `y` (fits, runs) by the Levenberg-Marquardt method, all from the same start.
 
     Args:
-        scale: noise of each run, relative to the others; all alike when absent.
+        scale: relative noise of each run; None means equal.
 
     Returns:
-        Parameters (fits, as `start`).
+        Parameters, one row per fit in the form of `start`.
     """
     scale = np.ones(len(log_c)) if scale is None else scale
     n = int(which.max()) + 1

@@ -1,4 +1,4 @@
-"""Scores by document: intervals that hold for other documents of the same kind, and not for other seeds alone."""
+"""Scores by document: intervals that also cover other documents of the same kind, not only other seeds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from explore.frontier.columns import Floats, check_columns
 from explore.frontier.intervals import Interval, check_level, t_quantile
 
 MIN_UNITS = 2
-"""Seeds, and documents, that an interval needs at least."""
+"""Minimum number of seeds, and of documents, for an interval."""
 
 
 def document_interval(
@@ -24,20 +24,20 @@ def document_interval(
     pair: str = "seed",
     level: float = 0.95,
 ) -> Interval:
-    """Bits per byte of an arm, or their difference from a baseline, with seeds and documents as random draws.
+    """Bits per byte of an arm, or its difference from a baseline, with seeds and documents as random draws.
 
-    The bits of document k with seed s are a mean, an effect of the seed, one of the document, and noise of both. The
-    estimate weights documents by their bytes, as bits per byte of a whole text do. Its variance is what seeds add and
-    what documents add, minus the noise that is counted in both; it is never less than either. Degrees of freedom are
-    Satterthwaite's, with 1 / sum of squared shares as the number of documents.
+    The bits of document k with seed s are modelled as a mean, plus an effect of the seed, an effect of the document,
+    and their joint noise. The estimate weights documents by their bytes, as bits per byte of a whole text do. Its
+    variance is the sum of the contributions of seeds and documents, minus the noise counted in both, but never below
+    either. Degrees of freedom are Satterthwaite's, with 1 / sum of squared shares as the number of documents.
 
     Args:
         documents: from `explore.table.load_documents`, of one split, with the columns `column` and `pair`.
-        arm: value of `column`.
-        baseline: another value of it; pairs are then runs of one seed, and documents.
+        arm: value of `column` for the arm.
+        baseline: value of `column` for a baseline; differences are then paired by seed and document.
 
     Raises:
-        ValueError: a column is missing, or there are fewer than two seeds or documents that every run has.
+        ValueError: a column is missing, or all runs share fewer than two seeds or documents.
     """
     check_level(level)
     check_columns(documents, [column, pair, "document", "nats", "n_bytes"])
@@ -55,7 +55,7 @@ def document_interval(
 
 
 def _bits(rows: pd.DataFrame, pair: str) -> tuple[pd.DataFrame, pd.Series[float]]:
-    """Bits per byte (seeds, documents), and the share of each document in the bytes."""
+    """Bits per byte (seeds, documents), and each document's share of the bytes."""
     rows = rows[rows["n_bytes"] > 0]
     bits = rows.assign(bits=rows["nats"] / math.log(2) / rows["n_bytes"]).pivot_table(
         index=pair, columns="document", values="bits"

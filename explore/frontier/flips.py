@@ -21,26 +21,27 @@ MIN_ARMS = 3
 def rank_correlation(
     table: pd.DataFrame, arm: str, size: str, error: str = "val_bpb", pair: str = "seed", level: float = 0.95
 ) -> pd.DataFrame:
-    """Kendall's tau between the rankings of arms at each two sizes, and the shares of pairs of arms that flip.
+    """Kendall's tau between the rankings of arms at every two sizes, and the shares of pairs of arms that flip.
 
-    Noise in both rankings draws tau towards 0, and a bootstrap, which adds noise once more, even further: where arms
-    lie close, its interval often misses the tau of the true effects. So the interval is what tau can be when every pair
-    of arms whose order is not resolved goes either way: from 2 holds - 1 to 1 - 2 flips. It is wide where much is not
-    resolved, and holds the truth with a probability of `level` or more. An order is resolved when both differences are;
-    its p value is the larger of their two, and Holm's correction is over all pairs of arms at a pair of sizes.
+    Noise in both rankings biases tau towards 0, and a bootstrap, which adds noise again, biases it further: for arms
+    that are close, its interval often misses the tau of the true effects. So the interval here is the range of tau if
+    every pair of arms whose order is not resolved may go either way: from 2 holds - 1 to 1 - 2 flips. It is wide if
+    little is resolved, and contains the true tau with a probability of at least `level`. An order is resolved if both
+    differences are; its p value is the larger of the two, and Holm's correction is over all pairs of arms at a pair of
+    sizes.
 
     Args:
-        arm: column that names the arms; those that both sizes have are ranked.
+        arm: column that names the arms; arms present at both sizes are ranked.
         size: column of the sizes.
         pair: column of the seed, which sets the order of the data.
 
     Returns:
-        One row a pair of sizes, in the order of the sizes: size_a, size_b, n_arms, tau (of the effects as estimated),
-        low, high, flipped (share of the pairs of arms whose order differs), and the shares flips and holds that are
-        resolved.
+        One row per pair of sizes, in order of size: size_a, size_b, n_arms, tau (of the estimated effects), low, high,
+        flipped (share of pairs of arms whose order differs), and flips and holds (shares of pairs resolved to flip or
+        to keep their order).
 
     Raises:
-        ValueError: a column is missing, a run is there twice, or two sizes have fewer than three arms in common.
+        ValueError: a column is missing, a run occurs twice, or two sizes have fewer than three arms in common.
     """
     from scipy import stats
 
@@ -60,7 +61,7 @@ def rank_correlation(
 def _order_changes(
     fit: Paired, one: Stratum, other: Stratum, arms: list[Hashable], level: float
 ) -> tuple[Bools, Bools]:
-    """For every pair of arms: whether their order differs between two sizes, and whether that is resolved."""
+    """For every pair of arms, whether their order differs between two sizes and whether that is resolved."""
     flipped, p = [], []
     for a, b in combinations(arms, 2):
         differences, ps = zip(*(_difference(fit, stratum, a, b) for stratum in (one, other)), strict=True)
@@ -77,7 +78,7 @@ def _difference(fit: Paired, stratum: Stratum, a: Hashable, b: Hashable) -> tupl
 def _size_pairs(fit: Paired, size: str) -> Iterator[tuple[Stratum, Stratum, list[Hashable]]]:
     by_size: list[Stratum] = sorted(fit.strata, key=_size)
     if len(by_size) < 2:
-        raise ValueError(f"{size}: {by_size[0].key[0]!r} is the only one; at least two are needed")
+        raise ValueError(f"{size}: must have at least two values, got only {by_size[0].key[0]!r}")
     for one, other in combinations(by_size, 2):
         arms = [each for each in one.effects if each in other.effects]
         if len(arms) < MIN_ARMS:

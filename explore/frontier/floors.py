@@ -1,4 +1,4 @@
-"""Floors: what an n-gram model of the same tokens reaches, measured for run folders and for tables of records."""
+"""Floors: the score of an n-gram model of the same tokens, for run folders and tables of records."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ FLOOR_ORDER = 3
 
 
 def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
-    """Bits per byte of an n-gram model of the tokens that a run was trained on, for its `evals.json`.
+    """Bits per byte of an n-gram model of a run's training tokens, for its `evals.json`.
 
-    It reads as much of each split as the run was scored on.
+    It is scored on the same part of each split as the run.
 
     Raises:
         ValueError: the run was not trained on text, or the order is not allowed.
@@ -26,22 +26,22 @@ def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
     experiment = run.load_experiment()
     source = experiment.data.open(experiment.seed)
     if not isinstance(source, TextSource):
-        raise ValueError(f"{run.path}: was trained on {experiment.data.kind}, and an n-gram model needs text")
+        raise ValueError(f"{run.path}: must be trained on text for an n-gram model, got {experiment.data.kind}")
     train = experiment.train
-    whole = train.evaluation == "whole" or "documents" in run.evals  # the text that the run itself is scored on
+    whole = train.evaluation == "whole" or "documents" in run.evals  # the text on which the run is scored
     max_tokens = None if whole else train.eval_tokens
     scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, max_tokens)
     return {"order": order, **{f"{split}_bpb": score.bits_per_byte for split, score in scores.items()}}
 
 
 def add_floors(root: str | Path, order: int = FLOOR_ORDER, names: Iterable[str] | None = None) -> int:
-    """Measures the floor of every run on text below a folder or in a table of records, and keeps it with the run.
+    """Measures the floor of every text run below a folder or in a table of records, and saves it with the run.
 
     Args:
-        names: folders of the runs that are measured; all when absent.
+        names: folder names of the runs to measure; None measures all.
 
     Returns:
-        Runs that got a floor, those apart that had it.
+        Number of runs that got a floor; runs that already had one do not count.
 
     Raises:
         ValueError: the root holds no run.

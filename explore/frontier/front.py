@@ -1,4 +1,4 @@
-"""What is best at its cost: the Pareto front of a table of runs, and one number for the area it leaves behind."""
+"""The Pareto front of a table of runs, and its hypervolume."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from explore.quantities import EVAL_DATA, quantity
 def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val_bpb") -> pd.Series[Any]:
     """Marks the rows that no other row beats.
 
-    Lower is better in both columns, except in those that `explore.quantities` declares otherwise, such as `recall`.
+    Lower is better in both columns unless `explore.quantities` declares the opposite, as for `recall`.
 
-    A row is beaten when another is at least as good in both columns and better in one. Equal rows do not beat each
-    other. A row with a missing or infinite value is never on the front and beats nothing. Where the table says on
-    which data runs were evaluated, and a column depends on that, there is a front for each.
+    A row is beaten if another is at least as good in both columns and better in one. Equal rows do not beat each other.
+    A row with a missing or infinite value is never on the front and beats nothing. If the table names the data on which
+    runs were evaluated, and a column depends on it, each data set has its own front.
 
     Returns:
         A boolean column `on_front` with the index of `table`.
@@ -37,7 +37,7 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
 
 
 def _comparable(table: pd.DataFrame, *columns: str) -> Iterator[npt.NDArray[np.bool_]]:
-    """The rows of each of the data on which runs were evaluated; all at once where the columns compare anyway."""
+    """Yields the rows of each evaluation data set, or all rows at once if the columns do not depend on it."""
     if EVAL_DATA in table and any(quantity(column).is_on_own_data for column in columns):
         data = table[EVAL_DATA].astype("str").fillna("").to_numpy()
         yield from (data == each for each in np.unique(data))
@@ -46,11 +46,11 @@ def _comparable(table: pd.DataFrame, *columns: str) -> Iterator[npt.NDArray[np.b
 
 
 def _unbeaten(x: Floats, y: Floats) -> npt.NDArray[np.bool_]:
-    """Which of some finite points no other one beats; less is better in both."""
+    """Marks the finite points that no other beats; lower is better in both."""
     costs, which = np.unique(x, return_inverse=True)
-    best = np.full(len(costs), np.inf)  # the least error at each cost
+    best = np.full(len(costs), np.inf)  # the lowest error at each cost
     np.minimum.at(best, which, y)
-    cheaper = np.minimum.accumulate(np.concatenate([[np.inf], best]))[:-1]  # the least error at any lower cost
+    cheaper = np.minimum.accumulate(np.concatenate([[np.inf], best]))[:-1]  # the lowest error at any lower cost
     unbeaten: npt.NDArray[np.bool_] = (y == best[which]) & (y < cheaper[which])
     return unbeaten
 
@@ -60,12 +60,12 @@ def hypervolume(
 ) -> float:
     """Area between the Pareto front and a reference point, with the cost on a log axis; higher is better.
 
-    The area of the union of the rectangles that span from each run to the reference point (log10 cost, error), so a
-    front that is a tenth as costly everywhere gains one decade times its height. It compares tables only at the same
-    reference point. Runs that are not better than the reference in both columns add nothing, nor do missing values.
+    The area of the union of the rectangles from each run to the reference point (log10 cost, error): a front at a tenth
+    of the cost gains one decade times its height. Compare tables only at the same reference point. Runs that are not
+    better than the reference in both columns add nothing; neither do missing values.
 
     Args:
-        reference: cost and error of a point that is worse than what is worth counting, in the columns' units.
+        reference: cost and error, in the columns' units, of a point worse than all runs that should count.
 
     Returns:
         Decades of cost times units of error (for the defaults: decades of FLOPs times bits per byte).
@@ -80,6 +80,6 @@ def hypervolume(
     if (x <= 0).any():
         raise ValueError(f"{cost}: must be positive on a log axis, got {x[x <= 0][0]:g}")
     front = pareto_front(table, cost, error).to_numpy() & (x < limit_cost) & (y < limit)
-    points = np.unique(np.stack([np.log10(x[front]), y[front]], axis=1), axis=0)  # by rising cost, so falling error
+    points = np.unique(np.stack([np.log10(x[front]), y[front]], axis=1), axis=0)  # by rising cost, hence falling error
     ends = np.append(points[1:, 0], np.log10(limit_cost))
     return float(((ends - points[:, 0]) * (limit - points[:, 1])).sum())

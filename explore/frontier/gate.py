@@ -1,8 +1,8 @@
-"""The gate of a study: what it must show at its smallest size before it may answer its question.
+"""The gate of a study: conditions that its smallest size must meet before the study may draw a conclusion.
 
-A study whose models lose to an n-gram, whose positive control is not found, or whose seeds cannot resolve the effect
-that it looks for, says nothing of that effect. So its sweep file declares a `Gate`, the sweep runs the smallest size
-first, and neither the sweep nor a finding goes on when a condition fails.
+A study says nothing about an effect if its models lose to an n-gram, its positive control is not detected, or its seeds
+cannot resolve the effect. So its sweep file declares a `Gate`, the sweep runs the smallest size first, and neither the
+sweep nor a finding continues if a condition fails.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from explore.table import load_documents, load_metrics, load_params, load_runs, 
 PASSED, FAILED = "passed", "failed"
 MIN_DOCUMENTS: Final = 5
 FLAT: Final = 0.1
-"""Share of a curve, at its end, that must be flat or inside the decay."""
+"""Fraction at the end of a curve that must be flat or inside the decay."""
 ABSENT: Final = "not measured"
 GATE_FILE: Final = "gate.csv"
-"""File, in a sweep's folder of runs, of what its gate found last."""
+"""File in a sweep's folder of runs with the latest result of its gate."""
 UNGATED: Final = "ungated"
-"""What tables and figures say of a study that passes no gate."""
+"""Warning in tables and figures of a study that does not pass its gate."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Condition:
     """One condition of a gate.
 
     Attributes:
-        name: what is looked at.
-        found: what the runs show.
-        needed: what they must show.
-        passed: whether they do.
+        name: the quantity checked.
+        found: its value in the runs.
+        needed: the required value.
+        passed: whether the condition holds.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class GateReport:
-    """What a gate found.
+    """The result of a gate.
 
     Attributes:
-        size: the size at which it looked, such as `d_model 24`.
-        conditions: all of them, in order.
+        size: the size that was checked, such as `d_model 24`.
+        conditions: all conditions, in order.
     """
 
     size: str
@@ -70,35 +70,35 @@ class GateReport:
 
     @property
     def reason(self) -> str:
-        """The conditions that fail, in one line; empty where none does."""
+        """The failed conditions in one line; empty if none fails."""
         failed = [f"{each.name}: {each.found}, needed {each.needed}" for each in self.conditions if not each.passed]
         return f"at {self.size}: " + "; ".join(failed) if failed else ""
 
     def table(self) -> pd.DataFrame:
-        """Columns condition, found, needed and verdict (`passed` or `failed`), a row a condition."""
+        """Columns condition, found, needed and verdict (`passed` or `failed`), one row per condition."""
         rows = [(each.name, each.found, each.needed, PASSED if each.passed else FAILED) for each in self.conditions]
         return pd.DataFrame(rows, columns=["condition", "found", "needed", "verdict"])
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a study declares of itself, so that it can be told whether it can answer.
+    """A study's own declaration of what it needs in order to answer its question.
 
     Attributes:
-        baseline: the arm from which differences are taken.
+        baseline: the arm from which differences are computed.
         worse: positive controls: arms that must be resolved as worse than the baseline.
-        trivial: dense or otherwise trivial arms, which must be resolved from the baseline, either way.
-        effect: smallest effect in print that the study is about, in the unit of `value`.
-        source: where that effect is in print.
+        trivial: dense or otherwise trivial arms, whose difference from the baseline must be resolved, with either sign.
+        effect: smallest published effect that the study addresses, in the unit of `value`.
+        source: publication of that effect.
         arm: column of the arms: a parameter of the trials, or a column of the table of runs.
-        size: column of the sizes, of which the smallest is looked at.
-        where: values of columns, to which the runs of the gate are restricted.
-        value: the score.
-        floor: score that the baseline must beat; that of the n-gram model of its own tokens when absent.
+        size: column of the sizes; the smallest is checked.
+        where: column values that select the runs of the gate.
+        value: column of the score.
+        floor: score that the baseline must beat; None takes that of an n-gram model of its own tokens.
         n_sizes: sizes over which the primary claim is averaged.
-        min_steps: optimizer steps.
-        min_tokens: training tokens for each active parameter of the layers.
-        max_violation: limit of the mean load of the fullest expert over the mean, minus 1, in every arm.
+        min_steps: minimum optimizer steps.
+        min_tokens: minimum training tokens per active parameter of the layers.
+        max_violation: limit, in every arm, on the load of the fullest expert divided by the mean load, minus 1.
         alike: columns in which all arms must agree.
     """
 
@@ -146,14 +146,14 @@ class Gate:
     def check(
         self, runs: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None = None
     ) -> GateReport:
-        """Looks at the runs of the smallest size.
+        """Checks the conditions on the runs of the smallest size.
 
         Args:
-            runs: a row a run, as `explore.table.load_runs` gives them, with the columns `arm`, `size` and `where`.
-            curves: learning curves, as `explore.table.load_metrics` gives them; read where runs have no decay.
-            seeds: seeds of each arm that the study plans.
-            documents: scores by document, as `explore.table.load_documents` gives them; a control must then be resolved
-                for other documents too.
+            runs: one row per run, as from `explore.table.load_runs`, with the columns `arm`, `size` and `where`.
+            curves: learning curves, as from `explore.table.load_metrics`; used if runs have no decay.
+            seeds: planned number of seeds per arm.
+            documents: scores by document, as from `explore.table.load_documents`; a control must then also be resolved
+                over documents.
 
         Raises:
             ValueError: a column is missing, or no run is left.
@@ -216,7 +216,7 @@ class Gate:
     def _for_other_documents(
         self, rows: pd.DataFrame, arm: Hashable, documents: pd.DataFrame | None, wanted: tuple[str, ...]
     ) -> tuple[bool, str]:
-        """Whether the difference of an arm is resolved with documents as random draws, and its interval as text."""
+        """Whether an arm's difference is resolved with documents as random draws, and its interval as text."""
         if documents is None or documents.empty or not self.value.endswith("_bpb"):
             return True, ""
         scored = documents.merge(rows[["run", "seed", self.arm]], on="run")
@@ -286,10 +286,10 @@ def gate_runs(*roots: str | Path) -> pd.DataFrame:
 
 
 def gate_report(gate: Gate, seeds: int, *roots: str | Path) -> GateReport:
-    """What a gate finds in the runs below the roots, which may be tables of records.
+    """Checks a gate on the runs below the roots, which may be tables of records.
 
     Raises:
-        ValueError: as `Gate.check` does, or a root holds no run.
+        ValueError: as for `Gate.check`, or a root holds no run.
     """
     split = gate.value.removeprefix("whole_").partition("_")[0]
     documents = load_documents(*roots, split=split if split in ("val", "test") else "test")
@@ -297,13 +297,13 @@ def gate_report(gate: Gate, seeds: int, *roots: str | Path) -> GateReport:
 
 
 def is_ungated(runs: Path) -> bool:
-    """Whether the sweep with this folder of runs went on although its gate failed."""
+    """Whether the sweep with this folder of runs continued although its gate failed."""
     path = runs / GATE_FILE
     return path.is_file() and bool((read_table(path)["verdict"] == FAILED).any())
 
 
 def _last_change(curves: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) -> tuple[float, float] | None:
-    """Mean change of the loss over the last tenth of these runs, and two standard errors of it; None if unknown."""
+    """Mean change of the loss over the last tenth of the runs, and two standard errors; None if unknown."""
     column = next((each for each in ("val_bpb", "val_loss") if each in curves and curves[each].notna().any()), None)
     if column is None or "step" not in curves:
         return None

@@ -1,4 +1,4 @@
-"""Intervals, the quantiles that they are made of, and the words for what they decide."""
+"""Intervals, their quantiles, and the names of verdicts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from scipy import special
 from explore.frontier.columns import Floats
 
 NOT_RESOLVED: Final = "not resolved"
-"""Verdict on a difference that the noise could have made."""
+"""Verdict on a difference that noise could explain."""
 
 POWER: Final = 0.8
-"""Probability with which a difference that counts as resolvable is found."""
+"""Power: the probability of detecting a difference that counts as resolvable."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Interval:
     """An estimate and its confidence interval.
 
     Attributes:
-        level: share of such intervals that hold the true value.
+        level: share of such intervals that contain the true value.
     """
 
     estimate: float
@@ -37,7 +37,7 @@ class Interval:
 
 
 def check_level(level: float) -> float:
-    """Returns a confidence level.
+    """Checks and returns a confidence level.
 
     Raises:
         ValueError: it is not between 0 and 1.
@@ -48,7 +48,7 @@ def check_level(level: float) -> float:
 
 
 def t_quantile(dof: float, level: float) -> float:
-    """Standard errors on either side of an estimate in a two-sided t interval."""
+    """Half-width of a two-sided t interval in standard errors."""
     return float(special.stdtrit(dof, (1 + check_level(level)) / 2))
 
 
@@ -71,19 +71,19 @@ def p_equivalent(difference: float, error: float, dof: float, margin: float) -> 
 
 
 def resolvable(error: float, dof: float, level: float = 0.95, power: float = POWER) -> float:
-    """The smallest difference that a two-sided t test finds with this power, given its standard error."""
+    """The smallest difference that a two-sided t test detects with this power, given its standard error."""
     return (t_quantile(dof, level) + float(special.stdtrit(dof, power))) * error
 
 
 def between(draws: Any, level: float, axis: int = 0) -> tuple[Any, Any]:
-    """Quantiles of draws that leave out equally many at either end."""
+    """The central interval of draws, with equal tails."""
     tail = (1 - check_level(level)) / 2
     low, high = np.quantile(draws, [tail, 1 - tail], axis=axis)
     return low, high
 
 
 def holm(p: Floats) -> Floats:
-    """Adjusts p values so that, of all hypotheses that hold, any is rejected with the level's probability at most.
+    """Adjusts p values so that the probability of rejecting any true hypothesis is at most the level.
 
     Source: Holm, A simple sequentially rejective multiple test procedure, 1979.
     """

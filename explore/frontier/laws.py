@@ -1,4 +1,4 @@
-"""Saturating power laws of loss against training compute, a family each, with one irreducible loss."""
+"""Saturating power laws of loss against training compute, one per family, with a shared irreducible loss."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from explore.frontier.noise import fit_noise
 
 MIN_POINTS = 5
 APART = 0.01
-"""Decades of compute by which two points differ at least."""
+"""Minimum distance in decades of compute between two points."""
 ROUNDING = 1e-9
 REWEIGHTED = 3
-"""Times that runs are weighted by the noise which the fit before found."""
+"""Rounds of reweighting runs by the noise found in the previous fit."""
 WEBB = np.sqrt([0.5, 1.0, 1.5]) * np.array([[1.0], [-1.0]])
-"""Factors of six points, by which few trunks can be resampled. Source: Webb, Reworking wild bootstrap, 2023."""
+"""Six-point distribution of factors, for resampling few trunks. Source: Webb, Reworking wild bootstrap, 2023."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +36,12 @@ class PowerLaws:
         irreducible: E, in the unit of the loss.
         amplitude: A_f by family.
         exponent: alpha_f by family.
-        ranges: least and largest compute of each family's data.
+        ranges: lowest and highest compute of each family's data.
         sd: standard deviation of one run around its law, at C_0.
-        sd_exponent: d log sd / d log C; 0 where the noise was taken as the same everywhere.
-        dof: runs less parameters, and less the seeds but one.
-        p_fit: p value that the means of points lie off the laws by noise alone; NaN where no point was repeated.
+        sd_exponent: d log sd / d log C; 0 if the noise was assumed equal everywhere.
+        dof: runs minus parameters, minus seeds, plus 1.
+        p_fit: p value of the hypothesis that the means of points deviate from the laws by noise alone; NaN without
+        repeats.
         draws: bootstrap draws (n, 1 + 2 families) of E, all A_f and all alpha_f.
     """
 
@@ -61,7 +62,7 @@ class PowerLaws:
         return tuple(self.amplitude)
 
     def parameters(self, family: str) -> tuple[Floats, Floats, Floats]:
-        """E, A and alpha of a family: the estimates first, then every bootstrap draw.
+        """E, A and alpha of a family: the the estimates, then every bootstrap draw.
 
         Raises:
             ValueError: there is no such family.
@@ -74,12 +75,12 @@ class PowerLaws:
         return both[:, 0], both[:, 1 + i], both[:, 1 + n + i]
 
     def in_range(self, family: str, compute: float) -> bool:
-        """Whether the family was run below and above this compute."""
+        """Whether this compute is within the range of the family's runs."""
         low, high = self.ranges[family]
         return low * (1 - ROUNDING) <= compute <= high * (1 + ROUNDING)
 
     def predict(self, family: str, compute: npt.ArrayLike, level: float = 0.95) -> pd.DataFrame:
-        """The law of a family, with the interval of the law (not of a further run).
+        """Evaluates the law of a family, with the interval of the law (not of a new run).
 
         Args:
             compute: training FLOPs.
@@ -100,7 +101,7 @@ class PowerLaws:
         return pd.DataFrame({"compute": at, "loss": losses[0], "low": low, "high": high, "extrapolated": outside})
 
     def curves(self, n: int = 40, level: float = 0.95) -> pd.DataFrame:
-        """All laws over the compute of their data: columns family, compute, loss, low and high, n rows a family."""
+        """All laws over the compute of their data: columns family, compute, loss, low and high; n rows per family."""
         parts = [
             self.predict(family, np.geomspace(*self.ranges[family], n), level).drop(columns="extrapolated")
             for family in self.families
@@ -130,23 +131,24 @@ def fit_power_laws(
     noise: Literal["power", "pooled"] = "power",
     trunk: str | None = None,
 ) -> PowerLaws:
-    """Fits the laws by least squares of the loss, and again to data made of the laws and resampled residuals.
+    """Fits the laws by least squares of the loss, and bootstraps them with resampled residuals.
 
-    The noise of a run is a power of its compute: runs count by the inverse of its square, and residuals are resampled
-    over the noise of their runs. They are resampled one by one, larger by sqrt(n / (n - parameters)), and scaled by
-    draws of what their standard deviation may be. Runs that branched from one trunk share its noise; with `trunk`, the
-    residuals of each keep together, with a random factor. What a seed does to all runs alike is taken out first, and
-    comes back as a shift of all laws, t distributed with the seeds minus one: with three seeds it widens the interval
-    of a law and of E, and of no exponent or multiplier. `p_fit` says whether the laws fit; where they do not, no
-    interval holds.
+    The standard deviation of a run is a power of its compute: runs are weighted by the inverse variance, and residuals
+    are divided by it before resampling. They are resampled individually, scaled up by sqrt(n / (n - parameters)) and by
+    draws of their uncertain standard deviation. Runs that branched from one trunk share its noise; with `trunk`, the
+    residuals of a trunk stay together and get one random factor. The common effect of a seed on all runs is removed
+    first and added back as a shift of all laws, t distributed with seeds - 1 degrees of freedom: it widens the
+    intervals of laws and of E, but not of exponents or multipliers. `p_fit` tests whether the laws fit; if they do not,
+    the intervals are not valid.
 
     Args:
-        family: column that tells the laws apart.
+        family: column of the family.
         compute: column of training FLOPs.
-        pair: column of the seed, which sets the order of the data; None takes all runs as independent.
-        shared_exponent: one exponent for all families, whose laws then differ by a factor of the reducible loss alone.
+        pair: column of the seed, which sets the order of the data; None treats all runs as independent.
+        shared_exponent: whether all families share one exponent, so that their laws differ only by a factor on the
+            reducible loss.
         noise: `power`, or `pooled` for one standard deviation everywhere.
-        trunk: column of the trunk from which a run branched, such as that of its seed; each family has its own trunks.
+        trunk: column of the trunk from which a run branched, such as that of its seed; families do not share trunks.
 
     Raises:
         ValueError: a column is missing, compute or loss is not positive, a family has too few points (five that
@@ -218,9 +220,9 @@ def fit_power_laws(
 
 
 def reducible_ratio(laws: PowerLaws, variant: str, baseline: str, level: float = 0.95) -> Interval:
-    """Reducible loss of a variant over that of a baseline at the same compute, by laws with a shared exponent.
+    """Reducible loss of a variant divided by a baseline's at the same compute, by laws with a shared exponent.
 
-    Below 1 the variant is better, at every compute alike: it is one number for a whole study.
+    Below 1 the variant is better. The ratio is the same at every compute.
 
     Raises:
         ValueError: a family has no law, or the exponents differ.
@@ -242,7 +244,7 @@ def _check_equal(rows: pd.DataFrame, family: str, compute: str, loss: str) -> No
 
 
 def _sd_exponent(residuals: Floats, log_c: Floats, dof: int) -> float:
-    """The exponent of the noise in compute, from residuals that share their degrees of freedom."""
+    """Exponent of the noise in compute, from residuals with `dof` degrees of freedom in total."""
     if not (residuals**2).sum() or len(np.unique(log_c)) < 2:
         return 0.0
     share = np.full(len(residuals), dof / len(residuals))
@@ -250,7 +252,7 @@ def _sd_exponent(residuals: Floats, log_c: Floats, dof: int) -> float:
 
 
 def _trunk_factors(rows: pd.DataFrame, family: str, trunk: str, n: int, rng: np.random.Generator) -> Floats:
-    """Random factors (n, runs) of residuals: one a trunk, made larger by what the fit took from few trunks."""
+    """Random factors (n, runs) of residuals, one per trunk, scaled up for the fit to few trunks."""
     trunks = rows.groupby([family, trunk], sort=False).ngroup().to_numpy()
     per_family = rows.groupby(family)[trunk].transform("nunique").to_numpy(dtype=np.float64)
     if (per_family < 2).any():
@@ -283,14 +285,14 @@ def _fit(
 
 
 def _moves(residuals: Floats, seeds: npt.NDArray[np.intp], scale: Floats) -> tuple[Floats, Floats]:
-    """What each seed does to all runs alike, zero in the weighted mean over runs, and its share of their weight."""
+    """The common effect of each seed on its runs (weighted mean zero over all runs), and its share of the weight."""
     counts = np.bincount(seeds, scale**-2.0)
     means, shares = np.bincount(seeds, residuals * scale**-2.0) / counts, counts / counts.sum()
     return means - means @ shares, shares
 
 
 def _lack_of_fit(rows: pd.DataFrame, compute: str, dof: int, n_moves: int) -> float:
-    """The F test of how far the means of points lie off the laws, against the spread of their runs."""
+    """The p value of an F test: deviation of point means from the laws against the spread of their runs."""
     groups, total = rows.groupby(["which", compute])["off"], float((rows["off"] ** 2).sum())
     pure_dof = len(rows) - groups.ngroups - n_moves
     pure = float(((rows["off"] - groups.transform("mean")) ** 2).sum())

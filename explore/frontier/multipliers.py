@@ -1,4 +1,4 @@
-"""What a variant is worth in compute, and where two laws cross, as fitted power laws tell."""
+"""Effective-compute multipliers and crossovers from fitted power laws."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from explore.frontier.intervals import check_level
 from explore.frontier.laws import PowerLaws
 
 BEYOND = 10.0
-"""How far outside of the data a crossing is looked for, as a factor of compute."""
+"""Factor of compute beyond the data within which a crossing is searched."""
 MAX_LOG = 600.0
 
 
 @dataclass(frozen=True)
 class EffectiveCompute:
-    """By how much more a baseline must be trained to be as good as a variant.
+    """The factor of compute that a baseline needs to match a variant.
 
     Attributes:
         compute: training FLOPs of the variant.
-        loss: loss of the variant there.
+        loss: loss of the variant at that compute.
         baseline_compute: training FLOPs after which the baseline has this loss.
-        factor: `baseline_compute` over `compute`; more than 1 says that the variant is better.
+        factor: `baseline_compute` / `compute`; above 1 the variant is better.
         low: lower end of the interval of `factor`.
-        high: upper end of it.
-        extrapolated: whether either compute lies outside of the runs of its family.
-        level: share of such intervals that hold the true factor.
+        high: upper end of the interval of `factor`.
+        extrapolated: whether either compute is outside the range of its family's runs.
+        level: share of such intervals that contain the true factor.
     """
 
     variant: str
@@ -52,21 +52,22 @@ def effective_compute(
     loss: float | None = None,
     level: float = 0.95,
 ) -> EffectiveCompute:
-    """The effective-compute multiplier of a variant over a baseline, at a compute of the variant or at a loss.
+    """Returns the effective-compute multiplier of a variant over a baseline, at a given compute or loss.
 
-    The irreducible loss is common to both, so the multiplier at a compute needs none of it:
+    The irreducible loss is shared, so the multiplier at a given compute does not depend on it:
     C_0 (A_b / R)^(1 / alpha_b) / C, where R is the variant's reducible loss at C.
 
     Args:
         compute: training FLOPs of the variant.
-        loss: in the unit of the fit; either this or `compute` is given.
+        loss: loss in the unit of the fit; give either this or `compute`.
 
     Raises:
-        ValueError: a family has no law, both or none of `compute` and `loss` are given, or one that no law reaches.
+        ValueError: a family has no law, not exactly one of `compute` and `loss` is given, or a law never reaches the
+            loss.
     """
     check_level(level)
     if (compute is None) == (loss is None):
-        raise ValueError(f"compute, loss: one of both must be given, got {compute!r} and {loss!r}")
+        raise ValueError(f"compute, loss: exactly one must be given, got {compute!r} and {loss!r}")
     (e, a_v, alpha_v), (_, a_b, alpha_b) = laws.parameters(variant), laws.parameters(baseline)
     if compute is not None:
         if not (math.isfinite(compute) and compute > 0):
@@ -83,7 +84,7 @@ def effective_compute(
     with np.errstate(invalid="ignore"):
         log_b = (np.log(a_b) - log_reducible) / alpha_b
         log_factor = log_b - log_c
-    log_factor[np.isnan(log_factor)] = math.inf  # a draw that never reaches the loss, with either
+    log_factor[np.isnan(log_factor)] = math.inf  # a draw in which neither law reaches the loss
     own, other = (laws.compute_0 * _exp(each[0]) for each in (log_c, log_b))
     low, high = _quantiles(log_factor[1:], level)
     return EffectiveCompute(
@@ -105,7 +106,7 @@ def _exp(value: float) -> float:
 
 
 def _quantiles(draws: Floats, level: float) -> tuple[float, float]:
-    """Quantiles that are draws themselves, as infinite ones cannot be interpolated."""
+    """Quantiles without interpolation, since draws may be infinite."""
     tail = (1 - level) / 2
     low = np.quantile(draws, tail, method="lower")
     return float(low), float(np.quantile(draws, 1 - tail, method="higher"))
@@ -113,18 +114,18 @@ def _quantiles(draws: Floats, level: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Crossover:
-    """Where the better of two families changes.
+    """The compute at which the better of two families changes.
 
     Attributes:
-        compute: training FLOPs at which the laws cross; NaN where that is nowhere within the range times ten.
-        low: least compute at which it is not resolved which is better; 0 where that begins below the range over ten.
-        high: largest such compute; infinite where it ends beyond the range times ten. Both NaN: resolved everywhere.
-        better_below: the family that is better at the lower end of the range, by the estimates.
-        better_above: the one at the upper end.
-        p_in_range: probability that the laws cross within the compute at which both families were run.
-        p_in_tenfold: the same of a range ten times as far in both directions.
-        range: compute at which both families were run.
-        level: share of such intervals that hold the true crossing, if it lies within the range times ten.
+        compute: training FLOPs at which the laws cross; NaN if they do not cross within the tenfold range.
+        low: lowest compute at which it is not resolved which family is better; 0 if below the tenfold range.
+        high: highest such compute; infinite if above the tenfold range. Both are NaN if all is resolved.
+        better_below: the better family at the lower end of the range, by the estimates.
+        better_above: the better family at the upper end of the range.
+        p_in_range: probability that the laws cross within the range.
+        p_in_tenfold: probability that they cross within the tenfold range.
+        range: range of compute in which both families were run; the tenfold range adds a factor of ten at both ends.
+        level: share of such intervals that contain the true crossing, if it is within the tenfold range.
     """
 
     a: str
@@ -141,22 +142,22 @@ class Crossover:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether the crossing lies outside of the data of either family."""
+        """Whether the crossing is outside the data of either family."""
         return not self.range[0] <= self.compute <= self.range[1]
 
 
 def crossover(laws: PowerLaws, a: str, b: str, level: float = 0.95, n_grid: int = 801) -> Crossover:
-    """The compute at which two laws cross; the second half of the flip detector.
+    """Finds the compute at which two laws cross; the second half of the flip detector.
 
-    The interval is the set of computes at which the bootstrap does not resolve which law is lower, as Fieller's is for
-    a ratio: it can be open where the exponents may be equal, which an interval from draws of the crossing hides.
+    The interval is the set of computes at which the bootstrap does not resolve which law is lower, like Fieller's for a
+    ratio: it is unbounded if the exponents may be equal, which an interval from draws of the crossing would hide.
 
     Raises:
-        ValueError: a family has no law, both are one, or no compute lies within the data of both.
+        ValueError: a family has no law, both are the same, or their ranges of compute do not overlap.
     """
     check_level(level)
     if a == b:
-        raise ValueError(f"a, b: {a!r} does not cross itself; two families are needed")
+        raise ValueError(f"a, b: must be two different families, got {a!r} twice")
     (_, a_a, alpha_a), (_, a_b, alpha_b) = laws.parameters(a), laws.parameters(b)
     start = max(laws.ranges[family][0] for family in (a, b))
     end = min(laws.ranges[family][1] for family in (a, b))

@@ -1,4 +1,4 @@
-"""The noise of one run at each size: one law over all sizes, each size's own, or one for all where a test allows it."""
+"""The noise of one run at each size: a power law over sizes, one variance per size, or one for all if a test allows."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from explore.frontier.columns import Floats
 NoiseKind = Literal["auto", "own", "power", "pooled"]
 
 REJECTED: Final = 0.05
-"""p value below which a test of the variances counts as rejected."""
+"""p value below which a hypothesis about variances is rejected."""
 MIN_DOF: Final = 4
-"""Degrees of freedom from which each of two sizes has a variance of its own."""
+"""Minimum degrees of freedom for a separate variance at each of two sizes."""
 ITERATIONS: Final = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """Standard deviation of one run at some points, and how well it is known.
+    """Standard deviation of one run at several points, with its uncertainty.
 
     Attributes:
         kind: `power`: the variance is a power of the size; `own`: each point has its own; `pooled`: one for all.
-        sd: standard deviation of one run at each point; NaN where it is not known.
-        covariance: (points, points) of the logarithms of the variances, divided by 2; the inverse of its diagonal
-            are the degrees of freedom.
-        bartlett_p: p value of the hypothesis that all variances are equal; NaN where one point alone was repeated.
+        sd: standard deviation of one run at each point; NaN if unknown.
+        covariance: covariance (points, points) of the logarithms of the variances, divided by 2; the inverse of its
+            diagonal gives the degrees of freedom.
+        bartlett_p: p value of the hypothesis that all variances are equal; NaN if only one point was repeated.
         exponent: d log sd / d log size of `power`; NaN for other kinds.
     """
 
@@ -42,7 +42,7 @@ class Noise:
 
     @property
     def dof(self) -> Floats:
-        """Degrees of freedom of each standard deviation, by Satterthwaite's rule where they are not whole."""
+        """Degrees of freedom of each standard deviation; fractional ones follow Satterthwaite's rule."""
         return np.asarray(1 / np.diag(self.covariance))
 
     def error(self, weights: npt.ArrayLike) -> tuple[float, float]:
@@ -60,13 +60,13 @@ class Noise:
         return math.sqrt(total), total**2 / float(parts @ covariance @ parts)
 
     def take(self, points: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> Noise:
-        """The noise at some of the points."""
+        """The noise at a subset of the points."""
         return Noise(self.kind, self.sd[points], self.covariance[points][:, points], self.bartlett_p, self.exponent)
 
     def draws(self, n: int, n_seeds: Floats, rng: np.random.Generator) -> Floats:
-        """Draws (n, points) of the errors of means over seeds, whose standard deviations are estimates too.
+        """Draws errors (n, points) of the means over seeds, including the uncertainty of their standard deviations.
 
-        Each is t distributed; the estimated variances move together as far as one law ties them.
+        Each is t distributed; estimated variances are correlated if they come from one law.
         """
         scale = np.sqrt(np.diag(self.covariance))
         correlation = self.covariance / np.outer(scale, scale)
@@ -81,21 +81,21 @@ class Noise:
 def fit_noise(squares: Floats, dof: Floats, sizes: Floats | None = None, kind: NoiseKind = "auto") -> Noise:
     """Estimates the noise of one run at each point from the spread of its repeats.
 
-    `auto` takes a power law where there are three sizes or more and a test does not reject it, and each point's own
-    variance where it does. With fewer sizes each point has its own, from four degrees of freedom on; with less than
-    that all share one, unless Bartlett's test rejects equal variances.
+    With three or more sizes, `auto` takes a power law, or one variance per point if a test rejects the law. With fewer
+    sizes each point has its own variance if it has at least four degrees of freedom; otherwise all share one, unless
+    Bartlett's test rejects equal variances.
 
     Args:
         squares: sum of squared residuals of each point.
-        dof: degrees of freedom of each; 0 where a point was not repeated.
-        sizes: positive number of each point, such as its width or its training FLOPs.
+        dof: degrees of freedom of each point; 0 without repeats.
+        sizes: a positive size for each point, such as its width or its training FLOPs.
 
     Raises:
         ValueError: nothing was repeated, or `kind` does not fit: no sizes for `power`, a point without repeats for
-            `own`, or variances that Bartlett's test rejects as equal for `pooled`.
+            `own`, or variances for `pooled` whose equality Bartlett's test rejects.
     """
     if not dof.sum():
-        raise ValueError("noise: no point has two runs; a spread needs a point that was run from several seeds")
+        raise ValueError("noise: no point has two runs; at least one point must have several seeds")
     p = bartlett(squares, dof)
     known = sizes is not None and bool((sizes > 0).all())
     n_sizes = len(np.unique(sizes[dof > 0])) if sizes is not None and known else 0
@@ -114,7 +114,7 @@ def fit_noise(squares: Floats, dof: Floats, sizes: Floats | None = None, kind: N
         return _power(squares, dof, sizes, p)
     if kind == "own":
         if (dof == 0).any():
-            raise ValueError("noise: 'own' needs repeats at every point; some point has one run alone")
+            raise ValueError("noise: 'own' needs repeats at every point; at least one point has a single run")
         return _own(squares, dof, p)
     if p < REJECTED:
         raise ValueError(f"noise: must not be 'pooled', as Bartlett's test rejects equal variances (p = {p:.2g})")
@@ -122,7 +122,7 @@ def fit_noise(squares: Floats, dof: Floats, sizes: Floats | None = None, kind: N
 
 
 def bartlett(squares: Floats, dof: Floats) -> float:
-    """The p value of Bartlett's test of equal variances; NaN where fewer than two points were repeated.
+    """The p value of Bartlett's test of equal variances; NaN if fewer than two points were repeated.
 
     Source: Bartlett, Properties of sufficiency and statistical tests, 1937.
     """
@@ -169,7 +169,7 @@ def _power(squares: Floats, dof: Floats, sizes: Floats, p: float) -> Noise:
 
 
 def _misfit(sd: Floats, squares: Floats, dof: Floats) -> float:
-    """The p value that the variances lie off their power law by chance, by the deviance."""
+    """The p value of a deviance test that the variances follow their power law."""
     used = (dof > 0) & (sd > 0)
     ratio = squares[used] / dof[used] / sd[used] ** 2
     if used.sum() < 3:

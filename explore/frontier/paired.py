@@ -1,8 +1,8 @@
-"""Arms that were run from the same seeds: their effects without what a seed does to all arms alike.
+"""Effects of arms with the same seeds, after removing the common effect of each seed.
 
 Within a stratum, such as a size, the value of a run is the effect of its arm, plus that of its seed (of the order of
-the data, which all arms share), plus noise. The noise is normal with one variance over the arms of a stratum; how it
-changes from stratum to stratum is for `explore.frontier.noise` to say.
+the data, which all arms share), plus noise. The noise is normal with one variance over the arms of a stratum;
+`explore.frontier.noise` models how it changes between strata.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Stratum:
     """The arms of one stratum.
 
     Attributes:
-        key: values of the columns that make the stratum.
-        effects: of each arm, up to a number that is common to all.
-        covariance: of the effects, over the variance of the noise.
+        key: values of the columns that define the stratum.
+        effects: effect of each arm, up to a common constant.
+        covariance: covariance of the effects, divided by the variance of the noise.
         seeds: the seeds of each arm.
     """
 
@@ -34,7 +34,7 @@ class Stratum:
     seeds: dict[Hashable, frozenset[Hashable]]
 
     def difference(self, arm: Hashable, baseline: Hashable) -> tuple[float, float]:
-        """The effect of an arm less that of another, and the variance of it over that of the noise."""
+        """Difference of two effects (arm minus baseline), and its variance divided by that of the noise."""
         contrast = np.array([float(each == arm) - float(each == baseline) for each in self.effects])
         variance = float(contrast @ self.covariance @ contrast)
         return self.effects[arm] - self.effects[baseline], variance
@@ -42,17 +42,17 @@ class Stratum:
 
 @dataclass(frozen=True)
 class Paired:
-    """All strata, with their noise.
+    """All strata and their noise.
 
     Attributes:
-        noise: of one run in each stratum, in their order.
+        noise: noise of one run in each stratum, in order.
     """
 
     strata: tuple[Stratum, ...]
     noise: Noise
 
     def error(self, stratum: Stratum, variance: float) -> tuple[float, float]:
-        """Standard error of a contrast within a stratum, from its variance over that of the noise, with its dof."""
+        """Standard error and degrees of freedom of a contrast within a stratum; `variance` is relative to the noise."""
         return self.noise.error([variance * (each is stratum) for each in self.strata])
 
 
@@ -61,13 +61,13 @@ def paired(
 ) -> Paired:
     """Fits the effects of arms and seeds by least squares, stratum by stratum.
 
-    Where every arm has every seed, an effect is the mean of the arm, and a difference the mean of the paired ones.
+    If every arm has every seed, an effect is the mean of the arm, and a difference the mean of the paired differences.
 
     Args:
-        noise: as in `fit_noise`; the size is the only column of `strata` with positive numbers, if there is one.
+        noise: as in `fit_noise`; the size is the column of `strata` with positive numbers, if there is exactly one.
 
     Raises:
-        ValueError: a column is missing, a run is there twice, or no noise can be told from the effects.
+        ValueError: a column is missing, a run occurs twice, or there are too few runs to estimate the noise.
     """
     labels = [*strata, arm, pair]
     rows = known_rows(table, labels, value)
@@ -93,13 +93,13 @@ def paired(
             )
         )
     if not any(dof):
-        raise ValueError(f"table: no noise can be told from the effects; two arms need two of the same {pair}")
+        raise ValueError(f"table: too few runs to estimate the noise; two arms must share two of the same {pair}")
     sizes = _sizes(rows, strata, [each.key for each in fitted])
     return Paired(tuple(fitted), fit_noise(np.array(squares), np.array(dof, dtype=np.float64), sizes, noise))
 
 
 def _sizes(rows: pd.DataFrame, strata: Sequence[str], keys: Sequence[tuple[Hashable, ...]]) -> Floats | None:
-    """The sizes of strata, where one column alone has positive numbers; None elsewhere."""
+    """The sizes of strata if exactly one column has positive numbers, else None."""
     numeric = [
         i for i, column in enumerate(strata) if pd.api.types.is_numeric_dtype(rows[column]) and (rows[column] > 0).all()
     ]

@@ -1,4 +1,4 @@
-"""Points that were run from several seeds: their means, and the noise of one run at each of them."""
+"""Points with several seeds: their means, and the noise of one run at each point."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from explore.frontier.noise import Noise, NoiseKind, fit_noise
 
 @dataclass(frozen=True)
 class Repeats:
-    """Points with their means over seeds; the noise of a run is normal.
+    """Points with their means over seeds; noise is assumed normal.
 
     Attributes:
-        table: a row a point: its labels, mean cost, mean error, and `n_seeds`.
-        cost: mean cost of each point; lower is better, so values of which higher is better are negated.
-        error: mean error of each point, in the same way.
-        n_seeds: runs of each point.
-        spread: noise of one run at each point; None where no point was repeated.
+        table: one row per point: its labels, mean cost, mean error, and `n_seeds`.
+        cost: mean cost of each point; negated if higher is better.
+        error: mean error of each point; negated if higher is better.
+        n_seeds: number of runs of each point.
+        spread: noise of one run at each point; None without repeats.
     """
 
     table: pd.DataFrame
@@ -39,11 +39,11 @@ class Repeats:
             ValueError: no point was repeated.
         """
         if self.spread is None:
-            raise ValueError("table: no point has two runs; a spread needs a point that was run from several seeds")
+            raise ValueError("table: no point has two runs; at least one point must have several seeds")
         return self.spread
 
     def draws(self, n: int, rng: np.random.Generator) -> Floats:
-        """Draws (n, points) of the errors of the means.
+        """Draws errors (n, points) of the means.
 
         Raises:
             ValueError: no point was repeated.
@@ -51,7 +51,7 @@ class Repeats:
         return self.noise.draws(n, self.n_seeds, rng)
 
     def take(self, points: npt.NDArray[np.bool_]) -> Repeats:
-        """Some of the points, with the noise that was found from all."""
+        """A subset of the points, with the noise estimated from all."""
         return Repeats(
             self.table[points].reset_index(drop=True),
             self.cost[points],
@@ -65,7 +65,7 @@ def repeats(table: pd.DataFrame, by: Sequence[str], cost: str, error: str, noise
     """Averages the runs of each point; rows without a finite cost and error are left out.
 
     Args:
-        by: columns whose values tell points apart.
+        by: columns whose values identify a point.
         noise: how the noise changes with the cost, as in `fit_noise`.
 
     Raises:

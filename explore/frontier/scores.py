@@ -1,4 +1,4 @@
-"""Intervals for evaluations that are shares: accuracy over paradigms of grammar, and successes out of so many runs."""
+"""Intervals for proportions: accuracy over paradigms of grammar, and the share of runs that succeed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ def cluster_interval(
 ) -> Interval:
     """Mean over clusters, with an interval that resamples whole clusters: sentences of a paradigm fail together.
 
-    Rows of one cluster (its pairs, or its accuracy from several seeds) are averaged first, so every cluster counts the
-    same. The interval is the studentised bootstrap's. It says how the mean would move with other paradigms of the same
-    kind, not with other seeds.
+    Rows of one cluster (its pairs, or its accuracy from several seeds) are averaged first, so every cluster has equal
+    weight. The interval is a studentised bootstrap. It covers other paradigms of the same kind, not other seeds.
 
     Args:
-        scores: a row a cluster, or several.
+        scores: one or more rows per cluster.
         baseline: scores of another model; the interval is then that of the difference, paired by cluster.
 
     Raises:
@@ -41,11 +40,11 @@ def cluster_interval(
     if baseline is not None:
         others = known_rows(baseline, [cluster], value).groupby(cluster)[value].mean()
         if unpaired := sorted(map(str, set(means.index) ^ set(others.index))):
-            raise ValueError(f"{cluster}: only one of both has {', '.join(unpaired[:5])}")
+            raise ValueError(f"{cluster}: both models must have the same; only one has {', '.join(unpaired[:5])}")
         means = means - others
     values = means.to_numpy(dtype=np.float64)
     if len(values) < MIN_CLUSTERS:
-        raise ValueError(f"{cluster}: {len(values)} clusters are too few; at least {MIN_CLUSTERS} are needed")
+        raise ValueError(f"{cluster}: must have at least {MIN_CLUSTERS} clusters, got {len(values)}")
     mean, error = float(values.mean()), _standard_errors(values)
     resampled = np.random.default_rng(seed).choice(values, size=(n_bootstrap, len(values)))
     errors = _standard_errors(resampled)
@@ -61,7 +60,8 @@ def _standard_errors(values: Floats) -> Floats:
 
 
 def success_fraction(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Share of runs that succeeded, with Wilson's score interval: for tasks that a run solves or does not, as recall.
+    """Share of runs that succeeded, with Wilson's score interval: for tasks such as recall that a run either solves or
+    not.
 
     Raises:
         ValueError: not 0 <= `successes` <= `n`, or `n` is 0.
@@ -79,12 +79,12 @@ def success_fraction(successes: int, n: int, level: float = 0.95) -> Interval:
 def success_difference(
     successes: int, n: int, baseline_successes: int, baseline_n: int, level: float = 0.95
 ) -> Interval:
-    """Share of successes less that of a baseline, with Newcombe's interval from two of Wilson's.
+    """Difference of two shares of successes (arm minus baseline), with Newcombe's interval from two of Wilson's.
 
-    Runs are taken as independent; where seeds are shared and help both or neither, the interval is too wide.
+    Runs are treated as independent; with shared seeds that affect both alike, the interval is too wide.
 
     Raises:
-        ValueError: as `success_fraction` does.
+        ValueError: as for `success_fraction`.
 
     Source: Newcombe, Interval estimation for the difference between independent proportions, 1998, method 10.
     """

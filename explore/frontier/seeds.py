@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed, as one row with means and intervals."""
+"""Averages runs that differ only in their seed into one row with means and intervals."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ SAME = (
     "name", "family", "pattern", "status", "parent", "quantized_from", "teacher", "corpus", EVAL_DATA, "flops_run",
     "tokens",
 )  # fmt: skip
-"""What runs of one group have in common beside all settings and costs."""
+"""Columns that runs of one group share, besides all settings and costs."""
 
 POOL = (EVAL_DATA, "d_model")
-"""The spread between seeds is pooled over the groups that have these in common."""
+"""Columns shared by the groups over which the spread between seeds is pooled."""
 
 N_SEEDS, SEEDS = "n_seeds", "seeds"
 HALF_WIDTH = "{}_half_width"
-"""Name of the column with half the interval of a mean."""
+"""Suffix of the column with the half-width of a mean's interval."""
 
 
 def seed_means(runs: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """One row for each group of runs that differ in nothing but their seed.
+    """Returns one row for each group of runs that differ only in their seed.
 
     The interval of a mean is a t interval; its standard deviation is pooled over the groups with the same data and
-    width, since two or three seeds say little of a spread. A group of one run has none.
+    width, since two or three seeds say little about a spread. A group of one run has no interval.
 
     Args:
         runs: a table as `load_runs` gives it, or any with some of its columns; without a column `seed` nothing is
             grouped.
-        level: share of such intervals that hold the true mean.
+        level: share of such intervals that contain the true mean.
 
     Returns:
-        The columns of `runs`, with means of what was measured and the first value of everything else; `n_seeds`,
+        The columns of `runs`, with means of measured columns and the first value of all others; `n_seeds`,
         `seeds` (their numbers, as text), and for each measure of quality `<name>_half_width`, NaN for one run.
     """
     table = runs.reset_index(drop=True)
@@ -62,7 +62,7 @@ def seed_means(runs: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 
 def grouped(name: str, row: dict[str, object]) -> str:
-    """A mean as a table shows it: with half its interval where there are several seeds."""
+    """Formats a mean for a table, with the half-width of its interval if there are several seeds."""
     text, half = quantity(name).text(row.get(name)), row.get(HALF_WIDTH.format(name))
     return f"{text} ±{quantity(name).text(half)}" if text and isinstance(half, float) and math.isfinite(half) else text
 
@@ -78,7 +78,7 @@ def _numbers(seeds: pd.Series[Any]) -> str:
 def _half_widths(
     table: pd.DataFrame, values: pd.Series[float], group: pd.Series[int], level: float
 ) -> pd.Series[float]:
-    """Half of the interval of each group's mean."""
+    """The half-width of the interval of each group's mean."""
     pool = [name for name in POOL if name in table]
     squares = (values - values.groupby(group).transform("mean")) ** 2
     pools = table.groupby(pool, dropna=False, sort=False).ngroup() if pool else group * 0

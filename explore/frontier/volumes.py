@@ -1,4 +1,4 @@
-"""Hypervolumes of points that were run from several seeds, with intervals that ties do not fool."""
+"""Hypervolumes of points with several seeds, with intervals that are valid despite ties."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from explore.frontier.intervals import Interval, check_level
 from explore.frontier.repeats import Repeats, repeats
 
 TIED = 3.0
-"""Standard errors of a difference within which a mean may be level with the front."""
+"""Distance from the front, in standard errors, within which a mean may be tied with it."""
 
 
 class _Volume(NamedTuple):
@@ -22,9 +22,9 @@ class _Volume(NamedTuple):
 
     Attributes:
         found: hypervolume of the means.
-        bias: what the bootstrap says that it is too large by.
-        most: draws of the error if all points that may be tied are: as large as it gets.
-        least: draws if none is, so that no minimum is taken: as small as it gets.
+        bias: its upward bias, by the bootstrap.
+        most: draws of the error if all possible ties hold: its largest case.
+        least: draws of the error if no ties hold, so that no minimum is taken: its smallest case.
     """
 
     found: float
@@ -43,25 +43,25 @@ def hypervolume_interval(
     n_bootstrap: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """Hypervolume of the means over seeds, less its bias, with an interval.
+    """Hypervolume of the means over seeds, corrected for bias, with an interval.
 
-    The least of several noisy means is too low, so the front of means reaches too far, the more points are tied on it.
-    `estimate` is lower by the bias that a parametric bootstrap finds (normal noise, which follows the cost). Where
-    points are tied that is too little, and a bootstrap's interval too high: so the lower end holds even if all points
-    within three standard errors of the front lie on it, and the upper end even if none does.
+    The minimum of several noisy means is biased low, so the front of means reaches too far, and the more so the more
+    points are tied on it. `estimate` subtracts the bias found by a parametric bootstrap (normal noise that depends on
+    the cost). With ties that correction is too small and a bootstrap interval too high. So the lower end is valid even
+    if all points within three standard errors of the front lie on it, and the upper end even if none does.
 
     Args:
-        by: columns whose values tell points apart.
+        by: columns whose values identify a point.
         reference: as for `hypervolume`.
 
     Returns:
         Decades of cost times units of error.
 
     Raises:
-        ValueError: a column is missing, a cost is not positive or better where higher, or no point has two runs.
+        ValueError: a column is missing, a cost is not positive, higher costs are better, or no point has two runs.
 
-    Source: tied points by selection and the least favourable case, Andrews and Soares, Inference for parameters defined
-    by moment inequalities, 2010.
+    Source: selection of tied points and the least favourable case follow Andrews and Soares, Inference for parameters
+    defined by moment inequalities, 2010.
     """
     points, reference = repeats(table, by, cost, error), oriented_reference(reference, cost, error)
     volume = _volume(points, reference, cost, n_bootstrap, np.random.default_rng(seed))
@@ -80,14 +80,14 @@ def hypervolume_difference(
     n_bootstrap: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """Hypervolume of the first of two groups of runs less that of the second; above 0 the first is better.
+    """Hypervolume of one group of runs minus that of another; above 0 the first is better.
 
     Args:
-        group: column that tells the groups apart.
-        pair: its two values; the noise is found from the runs of both.
+        group: column of the group.
+        pair: the two values of that column; the noise is estimated from the runs of both.
 
     Raises:
-        ValueError: as `hypervolume_interval` does, or a group has no runs.
+        ValueError: as for `hypervolume_interval`, or a group has no runs.
     """
     check_columns(table, [group])
     reference = oriented_reference(reference, cost, error)
