@@ -1,4 +1,4 @@
-"""Speed on this machine, beside what a user would otherwise run."""
+"""Benchmarks on this machine, compared with the alternatives that a user has."""
 
 from explore.bench.compress import compare_compression
 from explore.bench.families import SHAPES, Shape, families

@@ -1,4 +1,4 @@
-"""What scores and distillation cost: time of scores, of a distillation step beside its parts, and its memory."""
+"""Cost of compression: time of scores, and time and memory of a distillation step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from explore.train import build_optimizer
 from explore.train.objectives import build_objective
 
 SEQ_LEN, BATCH_SIZE, VOCAB_SIZE = 256, 8, 8192
-"""Of what is distilled; scores have a vocabulary a quarter as large."""
+"""Vocabulary of the distilled model; scores use a quarter of it."""
 
 SCORE_S, STEP_RATIO = 30.0, 1.55
-"""Bounds: seconds of scores on two cores, and of a distillation step without the teacher over the student's own."""
+"""Bounds: seconds of scores on two cores; and ratio of a distillation step without the teacher to a plain step."""
 
 
 def parent_model(vocab_size: int = VOCAB_SIZE, d_model: int = 192) -> ModelConfig:
-    """A hybrid of three million parameters with a vocabulary of 2048; at another width its proportions stay."""
+    """A hybrid of three million parameters with a vocabulary of 2048; other widths keep its proportions."""
     blocks: Any = {
         "M": {"n_heads": d_model // 16, "d_head": 32, "d_state": 64, "n_groups": 1, "chunk_size": 64},
         "*": {"n_heads": d_model // 32, "n_kv_heads": 1, "d_head": 32},
@@ -43,13 +43,13 @@ def parent_model(vocab_size: int = VOCAB_SIZE, d_model: int = 192) -> ModelConfi
 
 
 def compare_compression(seconds: float = 10) -> Iterator[dict[str, Any]]:
-    """Measures scores and distillation, each in a process of its own.
+    """Measures scores and distillation, each in its own process.
 
     Args:
-        seconds: of the timing of distillation steps.
+        seconds: duration of the timing of distillation steps.
 
     Yields:
-        Records of what, value, bound, unit, and whether it `holds`. Bounds of time are those of two idle cores.
+        Records of what, value, bound, unit, and whether it `holds`. Time bounds are for two idle cores.
     """
     scored = in_a_process(what="scores")
     millions = scored["params"] / 1e6
@@ -69,7 +69,7 @@ def _record(what: str, value: float, bound: float, unit: str) -> dict[str, Any]:
 
 
 def time_scores(tokens: int = TOKENS) -> dict[str, Any]:
-    """Seconds of the sums that scores are made of, over random tokens."""
+    """Seconds to accumulate the sums behind scores, over random tokens."""
     torch.manual_seed(0)
     config = parent_model(VOCAB_SIZE // 4)
     observer = Observer(config.build().eval())
@@ -83,10 +83,10 @@ def time_scores(tokens: int = TOKENS) -> dict[str, Any]:
 
 
 def time_distillation(seconds: float) -> dict[str, Any]:
-    """Medians of a student's own step, a distillation step, and a forward pass of its teacher, taken in turn.
+    """Median times of a plain student step, a distillation step, and a teacher's forward pass, timed in turn.
 
     Returns:
-        Their seconds, and `ratio`: the distillation step without the teacher's pass over the student's own step.
+        Their seconds, and `ratio`: the distillation step without the teacher's pass, divided by the plain step.
     """
     from explore.train.distillation import Teacher
 
@@ -101,7 +101,7 @@ def time_distillation(seconds: float) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in works}
     batch = _batch(parent_model())
     while len(times["own_s"]) < 4 or sum(map(sum, times.values())) < seconds:
-        for name, work in works.items():  # in turn, for the machine may be busy at times
+        for name, work in works.items():  # in turn, since the machine may be busy at times
             began = time.perf_counter()
             work(*batch)
             times[name].append(time.perf_counter() - began)
@@ -110,10 +110,10 @@ def time_distillation(seconds: float) -> dict[str, Any]:
 
 
 def distillation_peak(path: str, peak: Callable[..., int]) -> dict[str, Any]:
-    """Bytes of memory that distillation steps take above what was there before, by a path of the divergence.
+    """Bytes of memory that distillation steps add, for one implementation of the divergence.
 
     Args:
-        peak: the largest resident memory, as `explore.bench.worker.peak_bytes` gives it.
+        peak: a function that returns the largest resident memory, as `explore.bench.worker.peak_bytes` gives it.
     """
     with tempfile.TemporaryDirectory() as folder, forced_paths(divergence=path):
         step = _step(TrainConfig(tokens=1, objective=_distillation(Path(folder))))
@@ -125,7 +125,7 @@ def distillation_peak(path: str, peak: Callable[..., int]) -> dict[str, Any]:
 
 
 def _distillation(folder: Path) -> Distillation:
-    """The objective of learning from a parent that is written to a folder and read again."""
+    """The objective of distilling a parent that is written to a folder and read back."""
     torch.manual_seed(0)
     save_model_folder(parent_model().build(), folder / "parent")
     return Distillation.model_validate({"kind": "distillation", "teacher": str(folder / "parent")})

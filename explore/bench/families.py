@@ -1,4 +1,4 @@
-"""The shapes that are timed: one model of each family, at two widths."""
+"""Timed shapes: one model of each family, at two widths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from explore.model import ModelConfig
 
 VOCAB_SIZE = 1024
 WIDE = 1024
-"""Width from which models have the heads of large ones."""
+"""Width from which models have heads as in large models."""
 
 
 class Shape(NamedTuple):
@@ -31,21 +31,21 @@ SHAPES: Mapping[str, Shape] = {
 }
 
 GPU_SHAPES: Mapping[str, Shape] = {"d1024": Shape(1024, 8, 2048), "d2048": Shape(2048, 4, 2048)}
-"""Shapes that keep a GPU busy."""
+"""Shapes large enough to keep a GPU busy."""
 
 REHEARSAL_SHAPES: Mapping[str, Shape] = {"d64": Shape(64, 2, 64), "d128": Shape(128, 2, 64)}
-"""Shapes with which the timing of a GPU is rehearsed on a CPU."""
+"""Shapes for rehearsing the GPU benchmark on a CPU."""
 
 
 def size_of(shape: str) -> Shape:
-    """The shape of a name."""
+    """The shape with this name."""
     return {**SHAPES, **GPU_SHAPES, **REHEARSAL_SHAPES}[shape]
 
 
 def families(d_model: int) -> dict[str, ModelConfig]:
     """Attention + MLP, Mamba + MLP, and hybrids with a standard and a latent mixture of experts.
 
-    From `WIDE` on heads, states and chunks have the sizes of published models, for which the kernels of GPUs are made.
+    From `WIDE` on, heads, states and chunks have the sizes of published models, for which GPU kernels are made.
     """
     d_head, d_state, chunk_size = (64, 128, 256) if d_model >= WIDE else (32, 64, 64)
     n_heads = d_model // d_head

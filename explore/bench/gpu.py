@@ -1,4 +1,4 @@
-"""End-to-end training on a GPU beside transformers, with the fraction of its peak: what `kernels/gpu.sh` runs.
+"""End-to-end training on a GPU, compared with transformers and with the GPU's peak; `kernels/gpu.sh` runs it.
 
 python -m explore.bench.gpu FOLDER --within 500
 python -m explore.bench.gpu FOLDER --rehearse
@@ -31,9 +31,9 @@ def time_gpu(
     """Trains every family at every shape in bf16, ours and transformers' in turn.
 
     Args:
-        seconds: of steps of each measurement, after what is compiled.
-        peak: FLOP/s of bf16 products that the device is published with, or that were measured where it is unknown.
-        within: seconds in which to begin measurements; the later ones are left out, and say so.
+        seconds: duration of each measurement, after compilation.
+        peak: FLOP/s of bf16 products: the published rate of the device, or the measured one if unknown.
+        within: seconds within which measurements may begin; later ones are skipped with an error in their record.
 
     Yields:
         Records of family, shape, side, mamba_ssm (whether that package imports), and tokens_per_s, mfu (training FLOPs
@@ -58,14 +58,14 @@ def time_gpu(
                 }
                 try:
                     found = in_a_process(what="end_to_end", **task)
-                except ValueError as error:  # mostly too little memory
+                except ValueError as error:  # usually too little memory
                     yield record | {"error": str(error)}
                     continue
                 yield record | found | {"mfu": flops_train * found["tokens_per_s"] / peak}
 
 
 def table(records: Sequence[Mapping[str, Any]], title: str) -> str:
-    """A table in Markdown: a line for each family and shape."""
+    """A Markdown table with a row for each family and shape."""
     lines = [
         title,
         "",
@@ -95,16 +95,16 @@ def table(records: Sequence[Mapping[str, Any]], title: str) -> str:
 
 
 def published_peak(name: str) -> float | None:
-    """FLOP/s of bf16 products in the datasheet of a device, by torch's name of it; None for an unknown one."""
+    """FLOP/s of bf16 products in a device's datasheet, by torch's name of the device; None if unknown."""
     return next((GPUS[gpu].peak("bfloat16") for gpu in GPUS if gpu in name), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the script; 2 where there is no GPU to time."""
+    """Runs the script; returns 2 if there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where training.md and training.jsonl are written")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of steps of each measurement")
-    parser.add_argument("--within", type=float, default=500.0, help="seconds in which to begin measurements")
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of each measurement")
+    parser.add_argument("--within", type=float, default=500.0, help="seconds within which measurements may begin")
     parser.add_argument("--rehearse", action="store_true", help="train small models on the CPU instead")
     options = parser.parse_args(arguments)
     if not options.rehearse and not torch.cuda.is_available():
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records.append(record)
         said = record.get("error") or f"{record['tokens_per_s']:,.0f} tokens/s, MFU {record['mfu']:.1%}"
         print(f"{record['family']}, {record['shape']}, {record['side']}: {said}", flush=True)
-        # After each, so that what was measured stays where the time runs out.
+        # After each measurement, so that results remain if the time runs out.
         (options.folder / "training.md").write_text(table(records, title), encoding="utf-8")
         with (options.folder / "training.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record | {"device": name}) + "\n")

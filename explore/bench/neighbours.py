@@ -1,4 +1,4 @@
-"""Training speed beside busy processes: what a neighbour costs, with our choice of threads and with torch's."""
+"""Training speed beside busy processes, with our choice of threads and with torch's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from explore.bench.training import in_a_process
 from explore.threads import COUNTS, OWN, SHARE, n_cores
 
 TORCH = {"GOMP_SPINCOUNT": "300000", "OMP_NUM_THREADS": str(n_cores())}
-"""What OpenMP and torch do when nobody says otherwise: all cores, and long spinning."""
+"""Defaults of OpenMP and torch: all cores, and long spinning."""
 
 MOST = 2
 
@@ -22,7 +22,7 @@ def time_neighbours(shape: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Trains a LatentMoE hybrid alone and beside one and two busy processes.
 
     Args:
-        seconds: of each of the six measurements, about.
+        seconds: approximate duration of each of the six measurements.
 
     Yields:
         Records of neighbours, threads, tokens_per_s, of_idle (its ratio to the speed alone), torch_tokens_per_s (with
@@ -52,7 +52,7 @@ def _run(shape: str, seconds: float, variables: dict[str, str]) -> dict[str, Any
 
 @contextmanager
 def _busy(n: int) -> Iterator[None]:
-    """Keeps as many processes busy, each with one core's worth of work."""
+    """Keeps `n` processes busy, each using one core."""
     processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield

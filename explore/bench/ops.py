@@ -1,4 +1,4 @@
-"""Time of every op on each of its paths, forward and backward."""
+"""Times every op in each of its implementations, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from explore.ops import PATHS, forced_paths, linear, linear_cross_entropy, linea
 
 
 def time_ops(d_model: int, n_tokens: int, seq_len: int, repeats: int = 5) -> Iterator[dict[str, Any]]:
-    """Times every op on every path, in fp32 and bf16, at the shapes of a model of a width.
+    """Times every op in every implementation, in fp32 and bf16, at the shapes of a model of this width.
 
     Yields:
         Records of op, path, precision, and seconds of the fastest forward and backward pass. The step-by-step
-        recurrence, what needs a package, a device or a compiler, and what has no backward pass are left out.
+        recurrence is left out, and so are paths without a backward pass or whose package, device or compiler is
+        missing.
     """
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -44,7 +45,7 @@ def timed(call: Call, autocast: bool) -> float:
 
 
 def op_calls(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> dict[str, Call]:
-    """The ops that belong to no block, and those of the blocks of all families and of kinds that no family has."""
+    """The ops outside blocks, and those of the blocks of all families and of kinds that no family has."""
     tokens, weight = leaf(n_tokens, d_model, dtype=dtype), leaf(4 * d_model, d_model, dtype=dtype)
     scale = leaf(d_model, dtype=dtype)
     targets = torch.randint(4 * d_model, (n_tokens,))

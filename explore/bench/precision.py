@@ -1,4 +1,4 @@
-"""What emulated low precision costs: time and memory of a training step beside those of bf16."""
+"""Cost of emulated low precision: time and memory of a training step relative to bf16."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ EMULATED = ("fp8", "nvfp4")
 
 
 def compare_precisions(shape: str, seconds: float, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Times training steps in bf16 and in emulated precisions, with what a run of 20M tokens would compile.
+    """Times training steps in bf16 and in emulated precisions, compiling what a run of 20M tokens would.
 
     Args:
-        seconds: of each measurement; there are three a family.
-        names: of families; all when absent.
+        seconds: duration of each of three measurements per family.
+        names: names of families; None takes all.
 
     Yields:
         Records of family, precision, tokens_per_s, step_ratio (to the step in bf16), peak_bytes, memory_ratio,
-        first_step_s (with what is compiled) and compiled.
+        first_step_s (including compilation) and compiled.
 
     Raises:
-        ValueError: no such shape or family.
+        ValueError: the shape or a family is unknown.
     """
     for name, model in chosen(shape, names).items():
         baseline: dict[str, Any] | None = None

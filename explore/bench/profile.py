@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: products, passes over memory, dispatch, optimizer and data."""
+"""Divides the time of a training step into products, passes over memory, dispatch, optimizer and data."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ Kind = Literal["products", "passes", "dispatch", "optimizer", "data"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 STEP, DATA, OPTIMIZER, PART = "bench: step", "bench: data", "bench: optimizer", "bench: part "
-"""Names of the ranges that a profiled step is divided by; the name of a part of the model follows on the last."""
+"""Names of the ranges in a profiled step; the last is a prefix for the name of a part of the model."""
 
 OWNERS: Mapping[str, Kind] = {DATA: "data", OPTIMIZER: "optimizer"}
-"""Ranges whose time is of one kind, whatever op it is spent on."""
+"""Ranges whose time is all of one kind, regardless of the op."""
 
 BACKWARD = "autograd::engine::evaluate_function: "
-"""Before the name of a node of the backward pass, where torch runs it."""
+"""Prefix of the name of a backward node when torch runs it."""
 
 COMPILED = ("Torch-Compiled Region", "CompiledFunction", "## Call CompiledFxGraph")
-"""Beginnings of the names of what torch has compiled, whose time without that of products is loops over memory."""
+"""Prefixes of the names of compiled code; its time, without that of products, goes to loops over memory."""
 
 PRODUCTS = frozenset(
     f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm", "mv", "dot")
 ) | {"mkldnn::_linear_pointwise", "mkl::_mkl_linear"}
 
 MOVES = frozenset(f"aten::{name}" for name in ("copy_", "fill_", "zero_", "cat", "stack", "_foreach_norm"))
-"""Ops that go through memory although torch registers them for no device of their own."""
+"""Ops that pass over memory although torch registers them for no specific device."""
 
 CALIBRATION_CALLS = 10_000
 
 
 class OpTime(NamedTuple):
-    """The time that one op takes in a step of one part of the model.
+    """The time of one op in one part of the model, per step.
 
     Attributes:
-        op: as torch names it.
-        part: of the model, in the forward or the backward pass: the class of a mixer, a norm, or the rest; or
+        op: name of the op in torch.
+        part: part of the model, in the forward or backward pass: the class of a mixer, a norm, or the rest; or
             optimizer or data.
-        calls: in a step.
-        seconds: in a step, without the ops that it calls.
+        calls: calls per step.
+        seconds: seconds per step, without the ops that it calls.
     """
 
     op: str
@@ -67,20 +67,20 @@ class OpTime(NamedTuple):
 def profile_training(
     shape: str, seconds: float, paths: Mapping[str, str] | None = None, names: list[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Divides a training step of every family, in the precision and with the compiled ops of a long run.
+    """Profiles a training step of every family, with the precision and compiled ops of a long run.
 
     Args:
-        seconds: of steps without the profiler; as many steps are profiled as fit into a third of that.
+        seconds: duration of the steps without the profiler; profiled steps take about a third of that.
         paths: implementations to force.
-        names: of families; all when absent.
+        names: names of families; None takes all.
 
     Yields:
         Records of family, shape, precision, paths, threads, step_s (median without the profiler), shares (seconds of a
-        step by kind; with `unexplained_s` they add up to `step_s`), profiler_s (what the profiler added to a step,
-        which is taken out of the dispatch), and ops: records of op, kind, part, calls and seconds, most seconds first.
+        step by kind; with `unexplained_s` they add up to `step_s`), profiler_s (overhead of the profiler per step,
+        subtracted from dispatch), and ops: records of op, kind, part, calls and seconds, slowest first.
 
     Raises:
-        ValueError: no such shape or family.
+        ValueError: the shape or a family is unknown.
     """
     precision = "bf16" if multiplies_bf16() else "fp32"
     for name, model in chosen(shape, names).items():
@@ -93,11 +93,11 @@ def profile_training(
 def profiled(
     step: Callable[[Tensor, Tensor], float], batches: Iterator[tuple[Tensor, Tensor]], seconds: float
 ) -> dict[str, Any]:
-    """Times steps with and without the profiler, and divides them.
+    """Times steps with and without the profiler, and divides their time.
 
     Args:
-        step: trains on a batch; what it does in a range named `OPTIMIZER` is the optimizer's.
-        batches: a new one for each step; to make it is the time of data.
+        step: a function that trains on a batch; its time in a range named `OPTIMIZER` counts as optimizer.
+        batches: an iterator over batches; its time counts as data.
     """
 
     def run() -> float:
@@ -108,7 +108,7 @@ def profiled(
             step(*batch)
         return time.perf_counter() - began
 
-    run()  # what is compiled or allocated once
+    run()  # for compilation and first allocations
     plain = _repeated(run, seconds / 2)
     n_steps = max(2, round(seconds / 3 / statistics.median(plain)))
     with _parts_marked(), torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -122,7 +122,7 @@ def profiled(
 
 
 def summary(ops: list[OpTime], step_s: float, profiler_s: float) -> dict[str, Any]:
-    """The record of a step of `step_s`, of which the profiled ops are to explain as much as they can."""
+    """The record of a step of `step_s` seconds, explained by the profiled ops as far as possible."""
     found: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     for op in ops:
         found[op.kind] += op.seconds
@@ -137,9 +137,9 @@ def summary(ops: list[OpTime], step_s: float, profiler_s: float) -> dict[str, An
 
 
 def divide(events: Iterable[FunctionEvent]) -> tuple[list[OpTime], float]:
-    """Ops of the profiled steps and their time in one step, and the number of events of one step.
+    """Returns the ops of the profiled steps with their time per step, and the number of events per step.
 
-    The time of an event without those inside it is its own; so the own times of all events of a step add up to it.
+    The own time of an event excludes the events inside it, so the own times of all events add up to the step.
     """
     ordered = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
     steps = [event for event in ordered if event.name == STEP]
@@ -163,9 +163,9 @@ def divide(events: Iterable[FunctionEvent]) -> tuple[list[OpTime], float]:
 
 
 def _parts(ordered: list[FunctionEvent]) -> dict[int, str]:
-    """The part of the model of the events that begin one, forward and backward, by the id of the event."""
+    """For every event that begins a part of the model, forward or backward: the part, by event id."""
     parts: dict[int, str] = {}
-    of_sequence: dict[int, str] = {}  # of a forward pass, by the number that its node of the backward pass has too
+    of_sequence: dict[int, str] = {}  # parts of the forward pass, by the sequence number that the backward node shares
     pending = [(event, "") for event in reversed(ordered) if event.name == STEP]
     while pending:
         event, part = pending.pop()
@@ -177,7 +177,7 @@ def _parts(ordered: list[FunctionEvent]) -> dict[int, str]:
                 parts[event.id] = made_by
             continue
         elif event.sequence_nr >= 0:
-            of_sequence[event.sequence_nr] = part  # the last event with a number is the one whose node it is
+            of_sequence[event.sequence_nr] = part  # the last event with a number created the node
         pending += [(child, part) for child in reversed(event.cpu_children)]
     return parts
 
@@ -196,7 +196,7 @@ def _name(event: str) -> str:
 
 @cache
 def kind_of(event: str) -> Kind:
-    """What the own time of an event is spent on, in a forward or backward pass."""
+    """The kind of work in an event's own time, in a forward or backward pass."""
     if event in PRODUCTS:
         return "products"
     if event.startswith(COMPILED) or event in MOVES:
@@ -210,10 +210,10 @@ def kind_of(event: str) -> Kind:
 
 
 def _touches_memory(op: torch._ops.OpOverload) -> bool:
-    """Whether an op has a loop of its own on a CPU: it neither calls other ops nor returns a view."""
+    """Whether an op loops over memory itself on a CPU: it neither calls other ops nor returns a view."""
     if any(each.alias_info is not None and not each.alias_info.is_write for each in op._schema.returns):
         return False
-    # The overloads for TorchScript's own types are known to no device.
+    # Overloads for TorchScript's own types are registered for no device.
     return op.name() in _names() and torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CPU")
 
 
@@ -252,7 +252,7 @@ def _repeated(run: Callable[[], float], seconds: float) -> list[float]:
 
 
 def seconds_of_an_event() -> float:
-    """What the profiler adds to each event that it records."""
+    """Overhead of the profiler per recorded event, in seconds."""
     x = torch.zeros(1)
 
     def timed() -> float:
@@ -269,7 +269,7 @@ def seconds_of_an_event() -> float:
 
 
 def by_part(ops: Iterable[Mapping[str, Any]]) -> dict[str, dict[Kind, float]]:
-    """Seconds of a step of each kind by part of the model, most first."""
+    """Seconds per step of each kind, by part of the model, slowest first."""
     found: dict[str, dict[Kind, float]] = {}
     for op in ops:
         found.setdefault(op["part"], dict.fromkeys(KINDS, 0.0))[op["kind"]] += op["seconds"]
@@ -277,7 +277,7 @@ def by_part(ops: Iterable[Mapping[str, Any]]) -> dict[str, dict[Kind, float]]:
 
 
 def by_op(ops: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Calls and seconds of each op in all parts of the model, most seconds first."""
+    """Calls and seconds of each op over all parts of the model, slowest first."""
     found: dict[tuple[str, Kind], dict[str, Any]] = {}
     for op in ops:
         key = op["op"], op["kind"]

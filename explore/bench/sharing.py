@@ -1,4 +1,4 @@
-"""Speed of all cores: as threads of one run, and as runs of one thread each."""
+"""Throughput of all cores, used as threads of one run or as single-threaded runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FAMILY = "hybrid LatentMoE"
 
 
 def time_sharing(seconds: float, shapes: tuple[str, ...] = tuple(SHAPES)) -> Iterator[dict[str, Any]]:
-    """Trains a LatentMoE hybrid with all cores, and at once as many of it as there are cores with one each.
+    """Trains one LatentMoE hybrid with all cores, and then one per core at the same time.
 
     Args:
-        seconds: of a measurement, about.
+        seconds: approximate duration of a measurement.
 
     Yields:
         Rows of the table of `explore.study.sharing`: shape, training FLOPs of a step (flops_step),
@@ -39,7 +39,7 @@ def time_sharing(seconds: float, shapes: tuple[str, ...] = tuple(SHAPES)) -> Ite
 
 
 def _speeds(shape: str, seconds: float, n: int, n_threads: int) -> list[dict[str, Any]]:
-    """Results of as many runs at once."""
+    """Results of `n` runs at the same time."""
     inherited = {name: value for name, value in os.environ.items() if name not in COUNTS}
     task = {"what": "run", "family": FAMILY, "shape": shape, "seconds": seconds}
 

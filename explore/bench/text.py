@@ -1,4 +1,4 @@
-"""How fast a text becomes cached tokens, beside the tokenizer alone."""
+"""Speed of turning a text into cached tokens, compared with the tokenizer alone."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ FORMS: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     ".jsonl of paragraphs": ("text.jsonl", bytes),
     ".jsonl.gz of paragraphs": ("text.jsonl.gz", lambda raw: gzip.compress(raw, compresslevel=1)),
 }
-"""What a user's text may come as: the name of the file, and how it is packed."""
+"""Forms of a user's text: the file name, and a function that packs it."""
 
 CHILD = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-"""Runs this file without its package, whose other modules need far more memory than text does."""
+"""Runs this file without its package, whose other modules need far more memory than the text."""
 
 
 def time_text(n_bytes: int, forms: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Splits, tokenizes and caches the embedded novels, repeated with other names, in each form.
+    """Splits, tokenizes and caches the embedded novels, repeated with changed names, in each form.
 
-    Every measurement is in a process of its own, with a cache of its own.
+    Every measurement has its own process and cache.
 
     Yields:
-        Records of form, n_bytes, seconds (all), split_s (until it is known which text goes where), tokenizer_s (in the
-        tokenizer), ratio (all over the tokenizer), peak_bytes (memory of the process) and start_bytes (of it before).
+        Records of form, n_bytes, seconds (total), split_s (to assign the text to splits), tokenizer_s (in the
+        tokenizer), ratio (total / tokenizer), peak_bytes (memory of the process) and start_bytes (memory at its start).
     """
     novel = next(load_corpus("austen").documents("train"))
     copies = -(-n_bytes // len(novel))
@@ -62,7 +62,7 @@ def time_text(n_bytes: int, forms: Sequence[str] | None = None) -> Iterator[dict
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory so far; `ru_maxrss` would be that of the parent where it is larger."""
+    """Largest resident memory so far; not `ru_maxrss`, which includes the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 

@@ -1,4 +1,4 @@
-"""Training speed here, beside transformers' nemotron_h on the same shapes."""
+"""Training speed on this machine, compared with transformers' nemotron_h at the same shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from explore.precision import TRAINED, UNQUANTIZED
 from explore.train import COMPILED, compiled_ops, multiplies_bf16
 
 RUN_TOKENS = 20_000_000
-"""Tokens of the run that a timed step is thought to be of: for so many, ops are compiled that gain by it."""
+"""Assumed length of the run in tokens; it decides which ops are worth compiling."""
 
 
 def compare(
@@ -27,21 +27,21 @@ def compare(
     *,
     split: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Times every family, ours and the baseline in turn, each in fp32 and in bf16, and takes the better of each.
+    """Times every family, ours and the baseline in turn, each in fp32 and bf16, and keeps the faster precision.
 
-    Ops are compiled where a run of `RUN_TOKENS` would compile them.
+    Ops are compiled if a run of `RUN_TOKENS` would compile them.
 
     Args:
-        seconds: of each of the four measurements of a family.
-        rate: FLOP/s that matrix products reach here.
+        seconds: duration of each of the four measurements per family.
+        rate: measured FLOP/s of matrix products on this machine.
         paths: implementations to force.
-        names: of families; all when absent.
-        split: ours trains on both halves of a batch at once.
+        names: names of families; None takes all.
+        split: whether ours trains on both halves of a batch at once.
 
     Yields:
-        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, limit (the ratio, were training as fast as
-        products are), first_step_s (with what is compiled), peak_bytes, baseline_peak_bytes, gemm_fraction (training
-        FLOPs, exact convention, over what the rate allows), precisions and path.
+        Records of family, shape, tokens_per_s, baseline_tokens_per_s, ratio, limit (the ratio if training ran at the
+        rate of matrix products), first_step_s (including compilation), peak_bytes, baseline_peak_bytes, gemm_fraction
+        (training FLOP/s, exact convention, divided by `rate`), precisions and path.
 
     Raises:
         ValueError: no such shape or family.
@@ -85,7 +85,7 @@ def compare(
 
 
 def chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
-    """Models of the families asked for, of all where none is."""
+    """Models of the named families, or of all if `names` is None."""
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
     models = families(SHAPES[shape].d_model)
@@ -96,7 +96,7 @@ def chosen(shape: str, names: list[str] | None) -> dict[str, ModelConfig]:
 
 
 def _precisions() -> tuple[str, ...]:
-    """Those that are timed: bf16 only where the processor multiplies it, since without that it never is the better."""
+    """The precisions to time: bf16 only if the processor multiplies it, since otherwise it is never faster."""
     return ("fp32", "bf16") if multiplies_bf16() else ("fp32",)
 
 
@@ -115,13 +115,13 @@ def compare_curves(
     *,
     split: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Trains every family on the same text by the paths in use and, in fp32, by the reference.
+    """Trains every family on the same text with the paths in use and, in fp32, with the reference.
 
-    Two runs of one reference part as well, once a weight differs in its last bit and a router chooses another expert.
-    How far says `rounding`, the mean difference to a run whose weights were moved by about a ten-millionth.
+    Two runs of the reference also diverge once a weight differs in its last bit and a router chooses another expert.
+    `rounding` measures this: the mean difference to a run whose weights were perturbed by about 1e-7.
 
     Args:
-        split: the paths in use train on both halves of a batch at once.
+        split: whether the paths in use train on both halves of a batch at once.
 
     Yields:
         Records of family, precision, n_steps, and the mean and largest difference of the loss, and rounding, in nats.
@@ -161,7 +161,7 @@ def compare_decoding(
     """Times greedy decoding of 16 sequences: records of family, tokens_per_s, baseline_tokens_per_s and ratio.
 
     Args:
-        compiled: our step is compiled; its seconds are `compile_s` of a record, and in no other number of it.
+        compiled: whether our step is compiled; `compile_s` of a record is its time, which no other number includes.
 
     Raises:
         ValueError: no such shape or family.
@@ -171,10 +171,10 @@ def compare_decoding(
 
 
 def time_trials(shape: str, names: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Times what a trial of a sweep needs before its first step.
+    """Times the set-up of a sweep's trial before its first step.
 
     Yields:
-        Records of family, first_s, of the first trial in a process, and set_up_s, the median of those after it.
+        Records of family, first_s (the first trial in a process) and set_up_s (median of later trials).
 
     Raises:
         ValueError: no such shape or family.
@@ -184,10 +184,10 @@ def time_trials(shape: str, names: list[str] | None = None) -> Iterator[dict[str
 
 
 def time_regions(shape: str) -> Iterator[dict[str, Any]]:
-    """Times the ops that can be compiled at a shape, by default and compiled, each in a process of its own.
+    """Times the ops that can be compiled at a shape, by default and compiled, each in its own process.
 
     Yields:
-        Rows of the table of `explore.train.regions`: op, precision, default_ns and compiled_ns an element, forward and
+        Rows of the table of `explore.train.regions`: op, precision, default_ns and compiled_ns per element, forward and
         backward, compile_s of a first compilation, and the processor. Rows of `quantize` have a format as precision.
 
     Raises:
@@ -202,13 +202,13 @@ def time_regions(shape: str) -> Iterator[dict[str, Any]]:
 
 
 def in_a_process(variables: Mapping[str, str] | None = None, **task: Any) -> dict[str, Any]:
-    """The result of one measurement, made in a process of its own.
+    """Runs one measurement in its own process and returns the result.
 
     Args:
-        variables: its whole environment; this process's when absent.
+        variables: its whole environment; None inherits that of this process.
 
     Raises:
-        ValueError: it failed; the last line that it wrote says why.
+        ValueError: it failed; the message is the last line of its output.
     """
     command = [sys.executable, "-m", "explore.bench.worker", json.dumps(task)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""One measurement, in a process of its own so that its memory is its own: `python -m explore.bench.worker JSON`."""
+"""One measurement in a separate process, to isolate its memory: `python -m explore.bench.worker JSON`."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from explore.precision import FORMATS, FormatName
 from explore.train import QUANTIZE, build_objective, build_optimizer, fit, in_halves, keep_freed_memory, processor
 
 DECODED, PROMPT_TOKENS = 16, 16
-"""Sequences that are decoded at once, and tokens of their prompts."""
+"""Sequences decoded at once, and tokens of their prompts."""
 
 DECODE_S = 10.0
-"""Seconds of decoding by turns after a first round, in which what is compiled is."""
+"""Seconds of alternating decoding, after a first round for compilation."""
 
 REPEATS = 9
 """Of the measurement of a region."""
@@ -47,14 +47,14 @@ REPEATS = 9
 def train_step(
     family: str, shape: str, side: str, precision: str, nudge: float = 0.0, device: str = "cpu", split: bool = False
 ) -> Callable[[Tensor, Tensor], float]:
-    """Forward, backward, clip and optimizer step of one model, ours or transformers' with AdamW.
+    """Builds a training step (forward, backward, clip, AdamW) of one model, ours or transformers'.
 
-    Ours balances its experts after that, as in a run; transformers keeps their biases.
+    Ours then balances its experts, as in a run; transformers leaves their biases unchanged.
 
     Args:
-        nudge: standard deviation of a random part by which every weight is changed at the start.
-        device: where it trains, and where the batches are.
-        split: ours takes both halves of a batch at once, as `fit` with `split_batch`.
+        nudge: standard deviation of a random perturbation of every initial weight.
+        device: device of the model and the batches.
+        split: whether ours trains on both halves of a batch at once, as `fit` with `split_batch`.
 
     Returns:
         A function from inputs and targets to the loss before the step; transformers shifts the inputs itself.
@@ -110,7 +110,7 @@ def train_step(
 def measure(
     family: str, shape: str, side: str, precision: str, seconds: float, paths: dict[str, str], split: bool = False
 ) -> dict[str, Any]:
-    """Tokens per second of the median step, and the peak of memory above what was there before the model."""
+    """Tokens per second of the median step, and peak memory above the level before the model was built."""
     size = SHAPES[shape]
     tokens = torch.randint(0, VOCAB_SIZE, (size.batch_size, size.seq_len + 1))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -136,19 +136,19 @@ def measure(
 
 
 def end_to_end(family: str, shape: str, side: str, seconds: float, device: str) -> dict[str, Any]:
-    """As `measure` in bf16 on a device, whose own count of its memory is the peak."""
+    """Like `measure`, in bf16 on a device, with the peak memory that the device reports."""
     size = size_of(shape)
     tokens = torch.randint(0, VOCAB_SIZE, (size.batch_size, size.seq_len + 1), device=device)
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     step = train_step(family, shape, side, "bf16", device=device)
-    for _ in range(3):  # kernels are compiled and chosen
+    for _ in range(3):  # compiles and selects kernels
         step(*batch)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
     while len(times) < 5 or sum(times) < seconds:
         start = time.perf_counter()
-        step(*batch)  # which waits for the device, since it returns the loss as a number
+        step(*batch)  # waits for the device, since it returns the loss as a number
         times.append(time.perf_counter() - start)
     return {
         "tokens_per_s": size.batch_tokens / statistics.median(times),
@@ -159,7 +159,7 @@ def end_to_end(family: str, shape: str, side: str, seconds: float, device: str) 
 
 
 def profile(family: str, shape: str, precision: str, seconds: float, paths: dict[str, str]) -> dict[str, Any]:
-    """Where the time of a step on the bytes of the embedded text goes."""
+    """Profiles a step on the bytes of the embedded text."""
     size = SHAPES[shape]
     source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
     drawn = (source.batch(i, size.batch_size) for i in count())
@@ -169,7 +169,7 @@ def profile(family: str, shape: str, precision: str, seconds: float, paths: dict
 
 
 def region(shape: str, op: str, precision: str) -> dict[str, Any]:
-    """The nanoseconds that an op takes for an element, and the seconds of its compilation, where nothing is cached."""
+    """Nanoseconds per element of an op, and seconds of its compilation with an empty cache."""
     size = SHAPES[shape]
     blocks = (block for model in families(size.d_model).values() for block in model.layers)
     block = next(block for block in blocks if op in block.regions(size.seq_len))
@@ -180,7 +180,7 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
         first = timed(call, precision == "bf16")
     times: dict[str, list[float]] = {path_of(op): [], "compiled": []}
     for _ in range(REPEATS):
-        for path, found in times.items():  # in turn, for the machine may be busy at times
+        for path, found in times.items():  # in turn, since the machine may be busy at times
             with forced_paths(**{op: path}):
                 found.append(timed(call, precision == "bf16"))
     default, compiled = (sorted(found)[REPEATS // 2] for found in times.values())
@@ -197,7 +197,7 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
 
 
 def quantizer(shape: str, format: FormatName) -> dict[str, Any]:
-    """As `region`, of the quantisers of activations and gradients: along both axes, nearest and stochastic."""
+    """Like `region`, for the quantisers of activations and gradients: along both axes, nearest and stochastic."""
     size = SHAPES[shape]
     x = torch.randn(size.batch_tokens, size.d_model).to(torch.bfloat16)
     noise, amax = rounding_noise(x, rounding_generator(0, 0, 0, "x")), x.abs().amax().float().view(1, 1)
@@ -233,7 +233,7 @@ def curve(
     nudge: float = 0.0,
     split: bool = False,
 ) -> dict[str, Any]:
-    """The loss before each of some steps on the bytes of the embedded text."""
+    """The loss before each of several steps on the bytes of the embedded text."""
     size = SHAPES[shape]
     source = TextData(tokenizer="bytes", seq_len=size.seq_len).open(0)
     with forced_paths(**paths):
@@ -247,7 +247,7 @@ class _Begun(Exception):
 
 
 def set_up(family: str, shape: str, n_trials: int = 6) -> dict[str, Any]:
-    """Seconds from asking for a trial to its first step: of the first in a process, and the median of those after."""
+    """Seconds from requesting a trial to its first step: for the first in a process, and the median of later ones."""
     size = SHAPES[shape]
 
     def stop(*_: Any) -> None:
@@ -275,7 +275,7 @@ def set_up(family: str, shape: str, n_trials: int = 6) -> dict[str, Any]:
 
 
 def run(shape: str, seconds: float, family: str = "hybrid LatentMoE") -> dict[str, Any]:
-    """Speed of a run as `fit` makes it, and its number of threads: a short run says how long the timed one must be."""
+    """Speed and number of threads of a run by `fit`; a short run first determines the length of the timed one."""
     size, found = SHAPES[shape], {"tokens_per_s": 0.0}
     n_steps = 4
     for seed in range(2):
@@ -293,9 +293,9 @@ def run(shape: str, seconds: float, family: str = "hybrid LatentMoE") -> dict[st
 
 
 def decode(family: str, shape: str, n_new: int, compiled: bool = False) -> dict[str, Any]:
-    """Tokens per second of greedy decoding of 16 sequences in fp32, prompt included, ours and transformers' by turns.
+    """Tokens per second of greedy decoding of 16 sequences in fp32, prompt included, ours and transformers' in turn.
 
-    Of each side the fastest time counts; `compile_s` is what our first one took longer.
+    The fastest time of each side counts; `compile_s` is the extra time of our first round.
     """
     torch.manual_seed(0)
     model = families(SHAPES[shape].d_model)[family].build().eval()
@@ -349,6 +349,6 @@ if __name__ == "__main__":
         "distil": time_distillation,
         "distil_memory": partial(distillation_peak, peak=peak_bytes),
     }
-    with tempfile.TemporaryDirectory() as cache:  # so that a first compilation is one
+    with tempfile.TemporaryDirectory() as cache:  # so that nothing is compiled already
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         print(json.dumps(works[task.pop("what")](**task)))

@@ -60,8 +60,7 @@ def _standard_errors(values: Floats) -> Floats:
 
 
 def success_fraction(successes: int, n: int, level: float = 0.95) -> Interval:
-    """Share of runs that succeeded, with Wilson's score interval: for tasks such as recall that a run either solves or
-    not.
+    """Share of runs that succeeded, with Wilson's score interval: for tasks that a run either solves or not.
 
     Raises:
         ValueError: not 0 <= `successes` <= `n`, or `n` is 0.
