@@ -1,7 +1,7 @@
-"""Checkpoint files: checked for damage, and read.
+"""Reads checkpoint files after checking them for damage.
 
-A checkpoint is torch's zip archive, in which every record has a CRC-32. torch does not look at it where it maps a
-file, and a flipped bit would go on as another number, so `check_whole` compares them all.
+A checkpoint is torch's zip archive, in which every record has a CRC-32. torch ignores it when it maps a file, so a
+flipped bit would silently become another number; `check_whole` compares them all.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ BROKEN = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, NotImplementedError, ValueError, LookupError, OverflowError),
 )
-"""What Python's reader of zip archives raises where an archive is not what was written."""
+"""Errors of Python's zip reader for a damaged archive."""
 
 
 class DamagedError(ValueError):
-    """A checkpoint is not what was written."""
+    """A checkpoint is damaged."""
 
 
 def check_whole(path: Path) -> None:
     """Compares all records of a checkpoint with their checksums.
 
     Raises:
-        DamagedError: one differs, or the file is cut, empty or something else.
+        DamagedError: a checksum differs, or the file is truncated, empty or not a checkpoint.
         OSError: the file cannot be read.
     """
     try:
@@ -42,7 +42,7 @@ def check_whole(path: Path) -> None:
     except BROKEN as error:
         raise DamagedError(f"{path}: is damaged ({' '.join(str(error).split())})") from None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a position before the start of the file
+        if error.errno != errno.EINVAL:  # a position before the start of the file
             raise
         raise DamagedError(f"{path}: is damaged ({error.strerror})") from None
     if damaged is not None:
@@ -50,10 +50,10 @@ def check_whole(path: Path) -> None:
 
 
 def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint that was checked.
+    """Returns the content of a checked checkpoint.
 
     Args:
-        mmap: map the file; otherwise read it into memory that may be written to.
+        mmap: whether to map the file; otherwise it is read into writable memory.
 
     Raises:
         ValueError: the file is no checkpoint.
@@ -71,8 +71,8 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The model's weights and buffers in a checkpoint, by their names in the model.
 
     Raises:
-        DamagedError: the checkpoint is not whole.
-        ValueError: the file is no checkpoint.
+        DamagedError: the checkpoint is damaged.
+        ValueError: the file is not a checkpoint.
     """
     check_whole(checkpoint)
     return weights_in(load_checkpoint(checkpoint))

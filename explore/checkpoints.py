@@ -1,4 +1,4 @@
-"""Checkpoints of runs: which one a run goes on from, where it stands by it, and the model of a run."""
+"""Checkpoints of runs: which one to resume from, the state of the run in it, and the model of a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
     from explore.model import LanguageModel
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-"""Files of a folder of checkpoints from which a run goes on: the last one, and the one before until the run ends."""
+"""Checkpoint files from which a run resumes: the last one, and the previous one until the run ends."""
 
 BRANCH = "branch.json"
-"""File of a run folder that names the rung with which the run began."""
+"""File of a run folder that names the rung from which the run branched."""
 
 
 class Standing(NamedTuple):
-    """Where a run stands by its checkpoint.
+    """The state of a run in its checkpoint.
 
     Attributes:
-        step: optimizer steps that are done.
-        files: texts, up to this step, of the files that grow with the run, by name; None where the checkpoint is of a
-            version that did not keep them.
+        step: optimizer steps done.
+        files: texts, up to this step, of the files that grow with the run, by name; None in checkpoints of versions
+            that did not store them.
     """
 
     step: int
@@ -36,13 +36,13 @@ class Standing(NamedTuple):
 
 
 def last_whole(folder: Path) -> tuple[Path | None, str | None]:
-    """The checkpoint from which a run goes on: the last in its folder of checkpoints, or else the one before.
+    """Finds the checkpoint to resume from: the last in the folder, or the previous one if that is damaged.
 
     Returns:
-        The path, None where there is no checkpoint; and a note for the user where it is not the last.
+        The path, or None without a checkpoint; and a note for the user if it is not the last, else None.
 
     Raises:
-        DamagedError: there are some, and none is whole.
+        DamagedError: there are checkpoints, and all are damaged.
     """
     damage: DamagedError | None = None
     for path in (folder / LAST, folder / PREVIOUS):
@@ -53,20 +53,20 @@ def last_whole(folder: Path) -> tuple[Path | None, str | None]:
         except DamagedError as error:
             damage = damage or error
         else:
-            return path, None if damage is None else f"{damage}; the run goes on from the checkpoint before"
+            return path, None if damage is None else f"{damage}; the run resumes from the previous checkpoint"
     if damage is not None:
         raise DamagedError(f"{damage}, and there is no other; delete {folder} to train from the start")
     return None, None
 
 
 def standing(path: Path, key: str, folder: Path) -> Standing:
-    """Where the run of this key stands by a checkpoint that was checked; at its start where there is none.
+    """Reads the state of the run with this key from a checked checkpoint; a missing one means the start.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
 
     Raises:
-        ValueError: the checkpoint is of another experiment.
+        ValueError: the checkpoint belongs to another experiment.
     """
     if not path.exists():
         return Standing(0, {})
@@ -76,11 +76,11 @@ def standing(path: Path, key: str, folder: Path) -> Standing:
 
 
 def load_model(run: RunFolder | str | Path) -> LanguageModel:
-    """The model of a run, in evaluation mode. That of a quantised run is made anew of its parent's weights.
+    """Loads the model of a run in evaluation mode. A quantised model is rebuilt from its parent's weights.
 
     Raises:
-        ValueError: the run has no checkpoint, or one that is damaged or of another experiment; or the run that was
-            quantised is not beside it with the weights that it had.
+        ValueError: the run has no checkpoint, or one that is damaged or belongs to another experiment; or the parent of
+            a quantised run is not beside it with its original weights.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     if record := folder.quantized:
@@ -100,7 +100,7 @@ def load_model(run: RunFolder | str | Path) -> LanguageModel:
 
 
 def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder: Path) -> bool:
-    """Whether the run of this key has written a checkpoint, and not the run of the rung from which it branched.
+    """Whether a checkpoint was written by the run of this key (True) or by the run from which it branched (False).
 
     Args:
         folder: of the run.
@@ -108,7 +108,7 @@ def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder:
     Raises:
         ValueError: neither of them has written it.
     """
-    owner = content.get("key", key)  # checkpoints of earlier versions name none
+    owner = content.get("key", key)  # checkpoints of earlier versions have no key
     if owner == key:
         return True
     branched = branched_from(folder)
@@ -121,7 +121,7 @@ def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder:
 
 
 def branched_from(folder: Path) -> dict[str, Any] | None:
-    """Key and step of the rung that a run began with, or None if it began with nothing."""
+    """Key and step of the rung from which a run branched, or None if it did not branch."""
     return read_json(folder / BRANCH) if (folder / BRANCH).exists() else None
 
 
@@ -132,7 +132,7 @@ def _quantized(folder: RunFolder, record: dict[str, Any]) -> LanguageModel:
     parent = find_run(folder.path.resolve().parent, about["key"])
     if parent is None:
         raise ValueError(
-            f"{folder.path}: the run {about['run']} must lie beside it: it has the weights that are quantised"
+            f"{folder.path}: the run {about['run']} must be beside it: it has the weights that are quantised"
         )
     model = load_model(parent)
     if (digest := weights_digest(model.state_dict())) != about["digest"]:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, files that may be compressed, and JSON files."""
+"""Atomic writing of files, reading of compressed files, and JSON files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from explore.foreign import parse_json
 
 COMPRESSIONS = (".gz", ".xz")
 UNREADABLE = (EOFError, OSError, lzma.LZMAError, zlib.error)
-"""What reading a missing or broken file raises, compressed or not."""
+"""Errors from reading a missing or broken file, compressed or not."""
 
 EXPANSION = {".gz": 200, ".xz": 2000}
-"""How many times its size on disk a compressed file may hold; text shrinks 3 to 50 times, bombs over 1000 times."""
+"""Largest allowed expansion of a compressed file; text compresses 3 to 50 times, bombs over 1000 times."""
 
 EXPANSION_FREE_BYTES = 1 << 26
-"""A compressed file may hold this many bytes however small it is."""
+"""Decompressed bytes that are always allowed, however small the file."""
 
 JSON_BYTES = 1 << 26
-"""Largest JSON file that is read."""
+"""Bytes of the largest JSON file that is read."""
 
 POLL_S = 0.1
 
@@ -41,10 +41,10 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp(\.\w+)?")
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, atomically, when the block ends without an error.
+    """Yields a temporary path beside `path` that atomically replaces it if the block ends without an error.
 
-    Whatever stops the block, even a kill, leaves the old content of `path`; of two writers, the later one wins
-    whole. The parent folder is made when missing.
+    If anything stops the block, even a kill, `path` keeps its old content; with two writers the later one wins
+    completely. A missing parent folder is created.
     """
     path = Path(path)
     with named(path), temporary_beside(path) as temporary:
@@ -56,7 +56,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Adds the path to errors of the operating system that name no file, as those of a full disk."""
+    """Adds the path to operating-system errors that name no file, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -66,10 +66,10 @@ def named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A hidden temporary file or folder beside `path`, which is gone when the block ends.
+    """Yields a hidden temporary file or folder beside `path`, removed when the block ends.
 
-    Its owner holds a lock on it. What a killed owner left is no longer locked, and the next writer in the same
-    folder removes it.
+    Its owner holds a lock on it. If the owner is killed, the lock is released, and the next writer in the same folder
+    removes the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent)
@@ -96,7 +96,7 @@ def remove_abandoned(folder: Path) -> None:
     for path in folder.iterdir():
         if not _TEMPORARY.fullmatch(path.name):
             continue
-        with contextlib.suppress(OSError):  # another process removes it, or it is not ours
+        with contextlib.suppress(OSError):  # another process is removing it, or we may not
             lock = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if try_lock(lock):
@@ -106,7 +106,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def try_lock(file: int) -> bool:
-    """Locks an open file against other processes until it is closed; False where another holds it.
+    """Locks an open file against other processes until it is closed; returns False if another holds the lock.
 
     Raises:
         OSError: the file system has no locks.
@@ -120,10 +120,10 @@ def try_lock(file: int) -> bool:
 
 @contextmanager
 def held(path: Path, waiting: Callable[[], None]) -> Iterator[BinaryIO]:
-    """Opens a file to read and write, made where absent, that no other process holds at the same time.
+    """Opens a file for reading and writing (creating it if missing) with an exclusive lock.
 
     Args:
-        waiting: called again and again while another process holds it.
+        waiting: called repeatedly while another process holds the lock.
     """
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
@@ -134,21 +134,21 @@ def held(path: Path, waiting: Callable[[], None]) -> Iterator[BinaryIO]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-        file.close()  # it has got another name or is gone
+        file.close()  # it was renamed or removed
     with file:
         yield file
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copies a file so that `path` is the whole of it or absent."""
+    """Copies a file so that `path` is either complete or absent."""
     with replacing(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def safe_name(name: str) -> str:
-    """The name of an experiment in characters that are safe in a path; different patterns stay different.
+    """Converts the name of an experiment to characters that are safe in a path; different patterns stay different.
 
-    The letter `*` of attention becomes `a`, which is no letter of a pattern in capitals, and `/` becomes `_`.
+    The letter `*` of attention becomes `a`, which is not a pattern letter (those are capitals), and `/` becomes `_`.
     """
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name.translate({ord("*"): "a", ord("/"): "_", ord("|"): ""}))
     slug = slug[:128].lstrip(".")
@@ -156,7 +156,7 @@ def safe_name(name: str) -> str:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at a path that a person typed, which may be too long or lead where none may look."""
+    """Whether a path typed by a user exists; False if it is too long or not accessible."""
     try:
         return path.exists()
     except OSError:
@@ -164,11 +164,11 @@ def exists(path: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what cannot be read like a file: a folder, a FIFO, a socket or a device.
+    """Raises an error if a path is not a regular file: a folder, a FIFO, a socket or a device.
 
     Raises:
         ValueError: `path` is one of them.
-        OSError: there is nothing at `path`.
+        OSError: `path` does not exist.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -177,11 +177,11 @@ def check_regular(path: Path) -> None:
 
 
 def open_plain(path: Path) -> io.BufferedReader:
-    """Opens a file for reading, decompressed as its name ends: .gz, .xz or anything else.
+    """Opens a file for reading; decompresses it if its name ends in .gz or .xz.
 
     Raises:
-        ValueError: no regular file; and while reading, more than `EXPANSION` times the size of a compressed file.
-        OSError: no such file.
+        ValueError: not a regular file; or, while reading, a file expands to more than `EXPANSION` times its size.
+        OSError: the file does not exist.
     """
     check_regular(path)
     if path.suffix not in COMPRESSIONS:
@@ -191,7 +191,7 @@ def open_plain(path: Path) -> io.BufferedReader:
 
 
 class _Expanded(io.RawIOBase):
-    """A decompressed file that stops a bomb; a reader needs memory for a buffer only."""
+    """A decompressed file with a limit on its size, against bombs; readers need memory only for a buffer."""
 
     def __init__(self, path: Path, packed: gzip.GzipFile | lzma.LZMAFile) -> None:
         self.path, self.packed, self.n_read = path, packed, 0
@@ -207,7 +207,7 @@ class _Expanded(io.RawIOBase):
         if self.n_read > self.limit:
             raise ValueError(
                 f"{self.path}: must hold at most {self.ratio} times its size on disk ({self.limit:,} bytes), "
-                "got more; decompress it first if that is right"
+                "got more; decompress it first if that is intended"
             )
         return n
 
@@ -220,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
-        ValueError: no such file, or not a JSON object.
+        ValueError: the file is missing or not a JSON object.
     """
     try:
         check_regular(path)
@@ -235,5 +235,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is needed, found {type(content).__name__}")
+        raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
     return content

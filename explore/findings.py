@@ -1,15 +1,15 @@
-"""From the records of a study to its tables, its figure and the sentences that quote them; all can be made again.
+"""Makes tables, figures and quoted numbers from the records of a study, reproducibly.
 
 A sweep file that defines `tables(runs, pairs)`, or `tables(runs, pairs, curves)`, and `figure(tables)`, and has records
-beside it in `records/<name>.parquet`, is a finding. A text that quotes it is kept as a template, in which
+beside it in `records/<name>.parquet`, is a finding. A text that quotes it is a template, in which
 
     {{latent_or_not.differences[arm=acc4, d_model=48].difference:+.3f}}
 
-stands for a cell: study, table, the columns that name exactly one row, column and format. `{{latent_or_not.gate}}`
-stands for a whole table.
+is replaced by a cell: study, table, conditions that select exactly one row, column and format. `{{latent_or_not.gate}}`
+is replaced by a whole table.
 
-A study answers its question only if it passes its gate (`explore.frontier.gate`). Tables and figures of one that does
-not say `ungated`, and a text may say of it nothing but that it cannot answer.
+A study answers its question only if it passes its gate (`explore.frontier.gate`). Otherwise its tables and figures are
+marked `ungated`, and a text may only state that the study cannot answer.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from explore.study import Sweep, load_sweep
 from explore.table import load_metrics, load_pairs, load_runs, read_table, save_table
 
 TOLERANCE = 1e-6
-"""Relative difference of two numbers of a table that another machine's arithmetic may make."""
+"""Allowed relative difference between numbers of a table made on different machines."""
 
 STUDIES = "studies.runs.csv"
-"""File of the table of all studies."""
+"""File name of the table of all studies."""
 
 CANNOT = "Cannot be answered at these sizes"
-"""How the answer to the question of a study that passes no gate begins."""
+"""First words of the answer of a study that does not pass a gate."""
 
 ANSWER = "**Answer.** "
 
@@ -52,7 +52,7 @@ class Finding:
     """A study with its records.
 
     Attributes:
-        sweep: its file.
+        sweep: the sweep file.
         records: the table of records.
     """
 
@@ -66,17 +66,17 @@ class Finding:
 
     @cached_property
     def runs(self) -> pd.DataFrame:
-        """The table of its runs."""
+        """The table of the study's runs."""
         return load_runs(self.records)
 
     @cached_property
     def gate(self) -> GateReport | None:
-        """What the gate of the study finds in its records; None where its file declares none."""
+        """The result of the study's gate on its records; None if its file declares no gate."""
         return None if self.sweep.gate is None else gate_report(self.sweep.gate, self.sweep.seeds, self.records)
 
     @property
     def sizes(self) -> str:
-        """Widths that have all seeds, of those that the study promises; empty where it promises none."""
+        """How many of the promised widths have all seeds, such as `2 of 5`; empty if none are promised."""
         promised = list((self.sweep.grid or {}).get("d_model", ()))
         if not promised:
             return ""
@@ -86,12 +86,12 @@ class Finding:
 
     @property
     def is_gated(self) -> bool:
-        """Whether the study passes a gate, so that it may answer."""
+        """Whether the study passes its gate, so that it may answer its question."""
         return self.gate is not None and self.gate.passed
 
     @cached_property
     def tables(self) -> Mapping[str, pd.DataFrame]:
-        """What the study comes to, by name, with numbers as a file holds them; without a gate each says so."""
+        """The tables of the study by name, with numbers as in its files; without a passed gate each is marked."""
         assert self.sweep.tables is not None
         given = [self.runs, load_pairs(self.records)]
         if len(inspect.signature(self.sweep.tables).parameters) > len(given):
@@ -102,7 +102,7 @@ class Finding:
         return found | ({} if self.gate is None else {"gate": self.gate.table()})
 
     def figure(self) -> RunFigure:
-        """The figure, drawn from the tables alone; without a gate it says so."""
+        """The figure, drawn from the tables only; without a passed gate it is marked."""
         assert self.sweep.figure is not None
         drawn = self.sweep.figure(self.tables)
         drawn.runs = tuple(self.runs["run"])
@@ -112,7 +112,7 @@ class Finding:
 
     @cached_property
     def about(self) -> str:
-        """Where the data are from: commits, data, FLOP convention."""
+        """Origin of the numbers: commits, data, FLOP convention."""
         environments = [run.environment for run in find_runs(self.records)]
         commits = sorted({str(each.get("commit")) for each in environments})
         hashes = {str((each.get("data") or {}).get("train")) for each in environments} - {"None"}
@@ -127,7 +127,7 @@ class Finding:
         return [*paths, *save_figure(self.figure(), folder / self.name, pdf=True, about=about)]
 
     def drift(self, folder: Path) -> list[str]:
-        """What in the folder is not what the records give, one line each; none where all is as it was written."""
+        """Differences between the folder and what the records give, one line each; empty if there are none."""
         paths = {name: self._path(folder, name) for name in self.tables}
         found = [line for name, path in paths.items() if (line := _table_drift(path, self.tables[name])) is not None]
         if found:
@@ -138,7 +138,7 @@ class Finding:
             if not path.exists():
                 found.append(f"{path}: is missing")
             elif digest not in path.read_bytes():
-                found.append(f"{path}: was drawn from other tables than those beside it")
+                found.append(f"{path}: was not drawn from the tables beside it")
         return found
 
     def _path(self, folder: Path, table: str) -> Path:
@@ -149,12 +149,12 @@ def load_finding(path: Path) -> Finding:
     """The finding of a sweep file.
 
     Raises:
-        ValueError: the file is no sweep, defines no tables or figure, or has no records beside it.
+        ValueError: the file is not a sweep, defines no tables or figure, or has no records beside it.
     """
     sweep, records = load_sweep(path), path.parent / "records" / f"{path.stem}{PACKED}"
     for name in ("tables", "figure"):
         if getattr(sweep, name) is None:
-            raise ValueError(f"{path}: a function {name} is missing, which a finding needs")
+            raise ValueError(f"{path}: must define a function {name} to be a finding")
     if not records.is_file():
         raise ValueError(f"{records}: is missing; `explore sweep {path} --records {records}` makes it")
     return Finding(sweep, records)
@@ -173,11 +173,11 @@ def find_findings(folder: Path) -> list[Finding]:
 
 
 def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
-    """How many runs stand behind each study and, in the last row, behind all, and on what they were trained.
+    """Number of runs of each study and, in the last row, of all studies, with the devices that trained them.
 
     Returns:
-        The columns study, runs (that finished), seeds (different ones), sizes (those that have all seeds, of those that
-        the study promises), gate (`passed` or `ungated`) and devices.
+        The columns study, runs (finished), seeds (distinct), sizes (how many of the promised sizes have all seeds),
+        gate (`passed` or `ungated`) and devices.
     """
     about = {finding.name: (finding.sizes, PASSED if finding.is_gated else UNGATED) for finding in findings}
     runs = pd.concat([finding.runs.assign(study=finding.name) for finding in findings])
@@ -196,7 +196,7 @@ def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
 
 
 def ungated_claims(template: str, findings: Sequence[Finding]) -> list[str]:
-    """What a text claims by studies that pass no gate, and gates that it does not show, one line each.
+    """Finds claims based on studies that do not pass a gate, and gates that are not shown, one line each.
 
     A section is about the studies whose files it names as `sweeps/NAME.py`.
     """
@@ -215,10 +215,10 @@ def ungated_claims(template: str, findings: Sequence[Finding]) -> list[str]:
 
 
 def fill(template: str, findings: Sequence[Finding]) -> str:
-    """A text with the cells of tables in place of their names; `studies.runs` is the table of all studies.
+    """Replaces the names of cells in a text by their values; `studies.runs` is the table of all studies.
 
     Raises:
-        ValueError: a name that is not there, or a condition that does not name exactly one row.
+        ValueError: a name is unknown, or the conditions do not select exactly one row.
     """
     by_name = {finding.name: finding.tables for finding in findings} | {"studies": {"runs": studies_table(findings)}}
 
@@ -230,7 +230,7 @@ def fill(template: str, findings: Sequence[Finding]) -> str:
                 key, _, value = condition.partition("=")
                 table = table[table[key.strip()].astype(str) == value.strip()]
             if len(table) != 1:
-                raise ValueError(f"{match[0]}: names {len(table)} rows, and one is needed")
+                raise ValueError(f"{match[0]}: must select exactly one row, got {len(table)}")
             return format(table.iloc[0][column], form or "")
         except KeyError as error:
             raise ValueError(f"{match[0]}: there is no {error}") from None
@@ -259,7 +259,7 @@ def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> list[
 
 
 def text_drift(template: Path, path: Path, findings: Sequence[Finding]) -> list[str]:
-    """Says, in one line, that a text or the table of all studies is not what the records give."""
+    """Reports, in one line, that a text or the table of all studies differs from what the records give."""
     if (line := _table_drift(template.with_name(STUDIES), studies_table(findings))) is not None:
         return [line]
     now = fill(template.read_text(encoding="utf-8"), findings).splitlines()

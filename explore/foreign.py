@@ -1,4 +1,4 @@
-"""Text from elsewhere: JSON that anyone may have written, and values as error messages quote them."""
+"""Untrusted text: JSON from any source, and values quoted in error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GAP = "..."
 
 _PASSWORDS = re.compile(
     r"""((?:postgres|mysql|mariadb|oracle|mssql|grpc|redis|https?)[\w+]*:/{1,3}[^\s/:@'"[]*)  # scheme and user
-        :(?:[^\s'"]+(?=@)|(?!\d+\b)[^\s'"]+)  # up to the last @; or, if it was forgotten, what is no port
+        :(?:[^\s'"]+(?=@)|(?!\d+\b)[^\s'"]+)  # up to the last @; or, if it was forgotten, anything but a port
       | ([?&]\w*(?:pass|pwd|secret|token)\w*)=[^&\s'"]+""",
     re.VERBOSE,
 )
@@ -21,8 +21,8 @@ _PASSWORDS = re.compile(
 
 
 def echo(value: object) -> str:
-    """A value as an error message shows it: its `repr`, cut in the middle to 80 characters."""
-    if isinstance(value, str) and len(value) > 4 * ECHO_CHARS:  # a long one need not be escaped whole
+    """Formats a value for an error message: its `repr`, cut in the middle to 80 characters."""
+    if isinstance(value, str) and len(value) > 4 * ECHO_CHARS:  # avoids escaping all of a long text
         value = value[: 2 * ECHO_CHARS] + value[-2 * ECHO_CHARS :]
     try:
         return shorten(repr(value))
@@ -31,12 +31,12 @@ def echo(value: object) -> str:
 
 
 def check_type(value: object, allowed: type | tuple[type, ...], rule: str) -> None:
-    """Refuses a value of another type in one sentence.
+    """Raises a one-sentence error for a value of the wrong type.
 
         check_type(runs, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
 
     Raises:
-        TypeError: the rule, and what was given instead.
+        TypeError: the message is the rule and the given value.
     """
     if not isinstance(value, allowed):
         name = type(value).__name__
@@ -45,26 +45,26 @@ def check_type(value: object, allowed: type | tuple[type, ...], rule: str) -> No
 
 
 def shorten(text: str, length: int = ECHO_CHARS) -> str:
-    """A text of at most this many characters, cut in the middle."""
+    """Cuts a text in the middle to at most this many characters."""
     half = (length - len(GAP)) // 2
     return text if len(text) <= length else text[: length - len(GAP) - half] + GAP + text[-half:]
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """`did you mean 'NAME'? ` with the nearest name that is allowed; empty where none is near."""
+    """`did you mean 'NAME'? ` with the nearest allowed name; empty if none is close."""
     return "".join(f"did you mean {near!r}? " for near in get_close_matches(name, list(allowed), 1))
 
 
 def hide_passwords(text: str) -> str:
-    """A line with the addresses of databases in it, without their passwords."""
+    """Removes the passwords from database addresses in a line."""
     return _PASSWORDS.sub(lambda match: match[1] or match[2], text)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Reads JSON; a byte-order mark is skipped.
+    """Parses JSON; skips a byte-order mark.
 
     Raises:
-        ValueError: what is wrong, in one line.
+        ValueError: the text is not valid JSON; the message is one line.
     """
     try:
         return json.loads((text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff"))

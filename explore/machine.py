@@ -1,4 +1,4 @@
-"""The machine that a process runs on: its memory, its files, and which of its faults pass."""
+"""The machine that a process runs on: memory, open files, and temporary faults."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ PASSING = tuple(
     )
     if hasattr(errno, name)
 )
-"""Errors of the operating system that have nothing to do with what a process was asked to do."""
+"""Operating-system errors that do not depend on the task of the process."""
 
 CONTROL_GROUPS = {
     "": (Path("/sys/fs/cgroup"), ("memory.max", "memory.current")),
     "memory": (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")),
 }
-"""Where the two versions of control groups say how much memory a group may have and has."""
+"""Files with the memory limit and use of a control group, for both versions of control groups."""
 
 MANY_FILES = 4096
-"""Open files that are many enough; a limit above it is left alone."""
+"""A sufficient limit of open files; higher limits are left alone."""
 
 WORDS = (*map(os.strerror, PASSING), "out of memory", "ALLOC_FAILED", "can't allocate memory", "unable to allocate")
-"""What libraries in C++ write into a RuntimeError, whose type says nothing."""
+"""Words by which a RuntimeError from a C++ library is recognised as a fault of the machine."""
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether an error is a fault of the machine, so that the same work may succeed later or elsewhere.
+    """Whether an error is a temporary fault of the machine, so that the work may succeed later or elsewhere.
 
-    A disk that is full or fails, a network file system that is away, too few file descriptors, no memory on the CPU or
-    the GPU, a time limit. Errors that such a fault has been turned into count too.
+    Examples are a full or failing disk, an unreachable network file system, too few file descriptors, no memory on the
+    CPU or GPU, a time limit. Errors caused by such a fault count too.
     """
     return any(map(_is_passing, causes(error)))
 
@@ -55,7 +55,7 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from, also where `raise ... from None` hides that."""
+    """An error and its causes, including those hidden by `raise ... from None`."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:
@@ -65,9 +65,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def memory_bytes() -> tuple[float, float]:
-    """Memory that this process could get at most, and what of it is free now, swap included.
+    """Memory that this process may use in total, and the part that is free now, in bytes including swap.
 
-    Limits of the process and of its control group count. Both are infinite where the system does not tell.
+    Limits of the process and of its control group count. Both are infinite if the system does not report them.
     """
     host = _numbers(Path("/proc/meminfo"), scale=1024)
     total = [host["MemTotal"] + host.get("SwapTotal", 0)] if "MemTotal" in host else []
@@ -79,7 +79,7 @@ def memory_bytes() -> tuple[float, float]:
 
 
 def _limits() -> Iterator[tuple[float, float]]:
-    """Limits on memory, each with what counts against it now."""
+    """Limits on memory, each with the memory currently counted against it."""
     own = _numbers(Path("/proc/self/status"), scale=1024)
     for kind, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
         if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
@@ -90,14 +90,14 @@ def _limits() -> Iterator[tuple[float, float]]:
         except OSError:
             continue
         if limit_text.isdecimal():
-            # Files that the kernel has cached for the group count as used, and make way.
+            # Files that the kernel cached for the group count as used, but can be evicted.
             stat = _numbers(folder / "memory.stat")
             cached = stat.get("total_inactive_file", stat.get("inactive_file", 0.0))
             yield float(limit_text), float(used_text) - cached
 
 
 def _control_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
-    """Folders of this process's control group and of those around it, and their files of limit and use."""
+    """Folders of this process's control group and its parents, with their files of limit and use."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -113,7 +113,7 @@ def _control_groups() -> Iterator[tuple[Path, tuple[str, str]]]:
 
 
 def _numbers(path: Path, scale: float = 1.0) -> dict[str, float]:
-    """The numbers of a file of the kernel with a name and a number on each line; empty where there is none."""
+    """Reads a kernel file with a name and a number on each line; empty if the file is missing."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -123,10 +123,10 @@ def _numbers(path: Path, scale: float = 1.0) -> dict[str, float]:
 
 
 def ensure_descriptors(needed: int) -> None:
-    """Raises the limit of open files as far as this process may, and refuses to go on where it is still too low.
+    """Raises the limit of open files as far as allowed; raises an error if it is still too low.
 
     Args:
-        needed: files that will be open beside those that are.
+        needed: number of files to open in addition to those already open.
 
     Raises:
         ValueError: fewer can be opened.
@@ -137,9 +137,9 @@ def ensure_descriptors(needed: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     try:
-        n_open = len(os.listdir("/dev/fd"))  # noqa: PTH208, which is as many for a folder of Path
+        n_open = len(os.listdir("/dev/fd"))  # noqa: PTH208, a Path would count the same
     except OSError as error:
-        if error.errno not in PASSING:  # the system does not tell
+        if error.errno not in PASSING:  # the system does not report it
             return
         n_open = soft
     if soft != resource.RLIM_INFINITY and soft - n_open < needed:

@@ -1,4 +1,4 @@
-"""Number formats: which values an element can take, which elements share a scale, and how many bits both take."""
+"""Number formats: values of an element, elements that share a scale, and the bits of both."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Element(NamedTuple):
 
 
 class Format(NamedTuple):
-    """Elements with the scale that they share.
+    """An element type and how elements share a scale.
 
     Attributes:
-        name: as recipes and tables write it.
+        name: name in recipes and tables.
         element: name of the element in `ELEMENTS`.
-        scaling: what elements are multiplied by. `none`: nothing. `tensor`: one fp32 number that maps the largest
-            magnitude to `largest`. `block`: such a number a block. `power`: the same, rounded down to a power of two.
-            `e8m0`: a power of two a block, rounded so that nothing saturates. `e4m3`: an E4M3 number a block, and one
+        scaling: the factors on elements. `none`: no factor. `tensor`: one fp32 number that maps the largest magnitude
+            to `largest`. `block`: one such number per block. `power`: the same, rounded down to a power of two. `e8m0`:
+            one power of two per block, rounded so that nothing saturates. `e4m3`: one E4M3 number per block, and one
             fp32 number for the tensor.
-        block: elements along an axis that share a scale; 0 where no block has one.
-        stored_block: elements of a weight for each stored scale, where blocks of weights are squares.
+        block: elements along an axis that share a scale; 0 without blocks.
+        stored_block: elements of a weight per stored scale, if blocks of weights are squares.
     """
 
     name: FormatName
@@ -51,7 +51,7 @@ class Format(NamedTuple):
 
     @property
     def bits_per_element(self) -> float:
-        """Bits of a weight with its share of the block's scale; the one scale of a whole tensor is not counted."""
+        """Bits per weight including its share of the block's scale; a single scale of a whole tensor is not counted."""
         bits = ELEMENTS[self.element].bits
         return bits + SCALE_BITS[self.scaling] / self.stored_block if self.stored_block else bits
 
@@ -97,4 +97,4 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 )
 
 UNQUANTIZED = frozenset({"fp32", "bf16", "fp16"})
-"""Formats that are not narrow: products in them are made as they are."""
+"""Wide formats: products in them are computed directly."""

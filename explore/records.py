@@ -1,4 +1,4 @@
-"""Records of many runs in one small file: what of a sweep is committed, and what it goes on from elsewhere."""
+"""Records of many runs in one small file, for committing a sweep and for resuming it on another machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, json_text, pac
 
 
 def pack_runs(path: str | Path, *roots: str | Path) -> int:
-    """Writes the records of the runs below the roots that have ended, pilots too, as one table; no checkpoints.
+    """Writes the records of all ended runs below the roots, including pilots, as one table; no checkpoints.
 
-    Runs that the table holds already and the roots do not stay in it. `explore.runs.find_runs`, and all that reads
-    runs, takes the table as it takes a folder.
+    Runs that are in the table but not below the roots are kept. `explore.runs.find_runs`, and everything that reads
+    runs, accepts the table like a folder.
 
     Returns:
-        Runs in the table.
+        Number of runs in the table.
 
     Raises:
-        ValueError: another suffix than .parquet, or the file that is there is no table of records.
+        ValueError: the suffix is not .parquet, or the existing file is not a table of records.
     """
     path = Path(path)
     if path.suffix != PACKED:
@@ -38,7 +38,7 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
             rows |= {str(run.path.relative_to(root)): run for run in ended}
         table = _table(rows)
         table.attrs[DIGEST] = packed_digest(table)
-        if table.attrs[DIGEST] == before:  # a file that is committed is not changed for nothing
+        if table.attrs[DIGEST] == before:  # avoids needless changes of a committed file
             return len(table)
         with replacing(path) as temporary:
             table.to_parquet(temporary, index=False, compression="zstd", compression_level=12)
@@ -47,10 +47,10 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Waits until no other process adds to a table of this folder; the lock goes with its process.
+    """Waits until no other process writes to a table of this folder; the lock ends with its process.
 
-    The folder is locked and not the table, whose file is another after each writing, nor a file beside it, which
-    would be left among what is committed.
+    It locks the folder: the table is a new file after each write, and a lock file beside it would end up among the
+    committed files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = os.open(folder, os.O_RDONLY)
@@ -67,10 +67,10 @@ def update_records(path: str | Path, name: str, contents: Mapping[str, Mapping[s
 
     Args:
         name: one of `explore.runs.FILES`, such as `evals.json`.
-        contents: what it shall hold, by the folder of the run as the table names it.
+        contents: its new content, by the run's folder name in the table.
 
     Raises:
-        ValueError: the file is no table of records, or lacks one of the runs.
+        ValueError: the file is not a table of records, or lacks one of the runs.
     """
     path = Path(path)
     with _only_writer(path.parent):
@@ -87,20 +87,20 @@ def update_records(path: str | Path, name: str, contents: Mapping[str, Mapping[s
 
 
 def unpack_runs(path: str | Path, root: str | Path) -> int:
-    """Makes run folders below `root` of the records that it lacks; what has ended there is left alone.
+    """Creates run folders below `root` from records that it lacks; ended runs there are left alone.
 
     Returns:
-        Folders that were made.
+        Number of folders created.
 
     Raises:
-        ValueError: the file is no table of records.
+        ValueError: the file is not a table of records.
     """
     n = 0
     for run in read_packed(path):
         folder = Path(root) / run.path.relative_to(path)
         if RunFolder(folder).status in ENDED:
             continue
-        for name in FILES:  # the result last: a folder that is cut off is no finished run
+        for name in FILES:  # the result last, so that an incomplete folder is not a finished run
             if (text := run.text(name)) is not None:
                 with replacing(folder / name) as temporary:
                     temporary.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Run folders on disk. The folder is the record: everything else can be made again from it."""
+"""Run folders on disk. The folder is the record: everything else can be recomputed from it."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     from explore.experiment import Experiment
 
 FINISHED = ("finished", "diverged")
-"""Statuses with which a run has ended for good."""
+"""Final statuses of a run."""
 PRUNED = "pruned"
-"""Status of a run that was stopped on its learning curve; it has ended, but may be trained to its end."""
+"""Status of a run that a judge stopped early; it has ended, but can still be trained to its end."""
 ENDED = (*FINISHED, PRUNED)
 UNFINISHED = "unfinished"
 
 PACKED = ".parquet"
-"""Suffix of a table of records: many runs in one file, which is read as a folder of them is."""
+"""Suffix of a table of records: many runs in one file, which is read like a folder of runs."""
 
 DIGEST = "sha256"
-"""Name of the digest in the metadata of a table of records; tables of older versions have none."""
+"""Metadata key of the digest of a table of records; tables of older versions have none."""
 
 UNREADABLE_TABLE = (ArrowException, OSError, ValueError, LookupError, TypeError, ArithmeticError, MemoryError)
-"""What pandas and pyarrow raise on a file that is no table, or a damaged one."""
+"""Errors of pandas and pyarrow for a file that is not a table, or damaged."""
 
 PILOTS = "pilots"
-"""Folder, within one of runs, of the short runs that search a learning rate: no rows of a table, unless it is named."""
+"""Subfolder for the short runs that search a learning rate; tables of runs omit it unless it is named."""
 
 RUNS = "runs"
-"""Folder of runs where no other is named."""
+"""Default folder of runs."""
 
 LOCK = "lock"
-"""File of a run folder that the process which trains it holds."""
+"""Lock file of a run folder, held by the process that trains the run."""
 
 PREFIX = 4
-"""Fewest characters of a key that stand for a run."""
+"""Minimum length of a key prefix that identifies a run."""
 
 FILES = (
     "experiment.json",
@@ -63,14 +63,14 @@ FILES = (
     "metrics.csv",
     "result.json",
 )
-"""Files of a run folder that make up its record, in the order in which they may be written; checkpoints do not."""
+"""Files that make up the record of a run, in the order in which they may be written; not checkpoints."""
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Writes JSON atomically: a reader sees the old content or the new one, never a part.
+    """Writes JSON atomically: a reader sees either the old content or the new.
 
     Raises:
-        ValueError: a float is NaN or infinite, which JSON cannot say; write None.
+        ValueError: a float is NaN or infinite, which JSON cannot represent; write None.
     """
     text = json_text(obj, Path(path).name)
     with replacing(path) as temporary:
@@ -78,23 +78,23 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def json_text(obj: Any, name: str) -> str:
-    """The text of a JSON file of a run.
+    """Formats a JSON file of a run as text.
 
     Raises:
         ValueError: a float is NaN or infinite, in the file called `name`.
     """
     if (where := _non_finite(obj)) is not None:
-        raise ValueError(f"{name}: {where} is not finite; a number that is missing is written as null")
+        raise ValueError(f"{name}: {where} must be finite; write a missing number as null")
     return json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The record of one run on disk. A file that is missing or cannot be read gives an empty record, never an error.
+    """The record of one run on disk. A missing or unreadable file gives an empty record, never an error.
 
     Attributes:
         path: the folder.
-        packed: texts of the files by name, of a run that is a row of a table of records and has no folder.
+        packed: texts of the files by name, if the run is a row of a table of records and has no folder.
     """
 
     path: Path
@@ -115,7 +115,7 @@ class RunFolder:
         return ((name, value) for name, value in known if isinstance(value, float))
 
     def text(self, name: str) -> str | None:
-        """The text of one of `FILES`, or None where it is missing."""
+        """The text of one of `FILES`, or None if it is missing."""
         if self.packed is not None:
             return self.packed.get(name)
         try:
@@ -132,7 +132,7 @@ class RunFolder:
         """The experiment of the run.
 
         Raises:
-            ValueError: `experiment.json` is missing or no JSON object, or a field in it is not allowed.
+            ValueError: `experiment.json` is missing or not a JSON object, or has an invalid field.
         """
         from explore.experiment import Experiment
 
@@ -152,12 +152,12 @@ class RunFolder:
 
     @property
     def trial(self) -> dict[str, Any]:
-        """`trial.json` of a run that a sweep made: the trial, and how its learning rate and its sizes came about."""
+        """`trial.json` of a run of a sweep: the trial, and how its learning rate and sizes were chosen."""
         return _json(self.text("trial.json")) or {}
 
     @property
     def evals(self) -> dict[str, Any]:
-        """`evals.json`: what was measured after training, by kind: `pairs` by suite and paradigm, `bpb` by corpus."""
+        """`evals.json`: measurements after training, by kind: `pairs` by suite and paradigm, `bpb` by corpus."""
         return _json(self.text("evals.json")) or {}
 
     @property
@@ -172,7 +172,7 @@ class RunFolder:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """`result.json`, or None while there is none that can be read."""
+        """`result.json`, or None if it is missing or unreadable."""
         return _json(self.text("result.json"))
 
     @property
@@ -187,13 +187,13 @@ class RunFolder:
 
     @property
     def key(self) -> str | None:
-        """The full key of the experiment, or None when `experiment.json` does not tell."""
+        """The full key of the experiment, or None if `experiment.json` does not have it."""
         key = self.experiment.get("key")
         return key if isinstance(key, str) else None
 
     @property
     def status(self) -> str:
-        """What `result.json` says; `unfinished` while there is none, or where another record is unreadable."""
+        """The status in `result.json`; `unfinished` if it is missing or another record is unreadable."""
         status = str((self.result or {}).get("status") or UNFINISHED)
         records = ("experiment.json", "cost.json", "environment.json")
         broken = any((text := self.text(name)) is not None and _json(text) is None for name in records)
@@ -201,11 +201,11 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has ended for good, and no record of it is unreadable; a pruned one may go on."""
+        """Whether the status is final and all records are readable; a pruned run can still continue."""
         return self.status in FINISHED
 
     def row(self) -> dict[str, Any]:
-        """The run as one row of the table of runs, with None for what is not known."""
+        """The run as one row of the table of runs, with None for unknown values."""
         return read(
             {
                 "folder": {"run": self.path.resolve().name, "key": self.key, "status": self.status},
@@ -231,7 +231,7 @@ def _csv(text: str | None) -> pd.DataFrame:
 
 
 def find_run(root: str | Path, key: str) -> RunFolder | None:
-    """The run folder below `root` with this full key, a finished one before others, or None."""
+    """The run folder below `root` with this full key, preferring a finished one, or None."""
     if len(key) < 8:
         raise ValueError(f"key: must be the full key of an experiment, got {key!r}")
     found = [run for run in walk_runs(Path(root)) if run.path.name.endswith(f"-{key[:8]}") and run.key == key]
@@ -239,10 +239,10 @@ def find_run(root: str | Path, key: str) -> RunFolder | None:
 
 
 def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
-    """The run folder of this key: the existing one, whatever its name, or else where a new one belongs.
+    """The run folder of this key: the existing one, whatever its name, or else the path for a new one.
 
     Returns:
-        A folder `<name>-<first 8 characters of the key>`, numbered when another experiment holds it; nothing is made.
+        A path `<name>-<first 8 characters of the key>`, numbered if another experiment has it; nothing is created.
     """
     if (existing := find_run(root, key)) is not None:
         return existing
@@ -255,15 +255,15 @@ def run_folder(root: str | Path, name: str, key: str) -> RunFolder:
 
 
 def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
-    """The run that a path, the name of a run folder, or the start of a name or key stand for.
+    """Finds a run by its path, the name of its folder, or the start of its name or key.
 
     Args:
-        name: a folder that exists is taken as it is. Else the last part is looked up in the folder before it, or below
-            `root` where there is none.
+        name: an existing folder is used directly. Otherwise the last part is looked up in its parent folder, or below
+            `root` if it has none.
         root: folder of runs, or a table of records.
 
     Raises:
-        ValueError: no run, or several, with the matches.
+        ValueError: no run or more than one matches; the message lists the matches.
     """
     path = Path(name)
     if path.is_dir():
@@ -273,7 +273,7 @@ def resolve_run(name: str | Path, root: str | Path = RUNS) -> RunFolder:
         return found[0]
     if found:
         several = ", ".join(str(run.path) for run in found[:4]) + (", ..." if len(found) > 4 else "")
-        raise ValueError(f"run {echo(path.name)} stands for {len(found)} runs: {several}; give more characters")
+        raise ValueError(f"run {echo(path.name)} matches {len(found)} runs: {several}; give more characters")
     where = _place(path, root)
     see = "explore runs" if where == Path(RUNS) else f"explore runs --runs {where}"
     raise ValueError(
@@ -288,7 +288,7 @@ def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
     A key needs at least four characters of it.
 
     Args:
-        name: a name or a part of a key; the folder before it, where there is one, stands for `root`.
+        name: a name or the start of a key; its parent folder, if any, replaces `root`.
         root: folder of runs, or a table of records.
     """
     text, where = Path(name).name, _place(name, root)
@@ -302,22 +302,22 @@ def match_runs(name: str | Path, root: str | Path = RUNS) -> list[RunFolder]:
 
 
 def _place(name: str | Path, root: str | Path) -> Path:
-    """Where a run with this name is looked up."""
+    """The folder in which a run with this name is looked up."""
     return Path(root) if Path(name).parent == Path() else Path(name).parent
 
 
 def remove_run(run: RunFolder) -> None:
-    """Deletes the folder of a run, its checkpoints too.
+    """Deletes the folder of a run, including its checkpoints.
 
     Raises:
         ValueError: the run is in a table of records, or another process is training it.
     """
     if run.packed is not None:
-        raise ValueError(f"{run.path}: is a row of a table of records, and only a folder can be removed")
+        raise ValueError(f"{run.path}: must be a run folder, got a row of a table of records")
     with (run.path / LOCK).open("w") as lock:
         if not try_lock(lock.fileno()):
             raise ValueError(f"{run.path}: another process is training this run; end it first")
-        (run.path / "experiment.json").unlink()  # without it, a folder that is half deleted is no run
+        (run.path / "experiment.json").unlink()  # first: a half-deleted folder must not count as a run
         shutil.rmtree(run.path)
 
 
@@ -341,7 +341,7 @@ def find_runs(*roots: str | Path) -> list[RunFolder]:
         elif root.is_dir():
             runs = list(walk_runs(root))
         else:
-            raise ValueError(f"runs: {str(root)!r} is no folder; name a folder that holds runs, or a table of records")
+            raise ValueError(f"runs: {str(root)!r} must be a folder of runs or a table of records")
         if not runs:
             raise ValueError(f"runs: {str(root)!r} holds no run; a run is a folder with an experiment.json")
         for run in runs:
@@ -350,10 +350,10 @@ def find_runs(*roots: str | Path) -> list[RunFolder]:
 
 
 def read_packed(path: str | Path) -> list[RunFolder]:
-    """The runs in a table of records, pilots too; the path of each is that of its folder once, below the table's.
+    """The runs in a table of records, pilots too; each path is its former folder below that of the table.
 
     Raises:
-        ValueError: the file is no such table.
+        ValueError: the file is not such a table.
     """
     path = Path(path)
     try:
@@ -361,9 +361,9 @@ def read_packed(path: str | Path) -> list[RunFolder]:
         names, rows = table["run"].tolist(), _packed_rows(table)
         is_whole = table.attrs.get(DIGEST) in (None, packed_digest(table))
     except UNREADABLE_TABLE as error:
-        raise ValueError(f"{path}: is no table of records ({echo(' '.join(str(error).split()))})") from None
+        raise ValueError(f"{path}: is not a table of records ({echo(' '.join(str(error).split()))})") from None
     if not is_whole:
-        raise ValueError(f"{path}: is damaged, since {DIGEST} is not that of its records; restore the file")
+        raise ValueError(f"{path}: is damaged, since {DIGEST} does not match its records; restore the file")
     for name in names:
         if not _is_below(name):
             raise ValueError(f"{path}: run must be the path of a folder below that of all runs, got {echo(name)}")
@@ -385,7 +385,7 @@ def _packed_rows(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _is_below(name: object) -> bool:
-    """Whether a name of a run in a table of records stays below the folder that it is put into."""
+    """Whether a run's name in a table of records stays below the target folder."""
     if not isinstance(name, str) or "\0" in name:
         return False
     parts = PurePath(name).parts
@@ -393,10 +393,10 @@ def _is_below(name: object) -> bool:
 
 
 def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:
-    """The run folders at or below `root` in sorted order, without those of pilots unless they are asked for."""
+    """The run folders at or below `root` in sorted order, without those of pilots unless requested."""
     for folder, below, files in os.walk(root):
         if "experiment.json" in files:
-            below.clear()  # what lies inside a run (checkpoints, logs) is no run
+            below.clear()  # folders inside a run (checkpoints, logs) are not runs
             yield RunFolder(Path(folder))
         below[:] = sorted(name for name in below if pilots or name != PILOTS)
 
@@ -404,13 +404,13 @@ def walk_runs(root: Path, *, pilots: bool = False) -> Iterator[RunFolder]:
 def _json(text: str | None) -> dict[str, Any] | None:
     try:
         content = parse_json((text or "").encode())
-    except ValueError:  # a part of a file, or bytes that were not UTF-8
+    except ValueError:  # a truncated file, or bytes that are not UTF-8
         return None
     return content if isinstance(content, dict) else None
 
 
 def _non_finite(obj: Any, path: str = "value") -> str | None:
-    """Path and value of the first float that JSON cannot hold."""
+    """Path and value of the first float that JSON cannot represent."""
     if isinstance(obj, float):
         return None if math.isfinite(obj) else f"{path} = {obj}"
     if isinstance(obj, Mapping):

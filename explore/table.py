@@ -1,4 +1,4 @@
-"""The tidy tables made of run folders: one row a run, its learning curve, its accuracy on minimal pairs."""
+"""Tidy tables from run folders: one row per run, learning curves, accuracy on minimal pairs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ SUFFIXES = (".csv", ".parquet")
 
 
 def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
-    """The tidy table of the runs below the roots: one row a run folder, the columns of `explore.quantities`.
+    """Loads the runs below the roots as a tidy table: one row per run, the columns of `explore.quantities`.
 
-    Scores by corpus and by suite have a column each where some run has them.
+    Scores by corpus and by suite have their own columns if any run has them.
 
     Args:
-        unfinished: also the runs that have not ended, with the status `unfinished` where no result tells another.
+        unfinished: whether to include runs that have not ended, with the status `unfinished` unless a result has
+            another.
 
     Returns:
-        A table in which what is not known is NaN or NA; without rows when no run has finished.
+        A table in which unknown values are NaN or NA; without rows if no run has finished.
 
     Raises:
         ValueError: a root does not exist or holds no run.
@@ -44,7 +45,7 @@ def load_runs(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
 
 
 def load_table(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
-    """Runs from folders, tables of records, and .csv or .parquet files that hold a table of runs, in one table.
+    """Loads runs from folders, tables of records, and .csv or .parquet tables of runs, into one table.
 
     Raises:
         ValueError: a root does not exist, or holds no run.
@@ -57,7 +58,7 @@ def load_table(*roots: str | Path, unfinished: bool = False) -> pd.DataFrame:
 
 
 def _is_records(path: Path) -> bool:
-    """Whether a file is a table of records, rather than of runs; what cannot be read is told by who reads records."""
+    """Whether a file is a table of records, rather than of runs; False if unreadable, which is reported later."""
     try:
         return "experiment.json" in pq.read_schema(path).names
     except UNREADABLE_TABLE:
@@ -65,16 +66,16 @@ def _is_records(path: Path) -> bool:
 
 
 CONDITION = re.compile(r"\s*(\w+)\s*(==|!=|<=|>=|=|<|>|~)\s*(.*?)\s*")
-"""A condition on a column: `d_model>=64`, `family=Mamba hybrid`, or with `~` a part of a text."""
+"""A condition on a column: `d_model>=64`, `family=Mamba hybrid`, or with `~` a substring."""
 
 
 def where(table: pd.DataFrame, *conditions: str) -> pd.DataFrame:
     """The rows that meet all conditions, such as `d_model>=64`, `params_active<1M`, `corpus=austen` or `name~moe`.
 
-    A value that is missing meets none but `!=`.
+    A missing value meets only `!=`.
 
     Raises:
-        ValueError: a condition of another form, a column that the table does not have, or no number beside a number.
+        ValueError: a condition has another form, names an unknown column, or compares a number with something else.
     """
     for condition in conditions:
         if (parts := CONDITION.fullmatch(condition)) is None:
@@ -113,7 +114,7 @@ def tabulate(rows: Iterable[Mapping[str, Any]] = ()) -> pd.DataFrame:
 
 
 def expected_row(experiment: Experiment) -> dict[str, Any]:
-    """What the row of a run will say, as far as it is known before training."""
+    """The row of a run as far as it is known before training."""
     records = {
         "experiment": experiment.model_dump(mode="json"),
         "cost": {"family": experiment.model.family, **experiment.model.cost(experiment.data.seq_len).to_dict()},
@@ -135,10 +136,10 @@ def settings(experiment: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def differing(experiments: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """The settings in which experiments differ: a row a field, a column an experiment, None where it has no such field.
+    """The settings in which experiments differ: a row per field, a column per experiment, None for missing fields.
 
     Args:
-        experiments: as `experiment.json` holds them, by name.
+        experiments: experiments by name, in the form of `experiment.json`.
     """
     flat = {name: settings(experiment) for name, experiment in experiments.items()}
     fields = dict.fromkeys(field for each in flat.values() for field in each if field != "name")
@@ -148,7 +149,7 @@ def differing(experiments: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def load_pairs(*roots: str | Path) -> pd.DataFrame:
-    """Accuracy on minimal pairs of all runs that have ended and were measured: columns run, suite, uid and accuracy.
+    """Accuracy on minimal pairs of all ended runs that have it: columns run, suite, uid and accuracy.
 
     Raises:
         ValueError: a root does not exist or holds no run.
@@ -180,7 +181,7 @@ def load_documents(*roots: str | Path, split: str = "test") -> pd.DataFrame:
 
 
 def load_params(*roots: str | Path) -> pd.DataFrame:
-    """What was drawn for each run that a sweep made: a column `run`, and one a parameter of its trial.
+    """Parameters of the trial of each run of a sweep: a column `run`, and one column per parameter.
 
     Raises:
         ValueError: a root does not exist or holds no run.
@@ -192,7 +193,7 @@ def load_params(*roots: str | Path) -> pd.DataFrame:
 def load_metrics(*roots: str | Path) -> pd.DataFrame:
     """The learning curves of all runs below the roots: the rows of every `metrics.csv`, led by run, family and pattern.
 
-    Training FLOPs so far (`flops_run`) are added from the tokens so far (`tokens`) where a run did not log them.
+    Training FLOPs so far (`flops_run`) are computed from the tokens so far (`tokens`) if a run did not log them.
 
     Raises:
         ValueError: a root does not exist or holds no run.
@@ -212,7 +213,7 @@ def load_metrics(*roots: str | Path) -> pd.DataFrame:
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Writes a table atomically, without its index, as the suffix of `path` says: .csv or .parquet.
+    """Writes a table atomically, without its index, in the format of the suffix of `path`: .csv or .parquet.
 
     Raises:
         ValueError: another suffix.
@@ -236,12 +237,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def model_label(name: str, family: str, pattern: str) -> str:
-    """What to call a model beside its pattern: its name, unless that begins with the pattern, else its family."""
+    """Label of a model to show beside its pattern: its name, or its family if the name begins with the pattern."""
     return family if not name or (pattern and name.startswith(pattern)) else name
 
 
 def cell(each: Quantity, row: Mapping[Any, Any]) -> str:
-    """A value of a row as a table on a terminal shows it; a learning rate that was not tuned has a question mark."""
+    """Formats a value for a terminal table; a learning rate that was not tuned has a question mark."""
     text = each.text(row.get(each.name))
     return f"{text}?" if text and each.name == "lr" and row.get("tuned") is not True else text
 

@@ -1,4 +1,4 @@
-"""The terminal, where every console prints text as it is, and the cell of a notebook, where HTML takes its place."""
+"""Output to terminals, without markup in text, and to notebook cells, as HTML."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 from rich.console import Console
 
 NOTEBOOK_EVERY_S = 0.25
-"""Seconds between two changes of what a notebook shows."""
+"""Seconds between updates of a notebook's output."""
 
 
 def plain_console(*, stderr: bool = True, **options: Any) -> Console:
-    """A console that takes no part of a text for markup or for an emoji.
+    """Makes a console that does not interpret markup or emoji codes in text.
 
-    Names, folders, prompts and reasons may hold `[red]`, `[/]` or `:rocket:`; they are printed with every letter. Style
-    is given beside the text, by `style=` or as a `rich.text.Text`.
+    Names, folders, prompts and reasons may contain `[red]`, `[/]` or `:rocket:`, which are printed literally. Give
+    styles separately, by `style=` or as a `rich.text.Text`.
 
     Args:
-        stderr: print to standard error, else to standard output.
-        options: of `rich.console.Console`.
+        stderr: whether to print to standard error instead of standard output.
+        options: options of `rich.console.Console`.
     """
     return Console(stderr=stderr, markup=False, emoji=False, **options)
 
 
 def replace_unprintable() -> None:
-    """Lets standard output and standard error print a `?` for what a terminal's encoding lacks, instead of failing."""
+    """Makes standard output and error print `?` for characters that the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -39,10 +39,10 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def bars(values: Sequence[float], height: int = 1) -> list[str]:
-    """A curve as bars of text, one column a value: the lowest value is the lowest bar, the highest fills all rows.
+    """Draws a curve as bars of text, one column per value, scaled so that the highest value fills all rows.
 
     Args:
-        height: rows, the first above; each has eight steps.
+        height: number of rows, top first; each has eight steps.
     """
     low, high = min(values), max(values)
     steps = [1 + round((value - low) / ((high - low) or 1) * (8 * height - 1)) for value in values]
@@ -50,19 +50,19 @@ def bars(values: Sequence[float], height: int = 1) -> list[str]:
 
 
 class NotebookOutput:
-    """HTML in the output of the cell that runs, replaced as it changes; for a console whose `is_jupyter` is true."""
+    """Updating HTML in the output of the running notebook cell; for a console whose `is_jupyter` is true."""
 
     def __init__(self) -> None:
         self._handle: Any = None
         self._shown_s = -NOTEBOOK_EVERY_S
 
     def is_due(self) -> bool:
-        """Whether what was shown last has been there long enough."""
+        """Whether enough time has passed since the last update."""
         return time.monotonic() - self._shown_s >= NOTEBOOK_EVERY_S
 
     def show(self, html: str) -> None:
-        """Replaces what is shown."""
-        ipython: Any = import_module("IPython.display")  # which has no types
+        """Replaces the output."""
+        ipython: Any = import_module("IPython.display")  # untyped package
         self._shown_s = time.monotonic()
         if self._handle is None:
             self._handle = ipython.display(ipython.HTML(html), display_id=True)

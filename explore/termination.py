@@ -1,6 +1,6 @@
-"""SIGTERM and SIGHUP: a process that is asked to end does so in order, with the exit code that shells expect.
+"""Orderly exit on SIGTERM and SIGHUP, with the exit code that shells expect.
 
-By default these signals end Python at once: no `finally` block runs and nothing is said. Here they raise
+By default these signals end Python at once: no `finally` block runs and nothing is printed. Here they raise
 `TerminatedError` in the main thread, as Ctrl-C raises KeyboardInterrupt. A training loop sets `Requests.deferred`
 and ends itself between two steps, where it can write a checkpoint.
 """
@@ -18,10 +18,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class TerminatedError(SystemExit):
-    """A signal has asked this process to end; the exit code is 128 plus the signal's number.
+    """A signal asked this process to end; the exit code is 128 plus the signal's number.
 
-    In a process that another one has started for its share of a batch the code is 0: the first process ends the run,
-    and an error here would look like the reason for it.
+    In a process started by another to train on its share of a batch the code is 0: the first process ends the run, and
+    an error here would look like the cause.
     """
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
@@ -29,11 +29,11 @@ class TerminatedError(SystemExit):
 
 
 class Requests:
-    """What the signals have asked of this process.
+    """Signals received by this process.
 
     Attributes:
-        signum: the first signal that came, or None.
-        deferred: the first signal is only noted; a second one raises.
+        signum: the first signal received, or None.
+        deferred: whether the first signal is only noted; a second one raises.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Requests:
         self.deferred = False
 
     def take(self, signum: int, frame: FrameType | None) -> None:
-        """Handles a signal. A process that follows another only notes it, and ends when the other says so."""
+        """Handles a signal. A process started by another only notes it, and ends when told by the other."""
         is_first, self.signum = self.signum is None, self.signum or signum
         if not (_follows() or (self.deferred and is_first)):
             raise TerminatedError(signum)
@@ -53,10 +53,10 @@ _handling: list[bool] = []  # not empty while the handlers are set
 
 @contextmanager
 def termination_handled() -> Iterator[Requests]:
-    """Makes SIGTERM and SIGHUP raise `TerminatedError` while the block runs; inside another such block, nothing new.
+    """Makes SIGTERM and SIGHUP raise `TerminatedError` while the block runs; a nested block changes nothing.
 
-    Handlers that somebody else has set stay, and so do signals that are ignored, as by `nohup`. Outside of the main
-    thread, where Python lets nobody set handlers, the block changes nothing.
+    Existing handlers are kept, and so are ignored signals, as by `nohup`. Outside the main thread, where Python does
+    not allow handlers, the block changes nothing.
     """
     if _handling or threading.current_thread() is not threading.main_thread():
         yield _requests
@@ -77,5 +77,5 @@ def termination_handled() -> Iterator[Requests]:
 
 
 def _follows() -> bool:
-    """Whether this process was started by another for its share of a batch, as Lightning does."""
+    """Whether Lightning started this process to train on its share of a batch."""
     return os.environ.get("LOCAL_RANK", "0") != "0"

@@ -1,8 +1,8 @@
-"""How many threads a process computes with, and how they wait: so that a busy neighbour costs its share and no more.
+"""Number of threads of a process, and how they wait, so that a busy neighbour costs only its share of the speed.
 
-OpenMP's threads wait for one another by spinning. When a neighbour holds a core, the thread that lost it keeps all
-others spinning, and two threads run at a twentieth of their speed. Two remedies, both needed: threads that give up
-spinning soon, and no more threads than there are free cores.
+OpenMP's threads wait for each other by spinning. If another process takes a core, the thread that lost it keeps all
+others spinning, and two threads run at a twentieth of their speed. Two remedies are both needed: threads that stop
+spinning soon, and no more threads than free cores.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 SPINS = {"GOMP_SPINCOUNT": "50000", "KMP_BLOCKTIME": "1"}
 """How long threads spin before they sleep: rounds of GNU's OpenMP, milliseconds of Intel's.
 
-A thread that sleeps at once costs a quarter of the speed on an idle machine. One that spins for longer than the
-scheduler's slice gains nothing there, and costs most of the speed beside a busy process.
+Sleeping at once costs a quarter of the speed on an idle machine. Spinning for longer than the scheduler's time slice
+gains nothing there, and costs most of the speed beside a busy process.
 """
 
 OWN = ("OMP_WAIT_POLICY", *SPINS)
-"""Variables by which a user says how threads wait; any of them wins over `SPINS`."""
+"""Environment variables that set how threads wait; any of them overrides `SPINS`."""
 
 COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Variables by which a user says how many threads there are."""
+"""Environment variables that set the number of threads."""
 
 SHARE = "EXPLORE_THREADS"
-"""Variable by which a sweep gives each of its workers a share of the cores."""
+"""Environment variable with which a sweep gives each worker its share of the cores."""
 
 SAMPLE_S = 0.2
 EVERY_S = 5.0
@@ -36,21 +36,21 @@ _chosen: list[int] = []  # the count that `use_free_cores` set last in this proc
 
 
 def choose_waiting() -> None:
-    """Limits spinning, unless the user has said how threads wait or torch, which reads it, is loaded already."""
+    """Limits spinning, unless the user set how threads wait or torch, which reads the setting, is already loaded."""
     if "torch" not in sys.modules and not any(name in os.environ for name in OWN):
         os.environ.update(SPINS)
 
 
 def use_free_cores(n_processes: int = 1) -> int:
-    """Sets the number of torch's threads to the cores that other processes leave free, at least one.
+    """Sets the number of torch's threads to the number of free cores, at least one.
 
-    A number that the user set, by OpenMP's variables or `torch.set_num_threads`, stays.
+    A number set by the user, with OpenMP's variables or `torch.set_num_threads`, is kept.
 
     Args:
-        n_processes: processes that train together and divide the cores among them.
+        n_processes: number of processes that train together and share the cores.
 
     Returns:
-        Threads that torch has now.
+        The number of torch's threads.
     """
     import torch
 
@@ -60,10 +60,10 @@ def use_free_cores(n_processes: int = 1) -> int:
 
 
 class CoreWatch:
-    """Follows the load of the machine: the number of threads is that of the free cores, looked at every few seconds.
+    """Adjusts the number of threads to the number of free cores every few seconds.
 
     Args:
-        n_processes: as of `use_free_cores`.
+        n_processes: as for `use_free_cores`.
     """
 
     def __init__(self, n_processes: int = 1) -> None:
@@ -71,7 +71,7 @@ class CoreWatch:
         self._before = _usage()
 
     def look(self) -> None:
-        """Sets the number of threads anew once `EVERY_S` have passed since that was done."""
+        """Updates the number of threads if `EVERY_S` seconds have passed since the last update."""
         if time.monotonic() - self._before.at < EVERY_S or _set_by_user() or _limit(self._n_processes) == 1:
             return
         now = _usage()
@@ -97,19 +97,19 @@ def _use(free: int, n_processes: int) -> None:
 
 
 def waiting() -> dict[str, str]:
-    """The variables that say how threads wait, as they are set now, for the record of a run."""
+    """The current environment variables that set how threads wait, for the record of a run."""
     return {name: os.environ[name] for name in OWN if name in os.environ}
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def free_cores(sample_s: float = SAMPLE_S) -> int:
-    """Cores that this process may use and that other processes leave idle, over a short sample, rounded.
+    """Number of usable cores that other processes leave idle, rounded, over a short sample.
 
-    All cores where the system does not tell, as outside of Linux.
+    All cores if the system does not report it, as outside Linux.
     """
     before = _usage()
     if before.idle_s is not None:
@@ -119,7 +119,7 @@ def free_cores(sample_s: float = SAMPLE_S) -> int:
 
 @dataclass(frozen=True)
 class _Usage:
-    """Seconds on the clock, those that the cores have been idle (None where the system does not tell), and our own."""
+    """Elapsed seconds, idle seconds of the cores (None if unknown), and CPU seconds of this process."""
 
     at: float
     idle_s: float | None
@@ -138,7 +138,7 @@ def _free_between(before: _Usage, after: _Usage) -> int:
 
 
 def _idle_s(cores: set[int]) -> float | None:
-    """Seconds that the cores have been idle since the system started; None where it does not tell."""
+    """Seconds that the cores have been idle since the system started; None if it does not report them."""
     try:
         lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
     except OSError:

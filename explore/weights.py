@@ -1,4 +1,4 @@
-"""Trained models on disk, as runs or as folders of weights: where they lie, and a digest of what they hold."""
+"""Trained models on disk, as runs or folders of weights: their paths, and digests of their weights."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from explore.model import LanguageModel, ModelConfig
 RUN, CHECKPOINT, RESULT = "experiment.json", "checkpoints/last.ckpt", "result.json"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
 BLOCKS = "blocks"
-"""Folder in that of a run: blocks that were trained to replace its layers, by the digests of their weights."""
+"""Subfolder of a run for blocks trained to replace its layers, named by the digests of their weights."""
 
 
 class TrainedModel(Config):
-    """A trained model. A path alone makes one: the other fields are then read there.
+    """A trained model. A path is enough: the other fields are then read from it.
 
-    In keys it counts by its config and its weights, wherever they lie.
+    Keys depend on its config and weights, not on its path.
 
     Attributes:
-        path: of the folder of a finished run, or of a folder that `explore import` wrote.
-        model: its config.
-        digest: of its weights, as `weights_digest` gives it.
+        path: folder of a finished run, or a folder that `explore import` wrote.
+        model: config of the model.
+        digest: digest of its weights, from `weights_digest`.
     """
 
     path: str
@@ -49,11 +49,11 @@ class TrainedModel(Config):
         return {**data, "model": _read_config(path), "digest": _digest(path)}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides its outputs: config and weights, not the path."""
+        """Everything that determines its outputs: config and weights, not the path."""
         return {"model": self.model.fingerprint(), "digest": self.digest}
 
     def check(self) -> None:
-        """Refuses weights that are gone, or others than they were.
+        """Raises an error if the weights are missing or have changed.
 
         Raises:
             ValueError: the folder does not hold these weights.
@@ -61,7 +61,7 @@ class TrainedModel(Config):
         if (found := _digest(Path(self.path))) != self.digest:
             raise ValueError(
                 f"{self.path}: the digest of the weights must be {self.digest[:8]}, got {found[:8]}; "
-                "they have changed, so name the path alone to take them as they are now"
+                "they have changed; to use the new weights, give only the path"
             )
 
     def load(self) -> LanguageModel:
@@ -79,7 +79,7 @@ class TrainedModel(Config):
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """64 hexadecimal digits over names, dtypes, shapes and values of weights, whatever file they come from."""
+    """Hashes names, dtypes, shapes and values of weights into 64 hexadecimal digits, independent of the file."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         weight = weights[name].detach().cpu().contiguous()
@@ -89,12 +89,12 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def block_path(folder: Path, digest: str) -> Path:
-    """Where a block lies that can replace a layer of the model in a folder."""
+    """The path of a block that can replace a layer of the model in a folder."""
     return folder / BLOCKS / f"{digest}.safetensors"
 
 
 def write_block(folder: Path, weights: Mapping[str, Tensor]) -> str:
-    """Keeps a block beside the model in a folder, and gives its digest."""
+    """Saves a block beside the model in a folder, and returns its digest."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -107,10 +107,10 @@ def write_block(folder: Path, weights: Mapping[str, Tensor]) -> str:
 
 
 def read_block(folder: Path, digest: str) -> dict[str, Tensor]:
-    """The weights of a block beside the model in a folder.
+    """Reads the weights of a block beside the model in a folder.
 
     Raises:
-        ValueError: it is missing, damaged, or another block.
+        ValueError: the file is missing, damaged, or holds another block.
     """
     if not (path := block_path(folder, digest)).exists():
         raise ValueError(f"{path}: is missing; explore puzzle makes the blocks of a plan again")
@@ -121,13 +121,13 @@ def read_block(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 def check_shapes(needed: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
-    """Refuses weights that are not those of a model, by name and shape.
+    """Raises an error if weights do not match those of a model by name and shape.
 
     Args:
-        source: where they are from, for the error.
+        source: origin of the weights, for the error.
 
     Raises:
-        ValueError: a weight is missing, has another shape, or the model has none of its name.
+        ValueError: a weight is missing, has the wrong shape, or is not in the model.
     """
     ours, theirs = ({name: tuple(weight.shape) for name, weight in each.items()} for each in (needed, found))
     if different := sorted(ours.items() ^ theirs.items()):
@@ -161,7 +161,7 @@ def _file(path: Path) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a folder by their names in the model, a tied head too.
+    """The weights in a folder by their names in the model, including a tied head.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -200,5 +200,5 @@ def _digest(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _digest_of(path: Path, state: tuple[int, ...] | None) -> str:
-    """The digest of a file in this state: a process reads it once."""
+    """The digest of a file in this state; each process reads the file once."""
     return weights_digest(_read_weights(path))

@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     console.file.close()
     said = (stopped.path.parent.parent / "said").read_text()
     assert f"{LAST}: is damaged (" in said
-    assert "the run goes on from the checkpoint before" in said
+    assert "the run resumes from the previous checkpoint" in said
 
 
 def test_a_checkpoint_before_is_enough(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:

@@ -230,7 +230,7 @@ def test_a_field_that_is_not_allowed_is_named_by_its_path_in_one_line(
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "a JSON object is needed, found list")],
+    [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "must hold a JSON object, got list")],
 )
 def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
     path = tmp_path / "bad.json"

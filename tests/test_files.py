@@ -97,7 +97,7 @@ def test_a_held_file_is_whoever_comes_first(tmp_path: Path) -> None:
         (b'{"a": ' + b"[" * 100_000, "JSON must not be nested this deeply"),
         (b'{"a": ' + b"7" * 5000 + b"}", "an integer in JSON must have at most 4,300 digits"),
         (b'{"a": "\xe9"}', "must be UTF-8, byte 7 is not"),
-        (b"[1]", "a JSON object is needed, found list"),
+        (b"[1]", "must hold a JSON object, got list"),
     ],
     ids=lambda value: str(value)[:20],
 )

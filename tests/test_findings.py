@@ -124,7 +124,7 @@ def test_a_figure_of_other_tables_has_drifted(finding: Finding, tmp_path: Path) 
     (tmp_path / "pays.pdf").unlink()
     assert finding.drift(tmp_path) == [
         f"{tmp_path / 'pays.pdf'}: is missing",
-        f"{svg}: was drawn from other tables than those beside it",
+        f"{svg}: was not drawn from the tables beside it",
     ]
 
 
@@ -154,8 +154,8 @@ def test_a_text_takes_its_numbers_from_cells(finding: Finding) -> None:
         "9 on CPU 0, CPU 1"
     )
     for wrong, words in {
-        "{{pays.differences[].p}}": "names 2 rows, and one is needed",
-        "{{pays.differences[arm=none].p}}": "names 0 rows",
+        "{{pays.differences[].p}}": "must select exactly one row, got 2",
+        "{{pays.differences[arm=none].p}}": "must select exactly one row, got 0",
         "{{pays.absent[arm=wide].p}}": "there is no 'absent'",
         "{{pays.arms[arm=wide].absent}}": "there is no 'absent'",
         "{{absent.arms[arm=wide].p}}": "there is no 'absent'",

@@ -218,7 +218,7 @@ def test_a_child_needs_its_parent_beside_it_with_the_same_weights(
     parent: RunFolder, child: RunFolder, tmp_path: Path
 ) -> None:
     alone = RunFolder(Path(shutil.copytree(child.path, tmp_path / child.path.name)))
-    with pytest.raises(ValueError, match=f"the run {parent.path.name} must lie beside it"):
+    with pytest.raises(ValueError, match=f"the run {parent.path.name} must be beside it"):
         load_model(alone)
     other = copied(parent, tmp_path)
     tokens = torch.arange(32)[None]

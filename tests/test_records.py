@@ -114,7 +114,7 @@ def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Pat
     pd.DataFrame({"x": [1]}).to_parquet(tmp_path / "other.parquet")
     (tmp_path / "empty.parquet").touch()
     for name in ("text.parquet", "other.parquet", "absent.parquet", "empty.parquet"):
-        with pytest.raises(ValueError, match=rf"{name}: is no table of records \(.*\)$"):
+        with pytest.raises(ValueError, match=rf"{name}: is not a table of records \(.*\)$"):
             unpack_runs(tmp_path / name, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
@@ -156,7 +156,7 @@ def test_a_record_that_was_edited_in_its_table_is_refused(runs: Path, tmp_path: 
     table = pd.read_parquet(tmp_path / "s.parquet")
     table["result.json"] = table["result.json"].str.replace("finished", "diverged")
     table.to_parquet(tmp_path / "s.parquet")
-    with pytest.raises(ValueError, match="is damaged, since sha256 is not that of its records"):
+    with pytest.raises(ValueError, match="is damaged, since sha256 does not match its records"):
         find_runs(tmp_path / "s.parquet")
     table.attrs.clear()  # as in a table that an older version wrote
     table.to_parquet(tmp_path / "s.parquet")

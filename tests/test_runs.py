@@ -113,7 +113,7 @@ def test_a_folder_of_unfinished_runs_gives_an_empty_table_with_all_columns(tmp_p
 
 def test_a_root_that_is_missing_or_holds_no_run_is_named_in_one_line(tmp_path):
     for roots, message in [
-        ((tmp_path / "none",), "is no folder"),
+        ((tmp_path / "none",), "must be a folder of runs or a table of records"),
         ((tmp_path,), "holds no run"),
         ((), "no folder given"),
     ]:
@@ -178,7 +178,7 @@ def test_a_prefix_of_no_run_or_of_several_is_refused_in_one_line(tmp_path, monke
     make_run(tmp_path / "runs")
     make_run(tmp_path / "runs", "other", "0123ffff" + KEY[8:])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"run '0123' stands for 2 runs: runs/other-0123ffff, runs/run-01234567; give"):
+    with pytest.raises(ValueError, match=r"run '0123' matches 2 runs: runs/other-0123ffff, runs/run-01234567; give"):
         resolve_run("0123")
     for missing in ("012", "fedc", "nowhere/0123"):
         with pytest.raises(ValueError, match=f"run must be a run folder, the start of its name.*got '{missing}'; "):
@@ -211,7 +211,7 @@ def test_json_comes_back_as_written_and_ends_in_a_newline(tmp_path):
 def test_a_number_that_is_not_finite_is_refused_by_its_path_and_the_old_file_stays(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
-    with pytest.raises(ValueError, match=r"x\.json: value\.a\[1\]\.b = nan is not finite"):
+    with pytest.raises(ValueError, match=r"x\.json: value\.a\[1\]\.b = nan must be finite"):
         write_json(path, {"a": [0.0, {"b": float("nan")}]})
     assert json.loads(path.read_text()) == {"old": 1}
 

@@ -77,9 +77,7 @@ def test_a_prefix_of_several_runs_names_them_in_one_line(
     for command in ("generate", "cost"):
         code, out, err = run(capsys, monkeypatch, command, key[:5], *WITH_RUN[command])
         assert (code, out) == (2, "")
-        assert err == (
-            f"error: run '{key[:5]}' stands for 2 runs: runs/one, runs/other-0123abcd; give more characters\n"
-        )
+        assert err == (f"error: run '{key[:5]}' matches 2 runs: runs/one, runs/other-0123abcd; give more characters\n")
 
 
 def test_a_dry_run_of_training_shows_the_run_and_writes_nothing(
