@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in one, on CUDA: the logits stay in registers, a tile at a time."""
+"""Fused linear layer and cross-entropy on CUDA: the logits stay in registers, one tile at a time."""
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,10 +14,10 @@ def linear_cross_entropy(
     weight: Float[Tensor, "vocab_size d_model"],
     targets: Int64[Tensor, "tokens"],  # noqa: F821
 ) -> Float[Tensor, ""]:
-    """Sum of the cross-entropies of softmax(hidden weight^T), in nats and fp32; a target of -100 is left out.
+    """Sum of the cross-entropies of softmax(hidden weight^T), in nats and fp32; targets of -100 are ignored.
 
-    Under autocast `hidden` and `weight` are cast as a linear layer casts them. A target outside of the vocabulary makes
-    the loss NaN: to raise, the device would have to be waited for.
+    Under autocast, `hidden` and `weight` are cast as in a linear layer. A target outside the vocabulary makes the loss
+    NaN, since raising an error would require waiting for the device.
 
     Raises:
         ValueError: if dtypes or devices differ or have no kernel, or if `weight` is empty.

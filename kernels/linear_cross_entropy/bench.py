@@ -1,6 +1,6 @@
-"""Time, memory and error of the kernel beside PyTorch's ways, on a CUDA GPU.
+"""Time, memory and error of the kernel compared with PyTorch's implementations, on a CUDA GPU.
 
-With `--model` the values of the formulas of cost.py instead, which needs none:
+With `--model` it prints the formulas of cost.py instead, which needs no GPU:
 
 python kernels/linear_cross_entropy/bench.py [--model] [--tokens N --vocab-size N --d-model N]
 """
@@ -70,7 +70,7 @@ def print_model(tokens: int, vocab_size: int, d_model: int) -> None:
 
 
 def works(tokens: int, vocab_size: int, d_model: int) -> dict[str, Work]:
-    """The model of every way that is timed, for bf16 inputs."""
+    """The cost model of every timed implementation, for bf16 inputs."""
     columns = passes.tiles_for(torch.bfloat16, "ieee", passes.H100_SHARED_BYTES).columns
     return {
         "kernel": tiled(tokens, vocab_size, d_model, 2, columns, passes.CHUNK_TOKENS, passes.CHUNK_VOCAB),
@@ -80,12 +80,12 @@ def works(tokens: int, vocab_size: int, d_model: int) -> dict[str, Work]:
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The usual way: logits in the dtype of the inputs, their cross-entropy in fp32."""
+    """The usual implementation: logits in the dtype of the inputs, their cross-entropy in fp32."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=-100, reduction="sum")
 
 
 def print_times(tokens: int, vocab_size: int, d_model: int) -> None:
-    """Prints one table: every way's times, bounds, peak memory and errors at one shape."""
+    """Prints a table of times, bounds, peak memory and errors of every implementation at one shape."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(vocab_size, d_model, device="cuda") / d_model**0.5).bfloat16().requires_grad_()
@@ -122,7 +122,7 @@ def print_times(tokens: int, vocab_size: int, d_model: int) -> None:
 def measure(
     loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor, truth: Sequence[Tensor]
 ) -> tuple[float, float, float, float, float, float]:
-    """Milliseconds of forward and of both passes, MiB at the peak beside the inputs, errors of loss and gradients."""
+    """Milliseconds of forward and of both passes, peak MiB without the inputs, errors of loss and gradients."""
 
     def both() -> tuple[Tensor, ...]:
         value = loss(hidden, weight, targets)
@@ -140,7 +140,7 @@ def measure(
 
 
 def in_float64(hidden: Tensor, weight: Tensor, targets: Tensor, rows: int = 1024) -> list[Tensor]:
-    """Loss and gradients of the reference in float64, some tokens at a time to fit."""
+    """Loss and gradients of the reference in float64, computed in slices of tokens to fit into memory."""
     w = weight.detach().double().requires_grad_()
     loss, d_weight, d_hidden = torch.zeros((), dtype=torch.float64, device=w.device), torch.zeros_like(w), []
     for start in range(0, len(targets), rows):

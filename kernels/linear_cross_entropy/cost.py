@@ -1,6 +1,6 @@
-"""FLOPs, bytes and the least time of a loss, as formulas of its shape; the README derives them.
+"""FLOPs, bytes and minimum time of a loss as formulas of its shape; the README derives them.
 
-Every operand of a launch counts as read once and every result as written once; a few bytes a token are left out.
+Every operand of a launch counts as read once and every result as written once; a few bytes per token are left out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ H100_BYTES_PER_S = 3.35e12
 
 @dataclass(frozen=True)
 class Work:
-    """What one way to compute the loss moves, multiplies and takes.
+    """FLOPs, bytes moved and extra memory of one implementation of the loss.
 
     Attributes:
-        extra_bytes_fwd: memory beside inputs and loss at the peak of the forward pass; likewise for the backward pass,
-            beside inputs and gradients.
+        extra_bytes_fwd: peak memory of the forward pass without inputs and loss; likewise for the backward pass,
+            without inputs and gradients.
     """
 
     flops_fwd: float
@@ -32,12 +32,12 @@ class Work:
 
     @property
     def bound_fwd_s(self) -> float:
-        """The least time of the forward pass on an H100."""
+        """Lower bound on the time of the forward pass on an H100."""
         return max(self.flops_fwd / H100_FLOPS_PER_S, self.bytes_fwd / H100_BYTES_PER_S)
 
     @property
     def bound_s(self) -> float:
-        """The least time of forward and backward pass on an H100."""
+        """Lower bound on the time of forward and backward pass on an H100."""
         return self.bound_fwd_s + max(self.flops_bwd / H100_FLOPS_PER_S, self.bytes_bwd / H100_BYTES_PER_S)
 
 
@@ -54,7 +54,7 @@ def tiled(
 
     Args:
         itemsize: bytes of an element of the inputs.
-        columns: of a tile, see `passes.Tiles`.
+        columns: columns of a tile, see `passes.Tiles`.
         chunk_tokens: see `passes.CHUNK_TOKENS`; likewise `chunk_vocab`.
     """
     n_tiles = math.ceil(vocab_size / columns)
@@ -62,7 +62,7 @@ def tiled(
     of_hidden, of_weight = tokens * d_model, vocab_size * d_model
     padded = math.ceil(min(vocab_size, chunk_vocab) / 16) * 16
     sum_numel = 0
-    if itemsize < 4:  # sums of fp32 gradients stand where the gradients will
+    if itemsize < 4:  # fp32 gradients are summed in their final memory
         sum_numel += of_hidden * (n_vocab_chunks > 1)
         sum_numel += min(vocab_size, chunk_vocab) * d_model * (n_token_chunks > 1)
     return Work(
@@ -95,7 +95,7 @@ def materialised(tokens: int, vocab_size: int, d_model: int, itemsize: int) -> W
 
 
 def fused(tokens: int, vocab_size: int, d_model: int, itemsize: int) -> Work:
-    """The least of any way that stores the logits.
+    """Lower bound for any implementation that stores the logits.
 
     They are written, read for the loss and read for their gradient, which is written in their place and read twice.
     """

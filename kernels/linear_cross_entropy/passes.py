@@ -1,4 +1,4 @@
-"""Which kernels run, in which order, on which slices."""
+"""The order of the kernels, and the slices on which they run."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -34,11 +34,11 @@ H100_SHARED_BYTES = 227 * 1024
 """Shared memory that one program may use on an H100."""
 
 BAND = 16
-"""Rows of tiles that run together: with the 8 columns that then fill an H100, about as many logits high as wide."""
+"""Rows of tiles that run together: with the 8 columns that then fill an H100, the block of logits is about square."""
 
 
 def tiles_for(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:
-    """Fixed tiles rather than the fastest of a search: the order of a sum must not depend on a timing.
+    """Returns fixed tiles; they are not autotuned, since the order of a sum must not depend on timing.
 
     Args:
         shared_bytes: shared memory that one program may use; `stages` slices of both operands live there.
@@ -62,7 +62,7 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
     n_tiles = triton.cdiv(vocab_size, tiles.columns)
     partial_lse = _empty_fp32(hidden, n_tiles, tokens)
     lse, losses = _empty_fp32(hidden, tokens), _empty_fp32(hidden, tokens)
-    target_logit = torch.full_like(lse, torch.nan)  # stays where a target is outside of the vocabulary
+    target_logit = torch.full_like(lse, torch.nan)  # stays NaN if a target is outside the vocabulary
     if tokens:
         with torch.cuda.device_of(hidden):
             partial_lse_kernel[(triton.cdiv(tokens, tiles.rows) * n_tiles,)](
@@ -98,7 +98,7 @@ def backward(
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip((hidden, weight), needed, strict=True)
     )
-    # Terms are added up in fp32: in the gradient itself if it is that, or if there is one term alone.
+    # Terms are summed in fp32: in the gradient itself if it is fp32 or if there is only one term.
     fp32 = hidden.dtype == torch.float32
     hidden_sum, weight_sum = d_hidden, None
     if d_hidden is not None and not fp32 and len(of_vocab) > 1:
@@ -125,7 +125,7 @@ def _empty_fp32(like: Tensor, *shape: int) -> Tensor:
 
 
 def _padded(length: int) -> int:
-    """A multiple of 16, as Triton needs for wide loads."""
+    """Rounds up to a multiple of 16, which Triton needs for wide loads."""
     return -(-length // 16) * 16
 
 
@@ -145,9 +145,9 @@ def _logit_gradient(
 
 
 def _add_product(a: Tensor, b: Tensor, total: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
-    """Adds the term a b to a sum that is kept in `total` until the last term, and then written to `out`.
+    """Adds the term a b to the sum in `total`; writes it to `out` after the last term.
 
-    Zeros may stand after the rows and the terms of `a` that `out` and `b` have.
+    `a` may be padded with zeros beyond the rows of `out` and the terms of `b`.
     """
     tiles, how = _launch(a)
     (n_rows, n_columns), n_inner = out.shape, b.shape[0]
@@ -166,7 +166,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 def _launch(operand: Tensor) -> tuple[Tiles, dict[str, int | str | bool]]:
     """The tiles and the keyword arguments of a kernel that multiplies such operands."""
-    # fp32 is multiplied as torch's own products are told to; bf16 has one way, whatever is said.
+    # fp32 products follow torch's precision setting; bf16 has only one precision.
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     tiles = tiles_for(operand.dtype, precision, _shared_bytes(operand.device))
     return tiles, {
@@ -178,5 +178,5 @@ def _launch(operand: Tensor) -> tuple[Tiles, dict[str, int | str | bool]]:
         "WIDEN": interpreted(),
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,
-        "enable_fp_fusion": True,  # said, since products of fp32 live on it and Triton's default is to change
+        "enable_fp_fusion": True,  # explicit, since fp32 products need it and Triton's default will change
     }

@@ -1,9 +1,9 @@
-"""The kernels: logits a tile at a time, in registers, and the products of their gradient.
+"""The kernels: logits in registers, one tile at a time, and the products of their gradient.
 
 Letters: H hidden (tokens, d_model), W weight (vocab_size, d_model), Z = H W^T the logits; dX the gradient of the loss
 with respect to X.
 
-`no_type_check` keeps import hooks from wrapping a kernel, whose annotations speak to Triton alone.
+`no_type_check` keeps import hooks from wrapping a kernel, whose annotations are only for Triton.
 """
 
 from typing import no_type_check
@@ -17,7 +17,7 @@ import triton.language as tl
 def tile_of_program(program, n_rows, n_columns, BAND: tl.constexpr):
     """Row and column of a program's tile: bands of BAND rows, each walked column by column.
 
-    Programs that run together then share rows and columns, which they find in the L2 cache.
+    Programs that run together then share rows and columns in the L2 cache.
     """
     in_band = BAND * n_columns
     first = program // in_band * BAND
@@ -91,7 +91,7 @@ def partial_lse_kernel(
 ):
     """Writes the logsumexp of each token's logits in one tile of the vocabulary, and the target's logit if it is there.
 
-    partial_lse is (vocabulary tiles, tokens), so that neighbours write side by side.
+    partial_lse is (vocabulary tiles, tokens), so that neighbouring programs write to adjacent addresses.
     """
     row, column = tile_of_program(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.cdiv(vocab_size, COLUMNS), BAND)
     rows = row * ROWS + tl.arange(0, ROWS)
@@ -129,7 +129,7 @@ def combine_kernel(
         tile = start + tl.arange(0, TILES)
         inside = (tile < n_tiles)[:, None] & (rows < tokens)[None, :]
         x = tl.load(partial_lse + tile.to(tl.int64)[:, None] * tokens + rows[None, :], mask=inside, other=float("-inf"))
-        x = tl.where((rows < tokens)[None, :], x, 0.0)  # -inf - -inf would be no number
+        x = tl.where((rows < tokens)[None, :], x, 0.0)  # -inf - -inf would be NaN
         higher = tl.maximum(peak, tl.max(x, axis=0))
         scaled = scaled * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher[None, :]), axis=0)
         peak = higher
@@ -164,8 +164,8 @@ def logit_gradient_kernel(
 ):
     """Writes dZ = upstream (softmax - one-hot target) for the tokens and the part of the vocabulary given.
 
-    first_column is the entry of the whole vocabulary that column 0 of this part stands for. A row of dZ is `width`
-    long, and zero from vocab_size on.
+    first_column is the vocabulary index of column 0 of this part. A row of dZ has length `width` and is zero from
+    vocab_size on.
     """
     row, column = tile_of_program(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.cdiv(width, COLUMNS), BAND)
     rows = row * ROWS + tl.arange(0, ROWS)
@@ -207,8 +207,8 @@ def product_kernel(
 ):
     """Writes out = A B, plus `before` where ADD; A has the strides a_row and a_inner, the others are contiguous.
 
-    A is (a_rows, a_terms), which may exceed n_rows and n_inner by zeros: where these are no multiples of 16, a mask
-    that ends there would keep loads from being wide.
+    A is (a_rows, a_terms), padded with zeros beyond n_rows and n_inner: if these are not multiples of 16, a mask that
+    ends there would prevent wide loads.
     """
     row, column = tile_of_program(tl.program_id(0), tl.cdiv(n_rows, ROWS), tl.cdiv(n_columns, COLUMNS), BAND)
     rows, columns, inner = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, INNER)
@@ -222,7 +222,7 @@ def product_kernel(
     at = rows[:, None] * n_columns + columns[None, :]
     inside = (row * ROWS + rows < n_rows)[:, None] & b_inside
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if ADD:  # before the loop, since after it the product holds most registers
+    if ADD:  # before the loop, since after it the product occupies most registers
         total = tl.load(before + first + at, mask=inside, other=0.0)
     for start in range(0, n_inner, INNER):
         a = tl.load(A + a_at, mask=a_inside & (start + inner < a_terms)[None, :], other=0.0)

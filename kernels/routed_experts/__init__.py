@@ -35,19 +35,20 @@ def routed_experts(
 ) -> Float[Tensor, "t d"]:
     """Sum over the chosen experts of weight times activation(x up, x gate) down; no token is dropped.
 
-    Differentiable once, in all but `chosen`. The host never waits for the device, and equal inputs give equal bits.
+    Differentiable once, in everything but `chosen`. The host never waits for the device, and results are bitwise
+    reproducible.
 
     Args:
-        chosen: experts in 0 .. e - 1, which is not checked: a check would wait for the device.
-        weights: in any float dtype, used in fp32.
+        chosen: expert indices in 0 .. e - 1; not checked, since that would wait for the device.
+        weights: weights of the choices in any float dtype, used in fp32.
 
     Raises:
-        ValueError: an activation, gate, dtype, shape or device that does not fit.
+        ValueError: activation, gate, dtype, shape or device do not fit.
     """
     _check(x, chosen, weights, up, gate, down, activation)
     leaves = (x, weights, up, gate, down)
     keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    # Triton launches on the current device; autocast would make sums of bf16 fp32, and with them the output.
+    # Triton launches on the current device; autocast would turn bf16 sums, and so the output, into fp32.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         y: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
             x, chosen, weights, up, gate, down, activation, keep

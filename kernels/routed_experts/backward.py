@@ -31,8 +31,8 @@ def gradients(
     """Gradients of x, weights, up, gate and down.
 
     Args:
-        kept: by the forward pass.
-        needs: which of the five.
+        kept: tensors saved by the forward pass.
+        needs: which of the five gradients to compute.
     """
     needs_x, needs_weights, needs_up, needs_gate, needs_down = needs
     wh, du, dg, dweights = _inner_gradients(dy, weights, gate, down, kept, activation, routing)
@@ -52,7 +52,7 @@ def _inner_gradients(
     activation: str,
     routing: Routing,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Weight times h, gradients of what the activation read, and of the weights."""
+    """Weight times h, and the gradients of the activation's inputs and of the weights."""
     n, (_, f, d) = len(routing.choice), down.shape
     wh, du = dy.new_empty(n, f), dy.new_empty(n, f)
     dg = None if gate is None else dy.new_empty(n, f)
@@ -70,7 +70,7 @@ def _inner_gradients(
 
 
 def _matrix_gradient(by_token: Tensor, rows: Tensor, matrix: Tensor, routing: Routing, transposed: bool) -> Tensor:
-    """Of each expert by_token[token]^T @ rows over its own rows, or the transposed of it, laid out as `matrix`."""
+    """For each expert, by_token[token]^T @ rows over its rows, or its transpose, in the layout of `matrix`."""
     gradient = torch.empty_like(matrix)
     n_out, n_in = by_token.shape[1], rows.shape[1]
     load = triton.cdiv(len(rows), len(matrix))  # the mean: a longer block would mostly be masked
@@ -81,7 +81,7 @@ def _matrix_gradient(by_token: Tensor, rows: Tensor, matrix: Tensor, routing: Ro
     _rows_by_rows[(len(matrix) * blocks[0] * blocks[1],)](
         by_token, rows, gradient, *strides, routing.token, routing.bounds, *blocks, n_out, n_in,
         out.columns, size.columns, size.depth, precision(rows.dtype),
-        **size._replace(warps=4, stages=3).options(),  # two to twelve percent less time on an H100 than 8 and 5
+        **size._replace(warps=4, stages=3).options(),  # 2 to 12% faster on an H100 than 8 and 5
     )  # fmt: skip
     return gradient
 
@@ -89,7 +89,7 @@ def _matrix_gradient(by_token: Tensor, rows: Tensor, matrix: Tensor, routing: Ro
 @triton.jit
 @no_type_check
 def slopes(u, g, ACTIVATION: tl.constexpr):
-    """A gated activation again, and its derivatives by u and by g."""
+    """Recomputes a gated activation, with its derivatives by u and g."""
     if ACTIVATION == "swiglu":
         s = tl.sigmoid(g)
         return g * s * u, g * s, u * s * (1.0 + g * (1.0 - s))
@@ -129,7 +129,7 @@ def _inner_backward(
     w = tl.load(weights + choice, mask=row_ok, other=0.0).to(tl.float32)[:, None]
     u = tl.load(u_kept + at, mask=ok, other=0.0).to(tl.float32)
     if ACTIVATION == "relu2":
-        h = u  # the forward pass kept what the activation gave, and relu(u) is its root
+        h = u  # the forward pass kept the activation's output, whose root is relu(u)
         by_u = 2.0 * tl.sqrt(h)
     else:
         g = tl.load(g_kept + at, mask=ok, other=0.0).to(tl.float32)

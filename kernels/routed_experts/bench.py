@@ -1,6 +1,6 @@
-"""Time and error of the kernels beside plain PyTorch and the roofline: `python kernels/routed_experts/bench.py`.
+"""Compares the kernels with plain PyTorch and the roofline: `python kernels/routed_experts/bench.py`.
 
-Without a GPU, `--model` prints FLOPs, bytes and the least time from the formulas of README.md.
+Without a GPU, `--model` prints FLOPs, bytes and minimum times from the formulas in README.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from explore.kernels.routed_experts.cost import Pass, Shape
 from explore.kernels.routed_experts.reference import activate, reference
 
 FLOPS_PER_S, BANDWIDTH = 989e12, 3.35e12
-"""Of an H100 SXM as published: dense bf16 products, and bytes a second."""
+"""Published rates of an H100 SXM: FLOP/s of dense bf16 products, and bytes per second."""
 
 SHAPES = {
     "standard": Shape(t=8192, k=6, e=128, d=4096, f=2688, gated=False),
@@ -37,11 +37,11 @@ Run = Callable[..., Tensor]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints what was asked for; the exit code is 2 where there is no GPU to time on."""
+    """Runs the command; returns 2 if there is no GPU to time on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="store_true", help="print the formulas' values and time nothing")
-    parser.add_argument("--shape", type=int, nargs=5, metavar=tuple("tkedf"), help="one shape in place of the usual")
-    parser.add_argument("--swiglu", action="store_true", help="of --shape: SwiGLU in place of squared ReLU")
+    parser.add_argument("--model", action="store_true", help="print the formulas without timing")
+    parser.add_argument("--shape", type=int, nargs=5, metavar=tuple("tkedf"), help="time only this shape")
+    parser.add_argument("--swiglu", action="store_true", help="use SwiGLU instead of squared ReLU for --shape")
     parser.add_argument("--flops-per-s", type=float, default=FLOPS_PER_S, help="peak of the card (%(default)g)")
     parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes/s of the card (%(default)g)")
     asked = parser.parse_args(arguments)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def model(name: str, shape: Shape, flops_per_s: float, bandwidth: float) -> Iterator[str]:
-    """Lines of a table: each kernel with its FLOPs, bytes and least time, then fused beside unfused."""
+    """Lines of a table: FLOPs, bytes and minimum time of each kernel, then fused compared with unfused."""
     yield f"\n{name}: {title(shape)}; {shape.n / shape.e:.0f} rows an expert"
     yield f"{'':44}{'GFLOP':>10}{'MB':>10}{'FLOP/byte':>10}{'least us':>10}  bound by"
 
@@ -91,11 +91,11 @@ def model(name: str, shape: Shape, flops_per_s: float, bandwidth: float) -> Iter
 
 
 def timed(name: str, shape: Shape, flops_per_s: float, bandwidth: float) -> Iterator[str]:
-    """Lines of a table: milliseconds of each way, its part of the roofline, and its error against fp32."""
+    """Lines of a table: milliseconds, fraction of the roofline, and error against fp32 of each implementation."""
     activation: Activation = "swiglu" if shape.gated else "relu2"
-    torch._dynamo.reset()  # it compiles only so many shapes of one function
+    torch._dynamo.reset()  # torch limits how many shapes of a function it compiles
     leaves = inputs(shape, torch.device("cuda"), torch.bfloat16)
-    capacity = int(leaves[1].flatten().bincount().max())  # outside what is timed, in the padded form's favour
+    capacity = int(leaves[1].flatten().bincount().max())  # not timed, which favours the padded form
     runs: dict[str, Run] = {
         "Triton": partial(routed_experts, activation=activation),
         "compiled, padded": partial(torch.compile(padded, dynamic=False), activation=activation, capacity=capacity),

@@ -1,7 +1,7 @@
 """FLOPs and bytes of the kernels, and of the same work with one kernel for each step; the formulas are in README.md.
 
-Bytes are the least there can be: each kernel reads and writes every tensor once, and of the matrices those of experts
-that hold tokens. Indices, weights and their gradients are left out: no more than a number or two a row.
+Bytes are lower bounds: each kernel reads and writes every tensor once, and only the matrices of experts with tokens.
+Indices, weights and their gradients are left out: at most two numbers per row.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Shape:
 
     @property
     def n(self) -> int:
-        """Choices."""
+        """Number of choices."""
         return self.t * self.k
 
     @property
     def reads(self) -> int:
-        """Products that the activation reads."""
+        """Number of products that the activation reads."""
         return 2 if self.gated else 1
 
     @property
     def matrix(self) -> int:
-        """Elements of one matrix of the experts that hold tokens, at most."""
+        """Upper bound on the elements of one matrix over the experts with tokens."""
         return min(self.e, self.n) * self.d * self.f
 
     @property
@@ -106,7 +106,7 @@ def forward_unfused(shape: Shape) -> list[Pass]:
 
 
 def backward_unfused(shape: Shape) -> list[Pass]:
-    """What differentiating `forward_unfused` step by step runs."""
+    """The backward pass of `forward_unfused`, step by step."""
     s, m = shape, shape.reads
     rows, inner, tokens, all_matrix = s.n * s.d, s.n * s.f, s.t * s.d, s.e * s.d * s.f
     return _passes(
@@ -128,7 +128,7 @@ def total(passes: Iterable[Pass], name: str = "total") -> Pass:
 
 
 def bound_s(passes: Iterable[Pass], flops_per_s: float, bandwidth: float) -> float:
-    """Least seconds of passes one after another, each bound by products or by memory."""
+    """Minimum seconds of passes run one after another, each bound by products or memory."""
     return sum(max(each.flops / flops_per_s, each.bytes / bandwidth) for each in passes)
 
 

@@ -1,4 +1,4 @@
-"""Forward: activation(x up, x gate) over gathered rows, then the weighted product with `down`, one row a choice."""
+"""Forward: activation(x up, x gate) over gathered rows, then the weighted product with `down`, one row per choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from explore.kernels.routed_experts.products import GROUP, dot, place, precision
 from explore.kernels.routed_experts.routing import Routing
 
 LIMIT, SHARPNESS = tl.constexpr(7.0), tl.constexpr(1.702)
-"""Of the clamped SwiGLU."""
+"""Constants of the clamped SwiGLU."""
 
 
 def outputs(
@@ -25,9 +25,9 @@ def outputs(
     routing: Routing,
     keep: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output, and what the backward pass needs beside the inputs.
+    """Returns the output, and what the backward pass needs besides the inputs.
 
-    That is what the activation read; for `relu2` what it gave, since relu(u) is its root, and nothing more is written.
+    That is the activation's input; for `relu2` it is the output, since relu(u) is its root, so nothing more is written.
 
     Args:
         keep: whether there will be a backward pass.
@@ -59,12 +59,12 @@ def scatter(
 ) -> Tensor:
     """Sum over a token's choices of weight times (rows @ matrix + more_rows @ more_matrix) of the choice's expert.
 
-    Each choice writes a row of its own and the rows are added in the order of the choices: atomic additions would save
-    writing and reading them, and come in another order, so with other bits, at each call.
+    Each choice writes its own row, and the rows are added in order of the choices. Atomic additions would avoid writing
+    and reading them, but their order, and so the result's last bits, would vary between calls.
 
     Args:
-        rows: sorted by expert.
-        transposed: whether the matrices lie with the axis that is summed over last.
+        rows: rows sorted by expert.
+        transposed: whether the summed axis of the matrices is last in memory.
     """
     n, n_in = rows.shape
     n_out = matrix.shape[1] if transposed else matrix.shape[2]
@@ -85,7 +85,7 @@ def scatter(
 @triton.jit
 @no_type_check
 def activate(u, g, ACTIVATION: tl.constexpr):
-    """The inner values; comparisons are written so that what is not a number stays so."""
+    """The inner values; comparisons are written so that NaN stays NaN."""
     if ACTIVATION == "relu2":
         return tl.where(u < 0.0, 0.0, u * u)
     elif ACTIVATION == "swiglu":

@@ -1,4 +1,4 @@
-"""What the kernels share: sizes of tiles, their order, and the product of gathered rows with one expert's matrix."""
+"""Shared by the kernels: tile sizes, tile order, and the product of gathered rows with one expert's matrix."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 MAX_ROWS = 128
-"""Rows of the largest tile of bf16; half as many of fp32."""
+"""Rows of the largest bf16 tile; fp32 tiles have half as many."""
 
 GROUP = 8
-"""Tiles of rows that go through the columns together, so that they find the same columns in L2."""
+"""Tiles of rows that visit the columns together, so that they share columns in L2."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -21,8 +21,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 class Tiles(NamedTuple):
     """Sizes of a product's tiles.
 
-    They follow from shapes, dtype and card alone. An autotuner would choose by time, and another choice sums in another
-    order: the bits would differ from one process to the next.
+    They depend only on shapes, dtype and card. An autotuner would choose by time, and different tiles sum in a
+    different order: the last bits would vary between processes.
     """
 
     columns: int
@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
     stages: int
 
     def options(self) -> dict[str, int | bool]:
-        """How to launch; fused multiply-adds are named since Triton's default is about to change."""
+        """Launch options; fused multiply-adds are explicit since Triton's default will change."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -43,8 +43,8 @@ def tiles(
     fp32 products run outside the tensor cores unless tf32 is allowed, and large tiles would only spill registers.
 
     Args:
-        matrices: multiplied side by side with the same rows.
-        held: tiles of fp32 that are in registers at once.
+        matrices: number of matrices multiplied with the same rows at once.
+        held: number of fp32 tiles held in registers at once.
     """
     narrow = dtype.itemsize == 2
     columns = _clamp(width, min(128 if narrow else 64, max(16, 2 * 128 * 128 // (held * rows))))
@@ -56,7 +56,7 @@ def tiles(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 operands are multiplied: as torch's own products are, by its setting."""
+    """Precision of fp32 products, by torch's setting."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -86,7 +86,7 @@ def place(n_tiles, n_blocks, GROUP: tl.constexpr):
 @triton.jit
 @no_type_check
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc` + a @ b in fp32; the interpreter takes bf16 for integers, and products of bf16 are exact in fp32."""
+    """`acc` + a @ b in fp32; the interpreter treats bf16 as integers, and products of bf16 are exact in fp32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)

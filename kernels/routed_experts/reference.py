@@ -1,4 +1,4 @@
-"""The slow and obvious truth, in any float dtype."""
+"""A slow and simple reference, in any float dtype."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def reference(
     down: Float[Tensor, "e f d"],
     activation: str,
 ) -> Float[Tensor, "t d"]:
-    """Of one expert after another, the tokens that chose it."""
+    """Applies one expert after another to the tokens that chose it."""
     y = torch.zeros_like(x)
     for e in range(len(up)):
         token, slot = (chosen == e).nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Which row of the sorted choices belongs to which token, expert and tile, all on the device."""
+"""Maps rows of the sorted choices to tokens, experts and tiles, all on the device."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from explore.kernels.routed_experts.products import MAX_ROWS
 
 
 class Routing(NamedTuple):
-    """The n = t k choices sorted by expert, and the tiles of rows that cover them, none with two experts.
+    """The n = t k choices sorted by expert, and the tiles of rows that cover them, one expert per tile.
 
     Attributes:
-        choice: of each sorted row, its place in the flattened (t, k); n int32.
-        token: of each sorted row; n int32.
+        choice: index in the flattened (t, k) of each sorted row; n int32.
+        token: token of each sorted row; n int32.
         bounds: first row of each expert, and n; e + 1 int32.
-        tile_expert: of each tile, e for a tile that is not used.
+        tile_expert: expert of each tile; e for an unused tile.
         tile_row: first row of each tile.
-        rows: of a tile.
-        top_k: choices of a token.
+        rows: rows per tile.
+        top_k: choices per token.
     """
 
     choice: Tensor
@@ -39,8 +39,8 @@ class Routing(NamedTuple):
 def route(chosen: Tensor, n_experts: int, dtype: torch.dtype) -> Routing:
     """Sorts the choices and cuts each expert's rows into tiles.
 
-    The number of tiles depends on data, and reading it would make the host wait: as many are launched as there can
-    be, and those beyond the last return at once. `bincount` waits as well, hence the binary searches.
+    The number of tiles depends on the data, and reading it would make the host wait. So the maximum number is launched,
+    and unused tiles return at once. `bincount` waits as well, hence the binary searches.
     """
     n, top_k = chosen.numel(), chosen.shape[1]
     rows = tile_rows(n, n_experts, dtype)
@@ -57,13 +57,13 @@ def route(chosen: Tensor, n_experts: int, dtype: torch.dtype) -> Routing:
 
 
 def tile_rows(n: int, n_experts: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: the mean load as a power of two, from 16, the least of a tensor core product, to the most."""
+    """Rows of a tile: the mean load as a power of two, between 16 (the minimum for tensor cores) and the maximum."""
     most = MAX_ROWS if dtype.itemsize == 2 else MAX_ROWS // 2
     return min(most, max(16, int(triton.next_power_of_2(triton.cdiv(n, n_experts)))))
 
 
 def max_tiles(n: int, n_experts: int, rows: int) -> int:
-    """Most tiles there can be: no expert's last tile holds less than one row."""
+    """Maximum number of tiles: every expert's last tile holds at least one row."""
     return (n + min(n, n_experts) * (rows - 1)) // rows
 
 

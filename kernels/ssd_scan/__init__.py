@@ -16,10 +16,10 @@ from explore.kernels.ssd_scan.backward import decay_backward_kernel, outputs_bac
 from explore.kernels.ssd_scan.forward import cumsum_kernel, outputs_kernel, states_kernel
 
 MAX_TILE_BYTES = 2**17
-"""Largest state of a head in the dtype of X, d_head and d_state rounded up to powers of two: it is one tile."""
+"""Bytes of the largest state of a head in the dtype of X (one tile: sizes rounded up to powers of two)."""
 
 MAX_CHUNK = 2048
-"""Largest chunk: its decay is summed in one tile, and its positions are addressed in 32 bits."""
+"""Largest chunk_size: its decay is summed in one tile, and its positions are addressed in 32 bits."""
 
 
 def ssd_scan(
@@ -34,12 +34,12 @@ def ssd_scan(
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T, Y_t = H_t C_t + D X_t, in chunks; differentiable once in everything.
 
-    X, B and C are all fp32 or all bf16 and may be views whose last axis is dense; the others are taken as fp32. Sums
-    are fp32. Products of fp32 tiles run in TF32 where `torch.backends.cuda.matmul.fp32_precision` is "tf32".
+    X, B and C are all fp32 or all bf16 and may be views whose last axis is dense; the others are converted to fp32.
+    Sums are fp32. Products of fp32 tiles run in TF32 if `torch.backends.cuda.matmul.fp32_precision` is "tf32".
 
     Args:
         chunk_size: positions between two states that are written to memory.
-        state: state before the first position, zero when absent.
+        state: state before the first position; None means zero.
 
     Returns:
         Outputs in the dtype of X, and the state after the last position in fp32.
@@ -75,7 +75,7 @@ def _check(X: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> None:
 
 
 def _width(size: int) -> int:
-    """Width of a tile over an axis: a power of two, and no less than a matrix product takes."""
+    """Width of a tile over an axis: a power of two, and at least the minimum of a matrix product."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
@@ -95,13 +95,13 @@ class _Sizes(NamedTuple):
     tiles: dict[str, Any]
     """Compile-time arguments of the kernels that hold a block of positions."""
     state_tiles: dict[str, Any]
-    """Those of the kernel that holds a state."""
+    """Compile-time arguments of the kernel that holds a state."""
     state_grid: tuple[int, int]
     decay_tiles: dict[str, int]
     decay_grid: tuple[int, int, int]
 
     def staged(self) -> dict[str, Any]:
-        """`tiles` with one load more in flight where two are: an H100 then takes 13% less for outputs, 5% for dC."""
+        """`tiles` with three loads in flight instead of two: on an H100, 13% less time for outputs, 5% for dC."""
         stages = self.tiles["num_stages"]
         return {**self.tiles, "num_stages": 3 if stages == 2 else stages}
 
@@ -124,7 +124,7 @@ def _sizes(X: Tensor, B: Tensor, chunk_size: int) -> _Sizes:
     return _Sizes(
         b, seq, h, p, g, n, q, c,
         blocks=triton.cdiv(q, block),
-        # Half as many columns as rows: with as many, the backward kernels spill several times as much.
+        # Half as many columns as rows: with equal numbers, the backward kernels spill several times as much.
         tiles=fixed | launch | {"BLOCK_L": block, "BLOCK_K": min(32, block), "BLOCK_P": width_p, "BLOCK_N": width_n},
         state_tiles=fixed | {"num_stages": 3, "BLOCK_L": min(64, width_q), "BLOCK_P": tile_p, "BLOCK_N": tile_n},
         state_grid=(b * h, triton.cdiv(p, tile_p) * triton.cdiv(n, tile_n)),
@@ -134,7 +134,7 @@ def _sizes(X: Tensor, B: Tensor, chunk_size: int) -> _Sizes:
 
 
 def _programs_wanted(device: torch.device) -> int:
-    """Programs that keep a device busy, below which the heads of a group are split among several."""
+    """Number of programs that keep a device busy; with fewer, the heads of a group are split among several."""
     return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -183,7 +183,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
         X, A, B, C, D, start, steps, cum = ctx.saved_tensors
         s = _sizes(X, B, ctx.chunk_size)
-        # The states are computed again: keeping them would cost more memory than X does.
+        # The states are recomputed: keeping them would take more memory than X.
         dY = dY if dY.stride(-1) == 1 else dY.contiguous()
         device, fp32 = X.device, {"dtype": torch.float32, "device": X.device}
         dX = torch.empty(s.b, s.seq, s.h, s.p, dtype=X.dtype, device=device)

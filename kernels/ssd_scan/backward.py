@@ -1,4 +1,4 @@
-"""Kernels of the backward pass: what positions give as sources, what they take as outputs, and the decay.
+"""Kernels of the backward pass: gradients of positions as sources and as outputs, and of the decay.
 
 Letters as in `forward` and the README. A program holds one block of positions of a group and goes through some of the
 group's heads, so that dB and dC, which the heads share, are sums in registers; partial sums of several programs are
@@ -59,7 +59,7 @@ def sources_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a block of positions j as sources: dX, dB, and U_j . X_j in its parts own, later and state.
+    """Gradients of a block of positions j as sources: dX, dB, and U_j . X_j in three parts: own, later and state.
 
     U_j is the gradient of dt_j X_j: what comes from the output at j itself, at later positions, and through the state.
     """
@@ -189,7 +189,7 @@ def outputs_backward_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a block of positions i as outputs: dC, and dY_i . Y_i as far as it comes from before i."""
+    """Gradients of a block of positions i as outputs: dC, and the part of dY_i . Y_i that comes from before i."""
     heads_per_group = n_heads // n_groups
     split = tl.program_id(0) % n_splits
     group = tl.program_id(0) // n_splits % n_groups
@@ -279,8 +279,8 @@ def decay_backward_kernel(
 ):
     """Gathers ddt (b, l, h) and each chunk's part of dA (b, c, h) from the sums over pairs of positions.
 
-    The decay at t scales every pair j < t <= i. Such pairs are counted as all with t <= i less all with t <= j, of
-    which those of a position with itself, the largest, are in neither sum.
+    The decay at t scales every pair j < t <= i. Their sum is that over all pairs with t <= i minus that over all with t
+    <= j; pairs of a position with itself, the largest terms, are in neither sum.
     """
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)

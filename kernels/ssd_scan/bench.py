@@ -1,4 +1,4 @@
-"""Times the scan on a CUDA device beside mamba-ssm, compiled PyTorch and the roofline; `--model` prints the roofline.
+"""Compares the scan with mamba-ssm, compiled PyTorch and the roofline; `--model` prints only the roofline.
 
 python kernels/ssd_scan/bench.py
 python kernels/ssd_scan/bench.py --model --chunk 128
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 H100_BYTES_PER_S = 3.35e12
-"""Published for the SXM card."""
+"""Published bandwidth of the SXM card, in bytes per second."""
 H100_FLOPS_PER_S = 989e12
-"""Published for the SXM card: dense bf16."""
+"""Published FLOP/s of the SXM card for dense bf16."""
 
 
 @dataclass(frozen=True)
