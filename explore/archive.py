@@ -56,7 +56,7 @@ def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
         mmap: whether to map the file; otherwise it is read into writable memory.
 
     Raises:
-        ValueError: the file is no checkpoint.
+        ValueError: the file is not a checkpoint.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

@@ -120,8 +120,8 @@ def draw_receipts(table: pd.DataFrame, ax: Axes, total: str, *, font_pt: float =
         for name, width in zip(rows["model"], widths, strict=True):
             ends[name] += float(width)
     for i, name in enumerate(names):
-        told = f"{totals[name] / scale:#.3g}".rstrip(".") + (f" {spoken}" if share else "")
-        ax.annotate(told, (ends[name], i), (0.3 * font_pt, 0), textcoords="offset points", va="center_baseline",
+        text = f"{totals[name] / scale:#.3g}".rstrip(".") + (f" {spoken}" if share else "")
+        ax.annotate(text, (ends[name], i), (0.3 * font_pt, 0), textcoords="offset points", va="center_baseline",
                     fontsize=font_pt - 1, color=INK)  # fmt: skip
     longest = 100.0 if share else max(ends.values())
     ax.set_xlim(0, longest if share else 1.2 * longest)  # shares leave room for their longer numbers outside

@@ -79,7 +79,7 @@ def plot_state(
     Args:
         width: inches; text is 7 points up to a paper's column and 8.5 points on a page.
         height: inches.
-        title: drawn above the axes; there is none unless asked for.
+        title: drawn above the axes if given.
     """
     table = state_table(models, contexts, dtypes)
     figure, ax, font_pt = _figure("Decoding state against context", models, width, height, title)
@@ -214,13 +214,13 @@ def _diagonals(ax: Axes, table: pd.DataFrame, font_pt: float) -> None:
     ax.set_ylim(bottom, top)
     look: Mapping[str, Any] = {"fontsize": font_pt - 1, "color": LINE, "textcoords": "offset points"}
     for i, (batch, n) in enumerate(tokens_per_step["min"][one].items()):
-        told = f"batch {batch:g}" if i == 0 else f"{batch:g}"
+        text = f"batch {batch:g}" if i == 0 else f"{batch:g}"
         ax.plot([left, right], [n / left, n / right], color=LINE, lw=0.5, ls=(0, (1, 2)), zorder=1,
                 label="_batch", scalex=False, scaley=False)  # fmt: skip
         if left < n / bottom < right:
-            ax.annotate(told, (n / bottom, bottom), (-0.7 * font_pt, 2), ha="right", va="bottom", **look)
+            ax.annotate(text, (n / bottom, bottom), (-0.7 * font_pt, 2), ha="right", va="bottom", **look)
         elif bottom < n / right < top:
-            ax.annotate(told, (right, n / right), (-2, -2), ha="right", va="top", **look)
+            ax.annotate(text, (right, n / right), (-2, -2), ha="right", va="top", **look)
 
 
 def _figure(
