@@ -160,7 +160,7 @@ def test_cost_tables_show_every_group(
         (["cost"], "TARGET: a pattern, preset or path is required"),
         (["cost", "M", "--seq-len", "0"], "Invalid value for '--seq-len'"),
         (["cost", "M", "--kv-dtype", "int3"], "'int3' is not one of 'float32'"),
-        (["cost", "M", "--diff", "exact"], "--diff: 'exact' is not of the form ONE,OTHER"),
+        (["cost", "M", "--diff", "exact"], "--diff must be of the form ONE,OTHER, such as exact,megatron, got 'exact'"),
         (["cost", "M", "--diff", "exact,flame"], "convention must be one of exact, megatron"),
         (["roofline", "M", "--hardware", "H10"], "got 'H10'; the nearest are H100"),
         (["roofline", "M", "--batch-sizes", "1,x"], "--batch-sizes: '1,x' must be positive integers"),
@@ -168,10 +168,10 @@ def test_cost_tables_show_every_group(
         (["solve", "M", "--target", "params=1M", "--free", "d_model"], "targets: 'params' is unknown; did you mean"),
         (
             ["solve", "M", "--target", "params_total", "--free", "d_model"],
-            "--target: 'params_total' is not of the form",
+            "--target must be of the form BUDGET=VALUE, such as params_total=30M, got 'params_total'",
         ),
         (["solve", "M", "--target", "params_total=1M", "--free", "d_modl"], "free must be among d_model"),
-        (["solve", "M"], "--target, --like: one of them is required"),
+        (["solve", "M"], "--target, --like: exactly one of them is required"),
         (["cots"], "No such command 'cots'"),
         (["data", "no-such-corpus"], "no-such-corpus"),
         (["table", "no-such-folder"], "no-such-folder"),
@@ -183,8 +183,11 @@ def test_cost_tables_show_every_group(
         (["train", "no_such.json"], "no_such.json: cannot be read"),
         (["bench", "--path", "attention=fast"], "attention must be one of blocked"),
         (["bench", "--path", "atention=sdpa"], "atention must be one of attention"),
-        (["bench", "--path", "attention"], "--path: 'attention' is not of the form OP=PATH"),
-        (["bench", "--what", "decode", "--path", "linear=plain"], "--path: not with --what decode"),
+        (["bench", "--path", "attention"], "--path must be of the form OP=PATH, such as ssd=compiled, got 'attention'"),
+        (
+            ["bench", "--what", "decode", "--path", "linear=plain"],
+            "--path: must come with --what train, profile or curves, got --what decode",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
@@ -291,7 +294,7 @@ def test_a_run_that_leaves_and_comes_back_writes_the_same(
     one, other = (json.loads(text)["continuations"] for text in texts)
     assert one == other
     code, _, err = run(capsys, monkeypatch, "eval", "left-imported", "--acceptance", "1")
-    assert (code, "--acceptance: left-imported is no run" in err) == (2, True)
+    assert (code, "--acceptance must have a run, whose data it reads; left-imported is not one" in err) == (2, True)
 
 
 @pytest.mark.slow

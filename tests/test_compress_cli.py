@@ -227,4 +227,4 @@ def test_candidates_are_ranked_again_after_a_short_distillation(
         f"Kendall's tau between the rankings before and after the distillation: {record['kendall_tau']:.2f}" in printed
     )
     code, _, printed = explore_("cut", str(finished.path), "--distil-tokens", "1k", "--scores", str(scored))
-    assert (code, printed) == (2, "error: --distil-tokens: only with --target\n")
+    assert (code, printed) == (2, "error: --distil-tokens: must come with --target\n")

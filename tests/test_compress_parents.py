@@ -232,7 +232,7 @@ def test_the_command_cuts_one_layer_after_another(trained: RunFolder, explore_: 
     assert plan.origin["order"] == tuple(map(str, order.layers))
     assert plan.flops == order.flops
     code, _, err = explore_("cut", trained.path, "--one-by-one")
-    assert (code, err) == (2, "error: --one-by-one: only with --drop-layers\n")
+    assert (code, err) == (2, "error: --one-by-one: must come with --drop-layers\n")
 
 
 def test_scores_of_an_imported_checkpoint_are_those_of_the_same_weights(trained: RunFolder, tmp_path: Path) -> None:

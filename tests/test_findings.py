@@ -205,7 +205,7 @@ def test_the_command_writes_checks_and_ends_with_one_where_something_drifted(
     code, _, said = run_command(capsys, monkeypatch, *args, "--check")
     assert (code, "studies.runs.csv: row 1, runs: is 8, and the records give 9" in said) == (1, True)
     code, _, said = run_command(capsys, monkeypatch, *args, "absent")
-    assert (code, "NAMES: absent is no study with records; there are pays" in said) == (2, True)
+    assert (code, "NAMES must be studies with records (pays), got absent" in said) == (2, True)
 
 
 CLAIM = """# Findings

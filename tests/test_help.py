@@ -74,8 +74,8 @@ def test_the_check_sees_a_line_that_breaks_early() -> None:
 
 def test_choices_are_named_in_the_help_of_an_option() -> None:
     help_ = shown("cost")
-    assert "How FLOPs are counted. One of exact, megatron, palm, 6nd. [default: exact]" in last_column(help_)
-    assert re.search("--convention +NAME +How FLOPs", help_)
+    assert "Convention for counting FLOPs. One of exact, megatron, palm, 6nd. [default: exact]" in last_column(help_)
+    assert re.search("--convention +NAME +Convention for", help_)
     assert re.search("--json +Print JSON", help_)
 
 

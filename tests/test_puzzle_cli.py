@@ -113,7 +113,7 @@ def test_a_sweep_prints_and_draws_a_row_of_budgets(finished: RunFolder, explore_
         ),
         ("--drop 1 --by weight", "by must be one of activation, frequency, magnitude, random, reverse, got 'weight'"),
         ("--drop 1 --solutions 9 --differ 4", "solutions must be at most"),
-        ("--drop 1 --figure a.png", "--figure: only with --sweep"),
+        ("--drop 1 --figure a.png", "--figure: must come with --sweep"),
         ("--sweep state_bytes=1:2", "--sweep must be of the form BUDGET=LOW:HIGH:N"),
         ("--sweep state_bytes=90%:20%:3", "--sweep state_bytes=90%:20%:3: LOW must be above 0 and below HIGH"),
         ("--sweep state_bytes=20%:90%:3 --rounds 2", "--sweep: must not be combined with"),

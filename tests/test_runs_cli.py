@@ -152,7 +152,7 @@ def test_a_run_is_removed_after_a_question(
     assert [run.path.name for run in find_runs("runs")] == ["ME-d128-aaaa1111", "ME-d64-aaaa0000"]
     code, _, err = run(capsys, monkeypatch, "runs", "aaaa", "--remove", "--yes")
     assert (code, len(find_runs("runs"))) == (2, 2)
-    assert "TEXT must stand for one run with --remove, got 'aaaa', which fits 2" in err
+    assert "TEXT must match one run with --remove, got 'aaaa', which matches 2" in err
 
 
 def test_a_run_in_use_is_not_removed(

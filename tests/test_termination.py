@@ -184,7 +184,7 @@ def ended(process: subprocess.Popen[str], send: Callable[[], None]) -> str:
             process.wait()
 
 
-LINE = "terminated; the same command goes on from the last checkpoint\n"
+LINE = "terminated; run the same command to resume from the last checkpoint\n"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The command line. Commands read, call and print; heavy imports wait until a command runs."""
+"""The command line. Commands parse arguments, call the library and print; heavy imports wait until a command runs."""
 # ruff: noqa: F401, I001
 
 # Each of these modules adds its commands, in the order in which --help shows them.

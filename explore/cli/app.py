@@ -1,4 +1,4 @@
-"""The application, its consoles, and how it reports a mistake."""
+"""The Typer application, its consoles, and how it reports errors."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from explore.termination import TerminatedError, termination_handled
 
 
 def reflow(text: str) -> str:
-    """Each paragraph of a docstring on one line, so that a terminal of any width breaks it."""
+    """Joins each paragraph of a docstring into one line, so that the terminal wraps it at its own width."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
 class App(typer.Typer):
     """A Typer application whose help fits 80 columns.
 
-    Docstrings are reflowed, where Typer would keep the breaks of the source. Types of options are one short word, so
-    that there is room for what they mean; choices are named in the text. Each example has a line of its own.
+    Docstrings are reflowed; Typer would keep the line breaks of the source. An option's type is one short word, which
+    leaves room for its help; its choices are listed in the help. Each example is on a separate line.
     """
 
     def command(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """Registers a command; the arguments are those of `typer.Typer.command`."""
+        """Registers a command; takes the arguments of `typer.Typer.command`."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             options.setdefault("help", reflow(function.__doc__ or ""))
             if epilog := options.get("epilog"):
                 options["epilog"] = epilog.replace("; explore ", "\n         explore ")
             annotations = inspect.get_annotations(function, eval_str=True)
-            inspect.unwrap(function).__annotations__ = annotations  # which Typer reads in its turn
+            inspect.unwrap(function).__annotations__ = annotations  # Typer reads them from here
             for name, annotation in annotations.items():
                 _shorten(name, annotation)
             return super(App, self).command(*args, **options)(function)
@@ -49,17 +49,17 @@ class App(typer.Typer):
 
 
 _TYPES = {bool: "", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-"""What is shown of the type of an option; a flag takes no value."""
+"""The word that help shows for the type of an option; a flag takes no value."""
 
 
 def _shorten(name: str, annotation: Any) -> None:
-    """Gives an option that says nothing else one short word as its type, and names its choices in its help."""
+    """Sets a short type word on an option that has none, and lists its choices in its help."""
     if get_origin(annotation) is not Annotated:
         return
-    kind, *said = get_args(annotation)
+    kind, *metadata = get_args(annotation)
     while get_origin(kind) in (Union, UnionType, list):
         kind = next(each for each in get_args(kind) if each is not NoneType)
-    for each in said:
+    for each in metadata:
         if isinstance(each, ArgumentInfo):
             each.metavar = each.metavar or name.upper()
         elif isinstance(each, OptionInfo) and each.metavar is None:
@@ -99,24 +99,24 @@ def root(
 out = plain_console(stderr=False, soft_wrap=True)
 err = plain_console()
 INTERRUPTED = 130
-GOES_ON = "the same command goes on from the last checkpoint"
+GOES_ON = "run the same command to resume from the last checkpoint"
 LONGEST_ERROR = 390
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake, or a fault of the machine, is one line and exit code 2."""
+    """Runs the command line; a user's mistake or a machine fault prints one line and exits with code 2."""
     replace_unprintable()
     try:
         with termination_handled():
             code = app(standalone_mode=False)
-        if code == INTERRUPTED:  # into which Typer turns Ctrl-C
+        if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
             print(f"interrupted; {GOES_ON}", file=sys.stderr)
         sys.exit(code)
     except TerminatedError as end:
         if end.code:
             print(f"terminated; {GOES_ON}", file=sys.stderr)
         raise
-    except typer.TyperException as error:  # of the arguments; without any, help has been shown
+    except typer.TyperException as error:  # wrong arguments; without any arguments, help has been shown
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
     except Exception as error:
@@ -133,12 +133,12 @@ def _refuse(error: Exception) -> NoReturn:
 
     message = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
     if isinstance(error, OverflowError):
-        message = f"a number is too large to count with ({error})"
+        message = f"a number is too large ({error})"
     line = hide_passwords(" ".join(message.split()))
     print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
     sys.exit(2)
 
 
 def note(text: str) -> None:
-    """Says something in one line, apart from the output that programs read."""
+    """Prints one line to stderr, which keeps it out of the output that programs read."""
     err.print(f"note: {text}", highlight=False, soft_wrap=True)

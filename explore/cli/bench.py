@@ -1,4 +1,4 @@
-"""The command that times."""
+"""The `bench` command: time training, decoding, ops and sweeps on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ What = Literal[
 ]
 
 PROFILED_OPS = 12
-"""Ops of a family that a table of its profile shows."""
+"""Number of ops in the profile table of a family."""
 
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
@@ -38,54 +38,54 @@ def bench(
     what: Annotated[
         What,
         typer.Option(
-            help="What is timed; profile divides a training step into products, passes over memory, dispatch, "
-            "optimizer and data, curves compares losses, trials is what a sweep spends before a trial's first step, "
-            "regions says what compiling an op gains and costs, neighbours how fast a run is beside busy processes, "
-            "sharing whether one run with all cores or a run for each does more, text splits, tokenizes and caches, "
-            "precision trains in emulated FP8 and NVFP4 beside bf16, compress scores a parent and distils a child."
+            help="What to time. profile: a training step by products, memory passes, dispatch, optimizer and data. "
+            "curves: losses against the reference. trials: a sweep's overhead before a trial's first step. "
+            "regions: gain and cost of compiling an op. neighbours: a run beside busy processes. "
+            "sharing: one run on all cores against one run per core. text: splitting, tokenizing and caching. "
+            "precision: emulated FP8 and NVFP4 against bf16. compress: scoring a parent and distilling a child."
         ),
     ] = "train",
     shape: Annotated[
         Literal["tiny", "small", "large"],
-        typer.Option(help="d_model 64 and 4 x 128 tokens; 192 and 8 x 512; 512 and 8 x 1024."),
+        typer.Option(help="tiny: d_model 64, 4 x 128 tokens; small: 192, 8 x 512; large: 512, 8 x 1024."),
     ] = "small",
     family: Annotated[list[str] | None, typer.Option(help="Only this family; repeatable.")] = None,
     seconds: Annotated[
-        float, typer.Option(min=1, help="Of a training measurement; there are up to four a family.")
+        float, typer.Option(min=1, help="Seconds per training measurement (up to four for each family).")
     ] = 10,
     path: Paths = None,
     split_batch: SplitBatch = False,
-    steps: Annotated[int, typer.Option(min=1, help="Of a loss curve.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each loss curve.")] = 300,
     megabytes: Annotated[int, typer.Option(min=1, help="Size of the text, in millions of bytes.")] = 20,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each of 16 sequences decodes.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode in each of 16 sequences.")] = 256,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile our step of decoding, which is then timed without that.")
+        bool, typer.Option("--compile", help="Compile our decoding step; compilation is not in the timing.")
     ] = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Keep the table of regions or sharing: runs and sweeps here choose by it.")
+        bool, typer.Option("--save", help="Save the table of regions or sharing; later runs and sweeps here use it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time training and decoding here, beside transformers' nemotron_h, and every op on each of its paths.
+    """Time training and decoding on this machine against transformers' nemotron_h, and every op on each of its paths.
 
-    Training is a whole step: forward, backward, clip and AdamW, the better of fp32 and bf16 for each side, every
-    measurement in a process of its own, with what a run of 20M tokens would compile. `--what curves` trains by the
-    paths in use and by the reference in fp32, and says how far apart their losses are. The fraction is exact training
-    FLOPs over what matrix products reach, in bf16 or, where that has no instructions, in fp32; the limit is the ratio
-    that training at that rate would have.
+    Training is a whole step: forward, backward, gradient clipping and AdamW. Each side uses the faster of fp32 and
+    bf16, each measurement has its own process, and ops are compiled as in a run of 20M tokens. `--what curves` trains
+    with the paths in use and with the fp32 reference, and prints the difference of their losses. "of GEMM rate" is
+    exact training FLOPs per second over the measured rate of matrix products (bf16, or fp32 on CPUs without bf16
+    instructions); "limit" is the ratio to the baseline at that rate.
     """
     from explore.bench import SHAPES, compare, compare_curves, compare_decoding, time_neighbours, time_ops, time_trials
     from explore.cost import Dtype
     from explore.roofline import measured
 
     if save and what not in ("regions", "sharing"):
-        raise ValueError(f"--save: not with --what {what}; only regions and sharing are kept")
+        raise ValueError(f"--save: must come with --what regions or sharing, got --what {what}")
     if compiled and what != "decode":
-        raise ValueError(f"--compile: not with --what {what}; only decode has a step that it compiles")
+        raise ValueError(f"--compile: must come with --what decode, got --what {what}")
     if path and what not in ("train", "profile", "curves"):
-        raise ValueError(f"--path: not with --what {what}; only train, profile and curves can be forced")
+        raise ValueError(f"--path: must come with --what train, profile or curves, got --what {what}")
     if split_batch and what not in ("train", "curves"):
-        raise ValueError(f"--split-batch: not with --what {what}; only train and curves can split a batch")
+        raise ValueError(f"--split-batch: must come with --what train or curves, got --what {what}")
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -106,15 +106,16 @@ def bench(
         _show(records, as_json, ("op", "path", "precision"), {"ms": lambda r: f"{1e3 * r['seconds']:.1f}"})
         return
     if what == "trials":
-        records = _told(
+        records = _report(
             time_trials(shape, family), lambda r: f"{r['family']}: {r['set_up_s']:.2f} s before the first step"
         )
         columns = {"first in a process": lambda r: f"{r['first_s']:.2f} s", "later": lambda r: f"{r['set_up_s']:.2f} s"}
         _show(records, as_json, ("family",), columns)
         return
     if what == "neighbours":
-        records = _told(
-            time_neighbours(shape, seconds), lambda r: f"beside {r['neighbours']} busy: {r['of_idle']:.0%} of idle"
+        records = _report(
+            time_neighbours(shape, seconds),
+            lambda r: f"beside {r['neighbours']} busy processes: {r['of_idle']:.0%} of the idle speed",
         )
         columns = {
             "threads": lambda r: str(r["threads"]),
@@ -131,13 +132,13 @@ def bench(
         return
     if what == "curves":
         curves = compare_curves(shape, steps, paths, family, split=split_batch)
-        records = _told(curves, lambda r: f"{r['family']}, {r['precision']}: {r['mean']:.4f} nats apart")
+        records = _report(curves, lambda r: f"{r['family']}, {r['precision']}: losses differ by {r['mean']:.4f} nats")
         apart = {name: lambda r, name=name: f"{r[name]:.4f}" for name in ("mean", "largest", "rounding")}
         _show(records, as_json, ("family", "precision"), apart)
         if not as_json:
-            out.print(f"nats between the losses of {steps} steps and those of the fp32 reference", highlight=False)
+            out.print(f"difference from the fp32 reference over {steps} steps, nats", highlight=False)
         return
-    fastest: Dtype = max(("bfloat16", "float32"), key=measured().peak)  # bf16, but where it has no instructions
+    fastest: Dtype = max(("bfloat16", "float32"), key=measured().peak)  # fp32 on CPUs without bf16 instructions
     rate = measured().peak(fastest)
     training = what == "train"
     timed = (
@@ -145,7 +146,7 @@ def bench(
         if training
         else compare_decoding(shape, new_tokens, family, compiled=compiled)
     )
-    records = _told(timed, lambda r: f"{r['family']}: {r['ratio']:.2f} times the baseline")
+    records = _report(timed, lambda r: f"{r['family']}: {r['ratio']:.2f} times the baseline")
     columns = {
         "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
         "baseline": lambda r: f"{r['baseline_tokens_per_s']:,.0f}",
@@ -170,7 +171,7 @@ def _profile(shape: str, seconds: float, paths: dict[str, str], family: list[str
     from explore.bench import KINDS, by_op, by_part, profile_training
 
     timed = profile_training(shape, seconds, paths, family)
-    records = _told(timed, lambda r: f"{r['family']}: {_ms(r['step_s'])} ms a step in {r['precision']}")
+    records = _report(timed, lambda r: f"{r['family']}: {_ms(r['step_s'])} ms a step in {r['precision']}")
     columns: dict[str, Callable[[dict[str, Any]], str]] = {"ms": lambda r: _ms(r["step_s"])}
     columns |= {kind: partial(_share_of, kind) for kind in KINDS}
     columns["unexplained"] = lambda r: f"{r['unexplained_s'] / r['step_s']:.0%}"
@@ -193,7 +194,7 @@ def _profile(shape: str, seconds: float, paths: dict[str, str], family: list[str
         _show(ops, False, ("op", "kind"), columns)
     threads = records[0]["threads"]
     out.print(
-        f"\n{threads} thread{'s' * (threads > 1)}; what the profiler adds is taken out of the dispatch", highlight=False
+        f"\n{threads} thread{'s' * (threads > 1)}; the profiler's overhead is subtracted from dispatch", highlight=False
     )
 
 
@@ -216,11 +217,11 @@ def _regions(shape: str, save: bool, as_json: bool) -> None:
     from explore.table import save_table
     from explore.train import own_table
 
-    def told(record: dict[str, Any]) -> str:
+    def speed_up(record: dict[str, Any]) -> str:
         ratio = record["default_ns"] / record["compiled_ns"]
         return f"{record['op']}, {record['precision']}: {ratio:.2f} times as fast compiled"
 
-    records = _told(time_regions(shape), told)
+    records = _report(time_regions(shape), speed_up)
     columns = {
         "ns an element": lambda r: f"{r['default_ns']:.2f}",
         "compiled": lambda r: f"{r['compiled_ns']:.2f}",
@@ -242,13 +243,13 @@ def _sharing(seconds: float, save: bool, as_json: bool) -> None:
     def ratio(record: dict[str, Any]) -> float:
         return float(record["apart_tokens_per_s"] / record["together_tokens_per_s"])
 
-    records = _told(
-        time_sharing(seconds), lambda r: f"{r['shape']}: {ratio(r):.2f} times the tokens/s with a run a core"
+    records = _report(
+        time_sharing(seconds), lambda r: f"{r['shape']}: {ratio(r):.2f} times the tokens/s with one run per core"
     )
     columns = {
         "FLOPs a step": lambda r: flops(r["flops_step"]),
         "tokens/s of one run": lambda r: f"{r['together_tokens_per_s']:,.0f}",
-        "of one a core": lambda r: f"{r['apart_tokens_per_s']:,.0f}",
+        "of one per core": lambda r: f"{r['apart_tokens_per_s']:,.0f}",
         "ratio": lambda r: f"{ratio(r):.2f}",
     }
     _show(records, as_json, ("shape",), columns)
@@ -261,7 +262,7 @@ def _text(megabytes: int, as_json: bool) -> None:
     from explore.bench import time_text
 
     timed = time_text(megabytes * 10**6)
-    records = _told(timed, lambda r: f"{r['form']}: {r['ratio']:.2f} times the time of the tokenizer")
+    records = _report(timed, lambda r: f"{r['form']}: {r['ratio']:.2f} times the time of the tokenizer")
     columns = {
         "MB/s": lambda r: f"{r['n_bytes'] / r['seconds'] / 1e6:.2f}",
         "tokenizer alone": lambda r: f"{r['n_bytes'] / r['tokenizer_s'] / 1e6:.2f}",
@@ -277,7 +278,7 @@ def _precision(shape: str, seconds: float, family: list[str] | None, as_json: bo
     from explore.bench import compare_precisions
 
     timed = compare_precisions(shape, seconds, family)
-    records = _told(timed, lambda r: f"{r['family']}, {r['precision']}: {r['step_ratio']:.2f} times the step in bf16")
+    records = _report(timed, lambda r: f"{r['family']}, {r['precision']}: {r['step_ratio']:.2f} times the step in bf16")
     columns = {
         "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
         "step": lambda r: f"{r['step_ratio']:.2f}",
@@ -294,7 +295,7 @@ def _compress(seconds: float, as_json: bool) -> None:
     def text(record: dict[str, Any], name: str) -> str:
         return size(record[name]) if record["unit"] == "bytes" else f"{record[name]:.2f} {record['unit']}"
 
-    records = _told(compare_compression(seconds), lambda r: f"{r['what']}: {text(r, 'value')}")
+    records = _report(compare_compression(seconds), lambda r: f"{r['what']}: {text(r, 'value')}")
     columns = {
         "measured": lambda r: text(r, "value"),
         "bound": lambda r: text(r, "bound"),
@@ -303,8 +304,8 @@ def _compress(seconds: float, as_json: bool) -> None:
     _show(records, as_json, ("what",), columns)
 
 
-def _told(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
-    """All records, each told in a line as soon as it is measured."""
+def _report(records: Iterable[dict[str, Any]], line: Callable[[dict[str, Any]], str]) -> list[dict[str, Any]]:
+    """Prints a line for each record as soon as it is measured, and returns all records."""
     gathered = []
     for record in records:
         err.print(line(record), highlight=False)

@@ -1,4 +1,4 @@
-"""Compare models, or runs."""
+"""The `compare` command: models or runs side by side."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ COSTS = (
 TIMES = {
     "prefill_s": "prefill", "decode_s": "decoding step", "largest_batch": "largest batch", "tokens_per_s": "tokens/s",
 }  # fmt: skip
-"""Columns of a device's roofline, and what they are called."""
+"""Columns of a device's roofline, and their labels."""
 
 OUTCOMES = ("tokens", "flops_run", "train_s", "tokens_per_s")
 NAME_WIDTH = 12
-"""Letters of a line of the name of a model or run above its column."""
+"""Characters per line of a model's or run's name in a column header."""
 
 
 @app.command(
@@ -61,15 +61,15 @@ def compare(
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     figure: Annotated[
-        Path | None, typer.Option(help="Draw parameters, FLOPs and traffic, or of runs their curves, as PNG and SVG.")
+        Path | None, typer.Option(help="Draw parameters, FLOPs and traffic (for runs: learning curves) as PNG and SVG.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare models side by side: parameters, FLOPs, caches, roofline, and ratios to the first.
 
-    Where all are runs, also the settings in which they differ and what they reached. FLOPs are per token, of prefill
-    per context. The roofline is the least time of one device: to read a context, to decode a token of one sequence,
-    and the most sequences that fit and the tokens per second that they decode.
+    If all are runs, also print the settings that differ and the results. FLOPs are per token; prefill FLOPs are per
+    context. The roofline is a lower bound on the time of one device to prefill a context and to decode one token of
+    one sequence, with the largest batch that fits and its tokens per second.
     """
     from explore.cost import Dtypes
     from explore.roofline import costs_table
@@ -84,7 +84,7 @@ def compare(
         for target, model in load_models([(each, "") for each in targets], d_model, vocab_size, set_ or []).items()
     }
     if len(models) < len(targets):
-        raise ValueError(f"TARGET must be different runs, got {', '.join(targets)}, of which two are the same")
+        raise ValueError(f"TARGET must be different runs, got the same run twice in {', '.join(targets)}")
     table = costs_table(models, seq_len, dtypes=dtypes, hardware=hardware)
     rows = {run.path.name: run.row() for run in runs.values()} if len(runs) == len(targets) else {}
     experiments = {run.path.name: run.experiment.get("experiment") or {} for run in runs.values()} if rows else {}
@@ -101,7 +101,7 @@ def compare(
         out.print(f"{name}: {model.family}" + (f", {model.pattern}" if name != model.pattern else ""), highlight=False)
     costs: dict[str, Any] = {str(row["model"]): row for row in table.to_dict("records")}
     print_fitting(
-        out, partial(_sizes, costs, hardware), f"at {seq_len:,} tokens, beside {next(iter(models))}", list(models)
+        out, partial(_sizes, costs, hardware), f"at {seq_len:,} tokens, relative to {next(iter(models))}", list(models)
     )
     if rows:
         _print_differences(experiments)
@@ -111,7 +111,7 @@ def compare(
 
 
 def _runs(targets: Sequence[str]) -> dict[str, RunFolder]:
-    """Those of the targets that are runs."""
+    """The targets that are runs, by target."""
     from explore.cli.models import find_file
     from explore.runs import RunFolder
 
@@ -121,7 +121,7 @@ def _runs(targets: Sequence[str]) -> dict[str, RunFolder]:
 
 
 def _headed(title: str, first: str, names: Sequence[str]) -> Table:
-    """A table with a column of values a name, and behind it how they compare with those of the first."""
+    """An empty table with a value column for each name, followed by a column that compares it with the first."""
     view = plain_table(title)
     view.add_column("", no_wrap=True)
     for name in names:

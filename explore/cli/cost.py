@@ -1,4 +1,4 @@
-"""Commands that count: nothing is built and nothing is trained."""
+"""The `cost` command: parameters, FLOPs, memory and traffic in closed form; no model is built."""
 
 from __future__ import annotations
 
@@ -53,10 +53,11 @@ def cost(
     vocab_size: VocabSize = None,
     seq_len: SeqLen = SEQ_LEN,
     set_: SetOptions = None,
-    by: Annotated[By, typer.Option(help="How the table is folded.")] = "letter",
-    convention: Annotated[ConventionName, typer.Option(help="How FLOPs are counted.")] = "exact",
+    by: Annotated[By, typer.Option(help="Rows of the table.")] = "letter",
+    convention: Annotated[ConventionName, typer.Option(help="Convention for counting FLOPs.")] = "exact",
     diff: Annotated[
-        str | None, typer.Option(metavar="ONE,OTHER", help="The lines on which two conventions differ.")
+        str | None,
+        typer.Option(metavar="ONE,OTHER", help="Show the components that two conventions count differently."),
     ] = None,
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
@@ -67,30 +68,32 @@ def cost(
     as_csv: Annotated[
         bool, typer.Option("--csv", help="Print CSV: every component of every layer, or with --patterns every model.")
     ] = False,
-    saved: Annotated[bool, typer.Option("--saved", help="Show what a token keeps for the backward pass.")] = False,
-    list_: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
-    published: Annotated[bool, typer.Option("--published", help="Counts in print beside those computed.")] = False,
+    saved: Annotated[
+        bool, typer.Option("--saved", help="Show the bytes saved per token for the backward pass.")
+    ] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the presets.")] = False,
+    published: Annotated[bool, typer.Option("--published", help="Compare computed with published counts.")] = False,
     patterns: Annotated[
         str | None,
-        typer.Option(metavar="FILE|-", help="One row for each line of a file: a pattern, preset, run or path."),
+        typer.Option(metavar="FILE|-", help="Print one row for each line of FILE: a pattern, preset, run or path."),
     ] = None,
 ) -> None:
-    """Parameters, FLOPs, memory and traffic of a model, itemised.
+    """Itemise a model's parameters, FLOPs, memory and traffic.
 
-    Sizes of the blocks of a pattern follow d_model as in the Nemotron models: heads of 64 (Mamba-2, d_inner
-    twice d_model, d_state 128, up to 8 groups) and of up to 128 (attention, 2 KV heads), d_ff = 4 d_model with
-    squared ReLU, 128 experts of 11/16 d_model with top 6 and a shared expert of twice that width. Change any of
-    them with --set blocks.LETTER.FIELD=VALUE. Forward and training FLOPs are per token, averaged over a sequence.
-    Under --precision, weights have the formats of the recipe, with their scales, and count multi-token prediction.
+    Block sizes of a pattern follow d_model as in the Nemotron models. Mamba-2: heads of 64, d_inner = 2 d_model,
+    d_state 128, up to 8 groups. Attention: heads of up to 128, 2 KV heads. MLP: d_ff = 4 d_model, squared ReLU. MoE:
+    128 experts of 11/16 d_model, top 6, and a shared expert of twice that width. Change any of them with --set
+    blocks.LETTER.FIELD=VALUE. Forward and training FLOPs are per token, averaged over a sequence. With --precision,
+    weight bytes follow the recipe's formats and include scales and multi-token prediction.
     """
     from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train, in_formats, storage
     from explore.model import saved_table
 
     if as_csv and as_json:
-        raise ValueError("--csv: not with --json")
+        raise ValueError("--csv: must not be combined with --json")
     for option, chosen in (("--list", list_), ("--published", published), ("--patterns", patterns)):
         if chosen and target is not None:
-            raise ValueError(f"{option}: takes no TARGET, got {echo(target)}")
+            raise ValueError(f"{option}: must not be combined with a TARGET, got {echo(target)}")
     if list_:
         _list_presets(as_json)
         return
@@ -101,7 +104,7 @@ def cost(
     if patterns is not None:
         for option, given in (("--diff", diff), ("--saved", saved), ("--precision", precision)):
             if given:
-                raise ValueError(f"{option}: not with --patterns, which prints one row a model")
+                raise ValueError(f"{option}: must not be combined with --patterns")
         models = load_models(read_targets(patterns), d_model, vocab_size, set_ or [])
         print_costs(models, seq_len, dtypes, as_json=as_json, as_csv=as_csv)
         return
@@ -158,10 +161,10 @@ def cost(
 
 
 COMPUTES = ("params", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "share")
-"""Columns of the first half of a receipt. Prefill is of the whole context, decode of one step."""
+"""Columns of the first table: compute. Prefill covers the whole context, decode one step."""
 
 HOLDS = ("weight_bytes", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes")
-"""Columns of the second half: state of a sequence at the context, what one decoding step moves."""
+"""Columns of the second table: weights, state of one sequence at the context, bytes moved by one decoding step."""
 
 LEDGER_ONLY = {
     "params": quantity("params_total"),
@@ -170,16 +173,16 @@ LEDGER_ONLY = {
         "flops_train_quantized", "Training with quantised operands", unit="FLOPs/token", short="quantised"
     ),
 }
-"""Columns of a ledger's records that no run has, or has by another name."""
+"""Columns of ledger records that runs lack, or have under another name."""
 
 
 def _declared(field: str) -> Quantity:
-    """What a column of a ledger's records is."""
+    """The quantity that declares a column of ledger records."""
     return LEDGER_ONLY.get(field) or quantity(field)
 
 
 def _receipt(records: list[dict[str, Any]], title: str, fields: Sequence[str]) -> Table:
-    """A table of the records that have something in these columns."""
+    """A table of the records with a nonzero value in any of these columns."""
     table = plain_table(title)
     names = [name for name in ("layer", "letter", "component") if name in records[0]]
     folded = "layer" not in records[0]
@@ -197,7 +200,7 @@ def _receipt(records: list[dict[str, Any]], title: str, fields: Sequence[str]) -
 
 
 def _formats(ledger: Ledger) -> Table:
-    """Which component of which layers is in which format."""
+    """A table of the format of each component, with its layers and parameters."""
     from explore.cost import formats_of
 
     table = plain_table("in formats")
@@ -223,7 +226,7 @@ def _summary(totals: dict[str, Any]) -> None:
         ("without the input embedding", "params_active_no_input_embedding"),
         ("without embeddings and head", "params_active_no_embeddings"),
     ]
-    mtp = f"; MTP apart: {count(totals['params_mtp'])}" if totals["params_mtp"] else ""
+    mtp = f", without {count(totals['params_mtp'])} of MTP" if totals["params_mtp"] else ""
     lines = [f"parameters: {count(totals['params_total'])}{mtp}; active"]
     lines += [
         f"  {count(totals[field])} {name}" + f" ({count(totals[field + '_no_router'])} without routers)"
@@ -260,7 +263,7 @@ def _saved(model: ModelConfig, seq_len: int) -> None:
     for convention, title in titles.items():
         rows = [record for record in records if record["convention"] == convention]
         groups = list(dict.fromkeys(record["group"] for record in rows))
-        table = plain_table(f"bytes that a token keeps {title}")
+        table = plain_table(f"bytes saved per token {title}")
         words = [group.split()[0] for group in groups]
         heads = [word if len(word) < 8 else f"{word[:5]}." for word in words]
         for i, name in enumerate(("letter", "layers", *heads, "total")):
@@ -279,7 +282,7 @@ def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None
 
     one, comma, other = names.partition(",")
     if not comma:
-        raise ValueError(f"--diff: {names!r} is not of the form ONE,OTHER, such as exact,megatron")
+        raise ValueError(f"--diff must be of the form ONE,OTHER, such as exact,megatron, got {names!r}")
     records = diff(ledger, one, other)
     totals = {name: flops_train(ledger, name) for name in (one, other)}
     if as_json:
@@ -315,7 +318,7 @@ def _diff(model: ModelConfig, ledger: Ledger, names: str, as_json: bool) -> None
 
 
 def signed(value: float) -> str:
-    """FLOPs with their sign."""
+    """FLOPs as text, always with a sign."""
     return ("-" if value < 0 else "+") + flops(abs(value))
 
 
@@ -331,7 +334,7 @@ def _list_presets(as_json: bool) -> None:
 
 
 def _presets(presets: Mapping[str, Preset], source: Literal["source", "arXiv"]) -> Table:
-    """The presets with their sources, or with the number alone of what is on arXiv."""
+    """A table of the presets with their sources, or with arXiv numbers only."""
     from explore.presets import preset
 
     table = plain_table()
@@ -355,7 +358,7 @@ def _published(as_json: bool) -> None:
         print(json.dumps(records, indent=2))
         return
     table = Table(
-        title="Parameters in billions, as printed and as computed", title_justify="left", box=None, header_style="dim"
+        title="Parameters in billions, published and computed", title_justify="left", box=None, header_style="dim"
     )
     table.add_column("preset", no_wrap=True)
     table.add_column("count")
@@ -369,7 +372,7 @@ def _published(as_json: bool) -> None:
         table.add_row(record["preset"], meaning, printed, f"{record['computed']:.3f}", mark)
     out.print(table)
     agreeing = sum(record["agrees"] for record in records)
-    out.print(f"{agreeing} of {len(records)} computed counts round to the printed digits", highlight=False)
+    out.print(f"{agreeing} of {len(records)} computed counts round to the published digits", highlight=False)
     if agreeing < len(records):
         raise typer.Exit(1)
 
@@ -377,4 +380,4 @@ def _published(as_json: bool) -> None:
 def _mtp(model: ModelConfig) -> str:
     assert model.mtp is not None
     weights = "shared" if model.mtp.shared else "separate"
-    return f"and {model.mtp.n_depths} depths of multi-token prediction, {model.mtp.pattern}, {weights} weights"
+    return f"plus multi-token prediction: depth {model.mtp.n_depths}, {model.mtp.pattern}, {weights} weights"

@@ -1,4 +1,4 @@
-"""The command that cuts a trained run into a smaller model."""
+"""The `cut` command: cut a trained run into a smaller model."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def cut(
         list[str] | None,
         typer.Option(metavar="SIZE=N", help="d_model=96, d_ff=256, M.n_heads=4 or 3.d_ff=64 (layer 3); repeatable."),
     ] = None,
-    drop_layers: Annotated[int, typer.Option(min=0, help="Leave out this many layers, the least important ones.")] = 0,
+    drop_layers: Annotated[int, typer.Option(min=0, help="Leave out this many layers, least important first.")] = 0,
     one_by_one: Annotated[
-        bool, typer.Option("--one-by-one", help="Score the rest again after each layer that --drop-layers leaves out.")
+        bool,
+        typer.Option("--one-by-one", help="Rescore the remaining layers after each layer that --drop-layers removes."),
     ] = False,
     drop_layer: Annotated[
         list[int] | None, typer.Option(metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
@@ -53,7 +54,7 @@ def cut(
         typer.Option(metavar="MODEL", help="Cut to the sizes of this model: a preset, a run, or a model in JSON."),
     ] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="Print what was searched to compress this preset; write nothing.")
+        bool, typer.Option("--published", help="Print the published search that made this preset; write nothing.")
     ] = False,
     target: Annotated[
         list[str] | None,
@@ -73,7 +74,7 @@ def cut(
         typer.Option(
             parser=whole_count,
             metavar="COUNT",
-            help="Distil the listed candidates on this many tokens; rank them by that.",
+            help="Distil the listed candidates on this many tokens and rank them by the resulting loss.",
         ),
     ] = None,
     by: Annotated[
@@ -82,12 +83,12 @@ def cut(
     effect: Annotated[str, typer.Option(help="What ranks layers: mse, kl, loss or influence.")] = "mse",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random ranking.")] = 0,
     norm_scales: Annotated[
-        bool, typer.Option("--norm-scales/--no-norm-scales", help="Correct norms for the channels that they lose.")
+        bool, typer.Option("--norm-scales/--no-norm-scales", help="Rescale norms to correct for removed channels.")
     ] = True,
     principal: Annotated[
         bool, typer.Option("--principal", help="Keep principal axes of a latent, not channels.")
     ] = False,
-    scores: Annotated[Path | None, typer.Option(help="Scores to use; those of explore score when absent.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Scores to use (default: those of explore score).")] = None,
     data: DataOf = None,
     context: Annotated[
         int | None,
@@ -105,20 +106,20 @@ def cut(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the plan; in the run when absent.")
+        Path | None, typer.Option("--out", help="Where to write the plan (default: in the run's folder).")
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print what is cut; write nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the cut of each layer; write nothing.")] = False,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw what --like keeps of each layer here, as PNG and SVG.")
+        Path | None, typer.Option(help="Draw the share of each layer that --like keeps, as PNG and SVG.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Cut a trained run into a smaller model: write the plan, and score the child before any training.
 
-    Give the child's sizes (--keep, --drop-layers, --drop-layer), those of another model (--like), or budgets and what
-    may change (--target, --free).
-    A search lists every child within the tolerance, scores some of them, and saves the best; with --distil-tokens it
-    ranks these after a short distillation, which is kept in the run.
+    Give the child's sizes (--keep, --drop-layers, --drop-layer), another model's sizes (--like), or budgets and the
+    sizes that may change (--target, --free).
+    A search lists every child within the tolerance, scores some of them, and saves the best; --distil-tokens ranks
+    these after a short distillation, which is kept in the run's folder.
     """
     from explore.compress import Cutter, Scores
     from explore.compress.measures import Setting
@@ -195,7 +196,7 @@ def cut(
 
 
 def _like(cutter: Cutter, like: str, figure: Path | None, run: str, *, drop_mtp: bool) -> Plan:
-    """The plan that cuts a parent to the sizes of another model, which is drawn where that is asked for."""
+    """The plan that cuts a parent to the sizes of another model; also draws the cut if `figure` is given."""
     from explore.cli.models import load_model
     from explore.compress.alignment import align
 
@@ -274,7 +275,7 @@ def _print(record: dict[str, Any]) -> None:
                 shown = "diverged" if loss is None else f"{loss:.4f}"
                 texts += [str(losses.index(each["val_loss"]) + 1), shown, str(i + 1)]
             view.add_row(*map(str, each["sizes"].values()), *costs, *texts)
-        out.print(f"{record['n_candidates']} children meet the targets; the best of those that were scored:")
+        out.print(f"{record['n_candidates']} children meet the targets; best of those scored:")
         out.print(view, highlight=False)
         if record["kendall_tau"] is not None:
             out.print(
@@ -294,7 +295,7 @@ def _print(record: dict[str, Any]) -> None:
 
 
 def _show(plan: Plan) -> None:
-    """What is cut of each layer, as ranges of indices."""
+    """Prints the indices cut from each layer, as ranges."""
     from explore.compress.surgery import complete
 
     whole = plan.parent_model

@@ -1,4 +1,4 @@
-"""Tables of what a child keeps of another model's layers, and of published searches, in a terminal."""
+"""Terminal tables of a child as a cut of another model, and of published searches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from explore.compress.published import BlockSearch, BudgetSearch
 
 WIDTH = 100
-"""Largest number of characters of a line of prose."""
+"""Maximum characters per line of prose."""
 
 
 def show_published_cut(parent: str, like: str | None, published: bool, figure: Path | None, as_json: bool) -> None:
-    """What a preset keeps of another one, or what was searched in print to find such a child.
+    """Prints a preset as a cut of another (`like`), or the published search that found such a child.
 
     Raises:
-        ValueError: neither is asked for, or a figure of a search.
+        ValueError: neither `like` nor `published` is given, or a figure is asked for without `like`.
     """
     from explore.cli.models import load_model
     from explore.compress.alignment import align
@@ -38,7 +38,9 @@ def show_published_cut(parent: str, like: str | None, published: bool, figure: P
         _show_alignment(align(preset(parent), load_model(like)), parent, Path(like).name, figure, as_json)
         return
     if not published:
-        raise ValueError(f"{parent}: has no weights to cut; add --like MODEL to show a cut, or --published the search")
+        raise ValueError(
+            f"{parent}: has no weights to cut; add --like MODEL to show a cut, or --published to show the search"
+        )
     if figure is not None:
         raise ValueError("--figure: must come with --like, the model to draw")
     search = search_of(parent)
@@ -77,7 +79,7 @@ def _show_alignment(alignment: Alignment, parent: str, child: str, figure: Path 
     changed = "d_model is kept" if width[0] == width[1] else f"d_model {width[0]} -> {width[1]}"
     _say(f"{child} as a cut of {parent}: {' -> '.join(count(n) for n in params.values())} parameters, {changed}")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("kind", "what becomes of it", "layers", "parameters kept", "which of its kind, from 0"):
+    for name in ("kind", "treatment", "layers", "parameters kept", "index among its kind, from 0"):
         table.add_column(name, justify="right" if name in ("layers", "parameters kept") else "left")
     treatments: dict[tuple[str, str, float], list[int]] = {}
     for part in alignment.parts:
@@ -93,8 +95,8 @@ def _show_alignment(alignment: Alignment, parent: str, child: str, figure: Path 
     if alignment.ways is not None and alignment.ways > 1:
         n_open = sum(part.is_open for part in alignment.parts)
         _say(
-            f"{alignment.ways:,} choices of layers give this pattern, and the earliest is shown. It is open for "
-            f"{n_open} layers whether they were kept: only the weights could say."
+            f"{alignment.ways:,} choices of layers give this pattern; the earliest is shown. Whether {n_open} of the "
+            "layers were kept cannot be decided without the weights."
         )
 
 
@@ -115,7 +117,7 @@ def _show_budget(search: BudgetSearch, as_json: bool) -> None:
     setting = search.setting
     _say(f"{search.parent} to {search.child}, {search.source}")
     _say(
-        f"Budget: {search.budget_gib:g} GiB of weights and of the state of one sequence of {setting.context:,} tokens. "
+        f"Budget: {search.budget_gib:g} GiB for weights and the state of one sequence of {setting.context:,} tokens. "
         f"{search.printed}"
     )
     table = Table("dtypes", "child", "parent", "within", box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -128,12 +130,13 @@ def _show_budget(search: BudgetSearch, as_json: bool) -> None:
         f"({next(iter(search.settings))}). {search.child} is "
         f"{'one of them' if standing['child_within'] else 'not one of them'}, and {search.parent} "
         f"{'fits too' if standing['parent_within'] else 'does not fit'}. {standing['n_less']:,} use less memory than "
-        f"{search.child}, {standing['n_more']:,} more; {standing['n_larger']:,} of those are smaller in nothing."
+        f"{search.child}, {standing['n_more']:,} more; {standing['n_larger']:,} of the latter are no smaller in any "
+        "size."
     )
     if not stages:
         return
     depth, width = stages["depth"], stages["width"]
-    _say(f"FLOPs and the roofline's time on one {setting.device} are those of decoding one token at this context.")
+    _say(f"FLOPs and roofline time on one {setting.device} are for decoding one token at this context.")
     table = _measures("Stage 1: depth, at the parent's widths and the child's attention layers", "layers", "splits")
     for layers, rows in depth.groupby("layers"):
         table.add_row(str(layers), str(len(rows)), *_spans(rows), "yes" if rows["within"].any() else "no")
@@ -156,7 +159,7 @@ def _measures(title: str, *names: str) -> Table:
 
 
 def _spans(rows: Any) -> list[str]:
-    """The smallest and the largest of each measure."""
+    """The smallest and largest value of each measure, as text."""
     texts: dict[str, Callable[[float], str]] = {
         "params_total": count,
         "memory_gib": "{:.2f}".format,
@@ -198,7 +201,7 @@ def _show_blocks(search: BlockSearch, as_json: bool) -> None:
 
 
 def ranges(indices: Iterable[int]) -> str:
-    """Rising numbers as ranges, `0-3 7 9-10`."""
+    """Increasing numbers as ranges, such as `0-3 7 9-10`."""
     runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
     ends = ((run[0][1], run[-1][1]) for run in runs)
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)

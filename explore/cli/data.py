@@ -1,4 +1,4 @@
-"""The command that shows corpora and trains tokenizers."""
+"""The `data` command: show corpora and train tokenizers."""
 
 from __future__ import annotations
 
@@ -32,14 +32,12 @@ def data(
     ] = None,
     ngram: Annotated[
         int | None,
-        typer.Option(
-            min=2, max=5, help="Score val and test by a Kneser-Ney model of this order: what a model has to beat."
-        ),
+        typer.Option(min=2, max=5, help="Score val and test with a Kneser-Ney model of this order, as a baseline."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="Where --train-bpe writes the tokenizer.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a corpus holds, split by split; without a corpus, which ones are known."""
+    """Show the documents, bytes and tokens of each split of a corpus; without a corpus, list the known ones."""
     from explore import data as texts
 
     only_with("--out", output, "--train-bpe", train_bpe)
@@ -103,7 +101,7 @@ def data(
 
 
 def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | None) -> None:
-    """Trains on the training text and writes the tokenizer; whatever is wrong with either is found before."""
+    """Trains a BPE tokenizer on the training text and writes it; the output path is checked before training."""
     from explore import data as texts
     from explore.files import replacing
 

@@ -1,4 +1,4 @@
-"""Distil a child of a trained run."""
+"""The `distil` command: distil a child of a trained run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from explore.formatting import read_count
 def distil(
     plan: Annotated[Path, typer.Argument(help="A plan that cuts a trained run, in JSON.")],
     tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
-    teacher: Annotated[Path | None, run_option("A run, or a folder that import wrote; the parent when absent.")] = None,
-    parent: Annotated[Path | None, run_option("Run that is cut; looked for in --runs when absent.")] = None,
+    teacher: Annotated[
+        Path | None, run_option("A run, or a folder written by explore import (default: the parent).")
+    ] = None,
+    parent: Annotated[Path | None, run_option("Run that the plan cuts (default: found in --runs).")] = None,
     data: DataOf = None,
     set_: SetOptions = None,
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
@@ -30,9 +32,9 @@ def distil(
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
-    """Train the child of a plan to predict what its parent predicts.
+    """Train the child of a plan on its parent's predictions.
 
-    Data and training are the parent's, at a fifth of its learning rate; `--set` changes any field.
+    Data and training settings are the parent's, with a fifth of its learning rate; `--set` changes any field.
     """
     from explore.train import child_experiment
 

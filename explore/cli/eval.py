@@ -1,4 +1,4 @@
-"""Evaluate trained runs."""
+"""The `eval` command: evaluate trained runs."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ def evaluate(
     runs: Annotated[
         list[Path],
         run_argument(
-            "runs (folders, or the first characters of their keys), folders that import wrote, or records (.parquet)"
+            "runs (folders, or the first characters of their keys), folders written by explore import, or records "
+            "(.parquet)"
         ),
     ],
     pairs: Annotated[
-        list[Path] | None, typer.Option(help="File or folder of minimal pairs, as BLiMP or Zorro; repeatable.")
+        list[Path] | None, typer.Option(help="File or folder of minimal pairs, such as BLiMP or Zorro; repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs of each paradigm.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many pairs of each paradigm.")] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Bits per byte of the test text of another corpus; repeatable.")
+        list[str] | None, typer.Option(help="Score bits per byte on the test text of another corpus; repeatable.")
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(parser=whole_count, metavar="COUNT", help="Read only this many tokens of --corpus, e.g. 200k."),
     ] = None,
     acceptance: Annotated[
-        int | None, typer.Option(min=1, help="Acceptance length of drafts, over so many prompts of the test text.")
+        int | None,
+        typer.Option(min=1, help="Measure the acceptance length of drafts on this many prompts of the test text."),
     ] = None,
     ngram: Annotated[
         int | None,
-        typer.Option(min=2, max=5, help="Bits per byte of a Kneser-Ney model of this order on the tokens of the run."),
+        typer.Option(min=2, max=5, help="Score a Kneser-Ney model of this order on the run's tokens, as a baseline."),
     ] = None,
-    whole: Annotated[
-        bool, typer.Option("--whole", help="Score the whole of val and test, document by document.")
-    ] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Score all of val and test, document by document.")] = False,
     save: Annotated[
-        bool, typer.Option("--save", help="Add the results to evals.json of each run, which tables and records hold.")
+        bool, typer.Option("--save", help="Add the results to each run's evals.json; tables and records include them.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Minimal pairs, other corpora, an n-gram model of the same tokens, or the acceptance length of drafts."""
+    """Evaluate runs: minimal pairs, other corpora, whole splits, draft acceptance, or an n-gram baseline."""
     from explore.evals import read_minimal_pairs
     from explore.frontier.floors import add_floors, ngram_floor
     from explore.runs import PACKED, RunFolder, write_json
@@ -74,16 +74,16 @@ def evaluate(
     for path in pairs or []:
         suite = path.resolve().name.partition(".")[0]
         if suite in suites:
-            raise ValueError(f"--pairs: two suites must not have one name, got {suites[suite]} and {path}")
+            raise ValueError(f"--pairs: suites must have different names, got {suites[suite]} and {path}")
         suites[suite] = path
     read = {suite: read_minimal_pairs(path, limit) for suite, path in suites.items()}
     found = {}
     for run in runs:
         if run.suffix == PACKED:
             if ngram is None or not save or pairs or corpus or acceptance or whole:
-                raise ValueError(f"{run}: records have no weights; only --ngram with --save can be measured on them")
+                raise ValueError(f"{run}: records have no weights; only --ngram with --save accepts them")
             n = add_floors(run, ngram)
-            out.print(f"{run}: {n} runs got the score of a {ngram}-gram model of their tokens", highlight=False)
+            out.print(f"{run}: added the score of a {ngram}-gram model on the same tokens to {n} runs", highlight=False)
             continue
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
         if whole:
@@ -126,7 +126,7 @@ def evaluate(
 def _results(
     run: Path, pairs: dict[str, Any], corpora: list[str], tokens: int | None, acceptance: int | None
 ) -> dict[str, Any]:
-    """What was asked for of one run, by kind: shares of minimal pairs, bits per byte, acceptance lengths."""
+    """The requested results of one run, by kind: minimal-pair accuracy, bits per byte, acceptance lengths."""
     from explore.evals import acceptance_length, bits_per_byte, minimal_pair_accuracy
     from explore.model import GREEDY, Sampling
 
@@ -136,7 +136,7 @@ def _results(
         results["pairs"] = {name: minimal_pair_accuracy(model, tokenizer, some) for name, some in pairs.items()}
     if (corpora or acceptance) and data is None:
         option = "--corpus" if corpora else "--acceptance"
-        raise ValueError(f"{option}: {run} is no run, and windows are those of a run's data")
+        raise ValueError(f"{option} must have a run, whose data it reads; {run} is not one")
     if corpora:
         assert data is not None
         other = {name: data.model_copy(update={"corpus": name, "n_shards": None}).open(0) for name in corpora}
@@ -161,12 +161,12 @@ def _documents(run: Path) -> dict[str, Any]:
     source = experiment.data.open(experiment.seed)
     scores = document_scores(experiment, source, load_model(RunFolder(run)))
     if scores is None:
-        raise ValueError(f"--whole: {run} was trained on {experiment.data.kind}, and documents are those of text")
+        raise ValueError(f"--whole: {run} must be trained on text, got {experiment.data.kind}")
     return scores
 
 
 def _prompts(data: TextData, n: int) -> Iterator[Tensor]:
-    """Windows of the test text, evenly over it."""
+    """Windows of the test text, evenly spaced."""
     batches = list(data.open(0).eval_batches("test", 1, None))
     for i in range(n):
         yield batches[i * len(batches) // n].inputs[0, :PROMPT_TOKENS]

@@ -1,4 +1,4 @@
-"""Write a trained model for transformers or Megatron-LM."""
+"""The `export` command: write a trained model for transformers or Megatron-LM."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Format = Literal["hf", "megatron", "te-quant", "model-optimizer"]
 def export(
     source: RunOrModel,
     folder: Annotated[Path | None, typer.Argument(metavar="DIR", help="New or empty folder, for hf.")] = None,
-    to: Annotated[Format, typer.Option(help="hf writes a folder; the others print.")] = "hf",
+    to: Annotated[Format, typer.Option(help="hf writes a folder; the other formats print.")] = "hf",
 ) -> None:
-    """Write a trained model for transformers, or print the arguments with which Megatron-LM trains its architecture.
+    """Write a trained model for transformers, or print Megatron-LM's arguments for training its architecture.
 
-    te-quant prints the run's recipe of precision for Megatron-LM's --te-precision-config-file, and model-optimizer
-    the names of Model-Optimizer's recipes.
+    te-quant prints the run's precision recipe for Megatron-LM's --te-precision-config-file; model-optimizer prints
+    the names of the matching Model-Optimizer recipes.
 
     The folder has config.json, safetensors, tokenizer and model card; AutoModelForCausalLM and AutoTokenizer load it.
-    What the other side cannot express is refused by name.
+    A feature that the target format cannot represent is an error that names it.
     """
     if to != "hf":
         if folder is not None:
-            raise ValueError(f"DIR: {str(folder)!r} is not needed; --to {to} prints")
+            raise ValueError(f"DIR: must not be combined with --to {to}, which prints; got {str(folder)!r}")
         if to == "megatron":
             _print_arguments(source)
         else:

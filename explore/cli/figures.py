@@ -1,4 +1,4 @@
-"""The command that makes figures, tables and quoted numbers again from committed records, or says what has drifted."""
+"""The `figures` command: regenerate figures, tables and quoted numbers from committed records, or check them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ TEMPLATE, TEXT = "FINDINGS.template.md", "FINDINGS.md"
     epilog="Example: explore figures --check, as CI does; explore figures latent_or_not draws one of them",
 )
 def figures(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Studies, by the names of their files; all if absent.")
-    ] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Studies, by file name (default: all).")] = None,
     sweeps: Annotated[Path, typer.Option(help="Folder of sweep files, with their records in records/.")] = Path(
         "sweeps"
     ),
@@ -29,17 +27,17 @@ def figures(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Write nothing; end with 1 where something has drifted, or a claim passes no gate."
+            "--check", help="Write nothing; exit with 1 if a file differs from its records or a claim passes no gate."
         ),
     ] = False,
 ) -> None:
-    """Make every figure and table of the findings again, as PDF, SVG, PNG and CSV, from records; nothing is trained."""
+    """Regenerate every figure and table of the findings from records, as PDF, SVG, PNG and CSV; train nothing."""
     from explore.findings import find_findings, text_drift, ungated_claims, write_text
 
     found = find_findings(sweeps)
     if unknown := set(names or ()) - {finding.name for finding in found}:
         allowed = ", ".join(finding.name for finding in found)
-        raise ValueError(f"NAMES: {', '.join(sorted(unknown))} is no study with records; there are {allowed}")
+        raise ValueError(f"NAMES must be studies with records ({allowed}), got {', '.join(sorted(unknown))}")
     chosen = [finding for finding in found if not names or finding.name in names]
     template, text = output / TEMPLATE, sweeps.parent / TEXT
     if check:
@@ -51,7 +49,7 @@ def figures(
             err.print(line, highlight=False, soft_wrap=True)
         if drifted:
             sys.exit(1)
-        out.print(f"{len(chosen)} findings are what their records give: {sum(len(each.runs) for each in chosen)} runs")
+        out.print(f"{len(chosen)} findings match their records: {sum(len(each.runs) for each in chosen)} runs")
         return
     for finding in chosen:
         with err.status(Text(f"{finding.name}: {len(finding.runs)} runs")):

@@ -1,4 +1,4 @@
-"""Let a trained run write."""
+"""The `generate` command: continue prompts with a trained run."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ if TYPE_CHECKING:
 )
 def generate(
     run: RunOrModel,
-    prompt: Annotated[list[str], typer.Option(help="Text to go on from; repeatable.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from so many tokens.")] = None,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the most probable tokens.")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the tokens that together have this probability.")
+        float | None, typer.Option(help="Sample from the most probable tokens that together have this probability.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Let multi-token prediction draft; needs a model that has it.")
+        bool,
+        typer.Option(
+            "--speculate", help="Speculative decoding; the model must have multi-token prediction, which drafts."
+        ),
     ] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the step of a token first, up to a minute; for long texts.")
+        bool, typer.Option("--compile", help="Compile the decoding step first (up to a minute); for long texts.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Let a trained run write: prompts of equal length are decoded as one batch, with their state kept."""
+    """Continue prompts with a trained run; prompts of equal length are decoded as one batch."""
     from explore.model import Sampling
 
     if compiled and speculate:
-        raise ValueError("--compile: not with --speculate; only steps of one token are compiled")
+        raise ValueError("--compile: must not be combined with --speculate; only one-token steps are compiled")
     if compiled:
         from explore.ops import check_compiler
         from explore.train import keep_compiled
@@ -80,7 +83,7 @@ def _continued(
     speculate: bool,
     compiled: bool,
 ) -> tuple[list[list[int]], list[float]]:
-    """New tokens of every prompt, and the acceptance lengths where they were drafted."""
+    """New tokens of every prompt, and their acceptance lengths if drafted."""
     import torch
 
     from explore.model import generate

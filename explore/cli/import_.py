@@ -1,4 +1,4 @@
-"""Make a model of a checkpoint of transformers."""
+"""The `import` command: convert a transformers checkpoint."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from explore.cli.opening import describe_size
 def import_(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a nemotron_h checkpoint.")],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="New or empty folder; DIR-imported, here, when absent.")
+        Path | None, typer.Argument(metavar="OUT", help="New or empty folder (default: DIR-imported in this folder).")
     ] = None,
 ) -> None:
-    """Make a model of a nemotron_h checkpoint: model.json and model.safetensors, which other commands accept."""
+    """Convert a nemotron_h checkpoint to model.json and model.safetensors, which other commands accept."""
     from explore.files import read_json
     from explore.interop import from_hf, read_tokenizer_json, save_model_folder
     from explore.presets import with_new_names

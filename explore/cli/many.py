@@ -1,4 +1,4 @@
-"""Many models at once: reading which, and one row for each."""
+"""Many models at once: read their names, and print one row for each."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SHOWN = (
     "params_total", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "weight_bytes",
     "kv_bytes", "ssm_state_bytes", "decode_bytes",
 )  # fmt: skip
-"""What the table of many models shows; CSV and JSON have all that is counted."""
+"""Columns of the table of many models; CSV and JSON have every column."""
 
 
 def read_targets(source: str) -> list[tuple[str, str]]:
-    """Patterns, presets, runs or paths, one a line, and where each was read; `-` is standard input.
+    """Patterns, presets, runs or paths, one per line, each with the place it was read from; `-` is standard input.
 
     Empty lines and lines that begin with `#` are skipped.
     """
@@ -50,10 +50,10 @@ def read_targets(source: str) -> list[tuple[str, str]]:
 def load_models(
     targets: Sequence[tuple[str, str]], d_model: int | None, vocab_size: int | None, overrides: list[str]
 ) -> dict[str, ModelConfig]:
-    """The models by their names; sizes of patterns are those given, others have their own.
+    """The models by name; `d_model` and `vocab_size` apply to patterns only.
 
     Args:
-        targets: a name, and where it was read, with which an error begins.
+        targets: pairs of a name and the place it was read from, which begins an error message.
     """
     models: dict[str, ModelConfig] = {}
     for target, where in targets:
@@ -71,7 +71,7 @@ def load_models(
 
 
 def print_costs(models: dict[str, ModelConfig], seq_len: int, dtypes: Dtypes, *, as_json: bool, as_csv: bool) -> None:
-    """Prints one row a model."""
+    """Prints one row per model."""
     from explore.roofline import costs_table
 
     table = costs_table(models, seq_len, dtypes=dtypes)
@@ -81,7 +81,7 @@ def print_costs(models: dict[str, ModelConfig], seq_len: int, dtypes: Dtypes, *,
         table.to_csv(sys.stdout, index=False)
     else:
         print_fitting(out, lambda title, fields: _rows(table, title, fields), "", SHOWN)
-        out.print(f"{len(table)} models at {seq_len:,} tokens; FLOPs are per token, of prefill per context")
+        out.print(f"{len(table)} models at {seq_len:,} tokens; FLOPs are per token, prefill FLOPs per context")
 
 
 def _rows(table: pd.DataFrame, title: str, fields: Sequence[str]) -> Table:

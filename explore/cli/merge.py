@@ -1,4 +1,4 @@
-"""The command that merges checkpoints."""
+"""The `merge` command: average checkpoints."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ from explore.quantities import columns
 )
 def merge(
     run: Annotated[Path, run_argument(f"{OR_KEY}, trained with --keep-every")],
-    last: Annotated[int, typer.Option(min=1, help="Checkpoints to merge, the last of the stable phase.")] = 5,
+    last: Annotated[
+        int, typer.Option(min=1, help="Number of checkpoints to merge, the last ones of the stable phase.")
+    ] = 5,
     shape: Annotated[
-        Literal["flat", "minus_sqrt"], typer.Option(help="Decay that the average imitates; flat is a linear one.")
+        Literal["flat", "minus_sqrt"],
+        typer.Option(help="Decay that the average imitates; flat imitates a linear decay."),
     ] = "minus_sqrt",
     save: Annotated[bool, typer.Option("--save", help="Keep the merged weights as checkpoints/merged.ckpt.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Average checkpoints of the stable phase, which imitates a decay, and score the average."""
+    """Average checkpoints of the stable phase, which imitates a learning-rate decay, and score the average."""
     from explore.runs import RunFolder
     from explore.train import score_merge
 

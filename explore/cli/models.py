@@ -1,4 +1,4 @@
-"""How commands find the model that the user names."""
+"""Find the model that the user names on the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from explore.model import ModelConfig
 
 IN_FOLDERS = ("experiment.json", "model.json", "config.json")
-"""Files of a run folder, of a folder that import wrote, and of a checkpoint of transformers, that tell the model."""
+"""Files that hold the model: of a run folder, of a folder that import wrote, and of a transformers checkpoint."""
 
 
 def load_model(
     target: str, d_model: int | None = None, vocab_size: int | None = None, overrides: list[str] | None = None
 ) -> ModelConfig:
-    """The model that a pattern, a preset's name or a path stands for."""
+    """The model of a pattern, a preset, a run or a path."""
     from explore.model import ModelConfig, check_overrides
 
     model = ModelConfig.model_validate(model_content(target, d_model, vocab_size, overrides or []))
@@ -27,7 +27,7 @@ def load_model(
 
 
 def model_content(target: str, d_model: int | None, vocab_size: int | None, overrides: list[str]) -> dict[str, Any]:
-    """Fields of that model, before sizes that are not given are filled in.
+    """The fields of the target's model, before defaults are filled in.
 
     Args:
         d_model: width of a pattern's model; only patterns take it.
@@ -48,7 +48,7 @@ def model_content(target: str, d_model: int | None, vocab_size: int | None, over
         for option, value in (("d_model", d_model), ("vocab_size", vocab_size)):
             if value is not None:
                 flag = f"--{option.replace('_', '-')}"
-                raise ValueError(f"{flag}: only patterns take it, got {echo(target)}; use --set {option}={value}")
+                raise ValueError(f"{flag}: must come with a pattern, got {echo(target)}; use --set {option}={value}")
     for override in overrides:
         set_field(content, override.removeprefix("model."))
     if "pattern" not in content:
@@ -60,12 +60,12 @@ def model_content(target: str, d_model: int | None, vocab_size: int | None, over
 
 
 def is_pattern(target: str) -> bool:
-    """Whether a target that is no path is a pattern: unlike the name of a preset, it has no small letter or digit."""
+    """Whether a target that is not a path is a pattern: unlike a preset's name, it has no small letter or digit."""
     return not any(letter.islower() or letter.isdigit() for letter in target)
 
 
 def find_file(target: str) -> Path | None:
-    """The file that a target names, in a folder that it names, or nothing."""
+    """The model's file if the target is a file, a folder or a run, else None."""
     from explore.files import exists
 
     path = Path(target)
@@ -81,7 +81,7 @@ def find_file(target: str) -> Path | None:
 
 
 def _run_file(target: str) -> Path | None:
-    """The experiment of the run that a name or the first characters of a key stand for; a preset's name is first."""
+    """The experiment file of the run with this name or these first characters of its key; presets take precedence."""
     from explore.presets import PRESETS
 
     if target in PRESETS:

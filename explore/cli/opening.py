@@ -1,4 +1,4 @@
-"""How commands open a run, or a folder that `explore import` wrote."""
+"""Open a run, or a folder written by `explore import`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from explore.model import LanguageModel, ModelConfig
 
 OR_KEY = "a run (its folder, or the first characters of its key)"
-"""How a run is named, in the help of every command that takes one."""
+"""Help text for an argument that is a run."""
 
 
 def run_path(text: str) -> Path:
-    """The folder that an argument names: a path, or the name or the first characters of the key of a run in `runs`.
+    """The folder that an argument names: a path, or a run in `runs` by its name or the first characters of its key.
 
     Raises:
-        FileNotFoundError: no run, or several; Typer would hide the words of a ValueError.
+        FileNotFoundError: no run matches, or several do; Typer would hide the message of a ValueError.
     """
     from explore.files import exists
     from explore.runs import resolve_run
@@ -34,7 +34,7 @@ def run_path(text: str) -> Path:
 
 
 def place_path(text: str) -> Path:
-    """A folder or file of runs; where there is none, the run that a name or the first characters of a key stand for."""
+    """A folder or file of runs; if there is none, the run with this name or these first characters of its key."""
     from explore.files import exists
     from explore.runs import match_runs
 
@@ -58,14 +58,14 @@ Places = Annotated[
     list[Path],
     typer.Argument(
         parser=place_path, metavar="RUNS",
-        help="Folders that hold runs, tables of records, .csv or .parquet files, or first characters of keys.",
+        help="Folders of runs, run tables (.csv or .parquet), or runs by the first characters of their keys.",
     ),
 ]  # fmt: skip
-RunOrModel = Annotated[Path, run_argument(f"{OR_KEY}, or a folder that import wrote")]
+RunOrModel = Annotated[Path, run_argument(f"{OR_KEY}, or a folder written by explore import")]
 
 
 def open_run(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
-    """The model and tokenizer of a run, and its data; there is none with a folder that import wrote."""
+    """The model, tokenizer and data of a run; a folder written by import has no data (None)."""
     from explore.data import TextData, load_tokenizer
     from explore.interop import is_model_folder, load_model_folder
     from explore.runs import RunFolder
@@ -75,7 +75,7 @@ def open_run(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
         return load_model_folder(run), load_tokenizer(str(run / "tokenizer.json")), None
     data = RunFolder(run).load_experiment().data
     if not isinstance(data, TextData):
-        raise ValueError(f"{run}: was trained on {data.kind}, and this needs text")
+        raise ValueError(f"{run}: must be trained on text, got {data.kind}")
     return load_model(RunFolder(run)), load_tokenizer(data.tokenizer), data
 
 

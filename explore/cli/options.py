@@ -13,7 +13,7 @@ from explore.formatting import read_whole_count
 
 
 def whole_count(text: str | int) -> int:
-    """Reads the value of an option that counts, with or without k, M or B."""
+    """Reads a count given as an option, with or without k, M or B."""
     try:
         return read_whole_count(text)
     except ValueError as error:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 DataOf = Annotated[
     Path | None,
-    typer.Option(help="Run or experiment in JSON with the data for an imported checkpoint, which has none."),
+    typer.Option(help="Run or experiment (JSON) whose data to use with an imported checkpoint."),
 ]
 SetOptions = Annotated[
     list[str] | None,
@@ -34,7 +34,7 @@ SetOptions = Annotated[
 ]
 Where = Annotated[
     list[str] | None,
-    typer.Option(metavar="CONDITION", help="Rows to keep, as d_model>=64, corpus=austen or name~moe; repeatable."),
+    typer.Option(metavar="CONDITION", help="Rows to keep, e.g. d_model>=64, corpus=austen or name~moe; repeatable."),
 ]
 Paths = Annotated[
     list[str] | None,
@@ -42,20 +42,23 @@ Paths = Annotated[
 ]
 SplitBatch = Annotated[
     bool,
-    typer.Option("--split-batch", help="Train on both halves of a batch at once, one thread each: for small models."),
+    typer.Option(
+        "--split-batch", help="Train on both halves of a batch in parallel, one thread each; for small models."
+    ),
 ]
 Precision = Annotated[
-    str | None, typer.Option(metavar="RECIPE", help="Formats of the components: a recipe's name, or its JSON file.")
+    str | None,
+    typer.Option(metavar="RECIPE", help="Number formats of the components: a recipe's name, or its JSON file."),
 ]
-WeightDtype = Annotated[Dtype, typer.Option(help="Of weights, and of products where a device has them.")]
-KVDtype = Annotated[Dtype, typer.Option(help="Of keys and values.")]
-StateDtype = Annotated[Dtype, typer.Option(help="Of recurrent and convolution state.")]
-ActivationDtype = Annotated[Dtype, typer.Option(help="Of what experts are sent.")]
+WeightDtype = Annotated[Dtype, typer.Option(help="Dtype of weights, and of matrix products if the device supports it.")]
+KVDtype = Annotated[Dtype, typer.Option(help="Dtype of keys and values.")]
+StateDtype = Annotated[Dtype, typer.Option(help="Dtype of recurrent and convolution state.")]
+ActivationDtype = Annotated[Dtype, typer.Option(help="Dtype of the activations sent to experts.")]
 Target = Annotated[
     str | None,
     typer.Argument(
-        help="A pattern, a preset (explore cost --list), a run (folder or first characters of its key), or a JSON "
-        "file: experiment, model or nemotron_h's config."
+        help="A pattern, a preset (explore cost --list), a run (its folder or the first characters of its key), or a "
+        "JSON file with an experiment, a model or a nemotron_h config."
     ),
 ]
 DModel = Annotated[int | None, typer.Option(min=1, help=f"Width of a pattern's model (default: {D_MODEL}).")]
@@ -65,44 +68,44 @@ VocabSize = Annotated[
 ]
 SeqLen = Annotated[
     int,
-    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of a sequence and of the context; 128k is 128,000."),
+    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens per sequence and of context; 128k is 128,000."),
 ]
 WandbMode = Literal["offline", "online"]
-Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases; off when absent.")]
+Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases (default: off).")]
 CheckpointEvery = Annotated[
-    int | None, typer.Option(min=1, help="Steps between checkpoints; a twentieth of a run when absent.")
+    int | None, typer.Option(min=1, help="Steps between checkpoints (default: a twentieth of the run).")
 ]
 StudyStorage = Annotated[
-    str | None, typer.Option(metavar="URL", help="Optuna storage; then STUDY is the name of a study in it.")
+    str | None, typer.Option(metavar="URL", help="Optuna storage; STUDY is then the name of a study in it.")
 ]
 StudyName = Annotated[
-    str | None, typer.Option("--study", help="Study of a journal with several; the newest when absent.")
+    str | None, typer.Option("--study", help="Study to use if the journal has several (default: the newest).")
 ]
 
 
 def only_with(option: str, given: object, other: str, needed: object) -> None:
-    """Refuses an option that does nothing without another one."""
+    """Rejects an option that has no effect without another one."""
     if given and not needed:
-        raise ValueError(f"{option}: only with {other}")
+        raise ValueError(f"{option}: must come with {other}")
 
 
 def forced(paths: list[str] | None) -> dict[str, str]:
-    """Reads `--path`, and refuses what is no op or none of its paths before anything is begun."""
+    """Reads `--path`, and rejects an unknown op or path before any work begins."""
     from explore.ops import PATHS, check_compiler, forced_paths
 
     pairs = [text.partition("=") for text in paths or []]
     for op, equals, path in pairs:
         if not equals:
-            raise ValueError(f"--path: {op + path!r} is not of the form OP=PATH, such as ssd=compiled")
+            raise ValueError(f"--path must be of the form OP=PATH, such as ssd=compiled, got {op + path!r}")
     found = {op: path for op, _, path in pairs}
-    with forced_paths(**found):  # which knows them
+    with forced_paths(**found):  # raises for an unknown op or path
         if any(path.compiled for op, name in found.items() for path in PATHS[op] if path.name == name):
             check_compiler()
         return found
 
 
 def recipe_of(precision: str | None) -> Recipe | None:
-    """Reads `--precision`; what print says against the recipe goes to stderr."""
+    """Reads `--precision`; prints published warnings against the recipe to stderr."""
     from explore.precision import read_recipe
 
     if precision is None:

@@ -1,4 +1,4 @@
-"""Compare models with those of transformers."""
+"""The `parity` command: compare models with their transformers counterparts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore parity --cases 50; explore parity runs/mtp-0123abcd")
 def parity(
-    run: Annotated[Path | None, run_argument("a run on text: compare what it writes, and not random models")] = None,
-    cases: Annotated[int, typer.Option(min=1, help="Random models.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of the models.")] = 0,
-    prompt: Annotated[str, typer.Option(help="What a run writes on from.")] = "It was",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a run writes.")] = 64,
+    run: Annotated[
+        Path | None, run_argument("a run trained on text: compare its greedy text instead of random models")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=1, help="Number of random models.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random models.")] = 0,
+    prompt: Annotated[str, typer.Option(help="Text that the run continues.")] = "It was",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Compare random models with transformers' nemotron_h: logits and the gradients of all parameters, in fp32.
 
-    Half of the models are exported and half imported. A gradient is compared with the largest of its parameter.
-    With a RUN, export it, let transformers load it in a fresh process, and compare the greedy text of both.
+    Half of the models are exported and half imported. Gradient errors are relative to the parameter's largest
+    gradient. With a RUN, export it, load it with transformers in a fresh process, and compare their greedy text.
     """
     import torch
 
@@ -61,7 +63,7 @@ def parity(
 
 
 def _compare_text(source: Path, prompt: str, n: int, as_json: bool) -> None:
-    """Greedy text of a run, plain, drafted where it can be, and by transformers in a fresh process."""
+    """Compares a run's greedy text with speculative decoding (if the run has MTP) and with transformers."""
     import torch
 
     from explore.data import load_tokenizer
@@ -70,7 +72,7 @@ def _compare_text(source: Path, prompt: str, n: int, as_json: bool) -> None:
 
     experiment, model, record = load_run(source)
     if experiment.data.kind != "text":
-        raise ValueError(f"RUN: {str(source)!r} was trained on {experiment.data.kind}, and this needs text")
+        raise ValueError(f"RUN: {str(source)!r} must be trained on text, got {experiment.data.kind}")
     tokenizer = load_tokenizer(experiment.data.tokenizer)
     tokens = torch.tensor([tokenizer.eot_id, *tokenizer.encode(prompt)])
     generate(model, tokens[None], 8)
@@ -99,7 +101,7 @@ def _compare_text(source: Path, prompt: str, n: int, as_json: bool) -> None:
             speed, length = result["speculative_tokens_per_s"], result["acceptance_length"]
             out.print(f"{speed:,.0f} tokens/s with speculation, acceptance length {length:.3f}", highlight=False)
         for other, equal in same.items():
-            out.print(f"{other}: {'the same' if equal else 'OTHER'} {n} tokens", highlight=False)
+            out.print(f"{other}: {'the same' if equal else 'DIFFERENT'} {n} tokens", highlight=False)
     if not all(same.values()):
         raise typer.Exit(1)
 

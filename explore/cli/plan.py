@@ -1,4 +1,4 @@
-"""The command that plans large training runs."""
+"""The `plan` command: plan large training runs."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ AllToAll = Literal["naive", "rank", "node"]
 def plan(
     targets: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Patterns, presets or paths.")] = None,
     cluster: Annotated[
-        str, typer.Option(metavar="GPUxN", help="GPU, known or a JSON file, and their number.")
+        str, typer.Option(metavar="GPUxN", help="GPU (a known name or a JSON file) and number of GPUs.")
     ] = "GB200x256",
     seq_len: SeqLen = SEQ_LEN,
-    global_batch: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 1024,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences of a micro-batch.")] = None,
+    global_batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1024,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per micro-batch.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
     cp: Annotated[int | None, typer.Option(min=1, help="Context-parallel ranks.")] = None,
     pp: Annotated[int | None, typer.Option(min=1, help="Pipeline ranks.")] = None,
-    vpp: Annotated[int | None, typer.Option(min=1, help="Pipeline stages of a rank.")] = None,
+    vpp: Annotated[int | None, typer.Option(min=1, help="Virtual pipeline stages per rank.")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="Expert-parallel ranks.")] = None,
-    etp: Annotated[int | None, typer.Option(min=1, help="Ranks that divide an expert.")] = None,
+    etp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks within an expert.")] = None,
     pipeline_layout: Annotated[
-        str | None, typer.Option(metavar="LAYOUT", help="Stages, as 'Et*4|(tttt|)*14tmL', or a pattern with |.")
+        str | None,
+        typer.Option(metavar="LAYOUT", help="Pipeline stages, e.g. 'Et*4|(tttt|)*14tmL', or a pattern with |."),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Format of weights and products.")] = "bf16",
+    precision: Annotated[Precision, typer.Option(help="Number format of weights and matrix products.")] = "bf16",
     recompute: Annotated[
         list[str] | None, typer.Option(metavar="MODULE", help="Module to recompute, or full; repeatable.")
     ] = None,
@@ -65,27 +66,30 @@ def plan(
     memory_efficient_permutation: Annotated[
         bool, typer.Option("--efficient-permutation", help="Apply routing weights before the last matrix.")
     ] = False,
-    all_to_all: Annotated[AllToAll, typer.Option(help="Copies of a token: for each expert, rank or domain.")] = "node",
+    all_to_all: Annotated[
+        AllToAll, typer.Option(help="Send one copy of a token per expert (naive), rank or node.")
+    ] = "node",
     expert_groups: Annotated[
-        str | None, typer.Option(metavar="GROUPS:CHOSEN", help="Groups of experts, and how many a token uses, as 8:4.")
+        str | None,
+        typer.Option(metavar="GROUPS:CHOSEN", help="Number of expert groups and of groups a token uses, e.g. 8:4."),
     ] = None,
     objective: Annotated[Objective, typer.Option(help="What the search optimizes.")] = "tokens_per_s",
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Training tokens, as 25T; shows days and GPU-hours.")
+        str | None, typer.Option(metavar="N", help="Training tokens, e.g. 25T; adds days and GPU-hours.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 8,
     largest: Annotated[
-        Literal["batch", "context", "model"] | None, typer.Option(help="Find the largest that fits.")
+        Literal["batch", "context", "model"] | None, typer.Option(help="Find the largest value that fits.")
     ] = None,
     free: Annotated[
         list[str] | None, typer.Option(metavar="FIELD", help="Size that --largest model changes (default: d_model).")
     ] = None,
     megatron: Annotated[bool, typer.Option("--megatron", help="Print Megatron-LM's arguments.")] = False,
     megatron_args: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plan the run of a JSON of Megatron-LM's arguments.")
+        Path | None, typer.Option(metavar="FILE", help="Plan the run of Megatron-LM's arguments, in JSON.")
     ] = None,
-    world_size: Annotated[int | None, typer.Option(min=1, help="GPUs of --megatron-args.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Write a figure of memory and throughput.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Number of GPUs of the --megatron-args run.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw memory and throughput, as PNG and SVG.")] = None,
     d_model: DModel = None,
     vocab_size: VocabSize = None,
     set_: SetOptions = None,
@@ -95,9 +99,9 @@ def plan(
 ) -> None:
     """Plan a large training run: memory of each rank, traffic, throughput, and the best layouts.
 
-    With all of --tp --cp --pp --vpp --ep --micro-batch one layout is costed; degrees that are missing are searched.
-    The ceiling has every product at the peak rate and all traffic hidden; the estimate uses efficiencies fitted to
-    published runs.
+    If --tp --cp --pp --vpp --ep --micro-batch are all given, that one layout is costed; otherwise the missing ones
+    are searched. The ceiling assumes matrix products at the peak rate and all traffic hidden; the estimate uses
+    efficiencies fitted to published runs.
     """
     from explore.plan import Cluster, Plan, Run
 
@@ -172,7 +176,7 @@ def _write_csv(rows: list[dict[str, Any]]) -> None:
 def _planned(
     model: Any, run: Run, on: Any, fixed: dict[str, int], pipeline: str | None, objective: Objective, top: int
 ) -> tuple[Plan, Found | None]:
-    """One layout where all degrees are given, else the best one and the search that found it."""
+    """The given layout if all degrees are given, else the best layout and the search that found it."""
     from explore.plan import Layout, Plan, search
 
     needed = {"tp", "cp", "pp", "ep", "micro_batch"} | (set() if pipeline else {"vpp"})

@@ -1,4 +1,4 @@
-"""Tables of plans, searches and published numbers in a terminal."""
+"""Terminal tables of plans, searches and published numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WIDTH = 100
-"""Largest number of characters of a line."""
+"""Maximum characters per line."""
 
 
 def row_of(name: str, plan: Plan, tokens: float | None) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def row_of(name: str, plan: Plan, tokens: float | None) -> dict[str, Any]:
 
 
 def relief_of(run: Run) -> str:
-    """What a run does to save memory."""
+    """The run's memory-saving measures, as text."""
     named = {
         "memory-efficient permutation": run.memory_efficient_permutation,
         f"recompute {' '.join(run.recompute)}": run.recompute,
@@ -46,7 +46,7 @@ def relief_of(run: Run) -> str:
 
 
 def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None) -> None:
-    """A plan in full, and the search that found it."""
+    """Prints a plan in full, and the search that found it."""
     from explore.plan import cheapest_relief
 
     ceiling, estimate = plan.tflops
@@ -67,19 +67,19 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
         table.add_row(str(i), *(f"{value:,.1f}" for value in rank.values()))
     out.print(table)
     _say(
-        f"{'fits' if plan.fits else f'does not fit, {over:,.1f} GiB too much'}: {plan.needed / GIB:,.1f} of "
+        f"{'fits' if plan.fits else f'does not fit, {over:,.1f} GiB over'}: {plan.needed / GIB:,.1f} of "
         f"{plan.capacity / GIB:,.1f} GiB"
     )
     if not plan.fits:
         relief_found = cheapest_relief(plan)
         _say("no recomputation or offload makes it fit" if relief_found is None else f"fits with {relief_found[1]}")
     _say(
-        f"{estimate:,.0f} TFLOP/s a GPU estimated, {ceiling:,.0f} at most; {plan.tokens_per_s_gpu:,.0f} tokens/s a GPU;"
-        f" step {plan.step_s:.3g} s; {plan.binds} binds"
+        f"{estimate:,.0f} TFLOP/s per GPU estimated, {ceiling:,.0f} at most; {plan.tokens_per_s_gpu:,.0f} tokens/s per "
+        f"GPU; step {plan.step_s:.3g} s; bottleneck: {plan.binds}"
     )
     _print_traffic(plan)
     parts = {part: seconds / plan.step_s for part, seconds in plan.parts.items()}
-    _say("of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items() if share > 0.005))
+    _say("share of a step: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items() if share > 0.005))
     if tokens is not None:
         days = plan.days(tokens)
         _say(f"{count(tokens)} tokens: {days:,.1f} days, {days * 24 * plan.cluster.n_gpus:,.0f} GPU-hours")
@@ -89,7 +89,7 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
 
 
 def _print_traffic(plan: Plan) -> None:
-    """What the busiest rank sends in a step."""
+    """Prints the traffic of the busiest rank in a step."""
     if not (rows := plan.traffic()):
         return
     table = _table("traffic of a step", "link", "GB", "seconds", "assumed hidden", left=(0, 1))
@@ -104,18 +104,18 @@ def _print_assumptions(plan: Plan) -> None:
     rates = ", ".join(f"{link} {part:.0%}" for link, part in given["link_efficiency"].items())
     _say(Text(f"assumed: products at {given['product_efficiency']:.0%} of the peak ({fitted});", "dim"))
     _say(Text(f"links at {rates} of their rate;", "dim"))
-    _say(Text(f"unexplained memory: {given['workspace_gib']:.2f} GiB, and {given['reserve']:.0%} is left free", "dim"))
+    _say(Text(f"workspace: {given['workspace_gib']:.2f} GiB of memory; {given['reserve']:.0%} is left free", "dim"))
 
 
 def _print_search(found: Found) -> None:
-    _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit; the best,")
-    _say("the least divided first among those within 1%, which no estimate tells apart:")
+    _say(f"\n{found.n_fitting:,} of {found.n_legal:,} legal layouts fit. The best (the least divided first among")
+    _say("those within 1%, a difference below the accuracy of the estimate):")
     table = _table("layout", "tokens/s", "TFLOP/s", "GiB", "to save memory", left=(0, 4))
     for plan in found.plans:
         numbers = (f"{plan.tokens_per_s_gpu:,.0f}", f"{plan.tflops[1]:,.0f}", f"{plan.needed / GIB:,.0f}")
         table.add_row(str(plan.layout), *numbers, relief_of(plan.run))
     out.print(table, width=min(WIDTH, out.width))
-    _say("\nbest layout with each value of one degree, as a share of the best of all, and what limits it")
+    _say("\nbest layout for each value of one degree, relative to the best overall, and its limit")
     table = _table("degree", "values", "of the best", "limit", left=(0, 1, 3))
     for row in merged_walls(found):
         table.add_row(*row)
@@ -123,7 +123,7 @@ def _print_search(found: Found) -> None:
 
 
 def merged_walls(found: Found) -> list[tuple[str, str, str, str]]:
-    """Degree, values, tokens/s of the best and wall; neighbouring values with the same wall share a row."""
+    """Rows of degree, values, share of the best tokens/s, and limit; neighbouring values with one limit share a row."""
     groups: list[list[Any]] = []
     for wall in found.walls:
         last = groups[-1][-1] if groups else None
@@ -144,7 +144,7 @@ def merged_walls(found: Found) -> list[tuple[str, str, str, str]]:
 
 
 def print_side_by_side(plans: dict[str, Plan], tokens: float | None) -> None:
-    """Several models, one a column."""
+    """Prints several models, one per column."""
     rows = [row_of(name, plan, tokens) for name, plan in plans.items()]
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
@@ -157,7 +157,7 @@ def print_side_by_side(plans: dict[str, Plan], tokens: float | None) -> None:
 
 
 def print_published(rows: list[Held]) -> None:
-    """Every published number beside the one computed, and the errors of the estimates."""
+    """Prints every published number beside the computed one, and the errors of the estimates."""
     for section in dict.fromkeys(row.section for row in rows):
         table = _table(section, "published", "computed", "difference", "", left=0)
         for row in (row for row in rows if row.section == section):
@@ -196,7 +196,7 @@ def _cell(value: Any) -> str:
 
 
 def _plain(value: float) -> str:
-    """A number of four digits, without powers of ten."""
+    """A number as text with four digits, without an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 

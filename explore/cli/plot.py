@@ -1,4 +1,4 @@
-"""Draw runs."""
+"""The `plot` command: draw runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from explore.figures import RunFigure
 
 FEW = 8
-"""Curves that have a colour each; more are told apart by their families."""
+"""Up to this many curves have a colour each; more are coloured by family."""
 
 COSTS = ", ".join(each.name for each in columns() if each.role == "cost" and not each.name.startswith("params_active_"))
 QUALITIES = ", ".join(
@@ -38,7 +38,7 @@ def plot(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Picture, written as PNG and SVG (default: frontier.png or curves.png in the first folder)."
+            "--out", help="Figure to write, as PNG and SVG (default: frontier.png or curves.png in the first folder)."
         ),
     ] = None,
     x: Annotated[
@@ -58,16 +58,18 @@ def plot(
     curves: Annotated[bool, typer.Option("--curves", help="Draw learning curves.")] = False,
     html: Annotated[
         Path | None,
-        typer.Option(help="Interactive page in one file, which any browser opens; instead of a picture without --out."),
+        typer.Option(help="Write one self-contained interactive page; add --out to write a picture as well."),
     ] = None,
-    by_seed: Annotated[bool, typer.Option("--by-seed", help="A point for each run, not a mean over seeds.")] = False,
+    by_seed: Annotated[
+        bool, typer.Option("--by-seed", help="Draw a point for each run, not a mean over seeds.")
+    ] = False,
     where: Where = None,
-    corpus: Annotated[str | None, typer.Option(help="Draw only the runs that were trained on this corpus.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Draw only runs trained on this corpus.")] = None,
 ) -> None:
     """Draw the accuracy-per-FLOP frontier, any quantity against any other, or learning curves.
 
-    Families have a colour and a marker each. Runs that differ in nothing but their seed are a mean with its 95%
-    interval. Members of the front are labelled by pattern, or by name or settings where patterns repeat.
+    Each family has a colour and a marker. Runs that differ only in their seed are drawn as a mean with its 95%
+    interval. Runs on the front are labelled by pattern, or by name or settings where patterns repeat.
     """
     from explore.figures import frontier_table, plot_frontier, save_figure
     from explore.table import load_table
@@ -99,7 +101,7 @@ def plot(
 
 
 def _numeric(table: pd.DataFrame) -> list[str]:
-    """The columns that can be on an axis: numbers, declared or not, that some row has."""
+    """The numeric columns, declared or not, with a value in some row."""
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
     return [
@@ -112,7 +114,7 @@ def _numeric(table: pd.DataFrame) -> list[str]:
 
 
 def _curves(roots: list[Path], runs: pd.DataFrame, x: str | None, y: str | None) -> RunFigure:
-    """The learning curves of the runs, one colour each where there are few, else by family."""
+    """Learning curves of the runs: one colour each if there are few, else by family."""
     from explore.figures import plot_curves
     from explore.table import load_metrics
 

@@ -1,4 +1,4 @@
-"""The command that proves the accounting."""
+"""The `prove` command: check the ledger against built models."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ SPEED_LAYERS = 52
 
 @app.command(rich_help_panel="Prove", epilog="Example: explore prove --cases 200")
 def prove(
-    cases: Annotated[int, typer.Option(min=1, help="Random models.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Of the models.")] = 0,
-    patterns: Annotated[int, typer.Option(min=0, help="Random 52-layer patterns to time the ledger with.")] = 10_000,
+    cases: Annotated[int, typer.Option(min=1, help="Number of random models.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random models.")] = 0,
+    patterns: Annotated[
+        int, typer.Option(min=0, help="Random 52-layer patterns on which to time the ledger.")
+    ] = 10_000,
     as_json: Json = False,
 ) -> None:
-    """Build random models and hold the ledger against them: parameters, FLOPs of every phase, and what autograd keeps.
+    """Build random models and check the ledger against them: parameters, FLOPs of every phase, and saved tensors.
 
-    A model has up to ten layers of every kind of block, with random sizes and options. Operations that multiply
-    matrices are counted by their shapes, those that do not are known by name, and any other is an error.
+    A model has up to ten layers of any kind of block, with random sizes and options. FLOPs of matrix products are
+    counted from their shapes; other ops must be on a list of known names, or the check raises an error.
     """
     import torch
 
@@ -62,7 +64,7 @@ def prove(
 
 
 def _time_ledger(n_patterns: int, seed: int) -> float:
-    """Seconds in which the totals of random patterns are added up, configs included; nothing is built."""
+    """Seconds to make the configs of random patterns and sum their costs; no model is built."""
     from explore.blocks import STANDARD_LETTERS
     from explore.model import ModelConfig
 

@@ -1,4 +1,4 @@
-"""Serve a storage to workers on other hosts."""
+"""The `proxy` command: serve a storage to workers on other hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def proxy(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 13000,
 ) -> None:
-    """Serve a storage to workers on other hosts by Optuna's gRPC proxy, which spares the database their connections."""
+    """Serve a storage to workers on other hosts with Optuna's gRPC proxy, which keeps database connections few."""
     from explore.study import serve_storage
 
-    serve_storage(storage, host, port, lambda line: err.print(f"{line}; Ctrl-C ends it", highlight=False))
+    serve_storage(storage, host, port, lambda line: err.print(f"{line}; Ctrl-C stops it", highlight=False))

@@ -1,4 +1,4 @@
-"""The command that chooses a trained replacement for every layer of a run, under any budgets."""
+"""The `puzzle` command: choose a trained replacement for every layer of a run under budgets."""
 
 from __future__ import annotations
 
@@ -35,44 +35,47 @@ def puzzle(
         typer.Option("--max", metavar="BUDGET=VALUE", help="At most this, e.g. params_active=1M or 50%; repeatable."),
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(metavar="BUDGET=LOW:HIGH:N", help="Solve for N values of a budget, and draw them.")
+        str | None,
+        typer.Option(metavar="BUDGET=LOW:HIGH:N", help="Solve for N values of a budget and draw the results."),
     ] = None,
     same: Annotated[
-        bool, typer.Option("--same", help="Give all layers of a letter that remain the same replacement.")
+        bool, typer.Option("--same", help="Give all remaining layers of a letter the same replacement.")
     ] = False,
     drop: Annotated[int | None, typer.Option(min=0, help="Leave out exactly this many layers.")] = None,
     solutions: Annotated[int, typer.Option(min=1, help="Save this many solutions, the best first.")] = 1,
-    differ: Annotated[int, typer.Option(min=1, help="Layers in which two solutions differ, at least.")] = 1,
+    differ: Annotated[int, typer.Option(min=1, help="Minimum number of layers in which two solutions differ.")] = 1,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Compare with simpler methods under the same budgets.")
     ] = False,
-    shares: Annotated[str, typer.Option(help="Sizes to offer, as shares of the parent's.")] = "0.5,0.25",
+    shares: Annotated[str, typer.Option(help="Sizes to offer, as shares of the parent's sizes.")] = "0.5,0.25",
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="SIZE", help="Offer only these sizes, e.g. E.n_experts; repeatable; all when absent."),
+        typer.Option(metavar="SIZE", help="Offer only this size, e.g. E.n_experts; repeatable (default: all)."),
     ] = None,
-    at_once: Annotated[int, typer.Option(min=1, max=4, help="Sizes of a block that are cut together, at most.")] = 1,
+    at_once: Annotated[int, typer.Option(min=1, max=4, help="Maximum number of sizes of a block cut together.")] = 1,
     replacements: Annotated[
         str, typer.Option(help="What to offer: cut, pooled (means of heads), linear, none.")
     ] = "cut,pooled,linear,none",
     tokens: Annotated[
         int,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Training tokens on which each replacement learns."),
+        typer.Option(parser=whole_count, metavar="COUNT", help="Training tokens for each replacement."),
     ] = 524_288,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of replacements (default: a fifth of the parent's).")
     ] = None,
     val_tokens: Annotated[
         int,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Validation tokens on which each is measured."),
+        typer.Option(
+            parser=whole_count, metavar="COUNT", help="Validation tokens on which to measure each replacement."
+        ),
     ] = 16_384,
     by: Annotated[str, typer.Option(help="What ranks indices, as in explore cut.")] = "activation",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of training text, and of random choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the data order and of random choices.")] = 0,
     rounds: Annotated[
-        int, typer.Option(min=1, help="Get to the budgets in this many steps, with a distillation between two.")
+        int, typer.Option(min=1, help="Reach the budgets in this many rounds, with a distillation between rounds.")
     ] = 1,
     round_tokens: Annotated[
-        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of such a distillation.")
+        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of each distillation between rounds.")
     ] = 524_288,
     context: Annotated[
         int | None,
@@ -84,18 +87,18 @@ def puzzle(
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     output: Annotated[
-        Path | None, typer.Option("--out", help="Where to write the plan; in the run when absent.")
+        Path | None, typer.Option("--out", help="Where to write the plan (default: in the run's folder).")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Where to draw a sweep, as PNG and SVG; in the run when absent.")
+        Path | None, typer.Option(help="Where to draw the sweep, as PNG and SVG (default: in the run's folder).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose a replacement for every layer of a trained run, under any budgets: write the plan of the child.
+    """Choose a replacement for every layer of a trained run under budgets, and write the plan of the child.
 
-    Every layer is offered smaller sizes, a linear map and nothing. Each replacement learns what its layer gives, and is
-    measured alone in the parent; then an integer program chooses one for every layer. The replacements stay in the
-    run's folder, so that the next budget takes a moment. explore distil trains the child of the plan.
+    Replacements of a layer are smaller sizes, a linear map and nothing. Each is trained to reproduce its layer's
+    output and measured alone in the parent; then an integer program chooses one for every layer. The replacements are
+    kept in the run's folder, so another budget takes only a moment. explore distil trains the child of the plan.
     """
     from explore.compress.assembling import Children
     from explore.compress.library import Library
@@ -118,7 +121,9 @@ def puzzle(
     request.offer.check(experiment.model)
     dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype)
     setting = Setting(context or experiment.data.seq_len, batch_size, dtypes, hardware)
-    sketch = Puzzle(Library.sketch(experiment.model, request.offer), setting)  # its costs are those of the library
+    sketch = Puzzle(
+        Library.sketch(experiment.model, request.offer), setting
+    )  # has the library's costs, without training
     limits = _limits(sketch, most or [], same, drop)
     budgets = [] if sweep is None else _budgets(sketch, sweep)
     for each in [limits, *(limits.with_budget(*budget) for budget in budgets)]:
@@ -167,7 +172,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _limits(solver: Puzzle, most: list[str], same: bool, drop: int | None) -> Limits:
-    """Reads `params_active=1M` or `state_bytes=50%`, a share of the parent's."""
+    """Reads `params_active=1M`, or `state_bytes=50%` (a share of the parent's)."""
     from explore.compress.puzzle import Limits
 
     bounds = {}
@@ -180,7 +185,7 @@ def _limits(solver: Puzzle, most: list[str], same: bool, drop: int | None) -> Li
 
 
 def _budgets(solver: Puzzle, text: str) -> list[tuple[str, float]]:
-    """Reads `state_bytes=10k:50k:8`: values with equal ratios, the lowest and the highest among them."""
+    """Reads `state_bytes=10k:50k:8` as geometrically spaced values, both ends included."""
     name, _, rest = text.partition("=")
     parts = rest.split(":")
     if not name or len(parts) != 3 or not parts[2].isdecimal() or not 2 <= int(parts[2]) <= MOST_BUDGETS:
@@ -204,7 +209,7 @@ def _value(solver: Puzzle, name: str, text: str, option: str) -> float:
             return float(text[:-1]) / 100 * solver.parent_cost(name)
         return read_count(text)
     except ValueError:
-        raise ValueError(f"{option}: a value must be a number or a share, such as 1M or 50%, got {text!r}") from None
+        raise ValueError(f"{option}: the value must be a number or a share, such as 1M or 50%, got {text!r}") from None
 
 
 def _record(
@@ -215,7 +220,7 @@ def _record(
     others: dict[str, Choice],
     output: Path | None,
 ) -> dict[str, Any]:
-    """What `--json` prints; the plans are written."""
+    """The record that `--json` prints; also writes the plans."""
     rows = [_row(solver, children, choice) for choice in found]
     compared = [{"method": name, **_row(solver, children, choice)} for name, choice in others.items()]
     for i, (row, choice) in enumerate(zip(rows, found, strict=True)):
@@ -274,7 +279,7 @@ def _print(record: dict[str, Any]) -> None:
         numbers = (row["predicted"], row["measured"]["kl"], row["measured"]["val_loss"])
         scores.add_row(name, *(f"{number:.4f}" for number in numbers))
     out.print(scores, highlight=False)
-    out.print("predicted: sum of the KL of each replacement alone, in nats per token", style="dim", highlight=False)
+    out.print("predicted: sum of each replacement's KL when used alone, nats per token", style="dim", highlight=False)
     for text in record["notes"]:
         note(text)
     out.print(f"{record['config']['pattern']}, plan: {record['plan']}", highlight=False, markup=False)
@@ -323,4 +328,4 @@ def _print_sweep(table: pd.DataFrame, name: str, parent_cost: float, parent_loss
         view.add_row(text(row["budget"]), text(row[name]), *numbers)
     view.add_row("parent", text(parent_cost), "0", "0", f"{parent_loss:.4f}")
     out.print(view, highlight=False)
-    out.print("predicted: sum of the KL of each replacement alone, in nats per token", style="dim", highlight=False)
+    out.print("predicted: sum of each replacement's KL when used alone, nats per token", style="dim", highlight=False)

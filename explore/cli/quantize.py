@@ -1,4 +1,4 @@
-"""Quantise a trained run."""
+"""The `quantize` command: quantise a trained run."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ RoundingName = Literal["nearest", "stochastic"]
 def quantize(
     run: Run,
     bits: Annotated[
-        float | None, typer.Option(help="Choose formats within so many bits per parameter, scales included.")
+        float | None, typer.Option(help="Choose formats within this many bits per parameter, scales included.")
     ] = None,
     precision: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Formats of a recipe: its name, or its JSON file.")
     ] = None,
-    formats: Annotated[str, typer.Option(help="What --bits chooses from, beside bf16.")] = "nvfp4,fp8",
+    formats: Annotated[str, typer.Option(help="Formats that --bits may choose, besides bf16.")] = "nvfp4,fp8",
     scales: Annotated[
         Literal["max", "mse", "four_over_six"] | None,
         typer.Option(
             metavar="CRITERION",
-            help="Scales of weights: max, mse or four_over_six; with --bits mse, else the recipe's, when absent.",
+            help="Scales of weights: max, mse or four_over_six (default: mse with --bits, else the recipe's).",
         ),
     ] = None,
     kv: Annotated[
@@ -55,25 +55,25 @@ def quantize(
     calibration_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the training split to calibrate on.")
     ] = 8192,
-    calibration_seed: Annotated[int, typer.Option(min=0, help="Seed that decides which tokens they are.")] = 0,
+    calibration_seed: Annotated[int, typer.Option(min=0, help="Seed that draws the calibration tokens.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
-    name: Annotated[str | None, typer.Option(help="What the child's name says after the parent's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Suffix of the child's name, after the parent's name.")] = None,
     figure: Annotated[
         Path | None, typer.Option(help="Draw bits against bits per byte of all children, as PNG and SVG.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Quantise a trained run into a run of its own, and score it.
+    """Quantise a trained run, save the result as a new run, and score it.
 
-    Weights and the activations they multiply are quantised together. With --bits, the divergence from the trained model
-    is measured with one component quantised at a time, and an integer program chooses the formats. The child lies
-    beside its parent, whose weights it needs; eval, generate and table take it like any run.
+    Weights and the activations they multiply are quantised together. With --bits, the KL divergence from the trained
+    model is measured with one component quantised at a time, and an integer program chooses the formats. The child's
+    folder is next to its parent's, whose weights it needs; eval, generate and table accept it like any run.
     """
     from explore.quantizing import quantize_run
     from explore.runs import RunFolder
 
     if (bits is None) == (precision is None):
-        raise ValueError("--bits and --precision: exactly one of them is required")
+        raise ValueError("--bits, --precision: exactly one of them is required")
     decoding = {"kv": kv, "state": state, "kv_rounding": kv_rounding, "state_rounding": state_rounding}
     request = _request(bits, precision, formats, scales, decoding, (calibration_tokens, calibration_seed, seed))
     suffix = name or "-".join([f"{bits:g}-bits" if bits is not None else Path(str(precision)).stem, request.scales])
@@ -122,7 +122,7 @@ SCORES = ("val_bpb", "test_bpb", "val_loss", "test_loss", "recall", "kl", "kl_de
 
 
 def _record(parent: RunFolder, child: RunFolder) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The record that `--json` prints."""
     quantized, result, before = child.quantized, child.result or {}, parent.result or {}
     kept = ("bits", "scales", "recipe", "calibration", "seed", "choice", "sensitivities")
     return {
@@ -152,7 +152,11 @@ def _show(record: dict[str, Any]) -> None:
         table.add_row(component, format, shown, count(params), alone)
     out.print(table)
     if record["sensitivities"]:
-        out.print("sensitivity: nats per token of divergence with that component alone", style="dim", highlight=False)
+        out.print(
+            "sensitivity: KL divergence with only that component quantised, nats per token",
+            style="dim",
+            highlight=False,
+        )
     scores = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     rows = [name for name in ("val_bpb", "test_bpb", "recall") if record[name] is not None]
     for column in ("", "bits", *(name.replace("_", " ") for name in rows), "kl", "kl decoded"):

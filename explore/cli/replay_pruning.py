@@ -1,4 +1,4 @@
-"""The command that measures pruning on a table of learning curves."""
+"""The `replay-pruning` command: measure pruning on recorded learning curves."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ from explore.cli.options import Json
 def replay_pruning(
     table: Annotated[Path, typer.Argument(help="A .csv or .parquet of runs: flops_run, val_bpb, val_bpb_at_20, ...")],
     margin: Annotated[
-        list[float] | None, typer.Option(min=0, help="Bits per byte; repeatable, several when absent.")
+        list[float] | None,
+        typer.Option(min=0, help="Margin behind the front, bits per byte; repeatable (default: several)."),
     ] = None,
     min_trials: Annotated[
-        list[int] | None, typer.Option(min=0, help="Finished trials before the first is stopped; repeatable.")
+        list[int] | None, typer.Option(min=0, help="Finished trials required before any is stopped; repeatable.")
     ] = None,
     min_fraction: Annotated[
-        list[float] | None, typer.Option(min=0, max=1, help="Share of the schedule before that; repeatable.")
+        list[float] | None,
+        typer.Option(
+            min=0, max=1, help="Share of the schedule that a run completes before it can be stopped; repeatable."
+        ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Random orders in which the runs arrive.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of random orders of arrival.")] = 200,
     as_json: Json = False,
 ) -> None:
-    """Let runs that were trained as a whole arrive in random orders, and see what pruning saves and what it kills."""
+    """Replay finished runs in random orders, and measure the FLOPs that pruning saves and the front it loses."""
     import pandas as pd
 
     from explore.study import FrontPruner
@@ -55,8 +59,8 @@ def replay_pruning(
         print(summary.to_json(orient="records", indent=2))
         return
     view = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    view.title = f"{len(runs)} runs in {seeds} orders, relative to no pruning; means, and where 95% of the orders lie"
-    names = {"spent": "FLOPs spent", "killed": "of the front killed"}
+    view.title = f"{len(runs)} runs in {seeds} orders, relative to no pruning: mean [central 95% of the orders]"
+    names = {"spent": "FLOPs spent", "killed": "share of the front killed"}
     names |= {f"volume_at_{100 * share:.0f}": f"volume at {share:.0%} of FLOPs" for share in BUDGETS}
     names |= {"volume_at_100": "at the end"}
     for name in ("margin", "trials", "from", *names.values()):

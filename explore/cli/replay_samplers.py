@@ -1,4 +1,4 @@
-"""The command that benchmarks samplers on a table of runs."""
+"""The `replay-samplers` command: compare samplers on a table of runs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from explore.cli.options import Json
 )
 def replay_samplers(
     table: Annotated[Path, typer.Argument(help="A .csv or .parquet with every point of a grid: pattern, d_model, ...")],
-    trials: Annotated[list[int] | None, typer.Option(min=1, help="Experiments; repeatable, 40 when absent.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Searches of every sampler.")] = 30,
+    trials: Annotated[
+        list[int] | None, typer.Option(min=1, help="Experiments per search; repeatable (default: 40).")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Number of searches by each sampler.")] = 30,
     sampler: Annotated[list[str] | None, typer.Option(help="Only this sampler; repeatable.")] = None,
     axis: Annotated[
-        list[str] | None, typer.Option(help="Column of the grid beside the pattern; repeatable, d_model when absent.")
+        list[str] | None, typer.Option(help="Column of the grid besides the pattern; repeatable (default: d_model).")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Let every sampler search a grid that was trained as a whole, and compare what it finds to the whole front.
+    """Let every sampler search a fully trained grid, and compare the front it finds with the whole front.
 
-    Regret is the share of the grid's hypervolume that is not found, FLOPs on a log axis. Nothing is trained; repeated
-    experiments cost nothing, as in a sweep, and are drawn again.
+    Regret is the share of the grid's hypervolume not found, with FLOPs on a log axis. Nothing is trained. As in a
+    sweep, a repeated experiment costs nothing, and the sampler draws again.
     """
     import pandas as pd
 
@@ -51,8 +53,8 @@ def replay_samplers(
         print(json.dumps({"summary": records, "verdicts": {n: v._asdict() for n, v in verdicts.items()}}, indent=2))
         return
     view = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    view.title = f"{len(runs)} experiments, {seeds} seeds; means and 95 % intervals over seeds"
-    for name in ("trials", "sampler", "regret", "less random's, by seed", "repeats"):
+    view.title = f"{len(runs)} experiments, {seeds} seeds; means and 95% intervals over seeds"
+    for name in ("trials", "sampler", "regret", "difference from random", "repeats"):
         view.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
     for row in summary.to_dict("records"):
         paired = "difference" in row and row["sampler"] != "random"
@@ -66,4 +68,4 @@ def replay_samplers(
         resolved = (
             "" if verdict.default == verdict.least else f", not resolved from {verdict.default}, which is simpler"
         )
-        out.print(f"{n} trials: {verdict.least} has the least regret{resolved}; default: {verdict.default}")
+        out.print(f"{n} trials: {verdict.least} has the lowest regret{resolved}; default: {verdict.default}")

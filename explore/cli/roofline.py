@@ -1,4 +1,4 @@
-"""The command that bounds inference."""
+"""The `roofline` command: bounds on inference time and throughput."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ if TYPE_CHECKING:
 def roofline(
     target: Target = None,
     hardware: Annotated[
-        str, typer.Option(help="A known GPU, such as H100; a JSON file of one; or here: measured.")
+        str, typer.Option(help="A known GPU such as H100, a JSON file, or 'here' (this machine, measured).")
     ] = HARDWARE,
     context: SeqLen = SEQ_LEN,
-    batch_sizes: Annotated[str, typer.Option(help="Sequences that are decoded at once.")] = "1,4,16,64,256",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes of decoding, in sequences.")] = "1,4,16,64,256",
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
     activation_dtype: ActivationDtype = "bfloat16",
     precision: Precision = None,
-    compute_dtype: Annotated[Dtype | None, typer.Option(help="Of products; that of the weights when absent.")] = None,
+    compute_dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype of matrix products (default: the weights').")
+    ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every matrix.")] = 1,
     expert_parallel: Annotated[int, typer.Option(min=1, help="Devices that share the experts.")] = 1,
     d_model: DModel = None,
     vocab_size: VocabSize = None,
     set_: SetOptions = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="Facts and speed-ups in print beside those computed.")
-    ] = False,
+    published: Annotated[bool, typer.Option("--published", help="Compare with published facts and speed-ups.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prefill time, decode latency against batch, largest batch and throughput, at the least time that they can take.
+    """Bound inference: lower bounds on prefill and decode time, and the largest batch that fits in memory.
 
-    A bound, not a forecast: every component takes the longer of its FLOPs at the peak rate and its bytes at the peak
-    bandwidth. Left out are kernels below the peak, launches, norms, activations and their traffic, sampling,
+    This is a bound, not a forecast: each component takes the longer of its FLOPs at the peak rate and its bytes at the
+    peak bandwidth. The bound ignores kernels below the peak, launches, norms, activations and their traffic, sampling,
     scheduling, communication between tensor-parallel devices, and imbalance between experts.
     """
     if published:
@@ -122,12 +122,12 @@ def roofline(
     out.print(
         f"ridges: {', '.join(f'{dtype} {ridge:.0f} FLOP/B' for dtype, ridge in ridges.items())}\n"
         f"memory: {size(deployed.weight_bytes)} of weights, {size(deployed.state_bytes(context))} of state for "
-        f"{context:,} tokens, of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
+        f"{context:,} tokens, out of {size(deployed.memory_bytes)}; {largest:,} sequences fit\n"
         f"prefill of {context:,} tokens: {seconds(prefill)}",
         highlight=False,
     )
     view = Table(title=f"decoding at {context:,} tokens", title_justify="left", box=None, header_style="dim")
-    for name in ("batch", "step", "tokens/s a device", "tokens/s a user", ""):
+    for name in ("batch", "step", "tokens/s per device", "tokens/s per user", ""):
         view.add_column(name, justify="right")
     for row in table.itertuples():
         note = "largest that fits" if row.batch_size == largest else "" if row.fits else "does not fit"
@@ -144,7 +144,7 @@ def _communication(deployed: Deployment, batch_size: int) -> None:
     step_s = deployed.all_to_all_s(batch_size)
     out.print(
         f"all-to-all of {deployed.expert_parallel} devices at {batch_size:,} sequences each: {seconds(step_s)} "
-        f"a step over {flops(deployed.device.link)} B/s",
+        f"per step at {flops(deployed.device.link)} B/s",
         highlight=False,
     )
 
@@ -174,15 +174,15 @@ def _published(as_json: bool) -> None:
         view.add_row(row["model"], row["baseline"], setting, *numbers)
     out.print(view)
     out.print(
-        "The setting is devices and tokens in / out. Both run the largest batch that fits, or the printed one.\n"
-        "A roofline takes both at the peak of their hardware: its ratio is of the work, not of two servers.\n"
-        "Why they differ:",
+        "Setting: devices, tokens in / out. Both models run the largest batch that fits, or the published one.\n"
+        "A roofline runs both models at the hardware's peak: it compares their work, not two serving stacks.\n"
+        "Why prediction and publication differ:",
         highlight=False,
     )
     for row in speedups:
         reason = (
             f"{row['model']} / {row['baseline']}: batches {row['batch_size']:,} and {row['baseline_batch_size']:,}; "
-            f"{row['predicted_at_its_batch']:.1f} were ours no larger; {row['why']}"
+            f"{row['predicted_at_its_batch']:.1f} at the baseline's batch; {row['why']}"
         )
         out.print(textwrap.fill(reason, 110, initial_indent="  ", subsequent_indent="    "), highlight=False)
 
@@ -191,4 +191,4 @@ def _integers(option: str, text: str) -> list[int]:
     try:
         return [read_whole_count(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option}: {echo(text)} must be positive integers with commas between them") from None
+        raise ValueError(f"{option} must be positive integers separated by commas, got {echo(text)}") from None

@@ -1,4 +1,4 @@
-"""List, find, show and remove runs."""
+"""The `runs` command: list, find, show and remove runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from explore.runs import RunFolder
 
 LISTED = ("status", "pattern", "params_total", "tokens", "seed", "val_bpb")
-"""What the list shows of a run."""
+"""Columns of the list of runs."""
 
 SHOWN = (
     "key", "status", "reason", "family", "pattern", "params_total", "params_active", "flops_train", "flops_run",
     "parent", "teacher", "quantized_from", "finished_at", "device", "commit",
 )  # fmt: skip
-"""What is shown of one run beside its settings and its scores."""
+"""Quantities shown for one run, besides its settings and scores."""
 
 RELATED = ("parent", "teacher", "quantized_from")
-"""Columns that name a run whose weights another run may need."""
+"""Columns that name a run whose weights this run may need."""
 
 CURVE_WIDTH, CURVE_HEIGHT = 60, 8
 
@@ -40,22 +40,22 @@ CURVE_WIDTH, CURVE_HEIGHT = 60, 8
 def runs(
     text: Annotated[
         str | None,
-        typer.Argument(metavar="TEXT", help="First characters of a key, or a part of the name of a folder."),
+        typer.Argument(metavar="TEXT", help="First characters of a key, or part of a folder's name."),
     ] = None,
     roots: Annotated[
         list[Path] | None,
-        typer.Option("--runs", help="Folder that holds runs, or a table of records; repeatable (default: runs)."),
+        typer.Option("--runs", help="Folder of runs, or a table of records; repeatable (default: runs)."),
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Delete the run and its checkpoints, after a question.")] = (
-        False
-    ),
-    yes: Annotated[bool, typer.Option("--yes", help="Delete without the question.")] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Delete the run and its checkpoints, after confirmation.")
+    ] = (False),
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without confirmation.")] = False,
     as_json: Json = False,
 ) -> None:
     """List runs, or show one: its settings, its results and its learning curve.
 
-    A TEXT that fits one run shows it; a TEXT that fits several lists them. A run that is being trained, or whose
-    weights another run here needs, is not removed.
+    If TEXT matches one run, show it; if it matches several, list them. A run that is still training, or whose weights
+    another run here needs, cannot be removed.
     """
     from explore.runs import RUNS, find_runs
 
@@ -73,7 +73,7 @@ def runs(
 
 
 def _matching(text: str | None, among: list[RunFolder]) -> list[RunFolder]:
-    """The runs that a text stands for: that of a path, those of a name or key, or else those with it in their names."""
+    """The runs that match a text: by path or full name, else by key prefix, else by part of the name."""
     if text is None:
         return among
     from explore.runs import PREFIX
@@ -134,7 +134,7 @@ def _pairs(title: str, texts: dict[str, str]) -> None:
 
 
 def _curve(run: RunFolder) -> None:
-    """Draws the validations over the tokens of training, or the training loss where there are no two validations."""
+    """Draws validation scores over training tokens, or the training loss if there are fewer than two validations."""
     from explore.terminal import bars
 
     metrics = run.metrics
@@ -160,12 +160,12 @@ def _remove(chosen: list[RunFolder], found: list[RunFolder], text: str, *, asks:
 
     if len(chosen) > 1:
         names = ", ".join(run.path.name for run in chosen[:4]) + (", ..." if len(chosen) > 4 else "")
-        raise ValueError(f"TEXT must stand for one run with --remove, got {text!r}, which fits {len(chosen)}: {names}")
+        raise ValueError(f"TEXT must match one run with --remove, got {text!r}, which matches {len(chosen)}: {names}")
     (run,) = chosen
     rows = {other.path: other.row() for other in found if other.path != run.path}
     needing = [path.name for path, row in rows.items() if run.path.name in (row[name] for name in RELATED)]
     if needing:
-        raise ValueError(f"{run.path}: is in use: {', '.join(needing[:4])} may need its weights; remove them first")
+        raise ValueError(f"{run.path}: {', '.join(needing[:4])} may need its weights; remove them first")
     if asks and not typer.confirm(f"delete {run.path} ({run.status}) with its checkpoints?"):
         note("nothing was deleted")
         raise typer.Exit(1)

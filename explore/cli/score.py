@@ -1,4 +1,4 @@
-"""The command that scores the parts of a trained run."""
+"""The `score` command: importance scores of a trained run's parts."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     epilog="Example: explore score runs/my-run-0123abcd --figure scores.png",
 )
 def score(
-    run: Annotated[Path, run_argument(f"{OR_KEY}, or with --data a folder that import wrote")],
+    run: Annotated[Path, run_argument(f"{OR_KEY}, or with --data a folder written by explore import")],
     tokens: Annotated[
-        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, as 128k.")
+        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, e.g. 128k.")
     ] = 131_072,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order in which they are read.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of reading.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences to read at once.")] = 8,
     data: DataOf = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the scores here, as PNG and SVG.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Score the parts of a trained run, and keep the scores in its folder.
+    """Score the importance of a trained run's parts, and keep the scores in its folder.
 
-    Indices of an axis are scored by their activations, layers by what the model does without them. The table shows the
-    share of the score that the weaker half of an axis holds: 50% where all are alike.
+    Indices of an axis are scored by their activations, layers by the effect of removing them. The table shows the share
+    of the total score held by the weaker half of an axis; 50% means that all indices matter equally.
     """
     from explore.compress import score as score_run
     from explore.compress import weak_halves

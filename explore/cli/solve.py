@@ -1,4 +1,4 @@
-"""The command that solves for sizes."""
+"""The `solve` command: find sizes that meet budgets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def solve(
         typer.Option(
             "--target",
             metavar="BUDGET=VALUE",
-            help=f"{', '.join(budgets())}; FLOPs per token, bytes per sequence, as 5e6 or 5M; repeatable.",
+            help=f"{', '.join(budgets())}; FLOPs per token, bytes per sequence, e.g. 5e6 or 5M; repeatable.",
         ),
     ] = None,
     like: Annotated[str | None, typer.Option(help="A model whose active and total parameters are the targets.")] = None,
@@ -38,8 +38,8 @@ def solve(
         list[str] | None,
         typer.Option(
             metavar="FIELD[=LOW:HIGH[:STEP]]",
-            help="d_model, d_ff, d_expert, n_experts, top_k, d_latent or another size, in one block (E.d_expert) or in "
-            "all that have it; repeatable.",
+            help="Size to solve for: d_model, d_ff, d_expert, n_experts, top_k, d_latent or another, in one block "
+            "(E.d_expert) or in all blocks that have it; repeatable.",
         ),
     ] = None,
     d_model: DModel = None,
@@ -49,10 +49,10 @@ def solve(
     set_: SetOptions = None,
     as_json: Json = False,
 ) -> None:
-    """Find sizes under which a model meets its budgets, and print the residual of every budget.
+    """Find sizes with which a model meets its budgets, and print the residual of every budget.
 
-    Sizes are multiples of a step: of 64 for d_model, 16 for other widths, 8 for n_experts. Targets that cannot be met
-    give the nearest point, the bound that is in the way, and exit code 1.
+    Sizes are multiples of a step: 64 for d_model, 16 for other widths, 8 for n_experts. If the targets cannot be met,
+    print the nearest solution and the bound that prevents a better one, and exit with code 1.
     """
     from explore.model import check_overrides
     from explore.solve import match
@@ -61,7 +61,7 @@ def solve(
     if target is None:
         raise ValueError("TARGET: a pattern, preset or path is required")
     if bool(like) == bool(targets):
-        raise ValueError("--target, --like: one of them is required")
+        raise ValueError("--target, --like: exactly one of them is required")
     content = model_content(target, d_model, vocab_size, set_ or [])
     if like is not None:
         reference = load_model(like, *((d_model, vocab_size) if is_pattern(like) else ()))
@@ -111,4 +111,6 @@ def _target(text: str) -> tuple[str, float]:
     try:
         return name, read_count(value)
     except ValueError:
-        raise ValueError(f"--target: {echo(text)} is not of the form BUDGET=VALUE, such as params_total=30M") from None
+        raise ValueError(
+            f"--target must be of the form BUDGET=VALUE, such as params_total=30M, got {echo(text)}"
+        ) from None

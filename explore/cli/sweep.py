@@ -1,4 +1,4 @@
-"""Search with Optuna, or show what a search would do."""
+"""The `sweep` command: search with Optuna, or preview a search."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 Storage = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Optuna storage, such as postgresql+psycopg:// or grpc://; a journal if absent."),
+    typer.Option(metavar="URL", help="Optuna storage, such as postgresql+psycopg:// or grpc:// (default: a journal)."),
 ]
 
 EXAMPLE = ("family", "pattern", "d_model", "params_total", "params_active", "flops_run")
-"""What a preview shows of an experiment."""
+"""Columns of the examples in a preview."""
 
 
 @app.command(
@@ -37,58 +37,54 @@ EXAMPLE = ("family", "pattern", "d_model", "params_total", "params_active", "flo
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
     trials: Annotated[
-        int, typer.Option(min=1, help="Trials that the study shall have, those already there included.")
+        int, typer.Option(min=1, help="Total number of trials in the study, including existing ones.")
     ] = 20,
-    runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal; runs/NAME when absent.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of runs and journal (default: runs/NAME).")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Processes that share the cores (default: one a core where models are small, else 1)."
-        ),
+        typer.Option(min=1, help="Worker processes (default: one per core if models are small, else 1)."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the space, its cost and expected time; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show the space, its cost and the expected time; train and write nothing.")
     ] = False,
     sampler: Annotated[
-        str | None, typer.Option(help="random, qmc, grid, tpe, nsga2, nsga3 or gp; the sweep file's when absent.")
+        str | None, typer.Option(help="random, qmc, grid, tpe, nsga2, nsga3 or gp (default: the sweep file's).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler; 0, or the study's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampler (default: the study's, or 0).")] = None,
     storage: Storage = None,
     new_study: Annotated[
-        bool, typer.Option("--new-study", help="Begin another study beside those of this file.")
+        bool, typer.Option("--new-study", help="Start a new study even if this file has one.")
     ] = False,
     prune: Annotated[bool, typer.Option(help="Let the sweep file's pruner stop runs.")] = True,
-    ungated: Annotated[
-        bool, typer.Option("--ungated", help="Go on although the gate of the sweep file fails.")
-    ] = False,
-    notes: Annotated[bool, typer.Option(help="Write notes, figures and the frontier so far.")] = True,
+    ungated: Annotated[bool, typer.Option("--ungated", help="Continue even if the sweep file's gate fails.")] = False,
+    notes: Annotated[bool, typer.Option(help="Write notes, figures and the current frontier.")] = True,
     cluster: Annotated[
-        Literal["slurm", "local"] | None, typer.Option(help="Submit the workers with submitit, and wait for them.")
+        Literal["slurm", "local"] | None, typer.Option(help="Submit the workers with submitit and wait for them.")
     ] = None,
     cluster_option: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Of submitit's executor, e.g. slurm_partition=gpu; repeatable."),
+        typer.Option(metavar="NAME=VALUE", help="Option of submitit's executor, e.g. slurm_partition=gpu; repeatable."),
     ] = None,
     records: Annotated[
         Path | None,
-        typer.Option(help="A .parquet to go on from, to which all runs are added, hourly: what one commits."),
+        typer.Option(help="Records (.parquet) to start from and add all runs to, hourly; small enough to commit."),
     ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Set a parameter that the sweep file declares, as tokens=2M; repeatable.",
+            help="Set a parameter that the sweep file declares, e.g. tokens=2M; repeatable.",
         ),
     ] = None,
     checkpoint_every: CheckpointEvery = None,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
-    """Search with Optuna, or go on with a search: nothing that is finished is trained again.
+    """Search with Optuna, or resume a search; finished experiments are never trained again.
 
-    A sweep file may declare parameters = {"tokens": 2_000_000}, which --set changes; other values are another study.
-    The same command from any number of terminals or hosts works on the same study, given the same storage.
+    A sweep file may declare parameters = {"tokens": 2_000_000}, which --set changes; different values make a different
+    study. Run the same command in any number of terminals or hosts with one storage to work on one study.
     """
     from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_gated
     from explore.study.parameters import read_parameters
@@ -99,12 +95,12 @@ def sweep(
         workers = 1 if cluster else choose_workers(loaded.examples, trials)
         if workers > 1 and not as_json:
             note(
-                f"{workers} workers of one thread each, which train models this small faster (--workers 1: one worker)"
+                f"using {workers} workers of one thread each, faster for models this small (--workers 1 for one worker)"
             )
     if dry_run:
         with err.status("probing the space and timing a few experiments"):
-            seen = preview(loaded, trials, folder, workers=workers, seed=seed or 0)
-        _show(loaded, seen, trials, workers, as_json)
+            previewed = preview(loaded, trials, folder, workers=workers, seed=seed or 0)
+        _show(loaded, previewed, trials, workers, as_json)
         return
     summary, report = run_gated(
         loaded,
@@ -132,7 +128,7 @@ def sweep(
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
     if report is not None and not report.passed:
-        end = "went on, as --ungated says" if ungated else "stopped (--ungated goes on)"
+        end = "continued because of --ungated" if ungated else "stopped (--ungated continues anyway)"
         err.print(f"{loaded.name}: the gate fails {report.reason}; {end}", highlight=False, soft_wrap=True)
         if not ungated:
             raise typer.Exit(1)
@@ -141,7 +137,7 @@ def sweep(
 
 
 def _gate_table(name: str, report: GateReport) -> Table:
-    """The conditions of a gate, and what was found."""
+    """A table of a gate's conditions with the values found, the values needed and the verdicts."""
     view = Table(title=f"gate of {name}, at {report.size}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for column in ("condition", "found", "needed", "verdict"):
         view.add_column(column, overflow="fold")
@@ -156,61 +152,64 @@ def _options(texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--cluster-option: {text!r} is not of the form NAME=VALUE, such as timeout_min=600")
+            raise ValueError(f"--cluster-option must be of the form NAME=VALUE, such as timeout_min=600, got {text!r}")
         options[name] = int(value) if value.lstrip("-").isdigit() else value
     return options
 
 
-def _show(sweep: Sweep, seen: Preview, trials: int, workers: int, as_json: bool) -> None:
-    """Prints what a sweep would do."""
+def _show(sweep: Sweep, preview: Preview, trials: int, workers: int, as_json: bool) -> None:
+    """Prints the preview of a sweep."""
     from explore.train import slow_precision
 
     if as_json:
-        record = dataclasses.asdict(seen)
-        record["examples"] = [_example(each) for each in seen.examples]
-        if seen.noise is not None and math.isnan(seen.noise.bartlett_p):
+        record = dataclasses.asdict(preview)
+        record["examples"] = [_example(each) for each in preview.examples]
+        if preview.noise is not None and math.isnan(preview.noise.bartlett_p):
             record["noise"]["bartlett_p"] = None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite, indent=2))
         return
     out.print(sweep.question.splitlines()[0], highlight=False)
-    if seen.continuous:
-        size = f"without end: {', '.join(seen.continuous)} {'is' if len(seen.continuous) == 1 else 'are'} continuous"
-    elif seen.n_feasible_error > 0.005 * seen.n_feasible:
-        size = f"about {count(seen.n_feasible)}, ± {count(seen.n_feasible_error)}"
+    if preview.continuous:
+        size = f"infinite: {', '.join(preview.continuous)} {'is' if len(preview.continuous) == 1 else 'are'} continuous"
+    elif preview.n_feasible_error > 0.005 * preview.n_feasible:
+        size = f"about {count(preview.n_feasible)}, ± {count(preview.n_feasible_error)}"
     else:
-        size = f"{seen.n_feasible:,.0f}"
+        size = f"{preview.n_feasible:,.0f}"
     lines = {"feasible experiments": size}
-    if seen.rejected:
-        lines["rejected before training"] = f"{seen.rejected:.0%} of draws, e.g. {seen.why[0][0]}"
+    if preview.rejected:
+        lines["rejected before training"] = f"{preview.rejected:.0%} of draws, e.g. {preview.why[0][0]}"
     runs = f"{trials} trials" + (f" of {sweep.seeds} seeds" if sweep.seeds > 1 else "")
-    lines["training FLOPs"] = f"{flops(seen.flops)} for {runs}"
-    if seen.pilot_flops:
-        lines["learning-rate pilots"] = f"{flops(seen.pilot_flops)} FLOPs"
-    if seen.wall_s is not None:
+    lines["training FLOPs"] = f"{flops(preview.flops)} for {runs}"
+    if preview.pilot_flops:
+        lines["learning-rate pilots"] = f"{flops(preview.pilot_flops)} FLOPs"
+    if preview.wall_s is not None:
         crew = f"{workers} worker{'s' if workers > 1 else ''}"
-        lines["expected time here"] = f"{duration(seen.wall_s)} with {crew}, from {len(seen.examples)} timed examples"
-    slow = next((note for note in map(slow_precision, seen.examples) if note is not None), None)
+        lines["expected time here"] = (
+            f"{duration(preview.wall_s)} with {crew}, from {len(preview.examples)} timed examples"
+        )
+    slow = next((note for note in map(slow_precision, preview.examples) if note is not None), None)
     if slow is not None:
         lines["slow here"] = slow
-    if seen.noise is None or seen.differences is None:
-        lines["resolvable difference"] = "unknown: no experiment was run here with two seeds yet"
+    if preview.noise is None or preview.differences is None:
+        lines["resolvable difference"] = "unknown: no experiment here has run with two seeds yet"
     else:
         lines["resolvable difference"] = (
-            f"{seen.differences[0]:.4f} bits per byte between two of the cheapest trials, {seen.differences[1]:.4f} "
-            f"between two of the dearest, with {sweep.seeds} seed(s), at 5% and power 80%; spread between seeds "
-            f"{seen.noise.sd[0]:.4f} and {seen.noise.sd[1]:.4f} ({seen.noise.kind}), from {seen.noise.n} repeated "
-            f"experiments" + ("" if math.isnan(seen.noise.bartlett_p) else f", equal: p = {seen.noise.bartlett_p:.2g}")
+            f"{preview.differences[0]:.4f} bits per byte between the cheapest trials, {preview.differences[1]:.4f} "
+            f"between the most expensive, with {sweep.seeds} seed(s), at level 5% and power 80%; standard deviation "
+            f"over seeds {preview.noise.sd[0]:.4f} and {preview.noise.sd[1]:.4f} ({preview.noise.kind}), from "
+            f"{preview.noise.n} repeated experiments"
+            + ("" if math.isnan(preview.noise.bartlett_p) else f"; Bartlett test: p = {preview.noise.bartlett_p:.2g}")
         )
     view = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for name, text in lines.items():
         view.add_row(name, text)
     out.print(view, highlight=False)
-    examples = Table(box=None, padding=(0, 2, 0, 0), title="examples, from the cheapest to the dearest")
+    examples = Table(box=None, padding=(0, 2, 0, 0), title="examples, cheapest first")
     examples.title_justify = "left"
     for name in EXAMPLE:
         examples.add_column(quantity(name).header, justify="right" if quantity(name).is_number else "left")
-    for each in map(_example, seen.examples):
+    for each in map(_example, preview.examples):
         examples.add_row(*(quantity(name).text(value) for name, value in each.items()))
     out.print(examples, highlight=False)
 

@@ -1,4 +1,4 @@
-"""Tabulate runs."""
+"""The `table` command: tabulate runs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FRONT = "front"
-"""Column of the view that marks the front."""
+"""Column that marks the runs on the front."""
 
 RUN_SETTINGS = ("tokens", "seed", "corpus", "d_model")
-"""What is shown of a run beside its headlines; what is the same for all stands below the table."""
+"""Settings shown besides the headline quantities; one that all rows share moves below the table."""
 
 
 @app.command(
@@ -33,20 +33,20 @@ RUN_SETTINGS = ("tokens", "seed", "corpus", "d_model")
 )
 def table(
     roots: Places,
-    output: Annotated[Path | None, typer.Option("--out", help="Write the whole table, .csv or .parquet.")] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Write the whole table as .csv or .parquet.")] = None,
     sort: Annotated[str, typer.Option(help="Column to sort by.")] = "val_bpb",
     columns: Annotated[
-        list[str] | None, typer.Option(metavar="NAMES", help="Columns to show, with commas between them; repeatable.")
+        list[str] | None, typer.Option(metavar="NAMES", help="Columns to show, separated by commas; repeatable.")
     ] = None,
     where: Where = None,
-    by_seed: Annotated[bool, typer.Option("--by-seed", help="One row a run, not a mean over seeds.")] = False,
-    unfinished: Annotated[bool, typer.Option(help="Runs that have not ended, too.")] = False,
+    by_seed: Annotated[bool, typer.Option("--by-seed", help="Show one row per run, not means over seeds.")] = False,
+    unfinished: Annotated[bool, typer.Option(help="Include unfinished runs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tabulate runs, and mark the Pareto front of validation bits per byte against training FLOPs.
 
-    Runs that differ in nothing but their seed are one row: the mean, ± half of its 95% interval, whose spread is pooled
-    over runs of the same data and width. --out and --json have every run and every column.
+    Runs that differ only in their seed are one row: their mean ± the half-width of its 95% interval, with the variance
+    pooled over runs of the same data and width. --out and --json have every run and every column.
     """
     from explore.frontier import pareto_front, seed_means
     from explore.table import load_table, save_table
@@ -83,7 +83,7 @@ def table(
 
 
 def _shown(view: pd.DataFrame, is_grouped: bool) -> list[str]:
-    """The columns that are shown unless others are asked for."""
+    """The columns shown by default."""
     about = ["model", "pattern"]
     scores = [each.name for each in headlines(view.columns) if each.is_quality]
     others = [each.name for each in headlines(view.columns) if not each.is_quality]
@@ -92,7 +92,7 @@ def _shown(view: pd.DataFrame, is_grouped: bool) -> list[str]:
 
 
 def _same(rows: list[dict[str, Any]], shown: Sequence[str]) -> dict[str, str]:
-    """Settings that all rows have in common."""
+    """Settings that all rows share, as texts."""
     texts = {name: {_cell(name, row) for row in rows} for name in RUN_SETTINGS if name in shown}
     return {name: found.pop() for name, found in texts.items() if len(rows) > 1 and len(found) == 1 and found != {""}}
 
@@ -129,14 +129,14 @@ def _table(rows: list[dict[str, Any]], title: str, fields: Sequence[str]) -> Tab
 def _caption(
     view: pd.DataFrame, rows: list[dict[str, Any]], same: dict[str, str], is_grouped: bool, n_runs: int
 ) -> str:
-    lines = [] if rows else ["no row"]
+    lines = [] if rows else ["no rows"]
     if same:
         lines.append("all: " + ", ".join(f"{quantity(name).header} {text}" for name, text in same.items()))
     if is_grouped:
-        lines.append(f"{len(view)} means of {n_runs} runs, named after the first; ± half of the 95% interval")
+        lines.append(f"{len(view)} means of {n_runs} runs, named after the first; ± half-width of the 95% interval")
     if FRONT in view and view[FRONT].any():
         mixed = EVAL_DATA in view and view[EVAL_DATA].nunique(dropna=False) > 1
-        lines.append(f"● on the front of val bpb against training FLOPs{' on its data' if mixed else ''}")
+        lines.append(f"● on the front of val bpb against training FLOPs{' for its data' if mixed else ''}")
     if any(_cell("lr", row).endswith("?") for row in rows):
         lines.append("? learning rate not tuned")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Tables that fit the terminal: what has no room beside the rest follows below it, and nothing is left out."""
+"""Tables that fit the terminal: columns that do not fit continue in further tables below, so none is dropped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 ENDLESS = 10_000
-"""Columns of a terminal on which a table has the width that it needs."""
+"""A terminal width at which no table is squeezed."""
 
 
 def plain_table(title: str = "", **options: Any) -> Table:
-    """A table without lines, with a dim header and a title above its left corner."""
+    """A table without lines, with a dim header and a left-aligned title."""
     return Table(
         title=title or None, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim", **options
     )
@@ -23,11 +23,11 @@ def plain_table(title: str = "", **options: Any) -> Table:
 def print_fitting(
     console: Console, make: Callable[[str, Sequence[str]], Table], title: str, fields: Sequence[str]
 ) -> None:
-    """Prints a table in as few parts, one below the other, as the width of the terminal allows.
+    """Prints a table in as few stacked parts as the terminal's width allows.
 
     Args:
-        make: a table with a title and some of the fields; what names its rows is in every part.
-        fields: columns, of which each part has some, in this order.
+        make: makes one part from a title and its fields; each part repeats the columns that name the rows.
+        fields: all columns, in the order in which the parts share them out.
     """
     tables: list[Table] = []
     for n in range(1, len(fields) + 1):
@@ -41,5 +41,5 @@ def print_fitting(
 
 
 def fits(console: Console, table: Table) -> bool:
-    """Whether the terminal has room for a table with nothing cut or broken."""
+    """Whether a table fits the terminal with no cell truncated or wrapped."""
     return console.measure(table, options=console.options.update(max_width=ENDLESS)).maximum <= console.width

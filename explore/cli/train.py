@@ -1,4 +1,4 @@
-"""Train one experiment."""
+"""The `train` command: train one experiment."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PLANNED = (
     "pattern", "family", "d_model", "params_total", "params_active", "lr", "seed", "corpus", "seq_len", "n_steps",
     "flops_run",
 )  # fmt: skip
-"""What `--dry-run` shows of an experiment."""
+"""Quantities that `--dry-run` shows."""
 
-Devices = Annotated[int, typer.Option(min=1, help="Processes that share every batch, each on its device.")]
+Devices = Annotated[int, typer.Option(min=1, help="Devices that split every batch, with one process each.")]
 Strategy = Annotated[
     Literal["auto", "ddp", "fsdp"],
-    typer.Option(help="Of several devices: ddp copies the model, fsdp shards it; auto is ddp."),
+    typer.Option(help="With several devices: ddp copies the model, fsdp shards it; auto means ddp."),
 ]
 
 
@@ -41,22 +41,22 @@ def train(
     runs: Annotated[Path, typer.Option(help="Folder of run folders.")] = Path("runs"),
     checkpoint_every: CheckpointEvery = None,
     keep_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between weights that are kept for `explore merge`; none if absent.")
+        int | None, typer.Option(min=1, help="Steps between the weights kept for `explore merge` (default: keep none).")
     ] = None,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Compute activations again in the backward pass: less memory, slower.")
+        bool, typer.Option("--recompute", help="Recompute activations in the backward pass: less memory, slower.")
     ] = False,
     split_batch: SplitBatch = False,
     devices: Devices = 1,
     strategy: Strategy = "auto",
     path: Paths = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the run, its cost and the memory it needs; train and write nothing.")
+        bool, typer.Option("--dry-run", help="Show the run's cost and memory; train and write nothing.")
     ] = False,
     wandb: Wandb = None,
     as_json: Json = False,
 ) -> None:
-    """Train one experiment, or go on with it where it was stopped; a finished one is shown, not trained again."""
+    """Train one experiment, or resume it from its last checkpoint; a finished run is shown, not trained again."""
     from explore.experiment import Experiment
 
     loaded = Experiment.load(experiment / "experiment.json" if experiment.is_dir() else experiment, set_ or [])
@@ -82,7 +82,7 @@ def train(
 def _show_plan(
     experiment: Experiment, runs: Path, as_json: bool, *, recompute: bool, devices: int, strategy: StrategyName
 ) -> None:
-    """Prints which run this would be, what it costs and what it needs."""
+    """Prints the run's folder, cost and memory without training it."""
     from explore.runs import run_folder
     from explore.table import expected_row
     from explore.train.capacity import needs
@@ -107,7 +107,7 @@ def _show_plan(
 def train_and_show(
     experiment: Experiment, runs: Path, paths: list[str] | None, as_json: bool, *, devices: int = 1, **options: Any
 ) -> None:
-    """Trains an experiment and prints what came of it; the exit code is 1 unless that is a finished run."""
+    """Trains an experiment and prints the outcome; exits with code 1 unless the run finished."""
     from explore.ops import forced_paths
     from explore.runs import run_folder
     from explore.train import fit, is_writer, slow_precision

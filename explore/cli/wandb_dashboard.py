@@ -1,4 +1,4 @@
-"""Write the pages of a study in Weights & Biases."""
+"""The `wandb-dashboard` command: write the Weights & Biases pages of a study."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ def wandb_dashboard(
     storage: StudyStorage = None,
     name: StudyName = None,
     project: Annotated[str, typer.Option(help="Project of Weights & Biases.")] = "explore",
-    entity: Annotated[str, typer.Option(help="Account or team; the account's own when absent.")] = "",
+    entity: Annotated[str, typer.Option(help="Account or team (default: your account).")] = "",
     output: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Script (.py) or specification (.json); wandb_dashboard.py beside the runs if absent."
+            "--out",
+            help="Script (.py) or specification (.json) to write (default: wandb_dashboard.py in the runs' folder).",
         ),
     ] = None,
-    save: Annotated[bool, typer.Option("--save", help="Make the pages on the server, too; needs a login.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Also create the pages on the server; needs a login.")] = False,
 ) -> None:
-    """Write the workspace and the report of a study as code: nothing is sent, unless with --save.
+    """Write a study's workspace and report as code; nothing is sent without --save.
 
-    They show what was mirrored by --wandb: the frontier, learning curves, throughput and the balance of experts. The
-    script stands alone: change it and run it, and it makes both pages anew.
+    The pages show the runs mirrored by --wandb: the frontier, learning curves, throughput and expert balance. The
+    script is self-contained: edit and run it to create both pages again.
     """
     from explore.files import replacing
     from explore.study.mirroring import runs_pages, study_pages
@@ -42,7 +43,7 @@ def wandb_dashboard(
     from explore.study.watching import find_study
 
     if output is not None and output.suffix not in (".py", ".json"):
-        raise ValueError(f"--out: {str(output)!r} is neither a script (.py) nor a specification (.json)")
+        raise ValueError(f"--out must be a script (.py) or a specification (.json), got {str(output)!r}")
     path = Path(place)
     if storage is None and path.is_dir() and not (path / JOURNAL).exists():
         pages, folder = runs_pages(path, project, entity), path

@@ -1,4 +1,4 @@
-"""Show a study live on the terminal."""
+"""The `watch` command: show a study live in the terminal."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def watch(
     storage: StudyStorage = None,
     name: StudyName = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Exit after this many trials (default: what the sweep was asked for).")
+        int | None, typer.Option(min=1, help="Exit after this many trials (default: the sweep's --trials).")
     ] = None,
     once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two drawings.")] = 2.0,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between updates.")] = 2.0,
 ) -> None:
-    """Show a study live, from any terminal: its trials, the front and, where a run was validated, its learning curve.
+    """Show a study live, from any terminal: its trials, the front, and the learning curves of validated runs.
 
-    Columns that have no room are left out, the curves last. A study that has its trials is printed once. Ctrl-C leaves
-    the study alone.
+    Columns that do not fit are left out, the curves last. A study that has all its trials is printed once. Ctrl-C stops
+    watching and does not affect the study.
     """
     from explore.study.watching import find_study
     from explore.study.watching import watch as watch_study
