@@ -32,7 +32,7 @@ __all__ = [
 
 
 def quantity(name: str) -> Quantity:
-    """The quantity with this name; for a column that is not declared, one that is labelled with its name."""
+    """The quantity with this name; an undeclared column gets a quantity labelled with its name."""
     if isinstance(declared := QUANTITIES.get(name), Quantity):
         return declared
     families = (each for each in QUANTITIES.values() if isinstance(each, Family))
@@ -40,7 +40,7 @@ def quantity(name: str) -> Quantity:
 
 
 def read(records: Records) -> dict[str, Any]:
-    """The row of a run: every column, with None for what is not known, and the members of families that it has."""
+    """The row of a run: every column (None if unknown), and the members of families that the run has."""
     row: dict[str, Any] = {}
     for each in QUANTITIES.values():
         if isinstance(each, Family):
@@ -53,7 +53,7 @@ def read(records: Records) -> dict[str, Any]:
 
 
 def columns(names: Iterable[str] = ()) -> list[Quantity]:
-    """The columns of a table of runs: all that are declared, and the members of families among the names."""
+    """The columns of a table of runs: all declared ones, and the names that are members of families."""
     others = sorted({name for name in names if name not in QUANTITIES})
     found: list[Quantity] = []
     for each in QUANTITIES.values():
@@ -65,28 +65,28 @@ def columns(names: Iterable[str] = ()) -> list[Quantity]:
 
 
 def headlines(names: Iterable[str] = ()) -> list[Quantity]:
-    """The columns that stand in summaries, those that are known before training first."""
+    """The columns shown in summaries; those known before training come first."""
     return sorted((each for each in columns(names) if each.headline), key=lambda each: not each.is_known)
 
 
 def objectives() -> dict[str, Quantity]:
-    """What a sweep can minimize or maximize, by name: what a run has when it ends, so nothing of `evals.json`."""
+    """The quantities a sweep can optimize, by name: those a run has when it ends, so none from `evals.json`."""
     numbers = (each for each in columns() if each.is_number and each.source[:1] != ("evals",))
     return {each.name: each for each in numbers if each.better is not None}
 
 
 def budgets() -> tuple[str, ...]:
-    """Totals of a model that its sizes can be solved for."""
+    """Names of the totals that the solver accepts as targets."""
     return tuple(each.name for each in columns() if each.budget)
 
 
 def choose(name: str, among: Iterable[str], field: str, what: str = "a quantity with numbers") -> str:
-    """The name that is meant; its words may come in any order, so `decode_flops` is `flops_decode`.
+    """The allowed name with the same words in any order, so `decode_flops` gives `flops_decode`.
 
     Args:
-        among: what is allowed.
-        field: what an error begins with.
-        what: what the name must be the name of, in an error.
+        among: the allowed names.
+        field: the option or field that begins an error message.
+        what: the kind of thing that the name must be, for the error message.
 
     Raises:
         ValueError: no allowed name has these words.
@@ -101,6 +101,6 @@ def choose(name: str, among: Iterable[str], field: str, what: str = "a quantity 
 
 
 def unknown(name: str, allowed: Sequence[str], field: str, what: str = "a quantity with numbers") -> ValueError:
-    """The error about a name that is not allowed; it tells the nearest one that is."""
+    """The error for a name that is not allowed; it suggests the nearest allowed name."""
     hint = did_you_mean(name, allowed)
     return ValueError(f"{field} must be {what}, got {echo(name)}; {hint}allowed are {', '.join(allowed)}")

@@ -16,11 +16,11 @@ from explore.quantities.quantity import Family, Quantity, Records, at
 BITS, NATS = "bits per byte", "nats per token"
 
 EVAL_DATA = "eval_data"
-"""Column that tells runs apart which were evaluated on different data."""
+"""Column that distinguishes runs evaluated on different data."""
 
 
 def _layers(pattern: Any) -> str:
-    """Letters of the main model: `/` opens multi-token prediction, `|` cuts pipeline stages."""
+    """Letters of the main model: `/` begins multi-token prediction, `|` separates pipeline stages."""
     return pattern.split("/", maxsplit=1)[0].replace("|", "") if isinstance(pattern, str) else ""
 
 
@@ -35,7 +35,7 @@ def _size_in(field: str, model: Any) -> Any:
 
 
 def _numbers(values: Any) -> list[float]:
-    """The values of a mapping; none where one of them is no number that a float can hold."""
+    """The values of a mapping; empty if one of them is not a finite number."""
     found = list(values.values()) if isinstance(values, Mapping) else []
     return found if all(isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in found) else []
 
@@ -55,12 +55,12 @@ def _state_bytes(cost: Any) -> float | None:
 
 
 def _word(precision: Any) -> Any:
-    """A recipe of precision that has no name, as text."""
+    """A precision recipe as text: its name, or JSON if it has none."""
     return json.dumps(precision) if isinstance(precision, Mapping) else precision
 
 
 def _bits_per_element(cost: Any) -> float | None:
-    """As the formats of a quantised run give it; else that of the dtype in which `weight_bytes` are counted."""
+    """Bits per element of a quantised run's formats, or else of the dtype of `weight_bytes`."""
     if (bits := at(cost, "bits_per_element")) is not None:
         return bits if isinstance(bits, int | float) else None
     n_bytes, params = at(cost, "weight_bytes"), at(cost, "params_total")
@@ -69,7 +69,7 @@ def _bits_per_element(cost: Any) -> float | None:
 
 
 def _n_steps(records: Records) -> int | None:
-    """Optimizer steps that the budget pays for; equals `explore.experiment.Experiment.n_steps`."""
+    """Optimizer steps within the training budget; equals `explore.experiment.Experiment.n_steps`."""
     train, seq_len = at(records, "experiment", "train"), at(records, "experiment", "data", "seq_len")
     try:
         tokens = train["tokens"] or train["flops"] / records["cost"]["flops_train"]
@@ -80,7 +80,7 @@ def _n_steps(records: Records) -> int | None:
 
 
 def _eval_data(data: Any) -> str | None:
-    """Short digest of what a run was evaluated on: the texts of its splits, or the settings of a synthetic task."""
+    """Short digest of a run's evaluation data: the texts of its splits, or the settings of a synthetic task."""
     if not isinstance(data, Mapping):
         return None
     splits = [data[name] for name in ("val", "test") if name in data]
@@ -146,7 +146,7 @@ def _metric(name: str, label: str, unit: str = "", **more: Any) -> Quantity:
 
 
 def _averages() -> tuple[Quantity, ...]:
-    """Scores of averages of a run's last checkpoints, by the decay that they imitate."""
+    """Scores of averaged last checkpoints, one set for each decay shape that an average imitates."""
     return tuple(
         _score(f"{name}_{shape}", f"{label}, {words} average", "merged", shape, name, unit=BITS, better="lower")
         for shape, words in (("flat", "flat"), ("minus_sqrt", "minus sqrt"))
@@ -187,7 +187,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     Family(Quantity("flops_run_{}", "Training FLOPs as {} counts them", unit="FLOPs", better="lower", log=True)),
     _result("flops_spent", "Training FLOPs without those of a shared trunk", "FLOPs", better="lower", log=True),
     _result("flops_teacher", "Forward passes of the teacher", "FLOPs", better="lower", log=True),
-    _result("flops_before", "FLOPs of parent, teacher and choosing what is kept", "FLOPs", better="lower", log=True),
+    _result("flops_before", "FLOPs of parent, teacher and compression search", "FLOPs", better="lower", log=True),
     _result("tokens", "Training tokens", "tokens", dtype="Int64", better="lower", log=True),
     _loss("val_bpb", "Validation bits per byte", BITS, short="val bpb", headline=True),
     _loss("test_bpb", "Test bits per byte", BITS, short="test bpb", headline=True),
@@ -256,7 +256,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _setting("state_format", "Format of recurrent state", "quantized", "recipe", "state", dtype="str"),
     _setting("state_rounding", "Rounding of recurrent state", "quantized", "recipe", "state_rounding", dtype="str"),
     _setting("n_steps", "Optimizer steps of the schedule", dtype="Int64", take=_n_steps, log=True),
-    _setting("decay", "Share of the steps in which the learning rate falls", "experiment", "train", "decay"),
+    _setting("decay", "Share of steps with learning-rate decay", "experiment", "train", "decay"),
     _setting("seq_len", "Sequence length", "experiment", "data", "seq_len", unit="tokens", dtype="Int64", log=True),
     _setting("d_model", "Width of the model", "experiment", "model", "d_model", dtype="Int64", log=True, headline=True),
     _setting("n_layers", "Layers", "experiment", "model", "pattern", dtype="Int64", take=_n_layers, log=True),
@@ -277,7 +277,7 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     Family(Quantity("decode_bytes_{}", "Decoding step at {} tokens moves", unit="bytes", better="lower", log=True)),
     _cost("all_to_all_bytes", "All-to-all of experts", "bytes per token", short="all-to-all"),
     _about("corpus", "Corpus", "experiment", "data", "corpus"),
-    Quantity(EVAL_DATA, "Data that is evaluated", ("environment", "data"), "about", dtype="str", take=_eval_data),
+    Quantity(EVAL_DATA, "Evaluation data", ("environment", "data"), "about", dtype="str", take=_eval_data),
     _about("commit", "Commit of the code", "environment", "commit"),
     _about("finished_at", "Finished", "result", "finished_at"),
     _result("step", "Optimizer steps", dtype="Int64", log=True),

@@ -1,4 +1,4 @@
-"""What is said of a quantity, and of a family of quantities that differ in what was measured."""
+"""`Quantity`, the declaration of one quantity, and `Family`, of quantities that differ in what was measured."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Records = Mapping[str, Any]
 `quantized`, `result`) and `folder`: its name as `run`, and the run's `key` and `status`."""
 
 Role = Literal["about", "setting", "cost", "loss", "score", "training"]
-"""Kinds of facts: which run it is (about); what is chosen before training (setting), and what that costs in closed form
-(cost); a loss that the learning curve foretells (loss), another measure of quality (score); how training went
+"""Kinds of quantities: identity of the run (about); a choice made before training (setting); a closed-form cost (cost);
+a loss that the learning curve predicts (loss); another measure of quality (score); a measurement of training
 (training)."""
 
 MEMBER = "{}"
-"""Stands for what the members of a family differ in, such as the corpus in `{}_bpb`."""
+"""Placeholder for the part of a name that differs between members of a family, such as the corpus in `{}_bpb`."""
 
 
 def at(value: Any, *fields: str) -> Any:
-    """What lies at the end of a path of fields; None where the path leads nowhere."""
+    """The value at a path of fields; None if the path does not exist."""
     for field in fields:
         value = value.get(field) if isinstance(value, Mapping) else None
     return value
@@ -34,21 +34,21 @@ class Quantity:
     """One quantity.
 
     Attributes:
-        name: of the column, of the objective, and in mirrors.
-        label: what it is in words.
-        source: where it is read from: a record, and the fields that lead to it. `metrics` stands for a column of
-            `metrics.csv`; a quantity without a source is in no record.
-        role: what kind of fact it is.
-        unit: what its values count.
-        dtype: of its column.
-        take: what is made of the value at the source.
-        short: header of a narrow table.
-        better: which values are better, if any are.
-        log: its axis is logarithmic where all values are positive; None: only where it is the cost of a front.
-        spec: format of a value; its unit decides where there is none.
-        headline: stands in summaries, such as tables on a terminal and the arms of a study.
-        tied_to: another quantity that fixes it for runs of equal length.
-        budget: sizes of a model can be solved for it.
+        name: name as a column, as an objective and in W&B.
+        label: name in words, for axes and tables.
+        source: path of the value: a record, then fields. `metrics` means a column of `metrics.csv`; a quantity without
+            a source is in no record.
+        role: kind of quantity.
+        unit: unit of its values.
+        dtype: dtype of its column.
+        take: function applied to the value at the source.
+        short: header in narrow tables.
+        better: direction of better values; None if neither is better.
+        log: use a logarithmic axis if all values are positive; None: only as the cost axis of a front.
+        spec: format specification of a value; if empty, the unit decides.
+        headline: show it in summaries, such as tables in a terminal and the arms of a study.
+        tied_to: another quantity that determines this one for runs of equal length.
+        budget: the solver accepts it as a target.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Quantity:
 
     @property
     def is_column(self) -> bool:
-        """Whether the table of runs has it, rather than learning curves alone."""
+        """Whether it is a column of the table of runs, not only of learning curves."""
         return self.source[:1] != ("metrics",)
 
     @property
@@ -88,32 +88,32 @@ class Quantity:
 
     @property
     def is_on_own_data(self) -> bool:
-        """Whether it is measured on the data that a run was trained with, so that runs on other data do not compare."""
+        """Whether it is measured on the run's training corpus, so runs on other corpora are not comparable."""
         return self.is_quality and self.source[:2] not in (("evals", "bpb"), ("evals", "pairs"))
 
     @property
     def sign(self) -> int:
-        """Factor by which lower values are the better ones."""
+        """Factor (1 or -1) that makes lower values better."""
         return -1 if self.better == "higher" else 1
 
     @property
     def axis_label(self) -> str:
-        """The label with the unit, unless its words say it."""
-        says = not self.unit or re.search(rf"\b{re.escape(self.unit)}\b", self.label, re.IGNORECASE)
-        return self.label if says else f"{self.label} ({self.unit})"
+        """The label with the unit, unless the label already contains it."""
+        has_unit = not self.unit or re.search(rf"\b{re.escape(self.unit)}\b", self.label, re.IGNORECASE)
+        return self.label if has_unit else f"{self.label} ({self.unit})"
 
     @property
     def header(self) -> str:
-        """What its column in a narrow table is called."""
+        """Header of its column in a narrow table."""
         return self.short or self.name
 
     def read(self, records: Records) -> Any:
-        """The value in the records of a run; None where it is missing."""
+        """The value in the records of a run; None if missing."""
         value = at(records, *self.source)
         return value if value is None or self.take is None else self.take(value)
 
     def text(self, value: Any) -> str:
-        """A value as tables show it; nothing where it is missing."""
+        """A value as tables show it; empty if missing."""
         return formatting.number(value, self.spec) if self.spec else formatting.with_unit(value, self.unit)
 
 
@@ -122,25 +122,25 @@ class Family:
     """Quantities that differ in what was measured: `{}_bpb` is bits per byte on any corpus.
 
     Attributes:
-        template: a quantity in whose name, label, header and source `{}` stands for the member.
+        template: a quantity with `{}` in place of the member in its name, label, header and source.
     """
 
     template: Quantity
 
     def member(self, which: str) -> Quantity:
-        """The quantity of one member."""
+        """The quantity for one member."""
         texts = {name: getattr(self.template, name).replace(MEMBER, which) for name in ("name", "label", "short")}
         source = tuple(which if field == MEMBER else field for field in self.template.source)
         return replace(self.template, **texts, source=source)
 
     def named(self, name: str) -> Quantity | None:
-        """The member with this name; None for a name of another form."""
+        """The member with this name; None if the name does not fit the template."""
         before, _, after = self.template.name.partition(MEMBER)
         which = name.removeprefix(before).removesuffix(after)
         return self.member(which) if which and name == before + which + after else None
 
     def found(self, records: Records) -> Iterator[Quantity]:
-        """The members in the records of a run."""
+        """The members found in the records of a run."""
         if MEMBER in self.template.source:
             members = at(records, *self.template.source[: self.template.source.index(MEMBER)])
             yield from map(self.member, sorted(members) if isinstance(members, Mapping) else ())
