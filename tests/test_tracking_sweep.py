@@ -220,7 +220,7 @@ def test_the_report_states_the_question_the_front_and_its_limits(study: optuna.S
     assert written[0] == "Do experts pay?\n\nAt equal FLOPs."
     assert written[1] == front_markdown(runs_of(study, runs), "flops_run", "val_bpb")
     assert "2 complete" in written[2]
-    assert "One seed a point" in written[2]
+    assert "One seed per point" in written[2]
     grids = [block["metadata"]["runSets"][0] for block in blocks if block["type"] == "panel-grid"]
     assert [grid["name"] for grid in grids] == ["trials", "sweep", "families"]
     assert [bool(grid["grouping"]) for grid in grids] == [False, False, True]

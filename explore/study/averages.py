@@ -1,4 +1,4 @@
-"""Merging in a sweep: runs without a decay keep checkpoints, and averages of the last of them are scored."""
+"""Merging in a sweep: runs without a learning-rate decay keep checkpoints, and averages of the last ones are scored."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from explore.train.merging import Shape
 
 @dataclass(frozen=True)
 class Merging:
-    """Averages of checkpoints, in place of a decay of the learning rate, of every run of a sweep that has no decay.
+    """Averages checkpoints of every run without a learning-rate decay, in place of the decay.
 
-    They are made as `explore merge` makes them, once a run has finished, pilots too: the learning rate of a run without
-    a decay is searched for its average of the first shape.
+    Averages are made as in `explore merge` when a run or a pilot has finished. The learning rate of a run without a
+    decay is tuned for its average of the first shape.
 
     Attributes:
-        share: of the steps, at the end of a run, from which the checkpoints are.
-        last: checkpoints in an average.
-        shapes: decays that the averages imitate.
+        share: fraction of the steps, at the end of a run, that the averaged checkpoints cover.
+        last: number of checkpoints in an average.
+        shapes: decay shapes that the averages imitate.
     """
 
     share: float = 0.2
@@ -36,15 +36,15 @@ class Merging:
             decay_weights(self.last, shape)
 
     def keep_every(self, experiment: Experiment) -> int | None:
-        """Steps between the checkpoints that a run keeps; None of one that decays."""
+        """Steps between the checkpoints that a run keeps; None for a run with a decay."""
         return None if experiment.train.decay else max(1, round(self.share * experiment.n_steps / self.last))
 
     def score(self, experiment: Experiment) -> str:
-        """Column of the table of runs for which the learning rate of an experiment is searched."""
+        """Column of the table of runs by which an experiment's learning rate is tuned."""
         return "val_bpb" if experiment.train.decay else f"val_bpb_{self.shapes[0]}"
 
     def merge(self, folder: RunFolder) -> None:
-        """Scores the averages of a run, if it has finished, but those of the same checkpoints that are told already.
+        """Scores the averages of a finished run, except averages of the same checkpoints that are already scored.
 
         Raises:
             ValueError: the run did not keep enough checkpoints.

@@ -1,4 +1,4 @@
-"""Fair budgets: every trial of a sweep is brought to the same parameters, FLOPs or state bytes by the solver."""
+"""Fair budgets: the solver gives every trial of a sweep the same parameters, FLOPs or state bytes."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from explore.solve import BUDGETS, Free, solve
 
 
 class RejectedError(ValueError):
-    """An answer to a trial that must not be trained, with the reason; it costs nothing."""
+    """Raised for a trial that must not be trained, with the reason; a rejected trial costs nothing."""
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """What every trial of a sweep comes to.
+    """The budgets that every trial of a sweep meets.
 
     Attributes:
         targets: budgets of `explore.solve.BUDGETS`, such as `{"params_active": 1.2e6}`.
-        free: dimensions that the solver sets, as in `explore solve --free`: `d_model=64:256:32`, `E.d_expert`. Those
-            of blocks that a pattern does not have are left out for it.
+        free: dimensions that the solver sets, as in `explore solve --free`: `d_model=64:256:32`, `E.d_expert`.
+            Dimensions of blocks that a pattern lacks are skipped.
         seq_len: sequence length in tokens at which FLOPs and state are counted.
-        tolerance: largest relative residual.
-        compare: budgets whose residual is kept too, although they are not solved for.
+        tolerance: largest allowed relative residual.
+        compare: further budgets whose residual is recorded but not solved for.
     """
 
     targets: Mapping[str, float]
@@ -43,7 +43,7 @@ class Budgets:
                 raise ValueError(f"budgets must be among {', '.join(BUDGETS)}, got {name!r}")
 
     def model(self, trial: optuna.Trial | optuna.trial.FixedTrial, content: Mapping[str, Any]) -> ModelConfig:
-        """The model with these fields that meets the targets; the residuals of all budgets are kept with the trial.
+        """The model with these fields that meets the targets; records the residuals of all budgets in the trial.
 
         Raises:
             RejectedError: no values of the free dimensions meet the targets.
@@ -72,10 +72,10 @@ def _applies(free: Free, content: Mapping[str, Any]) -> bool:
 
 
 def check_not_tied(objectives: Mapping[str, str], budgets: Budgets | None, experiment: Experiment) -> None:
-    """Refuses an objective that is the same for every trial.
+    """Rejects an objective that is the same for every trial.
 
     Raises:
-        ValueError: a budget that is tied, or the training FLOPs of runs that are all given the same, as an objective.
+        ValueError: an objective is fixed by a budget, or is the training FLOPs of runs with fixed FLOPs.
     """
     targets = budgets.targets if budgets is not None else {}
     for name in objectives:

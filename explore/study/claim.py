@@ -1,4 +1,4 @@
-"""Claims: of all trials of a study with one experiment, in any processes on any hosts, one trains it."""
+"""Claims: if several trials of a study have the same experiment, on any hosts, only one trains it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from explore.study.lease import Reaper, is_left, is_rejected
 
 POLL_S = 0.2
 REPEATS = "repeats trial"
-"""How the reason of a trial begins whose experiment the study has already."""
+"""First words of the rejection reason if the study already has the trial's experiment."""
 
 
 def claim(study: optuna.Study, trial: optuna.Trial, key: str, reaper: Reaper) -> None:
-    """Takes the experiment with this key for the trial, or refuses the trial.
+    """Claims the experiment with this key for the trial, or rejects the trial.
 
-    Every trial writes its claim before it reads those of others, so of two at once at least one sees the other. The
-    lower number goes on and the higher gives way, unless the higher has confirmed already.
+    Every trial writes its claim before it reads the others' claims, so if two claim at once at least one sees the
+    other. The lower trial number wins, unless the higher one has already confirmed its claim.
 
     Raises:
-        RejectedError: another trial has it.
+        RejectedError: another trial has the experiment.
     """
     trial.set_user_attr("key", key)
     while True:
@@ -33,7 +33,7 @@ def claim(study: optuna.Study, trial: optuna.Trial, key: str, reaper: Reaper) ->
         if not others:
             trial.set_user_attr("confirmed", True)
             return
-        time.sleep(POLL_S)  # a higher one is about to give way, to confirm, or dead
+        time.sleep(POLL_S)  # a trial with a higher number is about to give way or confirm, or is dead
         reaper.reap(study)
 
 

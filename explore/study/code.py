@@ -1,4 +1,4 @@
-"""The code behind a study: a sweep file, and the modules of one's own that it imports."""
+"""The code behind a study: a sweep file and the user's modules that it imports."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from typing import Any
 from explore.study.parameters import set_parameters
 
 TELLING = ("tables", "figure", "gate")
-"""Names of a sweep file that are about its results alone, and may be changed under its study."""
+"""Names in a sweep file that affect only how results are reported; they may change during a study."""
 
 INSTALLED = tuple(
     {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {Path(path).resolve() for path in sys.path if path.endswith(("site-packages", "dist-packages"))}
 )
-"""Folders of modules that come with Python or were installed: their versions are in the record of a run."""
+"""Folders of standard and installed modules; a run records their versions instead of their code."""
 
 
 def sweep_tree(path: Path, parameters: Mapping[str, Any] = MappingProxyType({})) -> ast.Module:
-    """The file without its docstring and how its results are told; comments and layout are not in a tree.
+    """The syntax tree of a sweep file without its docstring and its reporting functions.
 
     Args:
-        parameters: values instead of those in the file.
+        parameters: values that replace those in the file.
     """
-    # Of bytes, which may begin with a mark or name their encoding.
+    # Bytes, not text: the file may begin with a byte-order mark or declare its encoding.
     tree = set_parameters(ast.parse(path.read_bytes()), path, parameters)
     tree.body = [each for each in tree.body if not _tells(each)]
     return tree
 
 
 def own_modules(tree: ast.Module) -> dict[str, str]:
-    """Code by name of the modules of one's own that a file imports, directly or by another of them.
+    """Code, by module name, of the user's modules that a file imports directly or indirectly.
 
-    They are those that were imported in this process and are neither installed nor part of explore.
+    These are modules imported in this process that are neither installed nor part of explore.
     """
     found: dict[str, str] = {}
     names = sorted(_imported(tree, ""))
@@ -62,7 +62,7 @@ def _own_file(name: str, module: ModuleType) -> Path | None:
 
 
 def _imported(tree: ast.Module, package: str) -> set[str]:
-    """Names of modules that code may import, with the packages around them."""
+    """Names of the modules that code may import, and of their parent packages."""
     names: set[str] = set()
     for each in ast.walk(tree):
         match each:
@@ -92,7 +92,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def _tells(statement: ast.stmt) -> bool:
-    """Whether a statement of a sweep file is about its results only."""
+    """Whether a statement of a sweep file affects only how results are reported."""
     match statement:
         case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
             return name in TELLING

@@ -1,9 +1,8 @@
-"""Who works on a sweep: this process, several on this machine, or jobs of a cluster; all of them on one study.
+"""Runs a sweep with one or more workers: this process, several on this machine, or cluster jobs, all on one study.
 
-Workers share nothing but the study's storage and the folder of runs. Each of them runs the same loop, `Worker.work`,
-and ends by itself when the study has its trials. The process that started them hands out no trials: it draws the table,
-replaces workers that were killed, and ends them all when it is interrupted. So workers may also be started by hand, on
-any host, beside these.
+Workers share only the study's storage and the folder of runs. Each runs the same loop, `Worker.work`, and exits when
+the study has its trials. The process that started them does not hand out trials: it draws the table, replaces workers
+that were killed, and stops them all when it is interrupted. So further workers can be started by hand on any host.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ from explore.study.worker import TrialOptions, Worker
 from explore.terminal import plain_console
 
 RECORD_S = 3600.0
-"""Seconds between two writes of the records of a sweep."""
+"""Seconds between writes of a sweep's records."""
 
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """How a study stands: trials by how they ended. Rejected ones were not trained."""
+    """Numbers of trials of a study by outcome. Rejected trials were not trained."""
 
     study: str
     complete: int
@@ -73,29 +72,29 @@ def run_sweep(
 ) -> SweepSummary:
     """Runs a sweep until the study has `n_trials` trials that were trained or failed.
 
-    What is there already counts, so the same call goes on after an interruption and does nothing when all
-    is done. An experiment whose run is finished is not trained again; a trial that repeats an experiment of
-    this study, or that the sweep file rejects, is told as pruned and not counted. A worker also ends after 200
-    such trials in a row. Any number of processes on any hosts may work on one study.
+    Existing trials count, so the same call resumes after an interruption and does nothing when all is done.
+    An experiment whose run is finished is not trained again; a trial that repeats an experiment of this
+    study, or that the sweep file rejects, is reported to Optuna as pruned and not counted. A worker also exits
+    after 200 such trials in a row. Any number of processes on any hosts may work on one study.
 
     Args:
-        sampler: name of the sampler of a new study, instead of the sweep file's.
-        seed: with the number of a trial, it decides what the sampler draws.
-        storage: URL of a storage instead of the journal file in `runs`.
-        new_study: begin another study, beside those of this sweep file that are there.
-        workers: processes, which share the cores of this machine; or jobs of the cluster.
-        cluster: submit the workers with submitit, to SLURM or as processes here, and return when all have ended.
+        sampler: name of the sampler of a new study; default: the sweep file's.
+        seed: sampler seed; the draw of a trial depends only on it and the trial's number.
+        storage: URL of a storage; default: the journal file in `runs`.
+        new_study: start a new study even if this sweep file has one.
+        workers: number of processes that share this machine's cores, or of cluster jobs.
+        cluster: submit the workers with submitit, to SLURM or as local processes, and return when all have ended.
         cluster_options: parameters of submitit's executor, such as `{"slurm_partition": "gpu", "timeout_min": 600}`.
-        records: a table of records, `explore.records`: its runs are not trained again, and every hour and in the end
-            the runs that have ended are added to it.
+        records: a table of records (`explore.records`). Its runs are not trained again; ended runs are added to it
+            every hour and at the end.
 
     Raises:
-        ValueError: there is no such sampler, the storage does not open, the study is of another file, or (`FaultError`)
-            a fault of the machine stopped it.
+        ValueError: the sampler is unknown, the storage does not open, the study belongs to another file, or
+            (`FaultError`) a fault of the machine stopped the sweep.
     """
     console, options = console or plain_console(), options or TrialOptions()
     say = partial(console.print, highlight=False, soft_wrap=True)
-    # Whatever a person can get wrong is found here, before a worker starts: the sampler, the storage, the study.
+    # Find user mistakes in the sampler, the storage and the study before a worker starts.
     make_sampler(sampler or sweep.sampler, seed or 0, 0, grid=sweep.grid)
     check_needs(sweep.examples, runs, workers, elsewhere=cluster == "slurm")
     hide_in_arguments(storage)
@@ -117,7 +116,7 @@ def run_sweep(
             worker.work(n_trials)
         else:
             parent = os.getpid() if cluster is None else None
-            # Whole paths: a job of a cluster may start in another folder.
+            # Absolute paths: a cluster job may start in another folder.
             file, place = sweep.path.resolve(), runs.resolve()
             post = Post(file, study.study_name, storage, place, n_trials, options, parent, sweep.parameters)
             if cluster is None:
@@ -133,7 +132,7 @@ def run_sweep(
 
 
 def _say_what_is_wrong(study: optuna.Study, n_trials: int, say: Say) -> None:
-    """Says why there are fewer trials than were asked for, and why they failed where all of them did."""
+    """Prints why there are fewer trials than requested, and why they failed if all did."""
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if is_counted(trial)]
     if len(ended) < n_trials and (why := why_used_up(trials)) is not None:
@@ -144,7 +143,7 @@ def _say_what_is_wrong(study: optuna.Study, n_trials: int, say: Say) -> None:
 
 
 def summary(study: optuna.Study) -> SweepSummary:
-    """Counts the trials of a study by how they ended."""
+    """Counts the trials of a study by outcome."""
     trials = study.get_trials(deepcopy=False)
     ended = Counter(trial.state for trial in trials if is_counted(trial))
     rejected = sum(map(is_rejected, trials))
@@ -154,23 +153,23 @@ def summary(study: optuna.Study) -> SweepSummary:
 
 @contextlib.contextmanager
 def _kept(records: Path | None, runs: Path, say: Say) -> Iterator[None]:
-    """Unpacks the runs of a table of records, and adds to the table what ends inside the block, hourly and at its end.
+    """Unpacks the runs of a table of records, and adds runs that end within the block, hourly and at its end.
 
-    Hourly, so that a machine that is lost takes at most an hour of runs with it.
+    Writing hourly means that a lost machine costs at most an hour of runs.
     """
     if records is None:
         yield
         return
     if records.exists() and (n := unpack_runs(records, runs)):
-        say(f"{records}: {n} runs taken up, which are not trained again")
-    pack_runs(records, runs)  # now, since a wrong name or folder would be found only after hours
+        say(f"{records}: loaded {n} runs, which are not trained again")
+    pack_runs(records, runs)  # now, or a wrong name or folder would be noticed only after hours
     over = threading.Event()
 
     def keep() -> None:
-        while not over.wait(RECORD_S):  # a sleep that ends at once when the block does
+        while not over.wait(RECORD_S):  # a sleep that stops when the block ends
             try:
                 pack_runs(records, runs)
-            except (OSError, ValueError) as error:  # the next writing may succeed, and that of the end says it again
+            except (OSError, ValueError) as error:  # the next write may succeed; the last one raises again
                 say(f"{records}: {error}")
 
     clerk = threading.Thread(target=keep, daemon=True)

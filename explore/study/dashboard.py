@@ -1,7 +1,7 @@
-"""What optuna-dashboard shows of a study beside its numbers: a note of the study, and a note and figures of each trial.
+"""Notes and figures for optuna-dashboard: a note on the study, and a note and figures on each trial.
 
-The notes are written as the attributes that optuna-dashboard reads, so that it is not needed where a sweep runs, only
-where somebody looks at it: `optuna-dashboard runs/NAME/study.journal --artifact-dir runs/NAME/artifacts`.
+Notes are written as the attributes that optuna-dashboard reads, so it is needed only where somebody views the study,
+not where a sweep runs: `optuna-dashboard runs/NAME/study.journal --artifact-dir runs/NAME/artifacts`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from explore.table import load_metrics
 
 DOTS_PER_INCH = 200
 PIECE = 2045
-"""Characters of a note that optuna-dashboard keeps in one attribute: databases limit their length."""
+"""Characters of a note per attribute, as in optuna-dashboard; databases limit the length of attributes."""
 
 Say = Callable[[str], None]
 
@@ -38,7 +38,7 @@ def _warn(line: str) -> None:
 
 
 def describe_study(study: optuna.Study, question: str) -> None:
-    """Writes the note of a study: its question and its objectives. One that is there, perhaps edited, is kept."""
+    """Writes the note of a study: its question and its objectives. An existing note, perhaps edited, is kept."""
     if _version(study, None):
         return
     better = {"minimize": "lower", "maximize": "higher"}
@@ -50,18 +50,18 @@ def describe_study(study: optuna.Study, question: str) -> None:
 
 
 def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifacts: Path, say: Say = _warn) -> None:
-    """Writes the note of a trial that has not been told yet, and attaches its learning curve and its cost as figures.
+    """Writes the note of a trial before its result is reported, and attaches its learning curve and cost as figures.
 
-    Nothing that goes wrong here ends a trial: it is told in one line each, and the rest is written.
+    Errors here do not end a trial: each is reported in one line, and the rest is written.
 
     Args:
-        folder: the run of the trial, with its records.
-        artifacts: folder of the figures, which optuna-dashboard is given as `--artifact-dir`; made if missing.
-        say: told what could not be written.
+        folder: the run of the trial.
+        artifacts: folder of the figures, optuna-dashboard's `--artifact-dir`; created if missing.
+        say: receives a line for each piece that could not be written.
     """
     try:
         experiment: Experiment | None = folder.load_experiment()
-    except Exception:  # its records are damaged: the note says what is left
+    except Exception:  # its records are damaged: the note shows what is readable
         experiment = None
     pieces: dict[str, Callable[[], None]] = {
         "note": lambda: _save_note(study, trial, trial_note(trial, folder, experiment)),
@@ -79,9 +79,9 @@ def annotate(study: optuna.Study, trial: FrozenTrial, folder: RunFolder, artifac
 
 
 def note_rejection(study: optuna.Study, trial: FrozenTrial, why: str | None, say: Say = _warn) -> None:
-    """Writes the note of a trial that was turned away before training, which optuna-dashboard lists as pruned.
+    """Writes the note of a trial that was rejected before training, which optuna-dashboard lists as pruned.
 
-    There may be hundreds, so the notes that are there are not read first, as `_save_note` does.
+    There may be hundreds of such trials, so existing notes are not read first, unlike in `_save_note`.
     """
     text = f"**rejected before training**, not pruned: {why or 'no reason was given'}\n"[:PIECE]
     try:
@@ -94,7 +94,7 @@ def note_rejection(study: optuna.Study, trial: FrozenTrial, why: str | None, say
 
 
 def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | None) -> str:
-    """What is worth knowing of a trial, in Markdown."""
+    """The note of a trial in Markdown: outcome, settings, costs and the commands to use its run."""
     row, result, about = folder.row(), folder.result or {}, trial.user_attrs
     shown = [each for each in headlines(row) if each.is_quality and _is_number(row[each.name])]
     scores = [f"{each.name} {each.text(row[each.name])}" for each in shown]
@@ -126,7 +126,7 @@ def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | N
 
 
 def _components(experiment: Experiment) -> str:
-    """The parts of the model that have parameters or FLOPs, as in the figure of its cost."""
+    """A Markdown table of the model's components with their parameters and FLOPs, as in the cost figure."""
     quantities = ("params_total", "flops_fwd")
     receipt = receipts_table({"": experiment.model}, experiment.data.seq_len, quantities)
     by_group = receipt.pivot(index="group", columns="quantity", values="value")
@@ -162,7 +162,7 @@ def _command(path: Path, experiment: Experiment) -> str:
 
 
 def _curve(folder: RunFolder) -> RunFigure:
-    """Validation over training, or the training loss where there are no two validations."""
+    """The validation curve, or the training loss if there are fewer than two validations."""
     metrics = load_metrics(folder.path)
     x = "flops_run" if "flops_run" in metrics else "tokens"
     validated = "val_bpb" in metrics and metrics["val_bpb"].notna().sum() > 1
@@ -189,12 +189,12 @@ def _attach(study: optuna.Study, trial: FrozenTrial, artifacts: Path, name: str,
 
 
 def _version(study: optuna.Study, trial: FrozenTrial | None) -> int:
-    """How often a note was saved, by whomever; 0 where there is none."""
+    """How often a note was saved, by anyone; 0 if there is none."""
     return int(study._storage.get_study_system_attrs(study._study_id).get(f"{_prefix(trial)}note_ver", 0))
 
 
 def _save_note(study: optuna.Study, trial: FrozenTrial | None, body: str) -> None:
-    """Writes a note as `optuna_dashboard.save_note` does, in pieces, and no longer than what is read back."""
+    """Writes a note in pieces, as `optuna_dashboard.save_note` does, and clears leftover pieces of a longer one."""
     version, storage, prefix = _version(study, trial), study._storage, _prefix(trial)
     pieces = [body[start : start + PIECE] for start in range(0, len(body), PIECE)]
     old = sum(name.startswith(f"{prefix}note_str:") for name in storage.get_study_system_attrs(study._study_id))
@@ -208,7 +208,7 @@ def _prefix(trial: FrozenTrial | None) -> str:
 
 
 def _code(text: Any) -> str | None:
-    """Text as code in a cell of a table."""
+    """Text as inline code in a Markdown table."""
     return None if text is None else "`" + str(text).replace("|", "\\|") + "`"
 
 

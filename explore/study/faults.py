@@ -1,4 +1,4 @@
-"""Faults of the machine and of what a sweep needs there: they stop a sweep, and are no trial's result."""
+"""Faults of the machine or its resources: they stop a sweep and do not count as a trial's result."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import optuna
 from explore.machine import is_passing
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of a disk that is full or may not be written."""
+"""Errors of a disk that is full or not writable."""
 
 LEAST_FREE = 1 << 20
-"""Bytes: with less than these a disk is full."""
+"""Free bytes below which a disk counts as full."""
 
 
 class FaultError(ValueError):
-    """Something around the trials is wrong: data that are missing or changed, a storage that is away, little memory."""
+    """A fault outside the trials: missing or changed data, an unreachable storage, or too little memory."""
 
 
 def fault_of(error: BaseException, runs: Path) -> str | None:
-    """One line on what is wrong with the machine, where that is why a trial could not be trained; None where it is not.
+    """One line on the machine's fault that caused an error; None if the machine is not the cause.
 
     Args:
-        runs: the folder of runs, whose disk may be full: torch tells of that as a RuntimeError.
+        runs: the folder of runs. Its disk may be full, which torch reports as a RuntimeError.
     """
     causes = _causes(error)
     if (fault := next((each for each in causes if isinstance(each, FaultError)), None)) is not None:
@@ -46,7 +46,7 @@ def _is_of_the_system(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """The error and those that it came from; torch, for one, raises another while it handles that of a full disk."""
+    """The error and its causes; torch, for example, raises another error while it handles a full disk."""
     found: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in found:

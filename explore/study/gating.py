@@ -1,4 +1,4 @@
-"""A sweep that must pass its gate: the smallest size is trained first, and the rest only if that can answer."""
+"""Sweeps with a gate: the smallest size is trained first, and the rest only if the gate passes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from explore.table import save_table
 def run_gated(
     sweep: Sweep, n_trials: int, runs: Path, *, ungated: bool = False, records: Path | None = None, **options: Any
 ) -> tuple[SweepSummary, GateReport | None]:
-    """Runs a sweep as `run_sweep` does, the smallest size first, and stops there when its gate fails.
+    """Runs a sweep as `run_sweep` does, smallest size first, and stops after it if the gate fails.
 
     Args:
-        ungated: go on although the gate fails.
+        ungated: continue even if the gate fails.
         options: as for `run_sweep`.
 
     Returns:
-        How the study stands, and what the gate found; None without a gate, or before all trials of the smallest size
-        have ended.
+        The summary of the study and the gate's report. The report is None without a gate, or until all trials of the
+        smallest size have ended.
     """
     if sweep.gate is None:
         return run_sweep(sweep, n_trials, runs, records=records, **options), None

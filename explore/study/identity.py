@@ -1,4 +1,4 @@
-"""Which study a sweep file belongs to: a file, a module or a text that changed under its study is not mixed in."""
+"""Finds or creates the study of a sweep file, and rejects a file, module or text that changed since the study began."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def open_study(
     """Opens the newest study of a sweep, or creates it with the baselines in its queue.
 
     Args:
-        sampler: instead of the sweep file's, of a study that is new.
-        seed: of the sampler, 0 when absent.
-        new: create another study beside those that are there.
-        name: open this one of the sweep's studies instead of the newest.
+        sampler: sampler of a new study; default: the sweep file's.
+        seed: seed of the sampler; default: 0.
+        new: create a new study even if the sweep has one.
+        name: open the sweep's study with this name; default: the newest.
 
     Raises:
-        ValueError: the file, a module that it imports, its data, the sampler or the seed is not that of the study, with
-            the difference.
+        ValueError: the file, a module that it imports, its data, the sampler or the seed differs from the study's; the
+            message shows the difference.
     """
     names = study_names(storage, sweep.name)
     if name is None:
@@ -66,7 +66,7 @@ def open_study(
 
 
 def _fill(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
-    """Writes what is to be remembered of a study, as far as it is missing. The code is last: with it, all is there."""
+    """Writes the attributes and baselines that a study lacks. The code is written last: it marks a complete study."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(sweep.objectives))
@@ -83,7 +83,7 @@ def _fill(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | No
 
 
 def _await_whole(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
-    """Waits for a process that creates the study just now; where that was killed, its work is done here.
+    """Waits for the process that is creating the study; if that process was killed, completes the study here.
 
     Raises:
         ValueError: the study was not made by a sweep.
@@ -124,13 +124,13 @@ def _labelled(modules: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_data(study: optuna.Study, experiment: Experiment) -> None:
-    """Keeps with a study what a corpus and a tokenizer hold when they are first used, and compares them with it later.
+    """Records the hashes of a corpus and a tokenizer in the study at first use, and compares them later.
 
     Raises:
-        FaultError: they changed, or cannot be read.
+        FaultError: a corpus or tokenizer changed, or cannot be read.
     """
     now, data = read_data(experiment), experiment.data.model_dump(mode="json")
-    # An attribute for each: two workers would overwrite each other's entries in a common one.
+    # One attribute per data set: in a shared one, two workers would overwrite each other's entries.
     name = f"data-{hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]}"
     if (was := study.user_attrs.get(name)) is None:
         study.set_user_attr(name, now)
@@ -144,7 +144,7 @@ def check_data(study: optuna.Study, experiment: Experiment) -> None:
 
 
 def read_data(experiment: Experiment) -> dict[str, Any]:
-    """What the data of an experiment hold, by hashes of their content.
+    """Hashes of the content of an experiment's data.
 
     Raises:
         FaultError: a corpus or a tokenizer is missing or cannot be read.
@@ -158,7 +158,7 @@ def read_data(experiment: Experiment) -> dict[str, Any]:
 
 
 def first_difference(before: str, after: str) -> str | None:
-    """The first line that differs, as it was and as it is; None where nothing does."""
+    """The first line that differs, before and after; None if nothing does."""
     lines = [
         line
         for line in difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")

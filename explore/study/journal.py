@@ -1,4 +1,4 @@
-"""Optuna's journal file, kept whole: half lines, damaged lines, and locks that nobody holds."""
+"""Optuna's journal file, made safe against partial lines, damaged lines and stale locks."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from explore.foreign import parse_json
 from explore.study.faults import FaultError
 
 STALE_S = 5.0
-"""Seconds after which the link of a process that was killed is taken away; nobody else holds one for so long."""
+"""Seconds after which a lock counts as stale and is removed; a live process never holds one for this long."""
 POLL_S = 0.01
 
 
 class JournalError(FaultError):
-    """A journal has a line that is damaged."""
+    """A journal has a damaged line."""
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Opens the studies of a journal file, which is made where it is missing.
+    """Opens a journal file, creating it if missing.
 
     Raises:
-        JournalError: with the file and the line that cannot be read.
+        JournalError: a line cannot be read; the message names the file and the line.
     """
     journal = WholeJournal(path)
     try:
         return JournalStorage(journal)
     except JournalError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:  # of a line that is JSON
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:  # valid JSON, wrong content
         raise journal.damaged(f"{type(error).__name__}: {error}") from None
 
 
 class WholeJournal(JournalFileBackend):
-    """A journal without half lines, whatever is killed or full; its lock ends with its process."""
+    """A journal that never keeps a partial line after a kill or a full disk; its lock ends with its process."""
 
     def __init__(self, path: Path) -> None:
         # The link must lead to the file from its own folder too, or Optuna never finds out that it is stale.
@@ -54,13 +54,13 @@ class WholeJournal(JournalFileBackend):
         """The entries from this number on.
 
         Raises:
-            JournalError: one of them is damaged.
+            JournalError: an entry is damaged.
         """
         known = log_number_from in self._log_number_offset
         self._line = log_number_from if known else 0
         with self.path.open("rb") as file:
             file.seek(self._log_number_offset[self._line])
-            *lines, _ = file.read().split(b"\n")  # what follows the last is being written, or was cut off
+            *lines, _ = file.read().split(b"\n")  # the last piece is still being written, or was cut off
         for raw in lines:
             self._log_number_offset[self._line + 1] = self._log_number_offset[self._line] + len(raw) + 1
             self._line += 1
@@ -82,7 +82,7 @@ class WholeJournal(JournalFileBackend):
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def damaged(self, why: str) -> JournalError:
-        """The error that names the line that was read last."""
+        """The error for the line that was read last."""
         if self._line == 1:
             return JournalError(f"{self.path}: must be a journal of Optuna, but its first line is not ({why})")
         return JournalError(
@@ -101,9 +101,9 @@ class WholeJournal(JournalFileBackend):
 
     @contextmanager
     def _held(self) -> Iterator[None]:
-        """The only writer, among all processes; the system takes the lock back from one that is gone.
+        """Holds the write lock among all processes; the system releases it if its process dies.
 
-        Within it also by Optuna's own lock, a link beside the file, which is what optuna-dashboard respects.
+        Also takes Optuna's lock, a symlink next to the file, because optuna-dashboard respects that one.
         """
         with self.path.with_name(f"{self.path.name}.flock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -115,10 +115,10 @@ class WholeJournal(JournalFileBackend):
 
 
 class _Link(JournalFileSymlinkLock):
-    """Optuna's lock, a link beside the journal; one that nobody renews is taken away wherever it leads.
+    """Optuna's lock, a symlink next to the journal; a stale link is removed whatever its target.
 
-    Optuna looks at the file behind the link. It waits for ever where there is none, as when the folder was moved, or
-    where that file is another journal that is in use.
+    Optuna judges staleness by the link's target. It waits for ever if the target does not exist, as after the folder
+    was moved, or if it is another journal in use.
     """
 
     def __init__(self, path: str) -> None:
@@ -136,13 +136,13 @@ class _Link(JournalFileSymlinkLock):
                 if held != (held := (status.st_ino, status.st_mtime_ns)):
                     since = time.monotonic()
                 elif time.monotonic() - since > self.stale_s:
-                    with suppress(RuntimeError):  # somebody else has taken it away
+                    with suppress(RuntimeError):  # another process has removed it
                         self.release()
             time.sleep(POLL_S)
 
 
 def _whole_lines(file: Any) -> int:
-    """Size of a file up to the end of its last whole line."""
+    """Size of a file up to the end of its last complete line."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - 4096)

@@ -1,4 +1,4 @@
-"""Fair learning rates: each architecture's is searched by a few short runs before it is compared with others."""
+"""Fair learning rates: a few short runs tune the rate of each architecture before it is compared with others."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Tuned:
     """A learning rate, and how it was found.
 
     Attributes:
-        interior: the best of the grid lies between two others that were tried.
-        sensitivity: what is lost at half or twice the learning rate, by the parabola; None at an edge.
-        pilots: the rates that were tried, with the score of each; infinite for a run that diverged.
+        interior: whether the best rate of the grid lies between two tried rates.
+        sensitivity: added loss at half or twice the learning rate, from the fitted parabola; None at an edge.
+        pilots: score of each tried rate; infinite for a run that diverged.
     """
 
     lr: float
@@ -29,18 +29,17 @@ class Tuned:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """A search of the learning rate within a trial: short runs on a geometric grid, walked until the best is interior.
+    """A learning-rate search within a trial: short runs (pilots) on a geometric grid, until the best rate is interior.
 
-    The pilots are experiments of their own: they are found by their keys, and all seeds of an architecture share them.
+    Pilots are separate experiments: they are found by their keys, and all seeds of an architecture share them.
 
     Attributes:
-        low: the lowest rate of the grid.
-        high: no rate is above it.
-        start: the rates that are tried first are this one and its neighbours.
-        factor: between neighbours of the grid.
-        share: tokens of a pilot over those of the run.
-        by: quantity by which the rates are compared; when absent, bits per byte on validation or, where tokens stand
-            for no bytes, nats a token.
+        low: lowest rate of the grid.
+        high: upper bound of the grid.
+        start: first rate to try, with its neighbours.
+        factor: ratio between neighbouring rates.
+        share: tokens of a pilot as a fraction of the run's tokens.
+        by: quantity that ranks the rates; default: validation bits per byte, or nats per token for synthetic tasks.
     """
 
     low: float = 2.5e-4
@@ -62,7 +61,7 @@ class LearningRates:
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """All rates that may be tried, in rising order."""
+        """All rates that may be tried, in increasing order."""
         n = int(math.log(self.high / self.low, self.factor) + 1e-9) + 1
         return tuple(float(f"{self.low * self.factor**i:.3g}") for i in range(n))
 
@@ -71,16 +70,15 @@ class LearningRates:
         tokens = max(1, round(self.share * experiment.n_steps)) * experiment.batch_tokens
         changes: dict[str, Any] = {"lr": lr, "tokens": tokens, "flops": None}
         if self.by is None and experiment.train.stop_recall is None:
-            changes["val_every"] = None  # a pilot is judged by its end alone
+            changes["val_every"] = None  # only a pilot's final score counts
         train = experiment.train.model_copy(update=changes)
         return experiment.model_copy(update={"name": f"pilot-{experiment.name}", "train": train, "seed": 0})
 
     def search(self, score: Callable[[float], float]) -> Tuned:
-        """Walks the grid towards less until the best rate has a neighbour on either side, or the grid ends.
+        """Walks downhill on the grid until the best rate has a tried neighbour on each side, or the grid ends.
 
         Args:
-            score: what `by` says of a run at a rate, with a sign so that lower is better; infinite where training
-                diverges.
+            score: returns the score of a run at a rate, signed so that lower is better; infinite if training diverges.
         """
         grid = self.grid
         middle = min(range(len(grid)), key=lambda i: abs(math.log(grid[i] / self.start)))

@@ -1,6 +1,6 @@
-"""Leases: a worker renews the mark on its trial; a trial whose mark no longer changes is ended and queued again.
+"""Leases: a worker renews the mark on its trial; a trial whose mark stops changing is ended and queued again.
 
-It works in any storage; Optuna's own heartbeats exist only in its relational one. The protocol:
+Leases work in any storage; Optuna's own heartbeats exist only in its relational one. The protocol:
 
 1. A worker asks for a trial, which makes it RUNNING, and writes its mark, `lease`, into the trial's user attributes:
    who it is, where it runs, and a beat that counts up every `BEAT_S` seconds.
@@ -44,13 +44,13 @@ INTERRUPTED = "interrupted"
 RELEASED = "released"
 """Outcome of a trial that its worker gave back."""
 REJECTED = "rejected"
-"""Outcome of a trial that was turned away before training."""
+"""Outcome of a trial that was rejected before training."""
 
 
 def _place() -> str:
-    """The host and its name space of processes: two processes with the same place can look up each other's number."""
+    """The host and its PID namespace: processes with the same place can look up each other's PID."""
     try:
-        # Containers on one host have name spaces of their own, in which the same number is another process.
+        # Each container on a host has a PID namespace, so the same number can mean another process.
         space = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
         space = 0
@@ -58,19 +58,19 @@ def _place() -> str:
 
 
 class Lease:
-    """Holds a trial for as long as the block runs.
+    """Holds a trial while the block runs.
 
     Raises:
-        optuna.exceptions.UpdateFinishedTrialError: on entry, where the trial was reaped before.
+        optuna.exceptions.UpdateFinishedTrialError: on entry, if the trial was already reaped.
     """
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial) -> None:
-        # The storage and not the trial: its set_user_attr would also change the object that the training thread uses.
+        # Write to the storage: the trial's set_user_attr would also change the object that the training thread uses.
         self._storage, self._trial_id = study._storage, trial._trial_id
         # The random name makes sure that no two leases write equal marks.
         self._mark = {"worker": uuid.uuid4().hex[:8], "place": _place(), "pid": os.getpid()}
         self._ended = threading.Event()
-        # A daemon: a process that ends must not wait for it. Its own thread, because training blocks for minutes.
+        # A separate thread, because training blocks for minutes; a daemon, so that the process need not wait for it.
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> None:
@@ -80,18 +80,18 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # The thread is not joined: a beat may hang in a storage that is away, and one more beat does no harm.
+        # The thread is not joined: a beat may hang on an unreachable storage, and one more beat does no harm.
         self._ended.set()
 
     def _renew(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT_S):  # a sleep that ends at once when the block does
+        while not self._ended.wait(BEAT_S):  # a sleep that stops when the block ends
             beat += 1
             try:
                 self._beat(beat)
             except optuna.exceptions.UpdateFinishedTrialError:  # reaped: the worker gets the same error when it writes
                 return
-            except Exception:  # the disk is full, or the server is away: the next beat may succeed
+            except Exception:  # the disk is full or the server unreachable: the next beat may succeed
                 continue
 
     def _beat(self, beat: int) -> None:
@@ -102,18 +102,18 @@ class Reaper:
     """Finds trials whose worker is gone, and puts them back in the queue with their parameters."""
 
     def __init__(self) -> None:
-        # For each trial the last mark that was seen, and when it was first seen by this process's clock. A new process
-        # starts with nothing, so it needs LEASE_S to judge a lease from another machine.
+        # The last mark seen on each trial, and when this process first saw it. A new process has seen none, so it needs
+        # LEASE_S to judge a lease from another machine.
         self._seen: dict[int, tuple[Any, float]] = {}
 
     def reap(self, study: optuna.Study) -> None:
-        """Ends the trials whose lease is dead, and queues again all that were left without a retry."""
+        """Ends the trials whose lease is dead, and queues a retry of every ended trial that has none."""
         trials = study.get_trials(deepcopy=False)
         dead = [trial for trial in trials if trial.state == TrialState.RUNNING and self._is_dead(trial)]
         for trial in dead:
             leave(study, trial)
-        # Read again after the writes: another process may have ended and queued the same trials by now. Called even if
-        # none is dead, for trials that were given back, or ended by a process that was killed before it queued them.
+        # Read again after the writes: another process may have ended and queued the same trials. Called even if no
+        # trial is dead, for trials given back, or ended by a process that was killed before it queued them.
         _requeue(study, study.get_trials(deepcopy=False) if dead else trials)
 
     def _is_dead(self, trial: FrozenTrial) -> bool:
@@ -125,33 +125,33 @@ class Reaper:
             return False
         if lease is None:  # its worker was killed before it took the lease, or is about to take it
             return now - since > BEAT_S
-        # A process of this machine can be looked up, which saves the wait. If another process has its number by now,
-        # the lease expires as one from elsewhere does.
+        # A process on this machine can be looked up, which saves the wait. If another process has its PID by now, the
+        # lease expires like one from another machine.
         gone = lease["place"] == _place() and not _runs(lease["pid"])
         return gone or now - since > LEASE_S
 
 
 def leave(study: optuna.Study, trial: FrozenTrial, outcome: str = INTERRUPTED) -> None:
-    """Ends a trial before it is done. What was trained stays on disk under the experiment's key, for the retry.
+    """Ends an unfinished trial. Its checkpoints stay on disk under the experiment's key, for the retry.
 
     Args:
-        outcome: `INTERRUPTED` counts as an attempt; `RELEASED`, a trial that its own worker gave back, does not.
+        outcome: `INTERRUPTED` counts as an attempt; `RELEASED`, for a trial that its worker gave back, does not.
     """
     attempts = trial.user_attrs.get("attempt", 1)
     about = {"outcome": outcome}
     if outcome == INTERRUPTED and attempts >= MOST_ATTEMPTS:
         about = {"outcome": "failed", "reason": f"{attempts} processes ended while they trained it"}
     with suppress(optuna.exceptions.UpdateFinishedTrialError):  # another process has just ended it
-        # The outcome before the state: an ended trial takes no attributes, and FAIL without an outcome is a failure.
+        # Outcome first: an ended trial accepts no attributes, and FAIL without an outcome would count as a failure.
         for name, value in about.items():
             study._storage.set_trial_user_attr(trial._trial_id, name, value)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
 
 def is_doubled(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether an earlier trial is a retry of the same trial; the lowest number of all its retries runs.
+    """Whether an earlier trial is a retry of the same trial; only the retry with the lowest number runs.
 
-    Two processes may queue one at the same time. Numbers are given by the storage, so all processes see one order.
+    Two processes may queue a retry at the same time. The storage assigns numbers, so all processes see one order.
     """
     about = trial.user_attrs
     return "retry_of" in about and any(
@@ -160,34 +160,34 @@ def is_doubled(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> bool:
 
 
 def is_left(trial: FrozenTrial) -> bool:
-    """Whether the trial was left for another trial, queued or still to be queued, that has the same parameters."""
+    """Whether a retry with the same parameters, queued or still to be queued, replaces the trial."""
     return trial.state == TrialState.FAIL and trial.user_attrs.get("outcome") in (INTERRUPTED, RELEASED)
 
 
 def is_rejected(trial: FrozenTrial) -> bool:
-    """Whether the trial was turned away before training."""
+    """Whether the trial was rejected before training."""
     return bool(trial.user_attrs.get("outcome") == REJECTED)
 
 
 def _requeue(study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
-    """Queues a retry of every trial that was left and has none yet."""
+    """Queues a retry of every interrupted or released trial that has none."""
     retried = {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
     for trial in trials:
         if is_left(trial) and trial.number not in retried:
             about = trial.user_attrs
             attempt = about.get("attempt", 1) + (about["outcome"] == INTERRUPTED)
             study.enqueue_trial(
-                # A trial that was reaped before it drew anything has no params yet, but may have been queued with some.
+                # A trial reaped before it drew anything has no params, but may have been queued with some.
                 {**trial.system_attrs.get("fixed_params", {}), **trial.params},
-                # `draw`: what the sampler adds is drawn by the number of the first attempt, so a retry draws the same.
+                # `draw`: the sampler is seeded with the number of the first attempt, so a retry draws the same values.
                 user_attrs={"retry_of": trial.number, "draw": about.get("draw", trial.number), "attempt": attempt},
             )
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process with this number runs here."""
+    """Whether a process with this PID runs here."""
     try:
-        os.kill(pid, 0)  # signal 0 is not delivered; only the checks are made
+        os.kill(pid, 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return False
     except PermissionError:  # it runs, and belongs to another user

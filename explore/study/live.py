@@ -21,18 +21,18 @@ from explore.table import cell, model_label
 from explore.terminal import NotebookOutput, bars
 
 ENDLESS = 10_000
-"""Columns of a terminal on which a table has the width that it needs."""
+"""A terminal width at which no table is squeezed."""
 NAMES, LAST = ("trial", "model", "pattern"), ("time", "curve", "state")
 """Headers before the quantities and after them."""
 LEFT = (*NAMES, "curve", "state")
 """Headers of the columns of text."""
 NOTEBOOK_ROWS = 40
 STATE_WIDTH = 24
-"""Columns of the terminal for how a trial stands; the whole reason is in the study."""
+"""Characters shown of a trial's state; the study has the full reason."""
 
 
 class SweepTable:
-    """Draws the trials of a study anew after each change; off a terminal, prints a line for each that ended."""
+    """Redraws the table of a study's trials after each change; without a terminal, prints a line per ended trial."""
 
     def __init__(self, study: optuna.Study, n_trials: int, console: Console) -> None:
         self.study, self.n_trials, self.console = study, n_trials, console
@@ -58,7 +58,7 @@ class SweepTable:
             self.notebook.show(self.render_html())
 
     def refresh(self) -> None:
-        """Shows how the study stands now."""
+        """Shows the current state of the study."""
         if self.console.is_terminal:
             self.live.refresh()
             return
@@ -77,15 +77,15 @@ class SweepTable:
             self.console.print("  ".join(cells), highlight=False, soft_wrap=True)
 
     def render(self, *, whole: bool = False) -> Table:
-        """The table: one row a trial; Pareto-optimal ones are marked. Columns that have no room are left out.
+        """The table: one row per trial, with Pareto-optimal ones marked. Columns that do not fit are left out.
 
         Args:
-            whole: all trials, instead of the latest ones where not all fit the screen.
+            whole: show all trials, not only the latest ones that fit the screen.
         """
         trials, front = self._trials(), self._front()
         known, heads = self._known(), self._header()
         rows = [self._row(trial, front) for trial in (trials if whole else trials[-max(4, self.console.height - 12) :])]
-        shown = [i for i in range(len(heads)) if any(row[i] for row in rows)]  # none that is empty throughout
+        shown = [i for i in range(len(heads)) if any(row[i] for row in rows)]  # skip empty columns
         spare = [heads.index(name) for name in ("model", *(each.header for each in reversed(known)), "time", "state")]
         while True:
             table = Table(
@@ -110,12 +110,12 @@ class SweepTable:
             shown.remove(dropped)
 
     def render_html(self) -> str:
-        """A progress bar and the table, for a notebook: the latest trials where there are many."""
+        """A progress bar and the table in HTML, for a notebook; only the latest trials if there are many."""
         trials, front = self._trials(), self._front()
         ended = self._n_ended(trials)
         rows = [self._row(trial, front) for trial in trials[-NOTEBOOK_ROWS:]]
         header = self._header()
-        kept = [i for i in range(len(header)) if any(row[i] for row in rows)]  # no column that is empty throughout
+        kept = [i for i in range(len(header)) if any(row[i] for row in rows)]  # skip empty columns
         shown = [[row[i] for i in kept] for row in rows]
         return block(
             line(self.study.study_name),
@@ -150,7 +150,7 @@ class SweepTable:
         return self.study.get_trials(deepcopy=False)
 
     def _trials(self) -> list[FrozenTrial]:
-        """Those that count: neither rejected, nor in the queue, nor left to another trial."""
+        """Trials that are not rejected, not in the queue, and not replaced by a retry."""
         return [
             trial
             for trial in self._all()
@@ -158,7 +158,7 @@ class SweepTable:
         ]
 
     def _known(self) -> list[Quantity]:
-        """What is shown of a trial beside its objectives: headlines that are known before training."""
+        """Quantities shown besides the objectives: headlines known before training."""
         return [each for each in headlines() if each.is_known and each.name not in self.objectives]
 
     def _front(self) -> set[int]:
@@ -166,7 +166,7 @@ class SweepTable:
 
     def _row(self, trial: FrozenTrial, front: set[int]) -> list[str]:
         about = trial.user_attrs
-        # The attributes of a trial are those of `trial.json` and, under their names, its costs.
+        # A trial's attributes hold the fields of `trial.json`, and its costs by name.
         known = {each.name: about.get(each.name, each.read({"trial": about})) for each in self._known()}
         values = trial.values or [None] * len(self.objectives)
         return [
@@ -182,7 +182,7 @@ class SweepTable:
 
 
 def sparkline(values: list[float]) -> str:
-    """A curve in one line of text, the highest value as the highest bar."""
+    """A curve as one line of bars; the highest value has the highest bar."""
     return bars(values)[0] if len(values) > 1 else ""
 
 

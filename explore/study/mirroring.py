@@ -1,4 +1,4 @@
-"""A study as a whole in Weights & Biases: its frontier and table as a run, and its workspace and report."""
+"""A study in Weights & Biases: its frontier and table as one run, and its workspace and report."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from explore.table import load_runs, tabulate
 from explore.tracking import PROJECT, Pages, WandbMode, log_sweep, run_id
 
 QUALITY, COSTS = "val_bpb", ("flops_run", "params_active")
-"""Axes of a frontier unless the objectives of a study name others."""
+"""Default axes of a frontier if the study's objectives name no others."""
 LONGEST_TABLE = 30
 FIRST_DRAWN = 3
-"""Complete trials after which the frontier of a running sweep is drawn first."""
+"""Number of complete trials before the frontier of a running sweep is first drawn."""
 
 
 def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[str], None]) -> None:
-    """Draws the frontier of a study into its folder of runs, and sends it with the table of its runs.
+    """Draws the frontier of a study in its folder of runs, and sends it with the table of runs.
 
-    Nothing that goes wrong here is an error: the trials are on disk.
+    Problems here are reported, not raised: the trials are safe on disk.
 
     Args:
-        say: told in one line what could not be done.
+        say: receives one line on a problem.
     """
     table = runs_of(study, runs)
     try:
@@ -42,13 +42,13 @@ def send_sweep(study: optuna.Study, runs: Path, mode: WandbMode, say: Callable[[
 
 
 def draw_frontier(study: optuna.Study, runs: Path, table: pd.DataFrame) -> Path:
-    """Draws the frontier of a study into its folder of runs.
+    """Draws the frontier of a study in its folder of runs.
 
     Args:
-        table: its rows of the table of runs.
+        table: the study's rows of the table of runs.
 
     Returns:
-        The PNG.
+        The path of the PNG.
     """
     quality, (cost, *_) = frontier_axes(study)
     drawn = plot_frontier(table, cost, quality)
@@ -58,14 +58,14 @@ def draw_frontier(study: optuna.Study, runs: Path, table: pd.DataFrame) -> Path:
 
 
 class GrowingFrontier:
-    """The frontier of a sweep, drawn while it runs: soon, whenever it has twice as many runs, and at its end."""
+    """Draws the frontier of a running sweep: early, whenever its runs have doubled, and at the end."""
 
     def __init__(self, study: optuna.Study, runs: Path, say: Callable[[str], None]) -> None:
         self.study, self.runs, self.say = study, runs, say
         self._drawn = 0
 
     def refresh(self, *, is_last: bool = False) -> None:
-        """Draws it where it is time; what goes wrong is said, and ends nothing."""
+        """Draws the frontier if it is due; problems are reported and stop nothing."""
         complete = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if len(complete) < (self._drawn + 1 if is_last else max(FIRST_DRAWN, 2 * self._drawn)):
             return
@@ -78,15 +78,15 @@ class GrowingFrontier:
 
 
 def study_pages(study: optuna.Study, runs: Path | None, project: str = PROJECT, entity: str = "") -> Pages:
-    """What the workspace and the report of a study show.
+    """The workspace and report of a study.
 
     Args:
-        runs: the folder of its runs, of which the report has a table.
-        entity: the account's own when empty.
+        runs: the folder of its runs, which the report tabulates.
+        entity: account or team; default: the user's account.
     """
     quality, costs = frontier_axes(study)
     trials = Counter(trial.state.name.lower() for trial in study.get_trials(deepcopy=False))
-    told = ", ".join(f"{n} {state}" for state, n in sorted(trials.items())) or "none"
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(trials.items())) or "none"
     table = runs_of(study, runs) if runs is not None else tabulate()
     return Pages(
         name=study.study_name,
@@ -96,14 +96,14 @@ def study_pages(study: optuna.Study, runs: Path | None, project: str = PROJECT, 
         quality=quality,
         costs=costs,
         table=front_markdown(table, costs[0], quality),
-        notes=[f"Trials when this was written: {told}.", *_notes(table)],
+        notes=[f"Trials when this was written: {counts}.", *_notes(table)],
         colors=_colors(table),
         entity=entity,
     )
 
 
 def runs_pages(runs: Path, project: str = PROJECT, entity: str = "") -> Pages:
-    """What the workspace and the report of a folder of runs show: all runs of the project, and a table of these."""
+    """The workspace and report of a folder of runs: all runs of the project, and a table of this folder's runs."""
     table = load_runs(runs)
     return Pages(
         name=runs.resolve().name,
@@ -117,7 +117,7 @@ def runs_pages(runs: Path, project: str = PROJECT, entity: str = "") -> Pages:
 
 
 def frontier_axes(study: optuna.Study) -> tuple[str, list[str]]:
-    """Columns of the figure of a study: the quality, and the costs against which it stands, its own objective first."""
+    """Columns for a study's figure: the quality axis, and the cost axes with the study's objectives first."""
     names = list(objectives_of(study))
     quality = next((name for name in names if quantity(name).is_quality), QUALITY)
     costs = [name for name in names if not quantity(name).is_quality]
@@ -125,7 +125,7 @@ def frontier_axes(study: optuna.Study) -> tuple[str, list[str]]:
 
 
 def runs_of(study: optuna.Study, runs: Path) -> pd.DataFrame:
-    """The rows of the table of runs that are trials of a study, with all their seeds."""
+    """The rows of the table of runs that belong to a study's trials, with all their seeds."""
     try:
         folders, table = find_runs(runs), load_runs(runs)
     except ValueError:  # there is no run yet
@@ -136,7 +136,7 @@ def runs_of(study: optuna.Study, runs: Path) -> pd.DataFrame:
 
 
 def front_markdown(table: pd.DataFrame, cost: str, quality: str) -> str:
-    """The runs on the front as a table in Markdown, by rising cost; nothing where there are none."""
+    """The runs on the front as a Markdown table, by increasing cost; empty if there are none."""
     front = frontier_table(table, cost, quality)
     front = front[front["on_front"]].head(LONGEST_TABLE)
     if front.empty:
@@ -150,7 +150,7 @@ def front_markdown(table: pd.DataFrame, cost: str, quality: str) -> str:
 
 
 def _notes(table: pd.DataFrame) -> list[str]:
-    """What a claim made of these runs must carry."""
+    """Caveats that a claim based on these runs must state."""
     if table.empty:
         return ["No run has ended yet."]
     status = Counter(table["status"])
@@ -158,15 +158,15 @@ def _notes(table: pd.DataFrame) -> list[str]:
     corpora = ", ".join(sorted(set(table["corpus"].dropna().map(lambda corpus: Path(corpus).name)))) or "unknown"
     return [
         "Runs: " + ", ".join(f"{n} {name}" for name, n in sorted(status.items())) + f"; corpus: {corpora}.",
-        "One seed a point: differences within the spread between seeds are not resolved."
+        "One seed per point: differences within the spread between seeds are not resolved."
         if n_seeds == 1
-        else f"{n_seeds} seeds, each a point of its own.",
+        else f"{n_seeds} seeds, each drawn as a separate point.",
         "FLOPs are training FLOPs of a run: every matrix product, forward and backward.",
     ]
 
 
 def _colors(table: pd.DataFrame) -> dict[str, str]:
-    """Colours of the families, as in the figures, by the id of a run in Weights & Biases."""
+    """The family colour of each run, as in the figures, by W&B run id."""
     styles = family_styles(table["family"].dropna())
     known = table.dropna(subset=["key", "family"])
     return {

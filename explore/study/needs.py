@@ -1,4 +1,4 @@
-"""What every trial needs of a machine, which is checked before the first one is asked for."""
+"""Checks that a machine can train a sweep's experiments, before the first trial starts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from explore.study.identity import read_data
 from explore.train import check_capacity
 
 CHECKPOINTS = 2
-"""Checkpoints of a run that are on disk at a time: the last one stays until the next is whole."""
+"""Checkpoints of a run on disk at once: the last one stays until the next is complete."""
 NUMBERS_PER_PARAM = 3
-"""Numbers of 4 bytes that a checkpoint holds for a parameter: the weight, and two moments of the optimizer."""
+"""4-byte numbers per parameter in a checkpoint: the weight and two optimizer moments."""
 
 
 def check_needs(experiments: Sequence[Experiment], runs: Path, workers: int = 1, *, elsewhere: bool = False) -> None:
-    """Checks that corpus and tokenizer of some experiments are here, and that memory, open files and disk suffice.
+    """Checks that the experiments' corpora and tokenizers exist, and that memory, open files and disk suffice.
 
     Args:
-        workers: processes that train at the same time.
-        elsewhere: they train on other machines, whose memory is not known here.
+        workers: number of processes that train at the same time.
+        elsewhere: training runs on other machines, whose memory is unknown here.
 
     Raises:
-        FaultError: with what is missing.
+        FaultError: something is missing; the message names it.
     """
     for experiment in experiments:
         read_data(experiment)
@@ -55,7 +55,7 @@ def _checkpoint_bytes(experiment: Experiment) -> float:
 
 
 def _free_bytes(folder: Path) -> int:
-    """Bytes that may be written to the disk of a folder, which need not be there yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     folder = folder.absolute()
     while not folder.is_dir():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""Parameters of a sweep file: named numbers and words that `--set` changes, and that are a part of its study."""
+"""Parameters of a sweep file: named values that `--set` changes and that are part of the study's identity."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from explore.formatting import read_count
 from explore.quantities import unknown
 
 NAME = "parameters"
-"""What a sweep file calls the mapping from a parameter to its value."""
+"""Name, in a sweep file, of the mapping from parameters to values."""
 
 
 def declared_parameters(tree: ast.Module, path: Path) -> dict[str, Any]:
-    """The parameters that a sweep file declares, with their values; none where it declares none.
+    """The parameters that a sweep file declares, with their values; empty if it declares none.
 
     Raises:
-        ValueError: `parameters` is no mapping of plain values by name.
+        ValueError: `parameters` is not a mapping from names to plain values.
     """
     if (statement := _statement(tree)) is None:
         return {}
@@ -37,7 +37,7 @@ def declared_parameters(tree: ast.Module, path: Path) -> dict[str, Any]:
 
 
 def set_parameters(tree: ast.Module, path: Path, values: Mapping[str, Any]) -> ast.Module:
-    """The tree with other values of its parameters, so that the code of the study has them too.
+    """The tree with new parameter values, so that the study's code contains them.
 
     Raises:
         ValueError: the file does not declare one of them.
@@ -57,10 +57,10 @@ def set_parameters(tree: ast.Module, path: Path, values: Mapping[str, Any]) -> a
 
 
 def read_parameters(path: Path, texts: Sequence[str]) -> dict[str, Any]:
-    """Reads `NAME=VALUE`, each value as the kind of the one in the file; numbers may be `2M` or `5e6`.
+    """Reads `NAME=VALUE` texts; each value gets the type of the declared one. Numbers may be `2M` or `5e6`.
 
     Raises:
-        ValueError: another form, a parameter that is not declared, or a value of another kind.
+        ValueError: a text has another form, a parameter is not declared, or a value has another type.
     """
     if not texts:
         return {}
@@ -78,7 +78,7 @@ def read_parameters(path: Path, texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _like(default: Any, text: str, name: str) -> Any:
-    """A value of the kind of the default."""
+    """The text as a value of the default's type."""
     if isinstance(default, str):
         return text
     kind = type(default)
@@ -100,7 +100,7 @@ def _like(default: Any, text: str, name: str) -> Any:
 
 
 def _statement(tree: ast.Module) -> Any:
-    """Where a sweep file declares its parameters."""
+    """The statement in which a sweep file declares its parameters."""
     for each in tree.body:
         match each:
             case ast.Assign(targets=[ast.Name(id=name)]) if name == NAME:

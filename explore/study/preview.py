@@ -1,4 +1,4 @@
-"""What a sweep would do, before it does it: its space, its cost here, and what it could tell apart."""
+"""Preview of a sweep: the size of its space, its cost on this machine, and the differences it can resolve."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ STEPS = 6
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Spread between seeds of the same experiment, at the cheapest and the dearest of a sweep's examples.
+    """Spread between seeds of one experiment, at the cheapest and the most expensive of a sweep's examples.
 
     Attributes:
         sd: standard deviations of one run, in bits per byte.
-        dof: their degrees of freedom.
-        n: experiments that were run with more than one seed.
-        kind: how the noise follows the training FLOPs, as in `explore.frontier.fit_noise`.
-        bartlett_p: p value that it is the same at all sizes.
+        dof: degrees of freedom of `sd`.
+        n: number of experiments run with more than one seed.
+        kind: how the noise depends on training FLOPs, as in `explore.frontier.fit_noise`.
+        bartlett_p: p value of Bartlett's test that the noise is equal at all sizes.
     """
 
     sd: tuple[float, float]
@@ -51,28 +51,28 @@ class SeedNoise:
     bartlett_p: float
 
     def resolvable(self, seeds: int) -> tuple[float, float]:
-        """Smallest difference of two trials of so many seeds that a test at 5% finds with a power of 80%."""
+        """Smallest difference between two trials of `seeds` seeds that a 5% test detects with 80% power."""
         low, high = (resolvable(sd * math.sqrt(2 / seeds), dof) for sd, dof in zip(self.sd, self.dof, strict=True))
         return low, high
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What a sweep would do.
+    """The preview of a sweep.
 
     Attributes:
-        n_feasible: feasible architectures, estimated; infinite where a parameter is continuous.
+        n_feasible: estimated number of feasible architectures; infinite if a parameter is continuous.
         n_feasible_error: standard error of the estimate.
-        continuous: parameters that have no finite number of values.
-        rejected: share of the draws that are rejected before training.
-        why: the most frequent reasons, with their counts.
-        examples: experiments from the cheapest to the dearest.
-        flops: training FLOPs of all trials, seeds included.
-        pilot_flops: those of the search of learning rates, estimated with three pilots a trial.
-        wall_s: seconds that the sweep takes here; None where nothing was measured.
-        noise: spread between seeds, where runs with several seeds are there.
-        differences: smallest difference of two trials that their seeds can resolve, in bits per byte, between the
-            cheapest and between the dearest.
+        continuous: names of the continuous parameters.
+        rejected: share of draws rejected before training.
+        why: the most frequent reasons for rejection, with their counts.
+        examples: example experiments, cheapest first.
+        flops: training FLOPs of all trials, all seeds included.
+        pilot_flops: training FLOPs of the learning-rate search, estimated with three pilots per trial.
+        wall_s: expected seconds of the sweep on this machine; None if nothing was measured.
+        noise: spread between seeds; None without runs of several seeds.
+        differences: smallest resolvable difference between two trials, in bits per byte, for the cheapest and for the
+            most expensive examples.
     """
 
     n_feasible: float
@@ -89,10 +89,10 @@ class Preview:
 
 
 class _Prober(optuna.samplers.RandomSampler):
-    """Draws at random and multiplies the numbers of choices along the way.
+    """Draws at random and multiplies the numbers of choices along each path.
 
-    The mean of the product, over probes that end in something feasible, is the number of feasible leaves of the tree of
-    choices. Source: Knuth, Estimating the efficiency of backtrack programs, 1975.
+    The mean product, counting infeasible probes as 0, estimates the number of feasible leaves in the tree of choices.
+    Source: Knuth, Estimating the efficiency of backtrack programs, 1975.
     """
 
     def __init__(self, seed: int) -> None:
@@ -117,7 +117,7 @@ class _Prober(optuna.samplers.RandomSampler):
         match param_distribution:
             case CategoricalDistribution():
                 self.log_leaves += math.log(len(param_distribution.choices))
-            case IntDistribution():  # of a logarithmic one the step is 1
+            case IntDistribution():  # a logarithmic one has step 1
                 n = (param_distribution.high - param_distribution.low) // param_distribution.step + 1
                 self.log_leaves += math.log(n)
             case FloatDistribution(step=float(step)):
@@ -130,12 +130,12 @@ class _Prober(optuna.samplers.RandomSampler):
 def preview(
     sweep: Sweep, n_trials: int, runs: Path, *, workers: int = 1, measure: bool = True, seed: int = 0
 ) -> Preview:
-    """Probes the space of a sweep and times a few of its experiments, in a folder that is removed again.
+    """Probes the space of a sweep and times a few of its experiments in a temporary folder.
 
     Args:
-        runs: folder in which runs with several seeds tell the spread between seeds.
-        workers: processes that would share the cores.
-        measure: time experiments; without it there is no expected time.
+        runs: folder of runs from which the spread between seeds is estimated.
+        workers: number of processes that would share the cores.
+        measure: time experiments; without it, `wall_s` is None.
     """
     prober = _Prober(seed)
     study = optuna.create_study(directions=list(sweep.objectives.values()), sampler=prober)
@@ -179,7 +179,7 @@ def seed_noise(runs: Path, costs: tuple[float, float]) -> SeedNoise | None:
     """The spread of `val_bpb` between seeds, from the finished runs below a folder.
 
     Args:
-        costs: training FLOPs at which it is wanted.
+        costs: training FLOPs at which to estimate the spread.
     """
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     try:
@@ -211,7 +211,7 @@ def _spread(by_cost: Sequence[Experiment], n: int) -> tuple[Experiment, ...]:
 
 
 def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment], workers: int) -> float:
-    """Mean seconds of a run, from a few steps of some experiments with the threads that a worker would have."""
+    """Mean seconds per run, estimated from a few steps of some experiments with a worker's number of threads."""
     import torch
 
     threads = torch.get_num_threads()
@@ -239,7 +239,7 @@ def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment]
 
 
 def _evaluation_flops(experiment: Experiment) -> float:
-    """Forward FLOPs of all evaluations of a run: every validation, then both splits; none where all tokens are read."""
+    """Forward FLOPs of a run's evaluations: every validation, then both splits; 0 if `eval_tokens` is not set."""
     cost, training = experiment.model.cost(experiment.data.seq_len), experiment.train
     n_validations = experiment.n_steps // training.val_every if training.val_every else 0
     return (n_validations + 2) * (training.eval_tokens or 0) * cost.flops_fwd

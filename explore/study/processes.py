@@ -1,6 +1,6 @@
-"""The processes that work on a sweep: several on this machine, or jobs of a cluster.
+"""The worker processes of a sweep: several on this machine, or cluster jobs.
 
-A process that is lost is replaced here, and in a cluster by starting the sweep again.
+A lost local process is replaced; lost cluster jobs are replaced by starting the sweep again.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from explore.threads import SHARE, n_cores
 Cluster = Literal["slurm", "local"]
 REDRAW_S = 1.0
 DEATHS = 5
-"""Deaths for each worker, without a trial that ends in between, after which the sweep ends with an error."""
+"""Deaths per worker, without any trial ending in between, after which the sweep stops with an error."""
 GRACE_S = 20.0
-"""Seconds that a worker has to give its trial back after SIGTERM, before it is killed."""
+"""Seconds that a worker has after SIGTERM to give its trial back before it is killed."""
 
 
 @dataclass(frozen=True)
 class Post:
-    """What a worker in another process needs to know; it can be pickled.
+    """The arguments of a worker in another process; picklable.
 
     Attributes:
-        file: the sweep file. The worker loads it again, because the functions in it cannot be pickled.
-        parent: process that the worker must not outlive; none for jobs of a cluster, which run on other hosts.
-        parameters: values of parameters of the sweep file, where they are not its own.
+        file: the sweep file. The worker loads it again, because its functions cannot be pickled.
+        parent: PID of the process that the worker must not outlive; None for cluster jobs, which run on other hosts.
+        parameters: values set with `--set` that replace those in the sweep file.
     """
 
     file: Path
@@ -61,16 +61,16 @@ class Post:
 def work_here(post: Post, study: optuna.Study, workers: int, refresh: Callable[[], None]) -> None:
     """Starts processes that share the cores, and waits for them.
 
-    A worker ends in one of three ways. With exit code 0 and no message: the study has its trials. With a message: it
-    gave up for a reason that the others would meet too, such as a full disk, so the sweep ends. Otherwise it was
-    killed, for example for memory: another takes its place, and whoever reaps its lease queues its trial again.
+    A worker ends in one of three ways. Exit code 0 without a message: the study has its trials. A message: it gave up
+    for a reason that affects all workers, such as a full disk, so the sweep stops. Otherwise it was killed, for example
+    by the out-of-memory killer: a new worker replaces it, and whoever reaps its lease queues its trial again.
 
     Raises:
-        ValueError: a worker gave up, or workers die although no trial ends.
+        ValueError: a worker gave up, or workers keep dying while no trial ends.
     """
     crew: list[tuple[SpawnProcess, Connection]] = []
     deaths, n_ended = 0, 0
-    with _share(workers):  # around the loop as well, for the workers that replace others
+    with _share(workers):  # also covers workers that replace others
         try:
             while len(crew) < workers:  # one by one: if one does not start, those before it are ended
                 crew.append(start_worker(post))
@@ -81,13 +81,13 @@ def work_here(post: Post, study: optuna.Study, workers: int, refresh: Callable[[
                     if process.is_alive():
                         continue
                     crew.remove((process, ear))
-                    # The process has ended, so all that it sent is in the pipe: nothing has to be waited for.
+                    # The process has ended, so everything it sent is already in the pipe.
                     if ear.poll() and (message := _heard(ear)):
                         raise ValueError(message)
                     if process.exitcode != 0:
-                        # Count afresh when a trial has ended since the last death: the study makes progress, and a
-                        # trial that kills its workers fails by itself after some attempts. Without an end, workers
-                        # die of something else, such as a library that does not load, and would do so for ever.
+                        # Reset the count if a trial has ended since the last death: the study makes progress, and a
+                        # trial that kills its workers fails after some attempts. If no trial ends, workers die for
+                        # another reason, such as a library that does not load, and would die for ever.
                         n_before, n_ended = n_ended, _n_ended(study)
                         deaths = deaths + 1 if n_ended == n_before else 1
                         if deaths > DEATHS * workers:
@@ -108,12 +108,12 @@ def work_here(post: Post, study: optuna.Study, workers: int, refresh: Callable[[
 
 
 def _n_ended(study: optuna.Study) -> int:
-    """Trials that have ended in any way."""
+    """Number of trials that have ended in any way."""
     return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 def _heard(ear: Connection) -> str:
-    """The message of a worker that has ended; empty where it sent none."""
+    """The message of an ended worker; empty if it sent none."""
     try:
         return str(ear.recv())
     except EOFError:  # the end of the pipe also counts as something to read
@@ -121,31 +121,31 @@ def _heard(ear: Connection) -> str:
 
 
 def start_worker(post: Post) -> tuple[SpawnProcess, Connection]:
-    """Starts a worker that ignores Ctrl-C. A terminal sends that to all of them; the parent then ends its workers."""
+    """Starts a worker that ignores Ctrl-C. A terminal sends it to every process; the parent then stops its workers."""
     # A new interpreter, not a fork: torch's threads and an open storage do not survive a fork.
     context = multiprocessing.get_context("spawn")
     ear, mouth = context.Pipe(duplex=False)
     process = context.Process(target=work_at, args=(post, mouth))
     try:
-        with _without_interrupts():  # what is ignored stays ignored in the new process, from its first moment
+        with _without_interrupts():  # the new process inherits ignored signals, from its first moment
             process.start()
     except BaseException:
         ear.close()
         raise
     finally:
-        mouth.close()  # the worker has its own copy; only with this one closed does the pipe end when the worker does
+        mouth.close()  # the worker has its own copy; with this one closed, the pipe ends when the worker does
     return process, ear
 
 
 def work_at(post: Post, mouth: Connection | None = None) -> None:
-    """Runs the worker's loop in a process of its own, and sends one line to the parent if it must give up.
+    """Runs the worker's loop in this process, and sends one line to the parent if it must give up.
 
     Args:
-        mouth: where the line goes. A job of a cluster has none and raises; submitit keeps the error.
+        mouth: connection for that line. Without one (a cluster job) the error is raised, and submitit keeps it.
     """
     if post.parent is not None:
         threading.Thread(target=_die_with, args=(post.parent,), daemon=True).start()
-    # A job of a cluster has its signals handled by submitit.
+    # submitit handles the signals of a cluster job.
     with termination_handled() if post.parent is not None else contextlib.nullcontext():
         try:
             sweep = load_sweep(post.file, post.parameters)
@@ -155,25 +155,25 @@ def work_at(post: Post, mouth: Connection | None = None) -> None:
         except Exception as error:
             if mouth is None:
                 raise
-            # These two are written for people; of any other the type says more than the text.
+            # Messages of these two are written for users; for other errors the type says more than the text.
             mouth.send(str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}")
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its parent is gone, so that the workers of a sweep that was killed do not go on unseen.
+    """Ends this process when its parent is gone, so that workers of a killed sweep do not keep running unnoticed.
 
-    A parent that is killed sends nothing. It is polled for: an orphan gets another parent.
+    A killed parent sends no message, so this polls: an orphan gets another parent.
     """
     while os.getppid() == parent:
         time.sleep(1)
-    os._exit(1)  # sys.exit in this thread would end the thread alone; the trial is reaped by its lease
+    os._exit(1)  # sys.exit would end only this thread; the trial is reaped by its lease
 
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Makes processes that are started in the block ignore Ctrl-C.
+    """Makes processes started in the block ignore Ctrl-C.
 
-    Python lets only the main thread set signal handlers; in any other the block changes nothing.
+    Only Python's main thread may set signal handlers; in other threads the block changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -187,7 +187,7 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _share(workers: int) -> Iterator[None]:
-    """Divides the cores among the processes started in the block, by an environment variable that they inherit."""
+    """Divides the cores among processes started in the block, through an environment variable that they inherit."""
     before = os.environ.get(SHARE)
     os.environ[SHARE] = str(max(1, n_cores() // workers))
     try:
@@ -207,10 +207,10 @@ def work_on_cluster(
     options: Mapping[str, Any],
     refresh: Callable[[], None],
 ) -> None:
-    """Submits the workers as jobs, and waits for all of them; an interruption cancels them.
+    """Submits the workers as cluster jobs and waits for all of them; an interruption cancels them.
 
     Raises:
-        ValueError: submitit is missing or refuses the jobs, or a job failed and the study lacks trials.
+        ValueError: submitit is missing or rejects the jobs, or a job failed and the study lacks trials.
     """
     try:
         import submitit
@@ -218,16 +218,16 @@ def work_on_cluster(
         raise ValueError("--cluster: the package submitit is missing: pip install 'hybrid-frontier[cluster]'") from None
     folder = post.runs / "cluster"
     folder.mkdir(exist_ok=True)
-    folder.chmod(0o700)  # what is pickled there holds the URL of the storage, perhaps with a password
+    folder.chmod(0o700)  # the pickled arguments include the storage URL, perhaps with a password
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     try:
         executor.update_parameters(name=post.study, **options)
-        # Jobs of SLURM have cores of their own. A batch is one array of jobs, submitted when its block ends.
+        # SLURM gives each job its own cores. A batch is one job array, submitted when its block ends.
         with _share(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
             jobs = [executor.submit(work_at, post) for _ in range(workers)]
     except (NameError, TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
-    # No job is replaced here. The others take up its trial, and the same call submits new jobs.
+    # Lost jobs are not replaced here: other jobs take over their trials, and the same call submits new jobs.
     try:
         while not all(job.done() for job in jobs):
             time.sleep(REDRAW_S)
@@ -236,7 +236,7 @@ def work_on_cluster(
         for job in jobs:
             if not job.done():
                 job.cancel()
-    # A job that failed matters only if the others did not make up for it.
+    # A failed job matters only if the study still lacks trials.
     for job in jobs:
         if (failure := job.exception()) is not None and n_counted(study) < post.n_trials:
             last = str(failure).strip().splitlines()[-1]

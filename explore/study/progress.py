@@ -1,4 +1,4 @@
-"""How far a study is: the trials that count, and whether its space has anything new."""
+"""Progress of a study: the trials that count, and whether its space is exhausted."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from explore.study.lease import is_left, is_rejected
 from explore.study.sweep_file import TRIES
 
 EXHAUSTED = "exhausted"
-"""User attribute of a trial for which a grid had no point left."""
+"""User attribute of a trial drawn when the grid had no point left."""
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether the trial was trained or failed; rejected ones, and those left to another trial, are not counted."""
+    """Whether the trial was trained or failed; rejected trials and trials replaced by a retry do not count."""
     if trial.state == TrialState.PRUNED:
         return trial.user_attrs.get("outcome") == "pruned"
     return trial.state == TrialState.COMPLETE or (trial.state == TrialState.FAIL and not is_left(trial))
 
 
 def n_counted(study: optuna.Study) -> int:
-    """Trials of a study that were trained or failed."""
+    """Number of trials of a study that were trained or failed."""
     return sum(map(is_counted, study.get_trials(deepcopy=False)))
 
 
 def why_used_up(trials: Sequence[FrozenTrial]) -> str | None:
-    """Why no more trials are asked for: the space has nothing new, as far as its last draws tell; None where it may.
+    """Why the space seems exhausted, judged by its last draws; None if it may hold new experiments.
 
-    It is judged by the study and not by what one worker has seen, so starting again draws no more either.
+    The study decides, not what one worker has seen, so restarting the sweep draws no more trials either.
     """
     if any(trial.state == TrialState.WAITING for trial in trials):
         return None

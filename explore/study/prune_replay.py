@@ -1,7 +1,7 @@
-"""What pruning saves and what it costs, measured on learning curves of runs that were all trained to their end.
+"""Measures what pruning saves and what it loses, on learning curves of runs that were all trained to the end.
 
-The runs arrive in random orders. Each is trained as far as the pruner lets it, against those that came before it, and
-pays the training FLOPs of that share of its schedule. Nothing is trained here.
+The runs arrive in random orders. Each is followed until the pruner, which knows the runs before it, stops it, and costs
+the training FLOPs of that share of its schedule. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BUDGETS = (0.1, 0.25, 0.5)
 
 
 class Search(NamedTuple):
-    """One order of arrival, with a pruner or without.
+    """A simulated search: one order of arrival, with or without a pruner.
 
     Attributes:
-        finished: places of the runs that were trained to their end, as they ended.
-        spent: training FLOPs when each of these had ended.
-        total: training FLOPs in the end.
+        finished: indices of the runs trained to the end, in order of finishing.
+        spent: cumulative training FLOPs when each of these finished.
+        total: training FLOPs of the whole search.
     """
 
     finished: list[int]
@@ -37,7 +37,7 @@ class Search(NamedTuple):
     total: float
 
     def at(self, flops: float) -> list[int]:
-        """The runs that have ended when so many FLOPs are spent."""
+        """Indices of the runs finished by the time `flops` are spent."""
         return self.finished[: bisect_right(self.spent, flops)]
 
 
@@ -45,7 +45,7 @@ def read_curves(table: pd.DataFrame) -> list[Curve]:
     """The runs of a table with columns `flops_run`, `val_bpb` and, for shares in percent, `val_bpb_at_20` and so on.
 
     Raises:
-        ValueError: a column is missing, or a number in it.
+        ValueError: a column is missing, or has a missing number.
     """
     shares = {name: int(match[1]) / 100 for name in map(str, table.columns) if (match := POINT.fullmatch(name))}
     points = sorted((share, name) for name, share in shares.items() if share < 1)
@@ -62,19 +62,19 @@ def read_curves(table: pd.DataFrame) -> list[Curve]:
 
 
 def simulate_search(curves: Sequence[Curve], order: Sequence[int], pruner: FrontPruner | None) -> Search:
-    """Has runs arrive in an order, and stops those that the pruner would; their cost is their training FLOPs."""
-    seen: list[Curve] = []
+    """Simulates a search in which runs arrive in this order and the pruner, if any, stops some of them."""
+    earlier: list[Curve] = []
     finished, spent, total = [], [], 0.0
     for i in order:
         curve = curves[i]
         (flops,) = curve.costs
         points = () if pruner is None else curve.points
-        stops = (share for share, value in points if pruner and pruner.verdict(seen, curve.costs, share, value))
+        stops = (share for share, value in points if pruner and pruner.verdict(earlier, curve.costs, share, value))
         if (share := next(stops, None)) is not None:
             total += share * flops
             continue
         total += flops
-        seen.append(curve)
+        earlier.append(curve)
         finished.append(i)
         spent.append(total)
     return Search(finished, spent, total)
@@ -83,13 +83,13 @@ def simulate_search(curves: Sequence[Curve], order: Sequence[int], pruner: Front
 def pruning_outcomes(
     table: pd.DataFrame, pruners: Sequence[FrontPruner], seeds: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """One row for every order and pruner, relative to the same order without one.
+    """Replays every order with every pruner, relative to the same order without pruning.
 
     Yields:
-        The pruner's `margin`, `min_trials` and `min_fraction`; the `seed` of the order; `spent`, training FLOPs over
-        those of all runs; `stopped`, the share of the runs; `killed`, the share of the final front among them;
-        and `volume_at_25` and so on, the hypervolume when so many percent of all FLOPs are spent, over the same without
-        pruning; `volume_at_100` is that of the ends.
+        One row with the pruner's `margin`, `min_trials` and `min_fraction`; the `seed` of the order; `spent`, the
+        share of all training FLOPs; `stopped`, the share of runs stopped; `killed`, the share of the final front
+        stopped; and `volume_at_25` and so on, the hypervolume at 25% of all FLOPs relative to no pruning.
+        `volume_at_100` compares the final hypervolumes.
     """
     curves = read_curves(table)
     on_front = pareto_front(table, COST, ERROR).to_numpy().nonzero()[0]
@@ -121,7 +121,7 @@ def pruning_outcomes(
 
 
 def mean_outcomes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over the orders for each pruner, with `_low` and `_high`: 95% of the orders lie between them."""
+    """Means over the orders for each pruner; columns `_low` and `_high` enclose 95% of the orders."""
     groups = rows.drop(columns="seed").groupby(["margin", "min_trials", "min_fraction"])
     parts = {"": groups.mean(), "_low": groups.quantile(0.025), "_high": groups.quantile(0.975)}
     joined = pd.concat([part.add_suffix(suffix) for suffix, part in parts.items()], axis=1)

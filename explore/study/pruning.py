@@ -1,14 +1,13 @@
-"""Pruning with several objectives: a run is stopped on its learning curve, against the front at its own cost.
+"""Pruning with several objectives: a run is stopped if its learning curve falls behind the front at its own cost.
 
-The cost of a trial is known before it is trained, so only its error is in question. At the same share of the schedule,
-its value is compared with the best of all finished trials that cost no more: a trial that is behind those by more than
-a margin will hardly end on the front, for they are cheaper and better. A trial that is cheaper than all others has
-nobody to be compared with, and is never pruned.
+The cost of a trial is known before training; only its error is unknown. At the same share of the schedule, its value is
+compared with the best finished trial that costs no more: a trial that is behind by more than a margin is unlikely to
+end on the front, because a cheaper trial is better. A trial cheaper than all others has no rival and is never pruned.
 
-The defaults are from the replay of a grid of 240 runs in 200 orders (`explore replay-pruning`): a margin of 0.02 from a
+The defaults come from a replay of a grid of 240 runs in 200 orders (`explore replay-pruning`). A margin of 0.02 from a
 fifth of the schedule on spent 43% of the FLOPs and killed none of the 13 runs on the front, the worst of which was
-behind by 0.017 on its way; 0.01 spent 35% and killed 4%. On fronts of random halves of the grid, a margin of 0.02 puts
-2% of the members in danger, 0.03 less than half a percent. How many trials must have ended first hardly mattered.
+behind by 0.017 at some point; 0.01 spent 35% and killed 4%. On fronts of random halves of the grid, a margin of 0.02
+endangers 2% of the runs on the front, 0.03 less than half a percent. The required number of trials hardly matters.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from explore.train import Judge
 
 
 class Curve(NamedTuple):
-    """A finished trial: what it cost, and its learning curve.
+    """A finished trial: its costs and its learning curve.
 
     Attributes:
-        costs: what is known before training and shall be small, in one order for all trials.
-        points: pairs of share of the schedule, rising, and bits per byte.
+        costs: cost objectives, known before training, in the same order for all trials.
+        points: pairs (share of the schedule, bits per byte), by increasing share.
     """
 
     costs: tuple[float, ...]
     points: tuple[tuple[float, float], ...]
 
     def at(self, fraction: float) -> float | None:
-        """The value at a share of the schedule, linear between the points; None outside of them."""
+        """The value at a share of the schedule, linearly interpolated; None outside the points."""
         i = bisect_left(self.points, (fraction, -math.inf))
         if i < len(self.points) and self.points[i][0] == fraction:
             return self.points[i][1]
@@ -56,10 +55,10 @@ class FrontPruner:
     """Stops runs that are behind the front at their own cost.
 
     Attributes:
-        margin: bits per byte that a run may be behind.
-        min_trials: finished trials with a curve before any run is stopped.
+        margin: allowed gap behind the front, in bits per byte.
+        min_trials: number of finished trials with a curve required before any run is stopped.
         min_fraction: share of the schedule before which no run is stopped.
-        rungs: shares of the schedule, in its stable phase, at which runs are validated and kept.
+        rungs: shares of the schedule, in its stable phase, at which runs are validated and their checkpoints kept.
     """
 
     margin: float = 0.02
@@ -68,10 +67,10 @@ class FrontPruner:
     rungs: Sequence[float] = ()
 
     def verdict(self, curves: Sequence[Curve], costs: Sequence[float], fraction: float, value: float) -> str | None:
-        """Why a run with these costs and this value at a share of its schedule is to be stopped, or None.
+        """The reason to stop a run with these costs and this value at a share of its schedule; None to continue.
 
         Args:
-            curves: of the finished trials.
+            curves: learning curves of the finished trials.
         """
         if fraction < self.min_fraction or len(curves) < self.min_trials:
             return None
@@ -85,10 +84,10 @@ class FrontPruner:
         )
 
     def judge(self, study: optuna.Study, trial: optuna.Trial) -> Judge:
-        """What `explore.train.fit` asks; it keeps the curve in the trial's user attribute `curve`.
+        """A judge for `explore.train.fit`; it records the curve in the trial's user attribute `curve`.
 
         Raises:
-            ValueError: the objectives do not fit, or the trial's user attributes do not tell its costs.
+            ValueError: the objectives cannot be pruned, or the trial's user attributes lack its costs.
         """
         names = study.metric_names or []
         check_prunable(objectives_of(study) if names else {})
@@ -96,18 +95,18 @@ class FrontPruner:
         if missing := [name for name in costs if name not in trial.user_attrs]:
             raise ValueError(f"pruner: {missing[0]} is not among the user attributes of the trial before its training")
         own = [float(trial.user_attrs[name]) for name in costs]
-        seen: dict[float, float] = {}
+        points: dict[float, float] = {}
 
         def judge(fraction: float, value: float) -> str | None:
-            seen[fraction] = value
-            trial.set_user_attr("curve", [list(point) for point in sorted(seen.items())])
+            points[fraction] = value
+            trial.set_user_attr("curve", [list(point) for point in sorted(points.items())])
             return self.verdict(finished_curves(study, costs), own, fraction, value)
 
         return judge
 
 
 def finished_curves(study: optuna.Study, costs: Sequence[str]) -> list[Curve]:
-    """The curves of the complete trials of a study, as far as they have one, with these objectives as costs."""
+    """The curves of a study's complete trials that have one, with these objectives as costs."""
     index = [(study.metric_names or []).index(name) for name in costs]
     trials = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     return [
@@ -118,10 +117,11 @@ def finished_curves(study: optuna.Study, costs: Sequence[str]) -> list[Curve]:
 
 
 def check_prunable(objectives: Mapping[str, str]) -> None:
-    """Refuses objectives for which a learning curve does not foretell the front.
+    """Rejects objectives for which a learning curve does not predict the front.
 
     Raises:
-        ValueError: they are not one loss of the run's own text and costs known before training, all minimized.
+        ValueError: the objectives are not one loss on the run's own text plus costs known before training, all
+            minimized.
     """
     losses, costs = (
         [name for name, each in allowed_objectives().items() if each.role == role] for role in ("loss", "cost")

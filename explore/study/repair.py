@@ -1,4 +1,4 @@
-"""Results of complete trials that are on disk no more, as after a power cut: said, and made again."""
+"""Repairs results of complete trials that are damaged or missing on disk, for example after a power cut."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from explore.study.worker import Worker
 
 
 def repair_results(worker: Worker, say: Say) -> None:
-    """Makes the results of complete trials again whose files are empty, damaged or gone; their last checkpoint helps.
+    """Retrains complete trials whose result files are empty, damaged or missing, from their last checkpoint.
 
-    Folders that are gone stay so: somebody may have wanted the space.
+    Missing run folders are not restored: somebody may have deleted them for space.
 
     Args:
-        say: told in one line of each what is done.
+        say: receives one line per repaired run.
     """
     complete = worker.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     by_folder = {trial.user_attrs.get("run"): trial.number for trial in complete}

@@ -1,4 +1,4 @@
-"""URLs of storages without what is secret in them: passwords, and every value of a query."""
+"""Removes secrets from storage URLs: passwords and every value in a query."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from urllib.parse import unquote
 
 HIDDEN = "***"
 SHORTEST = 4
-"""Characters of a value in a query that may be a secret; a shorter one is a number or a switch."""
+"""Minimum length of a query value that may be a secret; a shorter one is a number or a switch."""
 
 
 class _Parts(NamedTuple):
-    """What of a URL may be shown, and what may not."""
+    """The part of a URL that may be shown, and its secrets."""
 
     shown: str
     secrets: tuple[str, ...]
 
 
 def without_password(url: str) -> str:
-    """The URL of a storage as it may be shown, also where it is malformed: no password and no query."""
+    """The URL of a storage without password and query, also if it is malformed."""
     return _parts(url).shown
 
 
 def hide_secrets(text: str, url: str) -> str:
-    """A text, such as the error of a database, without what the URL of the storage holds in secret."""
+    """A text, such as a database error, without the secrets of the storage's URL."""
     secrets = {form for secret in _parts(url).secrets for form in (secret, unquote(secret)) if form}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
@@ -39,7 +39,7 @@ def hide_in_arguments(url: str | None) -> None:
 
 
 def _parts(url: str) -> _Parts:
-    """Takes a URL apart; where it is not clear what is a password, more is taken for one."""
+    """Splits a URL; when in doubt, treats a part as a password."""
     scheme = match[0] if (match := re.match(r"[\w+.-]+:/{1,3}|[\w+.-]*//", url)) else ""
     rest = url[len(scheme) :]
     if not scheme and "@" not in rest:  # no URL
@@ -51,7 +51,7 @@ def _parts(url: str) -> _Parts:
     place, _, query = place.partition("?")
     values = [value for pair in re.split("[&;]", query) if len(value := pair.partition("=")[2]) >= SHORTEST]
     forgotten = ""
-    # A colon that no port follows: somebody may have forgotten the @ behind a password.
+    # A colon without a port: the user may have forgotten the @ after a password.
     if not scheme.endswith("///") and (wrong := re.match(r"(\[[^\]]*\]|[^:/\[]*):(?!\d+(?:/|$))", place)):
         place, forgotten = wrong[1], place[wrong.end() :]
     return _Parts(f"{scheme}{user}{at}{place}", (password, forgotten, *values))

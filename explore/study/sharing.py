@@ -1,9 +1,8 @@
-"""How many workers a sweep has on this machine: one for each core where models are small, else one with all of them.
+"""Chooses the number of workers of a sweep on this machine: one per core for small models, else one on all cores.
 
-Threads that share the products of a small model wait for one another more than they compute. What that costs is from a
-measured table, `sharing.csv`: training FLOPs of a step, and tokens per second of one run with all cores and of as many
-runs with one core each. `explore bench --what sharing --save` measures another on this machine, which is taken from
-then on.
+Threads that share the matrix products of a small model wait more than they compute. The table `sharing.csv` has the
+measured cost: training FLOPs of a step, tokens per second of one run on all cores, and of one run per core.
+`explore bench --what sharing --save` measures a table on this machine, which is then used instead.
 """
 
 from __future__ import annotations
@@ -25,28 +24,28 @@ from explore.threads import n_cores
 SHIPPED = Path(__file__).with_name("sharing.csv")
 NUMBERS = ("flops_step", "together_tokens_per_s", "apart_tokens_per_s")
 GAIN = 1.1
-"""Times the tokens per second from which on runs with one core each are worth the memory of as many processes."""
+"""Minimum speed-up at which one run per core is worth the memory of several processes."""
 WORKER_BYTES = 1 << 30
-"""Memory of a worker with a small model: Python, torch and what else it imports take two thirds of it."""
+"""Memory of a worker with a small model; Python, torch and other imports take two thirds of it."""
 
 
 def own_table() -> Path:
-    """The file of a table that was measured on this machine."""
+    """The path of the table measured on this machine."""
     return cache_folder("bench") / "sharing.csv"
 
 
 def choose_workers(experiments: Sequence[Experiment], n_trials: int) -> int:
-    """Workers for experiments like these, by the mean of the FLOPs of a step."""
+    """Number of workers for experiments like these, from their mean FLOPs per step."""
     return workers_for(statistics.fmean(each.flops_run / each.n_steps for each in experiments), n_trials)
 
 
 def workers_for(flops_step: float, n_trials: int) -> int:
-    """Workers for models of which a step takes so many training FLOPs: one, or as many as there are cores.
+    """Number of workers for models with `flops_step` training FLOPs per step: one, or one per core.
 
-    There are no more than trials, and none for which the memory is too small.
+    The number is limited by the trials and by memory.
 
     Raises:
-        ValueError: the table that was measured on this machine is none.
+        ValueError: the table measured on this machine is invalid.
     """
     most = int(min(n_cores(), n_trials, memory_bytes()[1] // WORKER_BYTES))
     if most < 2 or torch.accelerator.is_available():
@@ -56,7 +55,7 @@ def workers_for(flops_step: float, n_trials: int) -> int:
 
 
 def _largest_step(path: Path) -> float:
-    """FLOPs of the largest step that was measured for which runs with one core each do more together; 0 for none."""
+    """FLOPs of the largest measured step at which one run per core is faster in total; 0 if there is none."""
     try:
         table = read_table(path)
         numbers = table[[*NUMBERS]].to_numpy(dtype=float)

@@ -1,4 +1,4 @@
-"""Where studies live: one journal file by default, or any storage that Optuna knows, waited for while it is away."""
+"""Storage of studies: one journal file by default, or any Optuna storage; calls wait for an unreachable server."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from explore.study.secrets import hide_secrets, without_password
 
 JOURNAL = "study.journal"
 PATIENCE_S = 600.0
-"""Seconds that a server may be away before a worker gives up."""
+"""Seconds that a server may be unreachable before a worker gives up."""
 ATTEMPTS = 10
-"""Times that the tables of an empty database are made, where another process is at it."""
+"""Attempts to create the tables of an empty database while another process does the same."""
 
 DRIVERS = {"postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql", "mariadb": "mariadb+pymysql"}
-"""Drivers for URLs that name none: those that the extra brings."""
+"""Default drivers, from the extra `cluster`, for URLs that name none."""
 EXTRA = ("grpc", "psycopg", "pymysql")
-"""Packages that the extra `cluster` brings for storages."""
+"""Storage packages in the extra `cluster`."""
 PACKAGES = {"MySQLdb": "mysqlclient", "psycopg2": "psycopg2-binary"}
-"""Names in the package index where they differ from those of the modules."""
+"""Package names on PyPI that differ from the module names."""
 
 Say = Callable[[str], None]
 
@@ -37,15 +37,15 @@ Say = Callable[[str], None]
 def open_storage(
     runs: Path, url: str | None = None, say: Say = lambda line: None, patience_s: float = 0.0
 ) -> BaseStorage:
-    """The storage of a URL, or the journal in the folder of runs.
+    """Opens the storage at a URL, or the journal in the folder of runs.
 
     Args:
-        url: what SQLAlchemy knows, such as `postgresql+psycopg://user@host/name`, or `grpc://host:port`.
-        say: told in one line when a server does not answer and is waited for.
-        patience_s: seconds that the server may be away now; once it is open, it may be away for longer.
+        url: an SQLAlchemy URL such as `postgresql+psycopg://user@host/name`, or `grpc://host:port`.
+        say: receives one line when a server does not answer and is waited for.
+        patience_s: seconds to wait for the server on opening; later calls wait up to `PATIENCE_S`.
 
     Raises:
-        ValueError: nothing answers there, or a package that it needs is missing.
+        ValueError: no server answers, or a required package is missing.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url is None:
@@ -55,7 +55,7 @@ def open_storage(
 
 
 def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
-    """Opens the storage of a URL; whatever is wrong with it becomes one line without the password."""
+    """Opens the storage at a URL; any failure becomes a one-line error without the password."""
     try:
         opened: BaseStorage = wait_for(lambda: _remote(url), say, patience_s)
         return opened
@@ -63,7 +63,7 @@ def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
         package = str(getattr(error.__cause__ or error, "name", None))
         install = "'hybrid-frontier[cluster]'" if package in EXTRA else PACKAGES.get(package, package)
         why = f"{url.partition(':')[0]} needs the package {package}: pip install {install}"
-    except Exception as error:  # each kind of server fails in a way of its own
+    except Exception as error:  # each kind of server raises its own errors
         why = hide_secrets(_first_line(error), url)
     raise ValueError(f"{option}: {without_password(url)} cannot be opened: {why}")
 
@@ -74,7 +74,7 @@ def _remote(url: str) -> BaseStorage:
         host, _, port = rest.rstrip("/").rpartition(":")
         if not (host and port.isdigit()) or "@" in host:
             raise ValueError("a gRPC proxy is named as grpc://host:port, without user and password")
-        import_module("grpc")  # Optuna would name it only later, and in more words
+        import_module("grpc")  # Optuna would report it later and at greater length
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -86,7 +86,7 @@ def _remote(url: str) -> BaseStorage:
 
 
 def _relational(url: str) -> RDBStorage:
-    """Optuna's relational storage; of processes that make the tables of an empty database at once, all but one fail."""
+    """Optuna's relational storage. Retries: of processes that create tables at once, all but one fail."""
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError
 
@@ -94,7 +94,7 @@ def _relational(url: str) -> RDBStorage:
     url = f"{DRIVERS.get(scheme, scheme)}{mark}{rest}"
     try:
         make_url(url)
-    except (ArgumentError, ValueError):  # whose words may repeat a part of the password
+    except (ArgumentError, ValueError):  # its message may contain part of the password
         raise ValueError("it is no URL; in a password, @ is written %40, : is %3A and / is %2F") from None
     for attempt in range(ATTEMPTS):
         try:
@@ -110,14 +110,14 @@ def _relational(url: str) -> RDBStorage:
 
 
 def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None) -> None:
-    """Serves a storage by Optuna's gRPC proxy until the process ends.
+    """Serves a storage through Optuna's gRPC proxy until the process ends.
 
     Args:
         place: a URL, or a folder of runs.
-        say: told in one line what is served, once it is open.
+        say: receives one line once the storage is open.
 
     Raises:
-        ValueError: no storage opens there, or the port cannot be listened on.
+        ValueError: the storage does not open, or the port is unavailable.
     """
     if "://" not in place and not (Path(place) / JOURNAL).exists():
         raise ValueError(f"STORAGE: {without_password(place)!r} is no URL and no folder with a {JOURNAL}")
@@ -132,10 +132,10 @@ def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None
 
 
 def patient(storage: BaseStorage, say: Say, patience_s: float = PATIENCE_S) -> BaseStorage:
-    """The same storage, whose every call waits for a server that does not answer, and then goes on.
+    """Wraps a storage so that every call waits for a server that does not answer.
 
     Raises:
-        FaultError: by its calls, when the server has been away for `patience_s` seconds.
+        FaultError: from its calls, if the server has been unreachable for `patience_s` seconds.
     """
 
     def waiting(name: str) -> Callable[..., Any]:
@@ -148,10 +148,10 @@ def patient(storage: BaseStorage, say: Say, patience_s: float = PATIENCE_S) -> B
 
 
 def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
-    """Calls until the server answers.
+    """Repeats a call until the server answers.
 
     Raises:
-        FaultError: it has been away for `patience_s` seconds.
+        FaultError: the server has been unreachable for `patience_s` seconds.
     """
     since, pause = time.monotonic(), 0.1
     while True:
@@ -170,11 +170,11 @@ def wait_for(call: Callable[[], Any], say: Say, patience_s: float) -> Any:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether the error says that the server is away for now, rather than that the call is wrong."""
+    """Whether the error means that the server is temporarily unreachable, not that the call is wrong."""
     from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError
 
     error = _cause(error)
-    # The last of them: the server went away within a transaction, which Optuna has rolled back by now.
+    # PendingRollbackError: the server disappeared during a transaction, which Optuna has since rolled back.
     if isinstance(error, InterfaceError | OperationalError | ConnectionError | PendingRollbackError):
         return True
     code = getattr(error, "code", None)  # of grpc.RpcError
@@ -182,7 +182,7 @@ def _is_away(error: BaseException) -> bool:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is behind Optuna's own words for every failure of a database."""
+    """The cause behind Optuna's generic error for database failures."""
     return error.__cause__ or error if isinstance(error, optuna.exceptions.StorageInternalError) else error
 
 
@@ -194,7 +194,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def objectives_of(study: optuna.Study) -> dict[str, str]:
-    """Names of the objectives of a study, and which way is better: `minimize` or `maximize`."""
+    """Names of a study's objectives, each with its direction: `minimize` or `maximize`."""
     names = study.metric_names or [f"objective {i}" for i in range(len(study.directions))]
     return {name: direction.name.lower() for name, direction in zip(names, study.directions, strict=True)}
 

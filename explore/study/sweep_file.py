@@ -1,4 +1,4 @@
-"""A sweep file: one question, as a Python file that says how a trial becomes an experiment."""
+"""Loads a sweep file: a Python file that states one question and maps a trial to an experiment."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
 
 Direction = Literal["minimize", "maximize"]
 TRIES = 200
-"""Samples that may be rejected in a row before a search space counts as exhausted."""
+"""Number of consecutive rejected samples after which a search space counts as exhausted."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file defines.
+    """The contents of a sweep file.
 
     Attributes:
         path: the file.
         question: its docstring.
         experiment: a pure function of an Optuna trial.
-        objectives: quantities of `explore.quantities.objectives`, and which way is better.
-        baselines: parameters of trials that are run first.
-        sampler: what draws the parameters, unless the command names another.
+        objectives: quantities of `explore.quantities.objectives`, each with its direction.
+        baselines: parameters of trials to run first.
+        sampler: name of the default sampler.
         grid: values of every parameter, for the sampler `grid`.
-        seeds: runs of a trial, with the seeds 0, 1 and so on; its objectives are their means.
-        budgets: what every trial comes to; `experiment` asks it for the model.
-        learning_rates: search of the learning rate within every trial.
-        pruner: what stops a run on its learning curve.
-        merging: averages of checkpoints that are scored of every run without a decay.
-        tables: what the tables of runs, of minimal pairs and, where it takes three, of learning curves come to, as
+        seeds: number of runs per trial, with seeds 0, 1 and so on; objectives are means over them.
+        budgets: budgets that every trial meets; `experiment` gets its model from them.
+        learning_rates: learning-rate search within every trial.
+        pruner: stops runs by their learning curves.
+        merging: averages and scores checkpoints of runs without a learning-rate decay.
+        tables: function from the tables of runs, of minimal pairs and (if it takes three) of learning curves to result
             tables by name.
-        figure: drawn from these tables.
-        gate: what its runs must show at the smallest size before it goes on.
-        parameters: values of parameters that the file declares, where they are not its own.
-        examples: the experiments of the baselines, and one that was drawn.
+        figure: function from the result tables to a figure.
+        gate: condition that runs of the smallest size must meet before the sweep continues.
+        parameters: values that replace those of parameters declared in the file.
+        examples: the experiments of the baselines, and one drawn at random.
     """
 
     path: Path
@@ -89,7 +89,7 @@ class Sweep:
 
     @cached_property
     def first(self) -> Sequence[Mapping[str, Any]]:
-        """The points of its grid that its gate looks at: those of the smallest size that are not rejected."""
+        """The grid points that the gate examines: those of the smallest size that are not rejected."""
         if self.gate is None or self.grid is None:
             return ()
         values: dict[str, list[Any]] = {name: list(each) for name, each in self.grid.items()}
@@ -107,12 +107,12 @@ class Sweep:
 
     @property
     def code(self) -> str:
-        """The file without what changes no result: comments, layout, its docstring, and how its results are told."""
+        """The file's code without parts that change no result: comments, layout, docstring and reporting functions."""
         return ast.unparse(sweep_tree(self.path, self.parameters))
 
     @property
     def modules(self) -> dict[str, str]:
-        """Code by name of the modules of one's own that the file imports."""
+        """Code, by module name, of the user's modules that the file imports."""
         return own_modules(sweep_tree(self.path))
 
 
@@ -120,10 +120,11 @@ def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep
     """Runs a sweep file and checks it by sampling one experiment, before anything is created.
 
     Args:
-        parameters: values of parameters that the file declares, instead of those in it; another study than without.
+        parameters: values that replace those of parameters declared in the file; they make another study.
 
     Raises:
-        ValueError: no such file, an error in it by its line, or a name that is missing or of the wrong kind.
+        ValueError: the file does not exist, fails (the message has the line), or lacks a name or has one of the wrong
+            type.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such sweep file")
@@ -145,7 +146,7 @@ def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep
 
 
 def _options(path: Path, module: ModuleType) -> dict[str, Any]:
-    """What a sweep file may define, as far as it does."""
+    """The optional definitions that a sweep file has, checked."""
     allowed: Mapping[str, tuple[type | tuple[type, ...], str]] = {
         "baselines": (Sequence, "a sequence of mappings from parameter to value"),
         "sampler": (str, f"one of {', '.join(SAMPLERS)}"),
@@ -176,7 +177,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
 
 
 def _run(path: Path, parameters: Mapping[str, Any]) -> ModuleType:
-    """The module of a file, by no import: that would leave a folder of compiled code beside it, or take an old one."""
+    """Executes a file as a module without importing it; an import could write, or use old, compiled code next to it."""
     if path.suffix != ".py":
         raise ValueError(f"{path}: a sweep file ends in .py")
     module = ModuleType(f"sweep_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}")
@@ -204,7 +205,7 @@ def _objectives(path: Path, module: ModuleType) -> Mapping[str, Direction]:
 
 
 def _examples(sweep: Sweep) -> tuple[Experiment, ...]:
-    """Checks a sweep by making the experiments of its baselines, and one that is drawn."""
+    """Checks a sweep by making the experiments of its baselines, and one drawn at random."""
     examples = []
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     scratch = optuna.create_study(
@@ -235,7 +236,7 @@ def _examples(sweep: Sweep) -> tuple[Experiment, ...]:
 
 
 def reason(error: BaseException, path: Path | None = None) -> str:
-    """One line that says what went wrong, with the line of the sweep file where it passed through it."""
+    """One line on what went wrong, with the line number in the sweep file if the error passed through it."""
     message = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
     text = message if isinstance(error, ValueError) else f"{type(error).__name__}: {message}"
     if isinstance(error, SyntaxError):

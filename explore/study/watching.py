@@ -1,4 +1,4 @@
-"""Looking at a study from outside: finding it, and drawing it while others work on it."""
+"""Watches a study from outside: finds it, and draws it while workers train."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from explore.study.storage import JOURNAL, open_storage
 
 REDRAW_S = 2.0
 N_TRIALS = "n_trials"
-"""User attribute of a study: trials that it shall have, as it was last asked for."""
+"""User attribute of a study: the number of trials last requested."""
 
 
 class Found(NamedTuple):
-    """A study, and the folder of its runs as far as that is known."""
+    """A study, and the folder of its runs if known."""
 
     study: optuna.Study
     runs: Path | None
 
 
 def find_study(place: str, storage: str | None = None, name: str | None = None) -> Found:
-    """Opens a study to look at it; nothing is made.
+    """Opens an existing study; creates nothing.
 
     Args:
         place: a folder of runs, a journal file, or with `storage` the name of a study.
         storage: URL of an Optuna storage.
-        name: of the study in the journal; the one that was begun last when absent.
+        name: name of the study in the journal; default: the newest.
 
     Raises:
-        ValueError: there is none, with what there is.
+        ValueError: there is no such study; the message lists those that exist.
     """
     if storage is not None:
         runs = Path("runs") / place
@@ -61,7 +61,7 @@ def _load(opened: BaseStorage, name: str | None, place: str) -> optuna.Study:
 
 
 def _missing(path: Path) -> str:
-    """What is wrong with a path, and which studies are near it."""
+    """The problem with a path, and the studies near it, as text."""
     folder = path
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -74,12 +74,12 @@ def _missing(path: Path) -> str:
 def watch(
     study: optuna.Study, console: Console, n_trials: int | None = None, *, once: bool = False, every_s: float = REDRAW_S
 ) -> None:
-    """Draws a study anew until it has its trials, or until it is interrupted.
+    """Redraws a study until it has its trials or is interrupted.
 
     Args:
-        n_trials: when it is done; what the study was asked for when absent, and without an end if that is not known.
-        once: draw it one time.
-        every_s: seconds between two drawings.
+        n_trials: number of trials at which to stop; default: the number last requested, or never if unknown.
+        once: draw the study only once.
+        every_s: seconds between updates.
     """
 
     def asked() -> int | None:

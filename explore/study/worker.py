@@ -1,4 +1,4 @@
-"""A worker of a sweep: ask for a trial, train its experiment, tell the result, and again."""
+"""A worker of a sweep: it asks for a trial, trains its experiment, reports the result, and repeats."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ IDLE_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class TrialOptions:
-    """How the trials of a sweep are run; none of it changes their results.
+    """Options for running trials; none of them changes results.
 
     Attributes:
-        checkpoint_every: steps between checkpoints of a run, as `fit` takes it.
-        wandb: mirror the runs and the sweep to Weights & Biases.
+        checkpoint_every: steps between checkpoints of a run, as in `fit`.
+        wandb: mode of mirroring runs and sweep to Weights & Biases; None: do not mirror.
         prune: let the sweep file's pruner stop runs.
         notes: write a note and figures of each trial for optuna-dashboard.
     """
@@ -55,7 +55,7 @@ class TrialOptions:
 
 
 class Outcome(NamedTuple):
-    """How a trial ended: `done`, `pruned`, `failed`, `diverged` or `rejected`."""
+    """The outcome of a trial; `name` is `done`, `pruned`, `failed`, `diverged` or `rejected`."""
 
     name: str
     values: list[float] | None = None
@@ -63,13 +63,13 @@ class Outcome(NamedTuple):
 
     @property
     def state(self) -> TrialState:
-        """What it is for Optuna."""
+        """The outcome as an Optuna state."""
         stopped = {"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED, REJECTED: TrialState.PRUNED}
         return stopped.get(self.name, TrialState.FAIL)
 
 
 class Worker:
-    """Works on a study until it has the trials that were asked for."""
+    """Works on a study until it has the requested trials."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class Worker:
         study.sampler = DrawnSampler(study.user_attrs["sampler"], study.user_attrs["seed"], sweep.grid)
 
     def work(self, n_trials: int) -> None:
-        """Runs trials until `n_trials` have been trained or failed, whoever ran them, or nothing new is found.
+        """Runs trials until all workers together have trained or failed `n_trials`, or the space is exhausted.
 
         Raises:
-            FaultError: a fault of the machine stopped the sweep; the trial that it met is given back.
+            FaultError: a fault of the machine stopped the sweep; the current trial is given back.
         """
         try:
             self._work(n_trials)
@@ -106,7 +106,7 @@ class Worker:
             if n_done >= n_trials or why_used_up(trials) is not None:
                 return
             if n_done + sum(trial.state == TrialState.RUNNING for trial in trials) >= n_trials:
-                time.sleep(IDLE_S)  # others train the last ones; should they fail to, this one will
+                time.sleep(IDLE_S)  # other workers train the last trials; this one takes over if they are lost
                 continue
             trial = self.study.ask()
             try:
@@ -120,7 +120,7 @@ class Worker:
                 self._tell(trial, Outcome(REJECTED, reason=str(end)), 0.0)
 
     def _run_leased(self, trial: optuna.Trial, n_trials: int) -> Outcome | None:
-        """Runs a trial if it is one of those that were asked for; whatever ends the process, it is given back."""
+        """Runs a trial if it is within the requested number; gives it back if an exception ends the process."""
         if self._rank(trial.number) >= n_trials:
             leave(self.study, trial._cached_frozen_trial, RELEASED)
             return None
@@ -129,13 +129,13 @@ class Worker:
         except ExhaustedError:
             raise
         except BaseException:
-            # What cannot be written now is reaped later.
+            # If this write fails, the trial is reaped later.
             with suppress(OSError, ValueError, optuna.exceptions.StorageInternalError):
                 leave(self.study, trial._cached_frozen_trial, RELEASED)
             raise
 
     def run(self, trial: optuna.Trial) -> Outcome:
-        """Trains what one trial stands for and tells the study."""
+        """Trains the experiment of a trial and reports the outcome to the study."""
         started = time.perf_counter()
         try:
             outcome = self._train(trial)
@@ -162,7 +162,7 @@ class Worker:
         try:
             return self._train_claimed(trial, experiment)
         except Exception:
-            # Where the text is gone or was changed meanwhile, or the disk or the memory is too small, that is why.
+            # Check whether a missing or changed text, or too little disk or memory, caused the error.
             check_data(self.study, experiment)
             check_needs([experiment], self.runs)
             raise
@@ -214,7 +214,7 @@ class Worker:
         return float(row["val_bpb"] if _is_number(row["val_bpb"]) else row["val_loss"])
 
     def fit(self, experiment: Experiment, runs: Path, **options: Any) -> RunFolder:
-        """Trains an experiment, after whoever trains it now: another study, or a worker whose lease was lost."""
+        """Trains an experiment; waits first if another study, or a worker that lost its lease, is training it."""
         merging = self.sweep.merging
         keep_every = None if merging is None else merging.keep_every(experiment)
         while True:
@@ -238,7 +238,7 @@ class Worker:
             trial.set_user_attr(name, row[name])
 
     def _record(self, trial: optuna.Trial, folder: RunFolder, about: dict[str, Any]) -> None:
-        """Says in the run's folder which trial it belongs to; the first that trained it stays."""
+        """Records in the run's folder which trial it belongs to; the first trial that trained it is kept."""
         path = folder.path / "trial.json"
         if not path.exists():
             frozen = {"study": self.study.study_name, "trial": trial.number, "params": trial.params}
@@ -270,21 +270,21 @@ class Worker:
             elif self.options.notes and outcome.name == REJECTED:
                 note_rejection(self.study, trial._cached_frozen_trial, outcome.reason)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of samplers that are experimental
+                warnings.simplefilter("ignore")  # warnings of experimental samplers
                 self.study.tell(trial, outcome.values, outcome.state, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
-            return  # reaped while this process stood still: the trial that has its parameters finds the run by its key
+            return  # reaped while this process was suspended: the retry finds the run by its key
         self.changed()
 
     def _rank(self, number: int) -> int:
-        """Trials before this one that take a place of those that were asked for."""
+        """Number of earlier trials that count towards the requested number."""
         trials = self.study.get_trials(deepcopy=False)[:number]
         return sum(is_counted(trial) or trial.state == TrialState.RUNNING for trial in trials)
 
 
 def _give_memory_back() -> None:
-    """Returns what a run freed to the system. glibc would keep it in pieces, and a worker would grow for hours."""
-    with suppress(AttributeError, OSError, TypeError):  # where the C library is another
+    """Returns freed memory to the system. glibc would keep fragments, and a worker would grow for hours."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
