@@ -201,7 +201,7 @@ def test_the_command_refuses_what_cannot_be_replayed(
     path = tmp_path / "grid.csv"
     table.to_csv(path, index=False)
     for more, says in (
-        (["--sampler", "grid"], "'grid' has no random draws to compare"),
+        (["--sampler", "grid"], "which draw at random, got 'grid'"),
         (["--sampler", "best"], "got 'best'"),
         (["--trials", "1000"], "trials must be between 1 and "),
         (["--axis", "width", "--sampler", "random", "--seeds", "2"], "column 'width' is missing"),

@@ -1,4 +1,4 @@
-"""Samplers whose draw is a function of an index: random, quasi-random, and a grid, whatever other trials do."""
+"""Samplers whose draws depend only on an index, not on other trials: random, quasi-random, and grid."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from scipy.stats import qmc
 from explore.search.spaces import PatternSpace
 
 DIMENSIONS = 512
-"""Most parameters of a trial of an indexed sampler."""
+"""Maximum number of parameters in a trial of an indexed sampler."""
 
 Grid = Mapping[str, Sequence[Any] | PatternSpace]
-"""Values of every parameter; of a pattern, its patterns or their space."""
+"""Values of every parameter; for a pattern, a list of patterns or their space."""
 
 
 class ExhaustedError(RuntimeError):
-    """A grid has no such draw: all its points have been drawn."""
+    """All points of a grid have been drawn."""
 
 
 class PlannedSampler(BaseSampler):
     """Base of samplers that draw a pattern as a whole; its letters are then the values of their parameters."""
 
     def plan(self, trial: optuna.Trial, space: PatternSpace, name: str) -> None:
-        """Draws the pattern called `name` of a trial; the letters are what the trial is suggested next."""
+        """Draws the trial's pattern `name`; the trial's next suggestions return its letters."""
         letters = space.params(self.draw_pattern(trial, space, name), name)
         self._planned().update({(trial.number, position): letter for position, letter in letters.items()})
 
@@ -46,7 +46,7 @@ class PlannedSampler(BaseSampler):
         return letter if letter is not None else self.sample_one(study, trial, param_name, param_distribution)
 
     def sample_one(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
-        """A value of a parameter that is no letter of a planned pattern."""
+        """A value of a parameter that is not a letter of a planned pattern."""
         return super().sample_independent(study, trial, name, distribution)  # type: ignore[safe-super] # Optuna's sampler is next
 
     def _planned(self) -> dict[tuple[int, str], str]:
@@ -55,7 +55,7 @@ class PlannedSampler(BaseSampler):
 
 
 class SeparateSampler(PlannedSampler):
-    """Base of samplers that draw every parameter for itself."""
+    """Base of samplers that draw every parameter independently."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -67,10 +67,10 @@ class SeparateSampler(PlannedSampler):
 
 
 class IndexedSampler(SeparateSampler):
-    """Maps a point of the unit cube to parameters: the k-th that a trial suggests takes coordinate k.
+    """Maps a point of the unit cube to parameters: the k-th suggestion of a trial takes coordinate k.
 
-    The letters of a pattern take one coordinate each. What a trial gets depends on the point and on the parameters in
-    the order of their suggestion; on nothing else.
+    Each letter of a pattern takes one coordinate. A trial's values depend only on the point and on the order in which
+    the parameters are suggested.
     """
 
     def __init__(self, point: Callable[[], Sequence[float]]) -> None:
@@ -84,7 +84,7 @@ class IndexedSampler(SeparateSampler):
 
     def _coordinates(self, start: int, n: int) -> Sequence[float]:
         if start + n > DIMENSIONS:
-            raise ValueError(f"a trial of this sampler has at most {DIMENSIONS} parameters; this one has more")
+            raise ValueError(f"a trial of this sampler must have at most {DIMENSIONS} parameters, got {start + n}")
         return self._point()[start : start + n]
 
 
@@ -147,13 +147,13 @@ def _sobol(seed: int) -> qmc.Sobol:
 
 
 def from_unit(u: float, distribution: BaseDistribution) -> Any:
-    """The value at a quantile in [0, 1) of the uniform, or log-uniform, distribution over what is allowed."""
+    """The value at quantile `u` in [0, 1) of the uniform or log-uniform distribution over the allowed values."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(u * len(distribution.choices))]
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     low, high = distribution.low, distribution.high
     if isinstance(distribution, IntDistribution):
-        if distribution.log:  # every integer has the width that rounds to it
+        if distribution.log:  # each integer gets the interval that rounds to it
             return min(max(round(_geometric(u, low - 0.5, high + 0.5)), int(low)), int(high))
         return int(low) + distribution.step * int(u * ((int(high) - int(low)) // distribution.step + 1))
     if distribution.step is not None:

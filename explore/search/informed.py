@@ -1,4 +1,4 @@
-"""Optuna's samplers that learn from the trials so far, taught to draw patterns as wholes."""
+"""Optuna's samplers that learn from earlier trials, extended to draw whole patterns."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from explore.search.indexed import PlannedSampler
 from explore.search.spaces import NO_LAYER, PatternSpace
 
 STARTUP = 10
-"""Trials at random before a model is made of them."""
+"""Random trials before the sampler fits a model."""
 POPULATION = 16
-"""Trials of a generation of NSGA-II and NSGA-III; sweeps have tens of trials, not thousands."""
+"""Trials per generation of NSGA-II and NSGA-III; small, because sweeps have tens of trials, not thousands."""
 CROSSOVER_PROB = 0.9
-"""Optuna's."""
+"""Crossover probability, as in Optuna."""
 CANDIDATES = 24
-"""Patterns of which TPE takes the best; as many as Optuna has candidates."""
+"""Candidate patterns per draw of TPE, as in Optuna."""
 
 _distance = lru_cache(maxsize=100_000)(distance)
 
 
 def pruned_in_a_row(trials: Sequence[FrozenTrial]) -> int:
-    """How many of the trials that have ended were pruned, the latest ones without a gap."""
+    """Number of consecutive pruned trials at the end of the ended trials."""
     ended = [trial.state for trial in trials if trial.state.is_finished()]
     return next((n for n, state in enumerate(reversed(ended)) if state != TrialState.PRUNED), len(ended))
 
@@ -45,7 +45,7 @@ def is_letter(name: str, distribution: BaseDistribution) -> bool:
 
 
 class WithoutLetters(PlannedSampler):
-    """Leaves letters out of what the sampler draws together; they come with their pattern."""
+    """Excludes letters from the sampler's joint draw; they are drawn with their pattern."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         found = super().infer_relative_search_space(study, trial)  # type: ignore[safe-super] # Optuna's sampler is next
@@ -53,12 +53,12 @@ class WithoutLetters(PlannedSampler):
 
 
 class PatternTPESampler(WithoutLetters, TPESampler):
-    """Optuna's TPE; a pattern is drawn by its own step over the edit distance.
+    """Optuna's TPE; patterns are drawn by a separate step that uses the edit distance.
 
-    As in TPE the trials so far are divided into good and bad, each gives a density over patterns, and of a few
-    candidates the one is taken where the density of the good is highest against that of the bad. A density is the mean
-    of the kernels exp(-distance) around its patterns and of one uniform one, each relative to uniform. Candidates are
-    good patterns after none, one or more mutations, and uniform draws.
+    As in TPE, earlier trials are split into good and bad, each side gives a density over patterns, and the candidate
+    with the highest ratio of good to bad density is chosen. A density is the mean of kernels exp(-distance) around its
+    patterns and one uniform kernel, each relative to uniform. Candidates are good patterns after zero or more
+    mutations, and uniform draws.
     """
 
     def __init__(self, seed: int, rng: np.random.Generator) -> None:
@@ -83,7 +83,7 @@ class PatternTPESampler(WithoutLetters, TPESampler):
             for _ in range(rng.geometric(0.5) - 1):
                 candidate = space.mutate(candidate, rng)
             candidates.append(candidate)
-        # What a kernel comes to at a uniform pattern on average, so that densities are relative to uniform.
+        # The mean of a kernel over uniform patterns, which makes densities relative to uniform.
         level = float(np.mean([math.exp(-_distance(a, b)) for a in uniform for b in good + bad]))
         ratios = [_density(it, good, level) / _density(it, bad, level) for it in candidates]
         return candidates[int(np.argmax(ratios))]
@@ -100,7 +100,7 @@ def _patterns(trials: Sequence[FrozenTrial], space: PatternSpace, name: str) -> 
 
 
 class _Genetic(WithoutLetters):
-    """Two parents for all of a child: its pattern is their crossover, then mutated or not; the rest is Optuna's."""
+    """Uses the same two parents for all of a child: crossover and mutation for its pattern, Optuna's for the rest."""
 
     _pattern_rng: np.random.Generator
 
@@ -120,7 +120,7 @@ class _Genetic(WithoutLetters):
 
     def draw_pattern(self, trial: optuna.Trial, space: PatternSpace, name: str) -> str:
         rng = self._pattern_rng
-        assert trial.relative_params is not None  # asked for so that the parents are known
+        assert trial.relative_params is not None  # reading it chooses the parents
         parents = _patterns(self.__dict__.get("_parents", {}).get(trial.number, []), space, name)
         if len(parents) < 2:
             return space.draw(rng)
@@ -147,10 +147,10 @@ class PatternNSGAIIISampler(_Genetic, NSGAIIISampler):
 
 
 class PatternGPSampler(PlannedSampler, GPSampler):
-    """Optuna's Gaussian process, for one objective or more; of the letters it asks for, the nearest pattern.
+    """Optuna's Gaussian process, for one or more objectives; its letters are mapped to the nearest pattern.
 
-    The process does not know of pruned trials and would ask for the same again, so the pattern is mutated once for
-    each trial that was pruned since the last that was not.
+    The process ignores pruned trials and would ask for the same pattern again, so the pattern is mutated once for each
+    trial pruned since the last unpruned one.
     """
 
     def __init__(self, seed: int, rng: np.random.Generator) -> None:
@@ -167,7 +167,7 @@ class PatternGPSampler(PlannedSampler, GPSampler):
         return {name: value for name, value in params.items() if name not in letters}
 
     def draw_pattern(self, trial: optuna.Trial, space: PatternSpace, name: str) -> str:
-        assert trial.relative_params is not None  # asked for so that the letters are known
+        assert trial.relative_params is not None  # reading it draws the letters
         pattern = space.read(self._asked[trial.number], name)
         if pattern is None:
             return space.draw(self._pattern_rng)

@@ -1,4 +1,4 @@
-"""The language of a space of patterns: a finite automaton that counts, numbers and repairs what it accepts."""
+"""The language of a pattern space: a finite automaton that counts, ranks and repairs patterns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 NO_LAYER = "."
-"""Stands at the positions after a pattern's last layer."""
+"""Marks the positions after a pattern's last layer."""
 
 
 class RuleState(NamedTuple):
-    """What the rules need to know of the layers so far: the last letter, and how many of each counted group."""
+    """State of the rules after some layers: the last letter, and the count of each counted group."""
 
     last: str
     counts: tuple[int, ...]
@@ -20,7 +20,7 @@ class RuleState(NamedTuple):
 class Language:
     """All strings of `letters` that keep the rules of a `PatternSpace`, in dictionary order of its letters.
 
-    Counts are exact at any size. Where strings begin alike the shorter one comes first.
+    Counts are exact at any size. A prefix comes before its continuations.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Language:
 
     @property
     def size(self) -> int:
-        """How many strings there are."""
+        """Number of strings."""
         return self.ways(0, self.start)
 
     def step(self, state: RuleState, letter: str) -> RuleState | None:
-        """The state after one more layer; None where a rule forbids the letter."""
+        """The state after one more layer; None if a rule forbids the letter."""
         allowed = self.before.get(letter, self.letters) if state.last else self.first
         if (state.last or letter) not in allowed:
             return None
@@ -56,7 +56,7 @@ class Language:
             count += letter in group
             if ceiling is not None and count > ceiling:
                 return None
-            counts.append(min(count, floor) if ceiling is None else count)  # beyond the floor all counts are alike
+            counts.append(min(count, floor) if ceiling is None else count)  # counts above the floor are equivalent
         return RuleState(letter, tuple(counts))
 
     def may_end(self, n: int, state: RuleState) -> bool:
@@ -68,14 +68,14 @@ class Language:
         return self.may_end(n, state) + sum(self.ways(n + 1, after) for _, after in self.steps(n, state))
 
     def steps(self, n: int, state: RuleState) -> Iterator[tuple[str, RuleState]]:
-        """The letters that may follow after `n` layers, whether or not they lead to an end."""
+        """The letters that may follow after `n` layers, even if no pattern can be completed from them."""
         if n < self.longest:
             for letter in self.letters:
                 if (after := self.step(state, letter)) is not None:
                     yield letter, after
 
     def accepts(self, pattern: str) -> bool:
-        """Whether the pattern keeps all rules."""
+        """Whether the pattern obeys all rules."""
         state: RuleState | None = self.start
         for letter in pattern:
             if letter not in self.letters or state is None or (state := self.step(state, letter)) is None:
@@ -83,7 +83,7 @@ class Language:
         return state is not None and self.may_end(len(pattern), state)
 
     def patterns(self, n: int = 0, state: RuleState | None = None) -> Iterator[str]:
-        """All strings in order, one after the other."""
+        """Iterates over all strings in order."""
         state = state or self.start
         if self.may_end(n, state):
             yield ""
@@ -93,7 +93,7 @@ class Language:
                     yield letter + rest
 
     def unrank(self, index: int) -> str:
-        """The string at a place in the order, counted from 0."""
+        """The string at an index in the order, from 0."""
         pattern, state = "", self.start
         while True:
             if self.may_end(len(pattern), state):
@@ -110,7 +110,7 @@ class Language:
                 raise AssertionError("index is not below size")
 
     def rank(self, pattern: str) -> int:
-        """The place of an accepted string in the order."""
+        """The index of an accepted string in the order."""
         index, state = 0, self.start
         for n, letter in enumerate(pattern):
             index += self.may_end(n, state)
@@ -122,7 +122,7 @@ class Language:
         return index
 
     def at(self, units: Sequence[float]) -> str:
-        """The string at a point of the unit cube, one coordinate a position; uniform points give uniform strings.
+        """The string at a point of the unit cube, one coordinate per position; uniform points give uniform strings.
 
         Coordinate n picks letter n from its distribution given the letters before it.
         """
@@ -140,21 +140,21 @@ class Language:
             else:
                 if self.may_end(n, state):
                     return pattern
-                letter, state, _ = options[-1]  # rounding of a sum that is one
+                letter, state, _ = options[-1]  # the weights sum to 1 only up to rounding
                 pattern += letter
         return pattern
 
     def nearest(self, asked: Sequence[str]) -> str:
-        """The string that differs at the fewest positions from the letters asked for, `NO_LAYER` among them.
+        """The string that differs from the requested letters, including `NO_LAYER`, at the fewest positions.
 
-        Of several, the one that keeps what was asked for longest; then the first in the order of the letters.
+        Ties go to the string that agrees longest from the start, then to the first in letter order.
         """
         if self.accepts(whole := "".join(asked).rstrip(NO_LAYER)):
             return whole
 
         @cache
         def best(n: int, state: RuleState) -> tuple[float, str, RuleState | None]:
-            """Fewest changes from position n on, and what stands there."""
+            """Fewest changes from position n on, with the letter chosen at n and the state after it."""
             chosen: tuple[float, str, RuleState | None] = (float("inf"), NO_LAYER, None)
             options: list[tuple[str, RuleState | None]] = [*self.steps(n, state), (NO_LAYER, None)]
             if n < self.longest:

@@ -1,4 +1,4 @@
-"""A benchmark of samplers without training: each searches a grid of which every result is known."""
+"""Benchmarks samplers without training: each searches a grid whose results are all known."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ SIMPLEST_FIRST = ("random", "qmc", "tpe", "nsga2", "nsga3", "gp")
 BASELINE = "random"
 COST, ERROR = "flops_run", "val_bpb"
 REPEATS = 200
-"""Draws in a row of what was drawn before, after which a search has come to its end."""
+"""Consecutive repeated draws after which a search stops."""
 RESAMPLES = 10_000
 
 
 class Space(NamedTuple):
-    """What a table is a full grid of: a space of patterns, and the values of further columns."""
+    """A full grid: a space of patterns, and the values of further columns."""
 
     patterns: PatternSpace
     axes: Mapping[str, tuple[Any, ...]]
 
 
 def space_of(table: pd.DataFrame, axes: Sequence[str] = ("d_model",)) -> Space:
-    """Finds the space of which the table has every point once.
+    """Finds the space whose points the table contains exactly once each.
 
     Raises:
-        ValueError: a column is missing, a result is not finite, a point is missing or there twice, or the patterns are
-            not all that keep the rules on neighbours, ends and lengths which they have in common.
+        ValueError: a column is missing, a result is not finite, a point is missing or repeated, or the patterns are
+            not all those allowed by the rules on neighbours, ends and lengths that they share.
     """
     for column in ("pattern", *axes, COST, ERROR):
         if column not in table:
@@ -62,9 +62,9 @@ def space_of(table: pd.DataFrame, axes: Sequence[str] = ("d_model",)) -> Space:
 
 
 def regret(table: pd.DataFrame, found: pd.DataFrame) -> float:
-    """Share of the hypervolume of the whole table that what was found does not have; 0 has the whole front.
+    """Share of the whole table's hypervolume that the found rows lack; 0 means that the whole front was found.
 
-    The reference point is the worst of the table in both columns, and FLOPs are on a log axis.
+    The reference point is the table's worst value in each column; FLOPs are on a log axis.
     """
     reference = (float(table[COST].max()), float(table[ERROR].max()))
     return 1 - hypervolume(found, reference, COST, ERROR) / hypervolume(table, reference, COST, ERROR)
@@ -79,19 +79,19 @@ def sampler_regrets(
 ) -> Iterator[dict[str, Any]]:
     """Lets every sampler search the table, once for every seed.
 
-    As in a sweep a draw that repeats an experiment is told as pruned, costs nothing and is drawn again, up to 200 times
-    in a row. Minimised are the columns `val_bpb` and `flops_run`.
+    As in a sweep, a draw that repeats an experiment is reported as pruned, costs nothing and is drawn again, up to 200
+    times in a row. The objectives `val_bpb` and `flops_run` are minimised.
 
     Args:
-        n_trials: numbers of experiments after which the search is judged.
+        n_trials: numbers of experiments after which regret is measured.
 
     Yields:
-        sampler, seed, trials, regret, and repeats: the draws that were told as pruned so far.
+        sampler, seed, trials, regret, and repeats (number of repeated draws so far).
     """
     for name in samplers:
         check_sampler(name)
         if name not in SIMPLEST_FIRST:
-            raise ValueError(f"sampler: {name!r} has no random draws to compare; {', '.join(SIMPLEST_FIRST)} have")
+            raise ValueError(f"sampler must be one of {', '.join(SIMPLEST_FIRST)}, which draw at random, got {name!r}")
     if wrong := [n for n in n_trials if not 1 <= n <= len(table)]:
         raise ValueError(f"trials must be between 1 and {len(table)}, the rows of the table, got {wrong[0]}")
     space = space_of(table, axes)
@@ -114,8 +114,8 @@ def search_table(table: pd.DataFrame, space: Space, name: str, seed: int, n_tria
     """One search of the table.
 
     Returns:
-        The rows in the order in which they were found, and for each the repeats until then; one more count where the
-        search came to its end before.
+        Indices of the rows in the order found, and the number of repeats before each. If the search stopped early, the
+        second list has one more entry, the total.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     places = {point: i for i, point in enumerate(table[["pattern", *space.axes]].itertuples(index=False, name=None))}
@@ -140,9 +140,9 @@ def search_table(table: pd.DataFrame, space: Space, name: str, seed: int, n_tria
 
 
 def mean_regrets(results: pd.DataFrame) -> pd.DataFrame:
-    """One row for every number of trials and sampler: the mean regret over seeds beside that of random draws.
+    """Mean regret over seeds, and its difference from random draws, for every number of trials and sampler.
 
-    Differences are paired by seed; intervals hold 95 % of the means of resampled seeds.
+    Differences are paired by seed; intervals are 95% bootstrap intervals over seeds.
 
     Returns:
         trials, sampler, regret, regret_low, regret_high, difference, difference_low, difference_high, repeats.
@@ -159,16 +159,16 @@ def mean_regrets(results: pd.DataFrame) -> pd.DataFrame:
 
 
 class Verdict(NamedTuple):
-    """The sampler of least mean regret, and the simplest that is not shown to be worse."""
+    """The sampler with the lowest mean regret, and the simplest sampler not resolved as worse."""
 
     least: str
     default: str
 
 
 def judge(results: pd.DataFrame, n_trials: int) -> Verdict:
-    """The default is the sampler that wins, or the simplest where it is not resolved which one does.
+    """Chooses the best sampler as the default, or the simplest one not resolved from it.
 
-    A sampler is worse than another where the 95 % interval of their difference, paired by seed, is above zero.
+    A sampler is worse than another if the 95% interval of their difference, paired by seed, is above zero.
     """
     regrets = results[results["trials"] == n_trials].pivot(index="seed", columns="sampler", values="regret")
     least = str(regrets.mean().idxmin())
@@ -178,7 +178,7 @@ def judge(results: pd.DataFrame, n_trials: int) -> Verdict:
 
 
 def _mean(name: str, values: pd.Series[Any]) -> dict[str, float]:
-    """The mean, and where 95 % of the means of resampled values lie."""
+    """The mean and its 95% bootstrap interval."""
     numbers = values.to_numpy(dtype=float)
     drawn = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
     low, high = np.quantile(numbers[drawn].mean(axis=1), [0.025, 0.975])
@@ -186,7 +186,7 @@ def _mean(name: str, values: pd.Series[Any]) -> dict[str, float]:
 
 
 def _suggest(trial: optuna.Trial, name: str, values: tuple[Any, ...]) -> Any:
-    """An integer where the values are evenly spaced ones, else one of them."""
+    """Suggests an integer if the values are evenly spaced integers, else one of the values."""
     if len(values) > 1 and all(isinstance(value, int) for value in values):
         step = values[1] - values[0]
         if values == tuple(range(values[0], values[-1] + 1, step)):

@@ -1,4 +1,4 @@
-"""The samplers of sweeps by name. What each trial gets follows from the seed and the trial's index alone."""
+"""The samplers of sweeps, by name. A sampler's randomness depends only on the seed and the trial's index."""
 
 from __future__ import annotations
 
@@ -34,27 +34,27 @@ _INFORMED: dict[str, Callable[[int, np.random.Generator], BaseSampler]] = {
     "gp": PatternGPSampler,
 }
 INDEXED = (*_POINTS, "grid")
-"""Samplers that look at no other trial."""
+"""Samplers that ignore other trials."""
 SAMPLERS = (*INDEXED, *_INFORMED)
-"""All names, from the simplest on."""
+"""All names, simplest first."""
 DEFAULT_SAMPLER = "tpe"
 STUCK = 10
-"""Pruned trials in a row after which a sampler that learns lets one trial be drawn at random."""
+"""Consecutive pruned trials after which a learning sampler draws one trial at random."""
 
 
 def make_sampler(name: str, seed: int, draw: int, *, grid: Grid | None = None) -> BaseSampler:
     """A sampler for one trial.
 
-    `random`, `qmc` and `grid` look at no other trial: what theirs gets is a function of the seed, the draw and the
-    parameters in the order in which they are suggested. The others learn from the trials that there are, with
-    random numbers that follow from the seed and the draw.
+    `random`, `qmc` and `grid` ignore other trials: their values depend only on the seed, the draw, and the order in
+    which parameters are suggested. The others learn from existing trials, with random numbers that depend on the seed
+    and the draw.
 
     Args:
-        draw: index of the trial among those that are drawn.
-        grid: for `grid`, the values of every parameter; of a pattern, its patterns or their space.
+        draw: index of the trial among those drawn by the sampler.
+        grid: for `grid`, the values of every parameter; for a pattern, a list of patterns or their space.
 
     Raises:
-        ValueError: an unknown name, a grid that is missing, or a library that is.
+        ValueError: the name is unknown, or the grid or a required library is missing.
     """
     check_sampler(name)
     if name in _POINTS:
@@ -72,10 +72,10 @@ def make_sampler(name: str, seed: int, draw: int, *, grid: Grid | None = None) -
 
 
 def check_sampler(name: str) -> None:
-    """Refuses a name that no sampler has.
+    """Checks the name of a sampler.
 
     Raises:
-        ValueError: with the names that are allowed.
+        ValueError: the name is unknown; the message lists the allowed names.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
@@ -84,8 +84,8 @@ def check_sampler(name: str) -> None:
 class DrawnSampler(BaseSampler):
     """The sampler of a study: a fresh one of the given name for every trial.
 
-    The draw of a trial is the number of trials before it that were not enqueued, so neither baselines nor retries
-    move the others; a retry has the draw of the trial whose number its attribute `draw` names.
+    The draw of a trial is the number of earlier trials that were not enqueued, so baselines and retries do not shift
+    other trials; a retry uses the draw of its original trial, whose number is in its attribute `draw`.
     """
 
     def __init__(self, name: str, seed: int, grid: Grid | None = None) -> None:
@@ -102,7 +102,7 @@ class DrawnSampler(BaseSampler):
         sampler.before_trial(study, trial)
 
     def plan(self, trial: optuna.Trial, space: PatternSpace, name: str) -> None:
-        """Draws the pattern called `name` of a trial; the letters are what the trial is suggested next."""
+        """Draws the trial's pattern `name`; the trial's next suggestions return its letters."""
         sampler = self._samplers[trial.number]
         assert isinstance(sampler, PatternSampler)
         sampler.plan(trial, space, name)

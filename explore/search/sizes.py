@@ -1,8 +1,8 @@
-"""Suggestions for the sizes of blocks that fit any width: what must divide is made to, so no draw is wasted.
+"""Suggests block sizes that are valid at any width, so no draw is wasted.
 
-All parameters have the same distribution in every trial, whatever `d_model` is: exponents of two and ratios. Where a
-size must divide another, it is the largest power of two up to the suggested one that does; so at a width such as 96
-two suggestions can come to the same sizes.
+Parameters are exponents of two and ratios, so their distributions are the same in every trial, whatever `d_model` is.
+A size that must divide another becomes the largest power of two, up to the suggested one, that divides it; so at width
+96, for example, two suggestions can give the same sizes.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from explore.blocks import STANDARD_LETTERS, Draw, Powers
 def suggest_sizes(
     trial: BaseTrial, letter: str, d_model: int, *, name: str | None = None, **draws: Draw
 ) -> dict[str, int]:
-    """Sizes of a block, drawn from what its kind declares; the others keep their defaults.
+    """Sizes of a block, drawn from the ranges that its kind declares; other sizes keep their defaults.
 
     Args:
         letter: standard letter of the block.
-        name: what the names of the parameters begin with; the kind of block when absent.
-        draws: what is drawn instead of what is declared, by its name in `draws` of the block's config.
+        name: prefix of the parameters' names; default: the kind of block.
+        draws: ranges that replace declared ones, by their names in `draws` of the block's config.
 
     Returns:
         Fields of the block's config.
 
     Raises:
-        ValueError: no such letter, or something that this kind does not draw.
+        ValueError: the letter is unknown, or its kind does not draw one of `draws`.
     """
     if letter not in STANDARD_LETTERS:
         raise ValueError(f"letter must be one of {' '.join(STANDARD_LETTERS)}, got {letter!r}")
@@ -42,7 +42,7 @@ def suggest_sizes(
 
 
 def _draw(trial: BaseTrial, name: str, draw: Draw) -> Any:
-    """A value. The parameter of a power of two is its exponent, so a sampler sees neighbours near each other."""
+    """Draws a value. A power of two is parametrised by its exponent, so neighbours are close for a sampler."""
     if not isinstance(draw, Powers):
         return trial.suggest_categorical(name, draw)
     low, high = draw

@@ -1,4 +1,4 @@
-"""Spaces of patterns: which patterns a search may try, every draw valid by construction."""
+"""Pattern spaces: the patterns that a search may try; every draw is valid by construction."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ class PatternSampler(Protocol):
     """A sampler that draws whole patterns rather than letter by letter."""
 
     def plan(self, trial: optuna.Trial, space: PatternSpace, name: str) -> None:
-        """Draws the pattern called `name` of a trial; the letters are what the trial is suggested next."""
+        """Draws the trial's pattern `name`; the trial's next suggestions return its letters."""
 
 
 class PatternSpace(Config):
-    """All patterns that keep a set of rules.
+    """All patterns that obey a set of rules.
 
-    In Optuna a pattern is one categorical per layer position, `pattern_00`, `pattern_01` and so on, each with all
-    letters and `.` for no layer. The pattern of a trial is the one of the space that is nearest to its letters, so
-    every trial has a feasible one, and the same parameters give the same pattern in any trial. The samplers of
-    `explore.search.samplers` register the letters of feasible patterns only, where the nearest is the pattern
-    itself. A stock sampler asked letter by letter may register others; then the parameters in the study are what
-    it asked for, and the pattern is what `read` makes of them.
+    In Optuna a pattern is one categorical per layer position, `pattern_00`, `pattern_01` and so on, with the letters
+    and `.` (no layer) as choices. A trial's pattern is the one in the space nearest to its letters, so each trial has a
+    feasible pattern, and equal parameters give equal patterns. The samplers of `explore.search.samplers` store only
+    letters of feasible patterns, for which the nearest pattern is the pattern itself. A stock Optuna sampler, which
+    draws letter by letter, may store others; then `read` gives the pattern.
 
     Attributes:
-        first: letters that may come first; any when absent.
-        last: letters that may come last; any when absent.
-        after: for a letter, the letters that may stand directly before it; any where it is not a key.
-        at_least: for a group of letters such as `M*`, the fewest layers of it.
-        at_most: for a group of letters, the most layers of it.
+        first: letters allowed first; default: any.
+        last: letters allowed last; default: any.
+        after: for a letter, the letters allowed directly before it; any if the letter is not a key.
+        at_least: for a group of letters such as `M*`, the minimum number of its layers.
+        at_most: for a group of letters, the maximum number of its layers.
     """
 
     letters: str
@@ -80,19 +79,19 @@ class PatternSpace(Config):
 
     @property
     def size(self) -> int:
-        """How many patterns there are."""
+        """Number of patterns."""
         return _language(self).size
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """What may stand at a position."""
+        """The choices at a position."""
         return (*self.letters, NO_LAYER)
 
     def check(self, pattern: str) -> None:
-        """Refuses a pattern that is not of this space.
+        """Checks that a pattern is in this space.
 
         Raises:
-            ValueError: the rule that it breaks.
+            ValueError: it is not; the message names the broken rule.
         """
         check_pattern(pattern, self.letters)
         pattern = canonical(pattern)
@@ -124,21 +123,21 @@ class PatternSpace(Config):
                     )
 
     def patterns(self) -> Iterator[str]:
-        """All patterns, one after the other, in dictionary order of `letters`."""
+        """Iterates over all patterns, in dictionary order of `letters`."""
         return _language(self).patterns()
 
     def pattern_at(self, index: int) -> str:
-        """The pattern at a place in the order of `patterns`, counted from 0."""
+        """The pattern at an index in the order of `patterns`, from 0."""
         if not 0 <= index < self.size:
             raise ValueError(f"index: {index} is not below the size {self.size} of the space")
         return _language(self).unrank(index)
 
     def at(self, units: Sequence[float]) -> str:
-        """The pattern at a point of the unit cube, one coordinate a position; uniform points give uniform patterns."""
+        """The pattern at a point of the unit cube, one coordinate per position; uniform in, uniform out."""
         return _language(self).at(units)
 
     def draw(self, rng: np.random.Generator) -> str:
-        """A pattern of the space, all alike in probability."""
+        """A uniformly random pattern of the space."""
         return _language(self).unrank(_below(self.size, rng))
 
     def nearest(self, letters: Sequence[str]) -> str:
@@ -149,8 +148,8 @@ class PatternSpace(Config):
     def mutate(self, pattern: str, rng: np.random.Generator) -> str:
         """A pattern one edit away: a layer inserted, deleted or replaced, or two swapped.
 
-        The kind of edit is drawn first, among those that have a feasible result. Where no edit has one the result
-        is any other pattern of the space, and the same one only where there is no other.
+        The kind of edit is drawn first, among those with a feasible result. If there is none, the result is any other
+        pattern of the space, or the same one if there is no other.
         """
         pattern, language = canonical(pattern), _language(self)
         for kind in rng.permutation(len(_EDITS)):
@@ -163,7 +162,7 @@ class PatternSpace(Config):
         return language.unrank(index + (index >= language.rank(pattern)))
 
     def crossover(self, a: str, b: str, rng: np.random.Generator) -> str:
-        """The beginning of `a` and the end of `b`, each cut once; one of the two where no cuts give a new pattern."""
+        """The beginning of `a` and the end of `b`, each cut once; `a` or `b` itself if no cut gives a new pattern."""
         a, b = canonical(a), canonical(b)
         language = _language(self)
         for cut in rng.permutation((len(a) + 1) * (len(b) + 1)):
@@ -174,7 +173,7 @@ class PatternSpace(Config):
         return (a, b)[rng.integers(2)]
 
     def suggest(self, trial: BaseTrial, name: str = "pattern") -> str:
-        """The pattern of a trial, drawn jointly where the study's sampler is one of ours."""
+        """Suggests a pattern for a trial, as a whole if the study's sampler is one of explore's."""
         names = self.names(name)
         if isinstance(trial, optuna.Trial) and names[0] not in trial.params:
             sampler = trial.study.sampler
@@ -183,16 +182,16 @@ class PatternSpace(Config):
         return self.nearest([trial.suggest_categorical(position, self.choices) for position in names])
 
     def params(self, pattern: str, name: str = "pattern") -> dict[str, str]:
-        """Parameters with which a trial, once they are enqueued, gets this pattern.
+        """Parameters to enqueue so that a trial gets this pattern.
 
         Raises:
-            ValueError: it is not of this space.
+            ValueError: the pattern is not in this space.
         """
         self.check(pattern)
         return dict(zip(self.names(name), canonical(pattern).ljust(self.max_layers, NO_LAYER), strict=True))
 
     def read(self, params: Mapping[str, Any], name: str = "pattern") -> str | None:
-        """The pattern that a trial with these parameters has; None where they have no such pattern."""
+        """The pattern of a trial with these parameters; None if they do not contain one."""
         letters = [params[position] for position in self.names(name) if position in params]
         whole = len(letters) == self.max_layers and set(letters) <= set(self.choices)
         return self.nearest(letters) if whole else None
