@@ -1,4 +1,4 @@
-"""What Weights & Biases is told: the experiment of a run, a sweep with its frontier, and the pages that show them."""
+"""Mirrors to Weights & Biases: the config and summary of runs, sweeps with their frontier, and pages that show them."""
 
 from explore.tracking.mirror import PROJECT, WandbMode, log_sweep, run_id, send_config, send_summary
 from explore.tracking.pages import Pages

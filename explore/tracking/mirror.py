@@ -1,4 +1,4 @@
-"""What Weights & Biases is told beside the metrics that Lightning's logger sends."""
+"""Sends configs, summaries and sweeps to Weights & Biases; Lightning's logger sends the metrics."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def send_summary(run: Run, row: dict[str, Any]) -> None:
 def log_sweep(
     study: str, table: pd.DataFrame, figure: Path, folder: Path, mode: WandbMode, *, question: str = ""
 ) -> None:
-    """Sends the frontier of a sweep as a run of its own, in the group of its trials; sent again, it takes its place.
+    """Sends the frontier of a sweep as one run in the group of its trials; sending it again replaces that run.
 
     Args:
-        study: name of the study, which is the group.
+        study: name of the study, used as the group.
         table: rows of the table of runs.
         figure: PNG of the frontier.
-        folder: where Weights & Biases keeps its files, in `wandb`.
+        folder: folder in which W&B creates its folder `wandb`.
         question: shown as the run's notes.
     """
     import wandb
@@ -58,7 +58,7 @@ def log_sweep(
         settings=wandb.Settings(console="off"),
     )
     try:
-        known = table.astype(object).where(table.notna(), None)  # W&B cannot say NA
+        known = table.astype(object).where(table.notna(), None)  # W&B has no NA
         rows = wandb.Table(dataframe=known, allow_mixed_types=True)
         run.log({"frontier": wandb.Image(str(figure), caption=study), "runs": rows})
         run.summary.update({"n_runs": len(table)})
@@ -67,10 +67,10 @@ def log_sweep(
 
 
 def run_id(key: str) -> str:
-    """The id of the run of an experiment with this key."""
+    """The W&B id of the run with this experiment key."""
     return key[:32]
 
 
 def sweep_id(study: str) -> str:
-    """The id of a sweep's own run: the same whenever and wherever it is sent."""
+    """The W&B id of a sweep's run; it depends only on the study's name."""
     return f"sweep-{hashlib.sha256(study.encode()).hexdigest()[:24]}"

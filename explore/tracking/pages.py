@@ -1,7 +1,7 @@
-"""The pages of a sweep in Weights & Biases, a workspace and a report, as objects of wandb-workspaces and as a script.
+"""The W&B pages of a sweep, a workspace and a report, as wandb-workspaces objects and as a script.
 
-`build_workspace` and `build_report` stand in the script word for word, so they use nothing from around them. Runs are
-never grouped where a frontier is drawn: Weights & Biases would show one point for the mean of every group.
+`build_workspace` and `build_report` are copied into the script word for word, so they use no names of this module.
+Frontiers never group runs: W&B would show one point, the mean, for every group.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ NEEDS = "the package wandb-workspaces is missing: pip install 'hybrid-frontier[w
 
 @dataclass(frozen=True)
 class Pages:
-    """What the pages of a sweep show.
+    """Content of the W&B pages of a sweep.
 
     Attributes:
-        name: title of both.
-        group: study whose runs are shown; all runs of the project when absent.
-        question: Markdown.
-        quality: a summary of every run, the vertical axis of the frontier.
-        costs: summaries of every run, the horizontal axes; the first is that of the frontier.
-        table: Markdown of the runs on the front.
+        name: title of both pages.
+        group: study whose runs are shown; None: all runs of the project.
+        question: question of the sweep, in Markdown.
+        quality: run summary on the vertical axis of the frontier.
+        costs: run summaries on the horizontal axes; the report uses the first.
+        table: runs on the front, in Markdown.
         notes: lines below the table.
-        colors: hexadecimal, by the id of a run.
-        entity: the account's own when empty.
+        colors: hexadecimal colour by run id.
+        entity: account or team; empty: the user's account.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Pages:
 
     @property
     def _arguments(self) -> dict[str, Any]:
-        """Arguments of both builders: the attributes, and what the declarations of quantities say of them."""
+        """Arguments of both builders: the attributes, and labels and directions of the quantities."""
         plain = {"costs": list(self.costs), "notes": list(self.notes), "colors": dict(self.colors)}
         declared = {
             "labels": {name: quantity(name).axis_label for name in (self.quality, *self.costs, *METRICS)},
@@ -59,7 +59,7 @@ class Pages:
         return {**self.__dict__, **plain, **declared}
 
     def specs(self) -> dict[str, Any]:
-        """What would be sent to the server, by `workspace` and `report`.
+        """The specifications that would be sent to the server, under `workspace` and `report`.
 
         Raises:
             ValueError: wandb-workspaces is missing.
@@ -72,16 +72,16 @@ class Pages:
         }
 
     def script(self) -> str:
-        """Python that builds both pages and saves them when it is run, with nothing but wandb-workspaces."""
+        """A Python script that builds and saves both pages; it needs only wandb-workspaces."""
         sources = [inspect.getsource(inspect.unwrap(build)) for build in (build_workspace, build_report)]
         page = "\n".join(f"    {name!r}: {value!r}," for name, value in self._arguments.items())
         return SCRIPT.format(title=self.name, page=page, sources="\n\n".join(sources))
 
     def save(self) -> tuple[str, str]:
-        """Saves both pages on the server, as new ones.
+        """Saves both pages on the server, as new pages.
 
         Returns:
-            Their addresses.
+            Their URLs.
 
         Raises:
             ValueError: wandb-workspaces or a login is missing.
