@@ -209,7 +209,7 @@ def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
         (("train", "DIGITS"), "an integer in JSON must have at most 4,300 digits"),
         (("train", "FIFO"), "must be a file, got a FIFO"),
         (("solve", "NUMBER", "--free", "d_ff", "--target", "params_total=1M"), "must be an experiment, a model"),
-        (("solve", "KIND", "--free", "d_ff", "--target", "params_total=1M"), "no candidate is a model"),
+        (("solve", "KIND", "--free", "d_ff", "--target", "params_total=1M"), "no candidate is a valid model"),
         (("solve", "M-", "--free", "d_ff=1:" + "9" * 40, "--target", "params_total=1M"), "high must be at most"),
         (("solve", "M-", "--free", "d_ff", "--target", "params_total=1M", "--tolerance", "inf"), "tolerance must be"),
         (("plot", RUN, "--corpus", "gutenbrg"), "--corpus must be a corpus, got 'gutenbrg'; did you mean 'gutenberg'?"),

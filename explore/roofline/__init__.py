@@ -1,4 +1,4 @@
-"""Inference regimes: hardware, what a model can reach on it, and published speed-ups."""
+"""Inference bounds: hardware, a model's limits on it, and published speed-ups."""
 
 from explore.roofline.costs import costs_table
 from explore.roofline.hardware import GPUS, HERE, Hardware, hardware, measured

@@ -1,4 +1,4 @@
-"""What many models cost, as a table of one row each."""
+"""Costs of many models, as a table with one row each."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 def costs_table(
     models: Mapping[str, ModelConfig], seq_len: int = SEQ_LEN, *, dtypes: Dtypes = DTYPES, hardware: str | None = None
 ) -> pd.DataFrame:
-    """What models cost: parameters, FLOPs, bytes and, on a device, the least time of prefill and decoding.
+    """Tabulates models' parameters, FLOPs, bytes and, on a device, lower bounds on prefill and decoding time.
 
     Args:
-        models: by name, such as `{"MEM*E": ModelConfig(d_model=256, vocab_size=2048, pattern="MEM*E")}`.
-        seq_len: tokens of a sequence, and of the context of decoding.
-        hardware: a known GPU; no times without one.
+        models: models by name, such as `{"MEM*E": ModelConfig(d_model=256, vocab_size=2048, pattern="MEM*E")}`.
+        seq_len: tokens per sequence and of decoding context.
+        hardware: a known GPU; without one, no times.
 
     Returns:
-        One row a model: model, pattern, family, d_model, vocab_size, n_layers, the fields of `explore.cost.Cost`, and
-        `state_bytes`; with `hardware` also prefill_s and decode_s (of one sequence, in seconds), largest_batch
-        (sequences; 0 where not one fits) and tokens_per_s (decoded by a device with its largest batch; NaN likewise).
+        One row per model: model, pattern, family, d_model, vocab_size, n_layers, the fields of `explore.cost.Cost`, and
+        `state_bytes`; with `hardware` also prefill_s and decode_s (seconds, one sequence), largest_batch (sequences; 0
+        if none fits) and tokens_per_s (decoded per device at the largest batch; NaN if none fits).
     """
     import pandas as pd
 
@@ -49,7 +49,7 @@ def costs_table(
 def _times(deployed: Deployment, context: int) -> dict[str, float]:
     try:
         largest = deployed.largest_batch(context)
-    except ValueError:  # not one sequence fits
+    except ValueError:  # no sequence fits
         largest = 0
     rate = largest / deployed.decode_s(context, largest) if largest else float("nan")
     return {

@@ -1,4 +1,4 @@
-"""Hardware: peak rates, memory and links of known devices, of a user's own, and of this machine, measured."""
+"""Hardware: peak rates, memory and links of known devices, of user-defined ones, and (measured) of this machine."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ GIB = 2**30
 
 
 class Hardware(Config):
-    """A device and its links. Known devices are in `gpus.json`; a file of one's own has the same fields and a name.
+    """A device and its links. Known devices are in `gpus.json`; a user's file has the same fields and a name.
 
     Attributes:
-        flops_per_s: peak of dense matrix products by dtype of their operands, without sparsity.
+        flops_per_s: peak FLOP/s of dense matrix products, by dtype of the operands.
         memory_bytes: memory in the datasheet.
-        usable_bytes: memory that the driver leaves to a process; that in the datasheet when absent.
+        usable_bytes: memory that the driver leaves to a process; default: `memory_bytes`.
         bandwidth: bytes per second between memory and processor.
-        link: bytes per second to the devices of the same domain, one direction.
-        domain_size: devices that share the fast link.
-        network: bytes per second of a device to other domains, one direction; `link` when absent.
-        host_link: bytes per second between a device and its CPU's memory, one direction; none when absent.
+        link: bytes per second to devices of the same domain, one direction.
+        domain_size: number of devices that share the fast link.
+        network: bytes per second per device to other domains, one direction; default: `link`.
+        host_link: bytes per second between a device and its CPU's memory, one direction; None if unknown.
         transposes_fp8: FP8 products read transposed operands, so a weight with one scale needs no transposed copy.
             Blackwell does and Hopper does not (Transformer Engine, `non_tn_fp8_gemm_supported`).
-        source: where the figures stand.
+        source: source of the figures.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)
@@ -52,10 +52,10 @@ class Hardware(Config):
     source: str
 
     def peak(self, dtype: Stored) -> float:
-        """Peak FLOP/s for operands of `dtype`; of the next wider dtype that the device multiplies.
+        """Peak FLOP/s for operands of `dtype`, or of the next wider dtype that the device can multiply.
 
         Raises:
-            ValueError: it multiplies neither.
+            ValueError: the device multiplies neither.
         """
         operands = OPERANDS.get(dtype, dtype)
         for wider in ORDER[ORDER.index(operands) :]:
@@ -69,13 +69,13 @@ class Hardware(Config):
 
 
 ORDER: tuple[Dtype, ...] = ("float4", "float8", "float16", "bfloat16", "float32")
-"""Dtypes in which products can be taken, the narrow first: operands are widened where a device knows no product."""
+"""Dtypes of matrix products, narrowest first: operands are widened if a device cannot multiply them."""
 
 _ELEMENTS: Mapping[str, Dtype] = {
     "fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "e2m1": "float4", "int8": "bfloat16",
 }  # fmt: skip
 OPERANDS: Mapping[str, Dtype] = {name: _ELEMENTS.get(entry.element, "float8") for name, entry in FORMATS.items()}
-"""Dtypes in which elements of a format are multiplied; int8 is for storage."""
+"""Dtype in which each format's elements are multiplied; int8 is only for storage."""
 
 GPUS: Mapping[str, Hardware] = MappingProxyType(
     {name: Hardware(name=name, **record) for name, record in read_json(Path(__file__).with_name("gpus.json")).items()}
@@ -87,7 +87,7 @@ def hardware(name: str) -> Hardware:
     """A device by name, or from a JSON file of its fields; `here` is this machine, measured on first use.
 
     Raises:
-        ValueError: no such device (the nearest names are given), or a file that describes none.
+        ValueError: the device is unknown (the message gives the nearest names), or the file is invalid.
     """
     if name == HERE:
         return measured()
@@ -106,7 +106,7 @@ def hardware(name: str) -> Hardware:
 
 @cache
 def measured() -> Hardware:
-    """This machine: the best of several matrix products and of several copies; it has no link."""
+    """This machine, measured: the fastest of several matrix products and of several copies; no link."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,7 +134,7 @@ def measured() -> Hardware:
 
 
 def _fastest(work: Callable[[], object], device: str, repeats: int = 5, limit_s: float = 2.0) -> float:
-    """Seconds of the fastest of several repeats, of which none begins after the limit."""
+    """Seconds of the fastest repeat; no repeat starts after the time limit."""
     import torch
 
     best, started = float("inf"), time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the roofline says of speed-ups that were published, and of facts that follow from closed forms."""
+"""Roofline predictions for published speed-ups, and for published facts that follow from closed forms."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FP4 = Dtypes(weight="float4", kv="float8")
 
 
 class Speedup(NamedTuple):
-    """A published ratio of throughputs, and the setting that it is computed in.
+    """A published throughput ratio, and the setting in which it is predicted.
 
     Attributes:
-        batch_size: at most; less where less fits.
-        why: why the two may differ.
+        batch_size: largest batch in sequences; smaller if fewer fit.
+        why: why prediction and publication may differ.
     """
 
     model: str
@@ -66,7 +66,7 @@ SPEEDUPS: tuple[Speedup, ...] = (
         "decoding with multi-token prediction, for which the model has weights, is not modelled here",
     ),
 )  # fmt: skip
-"""Settings are those of the print where it gives them: devices, tokens in and out, batch, dtypes of weights."""
+"""Settings are the published ones if given: devices, tokens in and out, batch, dtypes of weights."""
 
 
 def speedup_table() -> list[dict[str, Any]]:
@@ -115,7 +115,7 @@ def speedup_table() -> list[dict[str, Any]]:
 
 
 def facts() -> list[dict[str, Any]]:
-    """Closed-form facts in print, and what comes out here: records of fact, published, computed and unit."""
+    """Published closed-form facts and their computed values: records of fact, published, computed and unit."""
     gb200, qwen = hardware("GB200"), preset("qwen3-235b-a22b")
     d, m = qwen.d_model, max(getattr(block, "d_expert", 0) for block in qwen.layers)
     ridge = gb200.ridge("float4")

@@ -1,9 +1,9 @@
-"""Inference regimes: what prefill and decoding cost in time and memory at the least.
+"""Inference bounds: the minimum time and memory of prefill and decoding.
 
 A roofline is a bound, not a forecast. Every component of every layer takes the longer of its FLOPs at the peak rate
-and its bytes at the peak bandwidth, one component after another. Left out are: kernels that reach less than the
-peak, launches, norms and activations, the traffic of activations, attention's softmax, sampling, scheduling,
-communication between tensor-parallel devices, and imbalance between experts.
+and its bytes at the peak bandwidth, one component after another. The bound ignores kernels below the peak, launches,
+norms and activations, the traffic of activations, attention's softmax, sampling, scheduling, communication between
+tensor-parallel devices, and imbalance between experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 USABLE = 0.95
-"""Part of a device's memory that weights and state may fill."""
+"""Fraction of a device's memory available for weights and state."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,13 @@ class Deployment:
     """A model on devices.
 
     Attributes:
-        dtypes: of weights, state and what experts are sent.
-        compute_dtype: of the operands of matrix products; that of the weights when absent.
-        tensor_parallel: devices that share every matrix and every sequence, at no cost of communication.
-        expert_parallel: devices that each keep a part of the experts and all else whole, and decode a batch each.
-        reserved_bytes: memory of a device that is taken by something else.
-        recipe: formats of weights and of operands, in place of one dtype for all.
+        dtypes: dtypes of weights, state, and activations sent to experts.
+        compute_dtype: dtype of the operands of matrix products; default: the weights'.
+        tensor_parallel: number of devices that share every matrix and every sequence; communication is free.
+        expert_parallel: number of devices that each hold a part of the experts and a copy of all else, and each decode
+            a batch.
+        reserved_bytes: memory per device used by something else.
+        recipe: number formats of weights and operands by component, instead of one dtype for all.
     """
 
     model: ModelConfig
@@ -60,7 +61,7 @@ class Deployment:
 
     @cached_property
     def flops_per_s(self) -> float:
-        """Peak of products that no recipe speaks of."""
+        """Peak FLOP/s of matrix products not covered by a recipe."""
         return self.tensor_parallel * self.device.peak(self.compute_dtype or self.dtypes.weight)
 
     @cached_property
@@ -69,28 +70,28 @@ class Deployment:
 
     @cached_property
     def memory_bytes(self) -> float:
-        """Memory for weights and state, of all devices that share a batch."""
+        """Bytes available for weights and state on the devices that share a batch."""
         return self.tensor_parallel * (USABLE * self.device.memory_bytes - self.reserved_bytes)
 
     @cached_property
     def weight_bytes(self) -> float:
-        """Weights on the devices that share a batch."""
+        """Bytes of weights on the devices that share a batch."""
         total = 0.0
         for n, entry in components(self._ledger(1)):
             total += n * bytes_of(entry.params / self._shares(entry), entry.weight or self.dtypes.weight)
         return total
 
     def state_bytes(self, context: int) -> float:
-        """State of one sequence after `context` tokens."""
+        """Bytes of state of one sequence after `context` tokens."""
         main = self.model.ledger(_positive("context", context)).main
         fixed = bytes_of(main.ssm_numel + main.conv_numel, self.dtypes.state)
         return fixed + bytes_of(main.kv_numel_seq, self.dtypes.kv)
 
     def largest_batch(self, context: int) -> int:
-        """Sequences of `context` tokens that fit beside the weights.
+        """Number of sequences of `context` tokens that fit in memory with the weights.
 
         Raises:
-            ValueError: not one does; by how much.
+            ValueError: none fits; the message says how much memory is missing.
         """
         left = self.memory_bytes - self.weight_bytes
         state = self.state_bytes(context)
@@ -104,7 +105,7 @@ class Deployment:
         return int(left / state) if state else 1_000_000
 
     def decode_s(self, context: int, batch_size: int) -> float:
-        """Seconds of decoding one token of every sequence of a batch, all of which see `context` tokens."""
+        """Seconds to decode one token for each sequence of a batch, each with `context` tokens of context."""
         _positive("batch_size", batch_size)
         seconds = 0.0
         for n, entry in components(self._ledger(_positive("context", context))):
@@ -114,7 +115,7 @@ class Deployment:
         return seconds + self.all_to_all_s(batch_size)
 
     def prefill_s(self, context: int, batch_size: int = 1) -> float:
-        """Seconds of reading a context of every sequence of a batch."""
+        """Seconds to prefill the contexts of a batch of sequences."""
         _positive("batch_size", batch_size)
         seconds = 0.0
         for n, entry in components(self._ledger(_positive("context", context))):
@@ -127,17 +128,17 @@ class Deployment:
         return seconds + self.all_to_all_s(batch_size * context)
 
     def all_to_all_s(self, n_tokens: int) -> float:
-        """Seconds that a device needs to send its tokens to experts elsewhere and to get them back."""
+        """Seconds for a device to send its tokens to experts on other devices and to get the results back."""
         if self.expert_parallel == 1:
             return 0.0
-        numel = self.model.ledger(1).main.all_to_all_numel / 2  # one way; the other is as long, and comes after it
+        numel = self.model.ledger(1).main.all_to_all_numel / 2  # one way; the way back takes as long and follows it
         elsewhere = 1 - 1 / self.expert_parallel
         return 2 * n_tokens * elsewhere * bytes_of(numel, self.dtypes.activation) / self.device.link
 
     def request_s(self, n_in: int, n_out: int, batch_size: int) -> float:
-        """Seconds in which a batch reads `n_in` tokens and writes `n_out` tokens a sequence.
+        """Seconds for a batch to prefill `n_in` tokens and decode `n_out` tokens per sequence.
 
-        The context grows while decoding; a step's time is taken in the middles of eight equal stretches.
+        The context grows while decoding; step times are sampled at the middles of eight equal stretches.
         """
         stretches = 8
         middles = [n_in + max(1, round(n_out * (i + 0.5) / stretches)) for i in range(stretches)]
@@ -145,7 +146,7 @@ class Deployment:
         return self.prefill_s(n_in, batch_size) + steps
 
     def throughput(self, n_in: int, n_out: int, batch_size: int) -> float:
-        """Tokens written per second and device."""
+        """Tokens decoded per second and device."""
         return batch_size * n_out / self.request_s(n_in, n_out, batch_size) / self.tensor_parallel
 
     def _ledger(self, context: int) -> Ledger:
@@ -153,18 +154,18 @@ class Deployment:
         return ledger if self.recipe is None else in_formats(ledger, self.recipe)
 
     def _peak(self, entry: Entry) -> float:
-        """Peak FLOP/s of the products of a component."""
+        """Peak FLOP/s of a component's matrix products."""
         if entry.weight is None or self.compute_dtype is not None:
             return self.flops_per_s
         return self.tensor_parallel * self.device.peak(entry.weight)
 
     def _shares(self, entry: Entry) -> int:
-        """Devices that share the weights of a component: those that tokens are sent to."""
+        """Number of devices that share the weights of a component; more than one only for experts."""
         return self.expert_parallel if entry.all_to_all_numel else 1
 
 
 def components(ledger: Ledger) -> Iterator[tuple[int, Entry]]:
-    """Every component that decoding runs, and how many layers have it."""
+    """Iterates over the components of decoding, each with the number of layers that have it."""
     return ((n, entry) for n, part in ledger.counted() for entry in part.entries)
 
 
@@ -175,14 +176,14 @@ def decode_table(
     batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
     **deployment: Any,
 ) -> pd.DataFrame:
-    """Decode latency and throughput of models against batch.
+    """Tabulates decode latency and throughput of models against batch size.
 
     Args:
         deployment: further fields of `Deployment`.
 
     Returns:
-        One row a model and batch size: model, batch_size, context, step_s, tokens_per_s (per device), and whether the
-        batch `fits` into memory.
+        One row per model and batch size: model, batch_size, context, step_s, tokens_per_s (per device), and `fits`,
+        whether the batch fits in memory.
     """
     import pandas as pd
 
@@ -213,23 +214,23 @@ def _positive(name: str, value: int) -> int:
 
 
 def expert_intensity(n_tokens: float, d_model: int, d_expert: int) -> float:
-    """FLOPs per element of one matrix of an expert that `n_tokens` tokens go through: 2 t d m / (d m + t (d + m)).
+    """FLOPs per element moved, for one expert matrix applied to `n_tokens` tokens: 2 t d m / (d m + t (d + m)).
 
-    Source: LatentMoE, arXiv 2601.18089, where an element is taken to be one byte.
+    Source: LatentMoE, arXiv 2601.18089, which assumes one byte per element.
     """
     return 2 * n_tokens * d_model * d_expert / (d_model * d_expert + n_tokens * (d_model + d_expert))
 
 
 def tokens_at_ridge(ridge: float, d_model: int, d_expert: int) -> float:
-    """Tokens per expert at which `expert_intensity` reaches a ridge; infinite where it never does."""
-    room = 2 * d_model * d_expert - ridge * (d_model + d_expert)
-    return ridge * d_model * d_expert / room if room > 0 else math.inf
+    """Tokens per expert at which `expert_intensity` reaches a ridge; infinite if it never does."""
+    margin = 2 * d_model * d_expert - ridge * (d_model + d_expert)
+    return ridge * d_model * d_expert / margin if margin > 0 else math.inf
 
 
 def all_to_all_ratio(flops_per_s: float, d_expert: int, link: float) -> float:
-    """Time of sending tokens over time of one product of their experts: 5 F / (4 m BW).
+    """Ratio of the time to send tokens to the time of one expert matrix product: 5 F / (4 m BW).
 
-    An element goes out in 4 bits and comes back in 16, 2.5 bytes together, against 2 d m FLOPs for d elements.
+    An element is sent in 4 bits and returned in 16, together 2.5 bytes, against 2 d m FLOPs for d elements.
 
     Source: LatentMoE, arXiv 2601.18089; its example has a ratio of about 9.
     """

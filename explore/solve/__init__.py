@@ -1,7 +1,6 @@
-"""Budget solver: sizes under which a pattern meets targets of FLOPs, parameters and state.
+"""Budget solver: finds sizes with which a pattern meets targets for FLOPs, parameters and state.
 
-Two variants can be compared where they have the same budgets: a standard MoE and its latent form, for example,
-at equal active and total parameters.
+It makes comparisons fair: a standard MoE and its latent form, for example, at equal active and total parameters.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ def solve(
     tolerance: float = 0.01,
     compare: Mapping[str, float] | None = None,
 ) -> Solution:
-    """Finds values of the free dimensions that bring a model to its targets.
+    """Finds values of the free dimensions with which a model meets its targets.
 
-    Candidates that `ModelConfig` refuses are left out, and so are latents wider than the model.
+    Candidates that `ModelConfig` rejects are skipped, and so are latents wider than the model.
 
     Args:
-        content: fields of the model. Sizes of its blocks that are not given follow `d_model`; a `ModelConfig` has
-            all of them, so they stay.
-        free: dimensions, or texts that `Free.parse` reads.
-        compare: budgets whose residual is wanted although they are not solved for.
+        content: fields of the model. Missing block sizes follow `d_model`; a `ModelConfig` has all sizes, so they stay
+            fixed.
+        free: dimensions, or texts for `Free.parse`.
+        compare: further budgets whose residual is reported but not solved for.
 
     Raises:
-        ValueError: an unknown budget or field, a target that is not positive, or no candidate that is a model.
+        ValueError: a budget or field is unknown, a target is not positive, or no candidate is a valid model.
     """
     targets, compare = checked(targets), checked(compare or {})
     dimensions = tuple(Free.parse(each) if isinstance(each, str) else each for each in free)
@@ -71,7 +70,7 @@ def match(
     seq_len: int = SEQ_LEN,
     tolerance: float = 0.01,
 ) -> Solution:
-    """Solves for the budgets of another model, and compares all the others with it."""
+    """Solves for these budgets of a reference model, and reports the residuals of all its other budgets."""
     cost = reference.cost(seq_len)
     everything = {name: getattr(cost, name) for name in BUDGETS}
     targets = {name: everything[name] for name in map(known, budgets)}

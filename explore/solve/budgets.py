@@ -1,4 +1,4 @@
-"""Budgets and free dimensions: what a model should come to, and what may change."""
+"""Budgets (the targets of a solve), free dimensions (the sizes that may change), and solutions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from explore.model import ModelConfig
 from explore.quantities import budgets
 
 BUDGETS = budgets()
-"""What can be a target: FLOPs are per token, bytes those of one sequence after `seq_len` tokens."""
+"""Allowed targets: FLOPs per token, parameters, and bytes of one sequence after `seq_len` tokens."""
 
 RANGES: Mapping[str, tuple[int, int, int]] = {
     "d_model": (64, 16_384, 64),
@@ -25,10 +25,10 @@ RANGES: Mapping[str, tuple[int, int, int]] = {
     "n_experts": (8, 1_024, 8),
     "top_k": (1, 64, 1),
 }
-"""Lowest value, highest value and step of a field for which none are given."""
+"""Default lowest value, highest value and step of a field."""
 
 LARGEST_SIZE = 2**53
-"""Largest value of a dimension that is solved for: floats hold every whole number up to it."""
+"""Largest value of a free dimension: floats represent every integer up to it."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Free:
     """A dimension to solve for: a multiple of `step` from `low` to `high`.
 
     Attributes:
-        field: a field of the model (`d_model`) or of a block (`blocks.E.d_expert`, or `E.d_expert`). The name of
-            a block's field alone (`d_expert`) is one dimension that every block of the pattern with such a field
-            shares.
+        field: a field of the model (`d_model`) or of a block (`blocks.E.d_expert`, or `E.d_expert`). A block's field
+            without a letter (`d_expert`) is one dimension shared by every block of the pattern that has it.
     """
 
     field: str
@@ -57,15 +56,15 @@ class Free:
 
     @property
     def lattice(self) -> range:
-        """The values that are allowed."""
+        """The allowed values."""
         return range(-(-self.low // self.step) * self.step, self.high + 1, self.step)
 
     @classmethod
     def parse(cls, text: str) -> Free:
-        """Reads `field`, `field=low:high` or `field=low:high:step`; `RANGES` has what is not given.
+        """Reads `field`, `field=low:high` or `field=low:high:step`; missing parts come from `RANGES`.
 
         Raises:
-            ValueError: not of that form, or no value is left.
+            ValueError: the text has another form, or no value is allowed.
         """
         field, equals, bounds = text.strip().partition("=")
         low, high, step = RANGES.get(field.rpartition(".")[2], (1, 1_024, 1))
@@ -84,7 +83,7 @@ class Free:
         return self.field.rpartition(".")[2]
 
     def spread(self, n: int) -> list[int]:
-        """At most `n` of the allowed values, spread evenly in their logarithm, or all."""
+        """At most `n` of the allowed values, evenly spaced in their logarithm."""
         if len(values := self.lattice) <= n:
             return list(values)
         spaced = np.geomspace(values[0], values[-1], n).tolist()
@@ -95,8 +94,8 @@ class Residual(NamedTuple):
     """One budget of a solution.
 
     Attributes:
-        target: what it should be, or what it is compared with; none when absent.
-        solved: it was solved for.
+        target: value to reach or to compare with; None if there is none.
+        solved: whether the budget was solved for.
         residual: value / target - 1.
         ok: value and target are within a factor of 1 + tolerance.
     """
@@ -111,12 +110,12 @@ class Residual(NamedTuple):
 
 @dataclass(frozen=True)
 class Solution:
-    """The nearest point to the targets: the one whose worst target is least off, as a ratio.
+    """The point nearest to the targets: the one with the smallest worst ratio to a target.
 
     Attributes:
-        values: value of every field that was solved for, under its whole path.
-        residuals: all of `BUDGETS`, solved for or not.
-        why: what is in the way of the targets; empty where they are met.
+        values: value of every solved field, by full path.
+        residuals: one entry for each of `BUDGETS`, solved for or not.
+        why: reason why the targets are not met; empty if they are.
     """
 
     model: ModelConfig
@@ -142,7 +141,7 @@ class Solution:
 
 
 def known(name: str) -> str:
-    """The name, if there is such a budget."""
+    """Checks that a budget exists and returns its name."""
     if name not in BUDGETS:
         hint = did_you_mean(name, BUDGETS)
         raise ValueError(f"targets: {echo(name)} is unknown; {hint}allowed are {', '.join(BUDGETS)}")
@@ -150,7 +149,7 @@ def known(name: str) -> str:
 
 
 def checked(targets: Mapping[str, float]) -> Mapping[str, float]:
-    """The targets, if they are of known budgets and positive."""
+    """Checks that the targets are positive and name known budgets, and returns them."""
     for name, target in targets.items():
         known(name)
         if not 0 < target < math.inf:
@@ -159,12 +158,12 @@ def checked(targets: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def off(value: float, target: float) -> float:
-    """How far a value is off its target, as the logarithm of a ratio."""
+    """Distance of a value from its target, as the absolute logarithm of their ratio."""
     return abs(math.log(max(value, 1e-9) / target))
 
 
 def residual(name: str, value: float, target: float | None, solved: bool, tolerance: float) -> Residual:
-    """One budget beside its target, if there is one."""
+    """The residual of one budget against its target, if any."""
     if target is None:
         return Residual(name, value, None, solved, None, None)
     return Residual(name, value, target, solved, value / target - 1, off(value, target) <= math.log1p(tolerance))

@@ -1,4 +1,4 @@
-"""The search for the point of a lattice that comes nearest to its targets."""
+"""Search for the lattice point nearest to the targets."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from explore.model import ModelConfig
 from explore.solve.budgets import RANGES, Free, off
 
 SMOOTH = RANGES.keys() - {"d_model"}
-"""Fields of which every budget is a smooth function that does not fall; heads, for one, jump with `d_model`."""
+"""Fields in which every budget is smooth and non-decreasing; `d_model` is not, since the number of heads jumps."""
 
 EXHAUSTIVE = 1_000
-"""Lattices up to so many points are searched whole."""
+"""Lattices with up to this many points are searched exhaustively."""
 MAX_JUMPS, MAX_GROUPS = 256, 32
-"""Of dimensions that jump: how many choices are looked at, and how many are descended from."""
+"""For dimensions that jump: number of choices examined, and number from which to descend."""
 CLOSE = 1e-4
-"""A worst error that is not improved further."""
+"""Worst error below which the search stops."""
 
 Point = tuple[int, ...]
 
 
 class Search:
-    """Looks over the lattice of the free dimensions for the point nearest to the targets."""
+    """Searches the lattice of the free dimensions for the point nearest to the targets."""
 
     def __init__(
         self, content: Mapping[str, Any], free: tuple[Free, ...], targets: Mapping[str, float], seq_len: int
@@ -50,7 +50,7 @@ class Search:
         self.found: dict[Point, tuple[float, ...] | None] = {}
 
     def _places(self) -> list[list[tuple[str, str]]]:
-        """Where each free dimension is written: letter and field, no letter for a field of the model."""
+        """The fields that each free dimension sets, as (letter, field); no letter for a field of the model."""
         mtp = self.content.get("mtp")
         mtp_pattern = mtp.get("pattern") if isinstance(mtp, Mapping) else getattr(mtp, "pattern", "")
         letters = patterns.canonical(self.content["pattern"].replace(patterns.MTP_MARK, "") + str(mtp_pattern or ""))
@@ -73,14 +73,14 @@ class Search:
         return places
 
     def changed(self, free: Sequence[Free] | None = None, targets: Mapping[str, float] | None = None) -> Search:
-        """The same model in another search."""
+        """A search for the same model with other dimensions or targets."""
         return Search(self.content, tuple(free or self.free), targets or self.targets, self.seq_len)
 
     def model(self, point: Point) -> ModelConfig:
         """The model at a point.
 
         Raises:
-            ValueError: it is refused.
+            ValueError: the model is invalid.
         """
         content, blocks = dict(self.content), dict(self.blocks)
         for value, places in zip(point, self.places, strict=True):
@@ -97,7 +97,7 @@ class Search:
         return model
 
     def refusal(self, point: Point) -> str:
-        """Why there is no model at a point; empty where there is one."""
+        """Why the model at a point is invalid; empty if it is valid."""
         try:
             self.model(point)
         except ValidationError as error:
@@ -107,7 +107,7 @@ class Search:
         return ""
 
     def budgets(self, point: Point) -> tuple[float, ...] | None:
-        """What the point has of each target's budget; none where it is refused."""
+        """The point's value of each targeted budget; None if its model is invalid."""
         if point not in self.found:
             try:
                 cost = self.model(point).cost(self.seq_len)
@@ -117,23 +117,23 @@ class Search:
         return self.found[point]
 
     def score(self, point: Point) -> float:
-        """How far the worst target is off, as the logarithm of a ratio."""
+        """Distance from the worst target, as the logarithm of a ratio."""
         values = self.budgets(point)
         return math.inf if values is None else max(map(off, values, self.targets.values()))
 
     def best(self) -> Point:
-        """The point with the lowest score: of all of a small lattice, of a descent over a large one."""
+        """The point with the lowest score: exhaustive on a small lattice, by descent on a large one."""
         whole = math.prod(len(each.lattice) for each in self.free) <= EXHAUSTIVE
         best = self._lowest(1, product(*(each.lattice for each in self.free)))[0] if whole else self._descend()
         if reason := self.refusal(best):
-            raise ValueError(f"free: no candidate is a model; one is refused: {reason}")
+            raise ValueError(f"free: no candidate is a valid model; for example: {reason}")
         return best
 
     def _lowest(self, n: int, points: Iterable[Point]) -> list[Point]:
         return nsmallest(n, points, key=lambda point: (self.score(point), point))
 
     def _descend(self) -> Point:
-        """Descends from the best points of a coarse lattice, apart for each choice of the dimensions that jump."""
+        """Descends from the best points of a coarse lattice, separately for each choice of the dimensions that jump."""
         jumps = [i for i, each in enumerate(self.free) if each.name not in SMOOTH]
         smooth = len(self.free) - len(jumps)
         n_jump = int(MAX_JUMPS ** (1 / max(1, len(jumps))))
@@ -150,7 +150,7 @@ class Search:
         )
         best = min((starts[0] for _, _, starts, _ in ranked), key=self.score)
         for bound, _, starts, points in ranked[:MAX_GROUPS]:
-            # Budgets grow with every smooth dimension, so no group does better than what it spans.
+            # Budgets grow with every smooth dimension, so no point of a group can beat the group's bound.
             hopeless = bound >= self.score(best) and all(map(self.budgets, points))
             for start in () if hopeless else starts:
                 if self.score(best) > CLOSE and self.budgets(start) is not None:
@@ -158,7 +158,7 @@ class Search:
         return best
 
     def _bound(self, points: list[Point]) -> float:
-        """The lowest score that is possible between the least and the most that some points have of each budget."""
+        """The lowest score possible for budgets between the minimum and maximum over these points."""
         found = [values for values in map(self.budgets, points) if values is not None]
         if not found:
             return math.inf
@@ -167,7 +167,7 @@ class Search:
         return max(map(off, nearest, self.targets.values()))
 
     def _polish(self, point: Point) -> Point:
-        """Solves the problem made linear around a point, in whole steps, as long as that brings it nearer."""
+        """Repeatedly solves the problem linearised around a point, in whole steps, while the score improves."""
         radius = 0.5
         while True:
             reach = [max(1, int(radius * value / each.step)) for each, value in zip(self.free, point, strict=True)]
@@ -183,7 +183,7 @@ class Search:
                 point = nearer
 
     def _step(self, point: Point, reach: Sequence[int]) -> Point:
-        """The move of at most `reach` steps that makes the worst relative error least, were all budgets linear."""
+        """The point within `reach` steps with the smallest worst relative error, if all budgets were linear."""
         n, here, targets = len(point), self.budgets(point), np.array([*self.targets.values()])
         assert here is not None
         slopes, below, above = np.zeros((len(targets), n)), np.zeros(n), np.zeros(n)
@@ -204,16 +204,16 @@ class Search:
 
 
 def path(place: tuple[str, str]) -> str:
-    """The whole path of a letter and a field."""
+    """The full path of a letter and a field."""
     return "blocks." + ".".join(place) if place[0] else place[1]
 
 
 def _counts(config: type[BaseModel]) -> list[str]:
-    """Names of the fields that are whole numbers."""
+    """Names of the integer fields."""
     kinds = {name: (info.annotation, *get_args(info.annotation)) for name, info in config.model_fields.items()}
     return [name for name, found in kinds.items() if int in {getattr(kind, "__origin__", kind) for kind in found}]
 
 
 def neighbours(free: Free, value: int) -> list[int]:
-    """A value and the allowed ones beside it."""
+    """A value and its allowed neighbours."""
     return [near for near in (value - free.step, value, value + free.step) if near in free.lattice]

@@ -1,4 +1,4 @@
-"""Why targets cannot be met: the bounds that are in the way."""
+"""Explains why targets cannot be met: the bounds that prevent it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from explore.solve.search import Point, Search, neighbours
 
 
 def why(search: Search, point: Point, tolerance: float) -> str:
-    """Says which targets are out of reach, and which bounds keep them there."""
+    """Names the targets that are out of reach, and the bounds that prevent them."""
     within, score = math.log1p(tolerance), search.score(point)
 
     def helps(free: Sequence[Free], beyond: Free | None = None) -> bool:
@@ -49,20 +49,20 @@ def why(search: Search, point: Point, tolerance: float) -> str:
 
 
 def _out_of_reach(search: Search, name: str, within: float) -> str:
-    """What comes nearest to a target if it is the only one; empty where that meets it."""
+    """The nearest value to a target if it is the only one, as text; empty if that meets it."""
     target = search.targets[name]
     alone = search.changed(targets={name: target})
     best = alone.best()
     if alone.score(best) <= within:
         return ""
     [value] = alone.found[best] or (0,)
-    seen = [values[0] for values in alone.found.values() if values]
-    word = "least" if min(seen) > target else "most" if max(seen) < target else "nearest"
+    tried = [values[0] for values in alone.found.values() if values]
+    word = "least" if min(tried) > target else "most" if max(tried) < target else "nearest"
     return f"{name}: {value:,.0f} is the {word} in reach, target {target:,.0f}"
 
 
 def _relaxed(free: Free, value: int) -> list[tuple[str, Free]]:
-    """The bounds at which a value stands, each with a dimension that lets it go four times as far."""
+    """The bounds that a value has reached, each with a dimension whose bound is four times wider."""
     low, high = free.lattice[0], free.lattice[-1]
     found = []
     if value == low > 1:
