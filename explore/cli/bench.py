@@ -38,7 +38,8 @@ def bench(
     what: Annotated[
         What,
         typer.Option(
-            help="What to time. profile: a training step by products, memory passes, dispatch, optimizer and data. "
+            help="What to time. train: a training step. decode: decoding. ops: every op on each path. "
+            "profile: a training step by products, memory passes, dispatch, optimizer and data. "
             "curves: losses against the reference. trials: a sweep's overhead before a trial's first step. "
             "regions: gain and cost of compiling an op. neighbours: a run beside busy processes. "
             "sharing: one run on all cores against one run per core. text: splitting, tokenizing and caching. "

@@ -37,7 +37,7 @@ function render({ model, el }) {
     "data-toggle": name, "aria-pressed": pressed, onclick }, ...content);
   const means = !repeated ? null : toggle(`means over seeds, with ${100 * data.level}% intervals of equal points`, "means", false,
     () => { view.means = !view.means; view.zoom = null; draw(); }, "Means over seeds");
-  const links = !hasLinks ? null : toggle("lines from parents and teachers to the runs that came of them", "links", true,
+  const links = !hasLinks ? null : toggle("lines from parents and teachers to the runs made from them", "links", true,
     () => { view.links = !view.links; draw(); }, "Parents");
   const reset = h("button", { type: "button", "data-reset": "", title: "show all again", onclick: () => { view.zoom = null; draw(); } }, "Reset zoom");
   const flip = (set, each, all) => (event) => {
