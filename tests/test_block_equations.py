@@ -251,5 +251,5 @@ def test_latent_variants_of_super_have_its_released_sizes() -> None:
     assert latent_acc(standard, 4096, 1024, pay_projections=False).top_k == 24
     active = [sum(e.params_active for e in config.entries(4096, 1)) for config in (standard, acc)]
     assert active[1] == pytest.approx(active[0], rel=0.01)
-    with pytest.raises(ValueError, match="d_latent: 1000 does not divide d_model=4096"):
+    with pytest.raises(ValueError, match="d_latent must divide d_model=4096, got 1000"):
         latent_acc(standard, 4096, 1000)

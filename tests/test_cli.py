@@ -152,7 +152,7 @@ def test_cost_tables_show_every_group(
     [
         (["cost", "MEX*E"], "unknown letter 'X' at position 3 of 'MEX*E'"),
         (["cost", "M*", "--d-model", "100"], "d_model: 100 is not divisible"),
-        (["cost", "E", "--set", "blocks.E.top_k=200"], "blocks.E.top_k: 200 is above n_experts=128"),
+        (["cost", "E", "--set", "blocks.E.top_k=200"], "blocks.E.top_k: must be at most n_experts=128, got 200"),
         (["cost", "M", "--set", "blocks.M.d_stat=3"], "blocks.M.d_stat: unknown field"),
         (["cost", "M", "--set", "blocks"], "path.to.field=value"),
         (["cost", "nothing.json"], "nothing.json: cannot be read"),

@@ -113,7 +113,7 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
         ("--keep d_gg=3", "keep must be among d_model, M.n_groups"),
         ("--keep d_ff=25", "layers.1: d_ff: must be from 1 to 24, got 25"),
         ("--keep d_model=0", "d_model: must be from 1 to 32, got 0"),
-        ("--keep n_experts=1", "layers.2: top_k: 2 is above n_experts=1"),
+        ("--keep n_experts=1", "layers.2: top_k: must be at most n_experts=1, got 2"),
         ("--keep M.n_heads=3", "layers.0: n_heads: must be a multiple of n_groups, 2, got 3"),
         ("--drop-layer 4", "drop: a layer must be from 0 to 3, got 4"),
         ("--drop-layers 4", "drop: must be from 0 to 3 of 4 layers, got 4"),

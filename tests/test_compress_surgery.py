@@ -369,7 +369,7 @@ def test_the_digest_of_weights_depends_on_names_shapes_dtypes_and_values() -> No
         (0, {"d_ff": (0,)}, "layers.0: keep must name an axis of this block (n_groups, d_head"),
         (1, {"n_heads": (0, 1, 2)}, "layers.1: n_heads: equally many must be kept within each kept index of n_kv"),
         (1, {"n_kv_heads": (0,), "n_heads": (2, 3)}, "layers.1: n_heads: equally many must be kept"),
-        (2, {"n_experts": (0,)}, "layers.2: top_k: 2 is above n_experts=1"),
+        (2, {"n_experts": (0,)}, "layers.2: top_k: must be at most n_experts=1, got 2"),
         (2, {"top_k": (1,)}, "layers.2: top_k: only the first ones can be kept, got [1]"),
         (2, {"d_latent": (0, 1)}, "layers.2: d_latent_out: as many must be kept as of d_latent, 2, got 16"),
     ],

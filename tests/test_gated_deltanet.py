@@ -110,8 +110,8 @@ def test_megatron_counts_what_its_formula_says() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("n_key_heads", 4, "n_key_heads must divide n_heads=6, got 4"),
-        ("dt_min", 1.0, r"dt_min must be at most dt_max=0\.1, got 1\.0"),
+        ("n_key_heads", 4, "n_key_heads: must divide n_heads=6, got 4"),
+        ("dt_min", 1.0, r"dt_min: must be at most dt_max=0\.1, got 1\.0"),
     ],
 )
 def test_sizes_that_cannot_stand_together_are_refused(field: str, value: float, says: str) -> None:

@@ -299,7 +299,7 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
         ({"n_group": 8}, "n_group must be 1, .*got 8"),
         ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type must hold only .*, got 'rnn'"),
         ({"layers_block_type": None}, "layers_block_type: field required, or hybrid_override_pattern"),
-        ({"num_experts_per_tok": 99}, "top_k: 99 is above n_experts=8"),
+        ({"num_experts_per_tok": 99}, "top_k: must be at most n_experts=8, got 99"),
         ({"model_type": None}, "model_type: field required; 'nemotron_h' is the only model that can be read"),
         ({"block_configs": [{"a": 1}]}, "block_configs must be .*, as no other value"),
         ({"num_hidden_layers": 52}, "num_hidden_layers: must be the number of layers in layers_block_type, 2, got 52"),

@@ -167,7 +167,7 @@ def test_blocks_and_multi_token_prediction_may_be_configs() -> None:
         ({"pattern": "MEX"}, "pattern: unknown letter 'X' at position 3 of 'MEX'; known are "),
         ({"pattern": ""}, "pattern: '' has no layer"),
         ({"pattern": "M/E/-"}, "pattern: all depths after '/' must be alike, got 'E' and '-'"),
-        ({"d_model": 100}, "d_model: 100 is not divisible into heads"),
+        ({"d_model": 100}, "d_model: must be a multiple of 16"),
         ({"d_modle": 64}, "d_modle: unknown field"),
         ({"vocab_size": 0}, "vocab_size: input should be greater than 0, got 0"),
     ],

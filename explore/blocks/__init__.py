@@ -1,4 +1,4 @@
-"""The blocks that patterns are made of. A new one is a file here and an entry in `BLOCKS`."""
+"""The block kinds that patterns use. To add one, write a file here and add an entry to `BLOCKS`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ BLOCKS: tuple[BlockKind, ...] = (
 STANDARD_LETTERS: Mapping[str, type[BlockConfig]] = {kind.letter: kind.config for kind in BLOCKS}
 
 KINDS: Mapping[str, type[BlockConfig]] = {kind.config.model_fields["kind"].default: kind.config for kind in BLOCKS}
-"""Every config by the `kind` in its JSON."""
+"""Config classes by the `kind` field of their JSON."""
 
 GROUPS: Mapping[str, Group] = {
     name: group
@@ -72,7 +72,7 @@ GROUPS: Mapping[str, Group] = {
     if kind.config.role == role
     for name, group in kind.config.groups.items()
 }
-"""Groups of components of all kinds in the order in which a bar stacks them, those of one role beside one another."""
+"""Component groups of all kinds, in the order a bar stacks them; groups of one role are adjacent."""
 
 if TYPE_CHECKING:
     AnyBlock = BlockConfig

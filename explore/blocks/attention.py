@@ -42,15 +42,15 @@ class AttentionConfig(BlockConfig):
     """Grouped-query attention without positional encoding, as in the Nemotron hybrids.
 
     Attributes:
-        rope_theta: base of rotary position embedding; none (NoPE) when absent.
-        window: positions that a query sees, itself included; all before it when absent.
-        bias: which projections have biases: none, query, key and value, or the output's too.
-        qk_norm: RMSNorm over every head of queries and of keys, before the rotation.
-        sinks: a learned logit of each head in its softmax, which takes weight and gives no value.
-        output_gate: the heads' outputs are multiplied by a sigmoid of another projection of the input.
-        d_rope: width of a head that is rotated, from its start; the whole head when absent.
-        d_conv: positions that a causal convolution of queries, keys and values reads, one filter a channel, before
-            norm and rotation; no convolution when absent.
+        rope_theta: base of the rotary position embedding; no positional encoding (NoPE) when None.
+        window: number of positions a query attends to, including its own; unlimited when None.
+        bias: which projections have biases: none of them, query, key and value, or those and the output.
+        qk_norm: apply RMSNorm to each query and key head before the rotation.
+        sinks: add one learned logit per head to the softmax; it takes weight but contributes no value.
+        output_gate: multiply the heads' outputs by the sigmoid of a further projection of the input.
+        d_rope: number of leading channels of a head that are rotated; the whole head when None.
+        d_conv: width, in positions, of a depthwise causal convolution over queries, keys and values, applied before
+            norm and rotation; no convolution when None.
     """
 
     label: ClassVar[str] = "attention"
@@ -81,12 +81,12 @@ class AttentionConfig(BlockConfig):
     @model_validator(mode="after")
     def _check(self) -> AttentionConfig:
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads: {self.n_kv_heads} does not divide n_heads={self.n_heads}")
+            raise ValueError(f"n_kv_heads: must divide n_heads={self.n_heads}, got {self.n_kv_heads}")
         if self.d_rope is not None:
             if self.rope_theta is None:
-                raise ValueError(f"d_rope must be absent without rope_theta, got {self.d_rope}")
+                raise ValueError(f"d_rope: must be absent without rope_theta, got {self.d_rope}")
             if self.d_rope % 2 or self.d_rope > self.d_head:
-                raise ValueError(f"d_rope must be even and at most d_head={self.d_head}, got {self.d_rope}")
+                raise ValueError(f"d_rope: must be even and at most d_head={self.d_head}, got {self.d_rope}")
         elif self.rope_theta is not None and self.d_head % 2:
             raise ValueError(f"d_head must be even with rope_theta, got {self.d_head}")
         return self
@@ -122,7 +122,7 @@ class AttentionConfig(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """The heads together are as wide as the model; `sharing` of them have one head of keys and values."""
+        """Query heads add up to the model's width; `sharing` query heads share one key-value head."""
         d_head = math.gcd(drawn["d_head"], d_model)
         n_heads = d_model // d_head
         return {"n_heads": n_heads, "n_kv_heads": n_heads // math.gcd(drawn["sharing"], n_heads), "d_head": d_head}
@@ -162,7 +162,7 @@ class AttentionConfig(BlockConfig):
             *((vector("sinks", self.n_heads),) if self.sinks else ()),
             Entry(
                 "attention",
-                # Two products, scores and weighted values, each of d_head MACs a head and query-key pair.
+                # Two products (scores, weighted values), each d_head MACs per head and query-key pair.
                 flops_seq=2 * 2 * d_q * attended_keys(seq_len, self.window),
                 flops_step=2 * 2 * d_q * seen,
                 kv_numel=2 * d_kv,
@@ -178,7 +178,7 @@ class AttentionConfig(BlockConfig):
             *((Saved("conv1d", "attention", self.d_conv_channels * seq_len, cut="width"),) if self.d_conv else ()),
             *((Saved("qk_norm", "norm", (d_q + d_kv) * seq_len, cut="width"),) if self.qk_norm else ()),
             Saved("attention", "attention", (d_q + 2 * d_kv) * seq_len, cut="width"),
-            # The gate, and what it makes of the heads' outputs.
+            # The gate and the gated outputs of the heads.
             *((Saved("gate_proj", "activation", 2 * d_q * seq_len, cut="width"),) if self.output_gate else ()),
             *attention_saved(self.n_heads, d_q, d_model, seq_len),
         )
@@ -200,7 +200,7 @@ class AttentionConfig(BlockConfig):
 
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
         check_divides("tp", tp, "n_heads", self.n_heads)
-        if tp % self.n_kv_heads:  # more ranks than keys and values share them
+        if tp % self.n_kv_heads:  # with more ranks than KV heads, several ranks share one
             check_divides("tp", tp, "n_kv_heads", self.n_kv_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
@@ -209,7 +209,7 @@ class AttentionConfig(BlockConfig):
         return {"megatron": {"attention": square // 2, **none}, "palm": {"attention": square}}
 
     def uncounted(self, seq_len: int) -> Uncounted:
-        """Pairs of positions that causality and the window forbid, as attention written out runs over all of them."""
+        """FLOPs for masked query-key pairs: attention without a fused kernel computes every pair."""
         masked = 2 * 2 * self.n_heads * self.d_head * (seq_len**2 - attended_keys(seq_len, self.window))
         return Uncounted(masked, 3 * masked)
 
@@ -224,7 +224,7 @@ class AttentionConfig(BlockConfig):
         return {"attention": lambda: attention(q, k, v, self.window)}
 
     def axes(self) -> tuple[Axis, ...]:
-        """Heads of keys and values, and those of queries that share them; single channels come in pairs with RoPE."""
+        """The axes: key-value heads, the query heads that share each, and channels (pairs of channels with RoPE)."""
         probe = Probe("o_proj", "input")
         return (Axis("n_kv_heads", self.n_kv_heads), Axis("n_heads", self.n_heads, within="n_kv_heads", probe=probe))
 
@@ -254,7 +254,7 @@ class AttentionConfig(BlockConfig):
 
 
 class Attention(Mixer[KVCache]):
-    """softmax(Q K^T / sqrt(d_head)) V over what came before, keys and values shared by groups of heads.
+    """Causal softmax(Q K^T / sqrt(d_head)) V; groups of query heads share keys and values.
 
     Source: arXiv 2305.13245; sinks as in GPT-OSS, arXiv 2508.10925; output gate as in arXiv 2505.06708 and Qwen3-Next;
     convolution as in Primer, arXiv 2109.08668, with any number of positions.
@@ -312,7 +312,7 @@ class Attention(Mixer[KVCache]):
         return self.o_proj(y), None
 
     def linear_map(self) -> Float[Tensor, "d_model d_model"]:
-        """W_O W_V: what is left where every token attends to itself alone (Puzzle, arXiv 2411.19146, section 3.2)."""
+        """W_O W_V: attention when every token attends only to itself (Puzzle, arXiv 2411.19146, section 3.2)."""
         c = self.config
         v = self.v_proj.weight.unflatten(0, (c.n_kv_heads, c.d_head))
         product: Tensor = self.o_proj.weight @ v.repeat_interleave(c.n_heads // c.n_kv_heads, dim=0).flatten(0, 1)
@@ -326,7 +326,7 @@ class Attention(Mixer[KVCache]):
 
 
 def _convolved(qkv: list[Tensor], weight: Tensor, state: KVCache | None) -> list[Tensor]:
-    """Queries, keys and values, each channel by its own filter of a weight that has those of all three."""
+    """Convolves queries, keys and values depthwise; `weight` stacks the filters of all three."""
     widths = [each.shape[-1] for each in qkv]
     before = None if state is None else state.update_conv(torch.cat(qkv, dim=-1))
     past = [None] * len(qkv) if before is None else before.split(widths, dim=-1)

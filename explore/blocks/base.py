@@ -1,4 +1,4 @@
-"""What a block is: a config that knows its cost and builds its module."""
+"""Base classes of blocks: a config that knows its cost and builds its module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from explore.ops import Quantizer, Visit, linear, rms_norm
 
 
 class RouterStats(NamedTuple):
-    """What a mixture of experts tells about one forward pass.
+    """Router statistics of one forward pass of a mixture of experts.
 
     Attributes:
-        load: tokens that went to each expert.
-        aux_loss: balance loss to be added to the training loss, coefficient included.
+        load: number of tokens routed to each expert.
+        aux_loss: balance loss to add to the training loss, already multiplied by its coefficient.
     """
 
     load: Float[Tensor, " n_experts"]
@@ -35,24 +35,24 @@ S = TypeVar("S", bound=State)
 
 
 class Mixer(nn.Module, ABC, Generic[S]):
-    """The inside of a residual layer: (batch, seq, d_model) in, the same out; `S` is its decoding state."""
+    """The inside of a residual layer: maps (batch, seq, d_model) to the same shape; `S` is its decoding state."""
 
     @abstractmethod
     def forward(
         self, x: Float[Tensor, "batch seq d_model"], state: S | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], RouterStats | None]:
-        """Mixes a sequence, or goes on with one.
+        """Processes a sequence, or continues one from `state`.
 
         Args:
-            state: what its config's `new_state` made, updated here; without one the sequence begins with `x`.
+            state: from the config's `new_state`, and updated here; without it the sequence starts at `x`.
 
         Returns:
-            The output, and the router's statistics where there is a router and no state: they are for training.
+            The output, and the router's statistics if there is a router and no state (only training needs them).
         """
 
     @abstractmethod
     def init_weights(self, std: float, out_std: float) -> None:
-        """Draws all parameters anew.
+        """Draws all parameters at random.
 
         Args:
             std: standard deviation of matrices that read the residual stream.
@@ -60,7 +60,7 @@ class Mixer(nn.Module, ABC, Generic[S]):
         """
 
     def linear_map(self) -> Float[Tensor, "d_model d_model"] | None:
-        """The matrix with which a linear map that replaces this mixer begins; None where there is no such product."""
+        """Initial matrix for a linear map that replaces this mixer; None if the mixer has no such product."""
         return None
 
 
@@ -68,41 +68,41 @@ class RoutedMixer(Mixer[State]):
     """A mixer that sends every token to some of its experts; its `forward` returns the router's statistics.
 
     Attributes:
-        quantizer: of the products of its routed experts, which are the component `experts` of the ledger.
+        quantizer: quantiser of the routed experts' products (ledger component `experts`).
     """
 
     quantizer: Quantizer | None = None
 
     @abstractmethod
     def update_bias(self, load: Float[Tensor, " n_experts"]) -> None:
-        """Moves the experts towards an even load; called once per optimizer step.
+        """Adjusts the routing bias towards an even load; called once per optimizer step.
 
         Args:
-            load: tokens that went to each expert in the step.
+            load: number of tokens routed to each expert in the step.
         """
 
     @abstractmethod
     def visits(self, x: Float[Tensor, "batch seq d_model"]) -> Iterator[Visit]:
-        """What each expert computes of a sequence, one expert after another."""
+        """Yields the inputs and outputs of each expert on a sequence, expert by expert."""
 
 
 class BlockConfig(Config, ABC):
-    """Sizes of one kind of block, and all that is known of the kind; `d_model` belongs to the model and is passed in.
+    """Sizes and declarations of one kind of block; `d_model` belongs to the model and is passed in.
 
-    Costs, figures, families, search, workbench, proof and timing read what is declared here, and none of them asks
-    which kind it has. A new kind is a file beside this one and an entry of `BLOCKS`. It must declare what has no
-    default here; the rest is for kinds that have such a thing.
+    Costs, figures, families, search, workbench, proof and timing use only these declarations and never test for a
+    kind. To add a kind, write a file beside this one and add it to `BLOCKS`. Members without a default are
+    required; override the others where they apply.
 
     Attributes:
         label: name of the kind in tables and figures.
-        role: what the block is for, whichever way it does it.
-        family_names: what the name of a family calls such layers, the plainest first; of recurrent mixers and experts.
-        groups: parts that figures show, in the order in which a bar stacks them.
-        colored_as: group whose colour the letter has; the first when empty.
-        lines: components that a comparison of conventions shows as one line, by the name of the line.
-        draws: what a search draws, by name; `sized` makes sizes of it.
-        ranks: how weights and products are divided where a model is trained on many devices.
-        fused_norms: norms that no module computes, by the name of their weight.
+        role: the block's purpose, such as mixing tokens.
+        family_names: names of such layers in a family name, plainest first; only for recurrent mixers and experts.
+        groups: parts shown in figures, in the order a bar stacks them.
+        colored_as: group that gives the letter its colour; the first group when empty.
+        lines: components merged into one line when conventions are compared, by line name.
+        draws: quantities that a search samples, by name; `sized` turns them into sizes.
+        ranks: how weights and products are split across devices in training.
+        fused_norms: norms computed inside an op rather than by a module, by weight name.
     """
 
     label: ClassVar[str]
@@ -120,7 +120,7 @@ class BlockConfig(Config, ABC):
     @classmethod
     @abstractmethod
     def default(cls, d_model: int) -> BlockConfig:
-        """Sizes for a width, in the proportions of the Nemotron models.
+        """Returns sizes for a width, in the proportions of the Nemotron models.
 
         Raises:
             ValueError: no such sizes divide `d_model`.
@@ -129,98 +129,98 @@ class BlockConfig(Config, ABC):
     @classmethod
     @abstractmethod
     def random_example(cls, rng: random.Random) -> BlockConfig:
-        """Small sizes and any options, for the proof; they fit any width."""
+        """Returns random small sizes and options for the proof; they are valid at any width."""
 
     @abstractmethod
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
-        """The ledger of one block over one sequence, norm before the mixer not included."""
+        """The ledger of one block over one sequence, without the norm before the mixer."""
 
     @abstractmethod
     def saved(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-        """What Megatron-LM keeps of one sequence for the backward pass, the input of the norm before not included.
+        """Tensors of one sequence that Megatron-LM saves for backward, without the input of the preceding norm.
 
-        That is with Transformer Engine's fused kernels. A tensor says by which of Megatron's recomputed modules, or by
-        which of `fused_attention`, `memory_efficient_permutation` and `no_dropout`, it becomes unnecessary.
+        Assumes Transformer Engine's fused kernels. Each tensor names the option that makes it unnecessary: one of
+        Megatron's recomputed modules, `fused_attention`, `memory_efficient_permutation` or `no_dropout`.
         """
 
     @abstractmethod
     def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-        """What this kit keeps of one sequence, in fp32 on a CPU by the default paths; the same is not included."""
+        """Tensors of one sequence that this kit saves (fp32, CPU, default paths), without the norm's input."""
 
     @abstractmethod
     def build(self, d_model: int) -> Mixer[Any]:
         """The module, uninitialised until `init_weights`."""
 
     def new_state(self, capacity: int | None = None) -> State:
-        """What decoding keeps of one layer, before the first token; nothing unless a block says otherwise.
+        """Returns the empty decoding state of one layer; stateless unless overridden.
 
         Args:
-            capacity: positions that there will be at most; with it the state is written in place.
+            capacity: maximum number of positions; when given, the state is written in place.
         """
         return State(capacity=capacity)
 
     @property
     def family_name(self) -> str:
-        """The one of `family_names` that these sizes give; empty where there is none."""
+        """The entry of `family_names` for these sizes, or an empty string."""
         return self.family_names[0] if self.family_names else ""
 
     @classmethod
     def group_of(cls, component: str) -> str:
-        """The group of a component of the ledger."""
+        """Returns the name of the group that contains a ledger component."""
         named = (name for name, group in cls.groups.items() if component in group.components)
         return next(named, next(iter(cls.groups)))
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
-        """Forward FLOPs of one sequence, by convention and component, where a convention does not go by its rule."""
+        """Forward FLOPs of one sequence by convention and component, where they differ from the general rule."""
         return {}
 
     def routing(self) -> tuple[int, int]:
-        """Routed experts, and how many of them a token goes to; zeros where there are none."""
+        """Number of routed experts and number of experts per token; (0, 0) without experts."""
         return 0, 0
 
     def context_numel(self, cp: int) -> float:
-        """Elements that a context-parallel rank sends in a forward pass for each of its tokens."""
+        """Elements per token that a context-parallel rank sends in a forward pass."""
         return 0.0
 
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
-        """Refuses sizes that tensor, context, expert or expert-tensor ranks cannot divide.
+        """Checks that tensor, context, expert and expert-tensor ranks divide the sizes.
 
         Raises:
-            ValueError: which ranks do not divide which size, and which would.
+            ValueError: a rank count does not divide a size; the message lists those that do.
         """
 
     def uncounted(self, seq_len: int) -> Uncounted:
-        """What the op counter finds in this block beside the ledger's FLOPs, on the paths that it can count."""
+        """FLOPs that the op counter measures in this block but the ledger leaves out, on the paths it can count."""
         return Uncounted()
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """Fields that come of what was drawn from `draws`; what must divide divides, at any width."""
+        """Converts values sampled from `draws` into fields that satisfy all divisibility rules at any width."""
         return {}
 
     def stops(self, d_model: int) -> Mapping[str, Stops]:
-        """The fields that have a slider in the workbench, and where it stops."""
+        """Fields with a slider in the workbench, and the stops of each slider."""
         return {}
 
     @classmethod
     def settled(cls, sizes: Mapping[str, Any]) -> dict[str, int]:
-        """What has to change in fields, of any values, so that they can stand together."""
+        """Returns the changes that make a set of field values consistent."""
         return {}
 
     def regions(self, seq_len: int) -> Mapping[str, Region]:
-        """The ops that it can pay to compile, by the name that `explore.ops.paths` has for them."""
+        """Ops worth compiling, by their name in `explore.ops.paths`."""
         return {}
 
     def axes(self) -> tuple[Axis, ...]:
-        """What can be cut away from a trained block apart from `d_model`, each axis after the one it lies within."""
+        """Axes along which a trained block can be cut, besides `d_model`; outer axes come before inner ones."""
         return ()
 
     def layout(self) -> Layout:
-        """The axes of the weights of the module; a block that does not say them cannot be cut."""
+        """Axes of every weight of the module; a block without a layout cannot be cut."""
         return {}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
-        """The ops between the projections at these sizes, to be timed: by name of the op and, after a comma, sizes."""
+        """Calls of the ops between the projections, for timing; keys are "op, sizes"."""
         return {}
 
 
@@ -234,7 +234,7 @@ def parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Linear):
-    """A linear layer, by the path in use, or by its quantiser where it has one."""
+    """A linear layer; it uses its quantiser if it has one, otherwise the selected path."""
 
     quantizer: Quantizer | None = None
 
@@ -245,7 +245,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS normalisation in the dtype of its weight; the result is in that of what it reads."""
+    """RMS normalisation computed in the dtype of its weight and returned in the dtype of its input."""
 
     def forward(self, x: Float[Tensor, "*dims width"]) -> Float[Tensor, "*dims width"]:
         assert self.eps is not None

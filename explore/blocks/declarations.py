@@ -1,4 +1,4 @@
-"""The words in which a block says what it is to figures, search, workbench, proof, compilation and timing."""
+"""Types with which a block describes itself to figures, search, workbench, proof, compilation and timing."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 Role = Literal["attention", "recurrent", "mlp", "experts"]
 ROLES: tuple[Role, ...] = get_args(Role)
-"""What a block is for, in the order in which figures stack the groups of its components."""
+"""Purpose of a block, in the order figures stack component groups."""
 
 
 class Group(NamedTuple):
     """A part of a block that figures show as one.
 
     Attributes:
-        color: red, green and blue, from 0 to 1; different to every eye from the colours of all other groups.
-        components: of the ledger. The first group of a block has those that no other one names.
+        color: red, green and blue from 0 to 1, distinguishable from all other groups with any colour vision.
+        components: ledger components in the group; the first group of a block also takes all unassigned ones.
     """
 
     color: tuple[float, float, float]
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 class Powers(NamedTuple):
-    """The powers of two from `low` to `high`, both of which are one."""
+    """The powers of two from `low` to `high`, inclusive; both bounds are powers of two."""
 
     low: int
     high: int
@@ -38,11 +38,11 @@ Draw = Powers | tuple[Any, ...]
 
 
 class Stops(NamedTuple):
-    """Where the slider of a size stops.
+    """Stops of a size's slider in the workbench.
 
     Attributes:
-        values: None stands for a size that is left out.
-        open: the sizes of the model that was begun with, and those that follow its width, are stops too.
+        values: sizes offered; None leaves the size out.
+        open: also offer the sizes of the initial model and those derived from its width.
     """
 
     values: tuple[int | None, ...]
@@ -50,11 +50,11 @@ class Stops(NamedTuple):
 
 
 class Uncounted(NamedTuple):
-    """FLOPs of one sequence that run and are in no ledger, since the maths does not need them.
+    """FLOPs per sequence that are executed but not in the ledger because the maths does not need them.
 
     Attributes:
-        forward: of a forward pass.
-        training: of a forward and a backward pass.
+        forward: FLOPs of a forward pass.
+        training: FLOPs of a forward and a backward pass.
     """
 
     forward: int = 0
@@ -65,8 +65,8 @@ class Region(NamedTuple):
     """Calls of an op that can be compiled.
 
     Attributes:
-        n_elements: elements per token, to which the time of the op is proportional.
-        lengths: of its calls on one sequence, each of which is compiled for itself.
+        n_elements: elements per token; the op's time is proportional to it.
+        lengths: sequence length of each call on one sequence; each length is compiled separately.
     """
 
     n_elements: int
@@ -74,7 +74,7 @@ class Region(NamedTuple):
 
 
 def ladder(low: int, high: int, step: int, per_octave: int) -> Iterator[int]:
-    """From `low` to `high` in multiples of `step`, and no more than `per_octave` of them to a doubling."""
+    """Yields multiples of `step` from `low` to `high`, at most `per_octave` per doubling."""
     value = low
     while value <= high:
         yield value
@@ -82,11 +82,11 @@ def ladder(low: int, high: int, step: int, per_octave: int) -> Iterator[int]:
 
 
 MOST_TRIED = 100_000
-"""Largest number that is tried as a divisor: all divisors are found of a number up to its square."""
+"""Largest trial divisor; all divisors are found for numbers up to its square."""
 
 
 def divisors(n: int) -> list[int]:
-    """The numbers that divide `n`, in rising order: all those up to `MOST_TRIED`, and what each leaves."""
+    """Returns the divisors of `n` in ascending order: those up to `MOST_TRIED` and their cofactors."""
     small = [k for k in range(1, min(math.isqrt(n), MOST_TRIED) + 1) if n % k == 0]
     return sorted({*small, *(n // k for k in small)})
 
@@ -95,25 +95,25 @@ def head_width(d_model: int, widths: tuple[int, ...], at_least: int) -> int:
     """The largest of `widths` that divides `d_model` into `at_least` heads.
 
     Raises:
-        ValueError: none does.
+        ValueError: no width does.
     """
     for width in widths:
         if d_model % width == 0 and d_model // width >= at_least:
             return width
     smallest = widths[-1]
     raise ValueError(
-        f"d_model: {d_model} is not divisible into heads; "
-        f"allowed are multiples of {smallest}, at least {smallest * at_least}"
+        f"d_model: must be a multiple of {smallest} and at least {smallest * at_least} "
+        f"to be divided into heads, got {d_model}"
     )
 
 
 def width(d_model: int, ratio: float, multiple: int = 8) -> int:
-    """A multiple of `multiple` near `ratio` times the model's width, and not zero."""
+    """Returns the positive multiple of `multiple` nearest to `ratio` times the model's width."""
     return max(multiple, round(ratio * d_model / multiple) * multiple)
 
 
 def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers near zero that take a gradient: an input of an op that is timed."""
+    """Returns a small random tensor that requires a gradient, as input for timing an op."""
     return torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
 
 
@@ -121,10 +121,10 @@ class Probe(NamedTuple):
     """Activations by which the indices of an axis are scored.
 
     Attributes:
-        module: of the mixer; its weight has the axis.
-        side: what the module reads, or what it gives.
-        stretches: of that dimension, by position, all when empty; of several ones the scores are multiplied.
-        squares: sum squares over all positions of the text, rather than take the mean size over those of a sequence.
+        module: submodule of the mixer whose weight has the axis.
+        side: score the module's input or its output.
+        stretches: positions of the stretches of that dimension to score (empty: all); their scores are multiplied.
+        squares: sum squares over all positions of the text instead of averaging magnitudes over a sequence.
     """
 
     module: str
@@ -134,11 +134,11 @@ class Probe(NamedTuple):
 
 
 class FusedNorm(NamedTuple):
-    """A norm over some axes that an op computes, so that no module gives its output.
+    """A norm over some axes that an op computes, so no module outputs its result.
 
     Attributes:
-        read_by: module that reads what it gives.
-        groups: axis of whose indices each has a mean square of its own.
+        read_by: module that reads its output.
+        groups: axis along which each index has its own mean square.
     """
 
     read_by: str
@@ -146,20 +146,20 @@ class FusedNorm(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Indices of a trained block of which some can be kept and the others cut away.
+    """An axis of a trained block whose indices can be kept or cut.
 
     Attributes:
-        name: what plans, scores and commands call it.
-        size: how many indices there are.
-        within: axis whose indices hold equally many of this one's each, in order: heads within groups, for example. Of
-            every index of it that is kept, equally many are kept.
-        field: field of the config that counts what is kept; the name where it is empty.
-        per_index: the field counts those within one index of `within`, not all of them.
-        prefix: only the first ones can be kept.
-        rotatable: a rotation of the indices changes nothing in the maths, so that principal axes can be kept instead.
-        probe: activations that score it. Without one the score is that of all that lies within an index.
-        inner: the score is a sum over the kept indices of this axis, which is chosen before.
-        powers: of the norms of weights whose product is the magnitude of an index, where they are not all 1.
+        name: name used in plans, scores and commands.
+        size: number of indices.
+        within: outer axis; each of its indices holds the same number of this axis's indices, in order (heads within
+            groups, for example). A cut keeps the same number in every outer index it keeps.
+        field: config field that counts the kept indices; `name` when empty.
+        per_index: the field counts indices per index of `within`, not in total.
+        prefix: only leading indices can be kept.
+        rotatable: rotating the indices leaves the function unchanged, so principal axes can be kept instead.
+        probe: activations that score the axis; without them an index scores the sum of the axes inside it.
+        inner: axis, chosen earlier, over whose kept indices the score is summed.
+        powers: exponents of weight norms whose product is the magnitude of an index, where not all are 1.
     """
 
     name: str
@@ -175,11 +175,11 @@ class Axis(NamedTuple):
 
 
 Dim = tuple[tuple[str | int, ...], ...]
-"""Stretches of a dimension of a weight. Each runs over the indices of its axes and over fixed lengths, the last one
-fastest; a dimension without stretches has no axis."""
+"""Stretches of one dimension of a weight. A stretch runs over its axes and fixed lengths, the last one fastest; a
+dimension without stretches has no axis."""
 
 Layout = Mapping[str, tuple[Dim, ...]]
-"""The dimensions of every weight and buffer of a module, by name; also of those that an option leaves out."""
+"""Dimensions of every weight and buffer of a module by name, including those that an option removes."""
 
 D_MODEL: Dim = (("d_model",),)
 WHOLE: Dim = ()

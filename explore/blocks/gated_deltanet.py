@@ -40,20 +40,20 @@ from explore.ops import causal_conv1d, delta_rule, l2_norm, rms_norm_before_gate
 from explore.ops.delta_rule import backward_extra_flops, chunked_flops, step_flops
 
 RULE = tuple(f"delta {name}" for name in chunked_flops(1, 1, 1, 1, 1, 1))
-"""The products of the gated delta rule in chunks."""
+"""Ledger names of the matrix products of the chunked gated delta rule."""
 
 QK_EPS = 1e-6
-"""Added to the squared length of a query or key before its root is taken."""
+"""Added to the squared norm of a query or key before the square root."""
 
 
 class GatedDeltaNetConfig(BlockConfig):
-    """Sizes of the mixer. Heads are those of the values; several of them may share a key head.
+    """Sizes of the mixer. `n_heads` counts value heads; several may share a key head.
 
     Attributes:
         n_key_heads: heads of queries and keys; divides n_heads.
         d_k: width of a query and of a key.
         d_v: width of a value; the state of a head is d_v x d_k.
-        chunk_size: positions that are handled by matrix products at once; part of the FLOP count.
+        chunk_size: positions per chunk of the matrix-product form; affects the FLOP count.
         dt_min: smallest step size at initialisation.
         dt_max: largest step size at initialisation.
     """
@@ -83,19 +83,19 @@ class GatedDeltaNetConfig(BlockConfig):
     @model_validator(mode="after")
     def _check(self) -> GatedDeltaNetConfig:
         if self.n_heads % self.n_key_heads:
-            raise ValueError(f"n_key_heads must divide n_heads={self.n_heads}, got {self.n_key_heads}")
+            raise ValueError(f"n_key_heads: must divide n_heads={self.n_heads}, got {self.n_key_heads}")
         if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min must be at most dt_max={self.dt_max}, got {self.dt_min}")
+            raise ValueError(f"dt_min: must be at most dt_max={self.dt_max}, got {self.dt_min}")
         return self
 
     @property
     def d_keys(self) -> int:
-        """Width of the keys of all heads, and of the queries."""
+        """Total width of the keys of all heads; the queries have the same width."""
         return self.n_key_heads * self.d_k
 
     @property
     def d_values(self) -> int:
-        """Width of the values of all heads, of their gates and of the output."""
+        """Total width of the values of all heads, and of their gates and outputs."""
         return self.n_heads * self.d_v
 
     @property
@@ -105,7 +105,7 @@ class GatedDeltaNetConfig(BlockConfig):
 
     @property
     def d_in_proj(self) -> int:
-        """Width of the input projection: the channels of the convolution, gates, beta and step sizes."""
+        """Output width of the input projection: convolution channels, gates, beta and step sizes."""
         return self.d_conv_channels + self.d_values + 2 * self.n_heads
 
     @classmethod
@@ -129,7 +129,7 @@ class GatedDeltaNetConfig(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """The values are `expand` times as wide as the model; `sharing` of their heads have one key head."""
+        """Values are `expand` times as wide as the model; `sharing` value heads share one key head."""
         d_values = d_model * drawn["expand"]
         d_head = math.gcd(drawn["d_head"], d_values)
         n_heads = d_values // d_head
@@ -176,12 +176,12 @@ class GatedDeltaNetConfig(BlockConfig):
         values, unit = self.d_values * seq_len, 2 * self.n_heads * self.d_k * seq_len
         return (
             linear_input("in_proj", d_model * seq_len),
-            # What the convolution reads, gates, and what the step sizes and beta are made from are parts of one tensor.
+            # The convolution's input, the gates and the inputs of step sizes and beta are slices of one tensor.
             Saved("conv1d", "scan", self.d_in_proj * seq_len, cut="width"),
             Saved("conv1d", "activation", self.d_conv_channels * seq_len, cut="width"),
-            # Queries and keys of unit length, of every head; values are part of what the convolution gives.
+            # Normalised queries and keys of every head; the values are a slice of the convolution's output.
             Saved(RULE[0], "scan", unit, cut="width"),
-            # The kernel keeps the decay, beta and a chunk's triangle, and makes the states again.
+            # The kernel keeps the decay, beta and each chunk's triangle, and recomputes the states.
             Saved(RULE[0], "scan", 2 * self.n_heads * seq_len, "float32", cut="width"),
             Saved(RULE[0], "scan", self.n_heads * self.chunk_size * seq_len, cut="width"),
             Saved("norm", "norm", values, cut="width"),
@@ -193,7 +193,7 @@ class GatedDeltaNetConfig(BlockConfig):
         channels, rest = self.d_conv_channels, seq_len % self.chunk_size
         parts = [((seq_len - rest) // self.chunk_size, self.chunk_size), (1, rest)]
         rule = sum(self._kept_by_chunks(n, length, seq_len) for n, length in parts if n * length)
-        if seq_len < 2 * self.chunk_size:  # the first chunk is apart, and what reads its state of zeros is not kept
+        if seq_len < 2 * self.chunk_size:  # products with the first chunk's zero state are skipped and keep nothing
             rule -= self.n_heads * self.d_k * min(seq_len, self.chunk_size)
         return (
             Saved("in_proj", "linear input", d_model * seq_len, "float32"),
@@ -203,22 +203,22 @@ class GatedDeltaNetConfig(BlockConfig):
             Saved("A_log, dt_bias", "scan", (3 * self.n_heads + 2 * self.n_key_heads) * seq_len, "float32"),
             Saved(RULE[0], "scan", rule, "float32"),
             norm_kept("norm", self.d_values, seq_len, self.n_heads),
-            # The gate is a view of all that `in_proj` gives; its SiLU multiplies what the norm gives.
+            # The gate is a view of the output of `in_proj`; its SiLU multiplies the norm's output.
             Saved("norm", "norm", (self.d_in_proj + 2 * self.d_values) * seq_len, "float32"),
             Saved("out_proj", "linear input", self.d_values * seq_len, "float32"),
         )
 
     def _kept_by_chunks(self, n: int, length: int, seq_len: int) -> int:
-        """Elements that the products of `n` chunks keep of one sequence."""
+        """Elements that the products of `n` chunks keep for one sequence."""
         g, h = self.n_key_heads, self.n_heads
-        # Beta is copied into chunks, unless one head of it already lies so.
+        # Beta is copied into chunks unless a single head already has that memory layout.
         numbers = 4 + (h > 1 or n * length < seq_len or n > 1)
         squares = (2 * g + 3 * h) * length  # K K^T, Q K^T, decays, T and scores
         widths = 2 * self.d_keys + 3 * h * self.d_k + 2 * self.d_values  # of inputs, then of W, queries, keys, U and N
         return n * (length * (numbers * h + squares + widths) + h * self.d_v * self.d_k)
 
     def context_numel(self, cp: int) -> float:
-        # Ranks exchange tokens for heads before the rule, and back after it.
+        # Ranks exchange tokens for heads (all-to-all) before the rule, and back after it.
         return (1 - 1 / cp) * (self.d_in_proj + self.d_values)
 
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
@@ -229,7 +229,7 @@ class GatedDeltaNetConfig(BlockConfig):
         return {"megatron": dict.fromkeys(RULE, 0) | {RULE[0]: rule}}
 
     def uncounted(self, seq_len: int) -> Uncounted:
-        """What the gradients of the triangular solves compute beyond the triangles."""
+        """FLOPs that gradients of triangular solves spend outside the triangles."""
         return Uncounted(0, backward_extra_flops(seq_len, self.n_heads, self.d_k, self.d_v, self.chunk_size))
 
     def regions(self, seq_len: int) -> Mapping[str, Region]:
@@ -251,7 +251,7 @@ class GatedDeltaNetConfig(BlockConfig):
         return {"delta_rule": rule}
 
     def axes(self) -> tuple[Axis, ...]:
-        """Heads of keys, and those of values that share them."""
+        """The axes: key heads, and the value heads that share each."""
         probe = Probe("out_proj", "input")
         return (Axis("n_key_heads", self.n_key_heads), Axis("n_heads", self.n_heads, within="n_key_heads", probe=probe))
 
@@ -278,7 +278,7 @@ class GatedDeltaNetConfig(BlockConfig):
 class GatedDeltaNet(Mixer[RecurrentState]):
     """Projection, short convolution, gated delta rule, norm before the gate, projection.
 
-    alpha = exp(-exp(A_log) softplus(a + dt_bias)) and beta = sigmoid(b), where a and b are a number a head. Queries,
+    alpha = exp(-exp(A_log) softplus(a + dt_bias)) and beta = sigmoid(b), where a and b are scalars per head. Queries,
     keys and values go through the convolution and SiLU; queries and keys have unit length, and queries are scaled by
     d_k^(-1/2). The order inside `in_proj` is queries, keys, values, gate z, b, a.
 
@@ -294,7 +294,7 @@ class GatedDeltaNet(Mixer[RecurrentState]):
         self.conv1d = nn.Conv1d(channels, channels, config.d_conv, groups=channels, bias=False)
         self.A_log = parameter(config.n_heads)
         self.dt_bias = parameter(config.n_heads)
-        self.norm = RMSNorm(config.d_v, eps=config.norm_eps)  # of each head, with one weight for all
+        self.norm = RMSNorm(config.d_v, eps=config.norm_eps)  # per head; all heads share one weight
         self.out_proj = Linear(config.d_values, d_model, bias=False)
 
     @torch.no_grad()

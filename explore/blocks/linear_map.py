@@ -1,4 +1,4 @@
-"""A linear map of every token: what is left of a block that a compressed model replaces by a matrix."""
+"""A linear map applied to every token; compression replaces a block by it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from explore.cost import Entry, Saved, linear_input, matrix
 
 
 class LinearMapConfig(BlockConfig):
-    """One square matrix, whose sizes are the model's.
+    """One square matrix of the model's width.
 
     Source: the linear replacements of Puzzle, arXiv 2411.19146, section 2.1.
     """

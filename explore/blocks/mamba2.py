@@ -42,11 +42,11 @@ SCAN = ("ssd C B^T", "ssd (L * C B^T) X", "ssd state update", "ssd state output"
 
 
 class Mamba2Config(BlockConfig):
-    """Sizes of the mixer; `d_inner` is n_heads * d_head, whatever d_model is.
+    """Sizes of the mixer; `d_inner` is n_heads * d_head and independent of d_model.
 
     Attributes:
         n_groups: groups of heads that share B and C, and groups of the gated norm.
-        chunk_size: positions that are handled by matrix products at once; part of the FLOP count.
+        chunk_size: positions per chunk of the matrix-product form; affects the FLOP count.
         dt_min: smallest step size at initialisation.
         dt_max: largest step size at initialisation.
     """
@@ -83,9 +83,9 @@ class Mamba2Config(BlockConfig):
     @model_validator(mode="after")
     def _check(self) -> Mamba2Config:
         if self.n_heads % self.n_groups:
-            raise ValueError(f"n_groups: {self.n_groups} does not divide n_heads={self.n_heads}")
+            raise ValueError(f"n_groups: must divide n_heads={self.n_heads}, got {self.n_groups}")
         if self.dt_min > self.dt_max:
-            raise ValueError(f"dt_min: {self.dt_min} is above dt_max={self.dt_max}")
+            raise ValueError(f"dt_min: must be at most dt_max={self.dt_max}, got {self.dt_min}")
         return self
 
     @property
@@ -117,7 +117,7 @@ class Mamba2Config(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """The heads together are `expand` times as wide as the model."""
+        """Heads add up to `expand` times the model's width."""
         d_inner = d_model * drawn["expand"]
         d_head = math.gcd(drawn["d_head"], d_inner)
         n_heads = d_inner // d_head
@@ -130,7 +130,7 @@ class Mamba2Config(BlockConfig):
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         channels = self.d_conv_channels
         conv = channels * (self.d_conv + 1)
-        # Chunks are whole but for the last one, and inside a chunk the products are square.
+        # All chunks but the last are full; products within a chunk are square.
         whole, rest = divmod(seq_len, self.chunk_size)
         squares = whole * self.chunk_size**2 + rest**2
         state = self.d_inner * self.d_state
@@ -158,7 +158,7 @@ class Mamba2Config(BlockConfig):
         d_in_proj, inner = self.d_inner + self.d_conv_channels + self.n_heads, self.d_inner * seq_len
         return (
             linear_input("in_proj", d_model * seq_len),
-            # The fused kernel keeps its input and its result before the gate, and makes convolution and states again.
+            # The fused kernel keeps its input and its output before the gate; it recomputes convolution and states.
             Saved(SCAN[0], "scan", d_in_proj * seq_len, cut="width"),
             Saved(SCAN[0], "scan", inner, cut="width"),
             Saved("norm", "norm", inner, cut="width"),
@@ -178,23 +178,23 @@ class Mamba2Config(BlockConfig):
             Saved("A_log, D, dt_bias", "scan", 2 * self.n_heads * seq_len, "float32"),  # dt before and after softplus
             Saved(SCAN[0], "scan", scan, "float32"),
             norm_kept("norm", self.d_inner, seq_len, self.n_groups),
-            # The gate is a view of all that `in_proj` gives.
+            # The gate is a view of the output of `in_proj`.
             Saved("norm", "norm", (self.d_inner + channels + self.n_heads) * seq_len, "float32"),
             Saved("out_proj", "linear input", self.d_inner * seq_len, "float32"),
         )
 
     def _kept_by_chunks(self, n: int, length: int, seq_len: int) -> int:
-        """Elements that the products of `n` chunks keep of one sequence."""
+        """Elements that the products of `n` chunks keep for one sequence."""
         h, maps = self.n_heads, self.n_groups * self.d_state
-        # B and C are copied for two products each, unless one group of them lies in memory as the products read it;
-        # the inputs of one head or one position need no copy either.
+        # Two products each copy B and C, unless a single group already has the layout they need;
+        # inputs with one head or one position need no copy either.
         copies = 0 if self.n_groups == 1 and (n == 1 or n * length == seq_len) else 4
         inputs = 3 if h == 1 or length == 1 else 4
         of_position = copies * maps + (self.n_groups + h) * length + inputs * self.d_inner + 2 * h
         return n * (length * of_position + h + self.d_inner * self.d_state)
 
     def context_numel(self, cp: int) -> float:
-        # Ranks exchange tokens for heads before the scan, and back after it.
+        # Ranks exchange tokens for heads (all-to-all) before the scan, and back after it.
         return (1 - 1 / cp) * (2 * self.d_inner + self.d_conv_channels + self.n_heads)
 
     def check_parallel(self, tp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1) -> None:
@@ -202,14 +202,14 @@ class Mamba2Config(BlockConfig):
         check_divides("tp * cp", tp * cp, "n_heads", self.n_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
-        d_inner = 2 * d_model  # fixed, also where n_heads * d_head is another number
+        d_inner = 2 * d_model  # the convention fixes it, even if n_heads * d_head differs
         d_in = 2 * d_inner + 2 * self.n_groups * self.d_state + self.n_heads
         flops = {"conv1d": 0, "in_proj": 2 * d_model * d_in * seq_len, "out_proj": 2 * d_inner * d_model * seq_len}
         return {"megatron": flops | dict.fromkeys(SCAN, 0) | {SCAN[0]: 7 * d_inner * self.d_state * seq_len}}
 
     def regions(self, seq_len: int) -> Mapping[str, Region]:
         rest = seq_len % self.chunk_size
-        lengths = tuple(filter(None, (seq_len - rest, rest)))  # of the scan: whole chunks, and what is left
+        lengths = tuple(filter(None, (seq_len - rest, rest)))  # of the scan: full chunks and the remainder
         return {
             "conv": Region(self.d_conv_channels, (seq_len,)),
             "norm": Region(self.d_inner, (seq_len,)),
@@ -233,7 +233,7 @@ class Mamba2Config(BlockConfig):
         }
 
     def axes(self) -> tuple[Axis, ...]:
-        """Every head keeps the same channels, and every group the same indices of B and C."""
+        """The axes; a cut keeps the same channels in every head and the same indices of B and C in every group."""
         x, BC = Probe("in_proj", "output", (1,), squares=True), Probe("in_proj", "output", (2, 3))
         return (
             Axis("n_groups", self.n_groups),

@@ -37,13 +37,13 @@ from explore.ops import attention, rotate
 
 
 class MLAConfig(BlockConfig):
-    """Attention whose keys and values are made from one narrow vector a token.
+    """Attention whose keys and values are projected from one narrow vector per token.
 
     Attributes:
-        q_rank: width of the bottleneck of the queries; none when absent.
-        kv_rank: width of the vector that keys and values are made from.
-        d_nope: width of a head's query and key without position.
-        d_rope: width of a head's rotated query, and of the one rotated key that all heads share.
+        q_rank: bottleneck width of the query projection; a single full projection when None.
+        kv_rank: width of the latent vector that keys and values are projected from.
+        d_nope: width of the unrotated part of a head's query and key.
+        d_rope: width of the rotated part of a head's query, and of the rotated key that all heads share.
         d_v: width of a head's value.
     """
 
@@ -70,7 +70,7 @@ class MLAConfig(BlockConfig):
     @model_validator(mode="after")
     def _check(self) -> MLAConfig:
         if self.d_rope % 2:
-            raise ValueError(f"d_rope: {self.d_rope} is odd; rotary embedding needs an even width")
+            raise ValueError(f"d_rope: must be even, got {self.d_rope}")
         return self
 
     @classmethod
@@ -92,7 +92,7 @@ class MLAConfig(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """The heads together are as wide as the model, and `kv_ratio` is the width of what is cached to that."""
+        """Heads add up to the model's width; `kv_ratio` is the cached width divided by the model's width."""
         d_head = max(4, math.gcd(drawn["d_head"], d_model))
         n_heads, kv_rank = max(1, d_model // d_head), width(d_model, drawn["kv_ratio"])
         return {"n_heads": n_heads, "kv_rank": kv_rank, "d_nope": d_head, "d_rope": d_head // 2, "d_v": d_head}
@@ -119,7 +119,7 @@ class MLAConfig(BlockConfig):
             Entry(
                 "attention",
                 flops_seq=self._pair * attended_keys(seq_len, None),
-                # Absorbed: scores and values are taken in the narrow width, which all heads share.
+                # Absorbed form: scores and values use the latent, which all heads share.
                 flops_step=2 * h * (kept + self.kv_rank) * seq_len,
                 kv_numel=kept,
                 kv_numel_seq=kept * seq_len,
@@ -131,7 +131,7 @@ class MLAConfig(BlockConfig):
         h, q_rank = self.n_heads, self.q_rank or 0
         d_qk, d_v, up = h * (self.d_nope + self.d_rope), h * self.d_v, ("mla_up_proj",)
         return (
-            # Two projections, of queries and of the latent, read the same vector and keep a narrow copy each.
+            # The query and latent projections read the same vector; each keeps a narrow copy.
             Saved("kv_down", "linear input", d_model * seq_len, "activation", 2, wide=False, dropped_by=("layernorm",)),
             Saved("kv_norm", "norm", (q_rank + self.kv_rank + self.d_rope) * seq_len),
             linear_input("kv_up", (q_rank + self.kv_rank) * seq_len, dropped_by=up),
@@ -141,7 +141,7 @@ class MLAConfig(BlockConfig):
 
     def kept(self, d_model: int, seq_len: int) -> tuple[Saved, ...]:
         h, d_qk = self.n_heads, self.n_heads * (self.d_nope + self.d_rope)
-        # Values are copied; those of one head or one position are a view of what keys were made from as well.
+        # Values are copied, except with one head or one position, where they are a view shared with the keys.
         d_v = h * self.d_v if h > 1 and seq_len > 1 else h * (self.d_nope + self.d_v)
         q_rank = () if self.q_rank is None else (norm_kept("q_norm", self.q_rank, seq_len),)
         return (
@@ -163,13 +163,13 @@ class MLAConfig(BlockConfig):
         return {"palm": {"attention": self._pair * seq_len**2}}
 
     def uncounted(self, seq_len: int) -> Uncounted:
-        """Pairs of positions that causality forbids, as attention written out runs over all of them."""
+        """FLOPs for masked query-key pairs: attention without a fused kernel computes every pair."""
         masked = self._pair * (seq_len**2 - attended_keys(seq_len, None))
         return Uncounted(masked, 3 * masked)
 
     @property
     def _pair(self) -> int:
-        """FLOPs of a query and a key: the score and the weighted value of every head."""
+        """FLOPs per query-key pair: score and weighted value, all heads."""
         return 2 * self.n_heads * (self.d_nope + self.d_rope + self.d_v)
 
     def axes(self) -> tuple[Axis, ...]:
@@ -200,12 +200,12 @@ class MLAConfig(BlockConfig):
 
 
 class MLA(Mixer[LatentCache]):
-    """Keys [W_uk c; rotated k_r] and values W_uv c of a narrow vector c = norm(W_down x), which is all that is cached.
+    """Attention with keys [W_uk c; k_r] and values W_uv c; only c = norm(W_down x) and the rotated key k_r are cached.
 
-    One token that goes on from a state is decoded in the absorbed form: W_uk goes into the query, W_uv out of
-    the sum, and no key or value of a head is ever made.
+    A single token that continues from a state is decoded in the absorbed form: W_uk is applied to the query and W_uv
+    to the weighted sum, so per-head keys and values are never computed.
 
-    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; rotation in half-split layout, not of neighbours.
+    Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; rotation pairs channels i and i + d/2, not neighbours.
     """
 
     def __init__(self, config: MLAConfig, d_model: int) -> None:

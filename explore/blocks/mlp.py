@@ -41,7 +41,7 @@ class MLPConfig(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """`ratio` is that of the inner width to the model's."""
+        """The inner width is `ratio` times the model's width."""
         return {"d_ff": width(d_model, drawn["ratio"])}
 
     def stops(self, d_model: int) -> Mapping[str, Stops]:
@@ -75,14 +75,14 @@ class MLPConfig(BlockConfig):
 
 
 def mlp_layout(inner: Dim) -> Layout:
-    """The weights of an MLP whose inner width is `inner`."""
+    """The layout of an MLP's weights with inner dimension `inner`."""
     return {"up.weight": (inner, D_MODEL), "gate.weight": (inner, D_MODEL), "down.weight": (D_MODEL, inner)}
 
 
 def powers_of(activation: Activation, up: str, down: str) -> tuple[tuple[str, int], ...]:
-    """Powers of the norms of weights in the magnitude of an inner channel.
+    """Exponents of the weight norms in the magnitude of an inner channel.
 
-    A squared ReLU gives the same where a row of `up` is a times as large and a column of `down` a^2 times smaller.
+    Squared ReLU is unchanged when a row of `up` is multiplied by c and its column of `down` divided by c^2.
     """
     return () if is_gated(activation) else ((up, 2), (down, 1))
 
@@ -104,7 +104,7 @@ class MLP(Mixer[State]):
         nn.init.normal_(self.down.weight, std=out_std)
 
     def linear_map(self) -> Float[Tensor, "d_model d_model"]:
-        """W_down W_up: what is left without the activation (Puzzle, arXiv 2411.19146, section 3.2)."""
+        """W_down W_up: the MLP without its activation (Puzzle, arXiv 2411.19146, section 3.2)."""
         return self.down.weight @ self.up.weight
 
     def forward(

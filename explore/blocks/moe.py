@@ -24,26 +24,27 @@ from explore.cost import ConventionName, Entry, Saved, matrix, product, vector
 from explore.ops import Activation, Visit, experts, is_gated, linear, visits
 
 SMALLEST_SCORE = 2.0**-100
-"""Far below any score that matters, and large enough that neither sums nor gradients of shares leave fp32."""
+"""Far below any score that matters, yet large enough that sums and gradients of shares stay finite in fp32."""
 
 
 class MoEConfig(BlockConfig):
     """Routed and shared experts.
 
     Attributes:
-        top_k: experts that a token is sent to.
-        d_expert: inner width of a routed expert; not reduced by a latent.
-        d_latent: width in which routed experts read and write (LatentMoE); d_model when absent.
-        latent_norm: RMSNorm on what the experts read (`input`) or on their combined output (`combined`).
-        router_input: what the router reads.
-        n_shared: experts that see every token at full width, kept as one MLP of n_shared * d_shared.
-        shared_gate: the shared experts' output is multiplied by a sigmoid of one number a token.
-        bias: router and routed experts have biases.
-        router_score: how logits become scores.
+        top_k: number of routed experts per token.
+        d_expert: inner width of a routed expert; a latent does not change it.
+        d_latent: input and output width of routed experts (LatentMoE); d_model when None.
+        latent_norm: RMSNorm on the experts' input (`input`) or on their combined output (`combined`).
+        router_input: the router reads the residual stream (`model`) or the latent (`latent`).
+        n_shared: number of shared experts, which process every token at full width; built as one MLP of
+            width n_shared * d_shared.
+        shared_gate: multiply the shared experts' output by a sigmoid gate, one scalar per token.
+        bias: add biases to the router and the routed experts.
+        router_score: function from logits to scores.
         normalize_weights: divide the chosen scores by their sum.
-        routed_scaling_factor: factor on the weights after that.
-        expert_bias: balance by a bias on the choice, moved once per optimizer step.
-        bias_update_rate: how far the bias moves at each step.
+        routed_scaling_factor: factor applied to the weights afterwards.
+        expert_bias: balance load with a selection bias, adjusted once per optimizer step.
+        bias_update_rate: change of the bias per step.
         aux_loss_coef: coefficient of the sequence-wise balance loss; 0 leaves it out.
     """
 
@@ -97,15 +98,15 @@ class MoEConfig(BlockConfig):
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
         if self.top_k > self.n_experts:
-            raise ValueError(f"top_k: {self.top_k} is above n_experts={self.n_experts}")
+            raise ValueError(f"top_k: must be at most n_experts={self.n_experts}, got {self.top_k}")
         if self.n_shared and self.d_shared is None:
-            raise ValueError(f"d_shared: a width is required with n_shared={self.n_shared}")
+            raise ValueError(f"d_shared: must be set with n_shared={self.n_shared}, got None")
         if self.shared_gate and not self.n_shared:
             raise ValueError("shared_gate must be False with n_shared=0, got True")
         if self.d_latent is None and self.latent_norm != "none":
-            raise ValueError(f"latent_norm: {self.latent_norm!r} needs d_latent; without it only 'none' is allowed")
+            raise ValueError(f"latent_norm: must be 'none' without d_latent, got {self.latent_norm!r}")
         if self.d_latent is None and self.router_input == "latent":
-            raise ValueError("router_input: 'latent' needs d_latent; without it only 'model' is allowed")
+            raise ValueError("router_input: must be 'model' without d_latent, got 'latent'")
         return self
 
     @classmethod
@@ -133,9 +134,9 @@ class MoEConfig(BlockConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """Experts to each one that a token uses are `sparsity`; widths of experts are ratios to the model's.
+        """`sparsity` is n_experts / top_k; expert widths are given as ratios to the model's width.
 
-        `compression` is d_model / d_latent as far as it divides; at 1 there is no latent.
+        `compression` is d_model / d_latent, rounded to a divisor; 1 means no latent.
         """
         n_experts, shared = drawn["n_experts"], drawn["shared_ratio"]
         sizes = {"n_experts": n_experts, "top_k": max(1, n_experts // drawn["sparsity"])}
@@ -150,7 +151,7 @@ class MoEConfig(BlockConfig):
         return self.family_names[self.d_latent is not None]
 
     def stops(self, d_model: int) -> Mapping[str, Stops]:
-        # The equivalents of a standard MoE, `latent_eff` and `latent_acc`, need a divisor of the width.
+        # `latent_eff` and `latent_acc` need a latent that divides the width.
         parts = (d_model // k for k in (2, 3, 4, 6, 8, 16) if d_model % k == 0)
         stops = {
             "n_experts": Stops(tuple(ladder(2, 1024, 1, 4))),
@@ -168,7 +169,7 @@ class MoEConfig(BlockConfig):
         return {}
 
     def shared_mlp(self) -> MLPConfig | None:
-        """All shared experts as one MLP: the sum of their outputs is the same."""
+        """All shared experts as one MLP, which computes the sum of their outputs."""
         if not self.n_shared or self.d_shared is None:
             return None
         return MLPConfig(d_ff=self.n_shared * self.d_shared, activation=self.activation)
@@ -243,8 +244,8 @@ class MoEConfig(BlockConfig):
 class MoE(RoutedMixer):
     """y = W_up(sum over top_k of p_i E_i(W_down x)) + shared(x); without a latent W_up and W_down are absent.
 
-    Scores are computed in fp32. The choice is made on score + expert_bias, the weights are the chosen
-    scores without it.
+    Scores are computed in fp32. Experts are chosen by score + expert_bias; the weights p_i are the chosen
+    scores without the bias.
 
     Source: LatentMoE, arXiv 2601.18089; bias balancing, arXiv 2408.15664; sequence-wise balance loss,
     arXiv 2412.19437, equations 17 to 20.
@@ -328,7 +329,7 @@ class MoE(RoutedMixer):
         return self.up_bias, self.gate_bias, self.down_bias
 
     def _sent(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What experts read of each token, its scores, the experts that it is sent to, and their weights."""
+        """Returns the experts' input, the scores, the chosen experts and their weights, per token."""
         routed = x if self.latent_down is None else self.latent_down(x)
         scores = self._scores(routed if self.config.router_input == "latent" else x)
         if self.config.latent_norm == "input" and self.latent_norm is not None:
@@ -338,7 +339,7 @@ class MoE(RoutedMixer):
     def route(
         self, scores: Float[Tensor, "batch seq n_experts"]
     ) -> tuple[Int[Tensor, "batch seq top_k"], Float[Tensor, "batch seq top_k"]]:
-        """Chooses the experts of each token, and their weights."""
+        """Returns the chosen experts of each token and their weights."""
         chosen = (scores + self.expert_bias).topk(self.config.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         if self.config.normalize_weights:
@@ -372,6 +373,6 @@ class MoE(RoutedMixer):
 
 
 def _shares(scores: Float[Tensor, "*batch experts"]) -> Float[Tensor, "*batch experts"]:
-    """Scores over their sum, which is never 0: below logits of -69 all experts are alike."""
+    """Scores divided by their sum, which is never 0: experts with logits below -69 get equal shares."""
     scores = scores.clamp(min=SMALLEST_SCORE)
     return scores / scores.sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Along which axes a trained mixture of experts can be cut."""
+"""The axes along which a trained mixture of experts can be cut."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def moe_axes(config: MoEConfig) -> tuple[Axis, ...]:
     """The axes of a mixture of experts.
 
-    Experts keep channels of their own, equally many each. What they read and what they write are two latents of one
-    width, each with channels and a rotation of its own; a norm of a latent forbids to rotate it.
+    Each expert keeps its own channels, the same number in every expert. Input and output latents have the same width
+    but separate channels and rotations; a latent with a norm cannot be rotated.
     """
     c = config
     axes = [
@@ -50,7 +50,7 @@ def moe_axes(config: MoEConfig) -> tuple[Axis, ...]:
 
 
 def moe_layout(config: MoEConfig) -> Layout:
-    """The axes of the weights of a mixture of experts."""
+    """The axes of every weight of a mixture of experts."""
     experts: Dim = (("n_experts",),)
     inner: Dim = (("d_expert",),)
     read, written = D_MODEL, D_MODEL

@@ -1,4 +1,4 @@
-"""What several blocks keep for the backward pass, and which sizes parallel ranks divide."""
+"""Saved tensors common to several blocks, and checks of parallel ranks."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from explore.cost import Cut, Saved, linear_input
 from explore.ops import Activation, is_gated
 
 KEPT_OF_ACTIVATION = {"relu2": 1, "swiglu": 3, "swiglu_clamped": 6}
-"""Tensors as wide as the result that this kit keeps of an activation, the result apart."""
+"""Tensors of the result's width that this kit saves for an activation, besides the result itself."""
 
 
 class Ranks(NamedTuple):
-    """How weights and products of a block are divided among parallel ranks, by component of its ledger.
+    """How parallel ranks split a block's weights and products, by ledger component.
 
     Attributes:
-        replicated: weights that every tensor-parallel rank holds whole.
-        routed: weights of experts, which expert-parallel ranks divide.
-        full_width: weights whose products stay in full width where others are taken in a narrow format.
-        recomputed: products that are taken again when one of Megatron-LM's modules is recomputed, by its name.
+        replicated: weights that every tensor-parallel rank holds in full.
+        routed: expert weights, which expert-parallel ranks split.
+        full_width: weights whose products stay in full precision when the others use a narrow format.
+        recomputed: products repeated when a Megatron-LM module is recomputed, by module name.
     """
 
     replicated: tuple[str, ...] = ()
@@ -28,10 +28,10 @@ class Ranks(NamedTuple):
 
 
 def check_divides(ranks: str, n: int, field: str, size: int) -> None:
-    """Refuses a number of ranks that does not divide a size.
+    """Checks that a number of ranks divides a size.
 
     Raises:
-        ValueError: it does not; with the numbers that do.
+        ValueError: it does not; the message lists the numbers that do.
     """
     if size % n:
         allowed = ", ".join(str(k) for k in range(1, min(size, 1024) + 1) if size % k == 0)
@@ -39,12 +39,12 @@ def check_divides(ranks: str, n: int, field: str, size: int) -> None:
 
 
 def dropout_mask(component: str, d_model: int, seq_len: int) -> Saved:
-    """The mask of the dropout before the residual stream."""
+    """The mask of the dropout on a block's output."""
     return Saved(component, "activation", d_model * seq_len, "byte", dropped_by=("no_dropout",))
 
 
 def attention_saved(n_heads: int, d_out: int, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-    """What Megatron-LM keeps of attention beside queries, keys and values: its output, and what its softmax needs."""
+    """What Megatron-LM saves of attention besides queries, keys and values: its output and softmax statistics."""
     scores, unfused = n_heads * seq_len**2, ("fused_attention", "core_attn")
     return (
         Saved("attention", "attention", d_out * seq_len, narrow_copies=1, cut="width"),
@@ -59,11 +59,11 @@ def attention_saved(n_heads: int, d_out: int, d_model: int, seq_len: int) -> tup
 def inner_saved(
     component: str, numel_seq: int, activation: Activation, *, cut: Cut, dropped_by: tuple[str, ...], act: str = ""
 ) -> tuple[Saved, Saved]:
-    """What Megatron-LM keeps between the first and the last matrix of an MLP: the activation's input, and its result.
+    """What Megatron-LM saves between the first and last matrix of an MLP: the activation's input and result.
 
     Args:
         numel_seq: elements of the result in one sequence.
-        act: a recomputed module that drops the result alone.
+        act: recomputed module that makes saving the result alone unnecessary.
     """
     projections = 2 if is_gated(activation) else 1
     drops_result = (*dropped_by, act) if act else dropped_by
@@ -74,7 +74,7 @@ def inner_saved(
 
 
 def inner_kept(component: str, numel_seq: int, activation: Activation) -> tuple[Saved, Saved]:
-    """The same in this kit, in fp32."""
+    """What this kit saves there, in fp32."""
     return (
         Saved(component, "activation", KEPT_OF_ACTIVATION[activation] * numel_seq, "float32"),
         Saved(component, "linear input", numel_seq, "float32"),
@@ -82,5 +82,5 @@ def inner_kept(component: str, numel_seq: int, activation: Activation) -> tuple[
 
 
 def norm_kept(component: str, width: int, seq_len: int, n_groups: int = 1) -> Saved:
-    """What this kit keeps of a norm, in fp32: its input, and the scale of every group."""
+    """What this kit saves of a norm, in fp32: its input and the scale of every group."""
     return Saved(component, "norm", (width + n_groups) * seq_len, "float32")

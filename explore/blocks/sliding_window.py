@@ -15,10 +15,10 @@ from explore.blocks.declarations import Draw, Group, Powers, Stops, ladder
 
 
 class SlidingWindowConfig(AttentionConfig):
-    """Grouped-query attention in which a query sees the last `window` positions, itself included.
+    """Grouped-query attention in which a query attends to the last `window` positions, including its own.
 
-    The cache holds as many positions and no more. The same layer as `AttentionConfig` with a window, under a letter of
-    its own, so that a pattern shows which layers see all of the context.
+    The cache holds at most `window` positions. The layer equals `AttentionConfig` with a window; its separate letter
+    shows in a pattern which layers see the whole context.
     """
 
     label: ClassVar[str] = "sliding-window attention"
@@ -33,7 +33,7 @@ class SlidingWindowConfig(AttentionConfig):
 
     @classmethod
     def default(cls, d_model: int) -> SlidingWindowConfig:
-        """The heads of attention, and the window of gpt-oss."""
+        """Heads as in attention; the window of gpt-oss."""
         return cls(**_heads(AttentionConfig.default(d_model)), window=128)
 
     @classmethod
@@ -42,7 +42,7 @@ class SlidingWindowConfig(AttentionConfig):
 
     @classmethod
     def sized(cls, d_model: int, **drawn: Any) -> dict[str, int]:
-        """The heads of attention; the window does not depend on the width."""
+        """Heads as in attention; the window does not depend on the width."""
         return {**super().sized(d_model, **drawn), "window": drawn["window"]}
 
     def stops(self, d_model: int) -> Mapping[str, Stops]:
@@ -54,5 +54,5 @@ class SlidingWindowConfig(AttentionConfig):
 
 
 def _heads(attention: AttentionConfig) -> dict[str, Any]:
-    """The fields of attention, without its window."""
+    """Returns the fields of an attention config without its window."""
     return attention.model_dump(exclude={"kind", "window"})
