@@ -1,4 +1,4 @@
-"""Closed-form accounting: the ledger, its totals, and FLOP conventions. Knows nothing of torch."""
+"""Closed-form accounting: the ledger, its totals, and FLOP conventions. Does not import torch."""
 
 from explore.cost.conventions import CONVENTIONS, Convention, diff, flops_train
 from explore.cost.defaults import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE

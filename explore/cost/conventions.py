@@ -1,4 +1,4 @@
-"""FLOP conventions in use elsewhere, as functions over the ledger, and the lines on which two of them differ."""
+"""FLOP conventions of other tools, as functions of the ledger, and the components on which two conventions differ."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from explore.cost.ledger import MTP_LETTER, ConventionName, Entry, Ledger, Part
 
 
 class Convention(NamedTuple):
-    """How some tool counts the FLOPs of training, which are three times those of a forward pass.
+    """How a tool counts training FLOPs: three times its forward FLOPs.
 
     Attributes:
-        rule: forward FLOPs of an entry over a sequence of a length. A part of the ledger, which knows what a tool
-            makes of its kind of block, may have other numbers.
-        says: what it counts and leaves out.
-        source: where it is written.
-        mtp: multi-token prediction counts.
+        rule: forward FLOPs of an entry over a sequence of a length. A `Part` of the ledger may override it
+            with the tool's numbers for its kind of block.
+        says: what it counts and what it leaves out.
+        source: paper or code that defines it.
+        mtp: whether it counts multi-token prediction.
     """
 
     rule: Callable[[Entry, int], int]
@@ -56,18 +56,18 @@ CONVENTIONS: Mapping[ConventionName, Convention] = {
 
 
 def flops_train(ledger: Ledger, convention: str) -> float:
-    """Training FLOPs per token as a convention counts them; a forward pass is a third of it."""
+    """Training FLOPs per token under a convention; divide by three for a forward pass."""
     name = _known(convention)
     parts = [*ledger.counted(), *((1, part) for part in ledger.mtp)]
     return sum(n * _flops_train(ledger, name, part, entry) for n, part in parts for entry in part.entries)
 
 
 def diff(ledger: Ledger, one: str, other: str) -> list[dict[str, Any]]:
-    """The lines on which two conventions differ, the largest difference first.
+    """Returns the components on which two conventions differ, largest difference first.
 
     Returns:
         Records of letter, component, number of layers, training FLOPs per token under each convention (by its name),
-        and `difference`, the second minus the first. Components that a block declares as one line are one.
+        and `difference`, the second minus the first. Components that a block declares as one line are merged.
     """
     names = (_known(one), _known(other))
     lines: dict[tuple[str, str], dict[str, Any]] = {}

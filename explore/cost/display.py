@@ -1,4 +1,4 @@
-"""How a ledger and a cost look in a notebook: tables of formatted numbers."""
+"""Notebook display of ledgers and costs: tables of formatted numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TOTALS = (
     "weight_bytes", "kv_bytes_per_token", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes",
     "all_to_all_bytes",
 )  # fmt: skip
-"""Totals of a cost that a notebook shows, those that are zero left out."""
+"""Totals shown in a notebook; zero totals are omitted."""
 
 
 def cost_html(cost: Cost) -> str:
-    """The totals of a cost with their units."""
+    """Renders the totals of a cost with their units."""
     rows = []
     for name in TOTALS:
         if value := getattr(cost, name):
@@ -33,7 +33,7 @@ def cost_html(cost: Cost) -> str:
 
 
 def ledger_html(ledger: Ledger) -> str:
-    """A ledger folded by component."""
+    """Renders a ledger summed by component."""
     rows = []
     for record in ledger.fold("component"):
         state = record["kv_bytes"] + record["ssm_state_bytes"] + record["conv_state_bytes"]

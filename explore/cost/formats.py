@@ -1,4 +1,4 @@
-"""A ledger under a recipe of precision: the format of every line, and the bits that it comes to."""
+"""A ledger under a precision recipe: the format of every entry, and the resulting bits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from explore.precision import Place, Recipe, Rule
 
 FIRST_VARIANT = 0xE000
-"""Code of the first letter, of those that nobody writes, for layers of one letter that differ in their formats."""
+"""First of the private code points used as letters for layers of one letter whose formats differ."""
 
 
 def in_formats(ledger: Ledger, recipe: Recipe) -> Ledger:
-    """The ledger with the formats that a recipe gives to weights, layer by layer.
+    """Returns the ledger with the weight formats of a recipe, layer by layer.
 
-    A format's blocks must divide the widths that products sum over. Other widths are filled up with zeros.
+    A format's blocks must divide the widths that products sum over. Other widths are padded with zeros.
 
     Raises:
         ValueError: a rule with an unknown component, or that matches nothing; a format that a component cannot have; a
@@ -101,7 +101,7 @@ def _check_widths(row: Row) -> None:
 
 
 def storage(ledger: Ledger, dtypes: Dtypes = DTYPES) -> dict[str, float]:
-    """What a checkpoint holds, multi-token prediction included.
+    """Size of a checkpoint, including multi-token prediction.
 
     Returns:
         `bits_per_element` with the scales of blocks, and `weight_bytes`.
@@ -114,7 +114,7 @@ def storage(ledger: Ledger, dtypes: Dtypes = DTYPES) -> dict[str, float]:
 
 
 def formats_of(ledger: Ledger) -> Iterator[dict[str, Any]]:
-    """Which component of which layers is in which format.
+    """Yields the format of every component, grouped by the layers that share it.
 
     Yields:
         Records of letter, component, format, `layers` (indices) and parameters, for components that have some.

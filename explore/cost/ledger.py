@@ -1,11 +1,11 @@
-"""The ledger: what every component of a model holds, computes and moves, in exact integers.
+"""The ledger: parameters, FLOPs and bytes of every component of a model, in exact integers.
 
 One convention, called exact: a FLOP is one multiply or one add, and a matrix product of
-(m, k) by (k, n) spends 2 m k n. Counted is every matrix product that the maths needs: projections,
+(m, k) by (k, n) costs 2 m k n. It counts every matrix product that the maths needs: projections,
 causal attention, router, latent projections, active and shared experts, short convolution, the
 products of the chunked state-space algorithm at its chunk size, the head, and multi-token prediction.
-Not counted are norms, activations, softmax, look-ups, dispatch and recomputation. Decoding is a phase
-of its own: the recurrent form of a state space, one query of attention, the absorbed form of
+It leaves out norms, activations, softmax, look-ups, dispatch and recomputation. Decoding is counted
+separately: the recurrent form of a state space, attention with one query, and the absorbed form of
 latent attention.
 """
 
@@ -29,7 +29,7 @@ Stored = Dtype | FormatName
 BITS: Mapping[str, float] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4} | {
     name: entry.bits_per_element for name, entry in FORMATS.items()
 }
-"""Bits of an element; formats have their scales in them, and the floats have none."""
+"""Bits per element; block formats include their scales."""
 
 MTP_LETTER = "/"
 
@@ -39,20 +39,19 @@ class Entry(NamedTuple):
 
     Attributes:
         component: name of the component within its block, for example `q_proj`.
-        params: parameters that exist.
-        params_active: parameters that one token passes through.
-        params_read: parameters that decoding one token reads: one row of an embedding, the chosen experts.
+        params: total parameters.
+        params_active: parameters used by one token.
+        params_read: parameters read to decode one token: one embedding row, the chosen experts.
         flops_seq: forward FLOPs of one whole sequence.
-        flops_step: FLOPs of decoding one token that sees as many tokens as the sequence has, itself included.
-        kv_numel: elements of keys and values (or of what they are made from) kept for every token of the context.
-        kv_numel_seq: elements of them kept after the whole sequence; fewer where a window forgets.
-        ssm_numel: elements of recurrent state kept for a sequence, whatever its length.
-        conv_numel: elements of convolution state kept for a sequence, whatever its length.
-        all_to_all_numel: elements that a token sends to its experts and gets back from them.
-        sums_over: widths that products with these weights sum over in a forward pass; none where there is no product
-            of a linear layer.
-        row: width of a row that is looked up, where these weights are an embedding.
-        weight: format of the weights where a recipe of precision gives one.
+        flops_step: FLOPs of decoding one token whose context, itself included, has the length of the sequence.
+        kv_numel: elements of keys and values (or of their latent) cached per token of context.
+        kv_numel_seq: elements of them cached after the whole sequence; a window limits them.
+        ssm_numel: elements of recurrent state per sequence, independent of its length.
+        conv_numel: elements of convolution state per sequence, independent of its length.
+        all_to_all_numel: elements sent to experts and received back, per token.
+        sums_over: widths that forward products with these weights sum over; empty unless a linear layer uses them.
+        row: width of one row, if these weights are an embedding.
+        weight: format of the weights, if a precision recipe sets one.
     """
 
     component: str
@@ -72,46 +71,46 @@ class Entry(NamedTuple):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What adds up."""
+        """The fields that can be summed."""
         numbers: tuple[int, ...] = self[1:-3]
         return numbers
 
     @property
     def blocks_along(self) -> tuple[int, ...]:
-        """Widths along which blocks of a format lie; none where these weights cannot be in blocks."""
+        """Widths along which a format's blocks lie; empty if these weights cannot be stored in blocks."""
         return self.sums_over or ((self.row,) if self.row else ())
 
     @property
     def is_quantized(self) -> bool:
-        """Whether products with these weights have quantised operands."""
+        """Whether products with these weights use quantised operands."""
         return self.weight is not None and self.weight not in UNQUANTIZED and bool(self.sums_over)
 
     @property
     def flops_prefill(self) -> int:
-        """FLOPs over a whole sequence that is only read: the head's for its last token."""
+        """FLOPs of prefill over a whole sequence; the head runs for the last token only."""
         return self.flops_step if self.component == "head" else self.flops_seq
 
 
 def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
-    """Adds up the numbers of some entries."""
+    """Sums the numbers of some entries."""
     return _added_up(component, (entry.numbers for entry in entries))
 
 
 def _added_up(component: str, rows: Iterable[Iterable[int]]) -> Entry:
-    """An entry whose numbers are the sums of columns."""
+    """Returns an entry whose numbers are column sums."""
     columns = list(zip(*rows, strict=True))
     return Entry._make((component, *map(sum, columns), *Entry(component)[-3:])) if columns else Entry(component)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What the ledger says of one block.
+    """The ledger of one block.
 
     Attributes:
         letter: as in the pattern; empty for embedding, last norm and head, `/` for multi-token prediction.
-        conventions: forward FLOPs of one sequence, by convention and component, where a convention does not go by
-            its rule.
-        lines: components that a comparison of conventions shows as one line, by the name of the line.
+        conventions: forward FLOPs of one sequence, by convention and component, where they differ from the
+            convention's general rule.
+        lines: components merged into one line when conventions are compared, by line name.
     """
 
     letter: str
@@ -124,12 +123,12 @@ class Part:
         return total_of(self.entries)
 
     def line_of(self, component: str) -> str:
-        """The line of a comparison that a component is in: its own, where `lines` does not name it."""
+        """Returns the comparison line of a component: an entry of `lines`, or its own name."""
         return next((line for line, components in self.lines.items() if component in components), component)
 
 
 class Row(NamedTuple):
-    """An entry with its place: `layer` counts from 0; embedding, head and multi-token prediction have none."""
+    """An entry and its layer, counted from 0; None for embedding, head and multi-token prediction."""
 
     layer: int | None
     part: Part
@@ -142,13 +141,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Dtypes:
-    """In what a model's weights, decoding state and activations are kept and sent.
+    """Dtypes of a model's weights, decoding state and transmitted activations.
 
     Attributes:
-        weight: of the weights in memory.
-        kv: of keys and values.
-        state: of recurrent and convolution state.
-        activation: of what experts are sent and send back.
+        weight: dtype of the weights in memory.
+        kv: dtype of keys and values.
+        state: dtype of recurrent and convolution state.
+        activation: dtype of activations sent to experts and back.
     """
 
     weight: Stored = "bfloat16"
@@ -157,7 +156,7 @@ class Dtypes:
     activation: Stored = "bfloat16"
 
     def under(self, recipe: Recipe) -> Dtypes:
-        """These dtypes with what a recipe of precision says of decoding state."""
+        """Returns these dtypes with a precision recipe's formats of decoding state."""
         return replace(self, kv=recipe.kv or self.kv, state=recipe.state or self.state)
 
     def __post_init__(self) -> None:
@@ -172,17 +171,17 @@ DTYPES = Dtypes()
 
 @dataclass(frozen=True)
 class Ledger:
-    """Every component of every layer, in the order in which a token meets them.
+    """Every component of every layer, in the order of the forward pass.
 
     Attributes:
-        seq_len: tokens of the sequence, and the context of decoding.
+        seq_len: tokens per sequence, also the context length of decoding.
         d_model: width of the residual stream.
-        pattern: one letter a layer.
-        blocks: what each letter comes to.
+        pattern: one letter per layer.
+        blocks: ledger of the block of each letter.
         before: the embedding.
-        after: last norm and head.
-        mtp: multi-token prediction, depth by depth, in training: it has FLOPs and parameters, and no state.
-        recipe: recipe of precision that gave the entries the formats of their weights; see `in_formats`.
+        after: final norm and head.
+        mtp: multi-token prediction in training, depth by depth: FLOPs and parameters, no state.
+        recipe: precision recipe that set the entries' weight formats; see `in_formats`.
     """
 
     seq_len: int
@@ -217,7 +216,7 @@ class Ledger:
             yield None, part
 
     def counted(self) -> Iterator[tuple[int, Part]]:
-        """Every part once and how often it stands in the model, multi-token prediction apart."""
+        """Every distinct part and how often the model contains it, without multi-token prediction."""
         yield 1, self.before
         for letter, part in self.blocks.items():
             yield self.pattern.count(letter), part
@@ -225,37 +224,37 @@ class Ledger:
 
     @cached_property
     def main(self) -> Entry:
-        """Everything added up, multi-token prediction apart. It does not walk the layers: it counts letters."""
+        """Sums of everything except multi-token prediction. It counts letters instead of visiting every layer."""
         return _added_up("", ([n * number for number in part.total.numbers] for n, part in self.counted()))
 
     @cached_property
     def extra(self) -> Entry:
-        """Multi-token prediction added up."""
+        """Sums of multi-token prediction."""
         return total_of(part.total for part in self.mtp)
 
     @cached_property
     def router(self) -> int:
-        """Parameters of all routers, multi-token prediction apart."""
+        """Parameters of all routers except those of multi-token prediction."""
         return sum(n * e.params for n, part in self.counted() for e in part.entries if e.component == "router")
 
     @property
     def flops_prefill(self) -> int:
-        """FLOPs of reading a whole context of `seq_len`: the head computes for its last token only."""
+        """FLOPs of prefilling a context of `seq_len` tokens; the head runs for the last token only."""
         return sum(n * entry.flops_prefill for n, part in self.counted() for entry in part.entries)
 
     def weight_bytes(self, dtypes: Dtypes = DTYPES) -> float:
-        """Bytes of the weights, multi-token prediction apart."""
+        """Bytes of the weights, without multi-token prediction."""
         return sum(n * weight_bytes(entry, dtypes) for n, part in self.counted() for entry in part.entries)
 
     def decode_bytes(self, dtypes: Dtypes, batch_size: float = 1) -> float:
-        """Bytes that one decoding step of a batch reads and writes."""
+        """Bytes read and written by one decoding step of a batch."""
         return sum(n * decode_bytes(e, dtypes, batch_size) for n, part in self.counted() for e in part.entries)
 
     def fold(self, by: By, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
         """Sums the ledger into records, in the order of first appearance.
 
         Returns:
-            Records of the group's name, `layers` in it, the numbers of `to_records`, and `share`: its part of
+            Records of the group's name, `layers` in it, the numbers of `to_records`, and `share`: its fraction of
             `flops_fwd`.
         """
         keys: dict[By, Callable[[Row], tuple[str, ...]]] = {
@@ -277,7 +276,7 @@ class Ledger:
         ]
 
     def to_records(self, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
-        """One record a row: layer, letter, component, and its numbers.
+        """Returns one record per row: layer, letter, component and numbers.
 
         Parameters; FLOPs of a forward and a training pass per token, of the prefill of a whole context and of one
         decoding step; bytes of weights, of the state after `seq_len` tokens, of what one decoding step of one
@@ -310,7 +309,7 @@ class Ledger:
         } | self.flops_quantized(rows)
 
     def flops_quantized(self, rows: Iterable[Row]) -> dict[str, float]:
-        """FLOPs per token in products with quantised operands, where a recipe says which they are."""
+        """FLOPs per token of products with quantised operands; they need a recipe."""
         if (recipe := self.recipe) is None:
             return {}
         flops_fwd = sum(row.entry.flops_seq for row in rows if row.entry.is_quantized) / self.seq_len
@@ -319,7 +318,7 @@ class Ledger:
 
 
 def bytes_of(numel: float, dtype: Stored) -> float:
-    """Bytes of `numel` elements, with the scales of a format."""
+    """Bytes of `numel` elements, including the scales of a block format."""
     return numel * BITS[dtype] / 8
 
 
@@ -329,10 +328,10 @@ def weight_bytes(entry: Entry, dtypes: Dtypes) -> float:
 
 
 def params_touched(entry: Entry, batch_size: float) -> float:
-    """Parameters that one decoding step of a batch reads, on average.
+    """Expected parameters read by one decoding step of a batch.
 
-    Of weights that a token reads in part, such as experts and embedding rows, every token is taken to choose
-    its share at random, apart from the others: n (1 - (1 - k / n)^batch).
+    Weights read in part, such as experts and embedding rows: each token is assumed to choose its share independently
+    at random, so a batch reads n (1 - (1 - k / n)^batch) of them.
     """
     if not 0 < entry.params_read < entry.params:
         return entry.params_read
@@ -340,12 +339,12 @@ def params_touched(entry: Entry, batch_size: float) -> float:
 
 
 def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: int = 1) -> float:
-    """Bytes that one decoding step of a batch reads and writes: weights once, the state of every sequence.
+    """Bytes read and written by one decoding step of a batch: weights once, state per sequence.
 
-    Keys and values are read but for the newest, which is written; recurrent and convolution state is read and written.
+    Old keys and values are read and the newest are written; recurrent and convolution state is read and written.
 
     Args:
-        n_shares: devices with such a batch each that share the weights; the bytes are those of one.
+        n_shares: devices that split the weights, each with such a batch; the result is per device.
     """
     state = 2 * (entry.ssm_numel + entry.conv_numel)
     return (
@@ -356,7 +355,7 @@ def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: 
 
 
 def product(component: str, params: int, seq_len: int, sums_over: tuple[int, ...]) -> Entry:
-    """Weights that take part in one matrix product for every token, each once.
+    """Entry of weights that each take part in one multiply-add per token.
 
     Args:
         sums_over: widths that the products sum over.
@@ -366,24 +365,24 @@ def product(component: str, params: int, seq_len: int, sums_over: tuple[int, ...
 
 
 def matrix(component: str, d_in: int, d_out: int, seq_len: int, *, bias: bool = False) -> Entry:
-    """A linear layer that every token passes through."""
+    """Entry of a linear layer that every token passes through."""
     entry = product(component, d_in * d_out, seq_len, (d_in,))
     params = entry.params + (d_out if bias else 0)
     return entry._replace(params=params, params_active=params, params_read=params)
 
 
 def vector(component: str, numel: int) -> Entry:
-    """Parameters that take part in no matrix product: norms, biases, scalars of a head."""
+    """Entry of parameters outside matrix products: norms, biases, per-head scalars."""
     return Entry(component, numel, numel, numel)
 
 
 def attended_keys(seq_len: int, window: int | None) -> int:
-    """Query-key pairs in a causal sequence, where a query sees itself and the `window` - 1 keys before it."""
+    """Query-key pairs of a causal sequence; a query sees its own key and the `window` - 1 before it."""
     if window is None or window >= seq_len:
         return seq_len * (seq_len + 1) // 2
     return window * (window + 1) // 2 + (seq_len - window) * window
 
 
 def visible_keys(seq_len: int, window: int | None) -> int:
-    """Keys that the last query of a sequence sees, and that a cache keeps."""
+    """Keys visible to the last query of a sequence, which are those the cache holds."""
     return seq_len if window is None else min(seq_len, window)

@@ -1,4 +1,4 @@
-"""The totals of a ledger, under the names that tables, run records and programs read."""
+"""Totals of a ledger, under the names used in tables, run records and programs."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from explore.formatting import count, flops
 class Cost:
     """Totals of a model over sequences, and contexts, of `seq_len` tokens.
 
-    No two papers mean the same by active parameters, so each meaning has a name here: with embeddings and router
+    Papers define active parameters differently, so each definition has a name: with embeddings and router
     (`params_active`), without the input embedding, without embeddings and head, and each of these without router.
-    A tied matrix is the head's.
+    A tied matrix counts as the head's.
 
     Attributes:
-        params_total: all parameters, multi-token prediction apart.
-        params_active: parameters that one token passes through; embeddings and router counted.
+        params_total: all parameters except multi-token prediction.
+        params_active: parameters used by one token, including embeddings and router.
         params_router: parameters of all routers.
-        params_mtp: parameters of multi-token prediction, which no other count holds.
+        params_mtp: parameters of multi-token prediction; no other count includes them.
         flops_fwd: forward FLOPs per token, averaged over the sequence, multi-token prediction included.
         flops_train: forward and backward FLOPs per token, 3 * flops_fwd.
-        flops_mtp: the part of `flops_fwd` that is multi-token prediction.
-        flops_prefill: FLOPs of reading the whole sequence as a context, with logits for its last token only.
-        flops_decode: FLOPs of decoding one token that sees `seq_len` tokens, itself included.
-        weight_bytes: of `params_total`.
-        kv_bytes_per_token: keys and values per token of context, as long as no window is full.
-        kv_bytes: keys and values after `seq_len` tokens.
-        ssm_state_bytes: recurrent state per sequence.
-        conv_state_bytes: convolution state per sequence.
-        decode_bytes: bytes read and written by decoding one token of one sequence.
-        all_to_all_bytes: bytes that a token sends to its experts and gets back, were they all elsewhere.
+        flops_mtp: share of `flops_fwd` spent on multi-token prediction.
+        flops_prefill: FLOPs of prefilling the whole sequence, with logits for its last token only.
+        flops_decode: FLOPs of decoding one token with `seq_len` tokens of context, itself included.
+        weight_bytes: bytes of `params_total`.
+        kv_bytes_per_token: bytes of keys and values per token of context, before any window is full.
+        kv_bytes: bytes of keys and values after `seq_len` tokens.
+        ssm_state_bytes: bytes of recurrent state per sequence.
+        conv_state_bytes: bytes of convolution state per sequence.
+        decode_bytes: bytes read and written to decode one token of one sequence.
+        all_to_all_bytes: bytes sent to experts and back per token, if all its experts are on other devices.
     """
 
     seq_len: int
@@ -66,7 +66,7 @@ class Cost:
 
     @classmethod
     def of(cls, ledger: Ledger, dtypes: Dtypes = DTYPES) -> Cost:
-        """Adds up a ledger; the bytes are those of `dtypes`."""
+        """Sums a ledger, with bytes in the given `dtypes`."""
         main, mtp, router = ledger.main, ledger.extra, ledger.router
         no_input = main.params_active - ledger.before.total.params
         no_embeddings = no_input - sum(entry.params for entry in ledger.after.entries if entry.component == "head")
@@ -103,12 +103,12 @@ class Cost:
 
     @property
     def params_total_no_embeddings(self) -> int:
-        """All parameters without embeddings and head, which count as active in full."""
+        """All parameters without embeddings and head."""
         return self.params_total - (self.params_active - self.params_active_no_embeddings)
 
     @property
     def state_bytes(self) -> float:
-        """Everything that decoding keeps of a sequence after `seq_len` tokens."""
+        """Bytes of decoding state per sequence after `seq_len` tokens."""
         return self.kv_bytes + self.ssm_state_bytes + self.conv_state_bytes
 
     def __repr__(self) -> str:

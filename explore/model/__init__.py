@@ -1,4 +1,4 @@
-"""The model: as a config with its cost, and as a module."""
+"""The model as a config with its cost, and as a module."""
 
 from explore.model.config import ModelConfig, MTPConfig, check_overrides
 from explore.model.generation import GREEDY, Sampling, Speculation, generate, speculate

@@ -1,4 +1,4 @@
-"""The model as a config: what a pattern and its blocks come to, in numbers."""
+"""The model as a config: a pattern, its blocks and their cost."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 _WIDTH: TypeAdapter[int] = TypeAdapter(PositiveInt)
 
 MOST_DEPTHS = 128
-"""Depths of multi-token prediction that a model may have."""
+"""Maximum number of depths of multi-token prediction."""
 
 LETTERS = 40
-"""Letters of a pattern that a line shows; a longer one is cut in the middle."""
+"""Pattern letters shown in one line; longer patterns are shortened in the middle."""
 
 
 class MTPConfig(Config):
-    """Multi-token prediction: depth k predicts the token that comes k after the next one.
+    """Multi-token prediction: depth k predicts the token k positions after the next one.
 
     Attributes:
-        pattern: layers of a depth, in letters of the model.
-        n_depths: how many tokens beyond the next are predicted.
-        shared: all depths use one set of weights, as in Nemotron 3; else each has its own.
+        pattern: layers of one depth, in letters of the model.
+        n_depths: number of tokens predicted beyond the next one.
+        shared: all depths share one set of weights, as in Nemotron 3; otherwise each has its own.
     """
 
     pattern: str
@@ -45,23 +45,23 @@ class MTPConfig(Config):
 
     @property
     def n_stored(self) -> int:
-        """Sets of weights."""
+        """Number of sets of weights."""
         return 1 if self.shared else self.n_depths
 
 
 class ModelConfig(Config):
-    """A language model as a string of letters and a config for each.
+    """A language model: a string of letters and one block config per letter.
 
     Attributes:
-        pattern: one letter a layer; a layer is `x + mixer(norm(x))`. What follows a `/` is multi-token prediction,
-            once for every depth, and becomes `mtp`.
-        blocks: config of each letter. A standard letter gets the sizes that are not given from `d_model`,
-            unless its `kind` is given, which asks for all of them; a letter of one's own needs it. A letter that
-            the pattern does not use is dropped.
-        mtp: multi-token prediction; none when absent.
-        tie_embeddings: the head uses the embedding's matrix.
-        init_std: standard deviation of initial weights; 0.896 / sqrt(d_model), as in Nemotron 3, when absent.
-        embedding_std: standard deviation of the initial embedding; that of the other weights when absent.
+        pattern: one letter per layer; a layer is `x + mixer(norm(x))`. Each `/` starts a depth of multi-token
+            prediction, which is stored in `mtp`.
+        blocks: config of each letter. Sizes missing from a standard letter follow from `d_model`, unless its `kind`
+            is given; then all sizes are required. A custom letter needs a `kind`. Letters that the pattern does not
+            use are dropped.
+        mtp: multi-token prediction; none when None.
+        tie_embeddings: the head shares the embedding's matrix.
+        init_std: standard deviation of initial weights; None uses 0.896 / sqrt(d_model), as in Nemotron 3.
+        embedding_std: standard deviation of the initial embedding; None uses that of the other weights.
     """
 
     d_model: PositiveInt
@@ -77,7 +77,7 @@ class ModelConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, data: Any) -> Any:
-        data = read_numbers(cls, data)  # before sizes are made of them
+        data = read_numbers(cls, data)  # before sizes are derived from them
         if not isinstance(data, Mapping) or not isinstance(data.get("pattern"), str):
             return data
         blocks, mtp = data.get("blocks") or {}, data.get("mtp")
@@ -112,12 +112,12 @@ class ModelConfig(Config):
         return {**data, "pattern": pattern, "blocks": chosen, "mtp": mtp}
 
     def replace(self, **changes: Any) -> ModelConfig:
-        """A copy with other values, validated.
+        """Returns a validated copy with some values changed.
 
             model.replace(d_model=512, blocks={"E": {"top_k": 4}})
 
-        Letters that `blocks` does not name stay as they are, and so do the fields that a letter does not name. With
-        another `d_model`, sizes that follow from the old one follow from the new one.
+        Letters and fields that are not named keep their values. Sizes derived from the old `d_model` are derived again
+        from the new one.
         """
         blocks: dict[Any, Any] = {letter: self._given(letter, changes) for letter in self.blocks}
         if isinstance(given := changes.pop("blocks", {}), Mapping):
@@ -143,7 +143,7 @@ class ModelConfig(Config):
         return model_html(self)
 
     def _given(self, letter: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of a block; under another width without those that a standard letter has from the old width."""
+        """Returns a block's fields; under a new width, without those derived from the old one."""
         block = self.blocks[letter]
         fields = dict(block)
         if "d_model" not in changes or type(block) is not STANDARD_LETTERS.get(letter):
@@ -156,7 +156,7 @@ class ModelConfig(Config):
 
     @property
     def n_layers(self) -> int:
-        """Layers, those of multi-token prediction apart."""
+        """Number of layers, without multi-token prediction."""
         return len(self.pattern)
 
     @property
@@ -175,7 +175,7 @@ class ModelConfig(Config):
         return self.init_std or 0.896 / math.sqrt(self.d_model)
 
     def ledger(self, seq_len: int) -> Ledger:
-        """Itemises every component of every layer over a sequence of `seq_len` tokens.
+        """Returns the ledger of all components over a sequence of `seq_len` tokens.
 
         Raises:
             ValueError: `seq_len` is not positive, or too large to count with.
@@ -184,7 +184,7 @@ class ModelConfig(Config):
             raise ValueError(f"seq_len must be at least 1 and at most {LARGEST}, got {echo(seq_len)}")
         d, vocab = self.d_model, self.vocab_size
         head = matrix("head", d, vocab, seq_len)
-        # A tied matrix is the head's: it is read whole there, whatever row the embedding took.
+        # A tied matrix counts as the head's, which reads all of it.
         embedding = Entry("embedding") if self.tie_embeddings else Entry("embedding", d * vocab, d * vocab, d, row=d)
         return Ledger(
             seq_len,
@@ -205,14 +205,14 @@ class ModelConfig(Config):
         state_dtype: Dtype = "float32",
         activation_dtype: Dtype = "bfloat16",
     ) -> Cost:
-        """Totals over a sequence, and a context, of `seq_len` tokens."""
+        """Totals for sequences and contexts of `seq_len` tokens."""
         return Cost.of(self.ledger(seq_len), Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype))
 
     def build(self) -> LanguageModel:
-        """The module with freshly drawn weights.
+        """Builds the module with random initial weights.
 
         Raises:
-            ValueError: the weights do not fit into the memory that is free.
+            ValueError: the weights do not fit into free memory.
         """
         import torch
 
@@ -245,7 +245,7 @@ class ModelConfig(Config):
 
 
 def _check_letters(blocks: Mapping[str, Any]) -> None:
-    """Refuses a block that no pattern can use, or whose kind is unknown."""
+    """Rejects a block that no pattern can use, or of unknown kind."""
     for letter, block in blocks.items():
         if len(patterns.canonical(str(letter))) != 1 or letter == patterns.MTP_MARK:
             raise ValueError(f"blocks: a letter must be one character that patterns can have, got {echo(letter)}")
@@ -257,7 +257,7 @@ def _check_letters(blocks: Mapping[str, Any]) -> None:
 
 
 def check_overrides(model: ModelConfig, overrides: Iterable[str]) -> None:
-    """Refuses an override of a block that the model does not use, which would change nothing.
+    """Rejects an override of a block that the model does not use, as it would have no effect.
 
     Args:
         overrides: `blocks.E.d_latent=64` or `model.blocks.E.d_latent=64`, among others.
@@ -272,7 +272,7 @@ def check_overrides(model: ModelConfig, overrides: Iterable[str]) -> None:
 
 
 def _sizes(config: type[BlockConfig], d_model: int, given: Collection[str]) -> dict[str, Any]:
-    """Sizes of a block that follow from `d_model`; none where no heads divide it and all that is required is given."""
+    """Block sizes derived from `d_model`; empty if no heads divide it but all required sizes are given."""
     try:
         return config.default(d_model).model_dump()
     except ValueError:

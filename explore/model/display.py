@@ -1,4 +1,4 @@
-"""How a model looks in a notebook: its letters in the colours of their kinds, and its counts."""
+"""Notebook display of a model: letters in the colours of their kinds, and counts."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ MTP_COLOR: Color = (0.36, 0.36, 0.36)
 """Colour of multi-token prediction."""
 
 ENOUGH = 5
-"""Validations with which a learning curve is that of validation, and not that of the training loss."""
+"""Number of validations from which the learning curve shows validation loss instead of training loss."""
 
 
 def letter_color(kind: type[BlockConfig]) -> Color:
-    """The colour of the letters of a kind of block: that of its first group of components, unless it says another."""
+    """Returns the letter colour of a kind: that of `colored_as`, or of its first component group."""
     return GROUPS[kind.colored_as or next(iter(kind.groups))].color
 
 
 def letter_kinds(blocks: Mapping[str, BlockConfig]) -> dict[str, type[BlockConfig]]:
-    """The kinds of block of all letters that a pattern may have: the standard ones, and those of a model."""
+    """Returns the block kind of every letter: the standard ones, and those of a model."""
     return {**STANDARD_LETTERS, **{letter: type(each) for letter, each in blocks.items()}}
 
 
 def letter_paints(blocks: Mapping[str, BlockConfig]) -> dict[str, Paint]:
-    """The colours of these letters and of the mark of multi-token prediction."""
+    """Returns the colours of these letters and of the multi-token prediction mark."""
     kinds = letter_kinds(blocks)
     return {**{letter: paint(letter_color(kind)) for letter, kind in kinds.items()}, MTP_LETTER: paint(MTP_COLOR)}
 
@@ -73,7 +73,7 @@ def record_html(row: Mapping[str, Any], experiment: Any, metrics: pd.DataFrame) 
     """A run with its model, its headline numbers and its learning curve.
 
     Args:
-        row: of the table of runs.
+        row: row of the table of runs.
         experiment: its JSON; the layers are plain letters where it holds no model that can be read.
         metrics: rows of `metrics.csv`.
     """

@@ -1,4 +1,4 @@
-"""Decoding with state: token by token, and several at once where multi-token prediction drafts them."""
+"""Decoding with state: token by token, or speculatively with drafts from multi-token prediction."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from explore.model.low_precision import quantizable_parts
 from explore.ops import compiled_step, forced_paths, paths_that
 
 COLDEST = 1e-30
-"""Temperature below which logits over it need not be finite in fp32."""
+"""Below this temperature, logits / temperature may overflow fp32."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     Attributes:
-        temperature: divides the logits; 0, or less than `COLDEST`, takes the most probable token.
-        top_k: only so many tokens, the most probable; all when absent.
-        top_p: only the most probable tokens that together have this probability; all when absent.
-        seed: of the draws.
+        temperature: divisor of the logits; 0, or below `COLDEST`, takes the most probable token.
+        top_k: sample only from this many most probable tokens; None allows all.
+        top_p: sample only from the most probable tokens with this total probability; None allows all.
+        seed: seed of the random draws.
     """
 
     temperature: float = 1.0
@@ -49,7 +49,7 @@ class Sampling:
         return self.temperature < COLDEST
 
     def probabilities(self, logits: Float[Tensor, "*dims vocab"]) -> Float[Tensor, "*dims vocab"]:
-        """Of every token to be drawn, in fp32."""
+        """Returns the sampling probability of every token, in fp32."""
         logits = logits.float()
         if self.is_greedy:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
@@ -67,14 +67,14 @@ class Sampling:
         return probabilities
 
     def draw(self, logits: Float[Tensor, "batch vocab"], generator: torch.Generator) -> Int[Tensor, " batch"]:
-        """A token of each row; without temperature nothing is left to chance."""
+        """Samples one token per row; at temperature 0 it is the most probable one."""
         return logits.argmax(-1) if self.is_greedy else _draw(self.probabilities(logits), generator)
 
 
 GREEDY = Sampling(temperature=0)
 
 SMALLEST_CAPACITY = 64
-"""Positions of the smallest state of a compiled step; larger ones double."""
+"""Capacity of the smallest state of a compiled step, in positions; larger capacities double."""
 
 LENGTH = r".*\.length"
 """Torch's name of the number of positions in a cache, in a compiled step."""
@@ -92,17 +92,17 @@ def generate(
     """Continues every row of a batch of prompts of equal length.
 
     Args:
-        eot_id: a row that has drawn it goes on with nothing else, and all stop when every row has; never when absent.
-        compiled: the step of one token runs as one compiled function, for which a C++ compiler is needed. A model's
-            first step then takes up to a minute, and what is cached of it a quarter of that; those after it a
-            third to two thirds of the time. Every expert computes every token in it. It is compiled once for each
-            batch size and for each power of two that prompt and new tokens fit in.
+        eot_id: end-of-text token; a row that draws it repeats it, and generation stops when all rows have drawn it.
+        compiled: run the one-token step as one compiled function (needs a C++ compiler). A model's first step then
+            takes up to a minute, a quarter of that from the compilation cache; later steps take a third to two
+            thirds of the uncompiled time. Every expert processes every token. It compiles once per
+            batch size and power of two that holds prompt and new tokens.
 
     Returns:
         The new tokens.
 
     Raises:
-        ValueError: a prompt without tokens, no token asked for, or a compiled step on another device than a CPU.
+        ValueError: the prompt is empty, no new tokens are requested, or a compiled step is not on a CPU.
         CompilerError: the step cannot be compiled here.
     """
     _checked(tokens, max_new_tokens)
@@ -131,21 +131,21 @@ def generate(
 
 
 def _capacity(length: int) -> int:
-    """Positions of a state that texts of similar length share, so that one compiled step serves all of them."""
+    """Returns a state capacity that texts of similar length share, so that they use the same compiled step."""
     return max(SMALLEST_CAPACITY, 1 << (length - 1).bit_length())
 
 
 def _logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
-    """Of the token after the last."""
+    """Returns the logits of the next token."""
     hidden, _ = model.hidden(tokens, state)
     logits: Tensor = model.head(hidden[:, -1])
     return logits
 
 
 def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -> Float[Tensor, "batch vocab"]:
-    """The whole step as one, for what torch checks before it calls compiled code takes too long for every layer."""
+    """Compiles the whole step at once: torch's checks before compiled code would cost too much per layer."""
     step = compiled_step(_logits, varying=LENGTH)
-    # No shape in these depends on what is computed, and the recurrence's definition becomes one loop over the state.
+    # No shape here depends on computed values, and the plain recurrence compiles to one loop over the state.
     paths = forced_paths(**paths_that(lambda path: path.decoding))
     with paths, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # by torch, where it measures products
@@ -155,11 +155,11 @@ def _compiled_logits(model: LanguageModel, tokens: Tensor, state: list[State]) -
 
 @dataclass
 class Speculation:
-    """A continuation that was drafted and checked.
+    """A continuation from speculative decoding.
 
     Attributes:
         tokens: the new tokens.
-        accepted: of every check, how many drafted tokens were right.
+        accepted: number of accepted draft tokens per check.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -167,7 +167,7 @@ class Speculation:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens that one pass of the main model yields on average: those accepted and one of its own."""
+        """Mean tokens per pass of the main model: accepted drafts plus one of its own."""
         return 1 + sum(self.accepted) / max(1, len(self.accepted))
 
 
@@ -179,13 +179,13 @@ def speculate(
     sampling: Sampling = GREEDY,
     eot_id: int | None = None,
 ) -> Speculation:
-    """Continues one prompt; multi-token prediction drafts tokens that one pass of the main model checks together.
+    """Continues one prompt speculatively: multi-token prediction drafts, one pass of the main model checks all drafts.
 
-    Every token has the distribution that `generate` draws from, and without temperature is the same token: a drafted
-    token x is kept with probability min(1, p(x) / q(x)), and else drawn from what p has over q.
+    Tokens have the same distribution as in `generate`, and are identical at temperature 0. A drafted token x is kept
+    with probability min(1, p(x) / q(x)); otherwise a token is drawn from max(0, p - q), normalised.
 
     Args:
-        eot_id: stops the continuation; never when absent.
+        eot_id: token that ends the continuation; None never stops early.
 
     Raises:
         ValueError: the model has no multi-token prediction.
@@ -193,7 +193,9 @@ def speculate(
     Source: speculative sampling, arXiv 2211.17192, algorithm 1.
     """
     if model.config.mtp is None:
-        raise ValueError("model.mtp: is absent, and speculation needs multi-token prediction to draft tokens")
+        raise ValueError(
+            "model.mtp: must be set for speculation, which drafts tokens by multi-token prediction, got None"
+        )
     _checked(tokens[None], max_new_tokens)
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     drafter = _Drafter(model, tokens)
@@ -219,7 +221,7 @@ def speculate(
         drafter.read(hidden[:, : len(unread) + n], known)
         if n == len(drafts):
             state, unread = tried, known[-1:]
-        else:  # `tried` has read a wrong token: the right ones are read again with the next drafts
+        else:  # `tried` includes a rejected token: the accepted ones are read again with the next drafts
             unread = [*unread, *known]
         drafts, q = drafter.draft(sampling, generator)
     end = result.tokens.index(eot_id) + 1 if eot_id in result.tokens else max_new_tokens
@@ -228,10 +230,10 @@ def speculate(
 
 
 class _Drafter:
-    """The depths of multi-token prediction, each with the state of the positions that it has certainly read.
+    """The depths of multi-token prediction, each with the state of its confirmed positions.
 
-    Depth k reads at position i what depth k - 1 gave there, and the token at i + k. Of the last positions that token
-    is a draft of the depths before: what is made of it is not kept.
+    At position i, depth k reads the output of depth k - 1 and the token at i + k. At the last positions that token is a
+    draft by earlier depths, so the resulting state is discarded.
     """
 
     def __init__(self, model: LanguageModel, prompt: Int[Tensor, " prompt"]) -> None:
@@ -240,21 +242,21 @@ class _Drafter:
         self.model, self.tokens = model, prompt
         blocks = [model.config.blocks[letter] for letter in mtp.pattern]
         self.states = [[block.new_state() for block in blocks] for _ in range(mtp.n_depths)]
-        self.n_read = [0] * (mtp.n_depths + 1)  # positions that the main model, and each depth, has certainly read
-        # What the main model, and each depth, gave at positions that the next depth has not certainly read.
+        self.n_read = [0] * (mtp.n_depths + 1)  # confirmed positions of the main model and of each depth
+        # Outputs of the main model and of each depth at positions that the next depth has not confirmed.
         self.given = [model.embedding.weight.new_zeros(1, 0, model.config.d_model) for _ in self.n_read]
 
     def read(self, hidden: Float[Tensor, "1 seq d_model"], known: list[int]) -> None:
-        """Takes what the main model gave at positions up to the last known token, and the tokens that then got known.
+        """Takes the main model's outputs up to the last known token, and the tokens confirmed since.
 
-        Positions that were read before, which it has read again, are the first of them.
+        The outputs begin with positions that were read before and have been read again.
         """
         new = hidden[:, hidden.shape[1] - (len(self.tokens) + len(known) - 1 - self.n_read[0]) :]
         self._give(0, new)
         self.tokens = torch.cat((self.tokens, self.tokens.new_tensor(known)))
 
     def draft(self, sampling: Sampling, generator: torch.Generator) -> tuple[list[int], Float[Tensor, "drafts vocab"]]:
-        """One token a depth, and the distributions that they were drawn from."""
+        """Drafts one token per depth; returns tokens and the distributions they were drawn from."""
         tokens, drawn = self.tokens, []
         uncertain = self.given[0][:, :0]
         for k, state in enumerate(self.states, start=1):
@@ -292,6 +294,6 @@ def _draw(probabilities: Float[Tensor, "batch vocab"], generator: torch.Generato
 
 def _checked(tokens: Tensor, max_new_tokens: int) -> None:
     if tokens.shape[1] == 0:
-        raise ValueError("prompt: is empty; at least one token is needed")
+        raise ValueError("prompt must have at least 1 token, got 0")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -21,15 +21,15 @@ from explore.ops import Divergence, StateRounding, linear_cross_entropy, linear_
 
 
 class Loss(NamedTuple):
-    """What one batch costs.
+    """The losses of one batch.
 
     Attributes:
-        cross_entropy: mean over predicted tokens, in nats; without a gradient where a teacher is imitated alone.
-        aux_loss: sum of the layers' balance losses, coefficients included.
-        stats: the router's statistics of every layer that has a router, by layer.
-        n_targets: predicted tokens.
-        mtp: mean cross-entropy of every depth of multi-token prediction, where it was asked for.
-        kl: mean divergence from the teacher over predicted tokens, in nats, where there is one.
+        cross_entropy: mean over predicted tokens, in nats; without a gradient if only the teacher is imitated.
+        aux_loss: sum of the layers' balance losses, already multiplied by their coefficients.
+        stats: router statistics by layer, for layers with a router.
+        n_targets: number of predicted tokens.
+        mtp: mean cross-entropy of every depth of multi-token prediction, if requested.
+        kl: mean KL divergence from the teacher over predicted tokens, in nats, if there is a teacher.
     """
 
     cross_entropy: Float[Tensor, ""]
@@ -41,12 +41,12 @@ class Loss(NamedTuple):
 
 
 class TeacherOutput(NamedTuple):
-    """What a teacher says of one batch, short of its logits: those of softmax(hidden weight^T / temperature).
+    """A teacher's predictions for one batch: softmax(hidden weight^T / temperature), with logits not yet computed.
 
     Attributes:
-        hidden: what its head reads.
-        weight: its head, in the dtype of their product.
-        alone: the divergence is minimised without the cross-entropy, which then needs no gradient.
+        hidden: input of its head.
+        weight: matrix of its head, in the dtype of the product.
+        alone: minimise only the divergence; the cross-entropy then needs no gradient.
     """
 
     hidden: Float[Tensor, "batch seq d_teacher"]
@@ -58,13 +58,13 @@ class TeacherOutput(NamedTuple):
 class LanguageModel(nn.Module):
     """Embedding, layers, norm, head, and the depths of multi-token prediction.
 
-    Matrices start with `ModelConfig.std`; those that write to the residual stream with that divided by
-    the square root of the number of layers. The embedding has its own where the config says so.
+    Matrices start with standard deviation `ModelConfig.std`; those that write to the residual stream divide it by
+    the square root of the number of layers. The config may give the embedding its own.
 
     Attributes:
-        recompute: drop what a layer computed on the way and compute it again in the backward pass.
-        state_rounding: formats of decoding state. A sequence that is read as a whole is then read with state too, so
-            that attention sees the keys and values that decoding would see.
+        recompute: discard activations inside a layer and recompute them in the backward pass.
+        state_rounding: formats of decoding state. Whole sequences are then also read with state, so
+            attention sees the same rounded keys and values as in decoding.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         return self.config._repr_html_()
 
     def init_weights(self) -> None:
-        """Draws all weights anew from torch's global generator."""
+        """Draws all weights from torch's global generator."""
         std, out_std = self.config.std, self.config.std / math.sqrt(self.config.n_layers)
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_std or std)
         if not self.config.tie_embeddings:
@@ -103,10 +103,10 @@ class LanguageModel(nn.Module):
             part.init_weights(std, out_std)
 
     def new_state(self, capacity: int | None = None) -> list[State]:
-        """The decoding state of each layer before the first token.
+        """Returns the empty decoding state of each layer.
 
         Args:
-            capacity: positions that there will be at most; with it the states are written in place, which is faster.
+            capacity: maximum number of positions; when given, states are written in place, which is faster.
         """
         states = [block.new_state(capacity) for block in self.config.layers]
         if self.state_rounding is not None:
@@ -117,10 +117,10 @@ class LanguageModel(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
     ) -> Float[Tensor, "batch seq vocab_size"]:
-        """Logits of the next token at every position.
+        """Returns next-token logits at every position.
 
         Args:
-            state: from `new_state`, and updated: the tokens continue those that were read with it before.
+            state: from `new_state`, and updated here; the tokens continue those read with it before.
         """
         hidden, _ = self.hidden(tokens, state)
         logits: Tensor = self.head(hidden)
@@ -129,7 +129,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self, tokens: Int[Tensor, "batch seq"], state: list[State] | None = None
     ) -> tuple[Float[Tensor, "batch seq d_model"], dict[int, RouterStats]]:
-        """What the head reads, and the router's statistics by layer."""
+        """Returns the head's input, and router statistics by layer."""
         if state is None and self.state_rounding is not None:
             state = self.new_state()
         x = self.embedding(tokens)
@@ -153,11 +153,11 @@ class LanguageModel(nn.Module):
         mtp: bool = False,
         teacher: TeacherOutput | None = None,
     ) -> Loss:
-        """Mean cross-entropy over the targets that are not -100.
+        """Returns the mean cross-entropy over targets other than -100.
 
         Args:
-            mtp: also those of the depths of multi-token prediction, whose routers then count in the balance.
-            teacher: also the divergence of the next token from a teacher's.
+            mtp: also compute the losses of multi-token prediction, and include its routers in the balance loss.
+            teacher: also compute the divergence from the teacher's next-token predictions.
         """
         hidden, stats = self.hidden(tokens)
         n_targets = (targets != -100).sum()
@@ -174,14 +174,14 @@ class LanguageModel(nn.Module):
         return Loss(total / n_targets, aux_loss, stats, n_targets, deeper, kl)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed over the targets that are not -100."""
+        """Returns the cross-entropy summed over targets other than -100."""
         if self.head.quantizer is not None:
             logits = self.head(hidden).flatten(0, 1).float()
             return F.cross_entropy(logits, targets.flatten(), reduction="sum")
         return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
 
     def _divergence(self, hidden: Tensor, targets: Tensor, teacher: TeacherOutput) -> Divergence:
-        """From a teacher, summed over the targets that are not -100."""
+        """Returns the divergence from a teacher summed over targets other than -100."""
         inputs = teacher.hidden.flatten(0, 1), teacher.weight, targets.flatten(), teacher.temperature
         if self.head.quantizer is not None:
             return logits_kl(self.head(hidden).flatten(0, 1), *inputs)
@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
     def _deeper_losses(
         self, hidden: Tensor, tokens: Tensor, targets: Tensor, stats: dict[int, RouterStats]
     ) -> Float[Tensor, " n_depths"]:
-        """Depth k reads the token that comes k after a position, and predicts the one after that."""
+        """Returns the losses of all depths; depth k reads the token k positions ahead and predicts the one after it."""
         assert self.config.mtp is not None
         losses = []
         for k in range(1, min(self.config.mtp.n_depths, tokens.shape[1] - 1) + 1):
@@ -210,7 +210,7 @@ class LanguageModel(nn.Module):
         return depth
 
     def moe_layers(self) -> dict[int, RoutedMixer]:
-        """The layers with a router, by index; those of multi-token prediction follow on the main ones."""
+        """The layers with a router, by index; indices of multi-token prediction follow the main layers."""
         layers = [*self.layers, *(layer for depth in self.mtp for layer in depth.layers)]  # type: ignore[union-attr]
         return {i: layer.mixer for i, layer in enumerate(layers) if isinstance(layer.mixer, RoutedMixer)}
 

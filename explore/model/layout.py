@@ -1,4 +1,4 @@
-"""Which axes the weights of a model have: those of its blocks under the names of the whole model, and `d_model`."""
+"""Axes of every weight of a model: those of its blocks, under full weight names, and `d_model`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from explore.model.config import ModelConfig
 
 
 class Place(NamedTuple):
-    """The dimensions of a weight, and whose axes they name.
+    """The dimensions of a weight, and the layer and block they belong to.
 
     Attributes:
         layer: index of the layer; None outside the main layers, where `d_model` is the only axis that can be cut.
-        block: config of the layer that the weight is of, also in multi-token prediction; None where there is none.
+        block: config of the weight's layer, also in multi-token prediction; None outside layers.
     """
 
     layer: int | None
@@ -23,10 +23,10 @@ class Place(NamedTuple):
 
 
 def model_layout(config: ModelConfig) -> Mapping[str, Place]:
-    """The place of every weight and buffer by its name; names that an option leaves out are there too.
+    """Returns the place of every weight and buffer by name, including those that an option removes.
 
     Raises:
-        ValueError: a kind of block does not say which axes its weights have.
+        ValueError: a kind of block declares no layout.
     """
     layout = {
         "embedding.weight": Place(None, None, (WHOLE, D_MODEL)),
@@ -48,6 +48,6 @@ def model_layout(config: ModelConfig) -> Mapping[str, Place]:
 def _layer(name: str, block: BlockConfig, layer: int | None) -> dict[str, Place]:
     mixer = block.layout()
     if not mixer:
-        raise ValueError(f"{name}: {block.label} does not say which axes its weights have, so it cannot be cut")
+        raise ValueError(f"{name}: {block.label} declares no layout of its weights, so it cannot be cut")
     norm = {f"{name}.norm.weight": Place(layer, block, (D_MODEL,))}
     return norm | {f"{name}.mixer.{weight}": Place(layer, block, dims) for weight, dims in mixer.items()}

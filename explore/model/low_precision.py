@@ -1,4 +1,4 @@
-"""A model under a recipe of precision: which of its modules quantise what, and at which steps."""
+"""A model under a precision recipe: attaches quantisers to its modules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from explore.precision import Recipe, products_of
 
 
 class QuantizablePart(NamedTuple):
-    """A module whose products may be quantised, with its component of the ledger.
+    """A module whose products may be quantised, with its ledger component.
 
     Attributes:
         layer: index in the ledger; None for the head and for multi-token prediction.
-        name: of the module: in its layer, or in the model where it is in no layer.
+        name: module name within its layer, or within the model if it is outside the layers.
     """
 
     layer: int | None
@@ -55,10 +55,10 @@ def _parts(i: int | None, letter: str, mixer: nn.Module, prefix: str) -> Iterato
 
 
 def quantize_products(model: LanguageModel, recipe: Recipe, seed: int = 0) -> Emulation:
-    """Gives every module whose component is not in the recipe's high format a quantiser, and takes all others away.
+    """Attaches a quantiser to every module whose component is not in the recipe's high format; removes all others.
 
     Returns:
-        What the quantisers have in common: seed, step, and which products are quantised.
+        Settings shared by the quantisers: seed, step, and which products are quantised.
 
     Raises:
         ValueError: the recipe does not fit the model.

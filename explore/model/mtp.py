@@ -12,10 +12,10 @@ from explore.model.layer import Layer
 
 
 class MTPDepth(nn.Module):
-    """norm(layers(W [norm(embedding of the next token); norm(hidden state)])).
+    """One depth: norm(layers(W [norm(embedding of the next token); norm(hidden state)])).
 
-    Embedding and head are the main model's. The hidden state that depth 1 reads comes from after the main model's
-    last norm, and what depth k gives is what depth k + 1 reads.
+    Embedding and head are the main model's. Depth 1 reads the main model's hidden state after its
+    final norm; depth k + 1 reads the output of depth k.
 
     Source: DeepSeek-V3, arXiv 2412.19437, section 2.2; Nemotron 3 applies one depth several times.
     """
@@ -44,12 +44,12 @@ class MTPDepth(nn.Module):
         hidden: Float[Tensor, "batch seq d_model"],
         state: list[State] | None = None,
     ) -> tuple[Float[Tensor, "batch seq d_model"], list[RouterStats]]:
-        """What the head reads at this depth, and the routers' statistics.
+        """Returns the head's input at this depth, and router statistics.
 
         Args:
-            embedding: of the token after each position, one further at every depth.
-            hidden: of the depth before.
-            state: of every layer, as in decoding with the main model.
+            embedding: embedding of the token after each position, shifted by one more at every depth.
+            hidden: output of the previous depth.
+            state: decoding state of every layer, as in the main model.
         """
         x = self.eh_proj(torch.cat((self.embedding_norm(embedding), self.hidden_norm(hidden)), dim=-1))
         x = x.to(embedding.dtype)  # the residual stream stays in fp32 under autocast, as the main model's does

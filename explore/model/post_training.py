@@ -1,4 +1,4 @@
-"""A trained model in low precision: its weights as formats hold them, and products that quantise what they read."""
+"""Post-training quantisation: weights rounded to formats, and products with quantised inputs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from explore.ops import (
 from explore.precision import UNQUANTIZED, FormatName, Recipe
 
 Amax = Mapping[str, Mapping[str, Sequence[float]]]
-"""Largest magnitudes of what products read: by module, weight and expert."""
+"""Largest input magnitudes of products, by module, weight and expert."""
 
 EMBEDDING = "embedding"
-"""Component of the table that is looked up, and the attribute of the model that holds it."""
+"""Ledger component of the embedding, and the model attribute that holds it."""
 
 
 class Component(NamedTuple):
-    """A component of the ledger in its place: layer (None outside the layers), letter and name."""
+    """A ledger component: layer (None outside the layers), letter and name."""
 
     layer: int | None
     letter: str
@@ -45,22 +45,22 @@ class Component(NamedTuple):
 
 
 class QuantizedModel:
-    """A model whose components are put into formats, and back.
+    """A trained model whose components can be quantised and restored.
 
     Attributes:
-        components: those that can be in blocks, with their modules. Multi-token prediction is one component for each
-            name, whatever its depth.
+        components: quantisable components with their modules. All depths of multi-token prediction share one
+            component per name.
     """
 
     def __init__(
         self, model: LanguageModel, scales: Scales = "max", *, square_weights: bool = False, amax: Amax | None = None
     ) -> None:
-        """Takes a model as it was trained.
+        """Wraps a trained model.
 
         Args:
             scales: criterion for the scales of weights.
-            square_weights: scales of weights are for squares.
-            amax: from `calibrate`; where it is absent, only weights are quantised.
+            square_weights: share one weight scale per square block.
+            amax: input magnitudes from `calibrate`; without them only weights are quantised.
         """
         self.model, self.scales, self.square_weights, self.amax = model, scales, square_weights, amax
         self.components: dict[Component, list[QuantizablePart]] = {}
@@ -71,11 +71,11 @@ class QuantizedModel:
         self._trained: dict[Component, list[Tensor]] = {}
 
     def put(self, component: Component, format: FormatName | None, *, seed: int | None = None) -> None:
-        """Puts one component into a format, or back to what was trained.
+        """Quantises one component, or restores its trained weights.
 
         Args:
-            format: None for what was trained.
-            seed: of stochastic rounding of weights; to nearest when absent.
+            format: target format; None restores the trained weights.
+            seed: seed of stochastic rounding of weights; None rounds to nearest.
         """
         weights = list(self._weights(component))
         kept = self._trained.setdefault(component, [weight.detach().clone() for weight, _, _ in weights])
@@ -86,12 +86,12 @@ class QuantizedModel:
             part.module.quantizer = None if format is None else self._quantizer(part, format)
 
     def restore(self) -> None:
-        """Puts everything back to what was trained."""
+        """Restores all trained weights."""
         for component in self._trained:
             self.put(component, None)
 
     def apply(self, recipe: Recipe, seed: int = 0) -> None:
-        """Puts the whole model into the formats of a recipe, for good.
+        """Quantises the whole model by a recipe, permanently.
 
         Weights without a format of their own, such as those of norms, are rounded to the recipe's high format. Decoding
         state is rounded to `recipe.kv` and `recipe.state`.
@@ -118,7 +118,7 @@ class QuantizedModel:
             )
 
     def _weights(self, component: Component) -> Iterator[tuple[Tensor, int, str]]:
-        """Matrices of a component: the axis that a product sums over, and a name."""
+        """Yields a component's matrices, the axis that products sum over, and a name."""
         if component.name == EMBEDDING:
             yield self.model.embedding.weight, -1, EMBEDDING
         for part in self.components[component]:
@@ -149,7 +149,7 @@ class QuantizedModel:
 
 
 def check_after_training(recipe: Recipe) -> None:
-    """Refuses what only a run in training can do.
+    """Rejects recipes that only make sense in training.
 
     Raises:
         ValueError: no forward product is quantised, or its operands are rotated.
@@ -163,7 +163,7 @@ def check_after_training(recipe: Recipe) -> None:
 
 
 def formats_of_components(model: LanguageModel, recipe: Recipe) -> dict[Component, FormatName]:
-    """The format of every component of the ledger that has weights.
+    """Returns the format of every ledger component with weights.
 
     Raises:
         ValueError: the recipe does not fit the model.
@@ -180,12 +180,12 @@ def formats_of_components(model: LanguageModel, recipe: Recipe) -> dict[Componen
 def calibrate(
     model: LanguageModel, text: Iterable[tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Largest magnitudes of what every product reads over some text, by a model as it was trained.
+    """Returns the largest input magnitude of every product over some text, measured on the trained model.
 
-    An expert that no token went to has that of all experts.
+    An expert that received no tokens gets the maximum over all experts.
 
     Args:
-        text: tokens and what follows each of them.
+        text: pairs of tokens and next tokens.
     """
     parts = list(quantizable_parts(model))
     observers = [Observer("fp32", {}) for _ in parts]

@@ -1,4 +1,4 @@
-"""What a model keeps for its backward pass, layer by layer, in two conventions."""
+"""Tensors that a model saves for the backward pass, layer by layer, in two conventions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from explore.model.config import ModelConfig
 
 SavedConvention = Literal["exact", "megatron"]
 FUSED = frozenset({"fused_attention", "memory_efficient_permutation", "no_dropout"})
-"""Settings of Megatron-LM as it trains today."""
+"""Settings of Megatron-LM in common use today."""
 
 
 class SavedRow(NamedTuple):
-    """A tensor with its place; embedding, last norm, loss and multi-token prediction have no layer."""
+    """A saved tensor and its layer; None for embedding, final norm, loss and multi-token prediction."""
 
     layer: int | None
     letter: str
@@ -23,10 +23,10 @@ class SavedRow(NamedTuple):
 
 
 def saved_rows(model: ModelConfig, seq_len: int, convention: SavedConvention) -> Iterator[SavedRow]:
-    """Every tensor that one sequence keeps in training.
+    """Yields every tensor saved for one sequence in training.
 
-    `exact` is what this kit keeps in fp32 on a CPU by its default paths, down to the last byte. `megatron` is what
-    Megatron-LM keeps of the layers in bf16, nothing recomputed; its loss is counted where a pipeline is.
+    `exact` counts what this kit saves (fp32, CPU, default paths), exact to the byte. `megatron` counts what
+    Megatron-LM saves for the layers in bf16 without recomputation; pipeline plans count its loss separately.
     """
     if convention == "megatron":
         for layer, letter in enumerate(model.pattern):
@@ -41,7 +41,7 @@ def saved_rows(model: ModelConfig, seq_len: int, convention: SavedConvention) ->
         for tensor in _layer(model.blocks[letter], d, seq_len):
             yield SavedRow(layer, letter, tensor)
     yield SavedRow(None, "", Saved("norm", "norm", (d + 1) * seq_len, "float32"))
-    # The loss makes its gradient at once and keeps that, not the logits.
+    # The loss computes its gradient at once and keeps that instead of the logits.
     yield SavedRow(None, "", Saved("head", "linear input", d * seq_len, "float32"))
     depths = 0 if model.mtp is None else min(model.mtp.n_depths, seq_len - 1)
     for tensor in (tensor for depth in range(1, depths + 1) for tensor in _depth(model, depth, seq_len)):
@@ -54,10 +54,10 @@ def _layer(block: BlockConfig, d_model: int, seq_len: int) -> Iterator[Saved]:
 
 
 def _depth(model: ModelConfig, depth: int, seq_len: int) -> Iterator[Saved]:
-    """What a depth of multi-token prediction keeps; it is shorter by one token than the one before."""
+    """Yields the tensors saved by one depth of multi-token prediction, one token shorter than the previous depth."""
     assert model.mtp is not None
     d, length = model.d_model, seq_len - depth
-    # The hidden state is the whole of what the depth before gives, of which the last position is left out.
+    # The hidden state is a view of the previous depth's whole output, without the last position.
     norms = d * (length + 1) + (d + 2) * length
     yield Saved("embedding norm, hidden norm", "norm", norms, "float32")
     yield Saved("eh_proj", "linear input", 2 * d * length, "float32")
@@ -68,10 +68,10 @@ def _depth(model: ModelConfig, depth: int, seq_len: int) -> Iterator[Saved]:
 
 
 def saved_table(model: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
-    """Elements and bytes that a token keeps on average, by letter and group, in both conventions.
+    """Mean elements and bytes saved per token, by letter and group, in both conventions.
 
     Returns:
-        Records of convention, letter, group, layers, numel and bytes; those of a letter are of all its layers.
+        Records of convention, letter, group, layers, numel and bytes; the numbers of a letter cover all its layers.
     """
     records: list[dict[str, Any]] = []
     conventions: tuple[SavedConvention, ...] = ("exact", "megatron")
@@ -94,7 +94,7 @@ def saved_table(model: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
 
 
 def saved_bytes_of(model: ModelConfig, seq_len: int) -> Mapping[SavedConvention, float]:
-    """Bytes that one sequence keeps, in both conventions."""
+    """Bytes saved per sequence, in both conventions."""
     return {
         convention: sum(row.saved.n_bytes() for row in saved_rows(model, seq_len, convention))
         for convention in ("exact", "megatron")
