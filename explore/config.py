@@ -1,4 +1,4 @@
-"""What every config shares: frozen, hashable, strict about its keys, and plain about errors."""
+"""Base of all configs: frozen, hashable, unknown keys rejected, one-line errors."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ V = TypeVar("V")
 C = TypeVar("C", bound="Config")
 
 DEPTH = 2
-"""Configs between a config and a field that may have been meant."""
+"""Levels of nested configs searched for the field a user may have meant."""
 
 LARGEST = 2**63 - 1
-"""Largest whole number of a config: what counts are made of it stays far below the largest float."""
+"""Largest whole number in a config; counts derived from it stay far below the largest float."""
 
 TAGGED = ("data", "objective", "start")
-"""Fields that hold a discriminated union."""
+"""Names of fields that hold a discriminated union."""
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, hashable, unknown keys refused, JSON in and out.
+    """Base of every config: immutable, hashable, unknown keys rejected, JSON in and out.
 
-    Every field counts in the keys of experiments. A field that is added to a config which has keys already gets its
-    default from `added_later`; any other new field changes the key of every experiment.
+    Every field is part of experiment keys. A new field of an existing config must take its default from
+    `added_later`; any other new field changes the key of every experiment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -45,7 +45,7 @@ class Config(BaseModel):
         return read_numbers(cls, data)
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
-        """Shows the fields that are not at their defaults."""
+        """Shows only fields that differ from their defaults."""
         for name, field in type(self).model_fields.items():
             if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
                 yield name, value
@@ -54,24 +54,24 @@ class Config(BaseModel):
         return repr(self)
 
     def replace(self: C, **changes: Any) -> C:  # noqa: PYI019 - the shape checks of the tests cannot read Self
-        """A copy with other values, validated."""
+        """Returns a validated copy with some values changed."""
         return type(self).model_validate({name: getattr(self, name) for name in type(self).model_fields} | changes)
 
     def model_copy(self: C, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> C:  # noqa: PYI019
-        """A copy; what is updated is validated, as by `replace`."""
+        """Returns a copy; updates are validated as in `replace`."""
         return self.replace(**update) if update else super().model_copy(deep=deep)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a key hashes of this config: its JSON, and the fingerprints of the configs inside it.
+        """Returns the content that a key hashes: this config's JSON, with fingerprints of nested configs.
 
-        A config that names files overrides this: files count by their content, never by their path.
+        A config that names files overrides this, so that files are hashed by content, not by path.
         """
         content = self.model_dump(mode="json")
         return {name: _fingerprint(getattr(self, name), part) for name, part in content.items()}
 
 
 def read_numbers(config: type[BaseModel], data: Any) -> Any:
-    """The content of a config with numbers where text such as `200k` or `5M` stands for one.
+    """Converts text such as `200k` or `5M` in a config's content to numbers.
 
     Raises:
         ValueError: a whole number is too large to count with.
@@ -83,14 +83,14 @@ def read_numbers(config: type[BaseModel], data: Any) -> Any:
         value = data.get(name)
         if isinstance(value, str) and COUNT.fullmatch(value):
             value = numbers[name] = read_count(value)
-        if isinstance(value, int | float) and largest < value < math.inf:  # infinity is for the field to refuse
+        if isinstance(value, int | float) and largest < value < math.inf:  # the field itself rejects infinity
             raise ValueError(f"{name} must be at most {largest}, got {echo(value)}")
     return {**data, **numbers} if numbers else data
 
 
 @cache
 def _number_fields(config: type[BaseModel]) -> Mapping[str, float]:
-    """The fields that hold a number and never a text, each with the largest that it may hold."""
+    """Returns the fields that hold a number and never text, with the largest value of each."""
     types = {name: set(_types(field.annotation)) for name, field in config.model_fields.items()}
     return {
         name: sys.float_info.max if float in found else LARGEST
@@ -100,7 +100,7 @@ def _number_fields(config: type[BaseModel]) -> Mapping[str, float]:
 
 
 def _types(annotation: Any) -> Iterator[type]:
-    """The types that an annotation is made of."""
+    """Yields the types inside an annotation."""
     if isinstance(annotation, type):
         yield annotation
     for part in get_args(annotation):
@@ -108,13 +108,13 @@ def _types(annotation: Any) -> Iterator[type]:
 
 
 def added_later(default: Any) -> Any:
-    """Default of a field that is added to a config whose experiments have keys.
+    """Default for a field added to a config that existing experiment keys already cover.
 
         output_gate: bool = added_later(False)
 
-    While the field has this default it is left out of `model_dump` and JSON, so experiments keep the keys that they
-    had, and records of runs look as before. The default must therefore mean what the code did without the field, and
-    must never change.
+    While the field has this default, `model_dump` and JSON omit it, so existing experiments keep their keys and run
+    records do not change. The default must therefore reproduce the behaviour from before the field existed, and must
+    never change.
     """
     return Field(default=default, exclude_if=lambda value: value == default)
 
@@ -132,7 +132,7 @@ def _fingerprint(value: Any, content: Any) -> Any:
 
 
 class FrozenMapping(Mapping[K, V]):
-    """A mapping that can neither be changed nor depend on insertion order, so it can be hashed."""
+    """An immutable, hashable mapping that ignores insertion order."""
 
     __slots__ = ("_items",)
     _items: dict[K, V]
@@ -163,11 +163,11 @@ class FrozenMapping(Mapping[K, V]):
 
 
 Frozen = Annotated[Mapping[K, V], AfterValidator(FrozenMapping), PlainSerializer(dict)]
-"""Field type of a mapping inside a config: any mapping goes in, a `FrozenMapping` comes out."""
+"""Field type for a mapping inside a config: accepts any mapping and stores a `FrozenMapping`."""
 
 
 def thaw(value: Any) -> Any:
-    """Frozen JSON as dictionaries and lists."""
+    """Converts frozen JSON to dictionaries and lists."""
     match value:
         case Mapping():
             return {name: thaw(part) for name, part in value.items()}
@@ -186,22 +186,22 @@ def _freeze(value: Any) -> Any:
 
 
 FrozenJson = Annotated[Mapping[str, Any], AfterValidator(_freeze), PlainSerializer(thaw)]
-"""Field type of a JSON object that another module reads: immutable and hashable however deep it is."""
+"""Field type for a JSON object interpreted by another module; immutable and hashable at any depth."""
 
 
 def explain(error: ValidationError, root: str = "") -> str:
-    """Says in one line what is wrong with a config.
+    """Describes in one line what is wrong with a config.
 
     Args:
-        root: what the config is called in the path, for example `model`.
+        root: name of the config at the start of the path, for example `model`.
 
     Returns:
-        `path: reason` of one error, and how many more there are: of an unknown field if there is one, for a field that
-        is missing may be the one that was misspelt.
+        `path: reason` of one error, and the number of further errors. An unknown field comes first, since a missing
+        field may be the misspelt one.
     """
     problems = sorted(error.errors(include_url=False), key=lambda problem: problem["type"] != "extra_forbidden")
     path, reason = shorten(_path(root, problems[0]["loc"])), _reason(error.title, problems[0])
-    # A check of a whole config begins with the field that it is about.
+    # Errors from checks of a whole config start with the field concerned.
     line = path + ("." if re.match(r"[\w.]+: ", reason) else ": ") + reason if path else reason
     return line if len(problems) == 1 else f"{line} (and {len(problems) - 1} more)"
 
@@ -209,7 +209,7 @@ def explain(error: ValidationError, root: str = "") -> str:
 def _path(root: str, loc: tuple[int | str, ...]) -> str:
     parts = [root] if root else []
     for i, part in enumerate(loc):
-        # After a letter or one of `TAGGED` comes the tag of a discriminated union, which the user did not write.
+        # Skip the tag of a discriminated union after a letter or one of `TAGGED`: the user did not write it.
         if not ((i >= 2 and loc[i - 2] == "blocks") or (i >= 1 and loc[i - 1] in TAGGED)):
             parts.append(str(part))
     return ".".join(parts)
@@ -235,15 +235,15 @@ def _reason(title: str, problem: Any) -> str:
 
 
 def nearest_fields(title: str, loc: list[str], *, is_mapping: bool = False) -> list[str]:
-    """The fields that an unknown one may stand for: the same field further inside, or else the nearest name.
+    """Suggests fields for an unknown one: the same name in a nested config, or else the nearest name.
 
     Args:
         title: name of the class of the whole config.
         loc: path of the unknown field in it.
-        is_mapping: its value has fields itself, so that it may be an entry of a mapping of configs.
+        is_mapping: the value itself has fields, so it may be an entry of a mapping of configs.
 
     Returns:
-        Paths from where the unknown field is; none where nothing is near.
+        Paths relative to the unknown field's parent; empty if nothing is near.
     """
     *outer, name = loc
     configs = [each for each in _all_configs(Config) if each.__name__ == title]
@@ -262,7 +262,7 @@ def _all_configs(config: type[Config]) -> Iterator[type[Config]]:
 
 
 def _configs_at(configs: list[type[Config]], part: str) -> list[type[Config]]:
-    """The configs that a part of a path leads to: a field, the tag of one of several configs, or a key."""
+    """Returns the configs one step along a path; the part is a field, a union tag, or a key."""
     if found := [inner for each in configs if part in each.model_fields for inner in _configs_in(each, part)]:
         return found
     tagged = [each for each in configs if "kind" in each.model_fields and each.model_fields["kind"].default == part]
@@ -274,7 +274,7 @@ def _configs_in(config: type[Config], field: str) -> list[type[Config]]:
 
 
 def _paths_to(config: type[Config], name: str, *, is_mapping: bool, depth: int = DEPTH) -> Iterator[str]:
-    """Paths of the fields called `name` in the configs inside a config; keys of a mapping of configs are letters."""
+    """Yields paths of fields called `name` in nested configs; keys of a mapping of configs are letters."""
     for field, info in config.model_fields.items():
         inner = _configs_in(config, field)
         if any(name in each.model_fields for each in inner) or (
@@ -289,12 +289,12 @@ def set_field(content: dict[str, Any], override: str) -> None:
     """Writes `path.to.field=value` into nested dictionaries; validation happens later.
 
     Raises:
-        ValueError: not of that form, or the path leads through something that has no fields.
+        ValueError: the override has another form, or its path goes through a value without fields.
     """
     path, equals, text = override.partition("=")
     *parents, field = path.split(".")
     if not equals or not all((*parents, field)):
-        raise ValueError(f"--set: {echo(override)} is not of the form path.to.field=value")
+        raise ValueError(f"--set: must have the form path.to.field=value, got {echo(override)}")
     try:
         value = parse_json(text)
     except ValueError:

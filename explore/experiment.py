@@ -34,37 +34,37 @@ from explore.weights import TrainedModel
 UNTIL_DECAY = frozenset(
     {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens", "evaluation"}
 )
-"""Fields of `TrainConfig` that do not act on a run before its decay; of the warm-up, only its steps do."""
+"""Fields of `TrainConfig` without effect before the decay; the warm-up counts by its steps instead."""
 
 MOST_TOKENS = 10**15
-"""Longest training: twenty times that of any model."""
+"""Most training tokens: twenty times the longest published training."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 VOCABULARY_MULTIPLE = 128
-"""A vocabulary that is padded to a multiple of this is no mistake."""
+"""Vocabularies may be padded to a multiple of this without a note."""
 
 NUMERICS_VERSION = 3
-"""Part of every key; raised when the same experiment may give another result than before."""
+"""Part of every key; increase it when the same experiment may give a different result."""
 
 
 class NextToken(Config):
-    """The cross-entropy of the next token, and of those after it where the model has multi-token prediction."""
+    """Cross-entropy of the next token, and of later tokens if the model has multi-token prediction."""
 
     kind: Literal["next_token"] = "next_token"
 
 
 class Distillation(Config):
-    """The divergence from a teacher's next token, mixed with other terms; routers keep their balance loss.
+    """KL divergence from a teacher's next-token distribution, plus other terms; routers keep their balance loss.
 
     Attributes:
-        teacher: whose next token is imitated. It has the student's vocabulary and tokenizer.
-        temperature: by which the logits of both are divided.
-        kl_weight: weight of the forward divergence, KL(teacher || student) times the square of the temperature.
+        teacher: trained model with the student's vocabulary and tokenizer.
+        temperature: divisor of both models' logits.
+        kl_weight: weight of KL(teacher || student) times the squared temperature.
         ce_weight: weight of the cross-entropy of the next token.
-        hidden_weight: weight of 1 - cosine of the outputs of the layers in `hidden_layers`, a mean over these.
-        hidden_layers: pairs of a layer of the student and one of the teacher, counted from 0.
-        teacher_precision: of the teacher's forward pass: `fp32`, or `bf16` for its matrix products.
+        hidden_weight: weight of 1 - cosine between layer outputs, averaged over `hidden_layers`.
+        hidden_layers: pairs of student layer and teacher layer, counted from 0.
+        teacher_precision: precision of the teacher's forward pass: `fp32`, or `bf16` for its matrix products.
     """
 
     kind: Literal["distillation"] = "distillation"
@@ -88,10 +88,10 @@ class Distillation(Config):
         return self
 
     def check_student(self, student: ModelConfig) -> None:
-        """Refuses a student that the teacher cannot teach.
+        """Checks that the teacher can teach this student.
 
         Raises:
-            ValueError: another vocabulary, a layer that is not there, or hidden states of another width.
+            ValueError: vocabularies or hidden widths differ, or a layer does not exist.
         """
         teacher = self.teacher.model
         if student.vocab_size != teacher.vocab_size:
@@ -115,22 +115,21 @@ class Distillation(Config):
 
 
 Objective = Annotated[NextToken | Distillation, Field(discriminator="kind")]
-"""What training minimises; the code of each kind is in `explore.train.objectives`."""
+"""Training objective; `explore.train.objectives` implements each kind."""
 
 
 class FreshWeights(Config):
-    """Weights that are drawn from the seed of the experiment."""
+    """Random weights from the experiment's seed."""
 
     kind: Literal["fresh"] = "fresh"
 
 
 class ParentWeights(Config):
-    """The weights of a trained model, whole or cut.
+    """Weights of a trained model, whole or cut.
 
     Attributes:
         parent: the trained model.
-        plan: what is kept of it, as `explore.compress.Plan` writes it, or the path of a file with that; all when
-            absent. The experiment's model is that of the plan.
+        plan: JSON of an `explore.compress.Plan`, or its path; None keeps all. The experiment's model is the plan's.
     """
 
     kind: Literal["parent"] = "parent"
@@ -143,7 +142,7 @@ class ParentWeights(Config):
         return read_json(Path(plan)) if isinstance(plan, str | Path) else plan
 
     def fingerprint(self) -> dict[str, Any]:
-        """Without how the plan was made, which decides nothing."""
+        """Omits how the plan was made, which does not affect the result."""
         content = super().fingerprint()
         if content["plan"] is not None:
             content["plan"].pop("origin", None)
@@ -151,11 +150,11 @@ class ParentWeights(Config):
 
 
 Start = Annotated[FreshWeights | ParentWeights, Field(discriminator="kind")]
-"""From which weights training begins; the code of each kind is in `explore.train.start`."""
+"""Initial weights of training; `explore.train.start` implements each kind."""
 
 
 def _precision(value: Any) -> str | Recipe:
-    """The name of a recipe, or a recipe that has none: it is the same experiment either way."""
+    """Returns the name of a named recipe, otherwise the recipe; both spellings are the same experiment."""
     match value:
         case str():
             named(value, "it", TRAINED.keys())
@@ -173,28 +172,28 @@ def _precision(value: Any) -> str | Recipe:
 
 
 class TrainConfig(Config):
-    """How a model is trained. The budget is `tokens` or `flops`; exactly one is given.
+    """Training settings. The budget is either `tokens` or `flops`.
 
     Attributes:
         tokens: tokens to train on.
         flops: training FLOPs to spend (exact convention, 3 times forward).
-        batch_size: sequences in an optimizer step.
+        batch_size: sequences per optimizer step.
         lr: peak learning rate.
         optimizer: AdamW, or Muon for the matrices of the layers and AdamW for everything else.
-        warmup: share of the steps in which the learning rate rises linearly.
-        decay: share of the steps, at the end, in which it falls.
+        warmup: fraction of steps, at the start, with linearly rising learning rate.
+        decay: fraction of steps, at the end, with falling learning rate.
         decay_shape: `linear`, or `minus_sqrt`: 1 - sqrt(progress).
-        final_lr_ratio: learning rate of the last step over the peak.
-        clip: largest norm of the gradient.
-        mtp_weight: weight of the mean cross-entropy of the depths of multi-token prediction, where a model has it.
-        precision: name of a recipe of `explore.precision`, or a recipe. `fp32`; `bf16`: matrix products in bfloat16,
-            weights and optimizer state in fp32; others quantise the operands of some products, and have the rest so.
-        val_every: steps between validations; only at the end when absent.
-        eval_tokens: tokens of a split that an evaluation reads; all when absent.
-        evaluation: `opening`: every evaluation reads the first `eval_tokens` of a split. `whole`: validations on the
-            way read as many, drawn over the whole split; at the end both splits are read whole and scored by document.
-        objective: what is minimised.
-        stop_recall: validation recall at which a run ends before its budget, asked every `val_every` steps.
+        final_lr_ratio: final learning rate divided by the peak.
+        clip: maximum gradient norm.
+        mtp_weight: weight of the mean cross-entropy of multi-token prediction.
+        precision: a recipe of `explore.precision`, or its name. `bf16` computes matrix products in bfloat16 and keeps
+            weights and optimizer state in fp32; other recipes also quantise operands of some products.
+        val_every: steps between validations; None validates only at the end.
+        eval_tokens: tokens per evaluation of a split; None reads all.
+        evaluation: `opening` reads the first `eval_tokens` of a split. `whole` samples them from the whole split
+            during training; at the end it reads both splits in full and scores by document.
+        objective: training objective.
+        stop_recall: end the run early at this validation recall, checked every `val_every` steps.
     """
 
     tokens: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
@@ -221,10 +220,10 @@ class TrainConfig(Config):
     def _check(self) -> TrainConfig:
         if (self.tokens is None) == (self.flops is None):
             raise ValueError(
-                f"tokens or flops must be given, and not both, got tokens={self.tokens} flops={self.flops}"
+                f"exactly one of tokens and flops must be given, got tokens={self.tokens} flops={self.flops}"
             )
         if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup: {self.warmup} and decay={self.decay} add up to more than the whole run")
+            raise ValueError(f"warmup: must be at most 1 - decay={1 - self.decay:g}, got {self.warmup}")
         if "fp16" in (self.recipe.format, *(rule.format for rule in self.recipe.rules)):
             raise ValueError("precision: formats must not be fp16, whose gradients would need loss scaling, got 'fp16'")
         if self.stop_recall is not None and self.val_every is None:
@@ -233,7 +232,7 @@ class TrainConfig(Config):
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of precision."""
+        """The precision recipe."""
         return TRAINED[self.precision] if isinstance(self.precision, str) else self.precision
 
     @property
@@ -242,21 +241,21 @@ class TrainConfig(Config):
         return self.precision not in ("fp32", "bf16")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Recipes that quantise count by what they say, whatever their names."""
+        """Quantising recipes are hashed by content, not by name."""
         return super().fingerprint() | ({"precision": self.recipe.fingerprint()} if self.quantizes else {})
 
     def n_steps(self, seq_len: int, flops_train: float) -> int:
-        """Optimizer steps that the budget pays for, at least one; the budget is rounded to whole steps."""
+        """Number of optimizer steps in the budget, rounded to whole steps, at least 1."""
         tokens = self.tokens if self.tokens is not None else (self.flops or 0) / flops_train
         return max(1, round(tokens / (self.batch_size * seq_len)))
 
     def warmup_steps(self, n_steps: int) -> int:
-        """Steps of so many in which the learning rate rises."""
+        """Number of warm-up steps in a run of `n_steps`."""
         return round(self.warmup * n_steps)
 
 
 class Experiment(Config):
-    """One training run: what is trained, on what, how, from which seed and from which weights."""
+    """One training run: model, data, training settings, seed and initial weights."""
 
     name: str = Field(min_length=1)
     model: ModelConfig
@@ -312,7 +311,7 @@ class Experiment(Config):
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens in an optimizer step."""
+        """Tokens per optimizer step."""
         return self.train.batch_size * self.data.seq_len
 
     @property
@@ -322,7 +321,7 @@ class Experiment(Config):
 
     @property
     def trained_models(self) -> dict[str, TrainedModel]:
-        """The models that a run begins with or learns from, by their digest."""
+        """Models that the run starts from or learns from, by digest."""
         found = []
         if isinstance(self.start, ParentWeights):
             found.append(self.start.parent)
@@ -332,42 +331,39 @@ class Experiment(Config):
 
     @property
     def flops_teacher(self) -> float:
-        """FLOPs of a teacher's forward passes on a token; 0 without a teacher."""
+        """FLOPs per token of the teacher's forward pass; 0 without a teacher."""
         if not isinstance(self.train.objective, Distillation):
             return 0
         return self.train.objective.teacher.model.cost(self.data.seq_len).flops_fwd
 
     def notes(self, source: Source) -> tuple[str, ...]:
-        """What a user should know of a run on data that was opened for it, one line each."""
+        """Notes for the user on a run with this data, one line each."""
         n_tokens, n_rows = source.vocab_size, self.model.vocab_size
         padded = -(-n_tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         notes = (*source.notes, *(f"train.precision: {warning}" for warning in self.train.recipe.warnings))
         if n_rows <= padded:
             return notes
-        unused = f"{n_rows - n_tokens:,} rows of the embedding and the head stand for nothing"
+        unused = f"{n_rows - n_tokens:,} rows of the embedding and the head are unused"
         return (*notes, f"model.vocab_size is {n_rows:,} and the data has {n_tokens:,} tokens: {unused}")
 
     def key(self) -> str:
-        """64 hexadecimal digits over everything that decides the result, and nothing else.
-
-        The name does not count, nor does any path: corpus and tokenizer count by their content.
-        """
+        """Hash (64 hexadecimal digits) of all that affects the result: no name, no paths, but the content of files."""
         return self._hash(self.train.fingerprint())
 
     @property
     def warmup_steps(self) -> int:
-        """Optimizer steps in which the learning rate rises."""
+        """Number of warm-up steps."""
         return self.train.warmup_steps(self.n_steps)
 
     def stable_key(self) -> str:
-        """64 hexadecimal digits over everything that decides the states of the stable phase, whatever the budget."""
+        """Hash (64 hexadecimal digits) of everything that affects the stable phase; it ignores the budget."""
         train = {name: value for name, value in self.train.fingerprint().items() if name not in UNTIL_DECAY}
-        # Where precision changes on the way, it does so after a share of all steps.
+        # A change of precision happens after a fraction of all steps, so it depends on the budget.
         n_steps = {} if self.train.recipe.until == Until() else {"n_steps": self.n_steps}
         return self._hash(train | {"warmup_steps": self.warmup_steps} | n_steps)
 
     def rung_key(self, step: int) -> str:
-        """Key of the state after so many steps, which must be in the stable phase."""
+        """Key of the state after `step` steps; the step must be in the stable phase."""
         return f"{self.stable_key()}-{step:06d}"
 
     def _hash(self, train: dict[str, Any]) -> str:
@@ -383,7 +379,7 @@ class Experiment(Config):
             overrides: `path.to.field=value`, the value as JSON or as bare text.
 
         Raises:
-            ValueError: no such file, not JSON, or a field that is not allowed, by its path.
+            ValueError: no such file, not JSON, or an invalid field, named by its path.
         """
         content = read_json(path)
         if isinstance(content.get("experiment"), dict):  # the record of a run
@@ -397,11 +393,7 @@ class Experiment(Config):
 
     @classmethod
     def read(cls, content: Any, path: Path) -> Experiment:
-        """Reads the content of a file.
-
-        Raises:
-            ValueError: a field that is not allowed, by the path of the file and its own.
-        """
+        """Validates the content of a file; a ValueError names the file and the field."""
         try:
             return cls.model_validate(content)
         except ValidationError as error:

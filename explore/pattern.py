@@ -14,12 +14,12 @@ MTP_MARK = "/"
 
 
 def canonical(pattern: str) -> str:
-    """The pattern without white space and without pipeline-stage marks, which change nothing in the maths."""
+    """Removes white space and pipeline-stage marks, which do not affect the maths."""
     return "".join(pattern.replace(PIPELINE_MARK, "").split())
 
 
 def split_mtp(pattern: str) -> tuple[str, list[str]]:
-    """Divides a pattern into the model's layers and the layers of each depth of multi-token prediction.
+    """Splits a pattern into the model's layers and the layers of each multi-token prediction depth.
 
     Raises:
         ValueError: the depths are not all alike.
@@ -33,7 +33,7 @@ def split_mtp(pattern: str) -> tuple[str, list[str]]:
 
 
 def check_pattern(pattern: str, letters: Collection[str]) -> None:
-    """Refuses a pattern that is not made of known letters.
+    """Checks that a pattern consists of known letters.
 
     Raises:
         ValueError: an unknown letter, with its position counted from 1, or no layer at all.
@@ -51,18 +51,18 @@ def check_pattern(pattern: str, letters: Collection[str]) -> None:
 
 
 def resolve(pattern: str, blocks: Mapping[str, BlockConfig]) -> tuple[BlockConfig, ...]:
-    """The block config of every layer."""
+    """Returns the block config of every layer."""
     check_pattern(pattern, blocks.keys())
     return tuple(blocks[letter] for letter in canonical(pattern))
 
 
 def counts(pattern: str) -> Counter[str]:
-    """Layers of each letter."""
+    """Counts the layers of each letter."""
     return Counter(canonical(pattern))
 
 
 def distance(a: str, b: str) -> int:
-    """Edit distance: layers inserted, removed or replaced to turn one pattern into the other."""
+    """Edit distance between two patterns: the number of layers to insert, remove or replace."""
     a, b = canonical(a), canonical(b)
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
@@ -73,7 +73,7 @@ def distance(a: str, b: str) -> int:
 
 
 def family(pattern: str, blocks: Mapping[str, BlockConfig]) -> str:
-    """Name of the family that a model belongs to in tables and figures, by what its layers are called and are for."""
+    """Returns the model's family name for tables and figures, from the names and roles of its layers."""
     layers = resolve(pattern, blocks)
     present = {layer.family_name for layer in layers}
     recurrent = " + ".join(name for name in _names("recurrent") if name in present)
@@ -82,7 +82,7 @@ def family(pattern: str, blocks: Mapping[str, BlockConfig]) -> str:
 
 
 def families() -> tuple[str, ...]:
-    """Every name that `family` gives; a recurrent mixer that comes later in `BLOCKS` adds its own after the others."""
+    """All names that `family` can return; recurrent mixers later in `BLOCKS` append theirs at the end."""
     recurrent = [""]
     for name in _names("recurrent"):
         recurrent += [f"{others} + {name}" if others else name for others in recurrent]
@@ -91,7 +91,7 @@ def families() -> tuple[str, ...]:
 
 
 def _names(role: Role) -> list[str]:
-    """What layers of a role are called in the names of families, each name once."""
+    """Returns the distinct family names of layers with a role."""
     return list(dict.fromkeys(name for kind in BLOCKS if kind.config.role == role for name in kind.config.family_names))
 
 
@@ -99,6 +99,6 @@ def _family(recurrent: str, attention: bool, experts: str) -> str:
     if not (recurrent and attention):
         mixer = recurrent or ("attention" if attention else "")
         return f"{mixer} {experts}".strip() if experts else f"{mixer} + MLP".removeprefix(" + ")
-    # With experts, a hybrid that does not say of which recurrent mixer is one of the first.
+    # With experts, the first recurrent mixer is left unnamed: "hybrid MoE".
     hybrid = "hybrid" if experts and recurrent == _names("recurrent")[0] else f"{recurrent} hybrid"
     return f"{hybrid} {experts}".strip()

@@ -1,7 +1,7 @@
-"""Proof of the ledger: random models are built and run, and what runs is counted op by op.
+"""Proof of the ledger: builds and runs random models and counts their FLOPs op by op.
 
-The counter knows the operations that multiply matrices and those that do not. Anything else is an error, so that an
-operation that hides its work, as fused attention does, can never be counted as free.
+The counter lists operations that multiply matrices and those that do not. Any other operation is an error, so one
+that hides its work, such as fused attention, can never count as free.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ PRODUCTS: Mapping[str, Callable[..., int]] = {
     "addmm": lambda out, bias, a, b, **_: _mm(a.shape, b.shape),
     "bmm": lambda out, a, b: _mm(a.shape, b.shape),
     "baddbmm_": lambda out, into, a, b: _mm(a.shape, b.shape),
-    # By substitution: row i of the triangle has i - 1 products in each column, (n - 1) / 2 on average.
+    # Substitution: row i of the triangle takes i - 1 products per column, (n - 1) / 2 on average.
     "linalg_solve_triangular": lambda out, a, b, **_: out.numel() * (a.shape[-1] - 1),
     "convolution": lambda out, x, weight, *_: _conv(out.shape, weight.shape),
-    # Each gradient that is asked for, of input and weight, is a product as large as the forward one.
+    # Each requested gradient (input, weight) costs as much as the forward product.
     "convolution_backward": lambda out, grad, x, weight, *rest: sum(rest[-1][:2]) * _conv(grad.shape, weight.shape),
 }
-"""Operations that multiply matrices, and how many FLOPs they spend."""
+"""Operations that multiply matrices, and functions for their FLOPs."""
 
 FREE = frozenset({
     "_embedding_bag", "_embedding_bag_forward_only", "_local_scalar_dense", "_softmax", "_softmax_backward_data",
@@ -59,11 +59,11 @@ FREE = frozenset({
     "t", "threshold_backward", "topk", "transpose", "tril", "triu", "unbind", "unsqueeze", "view", "where", "zeros",
     "zeros_like",
 })  # fmt: skip
-"""Operations that multiply no matrices, all that the models here run."""
+"""All other operations that the models here run; they multiply no matrices."""
 
 
 class UnknownOpError(RuntimeError):
-    """An operation ran of which the counter does not know whether it multiplies matrices."""
+    """The counter does not know whether an operation multiplies matrices."""
 
 
 class OpCounter(TorchDispatchMode):
@@ -89,7 +89,7 @@ class OpCounter(TorchDispatchMode):
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products in `work`, on the paths whose operations the counter can see."""
+    """Counts the FLOPs of matrix products in `work`, using paths whose operations the counter can see."""
     counter = OpCounter()
     with forced_paths(**paths_that(lambda path: path.countable)), counter:
         work()
@@ -97,7 +97,7 @@ def count_flops(work: Callable[[], Any]) -> int:
 
 
 class Case(NamedTuple):
-    """One comparison: what the ledger says and what was found."""
+    """One comparison of the ledger with a measurement."""
 
     model: ModelConfig
     seq_len: int
@@ -107,9 +107,9 @@ class Case(NamedTuple):
 
 
 def check(config: ModelConfig, seq_len: int) -> Iterator[Case]:
-    """Builds and runs one model, and counts it in every phase.
+    """Builds and runs one model, and compares its counts with the ledger in every phase.
 
-    Some blocks run more than the maths needs, and say how much: it is added to the ledger's numbers.
+    Some blocks execute more than the maths needs; the FLOPs they declare for it are added to the ledger's.
     """
     with torch.device("meta"):
         built = sum(weight.numel() for weight in config.build().parameters())
@@ -135,14 +135,14 @@ def check(config: ModelConfig, seq_len: int) -> Iterator[Case]:
 
 
 def saved_by_autograd(model: LanguageModel, seq_len: int) -> int:
-    """Bytes that autograd keeps in training for one sequence more, on the default paths; weights do not count."""
+    """Bytes that autograd saves per additional sequence in training, on the default paths, without weights."""
     fewer, more = (_saved_by_batch(model, torch.zeros(n, seq_len, dtype=torch.int64)) for n in (2, 3))
     return more - fewer
 
 
 def _saved_by_batch(model: LanguageModel, tokens: Tensor) -> int:
     sizes = {weight.untyped_storage().data_ptr(): 0 for weight in model.parameters()}
-    alive: list[Tensor] = []  # so that memory is not reused, which would count two tensors as one
+    alive: list[Tensor] = []  # keeps tensors alive: reused memory would make two look like one
 
     def pack(tensor: Tensor) -> Tensor:
         alive.append(tensor)
@@ -158,9 +158,9 @@ def _saved_by_batch(model: LanguageModel, tokens: Tensor) -> int:
 
 
 def scalar(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """A number that depends on all that a forward pass computes, as in the midst of a longer sequence.
+    """Returns a number that depends on everything a forward pass computes, as in the middle of a longer sequence.
 
-    Gradients flow into the recurrent states before it, and come from those after it.
+    Gradients flow from the final recurrent states and into the initial ones.
     """
     state = model.new_state()
     recurrent = [layer for layer in state if isinstance(layer, RecurrentState)]
@@ -173,7 +173,7 @@ def scalar(model: LanguageModel, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prefill(model: LanguageModel, tokens: Tensor) -> list[State]:
-    """Reads a context as decoding does: the head computes for the last token only. Returns the state."""
+    """Prefills a context, with the head for the last token only, and returns the state."""
     state = model.new_state()
     hidden, _ = model.hidden(tokens, state)
     model.head(hidden[:, -1])
@@ -181,13 +181,13 @@ def prefill(model: LanguageModel, tokens: Tensor) -> list[State]:
 
 
 def uncounted(blocks: Iterable[BlockConfig], seq_len: int) -> Uncounted:
-    """FLOPs of one sequence that run in blocks and are in no ledger, such as attention over pairs that are masked."""
+    """Sums the executed FLOPs per sequence that the ledger leaves out, such as attention over masked pairs."""
     found = [block.uncounted(seq_len) for block in blocks]
     return Uncounted(sum(each.forward for each in found), sum(each.training for each in found))
 
 
 def random_model(rng: random.Random) -> ModelConfig:
-    """A small model of random pattern, widths and options; now and then with multi-token prediction."""
+    """Returns a small model with random pattern, widths and options, sometimes with multi-token prediction."""
     letters = {letter: config.random_example(rng) for letter, config in STANDARD_LETTERS.items()}
     alphabet = "".join(letters)
     pattern = "".join(rng.choices(alphabet, k=rng.randint(1, 10)))
@@ -208,14 +208,14 @@ def random_model(rng: random.Random) -> ModelConfig:
 
 
 def random_case(seed: int, number: int) -> tuple[ModelConfig, int]:
-    """A random model and a length to run it at; they depend on the seed and the number alone."""
+    """Returns a random model and sequence length, which depend only on seed and number."""
     rng = random.Random(f"{seed}/{number}")
     torch.manual_seed(number)
     return random_model(rng), rng.randint(2, 40)
 
 
 def tally(cases: Iterable[Case]) -> dict[Phase, tuple[int, int]]:
-    """Cases of each phase, and how many of them agree."""
+    """Counts the cases of each phase, and those that agree."""
     result: dict[Phase, tuple[int, int]] = dict.fromkeys(get_args(Phase), (0, 0))
     for case in cases:
         n, agreeing = result[case.phase]

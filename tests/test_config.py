@@ -61,7 +61,7 @@ def test_json_is_an_identity(pattern: str, tied: bool) -> None:
         ({"pattern": 3}, "model.pattern: "),
         ({"d_model": 0}, "model.d_model: "),
         ({"d_model": "wide"}, "model.d_model: "),
-        ({"d_model": 100}, "model.d_model: must be a multiple of 16 and at least 64"),
+        ({"d_model": 100}, "model.d_model: must be a multiple of 16 and at least 32"),
         ({"d_modl": 1}, "model.d_modl: unknown field"),
         ({"norm_eps": float("nan")}, "model.norm_eps: "),
     ],

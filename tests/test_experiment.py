@@ -181,7 +181,7 @@ def test_exactly_one_budget_is_allowed(budget: dict[str, Any]) -> None:
 
 
 def test_warmup_and_decay_may_not_exceed_the_run() -> None:
-    with pytest.raises(ValidationError, match="more than the whole run"):
+    with pytest.raises(ValidationError, match="warmup: must be at most 1 - decay"):
         TrainConfig(tokens=100, warmup=0.6, decay=0.5)
 
 

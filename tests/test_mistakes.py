@@ -173,7 +173,7 @@ def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
     set_field(content, "mtp.n_depths=2")
     assert content == {"mtp": {"n_depths": 2}}
     for override in ("mtp", "=3", ".a=3", "a..b=3", "a.=3"):
-        with pytest.raises(ValueError, match=r"is not of the form path\.to\.field=value"):
+        with pytest.raises(ValueError, match=r"must have the form path\.to\.field=value"):
             set_field(content, override)
 
 

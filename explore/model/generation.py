@@ -294,6 +294,6 @@ def _draw(probabilities: Float[Tensor, "batch vocab"], generator: torch.Generato
 
 def _checked(tokens: Tensor, max_new_tokens: int) -> None:
     if tokens.shape[1] == 0:
-        raise ValueError("prompt must have at least 1 token, got 0")
+        raise ValueError("prompt: must have at least 1 token, got 0")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
