@@ -1,4 +1,4 @@
-"""Published systems by name, each with its source and its counts in print."""
+"""Published systems by name, with their sources and published counts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _built(name: str) -> ModelConfig:
 
 
 def preset(name: str) -> ModelConfig:
-    """The model config of a published system, or of a released `config.json` by its path.
+    """Returns the model config of a published system, or of a released `config.json`.
 
     Raises:
-        ValueError: no such system; the nearest names are given.
+        ValueError: no such system; the message suggests the nearest names.
     """
     check_type(name, str, "preset must be the name of a published system")
     if name in PRESETS:
@@ -47,7 +47,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def published_table() -> list[dict[str, Any]]:
-    """Every count in print beside the one that is computed, in billions of parameters.
+    """Compares every published count with the computed one, in billions of parameters.
 
     Returns:
         Records of preset, quantity, published (as printed), computed, whether the computed number rounds to the

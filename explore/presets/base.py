@@ -1,4 +1,4 @@
-"""What a preset is."""
+"""Types of presets."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from explore.model import ModelConfig
 
 
 class Published(NamedTuple):
-    """A number as it was printed.
+    """A published number.
 
     Attributes:
-        quantity: name of the field of `Cost` that it is.
-        printed: the number of parameters in billions, with the digits that were printed; 5.5e2 has two.
-        note: what the print leaves out.
+        quantity: the corresponding field of `Cost`.
+        printed: billions of parameters, with the digits as published; 5.5e2 has two.
+        note: what the published number leaves out.
     """
 
     quantity: str
@@ -23,7 +23,7 @@ class Published(NamedTuple):
     note: str = ""
 
     def agrees(self, params: int) -> bool:
-        """Whether a count rounds to what was printed."""
+        """Whether a count rounds to the published number."""
         printed = Decimal(self.printed)
         return (Decimal(params) / 10**9).quantize(printed) == printed
 
@@ -32,9 +32,9 @@ class Preset(NamedTuple):
     """A published system.
 
     Attributes:
-        build: makes its model config.
-        source: where its sizes are printed.
-        published: its counts in print.
+        build: builds its model config.
+        source: publication of its sizes.
+        published: published counts.
     """
 
     build: Callable[[], ModelConfig]

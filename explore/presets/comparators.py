@@ -1,6 +1,6 @@
 """The models that the Nemotron papers compare with: every layer is attention followed by MLP or experts.
 
-What has neither weights nor matrix products is left out: scaled rotary frequencies, and DeepSeek-V3's choice of
+Features without weights and matrix products are left out: scaled rotary frequencies, and DeepSeek-V3's selection of
 expert groups before experts.
 """
 
@@ -19,7 +19,7 @@ def transformer(
     """A dense SwiGLU Transformer with heads of 128.
 
     Args:
-        heads: of queries, and of keys and values.
+        heads: number of query heads and of key-value heads.
         attention: further fields of the attention layers.
     """
     blocks: dict[str, Any] = {
@@ -50,7 +50,7 @@ def qwen3_moe(d_model: int, n_layers: int, n_heads: int, d_expert: int) -> Model
 
 
 def gpt_oss(n_layers: int, n_experts: int) -> ModelConfig:
-    """GPT-OSS: every other layer sees 128 tokens, the first one does."""
+    """GPT-OSS: attention layers alternate between a window of 128 tokens (the first) and full context."""
     attention = {
         "kind": "attention",
         "n_heads": 64,
@@ -82,12 +82,12 @@ def gpt_oss(n_layers: int, n_experts: int) -> ModelConfig:
 def deepseek(
     n_dense: int, n_heads: int, n_experts: int, vocab_size: int, scaling: float, theta: float, n_mtp: int = 0
 ) -> ModelConfig:
-    """DeepSeek-V3 and its likes: 61 layers of latent attention, the first ones dense.
+    """DeepSeek-V3 and models like it: 61 layers of latent attention, the first `n_dense` with an MLP.
 
     Args:
         n_dense: layers with an MLP instead of experts.
         scaling: factor on the routing weights.
-        n_mtp: depths of multi-token prediction, each a layer of experts of its own.
+        n_mtp: depths of multi-token prediction, each with its own layer of experts.
     """
     blocks: dict[str, Any] = {
         "L": {

@@ -11,7 +11,7 @@ from explore.presets.base import Preset, Published
 
 Variant = Literal["base", "acc", "eff"]
 VOCAB_SIZE = 129_280
-"""Not printed; with this one, which DeepSeek's models have, all six counts of the hybrids come out as printed."""
+"""Not published; this value (that of DeepSeek's models) reproduces all six published counts of the hybrids."""
 
 SOURCE = "LatentMoE, arXiv 2601.18089; the vocabulary is inferred"
 NOTE = "the print leaves out the routers' weights"
@@ -20,7 +20,7 @@ NOTE = "the print leaves out the routers' weights"
 def variant(
     which: Variant, pattern: str, d_model: int, d_latent: int, moe: MoEConfig, blocks: dict[str, Any]
 ) -> ModelConfig:
-    """The standard model, or one of its latent forms."""
+    """Builds the standard model or one of its latent forms."""
     if which == "acc":
         moe = latent_acc(moe, d_model, d_latent)
     elif which == "eff":
@@ -70,7 +70,7 @@ MIXED = partial(
 
 
 def printed(total: str, active: str) -> tuple[Published, ...]:
-    """Counts of the hybrid, which leave out the routers' weights."""
+    """Published counts of the hybrid, which leave out the routers' weights."""
     return Published("params_total_no_router", total, NOTE), Published("params_active_no_router", active, NOTE)
 
 

@@ -1,4 +1,4 @@
-"""Llama-Nemotron: every block has its own feed-forward width, and many have no attention (Puzzle)."""
+"""Llama-Nemotron: every block has its own feed-forward width, and many have no attention (from Puzzle)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from explore.presets.base import Preset, Published
 SOURCE = "Llama-Nemotron, arXiv 2505.00949; block by block from the released configurations"
 BLOCKS_FILE = Path(__file__).with_name("llama_nemotron.json")
 LETTERS = "-abcdefghijklmnopqrstuvwxyz"
-"""Of the feed-forward widths, the most frequent first."""
+"""Letters of the feed-forward widths, the most frequent width first."""
 
 
 def heterogeneous(name: str) -> ModelConfig:
-    """A model whose blocks are pairs of KV heads and feed-forward width, each absent where a half was removed."""
+    """Builds a model from pairs of KV heads and feed-forward width; None marks a removed half."""
     released = json.loads(BLOCKS_FILE.read_text(encoding="utf-8"))[name]
     pairs = released["blocks"]
     (kv_heads,) = {kv for kv, _ in pairs if kv is not None}

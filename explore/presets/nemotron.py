@@ -34,8 +34,8 @@ def hybrid(
     """A Nemotron hybrid.
 
     Args:
-        mamba: heads, width of a head, state width; always 8 groups.
-        heads: of queries, and of keys and values.
+        mamba: number of heads, head width, state width; always 8 groups.
+        heads: number of query heads and of key-value heads.
         d_ff: width of the MLP layers.
         moe: fields of the MoE layers.
     """

@@ -9,7 +9,7 @@ from explore.presets.base import Preset, Published
 
 
 def qwen3_next() -> ModelConfig:
-    """The 80B of which a token uses 3B; its one depth of multi-token prediction has attention."""
+    """Qwen3-Next 80B-A3B; its one depth of multi-token prediction has attention."""
     blocks: dict[str, Any] = {
         "G": {"n_heads": 32, "n_key_heads": 16, "d_k": 128, "d_v": 128, "chunk_size": 64},
         "*": {

@@ -1,4 +1,4 @@
-"""Released configurations: `config.json` of Hugging Face's nemotron_h as a model config."""
+"""Reads released configurations: converts `config.json` of Hugging Face's nemotron_h to a model config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LETTERS: Mapping[str, str] = {
     "moe": "E",
     "mlp": "-",
 }
-"""Letters of the layer types, by the names they have now and had before."""
+"""Letters of the layer types, by current and former names."""
 
 OLD_NAMES: Mapping[str, str] = {
     "attention_head_dim": "head_dim",
@@ -32,15 +32,15 @@ OLD_NAMES: Mapping[str, str] = {
     "mamba_dt_min": "time_step_min",
     "mamba_dt_max": "time_step_max",
 }
-"""Fields of older configurations, and what they are called now."""
+"""Former field names and their current names."""
 
 WRAPPERS = ("llm_config", "text_config", "language_config")
-"""Fields in which the configuration of a vision-language model holds that of its language model."""
+"""Fields of a vision-language configuration that hold the language model's configuration."""
 
 MARKS = frozenset(
     {"model_type", "architectures", "transformers_version", "hidden_size", "num_hidden_layers", *WRAPPERS}
 )
-"""Fields of Hugging Face's configurations that no JSON of ours has."""
+"""Fields found in Hugging Face configurations and never in this kit's JSON."""
 
 DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 131_072,
@@ -67,7 +67,7 @@ DEFAULTS: Mapping[str, Any] = {
     "num_nextn_predict_layers": 0,
     "layer_norm_epsilon": 1e-5,
 }
-"""What an absent field means, as in transformers' NemotronHConfig."""
+"""Values of absent fields, as in transformers' NemotronHConfig."""
 
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "use_bias": (False,),
@@ -82,16 +82,16 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "topk_group": (1, None),
     "block_configs": (None,),
 }
-"""Fields with no counterpart here, and the values with which they change nothing."""
+"""Fields without a counterpart here, and the values at which they have no effect."""
 
 
 def is_released(content: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is a configuration of Hugging Face's, of whatever model."""
+    """Whether a JSON object is a Hugging Face configuration, of any model."""
     return not MARKS.isdisjoint(content)
 
 
 def language_part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
-    """The configuration itself, or that of the language model which it wraps, and the field that holds it."""
+    """Returns the language model's configuration and the field that wraps it, if any."""
     if content.get("model_type") != TARGET:
         for field in WRAPPERS:
             if isinstance(content.get(field), Mapping) and content[field].get("model_type") == TARGET:
@@ -100,10 +100,10 @@ def language_part(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | 
 
 
 def with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without old names of fields.
+    """Renames former fields to their current names.
 
     Raises:
-        ValueError: a field is there under both names, with different values.
+        ValueError: a field is present under both names with different values.
     """
     renamed = {field: value for field, value in content.items() if field not in OLD_NAMES}
     for old, new in OLD_NAMES.items():
@@ -115,10 +115,10 @@ def with_new_names(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_released(content: Mapping[str, Any]) -> ModelConfig:
-    """Reads a released configuration, or that of the language model in a vision-language model's.
+    """Converts a released configuration; for a vision-language model, that of its language model.
 
     Raises:
-        ValueError: of another model, with an option that has no counterpart here, or with fields that disagree.
+        ValueError: another model, an option without a counterpart here, or contradictory fields.
     """
     content = with_new_names(language_part(content)[0])
     if content.get("model_type") is None:
@@ -177,10 +177,10 @@ def from_released(content: Mapping[str, Any]) -> ModelConfig:
 
 
 def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: str | None) -> str:
-    """The layers, which old configurations write as letters and new ones as a list.
+    """Returns the layers; old configurations write them as letters, new ones as a list.
 
     Raises:
-        ValueError: there are none, or two fields that do not agree.
+        ValueError: no layers are given, or two fields disagree.
     """
     if absent is None and not content.get(as_list) and content.get("layer_types"):
         as_list = "layer_types"
@@ -201,7 +201,7 @@ def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: 
         if absent is None:
             raise ValueError(f"{as_list}: field required, or {as_letters}")
         return absent
-    # What follows a slash is no layer of the model itself.
+    # Layers after a slash belong to multi-token prediction.
     main = {field: canonical(pattern.partition(MTP_MARK)[0]) for field, pattern in found.items()}
     if len(set(main.values())) > 1:
         counts = " and ".join(f"{len(pattern)} in {field}" for field, pattern in main.items())
