@@ -1,4 +1,4 @@
-"""Doors to other systems: Hugging Face's nemotron_h, Megatron-LM, and folders of our own with safetensors."""
+"""Import and export: Hugging Face's nemotron_h, Megatron-LM, and this kit's safetensors folders."""
 
 from explore.interop.folder import (
     is_model_folder,

@@ -1,4 +1,4 @@
-"""The model card of an exported model, from the record of its run."""
+"""Writes the model card of an exported model from its run record."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from explore.quantities import Quantity, headlines, quantity
 
 
 def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mapping[str, Any]) -> str:
-    """README.md of a checkpoint for transformers.
+    """Returns the README.md of a checkpoint for transformers.
 
     Args:
-        record: one row of the table of runs; what is missing is left out.
+        record: one row of the table of runs; missing values are left out.
     """
     config = model.config
     seq_len = int(record.get("seq_len") or 1)
@@ -69,7 +69,7 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
 
 
 def _rows(record: Mapping[str, Any]) -> list[Quantity]:
-    """What the card shows of the run."""
+    """Returns the run's facts for the card."""
     scores = [each for each in headlines(record) if each.is_quality]
     before = ("run", "key", "corpus", "seed", "tokens", "flops_fwd", "flops_run", "lr")
     after = ("status", "commit", "device", "finished_at")
@@ -81,36 +81,36 @@ def _lower(label: str) -> str:
 
 
 def _exact(each: Quantity, value: Any) -> str:
-    """A value with all digits of a count."""
+    """Formats a value; counts keep all digits."""
     if isinstance(value, str):
         return value
     return format(value, each.spec or (",.0f" if value == round(value) and value < 1e12 else ".4g"))
 
 
 def _inline(text: str) -> str:
-    """Any text as one line of Markdown that is shown as it is: no HTML, no link, no cell of its own."""
+    """Escapes any text to one literal line of Markdown: no HTML, no links, no new table cells."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
 
 
 def _notes(model: LanguageModel, tokenizer: Tokenizer | None) -> list[str]:
-    """What a reader must know that the files do not say."""
+    """Returns notes on what the files alone do not show."""
     config = model.config
     notes = []
     if any(block.kind == "mamba2" for block in config.layers):
         notes.append(
-            "- `time_step_min` is next to nothing on purpose: transformers clamps the step size dt there, and this "
-            "model was trained without a clamp. It is no bound for the initialisation of a new model."
+            "- `time_step_min` is tiny on purpose: transformers clamps the step size dt there, and this "
+            "model was trained without a clamp. Do not use it to initialise a new model."
         )
     if not any(block.kind == "attention" for block in config.layers):
         notes.append(
             "- `use_cache` is off because the cache of transformers fails for a model without attention layers: "
-            "generation computes the whole context anew for every token."
+            "generation recomputes the whole context for every token."
         )
     if config.tie_embeddings:
         notes.append(
-            "- The head is the embedding's matrix. transformers does not tie the two for nemotron_h, so the matrix is "
-            "in the file twice, and further training there parts them."
+            "- Head and embedding are tied. transformers does not tie them for nemotron_h, so the file "
+            "stores the matrix twice, and further training there lets the copies diverge."
         )
     if config.mtp is not None:
         times = f"applied {config.mtp.n_depths} times" if config.mtp.shared else f"{config.mtp.n_depths} depths"
@@ -120,8 +120,10 @@ def _notes(model: LanguageModel, tokenizer: Tokenizer | None) -> list[str]:
         )
     if tokenizer is not None:
         notes.append(
-            "- The tokenizer reads no special token out of text and adds none; in training the end of text stood "
-            "before each document."
+            "- The tokenizer neither parses special tokens in text nor adds any; in training an end-of-text token "
+            "preceded each document."
         )
-    notes.append("- `explore_model` in config.json is the whole configuration; transformers carries it and ignores it.")
+    notes.append(
+        "- `explore_model` in config.json is the complete configuration; transformers keeps it but ignores it."
+    )
     return ["## Notes", "", *notes]

@@ -1,4 +1,4 @@
-"""The libraries of the extra `hf`, which are needed only when a door is opened."""
+"""Imports of the `hf` extra's libraries, which only import and export need."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def needs_extra() -> Iterator[None]:
-    """Around an import: says how to install what is missing.
+    """Wraps an import; if a library is missing, the error says how to install it.
 
     Raises:
-        ValueError: it is missing.
+        ValueError: a library is missing.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Models as folders: a checkpoint for Hugging Face, and one of our own; both hold safetensors, never a pickle."""
+"""Models as folders: Hugging Face checkpoints and this kit's own format; both use safetensors, never pickles."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers' AutoModelForCausalLM and AutoTokenizer load.
 
-    Tensors are named as in the released checkpoints, those of multi-token prediction `mtp.*`, which transformers
-    ignores. A tied head is written all the same, because transformers does not tie it.
+    Tensors are named as in the released checkpoints; multi-token prediction is `mtp.*`, which transformers
+    ignores. A tied head is also written, because transformers does not tie it.
 
     Args:
-        record: of the run, one row of the table of runs, for the model card.
+        record: the run's row in the table of runs, for the model card.
 
     Raises:
-        ValueError: what nemotron_h cannot express, or a folder that is not empty; nothing is written then.
+        ValueError: nemotron_h cannot express the model, or the folder is not empty; nothing is written then.
     """
     with needs_extra():
         from safetensors.torch import save_file
@@ -64,10 +64,10 @@ def save_hf(
 
 
 def read_hf_folder(folder: Path) -> LanguageModel:
-    """The model of a folder with config.json and safetensors.
+    """Reads the model from a folder with config.json and safetensors.
 
     Raises:
-        ValueError: a file is missing, broken or a pickle, or the content is refused by `from_hf`.
+        ValueError: a file is missing, broken or a pickle, or `from_hf` rejects the content.
     """
     _only_safetensors(folder)
     fields = read_json(folder / CONFIG)
@@ -78,13 +78,13 @@ def read_hf_folder(folder: Path) -> LanguageModel:
 
 
 def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer: str | None = None) -> None:
-    """Writes a model under our own names: model.json, which commands accept as a model, and model.safetensors.
+    """Writes a model in this kit's format: model.safetensors, and model.json, which commands accept as a model.
 
     Args:
         tokenizer: JSON of the `tokenizers` package.
 
     Raises:
-        ValueError: a folder that is not empty; nothing is written then.
+        ValueError: the folder is not empty; nothing is written then.
     """
     with needs_extra():
         from safetensors.torch import save_file
@@ -101,10 +101,10 @@ def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer: str |
 
 
 def load_model_folder(folder: str | Path) -> LanguageModel:
-    """The model that `save_model_folder` wrote, in evaluation mode.
+    """Reads a model that `save_model_folder` wrote, in evaluation mode.
 
     Raises:
-        ValueError: a file is missing, broken or a pickle, or the tensors are not those of the config.
+        ValueError: a file is missing, broken or a pickle, or the tensors do not match the config.
     """
     folder = Path(folder)
     _only_safetensors(folder)
@@ -126,15 +126,15 @@ def load_model_folder(folder: str | Path) -> LanguageModel:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Whether `save_model_folder` wrote it."""
+    """Whether `save_model_folder` wrote the folder."""
     return (folder / "model.json").exists()
 
 
 def load_model_config(folder: str | Path) -> ModelConfig:
-    """The config in a folder that `save_model_folder` wrote.
+    """Reads the config from a folder that `save_model_folder` wrote.
 
     Raises:
-        ValueError: no such file, or a field that is not allowed.
+        ValueError: no such file, or an invalid field.
     """
     path = Path(folder) / MODEL
     try:
@@ -145,10 +145,10 @@ def load_model_config(folder: str | Path) -> ModelConfig:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends without an error.
+    """Yields a temporary folder beside `path` that replaces it if the block ends without an error.
 
     Raises:
-        ValueError: something is there already, other than an empty folder.
+        ValueError: `path` exists and is not an empty folder.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -162,11 +162,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 
 def read_tokenizer_json(folder: Path) -> str | None:
-    """The tokenizer of a checkpoint for `save_model_folder`; None where the folder has none.
+    """Reads a checkpoint's tokenizer for `save_model_folder`; None if the folder has none.
 
     Raises:
-        ValueError: no tokenizer, or a link to a file elsewhere, which nobody may have meant to give away. Links within
-            the folder are followed, and from a snapshot in Hugging Face's cache those to its own blobs.
+        ValueError: invalid tokenizer, or a link to a file elsewhere, which might expose that file. Links within
+            the folder are followed, and links from a Hugging Face cache snapshot to its own blobs.
     """
     path = folder / TOKENIZER
     if not os.path.lexists(path):
@@ -190,7 +190,7 @@ def _only_safetensors(folder: Path) -> None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint, one or those that an index names."""
+    """Returns the checkpoint's file, or the files named by its index."""
     if not (folder / INDEX).exists():
         return [folder / WEIGHTS]
     names = read_json(folder / INDEX).get("weight_map")
@@ -203,7 +203,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _tensors(paths: list[Path]) -> Iterator[tuple[dict[str, Shape], dict[str, Any]]]:
-    """Shapes of the tensors in some safetensors files, and the open file of each."""
+    """Returns the shape of every tensor in some safetensors files, and the open file that holds it."""
     with needs_extra():
         from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""An exported model in a process that has never heard of this package."""
+"""Runs an exported model in a process without this package."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ print(json.dumps({"tokens": new, "text": tokenizer.decode(new)}))
 
 
 def greedy_text(folder: Path, prompt: str, max_new_tokens: int) -> tuple[list[int], str]:
-    """What transformers writes after a prompt in a fresh process: tokens, and their text by its own tokenizer.
+    """Generates with transformers in a fresh process; returns the new tokens and their text.
 
     Raises:
-        ValueError: it cannot load or run the folder.
+        ValueError: transformers cannot load or run the folder.
     """
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder.resolve()), prompt, str(max_new_tokens)],

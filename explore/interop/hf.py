@@ -1,4 +1,4 @@
-"""Between our models and transformers' NemotronHForCausalLM."""
+"""Conversion between this kit's models and transformers' NemotronHForCausalLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def from_hf(source: str | Path | NemotronHForCausalLM) -> LanguageModel:
-    """The model of a nemotron_h checkpoint, in evaluation mode; half-precision weights become fp32.
+    """Converts a nemotron_h checkpoint to a model in evaluation mode; half-precision weights become fp32.
 
     dt is not clamped here. transformers clamps it at `time_step_min` in all but one-token steps, so its logits differ
     from ours unless its mixers have `time_step_limit = (0, inf)`, as released configurations ask for.
@@ -29,7 +29,7 @@ def from_hf(source: str | Path | NemotronHForCausalLM) -> LanguageModel:
         source: a folder with config.json and safetensors, or a model of transformers.
 
     Raises:
-        ValueError: an option without a counterpart here, or tensors that are not those of the config.
+        ValueError: an option has no counterpart here, or the tensors do not match the config.
     """
     if isinstance(source, str | Path):
         from explore.interop.folder import read_hf_folder
@@ -43,13 +43,13 @@ def from_hf(source: str | Path | NemotronHForCausalLM) -> LanguageModel:
 
 
 def to_hf(model: LanguageModel, *, without_mtp: bool = False) -> NemotronHForCausalLM:
-    """A model of transformers with copies of the weights, which gives the same logits.
+    """Converts a model to transformers with copied weights; both give the same logits.
 
     Args:
-        without_mtp: leave multi-token prediction out, for which transformers has no module.
+        without_mtp: drop multi-token prediction, for which transformers has no module.
 
     Raises:
-        ValueError: what nemotron_h cannot express, by name.
+        ValueError: nemotron_h cannot express the model; the message names the field.
     """
     check_type(model, LanguageModel, "model must be an explore.LanguageModel")
     with needs_extra():
@@ -68,17 +68,17 @@ def to_hf(model: LanguageModel, *, without_mtp: bool = False) -> NemotronHForCau
     with torch.device("meta"):
         theirs: NemotronHForCausalLM = NemotronHForCausalLM(theirs_config)
     theirs.load_state_dict(tensors, assign=True)
-    if config.tie_embeddings:  # transformers leaves them apart, whatever tie_word_embeddings says
+    if config.tie_embeddings:  # transformers does not tie them, even with tie_word_embeddings
         theirs.lm_head.weight = theirs.model.embeddings.weight
     theirs.train(model.training)
     return theirs
 
 
 def hf_config(config: ModelConfig, **fields: Any) -> NemotronHConfig:
-    """The config of transformers.
+    """Returns the config for transformers.
 
     Args:
-        fields: that say nothing about the model, such as the ids of special tokens.
+        fields: fields that do not describe the model, such as ids of special tokens.
     """
     with needs_extra():
         from transformers import NemotronHConfig
@@ -88,7 +88,7 @@ def hf_config(config: ModelConfig, **fields: Any) -> NemotronHConfig:
 
 
 def with_weights(config: ModelConfig, state: Mapping[str, Tensor]) -> LanguageModel:
-    """A model in evaluation mode that takes over the tensors of a whole state dict."""
+    """Builds a model in evaluation mode around the tensors of a complete state dict."""
     with torch.device("meta"):
         model = config.build()
     wide = {name: weight.float() if weight.dtype.itemsize < 4 else weight for name, weight in state.items()}

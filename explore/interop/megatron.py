@@ -1,4 +1,4 @@
-"""Arguments with which Megatron-LM trains the same architecture at scale."""
+"""Megatron-LM arguments that train the same architecture at scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TARGET = "Megatron-LM"
 KINDS: Mapping[type[BlockConfig], str] = {Mamba2Config: "M", AttentionConfig: "*", MLPConfig: "-", MoEConfig: "E"}
 
 MAMBA: Mapping[str, tuple[Any, ...]] = {"d_conv": (4,), "dt_min": (0.001,), "dt_max": (0.1,), "norm_eps": (1e-5,)}
-"""What its Mamba mixer is fixed to."""
+"""Fixed values of Megatron-LM's Mamba mixer."""
 ATTENTION: Mapping[str, tuple[Any, ...]] = {
     "window": (None,),
     "bias": ("none", "qkv"),
@@ -37,14 +37,14 @@ Arguments = list[tuple[str, ...]]
 def megatron_arguments(
     model: ModelConfig, seq_len: int | None = None, mtp_weight: float | None = None
 ) -> tuple[Arguments, list[str]]:
-    """The arguments of the architecture, each with its values, and notes on what they leave open.
+    """Returns the architecture's arguments with their values, and notes on settings left to the user.
 
     Args:
-        seq_len: tokens of a training sequence.
-        mtp_weight: weight of the loss of multi-token prediction.
+        seq_len: tokens per training sequence.
+        mtp_weight: loss weight of multi-token prediction.
 
     Raises:
-        ValueError: what Megatron-LM cannot express, by name.
+        ValueError: Megatron-LM cannot express the model; the message names the field.
 
     Source: Megatron Core 0.19.2, `pretrain_hybrid.py`.
     """

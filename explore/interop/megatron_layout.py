@@ -1,4 +1,4 @@
-"""A plan as arguments of Megatron-LM."""
+"""Converts a plan to Megatron-LM arguments."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FP8_RECIPES = {"fp8": "tensorwise", "fp8-blocks": "blockwise", "mxfp8": "mxfp8"}
 
 
 def plan_arguments(plan: Plan) -> tuple[Arguments, list[str]]:
-    """Arguments of the architecture and of a plan, and notes on what they leave open.
+    """Returns arguments of the architecture and of a plan, and notes on settings left to the user.
 
-    An architecture that Megatron-LM's hybrid model cannot express is left out, with a note that says why.
+    If Megatron-LM's hybrid model cannot express the architecture, its arguments are replaced by a note with the reason.
     """
     notes: list[str]
     try:
@@ -37,10 +37,10 @@ def plan_arguments(plan: Plan) -> tuple[Arguments, list[str]]:
 
 
 def layout_arguments(plan: Plan, *, hybrid: bool = True) -> Arguments:
-    """Arguments of a plan's parallelism, batch, precision, optimizer and recomputation.
+    """Returns arguments for a plan's parallelism, batch, precision, optimizer and recomputation.
 
     Args:
-        hybrid: the pattern has the stages of the pipeline.
+        hybrid: the pattern contains the pipeline stages.
 
     Source: Megatron Core 0.19.2, `megatron/training/arguments.py`.
     """

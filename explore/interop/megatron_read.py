@@ -1,4 +1,4 @@
-"""Megatron-LM's arguments as a plan."""
+"""Converts Megatron-LM arguments to a plan."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from explore.pattern import MTP_MARK, PIPELINE_MARK, canonical, split_mtp
 from explore.plan import Cluster, Layout, Plan, Run
 
 GPT2_VOCAB = 50_257
-"""The vocabulary of Megatron-LM's tests, where the arguments name a file of it."""
+"""Vocabulary size of Megatron-LM's tests, used when the arguments name a vocabulary file."""
 SHARDING = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
 NOT_READ = (
     "decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers", "account-for-embedding-in-pipeline-split",
     "account-for-loss-in-pipeline-split",
 )  # fmt: skip
-"""Arguments that change memory and have no counterpart here."""
+"""Arguments that affect memory but have no counterpart here."""
 
 
 def read_arguments(content: Mapping[str, Any], n_gpus: int, device: str = "H100") -> Plan:
-    """The plan of a run that Megatron-LM's arguments describe.
+    """Returns the plan of a run described by Megatron-LM arguments.
 
     Args:
         content: arguments by name, with or without leading dashes, or under `MODEL_ARGS`.
         n_gpus: ranks of the run.
 
     Raises:
-        ValueError: an argument is missing, or has no counterpart here.
+        ValueError: an argument is missing or has no counterpart here.
 
     Source: Megatron-LM, `megatron/training/arguments.py`, defaults included.
     """
@@ -130,7 +130,7 @@ def _precision(arguments: _Arguments) -> str:
 
 
 def _pipeline(arguments: _Arguments, model: ModelConfig, pp: int) -> str | None:
-    """The stages: a layout string or a pattern with marks, else as many layers for each stage."""
+    """Returns the stages, from a layout string or a marked pattern, or else equal numbers of layers."""
     pattern = _pattern(arguments)
     if pattern is not None and PIPELINE_MARK in pattern:
         return pattern
@@ -182,7 +182,7 @@ def _model(arguments: _Arguments, tp: int) -> ModelConfig:
 
 
 def _routed(arguments: _Arguments, n_layers: int) -> list[bool]:
-    """Which layers have experts: every N-th, or as a list such as `([0]*3+[1]*58)` says."""
+    """Returns which layers have experts: every N-th, or those marked by a list such as `([0]*3+[1]*58)`."""
     if not arguments.number("num-experts", 0):
         return [False] * n_layers
     text = arguments.text("moe-layer-freq") or "1"
@@ -199,7 +199,7 @@ def _routed(arguments: _Arguments, n_layers: int) -> list[bool]:
 
 
 def _blocks(arguments: _Arguments) -> dict[str, Any]:
-    """All blocks that the arguments give sizes to, by their standard letter."""
+    """Returns all blocks whose sizes the arguments give, by standard letter."""
     d_model, n_heads = arguments.number("hidden-size"), arguments.number("num-attention-heads")
     gated = arguments.on("swiglu")
     d_ff = arguments.number("ffn-hidden-size", int(8 * d_model / 3) // 64 * 64 if gated else 4 * d_model)

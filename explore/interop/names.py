@@ -1,4 +1,4 @@
-"""Names of the weights, here and in nemotron_h, and how a checkpoint is read by either of its two namings.
+"""Weight names here and in nemotron_h, and reading of checkpoints in either of its two namings.
 
 In transformers' modules the experts of a layer are one tensor (`experts.up_proj`) and the trunk is `model`; in
 released files, and in what transformers writes, every expert has its own (`experts.0.up_proj.weight`) and the trunk
@@ -22,7 +22,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embeddings.weight"
 
 
 class Rename(NamedTuple):
-    """One weight: its name here, its name in transformers' modules, and whether its last two axes are exchanged."""
+    """One weight: its name here, its name in transformers' modules, and whether its last two axes are swapped."""
 
     ours: str
     theirs: str
@@ -82,17 +82,17 @@ def _layer(block: BlockConfig, ours: str, theirs: str) -> Iterator[Rename]:
 
 
 def to_theirs(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Copies of our tensors (weights or their gradients) under the names of transformers' modules."""
+    """Copies this kit's tensors (weights or gradients) under the names of transformers' modules."""
     return {theirs: _copy(tensors[ours], transposed) for ours, theirs, transposed in renames(config)}
 
 
 def to_ours(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back."""
+    """Copies transformers' tensors under this kit's names."""
     return {ours: _copy(tensors[theirs], transposed) for ours, theirs, transposed in renames(config)}
 
 
 def as_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of transformers' modules as files name them, every expert by itself."""
+    """Renames tensors of transformers' modules as in files, with one tensor per expert."""
     released = {}
     for name, tensor in tensors.items():
         name = re.sub(r"^model\.", "backbone.", name)
@@ -107,15 +107,15 @@ def as_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def read_checkpoint(
     config: ModelConfig, shapes: Mapping[str, Shape], load: Callable[[str], Tensor], where: str
 ) -> dict[str, Tensor]:
-    """Our state dict from the tensors of a checkpoint, in either naming, all of them checked before one is read.
+    """Builds this kit's state dict from a checkpoint in either naming; checks all tensors before reading any.
 
     Args:
-        shapes: of every tensor that the checkpoint holds, by its name there.
-        load: reads one.
-        where: the checkpoint's name in errors.
+        shapes: shape of every tensor in the checkpoint, by its name there.
+        load: reads one tensor.
+        where: name of the checkpoint in errors.
 
     Raises:
-        ValueError: a tensor is missing, one too many, or of another shape; or a tied head that is not the embedding.
+        ValueError: a tensor is missing, unexpected or of the wrong shape, or a tied head differs from the embedding.
     """
     named = {re.sub(r"^backbone\.", "model.", name): name for name in shapes}
     if twice := [name for name in shapes if name not in named.values()]:
@@ -150,7 +150,7 @@ def read_checkpoint(
 
 
 def _claim(name: str, named: dict[str, str], shapes: Mapping[str, Shape], shape: Shape, where: str) -> str:
-    """Takes a tensor out of those that nothing has asked for yet; its name in the checkpoint."""
+    """Removes a tensor from the unused ones and returns its name in the checkpoint."""
     if name not in named:
         raise ValueError(f"{where}: tensor {name} is missing")
     if (found := tuple(shapes[named[name]])) != shape:

@@ -1,4 +1,4 @@
-"""A model config as the fields of Hugging Face's nemotron_h, and back."""
+"""Converts a model config to the fields of Hugging Face's nemotron_h, and back."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from explore.presets import from_released, language_part, with_new_names
 
 TARGET = "nemotron_h"
 OWN = "explore_model"
-"""Field of config.json that holds the whole model config: nemotron_h has no place for all of it."""
+"""Field of config.json with the complete model config, since nemotron_h cannot hold all of it."""
 
 UNCLAMPED = 1e-30
-"""As `time_step_min`: transformers clamps dt there, reads no other limit, and takes its logarithm, so not 0."""
+"""Value of `time_step_min`, transformers' only limit on dt; not 0, because transformers takes its logarithm."""
 
 INFINITY = {"__float__": "Infinity"}
-"""How transformers writes infinity, which JSON has not."""
+"""How transformers writes infinity, which JSON lacks."""
 
 UNREAD = ("initializer_range", "n_shared_experts", "time_step_min", "time_step_max")
-"""Fields that no output depends on, and that a config is not read for."""
+"""Fields that do not affect the output; reading ignores them."""
 
 KINDS: Mapping[type[BlockConfig], str] = {Mamba2Config: "M", AttentionConfig: "*", MLPConfig: "-", MoEConfig: "E"}
 LAYER_TYPES: Mapping[str, str] = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -52,10 +52,10 @@ MOE: Mapping[str, tuple[Any, ...]] = {
 
 
 def hf_fields(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a nemotron_h config.
+    """Returns the fields of a nemotron_h config.
 
     Raises:
-        ValueError: what it cannot express, by name.
+        ValueError: nemotron_h cannot express the model; the message names the field.
     """
     blocks = one_config_a_kind(model, KINDS, TARGET)
     mamba, attention = of_kind(blocks, "M", Mamba2Config), of_kind(blocks, "*", AttentionConfig)
@@ -68,12 +68,12 @@ def hf_fields(model: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": model.norm_eps,
         "initializer_range": model.std,
         "mlp_hidden_act": "relu2",
-        # The cache of transformers fails where no layer is attention; those of multi-token prediction are none of its.
+        # The cache of transformers fails without an attention layer; multi-token prediction layers do not count.
         "use_cache": any(isinstance(block, AttentionConfig) for block in model.layers),
         OWN: model.model_dump(mode="json"),
     }
     if model.mtp is not None:
-        # The depths that are stored, as in the released configurations: one where all share it.
+        # Number of stored depths, as in the released configurations: 1 if all depths share weights.
         fields["num_nextn_predict_layers"] = model.mtp.n_stored
         fields["mtp_layers_block_type"] = _layer_types(model.mtp.pattern, model)
     if mamba is not None:
@@ -104,11 +104,11 @@ def hf_fields(model: ModelConfig) -> dict[str, Any]:
 
 
 def model_config(fields: Mapping[str, Any], names: Iterable[str]) -> ModelConfig:
-    """The model config of a nemotron_h config.
+    """Converts a nemotron_h config to a model config.
 
     Args:
         fields: content of config.json.
-        names: of the checkpoint's tensors, which tell how many depths of multi-token prediction are stored.
+        names: names of the checkpoint's tensors, to count the stored depths of multi-token prediction.
 
     Raises:
         ValueError: another model, an option without a counterpart here, or fields that contradict each other.
@@ -134,10 +134,10 @@ def model_config(fields: Mapping[str, Any], names: Iterable[str]) -> ModelConfig
 
 
 def _check_time_steps(fields: Mapping[str, Any]) -> None:
-    """Refuses a clamp of the step size dt, and bounds that are no numbers.
+    """Rejects a clamp of the step size dt, and bounds that are not numbers.
 
     Raises:
-        ValueError: the field, by name.
+        ValueError: a field has such a value; the message names it.
     """
     limit = fields.get("time_step_limit", (0, math.inf))
     if not isinstance(limit, list | tuple) or [math.inf if end == INFINITY else end for end in limit] != [0, math.inf]:
@@ -149,7 +149,7 @@ def _check_time_steps(fields: Mapping[str, Any]) -> None:
 
 
 def _explained(root: str, read: Callable[[Any], ModelConfig], content: Any) -> ModelConfig:
-    """What `read` makes of some content, its errors in one line."""
+    """Runs `read` on some content and turns its errors into one line."""
     try:
         return read(content)
     except ValidationError as error:
@@ -162,10 +162,10 @@ def _layer_types(pattern: str, model: ModelConfig) -> list[str]:
 
 def _moe_fields(moe: MoEConfig) -> dict[str, Any]:
     require("blocks.E", moe, MOE, TARGET)
-    if moe.n_experts < 2:  # its router takes the best two to score a group of experts
+    if moe.n_experts < 2:  # its router scores a group of experts by the best two
         raise refuse("blocks.E.n_experts", moe.n_experts, TARGET, "2 or more")
     shared = moe.shared_mlp()
-    if shared is None:  # it builds a shared MLP whatever n_shared_experts says
+    if shared is None:  # it always builds a shared MLP, even with n_shared_experts=0
         raise refuse("blocks.E.n_shared", moe.n_shared, TARGET, "1 or more")
     return {
         "n_routed_experts": moe.n_experts,
@@ -180,7 +180,7 @@ def _moe_fields(moe: MoEConfig) -> dict[str, Any]:
 
 
 def _stored_depths(model: ModelConfig, names: Iterable[str]) -> ModelConfig:
-    """The model with as many stored depths of multi-token prediction as the checkpoint has."""
+    """Returns the model with the checkpoint's number of stored multi-token prediction depths."""
     if model.mtp is None:
         return model
     layers = {name.split(".")[2] for name in names if name.startswith("mtp.layers.")}

@@ -1,4 +1,4 @@
-"""Parity with transformers' nemotron_h: random models in both, the same logits and the same gradients."""
+"""Parity with transformers' nemotron_h: random models must give the same logits and gradients in both."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from transformers import NemotronHForCausalLM
 
 LOGIT_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
-"""Largest absolute difference of a logit, and of a gradient over the largest of its parameter, in fp32."""
+"""Tolerances in fp32: absolute difference of logits, and of gradients relative to the parameter's largest."""
 
 
 FLOOR = 1e-3
-"""Share of the model's largest gradient that a weight's is compared with when all of its own are smaller.
+"""Smallest reference for a gradient's relative difference, as a fraction of the model's largest gradient.
 
-Some vanish but for rounding: the router's where one expert is chosen and its weight made 1; D's where the group of the
-norm is one head and x passes it by, since the norm undoes the scale.
+Some gradients are zero except for rounding: the router's with one chosen expert of weight 1, and that of D when a norm
+group is one head and x bypasses the scan, since the norm undoes the scale.
 """
 
 
@@ -37,11 +37,11 @@ class Case(NamedTuple):
 
     Attributes:
         model: its config.
-        direction: `import` where transformers drew the weights, `export` where they were drawn here.
-        seq_len: tokens a sequence.
-        logits: largest difference of a logit.
-        gradients: largest difference of a gradient, over the largest of the same parameter.
-        parameter: which that was.
+        direction: `import` if transformers drew the weights, `export` if this kit did.
+        seq_len: tokens per sequence.
+        logits: largest difference of logits.
+        gradients: largest difference of gradients, relative to the parameter's largest gradient.
+        parameter: the parameter with that difference.
     """
 
     model: ModelConfig
@@ -53,14 +53,14 @@ class Case(NamedTuple):
 
 
 def parity(n_cases: int, seed: int = 0) -> Iterator[Case]:
-    """Random cases, half of them in each direction."""
+    """Yields random cases, half in each direction."""
     with quiet():
         for number in range(n_cases):
             yield check(seed, number)
 
 
 def check(seed: int, number: int) -> Case:
-    """Builds one random model in both implementations and compares what they compute."""
+    """Builds one random model in both implementations and compares logits and gradients."""
     rng = random.Random(f"{seed} {number}")
     config = random_config(rng)
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +82,7 @@ def check(seed: int, number: int) -> Case:
 
 
 def random_config(rng: random.Random) -> ModelConfig:
-    """A small model of all four kinds of layers with random sizes and options, as far as nemotron_h has them."""
+    """Returns a small model with all four kinds of layers and random sizes and options that nemotron_h supports."""
     n_groups, n_kv_heads = rng.choice([1, 2, 4]), rng.choice([1, 2])
     norm_eps = rng.choice([1e-5, 1e-6])
     n_experts = rng.choice([2, 5, 8, 16])
@@ -136,7 +136,7 @@ def _imported(config: ModelConfig) -> tuple[LanguageModel, NemotronHForCausalLM]
         from transformers import NemotronHForCausalLM
 
     theirs_config = hf_config(config)
-    theirs_config.time_step_min = 0.001  # where it is by default
+    theirs_config.time_step_min = 0.001  # its default
     theirs = NemotronHForCausalLM(theirs_config)
     theirs.train(False)
     _draw(theirs)
@@ -150,12 +150,12 @@ def _imported(config: ModelConfig) -> tuple[LanguageModel, NemotronHForCausalLM]
 
 @torch.no_grad()
 def _draw(model: nn.Module) -> None:
-    """Draws all weights, so that every part matters to the output; the names are those of either implementation."""
+    """Draws all weights so that every part affects the output; works with the names of both implementations."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         last = name.removesuffix(".weight").rpartition(".")[2]
         if last == "A_log":
             tensor.uniform_(1, 16).log_()
-        elif last == "dt_bias":  # softplus(dt_bias) between 1e-5 and 0.3, so below where transformers would clamp
+        elif last == "dt_bias":  # softplus(dt_bias) in 1e-5..0.3, partly below transformers' clamp
             dt = tensor.uniform_(math.log(1e-5), math.log(0.3)).exp()
             tensor.copy_(dt + torch.log(-torch.expm1(-dt)))
         elif last == "D" or last.startswith("norm"):
@@ -169,7 +169,7 @@ def _draw(model: nn.Module) -> None:
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The gradient of every weight, zero for the balance bias, which is none of the parameters."""
+    """Returns the gradient of every weight; zero for the balance bias, which is not a parameter."""
     found = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         assert parameter.grad is not None, name
@@ -178,7 +178,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
-    """Of the gradients of a weight, over the largest of them or `FLOOR` of the model's; and which weight that is."""
+    """Returns the largest relative difference of gradients (see `FLOOR`) and its weight."""
     largest = {name: float(gradient.abs().max()) for name, gradient in theirs.items()}
     floor = FLOOR * max(largest.values())
     differences = {name: float((gradient - theirs[name]).abs().max()) for name, gradient in ours.items()}

@@ -1,4 +1,4 @@
-"""Recipes of precision for Megatron-LM and Model-Optimizer; what these cannot express is refused by name."""
+"""Exports precision recipes to Megatron-LM and Model-Optimizer; errors name what these cannot express."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODULES: Mapping[type[BlockConfig], Mapping[str, tuple[str, ...]]] = {
         "latent_up": ("mlp.fc2_latent_proj",),
     },
 }
-"""Modules of a layer in Megatron-LM by component of the ledger."""
+"""Megatron-LM modules of a layer, by ledger component."""
 
 ENGINE: Mapping[str, Mapping[str, str]] = {
     "bf16": {},
@@ -40,22 +40,22 @@ ENGINE: Mapping[str, Mapping[str, str]] = {
     "mxfp8": {"fp8_quantization_recipe": "mxfp8"},
     "nvfp4": {"fp4_quantization_recipe": "nvfp4"},
 }
-"""Formats as Megatron-LM names the recipes of Transformer Engine."""
+"""Formats and Megatron-LM's names for the corresponding Transformer Engine recipes."""
 
 DEFAULTS = {
     "fp8": "FP8_DEFAULT_CFG", "mxfp8": "MXFP8_DEFAULT_CFG", "mxfp4": "MXFP4_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG",
 }  # fmt: skip
 KV = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
-"""Formats as Model-Optimizer names its recipes for all linear layers, and for keys and values."""
+"""Formats and Model-Optimizer's recipe names for all linear layers, and for keys and values."""
 
 
 def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
-    """The content of the file that Megatron-LM takes as `--te-precision-config-file`; JSON is YAML.
+    """Returns the content of a `--te-precision-config-file` for Megatron-LM, as JSON, which is valid YAML.
 
-    Its matchers are in order, and the first that matches the path of a module decides.
+    The first matcher that matches a module's path decides.
 
     Raises:
-        ValueError: what Megatron-LM cannot express, by name, or a recipe that does not fit the model.
+        ValueError: Megatron-LM cannot express the recipe, or it does not fit the model.
 
     Source: Megatron Core, `core/quantization/quant_config.py` and `core/extensions/transformer_engine.py`.
     """
@@ -84,7 +84,7 @@ def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_rounding(recipe: Recipe, format: str) -> None:
-    """Refuses switches that Transformer Engine's recipe of a format does not have."""
+    """Rejects settings that Transformer Engine's recipe for a format lacks."""
     plain = Recipe()
     for field in ("forward", "input_gradient", "weight_gradient", "until", "kv", "state"):
         if (value := getattr(recipe, field)) != (allowed := getattr(plain, field)):
@@ -100,7 +100,7 @@ def _check_rounding(recipe: Recipe, format: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A field of a recipe as an error shows it."""
+    """Formats a recipe's field for an error."""
     return {"forward": value.forward, "backward": value.backward} if isinstance(value, Until) else value
 
 
@@ -109,7 +109,7 @@ def _configs(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
     return {
         name: {
             "transformer_engine_config_type": "TEQuantizationParams",
-            # A module is quantised although the recipe of the whole model is bf16.
+            # A quantised module although the whole model's recipe is bf16.
             "training_recipe": {**engine, **({"override_nonquantized_autocast": True} if engine else {})},
         }
         for name, engine in ENGINE.items()
@@ -118,7 +118,7 @@ def _configs(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
 
 
 def _matchers(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    """For every module the layers that differ from most layers, and then all layers; the rest is bf16."""
+    """Returns rules per module: first the layers that differ from the majority, then all layers; the rest is bf16."""
     rules: list[tuple[str, str, str]] = []
     for module, by_layer in formats.items():
         usual = Counter(by_layer.values()).most_common(1)[0][0]
@@ -136,12 +136,12 @@ def _matchers(formats: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
 
 
 def model_optimizer_names(recipe: Recipe) -> tuple[str, ...]:
-    """The names of Model-Optimizer's recipes: of all linear layers, and of keys and values where they are quantised.
+    """Returns the names of Model-Optimizer's recipes for all linear layers, and for quantised keys and values.
 
-    They leave head and routers as they are, and so does a recipe here.
+    Like recipes here, they do not quantise head and routers.
 
     Raises:
-        ValueError: what these recipes do not express, by name.
+        ValueError: these recipes cannot express the given one; the message names the field.
 
     Source: Model-Optimizer, `modelopt/torch/quantization/config.py`.
     """

@@ -1,4 +1,4 @@
-"""What another system cannot express is refused by name, never dropped."""
+"""Errors for features that a target system cannot express; nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ B = TypeVar("B", bound=BlockConfig)
 
 
 def refuse(field: str, value: Any, target: str, allowed: str) -> ValueError:
-    """The error that a target cannot hold a value."""
+    """Returns the error for a value that the target cannot represent."""
     return ValueError(f"{field}: {value!r} cannot be written for {target}; only {allowed} can")
 
 
 def require(path: str, config: Any, allowed: Mapping[str, tuple[Any, ...]], target: str) -> None:
-    """Refuses the first field of `config` whose value is not among the allowed ones.
+    """Rejects the first field of `config` with a value that is not allowed.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a field.
     """
     for field, values in allowed.items():
         if (value := getattr(config, field)) not in values:
@@ -30,13 +30,13 @@ def require(path: str, config: Any, allowed: Mapping[str, tuple[Any, ...]], targ
 def one_config_a_kind(
     model: ModelConfig, kinds: Mapping[type[BlockConfig], str], target: str
 ) -> dict[str, BlockConfig]:
-    """The block config behind every standard letter that a model uses.
+    """Returns the block config of every standard letter that a model uses.
 
     Args:
-        kinds: the kinds that the target knows, with its letters.
+        kinds: kinds that the target supports, with its letters.
 
     Raises:
-        ValueError: a kind that the target does not know, or two letters of one kind with different sizes.
+        ValueError: the target lacks a kind, or two letters of one kind have different sizes.
     """
     found: dict[str, tuple[str, BlockConfig]] = {}
     for letter, block in model.blocks.items():
@@ -56,12 +56,12 @@ def one_config_a_kind(
 
 
 def standard_pattern(pattern: str, model: ModelConfig, kinds: Mapping[type[BlockConfig], str]) -> str:
-    """A pattern in the target's letters."""
+    """Translates a pattern to the target's letters."""
     return "".join(kinds[type(model.blocks[letter])] for letter in pattern)
 
 
 def of_kind(blocks: Mapping[str, BlockConfig], letter: str, kind: type[B]) -> B | None:
-    """The config of a standard letter, where the model has such layers."""
+    """Returns the config of a standard letter, or None if the model has no such layers."""
     block = blocks.get(letter)
     assert block is None or isinstance(block, kind)
     return block

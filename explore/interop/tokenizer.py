@@ -1,4 +1,4 @@
-"""Tokenizers as files that transformers' AutoTokenizer reads."""
+"""Writes tokenizers as files for transformers' AutoTokenizer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from explore.data.tokenizer import ByteTokenizer, JsonTokenizer
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the ids that the model was trained on.
+    """Returns tokenizer.json and tokenizer_config.json; AutoTokenizer then gives the ids used in training.
 
-    Special tokens are not read out of text, and none is added to it.
+    It neither parses special tokens in text nor adds any.
 
     Raises:
         ValueError: a tokenizer of another kind.
@@ -40,7 +40,7 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _bytes_layout(tokenizer: ByteTokenizer) -> dict[str, Any]:
-    """A byte-level BPE without merges whose ids are the bytes."""
+    """Returns a byte-level BPE without merges, whose ids are the byte values."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -68,7 +68,7 @@ def _bytes_layout(tokenizer: ByteTokenizer) -> dict[str, Any]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """The character that stands for each byte in byte-level vocabularies: itself if visible, else one from 256 on."""
+    """Returns the character for each byte in byte-level vocabularies: itself if visible, otherwise one from 256 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in visible]
     characters = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
