@@ -299,7 +299,7 @@ def test_a_width_that_a_block_does_not_divide_is_refused(format: str, changes: d
 def test_stochastic_rounding_of_weights_is_allowed_with_a_warning() -> None:
     assert recipe(format="nvfp4", stochastic=["dy"]).warnings == ()
     (warning,) = recipe(format="nvfp4", stochastic=["w", "dy"]).warnings
-    assert warning.startswith("stochastic rounding of weights diverges in print")
+    assert warning.startswith("stochastic rounding of weights diverges in published runs")
 
 
 def test_roofline_takes_bytes_and_peaks_from_the_recipe() -> None:
@@ -343,7 +343,9 @@ def test_mistakes_of_precision_are_one_line(
     code, out, err = run(capsys, monkeypatch, "cost", "M-", "--precision", str(path))
     assert (code, out) == (2, "")
     warning, error = err.splitlines()
-    assert warning.startswith("warning: precision.stochastic: stochastic rounding of weights diverges in print")
+    assert warning.startswith(
+        "warning: precision.stochastic: stochastic rounding of weights diverges in published runs"
+    )
     assert error.startswith(
         "error: precision.rules.0 must match a component of the model, got letters 'E'; it has layers"
     )

@@ -124,7 +124,7 @@ def test_the_command_line_takes_a_recipe_and_refuses_in_one_line(
     out, err = capsys.readouterr()
     assert not stop.value.code
     assert json.loads(out)["status"] == "finished"
-    assert "train.precision: stochastic rounding of weights diverges in print" in err
+    assert "train.precision: stochastic rounding of weights diverges in published runs" in err
 
 
 # Training

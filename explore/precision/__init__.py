@@ -1,4 +1,4 @@
-"""Low precision as data: number formats, and recipes of which product is in which. Knows nothing of torch."""
+"""Low precision as data: number formats, and recipes that assign them to products. Does not import torch."""
 
 from explore.number_formats import ELEMENTS, FORMATS, UNQUANTIZED, Element, Format, FormatName, Scaling
 from explore.precision.named import RECIPES, TRAINED, NamedRecipe, named, read_recipe

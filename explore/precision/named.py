@@ -1,4 +1,4 @@
-"""The recipes that have a name, with their sources."""
+"""Named recipes and their sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NamedRecipe(NamedTuple):
     """A recipe and its source.
 
     Attributes:
-        trains: it is for training, and not for a trained model.
+        trains: the recipe is for training, not for a trained model.
     """
 
     recipe: Recipe
@@ -43,7 +43,7 @@ NEMOTRON_3 = (
     _rule("mxfp8", letters="M", components=("out_proj",)),
 )
 BEFORE_ATTENTION = (4, 11, 18, 25, 32, 41)
-"""Mamba layers of Nemotron 3 Nano whose output its attention layers read."""
+"""Mamba layers of Nemotron 3 Nano that feed attention layers."""
 ULTRA = "Nemotron 3 Ultra, released checkpoint: routers in fp32, MTP in bf16"
 
 RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
@@ -119,14 +119,14 @@ TRAINED: Mapping[str, Recipe] = MappingProxyType({name: each.recipe for name, ea
 
 
 def named(name: str, field: str = "precision", allowed: Collection[str] = RECIPES.keys()) -> Recipe:
-    """The recipe with this name.
+    """Returns the recipe with this name.
 
     Args:
-        field: what an error begins with.
-        allowed: names of recipes, all when absent.
+        field: field name at the start of an error.
+        allowed: allowed names; None allows all.
 
     Raises:
-        ValueError: no recipe that is allowed has this name.
+        ValueError: no allowed recipe has this name.
     """
     if name not in allowed:
         hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, allowed, 1))
@@ -135,10 +135,10 @@ def named(name: str, field: str = "precision", allowed: Collection[str] = RECIPE
 
 
 def read_recipe(name: str) -> Recipe:
-    """The recipe with this name, or that of a JSON file.
+    """Returns the recipe with this name or from a JSON file.
 
     Raises:
-        ValueError: neither, or a field of the file is not allowed.
+        ValueError: neither exists, or the file has an invalid field.
     """
     if not (name.endswith(".json") or Path(name).is_file()):
         return named(name)

@@ -1,4 +1,4 @@
-"""The products of one component under a recipe: how every operand is quantised."""
+"""How the operands of one component's products are quantised under a recipe."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ OPERANDS: Mapping[Product, tuple[Operand, Operand]] = {
 """The two operands of every product of a linear layer."""
 
 GRADIENT_FORMATS: Mapping[FormatName, FormatName] = {"fp8": "fp8-e5m2"}
-"""Formats of gradients where they differ from those of weights and activations (Transformer Engine)."""
+"""Gradient formats that differ from those of weights and activations (as in Transformer Engine)."""
 
 
 class OperandFormat(NamedTuple):
     """How an operand of a product is quantised.
 
     Attributes:
-        format: None leaves the operand as it is.
-        stochastic: rounded stochastically.
-        hadamard: elements of the blocks that are rotated before; 0 for no rotation.
-        square: scales are for squares of a weight.
-        four_over_six: blocks take the better of two scales.
+        format: number format; None leaves the operand unchanged.
+        stochastic: round stochastically.
+        hadamard: block size of the Hadamard rotation before quantising; 0 for none.
+        square: share one scale per square block of a weight.
+        four_over_six: use the better of two scales per block.
         scale_rounding: rounding of E4M3 scales.
     """
 
@@ -41,21 +41,21 @@ class OperandFormat(NamedTuple):
 
     @property
     def grain(self) -> int:
-        """Elements that an axis must be a multiple of, so that neither a block nor a rotation is cut."""
+        """Axis lengths must be a multiple of this, so that no block or rotation is cut."""
         return lcm(self.hadamard or 1, FORMATS[self.format].block or 1 if self.format else 1)
 
     @property
     def has_no_axis(self) -> bool:
-        """Whether a weight has the same values whichever axis a product sums over."""
+        """Whether a weight's quantised values are the same for both summation axes."""
         return not self.hadamard and (self.square or self.format is None or not FORMATS[self.format].block)
 
 
 Products = Mapping[Product, tuple[OperandFormat, OperandFormat]]
-"""Operands of the products that are quantised; others are made in the dtype of the run."""
+"""Operands of the quantised products; other products use the run's dtype."""
 
 
 def products_of(recipe: Recipe, format: FormatName) -> Products:
-    """The products of a component that has this format, as the recipe's switches want them."""
+    """Returns the products of a component in this format, under the recipe's settings."""
     return {
         product: (_operand(recipe, format, product, left), _operand(recipe, format, product, right))
         for product, (left, right) in OPERANDS.items()
@@ -68,7 +68,7 @@ def _operand(recipe: Recipe, format: FormatName, product: Product, operand: Oper
     entry = FORMATS[name]
     if entry.scaling == "none":
         return OperandFormat(name)
-    # What a recipe says of rounding is about its format and about 4 bits, not about wider formats of some components.
+    # Rounding settings apply to the recipe's format and to 4-bit formats, not to wider formats of some components.
     applies = format == recipe.format or ELEMENTS[entry.element].bits < 8
     stochastic = applies and operand in recipe.stochastic
     is_square = recipe.square_weights if applies else entry.scaling == "power"
@@ -83,7 +83,7 @@ def _operand(recipe: Recipe, format: FormatName, product: Product, operand: Oper
 
 
 def products_at(recipe: Recipe, step: int, n_steps: int) -> frozenset[Product]:
-    """The products that the recipe's `until` lets be quantised after so many of all steps, and after the last one."""
+    """Returns the products that `until` allows to be quantised at a step, the state after the last step included."""
     until = recipe.until
     shares: dict[Product, float] = {
         "forward": until.forward, "input_gradient": until.backward, "weight_gradient": until.backward

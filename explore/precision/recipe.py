@@ -1,4 +1,4 @@
-"""A recipe: which component of which layer multiplies in which format, and how operands are rounded."""
+"""Precision recipes: the format of each component's products, and the rounding of operands."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Operand = Literal["x", "w", "dy"]
 Product = Literal["forward", "input_gradient", "weight_gradient"]
 
 HIGH = frozenset({"embedding", "head", "router", "shared_gate"})
-"""Components with matrices that stay high unless a rule names them."""
+"""Matrix components that stay in high precision unless a rule names them."""
 
 
 class Place(NamedTuple):
-    """Where a component stands in a model.
+    """The position of a component in a model.
 
     Attributes:
-        layer: counts from 0; None for embedding, head and multi-token prediction.
-        n_layers: layers of the model.
-        letter: as in the ledger: of the pattern, empty outside the layers, `/` for multi-token prediction.
+        layer: index from 0; None for embedding, head and multi-token prediction.
+        n_layers: number of layers of the model.
+        letter: as in the ledger: a pattern letter, empty outside the layers, `/` for multi-token prediction.
         component: name in the ledger.
-        quantizable: it is a matrix of a linear layer.
+        quantizable: whether it is a matrix of a linear layer.
     """
 
     layer: int | None
@@ -39,7 +39,7 @@ class Place(NamedTuple):
 
 
 class _Brief(Config):
-    """A config whose JSON has what differs from the defaults."""
+    """A config whose JSON holds only fields that differ from their defaults."""
 
     @model_serializer(mode="wrap")
     def _differences(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -49,15 +49,15 @@ class _Brief(Config):
 
 
 class Rule(_Brief):
-    """A format for the components that meet all conditions that are given.
+    """Assigns a format to components that meet all given conditions.
 
     Attributes:
-        layers: indices of layers; negative ones count from the end.
-        first: share of the layers, from the first on.
-        last: share of the layers, up to the last. A layer in any of `layers`, `first` and `last` meets the condition.
-        letters: letters of the pattern, any of them; `/` is multi-token prediction.
-        components: names of components in the ledger, any of them. Embedding, head, router, norms and convolutions
-            are in a rule only where it names them.
+        layers: layer indices; negative ones count from the end.
+        first: fraction of the layers, from the first on.
+        last: fraction of the layers, up to the last. A layer need only be in one of `layers`, `first` and `last`.
+        letters: pattern letters; `/` is multi-token prediction.
+        components: ledger components. A rule applies to embedding, head, router, norms and convolutions
+            only if it names them.
         optional: the rule may match nothing in a model.
     """
 
@@ -102,11 +102,11 @@ class Rule(_Brief):
 
 
 class Until(_Brief):
-    """Shares of the schedule after which products return to bf16.
+    """Fractions of the schedule after which products return to bf16.
 
     Attributes:
-        forward: of forward products.
-        backward: of the products of both gradients.
+        forward: fraction for forward products.
+        backward: fraction for the products of both gradients.
     """
 
     forward: float = Field(default=1, ge=0, le=1)
@@ -114,31 +114,31 @@ class Until(_Brief):
 
 
 class Recipe(_Brief):
-    """Formats of a model's products, and how their operands are quantised.
+    """Formats of a model's products and quantisation of their operands.
 
-    JSON may name a recipe as `base` and give the fields in which it differs. `stochastic`, `hadamard` and
-    `square_weights` act on components in `format` and on those in formats of 4 bits; components that a rule has in
-    wider formats are rounded to nearest.
+    JSON may name a recipe as `base` and give only the fields that differ. `stochastic`, `hadamard` and
+    `square_weights` apply to components in `format` and in 4-bit formats; components that a rule puts in
+    wider formats round to nearest.
 
     Attributes:
-        format: of linear layers, experts and latent projections that no rule matches.
-        rules: in order; the first that matches a component decides.
-        forward: forward products of the components above take quantised operands; else bf16.
-        input_gradient: products that give the gradient of the input do.
-        weight_gradient: products that give the gradient of the weight do.
-        stochastic: operands that are rounded stochastically; others to nearest.
-        hadamard: products whose operands are rotated before they are quantised.
-        hadamard_size: elements of a block that is rotated.
-        square_weights: scales of weights are for squares, so that forward and backward pass see the same values.
-        four_over_six: operands whose blocks take the better of two scales, where they are in NVFP4.
-        scale_rounding: rounding of E4M3 scales of operands that are rounded stochastically; with `up` no element
-            saturates, and the mean of a gradient is right.
-        until: shares of the schedule after which products return to bf16; a number stands for both.
-        kv: format of keys and values in decoding; bf16 when absent.
-        state: format of recurrent and convolution state in decoding; fp32 when absent.
+        format: format of linear layers, experts and latent projections that no rule matches.
+        rules: rules in order; the first match decides.
+        forward: quantise operands of forward products; otherwise bf16.
+        input_gradient: quantise operands of input-gradient products.
+        weight_gradient: quantise operands of weight-gradient products.
+        stochastic: operands rounded stochastically; others round to nearest.
+        hadamard: products whose operands are rotated before quantisation.
+        hadamard_size: block size of the rotation, in elements.
+        square_weights: share one weight scale per square block, so forward and backward use the same values.
+        four_over_six: operands whose NVFP4 blocks use the better of two scales.
+        scale_rounding: rounding of E4M3 scales of stochastically rounded operands; `up` avoids saturation, which
+            keeps gradients unbiased.
+        until: fractions of the schedule after which products return to bf16; one number sets both.
+        kv: format of keys and values in decoding; None is bf16.
+        state: format of recurrent and convolution state in decoding; None is fp32.
         kv_rounding: rounding of keys and values.
-        state_rounding: rounding of state. A recurrence adds up what its state is rounded by at every token, unless the
-            mean of that is zero, as with `stochastic`.
+        state_rounding: rounding of state. A recurrence accumulates the rounding error of every token unless its
+            mean is zero, as with `stochastic`.
     """
 
     format: WeightFormat = "bf16"
@@ -174,15 +174,15 @@ class Recipe(_Brief):
 
     @property
     def high(self) -> WeightFormat:
-        """Format of everything that is not quantised."""
+        """Format of everything not quantised."""
         return self.format if self.format in UNQUANTIZED else "bf16"
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What print says against this recipe."""
+        """Published warnings about this recipe."""
         names = {"w": "weights", "x": "activations"}
         return tuple(
-            f"stochastic rounding of {names[operand]} diverges in print (arXiv 2509.25149); gradients (dy) gain from it"
+            f"stochastic rounding of {names[operand]} diverges in published runs (arXiv 2509.25149); use it for dy"
             for operand in self.stochastic
             if operand in names
         )

@@ -1,4 +1,4 @@
-"""Quantising a trained run: sensitivities, the choice of formats under a budget of bits, and the child's record."""
+"""Quantising a trained run: sensitivities, choice of formats under a bit budget, and the child's record."""
 
 from explore.quantizing.child import quantize_run
 from explore.quantizing.choosing import Choice, choose

@@ -1,4 +1,4 @@
-"""The child of a trained run: its formats and scales, its scores, and its record."""
+"""Quantises a trained run into a child: formats, scales, scores and record."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from explore.train.environment import environment
 from explore.weights import weights_digest
 
 KL_TOKENS = 16_384
-"""Tokens of the validation split on which a child is compared with its parent."""
+"""Validation tokens for comparing a child with its parent."""
 
 DECODED_TOKENS = 4_096
-"""Tokens that are read one by one, where recurrent state is rounded."""
+"""Tokens read one by one when recurrent state is rounded."""
 
 BATCH_TOKENS = 4_096
-"""Tokens that a model reads at once."""
+"""Tokens per forward pass."""
 
 MOST_CALIBRATION_TOKENS = 1 << 24
-"""Tokens of a calibration at most, where the training data never end; else those of the training split."""
+"""Most calibration tokens for unlimited training data; otherwise the training split is the limit."""
 
 SENSITIVITIES = "sensitivities.json"
-"""File in the folder of a parent: what was measured of its components, by what decides the measurement."""
+"""File in the parent's folder with measured sensitivities, by their key."""
 
 
 def quantize_run(
@@ -57,17 +57,17 @@ def quantize_run(
     name: str = "quantized",
     report: Callable[[str], None] = lambda _: None,
 ) -> RunFolder:
-    """Quantises a trained run into a run folder beside it; a finished one is found by its key and not made again.
+    """Quantises a trained run into a run folder beside it; a finished child with the same key is reused.
 
-    What was measured before a kill is kept: sensitivities belong to the parent and serve every budget.
+    Measurements survive a kill: sensitivities are stored with the parent and shared by all budgets.
 
     Args:
-        name: what the name of the child says after that of its parent.
-        report: told what is being done.
+        name: suffix of the child's name after the parent's.
+        report: callback for progress messages.
 
     Raises:
         ValueError: the parent is not a finished run, the recipe does not fit it, no choice fits the budget, or the
-            training split is shorter than the calibration; nothing is written then.
+            training split is too short for calibration; nothing is written then.
     """
     if parent.quantized:
         raise ValueError(f"{parent.path}: must be a trained run, got a quantised one")
@@ -101,13 +101,13 @@ def quantize_run(
 
 @dataclass(eq=False)
 class _Child:
-    """One child while it is made.
+    """A child in the making.
 
     Attributes:
-        model: of the parent, which becomes that of the child.
-        source: data of the parent.
-        offers: what is offered formats; empty where there is a recipe.
-        digest: of the parent's weights.
+        model: the parent's model, quantised in place.
+        source: the parent's data.
+        offers: components whose formats are chosen; empty when a recipe is given.
+        digest: digest of the parent's weights.
     """
 
     parent: RunFolder
@@ -121,10 +121,10 @@ class _Child:
     report: Callable[[str], None]
 
     def make(self, parent: dict[str, Any]) -> None:
-        """Quantises, scores and writes, the result last.
+        """Quantises and scores the model and writes the run, the result file last.
 
         Args:
-            parent: what the record says of the parent.
+            parent: the record's entry about the parent.
         """
         self.model.to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.experiment.train.recipe.high == "bf16"):
@@ -162,7 +162,7 @@ class _Child:
         write_json(self.folder.path / "result.json", result)
 
     def _compared(self, quantized: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
-        """Quantises the model for good, and compares it with what it was."""
+        """Quantises the model permanently and compares it with the original."""
         reference = self._reference("val", KL_TOKENS)
         by_token = None if recipe.state is None else self._reference("val", DECODED_TOKENS)
         losses = {"parent": reference.compare(self.model).losses}
@@ -180,11 +180,11 @@ class _Child:
 
     @property
     def device(self) -> str:
-        """Type of the device that the model runs on."""
+        """Type of the model's device."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _recipe(self, quantized: QuantizedModel, text: list[Batch]) -> tuple[Recipe, dict[str, Any]]:
-        """The recipe of the child, and what is on record of its choice."""
+        """Returns the child's recipe and the record of how it was chosen."""
         request, base = self.request, self.request.recipe
         if request.bits is None:
             return base, {}
@@ -206,7 +206,7 @@ class _Child:
         return recipe, {"sensitivities": sensitivities, "choice": record_of(choice, rest, n_params)}
 
     def _formats(self, recipe: Recipe) -> dict[str, FormatName]:
-        """By component, of those that can be in blocks."""
+        """Returns the format of every quantisable component."""
         formats = formats_of_components(self.model, recipe)
         return {str(component): formats[component] for component in QuantizedModel(self.model).components}
 
@@ -217,7 +217,7 @@ class _Child:
         return {"family": self.experiment.model.family, **totals, "ledger": ledger.to_records(dtypes)}
 
     def _calibration_text(self) -> Iterator[Batch]:
-        """The first windows of the training split in an order that the seed decides."""
+        """Yields the first windows of the training split in a seeded order."""
         n_windows = max(1, round(self.request.calibration_tokens / self.experiment.data.seq_len))
         source = self.experiment.data.open(self.request.calibration_seed)
         n_batches = -(-n_windows // self._batch_size)

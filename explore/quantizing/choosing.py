@@ -1,4 +1,4 @@
-"""The choice of a format for every component under a budget of bits, as an integer program."""
+"""Chooses a format for every component under a bit budget, by integer programming."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Choice(NamedTuple):
     """A format for every component.
 
     Attributes:
-        formats: by component.
+        formats: format by component.
         sensitivity: sum over the components, in nats per token.
-        bits: of all components together.
-        status: what the solver said.
+        bits: total bits of all components.
+        status: the solver's message.
     """
 
     formats: dict[str, str]
@@ -27,12 +27,12 @@ class Choice(NamedTuple):
 def choose(
     sensitivity: Mapping[str, Mapping[str, float]], bits: Mapping[str, Mapping[str, float]], budget: float
 ) -> Choice:
-    """The formats with the least sum of sensitivities that fit a budget; of equal sums, those with the fewest bits.
+    """Returns the formats with the lowest total sensitivity within a budget; ties go to the fewest bits.
 
     Args:
-        sensitivity: by component and format.
-        bits: of the component's weights in that format.
-        budget: bits of all components together.
+        sensitivity: sensitivity by component and format.
+        bits: bits of the component's weights in each format.
+        budget: total bits of all components.
 
     Raises:
         ValueError: no choice fits the budget.

@@ -1,4 +1,4 @@
-"""What is asked of a trained run: a recipe, or a budget of bits under which formats are chosen."""
+"""A quantisation request: a recipe, or a bit budget under which formats are chosen."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from explore.ops import Scales
 from explore.precision import UNQUANTIZED, Recipe, WeightFormat
 
 FORMATS: tuple[WeightFormat, ...] = ("nvfp4", "fp8")
-"""Formats that components are offered beside bf16, as in Nemotron 3 Super."""
+"""Formats to choose from besides bf16, as in Nemotron 3 Super."""
 
 
 class Quantization(Config):
-    """How a trained run is quantised.
+    """Settings for quantising a trained run.
 
     Attributes:
         recipe: formats of components and of decoding state. With `bits`, its rules are chosen.
-        bits: bits per element of all parameters, scales included, that the weights may take.
-        formats: what components are offered beside bf16; counts with `bits` only.
+        bits: budget in bits per parameter, scales included.
+        formats: formats to choose from besides bf16; used only with `bits`.
         scales: criterion for the scales of weights.
-        calibration_tokens: tokens of the training split that give the scales of activations, and the sensitivities.
-        calibration_seed: decides which windows of the training split they are.
-        seed: of stochastic rounding.
+        calibration_tokens: training tokens for activation scales and sensitivities.
+        calibration_seed: seed that selects these windows of the training split.
+        seed: seed of stochastic rounding.
     """
 
     recipe: Recipe
@@ -48,16 +48,16 @@ class Quantization(Config):
         return self
 
     def key(self, parent_key: str, digest: str) -> str:
-        """64 hexadecimal digits over everything that decides the child.
+        """Hash (64 hexadecimal digits) of everything that affects the child.
 
         Args:
-            parent_key: key of the run that is quantised.
-            digest: of its weights.
+            parent_key: key of the parent run.
+            digest: digest of its weights.
         """
         return _hash({"parent": parent_key, "digest": digest, "quantization": self.fingerprint()})
 
     def sensitivity_key(self, digest: str) -> str:
-        """The same over everything that decides the sensitivity of a component in a format."""
+        """Hash of everything that affects the sensitivities."""
         fields = ("scales", "calibration_tokens", "calibration_seed")
         return _hash({"digest": digest, **{field: getattr(self, field) for field in fields}})
 

@@ -1,4 +1,4 @@
-"""How far a quantised model is from the model that was trained."""
+"""Compares a quantised model with the trained original."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from explore.model import LanguageModel
 from explore.ops import logits_kl
 
 SEGMENTS = 16
-"""Parts into which positions are divided for the loss by position."""
+"""Number of position ranges for the loss by position."""
 
 
 class Comparison(NamedTuple):
-    """Two models on the same text.
+    """Comparison of two models on the same text.
 
     Attributes:
-        kl: of the trained model from the other, in nats per token.
-        losses: of the other, in nats per token, by part of the positions; None where nothing is predicted.
+        kl: KL(trained || quantised), in nats per token.
+        losses: the quantised model's loss by position range, in nats per token; None for ranges without targets.
     """
 
     kl: float
@@ -31,7 +31,7 @@ class Comparison(NamedTuple):
 
 
 class Reference:
-    """What a model, as it was trained, predicts for some text; the model may be changed afterwards."""
+    """A trained model's predictions on some text; the model may be changed afterwards."""
 
     @torch.inference_mode()
     def __init__(self, model: LanguageModel, batches: Iterable[Batch]) -> None:
@@ -45,7 +45,7 @@ class Reference:
         """Compares a model with the reference.
 
         Args:
-            by_token: the model reads every token by itself and goes on from its decoding state, as in generation.
+            by_token: read token by token with decoding state, as in generation.
         """
         kl, n_targets, losses = 0.0, 0, []
         for batch, hidden in zip(self.batches, self.hidden, strict=True):
@@ -65,6 +65,6 @@ class Reference:
 
 
 def decoded(model: LanguageModel, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq vocab"]:
-    """Logits at every position of a sequence that is read token by token."""
+    """Returns logits at every position of a sequence read token by token."""
     state = model.new_state(tokens.shape[1])
     return torch.cat([model(tokens[:, i : i + 1], state) for i in range(tokens.shape[1])], dim=1)

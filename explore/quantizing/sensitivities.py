@@ -1,4 +1,4 @@
-"""Sensitivity of every component in every format: how far the model is off when only that one is quantised."""
+"""Sensitivities: the KL divergence when only one component is quantised to one format."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from explore.quantizing.request import Quantization
 from explore.quantizing.scoring import Reference
 
 Sensitivities = dict[str, dict[str, float]]
-"""Nats per token by component and format."""
+"""Sensitivity in nats per token, by component and format."""
 
 
 class Offer(NamedTuple):
-    """A component that is offered formats, with its parameters."""
+    """A component whose format can be chosen, with its number of parameters."""
 
     component: Component
     params: int
 
 
 def offers(ledger: Ledger, request: Quantization) -> list[Offer]:
-    """The components that are offered formats: all matrices of the main model.
+    """Returns the components whose formats can be chosen: all matrices of the main model.
 
     Raises:
-        ValueError: a block of a format does not divide a width, or the formats do not reach the bits asked for.
+        ValueError: a format's block does not divide a width, or no choice of formats reaches the requested bits.
     """
     found = [
         Offer(Component(row.layer, row.letter, row.entry.component), row.entry.params)
@@ -48,12 +48,12 @@ def offers(ledger: Ledger, request: Quantization) -> list[Offer]:
 
 
 def bits_of(found: Sequence[Offer], formats: Sequence[FormatName]) -> dict[str, dict[str, float]]:
-    """Bits of the weights of every component, by format."""
+    """Returns the bits of every component's weights, by format."""
     return {str(each.component): {format: each.params * BITS[format] for format in formats} for each in found}
 
 
 def recipe_with(base: Recipe, found: Sequence[Offer], formats: dict[str, FormatName]) -> Recipe:
-    """A recipe that gives formats to components; those in the high format of `base` need no rule."""
+    """Returns a recipe with the given formats; components in the high format of `base` need no rule."""
     layers: dict[tuple[str, FormatName], list[int]] = {}
     rules = []
     for component, _ in found:
@@ -78,12 +78,12 @@ def measure(
     save: Callable[[Sensitivities], None],
     report: Callable[[str], None],
 ) -> Sensitivities:
-    """Measures what is not known yet.
+    """Measures all missing sensitivities.
 
     Args:
-        known: what was measured before; it is added to.
+        known: earlier measurements, extended in place.
         save: called after every measurement.
-        report: told what is measured.
+        report: callback for progress messages.
     """
     for i, (component, _) in enumerate(found):
         row = known.setdefault(str(component), {})
@@ -98,7 +98,7 @@ def measure(
 
 
 def with_high(found: Sequence[Offer], measured: Sensitivities, formats: Sequence[FormatName]) -> Sensitivities:
-    """The sensitivities of what is offered, and none in bf16."""
+    """Returns the sensitivities of the offered formats, with 0 for bf16."""
     return {
         str(component): {"bf16": 0.0} | {format: measured[str(component)][format] for format in formats}
         for component, _ in found
@@ -106,11 +106,11 @@ def with_high(found: Sequence[Offer], measured: Sensitivities, formats: Sequence
 
 
 def record_of(choice: Choice, other_bits: float, n_params: int) -> dict[str, float | str]:
-    """A choice as a record says it, without its formats.
+    """Returns the record of a choice, without its formats.
 
     Args:
-        other_bits: bits of all weights that had no choice.
-        n_params: parameters of the whole model.
+        other_bits: bits of all weights with a fixed format.
+        n_params: number of parameters of the whole model.
     """
     bits_per_element = (choice.bits + other_bits) / n_params
     return {"status": choice.status, "sensitivity": choice.sensitivity, "bits_per_element": bits_per_element}
