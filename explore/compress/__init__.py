@@ -1,4 +1,4 @@
-"""Compression of a trained parent: scores of its parts, plans of what a child keeps, and the child's weights."""
+"""Compression of a trained parent: scores its parts, plans what a child keeps, and builds the child's weights."""
 
 from explore.compress.cutting import Cutter, cut
 from explore.compress.library import Library, LibraryRequest

@@ -1,4 +1,4 @@
-"""Alignment of two configs: which layers of a parent a smaller model keeps, and what it keeps of each."""
+"""Aligns a smaller model with its parent: which layers it keeps, and which sizes of each."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from explore.model import ModelConfig
 
 
 class Part(NamedTuple):
-    """What becomes of one layer of the parent.
+    """The fate of one layer of the parent.
 
     Attributes:
         layer: its index in the parent.
-        nth: how many layers of its kind come before it.
+        nth: number of layers of its kind before it.
         block: its config.
-        child: what the child has of it; None where the layer is left out, or is one of several that were fused.
-        fused: it is one of several layers that became fewer, wider ones.
-        share: parameters of the child over those of the layer; of all fused ones together where it is fused.
-        kept_in: share of all ways to align the models in which the layer is kept; 1 or 0 where nothing is left open.
+        child: config of the child's layer; None if the layer is removed or fused.
+        fused: the layer is one of several that were merged into fewer, wider ones.
+        share: parameters kept, as a fraction of the layer's; fused layers count together.
+        kept_in: fraction of all possible alignments that keep the layer; 0 or 1 if it is certain.
     """
 
     layer: int
@@ -34,17 +34,17 @@ class Part(NamedTuple):
 
     @property
     def is_open(self) -> bool:
-        """Whether other choices than the one that was taken keep the layer or leave it out."""
+        """Whether some possible alignments keep the layer and others remove it."""
         return 0 < self.kept_in < 1
 
     @property
     def changes(self) -> dict[str, tuple[int, int]]:
-        """Sizes that the child has less of, before and after."""
+        """Sizes that shrink, before and after."""
         return {} if self.child is None or self.child is self.block else _changes(self.block, self.child)
 
     @property
     def treatment(self) -> str:
-        """What becomes of the layer, in words."""
+        """Describes the layer's fate in words."""
         if self.fused:
             return "fused"
         if self.child is None:
@@ -57,9 +57,9 @@ class Alignment:
     """A smaller model as a cut of a parent.
 
     Attributes:
-        parts: one for each layer of the parent.
-        ways: ways to choose the layers that give the child's layers in order; None where layers were fused.
-        fused: what fused layers became.
+        parts: one entry per layer of the parent.
+        ways: number of possible alignments; None if layers were fused.
+        fused: the wider layers that replaced the fused ones.
     """
 
     parent: ModelConfig
@@ -70,14 +70,14 @@ class Alignment:
 
     @property
     def dropped(self) -> list[int]:
-        """Indices of the layers that are left out."""
+        """Indices of removed layers."""
         return [part.layer for part in self.parts if part.child is None and not part.fused]
 
     def sizes(self) -> dict[str, int]:
-        """Sizes for `Cutter.plan`, layer by layer.
+        """Returns sizes for `Cutter.plan`, layer by layer.
 
         Raises:
-            ValueError: layers were fused, which is no cut.
+            ValueError: layers were fused, which a cut cannot do.
         """
         if self.fused:
             n = sum(part.fused for part in self.parts)
@@ -88,15 +88,15 @@ class Alignment:
 
 
 def align(parent: ModelConfig, child: ModelConfig) -> Alignment:
-    """Finds the layers of a parent that a child can have been cut from.
+    """Finds parent layers from which the child's layers could have been cut.
 
-    A layer of the child fits one of the parent that has the same kind and is in no size smaller. Of several choices the
-    one with the earliest layers is taken: which layers were really kept, only the weights could say. Layers of the
-    child that are wider than any of the parent's are taken for fused ones: then the layers behind them are aligned from
-    the end, and those of the same kind in between are fused.
+    A child layer fits a parent layer of the same kind that is at least as large in every size. If several alignments
+    fit, the one with the earliest layers is returned; only the weights could show which layers were really kept. Child
+    layers wider than any of the parent's count as fused: the layers after them are then aligned from the end, and
+    those of the same kind in between are fused.
 
     Raises:
-        ValueError: the child is wider, has other options, or layers that fit none.
+        ValueError: the child is wider, has different options, or has a layer that fits none.
     """
     if child.d_model > parent.d_model:
         raise ValueError(f"like: d_model must be at most the parent's {parent.d_model}, got {child.d_model}")
@@ -129,7 +129,7 @@ def align(parent: ModelConfig, child: ModelConfig) -> Alignment:
 
 
 class _Fit:
-    """Whether a layer of a child can be a cut of one of its parent; each pair of configs is compared once."""
+    """Whether a child layer can be a cut of a parent layer; caches the result per pair of configs."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], bool] = {}
@@ -142,12 +142,12 @@ class _Fit:
 
     @staticmethod
     def alike(child: BlockConfig, parent: BlockConfig) -> bool:
-        """Whether two layers differ in their sizes only."""
+        """Whether two layers differ only in sizes."""
         return type(child) is type(parent) and _options(child) == _options(parent)
 
 
 def _earliest(parent: Sequence[BlockConfig], child: Sequence[BlockConfig], fits: _Fit) -> list[int]:
-    """Indices of the parent's layers that fit the child's, each as early as it can be."""
+    """Returns the earliest parent layers that fit the child's."""
     found: list[int] = []
     for j, block in enumerate(child):
         after = found[-1] + 1 if found else 0
@@ -160,7 +160,7 @@ def _earliest(parent: Sequence[BlockConfig], child: Sequence[BlockConfig], fits:
 
 
 def _ways(parent: Sequence[BlockConfig], child: Sequence[BlockConfig], fits: _Fit) -> tuple[int, list[float]]:
-    """How many choices of the parent's layers give the child's, and the share of them that has each layer."""
+    """Counts the possible alignments, and the fraction that keeps each parent layer."""
     before = [[1] + [0] * len(child)]  # by layers of the parent and of the child that are behind
     for block in parent:
         last = before[-1]
@@ -182,13 +182,13 @@ def _sizes(block: BlockConfig) -> dict[str, int]:
 
 
 def _options(block: BlockConfig) -> Mapping[str, object]:
-    """Fields of a block that no cut changes."""
+    """Returns the fields of a block that a cut never changes."""
     sizes = fields(block.axes())
     return {name: getattr(block, name) for name in type(block).model_fields if name not in sizes}
 
 
 def _larger(child: BlockConfig, parent: BlockConfig) -> list[str]:
-    """Sizes that a layer of the child has more of."""
+    """Returns the sizes in which the child's layer is larger."""
     sizes = _sizes(parent)
     return [name for name, n in _sizes(child).items() if n > sizes[name]]
 
@@ -198,7 +198,7 @@ def _distinct(blocks: Sequence[BlockConfig]) -> list[BlockConfig]:
 
 
 def _too_wide(child: Sequence[BlockConfig], parent: Sequence[BlockConfig], fits: _Fit) -> list[int]:
-    """Indices of the child's layers that only their sizes keep from all of the parent's of their kind."""
+    """Returns child layers that are too wide for every parent layer of their kind, and otherwise fit."""
     wide = set()
     for block in _distinct(child):
         alike = [other for other in _distinct(parent) if fits.alike(block, other)]

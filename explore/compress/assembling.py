@@ -1,4 +1,4 @@
-"""Children assembled from a library and measured before any further training, one or a row of budgets."""
+"""Assembles children from a library and measures them before further training, for one or several budgets."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from explore.data.progress import progress
 from explore.runs import RunFolder
 
 ATTENTION = "attention"
-"""The role of blocks that look up any earlier position."""
+"""Role of blocks that can look up any earlier position."""
 
 
 class Children:
-    """The children of one parent on its validation split.
+    """Evaluates children of one parent on its validation split.
 
     Attributes:
-        flops: that were spent on measuring children so far.
-        parent: the parent itself, on the same text.
+        flops: FLOPs spent on measuring children so far.
+        parent: quality of the parent on the same text.
     """
 
     def __init__(self, run: RunFolder | str | Path, library: Library) -> None:
@@ -43,13 +43,13 @@ class Children:
         self.flops = 2 * self.text.n_tokens * self.model.config.cost(self.seq_len).flops_fwd
 
     def measure(self, choice: Choice) -> Measured:
-        """A child before any further training."""
+        """Measures a child before further training."""
         child = self.library.child(self.model, choice.options, self.folder.path)
         self.flops += self.text.n_tokens * child.config.cost(self.seq_len).flops_fwd
         return self.text.measure(child)
 
     def notes(self, choice: Choice) -> list[str]:
-        """What bits per byte would not show of a child."""
+        """Returns warnings about a child that bits per byte does not show."""
         before, after = self.model.config.layers, self.library.plan(choice.options).model().layers
         looks_up = [any(block.role == ATTENTION for block in blocks) for blocks in (before, after)]
         if looks_up == [True, False] and not self.text.is_recall:
@@ -58,14 +58,14 @@ class Children:
 
 
 def sweep(puzzle: Puzzle, children: Children, limits: Limits, budgets: Sequence[tuple[str, float]]) -> pd.DataFrame:
-    """The best child under each of some budgets.
+    """Finds the best child for each of several budgets.
 
     Args:
-        limits: what else is asked of all.
-        budgets: name of the measure, the same in all, and its bound.
+        limits: further limits on all children.
+        budgets: bounds, all on the same named measure.
 
     Returns:
-        Columns `budget`; the measure, by its name, with what the child costs; predicted, kl, val_loss, val_bpb, recall,
+        Columns `budget`; the measure, by name, with the child's cost; predicted, kl, val_loss, val_bpb, recall,
         pattern, and `layers`, the names of the replacements.
     """
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Candidates: the children of some free sizes that meet budgets."""
+"""Candidates: children with free sizes that meet budgets."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from explore.model import ModelConfig
 from explore.solve import Free
 
 DEPTH = "depth"
-"""A free size: how many layers are kept."""
+"""Name of the free size for the number of layers."""
 
 STEPS = 16
-"""Values of a free size from nothing to the parent's, where no step is given."""
+"""Number of steps from 0 to the parent's size when no step is given."""
 
 LARGEST = 20_000
-"""Most combinations of free sizes."""
+"""Maximum number of combinations of free sizes."""
 
 
 class Candidate(NamedTuple):
     """A child that meets the budgets.
 
     Attributes:
-        sizes: of what is free.
-        n_dropped: layers that are left out.
-        values: what it costs, by target.
-        off: the largest relative distance from a target.
+        sizes: values of the free sizes.
+        n_dropped: number of removed layers.
+        values: cost by target.
+        off: largest relative error over the targets.
     """
 
     sizes: Mapping[str, int]
@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Size:
-    """A free size and its values, in rising order."""
+    """A free size and its values in ascending order."""
 
     name: str
     values: tuple[int, ...]
@@ -53,10 +53,10 @@ class Size:
 def free_size(model: ModelConfig, text: str) -> Size:
     """Reads `NAME`, `NAME=LOW:HIGH` or `NAME=LOW:HIGH:STEP`: multiples of the step up to the parent's size.
 
-    Without a range the values end with the parent's size, and go down to a quarter of it, or half of its layers.
+    The default range goes from a quarter (for layers, half) of the parent's size up to that size.
 
     Raises:
-        ValueError: no such size, or no value is left.
+        ValueError: no such size, or the range holds no value.
     """
     name, equals, _ = text.partition("=")
     if name == DEPTH:
@@ -78,7 +78,7 @@ def free_size(model: ModelConfig, text: str) -> Size:
 
 
 def _bounds(model: ModelConfig, name: str) -> tuple[int, int]:
-    """The largest value that all layers with a field have, and what its values must be multiples of."""
+    """Returns the largest value possible in all layers with a field, and the unit its values must be multiples of."""
     letter, _, field = name.rpartition(".")
     most, unit = [], 1
     for each in dict.fromkeys(model.pattern):
@@ -94,7 +94,7 @@ def _bounds(model: ModelConfig, name: str) -> tuple[int, int]:
 
 
 def shape(cutter: Cutter, sizes: Mapping[str, int], n_dropped: int) -> ModelConfig:
-    """The config of a child, without choosing what it keeps.
+    """Returns a child's config without choosing which indices it keeps.
 
     Raises:
         ValueError: there is no such child.
@@ -117,13 +117,13 @@ def shape(cutter: Cutter, sizes: Mapping[str, int], n_dropped: int) -> ModelConf
 def candidates(
     cutter: Cutter, targets: Mapping[str, float], free: Sequence[Size], setting: Setting, tolerance: float = 0.01
 ) -> list[Candidate]:
-    """Every child of the free sizes that meets all targets within the tolerance, in the order of its sizes.
+    """Returns every child that meets all targets within the tolerance, ordered by sizes.
 
     Args:
-        tolerance: allowed relative distance from a target.
+        tolerance: allowed relative error (0.01 = 1%).
 
     Raises:
-        ValueError: a target above the parent's cost, too many combinations, or none that meets the targets.
+        ValueError: a target exceeds the parent's cost, there are too many combinations, or none meets the targets.
     """
     if not (targets and free):
         raise ValueError(f"{'free' if targets else 'target'}: at least one is required")
@@ -162,14 +162,14 @@ def _points(
         n_dropped = cutter.model.n_layers - sizes.get(DEPTH, cutter.model.n_layers)
         try:
             child = shape(cutter, widths, n_dropped)
-        except ValidationError:  # sizes that cannot go together, such as more active experts than there are
+        except ValidationError:  # inconsistent sizes, such as more active experts than experts
             continue
         costs = {name: measure(name, child, setting) for name in targets}
         yield Candidate(sizes, n_dropped, costs, max(_off(costs[name], target) for name, target in targets.items()))
 
 
 def _off(value: float, target: float) -> float:
-    """Relative distance of a value from a target, the same for a factor above and below."""
+    """Relative error of a value; the same for a factor above and below the target."""
     return math.inf if value <= 0 else math.expm1(abs(math.log(value / target)))
 
 

@@ -1,4 +1,4 @@
-"""Which indices remain: the highest scores, as many as are asked for."""
+"""Chooses the indices with the highest scores."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from explore.compress.surgery import Indices
 def choose(
     block: BlockConfig, sizes: Mapping[str, int], scores: Callable[[Axis, Mapping[str, Indices]], Sequence[float]]
 ) -> dict[str, Indices]:
-    """Kept indices of the axes of a block, those with the highest scores; of equal ones the first.
+    """Returns the kept indices of a block's axes: those with the highest scores, ties to the first.
 
     Args:
-        sizes: fields of the config, and how many they are to count; what is not named stays whole.
-        scores: of every index of an axis, given what is kept of the axes before it.
+        sizes: new values of config fields; unnamed sizes stay whole.
+        scores: returns the score of every index of an axis, given the indices kept on earlier axes.
 
     Raises:
-        ValueError: a size that is not between 1 and the parent's, or not equally many within each index of an axis.
+        ValueError: a size is not between 1 and the parent's, or does not divide evenly among outer indices.
     """
     keep: dict[str, Indices] = {}
     whole = {axis.name: axis.size for axis in block.axes()}
@@ -45,5 +45,5 @@ def choose(
 
 
 def highest(scores: Sequence[float], among: Sequence[int], n: int) -> list[int]:
-    """The `n` indices with the highest scores, the best first; of equal ones the first."""
+    """Returns the `n` indices with the highest scores, best first, ties to the first."""
     return sorted(among, key=lambda i: (-scores[i], i))[:n]

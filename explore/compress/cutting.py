@@ -1,4 +1,4 @@
-"""Cuts: from sizes that a child should have to the plan that keeps the best of its parent."""
+"""Cuts: turns a child's sizes into a plan that keeps the best-scored parts of its parent."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from explore.runs import RunFolder
 
 @dataclass(frozen=True, eq=False)
 class Cutter:
-    """A parent, and how its parts are ranked: makes plans of any sizes.
+    """Makes plans of any sizes for one parent, with one ranking of its parts.
 
     Attributes:
         whole: the plan that cuts nothing.
-        scores: of the parent on a text, for scales of norms and for principal axes.
-        norm_scales: make up for the mean squares of norms over fewer channels.
-        principal: keep the first principal axes of a latent rather than channels, where no norm forbids it.
+        scores: scores of the parent on a text, for norm scales and principal axes.
+        norm_scales: rescale norm weights for the changed mean square over fewer channels.
+        principal: keep leading principal axes of a latent instead of channels, unless a norm prevents it.
     """
 
     whole: Plan
@@ -55,13 +55,13 @@ class Cutter:
         scores: Scores | None = None,
         data: str | Path | None = None,
     ) -> Cutter:
-        """The cutter of a finished run, which is scored where that is needed and has not been done.
+        """Returns the cutter of a finished run; scores the run first if needed.
 
         Args:
-            data: the run or experiment whose data an imported checkpoint is scored on.
+            data: run or experiment whose data an imported checkpoint is scored on.
 
         Raises:
-            ValueError: the run has not finished, the scores are of another parent, or an unknown method.
+            ValueError: the run is not finished, the scores belong to another parent, or the method is unknown.
         """
         if by not in METHODS:
             raise ValueError(f"by must be one of {', '.join(METHODS)}, got {by!r}")
@@ -95,16 +95,16 @@ class Cutter:
         *,
         drop_mtp: bool = False,
     ) -> Plan:
-        """The plan of a child with some sizes.
+        """Returns the plan of a child with the given sizes.
 
         Args:
-            sizes: `d_model`; the field of a block (`d_ff`) for all layers that have it, or for the layers of a letter
-                (`M.n_heads`), or for one layer by its index (`3.d_ff`); what is not named stays whole.
-            drop: layers that are left out: their indices, or how many of those that matter least.
-            drop_mtp: leave out multi-token prediction.
+            sizes: `d_model`, or a block's field: `d_ff` for all layers that have it, `M.n_heads` for the layers of a
+                letter, `3.d_ff` for one layer by index. Unnamed sizes stay whole.
+            drop: layers to remove: indices, or a number of the least important ones.
+            drop_mtp: remove multi-token prediction.
 
         Raises:
-            ValueError: an unknown field or layer, or a size that is not possible.
+            ValueError: an unknown field or layer, or an impossible size.
         """
         model, dropped = self.model, self.dropped(drop)
         of_layer, width = self._by_layer(sizes)
@@ -144,7 +144,7 @@ class Cutter:
         drop_mtp: bool = False,
         **how: Any,
     ) -> Plan:
-        """As `plan`, without `n` layers that are left out one after another, as `explore.compress.depth` chooses them.
+        """Like `plan`, with `n` layers removed one at a time as chosen by `explore.compress.depth`.
 
         Args:
             run: the parent.
@@ -156,13 +156,13 @@ class Cutter:
         return plan.model_copy(update={"origin": origin})
 
     def child(self, plan: Plan) -> LanguageModel:
-        """The model of a plan."""
+        """Builds the model of a plan."""
         child = plan.model().build()
         child.load_state_dict(plan.cut_weights(self.weights))
         return child.eval()
 
     def dropped(self, drop: int | Collection[int]) -> frozenset[int]:
-        """The indices of layers that are left out."""
+        """Returns the indices of the layers to remove."""
         n = self.model.n_layers
         if not isinstance(drop, int):
             for i in drop:
@@ -175,7 +175,7 @@ class Cutter:
         return frozenset(highest(least, range(n), drop))
 
     def _by_layer(self, sizes: Mapping[str, int]) -> tuple[list[dict[str, int]], int | None]:
-        """Sizes of each layer, and of the residual stream."""
+        """Returns the sizes of each layer, and of the residual stream."""
         model = self.model
         found: list[dict[str, int]] = [{} for _ in model.layers]
         for name, n in sizes.items():
@@ -194,7 +194,7 @@ class Cutter:
         return found, sizes.get("d_model")
 
     def _rotated(self, layer: int, keep: Mapping[str, Sequence[int]]) -> LayerCut:
-        """Keeps the first principal axes where channels of a rotatable axis would be kept."""
+        """Replaces kept channels of rotatable axes by leading principal axes."""
         rotate, kept = {}, dict(keep)
         for axis in self.model.layers[layer].axes():
             if axis.rotatable and axis.name in keep and self.scores is not None:
@@ -206,7 +206,7 @@ class Cutter:
         return LayerCut(keep=kept, rotate=rotate)  # type: ignore[arg-type]
 
     def _scales(self, plan: Plan) -> dict[str, tuple[float, ...]]:
-        """sqrt(mean square of what is kept / of all), by norm and group, for norms that lose channels."""
+        """Returns sqrt(mean square of kept / all channels), by norm and group, for norms that lose channels."""
         if self.scores is None:
             return {}
         model, scales = self.model, {}
@@ -236,12 +236,12 @@ class Cutter:
 
 
 def fields(axes: Sequence[Axis]) -> list[str]:
-    """Fields of a config that its axes count."""
+    """Returns the config fields that count indices of axes."""
     return list(dict.fromkeys(axis.field or axis.name for axis in axes))
 
 
 def names(model: ModelConfig) -> list[str]:
-    """What a plan can be asked to keep: `d_model`, and the fields of blocks by letter."""
+    """Returns the names of sizes that a plan can cut: `d_model`, and fields of blocks by letter."""
     letters = dict.fromkeys(model.pattern)
     return ["d_model", *(f"{letter}.{field}" for letter in letters for field in fields(model.blocks[letter].axes()))]
 
@@ -254,12 +254,12 @@ def cut(
     drop_mtp: bool = False,
     **how: Any,
 ) -> Plan:
-    """The plan of a child of a finished run; `Cutter` makes many of one parent.
+    """Returns the plan of a child of a finished run; use `Cutter` for many plans of one parent.
 
     Args:
         sizes: as in `Cutter.plan`.
         drop: as in `Cutter.plan`.
-        drop_mtp: leave out multi-token prediction.
-        how: how parts are ranked, as in `Cutter.of`.
+        drop_mtp: remove multi-token prediction.
+        how: ranking options, as in `Cutter.of`.
     """
     return Cutter.of(run, **how).plan(sizes, drop, drop_mtp=drop_mtp)

@@ -1,6 +1,6 @@
-"""Depth, one layer after another: leave out the layer that matters least, score the rest again, and so on.
+"""Depth pruning: repeatedly removes the least important layer and scores the remaining ones.
 
-Source: Nemotron Nano 2, arXiv 2508.14444, section 4, where layers are left out by the change of the logits.
+Source: Nemotron Nano 2, arXiv 2508.14444, section 4, where layers are removed by the change of the logits.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from explore.runs import RunFolder, write_json
 from explore.weights import weights_digest
 
 TOKENS = 16_384
-"""Tokens of the training split that every round reads unless told otherwise."""
+"""Default number of training tokens per round."""
 
 
 class Order(NamedTuple):
-    """Layers in the order in which they are left out.
+    """Layers in order of removal.
 
     Attributes:
         layers: their indices in the parent.
-        effects: what leaving out each of them does to the model without those before it.
-        flops: of all rounds.
+        effects: effect of removing each, given that the earlier ones are gone.
+        flops: FLOPs of all rounds.
     """
 
     layers: tuple[int, ...]
@@ -48,19 +48,19 @@ def one_by_one(
     batch_size: int = 8,
     data: str | Path | None = None,
 ) -> Order:
-    """The `n` layers to leave out, of which each is the least important one once those before it are gone.
+    """Returns the `n` layers to remove; each is the least important once the earlier ones are gone.
 
-    Every round is kept in the parent's folder, so a second call goes on after the last one, and for more layers too.
+    Rounds are stored in the parent's folder, so a later call continues from them, also for more layers.
 
     Args:
-        effect: what is measured of each layer, one of `EFFECTS`.
-        tokens: of the training split, in whole batches and at least one.
-        seed: of the order in which they are read.
-        batch_size: sequences that are read at once.
-        data: the run or experiment whose data an imported checkpoint is scored on.
+        effect: measure of a layer's importance, one of `EFFECTS`.
+        tokens: training tokens to read, in whole batches, at least one batch.
+        seed: seed of the reading order.
+        batch_size: sequences per forward pass.
+        data: run or experiment whose data an imported checkpoint is scored on.
 
     Raises:
-        ValueError: an unknown effect, as many layers as there are, or a number below 1.
+        ValueError: an unknown effect, removal of all layers, or a number below 1.
     """
     if effect not in EFFECTS:
         raise ValueError(f"effect must be one of {', '.join(EFFECTS)}, got {effect!r}")
@@ -103,7 +103,7 @@ def one_by_one(
 
 
 def _shorter(model: LanguageModel, layers: list[int]) -> LanguageModel:
-    """A view of a model that runs some of its layers and shares its weights."""
+    """Returns a view of a model that runs only some layers and shares its weights."""
     pattern = "".join(model.config.pattern[i] for i in layers)
     view = LanguageModel.__new__(LanguageModel)
     view.__dict__ = {**model.__dict__, "_modules": {**model._modules}}
@@ -113,7 +113,7 @@ def _shorter(model: LanguageModel, layers: list[int]) -> LanguageModel:
 
 
 def _flops_of_round(model: LanguageModel, layers: list[int], seq_len: int) -> float:
-    """FLOPs of a token: one forward pass, and one from each layer on."""
+    """FLOPs per token: one forward pass, plus one from each layer on."""
     blocks = [model.config.layers[i] for i in layers]
     each = [
         sum(entry.flops_seq for entry in block.entries(model.config.d_model, seq_len)) / seq_len for block in blocks

@@ -1,4 +1,4 @@
-"""The library of a trained parent: what can replace every layer, and what each replacement alone does."""
+"""The library of a trained parent: replacements of every layer, and the effect of each alone."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from explore.weights import read_block
 
 
 class LibraryRequest(Config):
-    """How a library is made.
+    """Settings for building a library.
 
     Attributes:
-        offer: which replacements there are.
-        tokens: of the training split on which every replacement is trained.
-        lr: peak learning rate; a share of the parent's when absent.
-        val_tokens: of the validation split on which each is measured in the parent.
-        seed: of the order in which the training split is read.
-        by: what ranks the indices with which smaller blocks begin.
+        offer: replacements to build.
+        tokens: training tokens per replacement.
+        lr: peak learning rate; None uses a fraction of the parent's.
+        val_tokens: validation tokens for measuring each replacement in the parent.
+        seed: seed of the reading order of the training split.
+        by: ranking method that selects the initial indices of smaller blocks.
     """
 
     offer: Offer = Offer()
@@ -39,15 +39,15 @@ class LibraryRequest(Config):
 
 
 class Replacement(Config):
-    """A variant of a layer, trained and measured.
+    """A trained and measured variant of a layer.
 
     Attributes:
-        name: for tables, such as `n_experts=4`.
-        how: what is done to the layer.
-        block: its config; None where the layer is left out.
-        digest: of its weights; None where it has none of its own.
-        mse: squared error of its output over that of no output at all, on the validation split.
-        kl: of the parent from the parent with this replacement alone, on the validation split, in nats per token.
+        name: name in tables, such as `n_experts=4`.
+        how: kind of change to the layer.
+        block: its config; None if the layer is removed.
+        digest: digest of its weights; None if it has none of its own.
+        mse: squared error of its output relative to a zero output, on the validation split.
+        kl: KL(parent || parent with only this replacement), on the validation split, in nats per token.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Replacement(Config):
 
     @property
     def layer_cut(self) -> LayerCut:
-        """What a plan says of a layer that this stands for."""
+        """Returns the plan entry of a layer with this replacement."""
         if self.block is None:
             return LayerCut(drop=True)
         if self.digest is None:
@@ -68,15 +68,15 @@ class Replacement(Config):
 
 
 class Library(Config):
-    """What can replace the layers of one parent.
+    """Replacements for the layers of one parent.
 
     Attributes:
-        key: 64 hexadecimal digits over everything that decides the library.
+        key: hash (64 hexadecimal digits) of everything that affects the library.
         parent: digest of the parent's weights.
         parent_model: the parent's config.
-        layers: the replacements of every layer, the layer itself first.
-        flops: that were spent on the scores of the parent, on training the replacements, and on measuring them.
-        about: how it was made.
+        layers: replacements of every layer; the layer itself comes first.
+        flops: FLOPs spent on scoring the parent and on training and measuring replacements.
+        about: settings it was built with.
     """
 
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -91,7 +91,7 @@ class Library(Config):
         """Reads a library from JSON.
 
         Raises:
-            ValueError: no such file, or a field that is not allowed, by its path.
+            ValueError: no such file, or an invalid field, named by its path.
         """
         try:
             return cls.model_validate(read_json(Path(path)))
@@ -99,13 +99,13 @@ class Library(Config):
             raise ValueError(f"{path}: {explain(error)}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the library as JSON; its blocks lie beside it already."""
+        """Writes the library as JSON; its blocks are already stored beside it."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def sketch(cls, model: ModelConfig, offer: Offer) -> Library:
-        """A library that was neither trained nor measured: it has the costs of one that is."""
+        """Returns an untrained, unmeasured library; its costs are exact."""
         nothing, pairs = "0" * 64, zip(model.pattern, model.layers, strict=True)
         layers = [
             [
@@ -127,17 +127,17 @@ class Library(Config):
         )
 
     def names(self, options: Sequence[int]) -> list[str]:
-        """What stands for each layer, as `3 E: n_experts=4`."""
+        """Names the replaced layers, such as `3 E: n_experts=4`."""
         letters = self.parent_model.pattern
         return [
             f"{i} {letters[i]}: {layer[k].name}" for i, (layer, k) in enumerate(zip(self.layers, options, strict=True))
         ]
 
     def plan(self, options: Sequence[int], **origin: str | bool | float | tuple[str, ...]) -> Plan:
-        """The plan of a child.
+        """Returns the plan of a child.
 
         Args:
-            options: index of the replacement of every layer.
+            options: replacement index per layer.
             origin: how the choice was made.
         """
         chosen = [layer[option] for layer, option in zip(self.layers, options, strict=True)]
@@ -153,11 +153,11 @@ class Library(Config):
         )
 
     def child(self, parent: LanguageModel, options: Sequence[int], folder: Path) -> LanguageModel:
-        """The model of a choice.
+        """Builds the model of a choice.
 
         Args:
-            parent: with the weights that the library is for.
-            folder: of the parent.
+            parent: the library's parent model.
+            folder: folder of the parent.
         """
         plan = self.plan(options)
         child = plan.model().build()
@@ -166,7 +166,7 @@ class Library(Config):
 
 
 def mixer_of(replacement: Replacement, d_model: int, folder: Path) -> Any:
-    """The module of a replacement that has weights of its own."""
+    """Loads the module of a replacement with its own weights."""
     assert replacement.block is not None
     assert replacement.digest is not None
     mixer = replacement.block.build(d_model)
@@ -175,10 +175,10 @@ def mixer_of(replacement: Replacement, d_model: int, folder: Path) -> Any:
 
 
 def find_library(folder: Path, key: str | None = None) -> Library:
-    """The library in the folder of a run.
+    """Reads the library in the folder of a run.
 
     Args:
-        key: of the library, or how it begins; required where there are several.
+        key: key of the library or a prefix of it; required if there are several.
 
     Raises:
         ValueError: there is none, or there are several.

@@ -1,4 +1,4 @@
-"""What a child costs: every total of a model, and what depends on dtypes, a context and hardware."""
+"""Cost measures of a child: all totals of a model, and measures that depend on dtypes, context and hardware."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from explore.roofline import Deployment, hardware
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a model is used.
+    """The setting a model is used in.
 
     Attributes:
-        context: tokens of a sequence, and of the context of decoding.
-        batch_size: sequences that are decoded at once.
-        dtypes: of weights and state.
+        context: tokens per sequence, also the context length of decoding.
+        batch_size: sequences decoded at once.
+        dtypes: dtypes of weights and state.
         device: name of the hardware.
     """
 
@@ -47,7 +47,7 @@ DEPLOYED: Mapping[str, Callable[[ModelConfig, Setting], float]] = {
     "decode_s": _decode_s,
     "prefill_s": _prefill_s,
 }
-"""Weights and the state of all sequences; the least time of a decoding step, and of reading a context, by roofline."""
+"""Bytes of weights and all state; lower bounds by roofline on the time of a decoding step and of prefill."""
 
 TOTALS = (
     *(each.name for each in fields(Cost) if each.type in ("int", "float") and each.name != "seq_len"),
@@ -55,11 +55,11 @@ TOTALS = (
 )
 
 MEASURES = (*TOTALS, *DEPLOYED)
-"""What a child can be asked to cost."""
+"""Measures that can be bounded."""
 
 
 def measure(name: str, model: ModelConfig, setting: Setting) -> float:
-    """One of `MEASURES` of a model.
+    """Returns one of `MEASURES` of a model.
 
     Raises:
         ValueError: an unknown measure or device.
@@ -71,10 +71,10 @@ def measure(name: str, model: ModelConfig, setting: Setting) -> float:
 
 
 def check_measure(name: str) -> None:
-    """Refuses a name that is no measure.
+    """Checks the name of a measure.
 
     Raises:
-        ValueError: it is none.
+        ValueError: there is no such measure.
     """
     if name not in MEASURES:
         hint = did_you_mean(name, MEASURES)

@@ -1,4 +1,4 @@
-"""What scores are made of, added up over the sequences of a text: activations by axis, and what each layer does."""
+"""Accumulates the sums behind scores over a text: activations by axis, and effects of layers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from explore.model import LanguageModel
 from explore.model.layout import model_layout
 
 EXPERTS, CHANNELS = "n_experts", "d_expert"
-"""Axes of routed experts, which are scored by what each expert computes."""
+"""Axes of routed experts, scored by each expert's own computation."""
 
 EFFECTS = ("mse", "kl", "loss", "influence")
-"""What is measured of each layer: the mean squared change of what the head reads, the divergence of the predictions and
-the loss, all without the layer; and how far the layer turns the residual stream, 1 - cos."""
+"""Effects of a layer. Without the layer: mean squared change of the head's input, divergence of the predictions, and
+loss. With it: rotation of the residual stream, 1 - cos."""
 
 
 class Observer:
-    """Adds up sums over a text, in float64, by name; they can be saved and loaded.
+    """Accumulates named sums over a text in float64; they can be saved and loaded.
 
     Names of the sums: `activation/LAYER/AXIS/STRETCH`, `stream/NORM`, `moment/WEIGHT`, `covariance/LAYER/AXIS`,
     `reap/LAYER`, `load/LAYER`, `effect/EFFECT` and `n/WHAT`.
@@ -40,7 +40,7 @@ class Observer:
         """Adds one batch.
 
         Args:
-            effects: also run the model without each of its layers, which takes several times as long as the rest.
+            effects: also run the model without each layer, which takes several times as long as the rest.
         """
         model, tokens = self.model, batch.inputs
         with ExitStack() as stack:
@@ -60,7 +60,7 @@ class Observer:
 
     @torch.no_grad()
     def observe_layers(self, batch: Batch) -> None:
-        """Adds what leaving out each layer does on one batch, and nothing else."""
+        """Adds only the effects of removing each layer on one batch."""
         x = self.model.embedding(batch.inputs)
         stream = [x]
         for layer in self.model.layers:
@@ -69,7 +69,7 @@ class Observer:
         self._add_effects(stream, self.model.norm(x), batch.targets)
 
     def effect(self, name: str) -> list[float]:
-        """One of `EFFECTS` of leaving out each layer: the mean over tokens."""
+        """Returns one of `EFFECTS` for each layer, as a mean over tokens."""
         n = self.sums["n/targets" if name == "loss" else "n/effects"]
         return [float(value) for value in self.sums[f"effect/{name}"] / n]
 
@@ -125,12 +125,12 @@ class Observer:
         return module.register_forward_hook(lambda _, inputs, output: add(output) if self.active else None)
 
     def _norm(self, name: str, norm: RMSNorm) -> list[Any]:
-        """What a norm of the residual stream reads and gives."""
+        """Hooks the input and output of a norm of the residual stream."""
         stream = self._on_output(norm, lambda y: self._add(f"stream/{name}", _by_sequence(y.abs())))
         return [stream, self._moments(f"{name}.weight", norm)]
 
     def _moments(self, weight: str, norm: RMSNorm) -> Any:
-        """Mean squares of the channels that a norm reads, each token divided by its own mean square."""
+        """Hooks a norm to add its channels' mean squares, each token divided by its own mean square."""
 
         def add(x: Tensor) -> None:
             square = x.float().square()
@@ -139,7 +139,7 @@ class Observer:
         return self._on_input(norm, add)
 
     def _fused(self, weight: str, scale: Tensor) -> Callable[[Tensor], None]:
-        """As `_moments`, from what the norm gives."""
+        """Like `_moments`, computed from the norm's output."""
 
         def add(y: Tensor) -> None:
             self._add(f"moment/{weight}", (y / torch.where(scale == 0, torch.inf, scale)).square().sum((0, 1)))
@@ -190,7 +190,7 @@ class Observer:
 
 
 def owners(dim: Dim, stretch: int, axis: str, sizes: Mapping[str, int]) -> tuple[slice, Tensor]:
-    """The columns of one stretch of a dimension, and the index of an axis that each of them belongs to."""
+    """Returns the columns of one stretch of a dimension, and each column's index on an axis."""
     widths = [[part if isinstance(part, int) else sizes[part] for part in each] for each in dim]
     lengths = [int(torch.tensor(each).prod()) for each in widths]
     start = sum(lengths[:stretch])
@@ -202,5 +202,5 @@ def owners(dim: Dim, stretch: int, axis: str, sizes: Mapping[str, int]) -> tuple
 
 
 def _by_sequence(a: Tensor) -> Tensor:
-    """Squares of the means over a sequence, added up over the batch: (batch, seq, size) to (size)."""
+    """Squares the means over a sequence and sums them over the batch: (batch, seq, size) to (size)."""
     return a.double().mean(1).square().sum(0)

@@ -20,12 +20,12 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Parent:
-    """A trained model that is scored and cut, and how and on what models of it are trained.
+    """A trained model to score and cut, with data and settings for training its children.
 
     Attributes:
-        path: its folder, where scores and plans are kept.
-        experiment: its own, or for an imported checkpoint the one whose data and training are taken, with its model.
-        is_run: it was trained here.
+        path: its folder, where scores and plans are stored.
+        experiment: its own; for an imported checkpoint, its model with another experiment's data and training.
+        is_run: whether it was trained here.
     """
 
     path: Path
@@ -34,20 +34,20 @@ class Parent:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The model with its weights, in evaluation mode."""
+        """Loads the model with its weights, in evaluation mode."""
         return load_model(self.path) if self.is_run else TrainedModel.model_validate(self.path).load()
 
 
 def open_parent(path: RunFolder | str | Path, data: str | Path | None = None) -> Parent:
-    """A finished run, or a folder that `explore import` wrote.
+    """Opens a finished run, or a folder that `explore import` wrote.
 
     Args:
-        path: of the folder.
-        data: for an imported checkpoint, a run or an experiment in JSON: children are scored on its data, and trained
-            as it was.
+        path: path of the folder.
+        data: for an imported checkpoint, a run or experiment JSON that provides data and training settings
+            for its children.
 
     Raises:
-        ValueError: it is neither, the run has not finished, data is missing or not wanted, or it has other tokens.
+        ValueError: it is neither, the run is not finished, data is missing or superfluous, or its tokens differ.
     """
     folder = path.path if isinstance(path, RunFolder) else Path(path)
     if not exists(folder / MODEL):
@@ -75,10 +75,10 @@ def open_parent(path: RunFolder | str | Path, data: str | Path | None = None) ->
 
 
 def finished(run: RunFolder | str | Path) -> RunFolder:
-    """A run that has come to its end.
+    """Opens a finished run.
 
     Raises:
-        ValueError: it is no run, or has not finished.
+        ValueError: it is not a run, or not finished.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     if folder.key is None:
@@ -89,7 +89,7 @@ def finished(run: RunFolder | str | Path) -> RunFolder:
 
 
 def _check_tokens(folder: Path, experiment: Experiment) -> None:
-    """Refuses data whose tokens are not those of an imported checkpoint."""
+    """Checks that data has the tokens of an imported checkpoint."""
     data = experiment.data
     if exists(folder / TOKENIZER) and isinstance(data, TextData):
         ours, theirs = load_tokenizer(data.tokenizer), load_tokenizer(str(folder / TOKENIZER))

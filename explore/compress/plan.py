@@ -1,4 +1,4 @@
-"""Plans: what a child keeps of its parent, as data that can be published, replayed and compared."""
+"""Plans: what a child keeps of its parent, as data to publish, replay and compare."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ Matrix = tuple[tuple[float, ...], ...]
 """Rows of numbers."""
 
 FRESH_LETTERS = string.ascii_lowercase + string.ascii_uppercase + "".join(map(chr, range(0x00C0, 0x0250)))
-"""Letters for layers that are no longer alike, as far as a model does not use them."""
+"""Extra letters for layers of one letter that now differ; letters in use are skipped."""
 
 
 class LibraryBlock(Config):
-    """A trained block that takes the place of a layer's mixer; the norm before it stays that of the parent.
+    """A trained block that replaces a layer's mixer; the layer keeps the parent's norm.
 
     Attributes:
-        config: of the block.
-        digest: of its weights, as `weights_digest` gives it.
+        config: config of the block.
+        digest: `weights_digest` of its weights.
     """
 
     config: AnyBlock
@@ -44,13 +44,13 @@ class LibraryBlock(Config):
 
 
 class LayerCut(Config):
-    """What is kept of one layer.
+    """The part of one layer that is kept.
 
     Attributes:
-        keep: kept indices by axis, in rising order; an axis that is not named is kept whole.
-        rotate: by axis, a matrix (size, kept) whose columns are the directions that become the kept indices.
-        drop: the layer is left out.
-        block: a block of a library that replaces the layer; then nothing else is said of it.
+        keep: kept indices by axis, ascending; unnamed axes are kept whole.
+        rotate: matrix (size, kept) by axis; its columns are the directions that become the kept indices.
+        drop: the layer is removed.
+        block: library block that replaces the layer; excludes the other fields.
     """
 
     keep: Frozen[str, Indices] = Field(default_factory=dict, validate_default=True)
@@ -68,17 +68,17 @@ class LayerCut(Config):
 
 
 class Plan(Config):
-    """A child of a trained parent: which layers remain, which indices of their axes, and what replaces layers.
+    """A child of a trained parent: kept layers, kept indices of their axes, and replacements of layers.
 
     Attributes:
         parent: digest of the parent's weights.
         parent_model: the parent's config.
-        d_model: kept channels of the residual stream, one set for all weights; all when absent.
-        layers: one entry for each of the parent's layers.
-        drop_mtp: multi-token prediction is left out. Where it is kept, its layers keep everything but `d_model`.
-        norm_scales: factors of the weights of norms, by name: one, or one for each kept group of channels. They make
-            up for the mean square over fewer channels.
-        origin: how the plan was made, `flops` among it. It decides nothing and does not count in `fingerprint`.
+        d_model: kept channels of the residual stream, shared by all weights; None keeps all.
+        layers: one entry per layer of the parent.
+        drop_mtp: remove multi-token prediction. If kept, its layers are cut only along `d_model`.
+        norm_scales: factors on norm weights by name, one each or one per kept channel group. They compensate for
+            the changed mean square over fewer channels.
+        origin: how the plan was made, including `flops`. It affects nothing and is not in `fingerprint`.
     """
 
     parent: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -110,7 +110,7 @@ class Plan(Config):
 
     @classmethod
     def keep_all(cls, parent: RunFolder | str | Path | LanguageModel, **origin: str | bool | float) -> Plan:
-        """The plan that cuts nothing.
+        """Returns the plan that keeps everything.
 
         Args:
             parent: a trained run, or its model.
@@ -125,7 +125,7 @@ class Plan(Config):
         """Reads a plan from JSON.
 
         Raises:
-            ValueError: no such file, or a field that is not allowed, by its path.
+            ValueError: no such file, or an invalid field, named by its path.
         """
         try:
             return cls.model_validate(read_json(Path(path)))
@@ -133,7 +133,7 @@ class Plan(Config):
             raise ValueError(f"{path}: {explain(error)}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON, one line a layer."""
+        """Writes the plan as JSON, one line per layer."""
         content = self.model_dump(mode="json")
         layers = ",\n    ".join(map(_compact, content.pop("layers")))
         fields = [f"{json.dumps(name)}: {_compact(value)}" for name, value in content.items()]
@@ -142,29 +142,29 @@ class Plan(Config):
             temporary.write_text(f"{{\n  {text}\n}}\n", encoding="utf-8")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that decides the child: not how the plan was made."""
+        """Returns everything that affects the child; omits how the plan was made."""
         content = super().fingerprint()
         del content["origin"]
         return content
 
     def key(self) -> str:
-        """64 hexadecimal digits over everything that decides the child."""
+        """Hash (64 hexadecimal digits) of everything that affects the child."""
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()
 
     @property
     def flops(self) -> float:
-        """FLOPs that were spent on choosing what is kept: on scores of the parent and on candidates."""
+        """FLOPs spent on making the plan: scores of the parent and candidates."""
         spent = self.origin.get("flops", 0)
         return float(spent) if isinstance(spent, int | float) else 0.0
 
     def model(self, parent: ModelConfig | None = None) -> ModelConfig:
-        """The child's config. Layers of one letter that are no longer alike get further letters.
+        """Returns the child's config. Layers of one letter that now differ get new letters.
 
         Args:
-            parent: config of the model to be cut, where it is to be checked.
+            parent: config of the model to cut, to check that the plan is for it.
 
         Raises:
-            ValueError: the plan is for another model, or there is no such child.
+            ValueError: the plan is for another model, or the child is impossible.
         """
         whole = self.parent_model
         if parent is not None and parent != whole:
@@ -192,14 +192,14 @@ class Plan(Config):
         )
 
     def apply(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Tensor]:
-        """The child's weights, which load strictly into `self.model().build()`.
+        """Returns the child's weights, which load strictly into `self.model().build()`.
 
         Args:
-            weights: all of the parent's weights and buffers.
-            folder: of the parent, with the blocks that replace its layers; required where some do.
+            weights: all weights and buffers of the parent.
+            folder: folder of the parent with its library blocks; required if blocks replace layers.
 
         Raises:
-            ValueError: they are not the weights that the plan is for, or a block is missing.
+            ValueError: the weights are not the plan's parent, or a block is missing.
         """
         if (digest := weights_digest(weights)) != self.parent:
             raise ValueError(
@@ -208,7 +208,7 @@ class Plan(Config):
         return self.cut_weights(weights, folder)
 
     def cut_weights(self, weights: Mapping[str, Tensor], folder: Path | None = None) -> dict[str, Tensor]:
-        """As `apply`, without checking whose weights they are."""
+        """Like `apply`, without checking the weights' digest."""
         whole, layout = self.parent_model, model_layout(self.parent_model)
         stream = Axis("d_model", whole.d_model)
         kept = [complete(block.axes(), layer.keep) for block, layer in zip(whole.layers, self.layers, strict=True)]
@@ -251,13 +251,13 @@ class Plan(Config):
         return complete((stream,), {} if self.d_model is None else {"d_model": self.d_model})["d_model"]
 
     def _letter(self, layer: int, block: BlockConfig) -> str:
-        """The letter of a layer: the parent's, or the standard one of another kind of block that replaces it."""
+        """Returns a layer's letter: the parent's, or the standard letter of a replacement of another kind."""
         kinds = {config: letter for letter, config in STANDARD_LETTERS.items()}
         is_of_kind = type(block) is type(self.parent_model.layers[layer])
         return self.parent_model.pattern[layer] if is_of_kind else kinds[type(block)]
 
     def _blocks(self) -> Iterator[BlockConfig | None]:
-        """The child's block at each of the parent's layers; None where the layer is left out."""
+        """Returns the child's block at each parent layer; None if the layer is removed."""
         for i, (block, layer) in enumerate(zip(self.parent_model.layers, self.layers, strict=True)):
             if layer.drop:
                 yield None

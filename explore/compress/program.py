@@ -1,9 +1,9 @@
-"""The integer program: one option for every item, the least sum of values under budgets, solved to the end.
+"""Integer program: choose one option per item with the least total value under budgets, solved to optimality.
 
-Values are rounded to whole numbers, so that the tolerance of the solver hides no better choice. Of equal sums the one
-with the lower tie-breaker is taken, and of those the first in the order of the options, item by item.
+Values are rounded to integers so that the solver's tolerance cannot hide a better choice. Ties go to the lower
+tie-breaker, then to the first choice in the order of the options, item by item.
 
-Source: Puzzle, arXiv 2411.19146, section 3; the row that makes a further solution different is theirs as well.
+Source: Puzzle, arXiv 2411.19146, section 3; so is the constraint that makes further solutions differ.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 RESOLUTION = 10**7
-"""Steps to which the largest value, and the largest tie-breaker, are rounded."""
+"""Integer to which the largest value, and the largest tie-breaker, are scaled."""
 
 STEPS = 10**4
-"""What the largest number of a bound is to the solver, which meets bounds to 1e-6."""
+"""Largest coefficient of a bound after scaling; the solver meets bounds to 1e-6."""
 
 ROUNDING = 1e-12
-"""Relative error of a sum of costs that counts as none."""
+"""Relative error of a cost sum that is ignored."""
 
 Rows = Sequence[Sequence[float]]
 """Numbers by item and option."""
 
 
 class Budget(NamedTuple):
-    """A bound on what the chosen options cost together.
+    """An upper bound on the total cost of the chosen options.
 
     Attributes:
-        costs: by item and option.
-        most: of the sum.
+        costs: cost by item and option.
+        most: largest allowed sum.
     """
 
     costs: Rows
@@ -42,7 +42,7 @@ class Budget(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A bound on what is chosen: low <= sum of the weights of chosen (item, option) <= high."""
+    """A bound on the choice: low <= sum of the weights of chosen (item, option) pairs <= high."""
 
     weights: Mapping[tuple[int, int], float]
     low: float
@@ -50,11 +50,11 @@ class Row(NamedTuple):
 
 
 class Same(NamedTuple):
-    """Items that take the same option.
+    """Items that must take the same option.
 
     Attributes:
-        items: all with equally many options.
-        free: options that an item may take alone.
+        items: item indices; all have the same number of options.
+        free: options that an item may take on its own.
     """
 
     items: Sequence[int]
@@ -62,13 +62,13 @@ class Same(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """An option for every item.
+    """One option for every item.
 
     Attributes:
-        options: index of the option by item.
-        value: sum of the values that are minimised.
-        status: what the solver said.
-        gap: relative distance from the bound that the solver proved.
+        options: option index by item.
+        value: minimised sum of values.
+        status: the solver's message.
+        gap: relative gap to the bound proved by the solver.
     """
 
     options: tuple[int, ...]
@@ -88,14 +88,14 @@ def solve(
     rows: Sequence[Row] = (),
     same: Sequence[Same] = (),
 ) -> Solution:
-    """The choice with the least sum of values.
+    """Returns the choice with the least sum of values.
 
     Args:
-        values: what is minimised, by item and option.
-        ties: what is minimised among equal sums of values.
+        values: values to minimise, by item and option.
+        ties: tie-breakers, minimised among equal sums of values.
         budgets: bounds on sums of costs.
         rows: further bounds.
-        same: items that take the same option.
+        same: groups of items that take the same option.
 
     Raises:
         NoSolutionError: nothing meets the bounds.
@@ -109,14 +109,14 @@ def solve(
         chosen = program.first(chosen, [*tied, program.at_most(second, chosen)])
         if program.fits(chosen):
             break
-        program.fixed.append(program.other_than(chosen))  # the solver meets a bound to its tolerance only
+        program.fixed.append(program.other_than(chosen))  # the solver meets bounds only to its tolerance
     options = program.options(chosen)
     value = float(sum(values[i][option] for i, option in enumerate(options)))
     return Solution(options, value, status, gap)
 
 
 class _Program:
-    """The constraints, over one zero-one variable for each option of each item and each option of each group."""
+    """The constraints, over one binary variable per option of each item and of each group."""
 
     def __init__(self, values: Rows, budgets: Sequence[Budget], rows: Sequence[Row], same: Sequence[Same]) -> None:
         self.sizes = [len(row) for row in values]
@@ -130,7 +130,7 @@ class _Program:
         self._add_same(same)
 
     def _add_same(self, same: Sequence[Same]) -> None:
-        """A variable of a group says which option its items take."""
+        """Ties the options of a group's items to the group's variables."""
         column = self.n
         for group in same:
             options = range(self.sizes[group.items[0]])
@@ -154,13 +154,13 @@ class _Program:
         return LinearConstraint(csr_array((list(entries.values()), (rows, columns)), shape=shape), low, high)
 
     def whole(self, rows: Rows) -> np.ndarray:
-        """Numbers as whole ones from 0 to `RESOLUTION`, each item's least as 0: that changes no order of sums."""
+        """Scales numbers to integers up to `RESOLUTION`, each item's least at 0; sums keep their order."""
         above = flat(rows) - np.concatenate([np.full(len(row), min(row)) for row in rows])
         whole: np.ndarray = np.round(above / max(float(above.max()), np.finfo(float).tiny) * RESOLUTION)
         return whole
 
     def at_most(self, objective: np.ndarray, chosen: np.ndarray) -> LinearConstraint:
-        """Forbids a higher value of an objective than a choice has."""
+        """Bounds an objective by its value at a choice."""
         unit = RESOLUTION / STEPS
         return LinearConstraint(self._padded(objective) / unit, -np.inf, (objective @ chosen + 0.5) / unit)
 
@@ -174,7 +174,7 @@ class _Program:
         return tuple(int(chosen[start:end].argmax()) for start, end in pairwise(self.starts))
 
     def first(self, chosen: np.ndarray, ties: list[LinearConstraint]) -> np.ndarray:
-        """The first of equally good choices in the order of the options, item by item."""
+        """Returns the first of equally good choices in the order of the options, item by item."""
         try:
             self.minimum(np.zeros(self.n), [*ties, self.other_than(chosen)])
         except NoSolutionError:
@@ -187,12 +187,12 @@ class _Program:
         return chosen
 
     def other_than(self, chosen: np.ndarray) -> LinearConstraint:
-        """Forbids a choice."""
+        """Returns a constraint that excludes a choice."""
         taken = self.options(chosen)
         return self._constraint({(0, self._column(*at)): 1.0 for at in enumerate(taken)}, -np.inf, len(taken) - 1)
 
     def minimum(self, objective: np.ndarray, ties: list[LinearConstraint]) -> tuple[np.ndarray, str, float]:
-        """The optimum as zeros and ones, what the solver said, and the gap that it left.
+        """Returns the optimum as zeros and ones, the solver's message, and the remaining gap.
 
         Raises:
             NoSolutionError: there is none.
@@ -218,5 +218,5 @@ class _Program:
 
 
 def flat(rows: Rows) -> np.ndarray:
-    """The numbers of all items, one after another."""
+    """Concatenates the numbers of all items."""
     return np.array([value for row in rows for value in row], dtype=float)

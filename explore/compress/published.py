@@ -1,4 +1,4 @@
-"""Published compressions in numbers: what was searched, under which budget, and where what was released lies in it."""
+"""Published compressions: their search spaces and budgets, and the position of the released model in them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class BudgetSearch:
-    """A search for the best child within a budget of memory: weights and the state of one sequence.
+    """A search for the best child within a memory budget for weights and the state of one sequence.
 
     Attributes:
-        parent: preset of what was cut.
-        child: preset of what was released.
-        budget_gib: printed, in GiB.
-        settings: what the memory is counted in, by name; the first one is that of the grid.
-        layers: counts of layers by letter that may remain.
-        depths: numbers of layers; any when empty.
-        widths: values by size.
-        printed: what the print says of the space, and what is our reading of it.
+        parent: preset of the parent.
+        child: preset of the released child.
+        budget_gib: published budget, in GiB.
+        settings: settings for counting memory, by name; the grid uses the first.
+        layers: allowed numbers of layers, by letter.
+        depths: allowed total numbers of layers; empty allows any.
+        widths: allowed values by size.
+        printed: which parts of the space are published, and which are this kit's reading.
     """
 
     parent: str
@@ -46,7 +46,7 @@ class BudgetSearch:
 
     @property
     def setting(self) -> Setting:
-        """That of the grid."""
+        """The grid's setting."""
         return next(iter(self.settings.values()))
 
     @property
@@ -60,21 +60,21 @@ class BudgetSearch:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """Every child of the grid, with `memory_bytes` and whether it is `within` the budget."""
+        """Lists every child of the grid, with `memory_bytes` and whether it is `within` the budget."""
         table = self.grid.table()
         return table.assign(within=table["memory_bytes"] <= self.budget)
 
     def memory_gib(self, name: str, setting: Setting | None = None) -> float:
-        """Weights and state of a preset."""
+        """Memory of a preset's weights and state, in bytes."""
         return measure("memory_bytes", preset(name), setting or self.setting) / GIB
 
     def standing(self) -> dict[str, int | float | bool]:
-        """Where the released child lies among those within the budget.
+        """Summarises the position of the released child among those within the budget.
 
         Returns:
-            How many children there are, how many are `within`, whether the child and the parent are among these, the
-            memory of both in GiB, how many use `less` memory than the child and how many `more`, and of those that use
-            at least as much, how many have no size below its own (`larger`).
+            The number of children, the number `within` the budget, whether child and parent are among these, the
+            memory of both in GiB, the numbers that use `less` and `more` memory than the child, and the number of
+            those using at least as much that are at least as large in every size (`larger`).
         """
         table, own = self.table, self.grid.row_of(preset(self.child))
         within = table[table["within"]]
@@ -100,8 +100,8 @@ class BudgetSearch:
         """The first stage: depths at the parent's widths, with as many attention layers as the child.
 
         Returns:
-            One row a depth and a split into the other letters: its counts, `params_total`, `memory_gib`,
-            `flops_decode` a token at the context, `decode_s` by roofline, and `within` the budget.
+            One row per depth and split into the other letters: its counts, `params_total`, `memory_gib`,
+            `flops_decode` per token at the context, `decode_s` by roofline, and `within` the budget.
         """
         full = {name.rpartition(".")[2]: max(values) for name, values in self.widths.items()}
         counts = self.grid.counts
@@ -110,10 +110,10 @@ class BudgetSearch:
         return self._measured([{**row, **full} for row in rows])
 
     def widths_table(self) -> pd.DataFrame:
-        """The second stage: at the child's layers, the largest last width within the budget for all other widths.
+        """The second stage: with the child's layers, the largest last width in budget for all other widths.
 
         Returns:
-            As `depths_table`, the child's own widths among them, where `released` is true.
+            Columns as in `depths_table`; `released` marks the child's own widths.
         """
         own = self.grid.row_of(preset(self.child))
         table = self.table[self.table["within"]]
@@ -149,12 +149,12 @@ class BudgetSearch:
 
 @dataclass(frozen=True)
 class BlockSearch:
-    """A search for one of several replacements of every block, which is an attention and a feed-forward layer.
+    """A search over replacements of every block, where a block is an attention and a feed-forward layer.
 
     Attributes:
-        attention: printed choices for an attention layer.
-        widths: printed choices for a feed-forward layer, as parts of its width; further ones are in `others`.
-        others: choices that are no width.
+        attention: published choices for an attention layer.
+        widths: published choices for a feed-forward layer, as fractions of its width.
+        others: further choices that are not widths.
     """
 
     parent: str
@@ -166,7 +166,7 @@ class BlockSearch:
 
     @property
     def n_choices(self) -> int:
-        """Choices for one block."""
+        """Number of choices per block."""
         return len(self.attention) * (len(self.widths) + len(self.others))
 
     @property
@@ -183,11 +183,11 @@ class BlockSearch:
         return align(preset(self.parent), preset(self.child))
 
     def blocks(self) -> pd.DataFrame:
-        """What the released child has of each block of its parent.
+        """Lists what the released child keeps of each block of its parent.
 
         Returns:
-            One row a block: `attention` kept or not, `d_ff` (0 where it is fused with others), its `share` of the
-            parent's, and whether the share is one of the printed `widths` to within half a percentage point.
+            One row per block: whether `attention` is kept, `d_ff` (0 if fused with others), its `share` of the
+            parent's, and whether that share is within half a percentage point of a published width.
         """
         pairs = zip(self.alignment.parts[::2], self.alignment.parts[1::2], strict=True)
         rows = []
@@ -245,11 +245,11 @@ SEARCHES: Mapping[str, BudgetSearch | BlockSearch] = MappingProxyType(
         )
     }
 )
-"""By the preset of the parent."""
+"""Searches by the parent's preset."""
 
 
 def published(parent: str) -> BudgetSearch | BlockSearch:
-    """The published search from a preset.
+    """Returns the published search that starts from a preset.
 
     Raises:
         ValueError: there is none.

@@ -1,4 +1,4 @@
-"""The choice of a replacement for every layer under budgets, as an integer program, and baselines of it.
+"""Chooses a replacement for every layer under budgets by integer programming, and baselines for comparison.
 
 Source: Puzzle, arXiv 2411.19146, section 3; the baselines are those of its table 14.
 """
@@ -21,21 +21,21 @@ from explore.model import ModelConfig
 from explore.runs import RunFolder
 
 SIZE = "params_total"
-"""What breaks ties between equal divergences: the fewest parameters."""
+"""Tie-breaker between equal divergences: the fewest parameters."""
 
 MOST_TIGHTENED = 8
-"""How often a budget is tightened where costs do not simply add up."""
+"""Maximum number of times a budget is tightened when costs are not additive."""
 
 
 class Choice(NamedTuple):
-    """A replacement for every layer.
+    """One replacement for every layer.
 
     Attributes:
-        options: index of the replacement by layer.
-        predicted: sum of the divergences of the replacements alone, in nats per token.
-        costs: what the child costs, by budget.
-        status: what the solver said; empty where none was asked.
-        gap: relative distance from the bound that the solver proved.
+        options: replacement index by layer.
+        predicted: sum of each replacement's own divergence, in nats per token.
+        costs: the child's cost, by budget.
+        status: the solver's message; empty without a solver.
+        gap: relative gap to the bound proved by the solver.
     """
 
     options: tuple[int, ...]
@@ -47,12 +47,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """What is asked of a child.
+    """Limits on a child.
 
     Attributes:
         most: upper bounds, by measure.
-        same: layers of one letter that are not left out have the same replacement.
-        drop: layers that are left out; any number when absent.
+        same: all kept layers of one letter have the same replacement.
+        drop: number of removed layers; None allows any.
     """
 
     most: Mapping[str, float]
@@ -60,12 +60,12 @@ class Limits:
     drop: int | None = None
 
     def with_budget(self, name: str, most: float) -> Limits:
-        """These limits and a further budget."""
+        """Returns these limits with a further budget."""
         return Limits({**self.most, name: most}, self.same, self.drop)
 
 
 class Puzzle:
-    """A library and where its children are used: answers what is best under limits."""
+    """Finds the best children of a library under limits, in a given setting."""
 
     def __init__(self, library: Library, setting: Setting) -> None:
         self.library, self.setting = library, setting
@@ -78,19 +78,19 @@ class Puzzle:
 
     @cached_property
     def divergences(self) -> list[list[float]]:
-        """Of every replacement alone, by layer."""
+        """Divergence of every replacement alone, by layer."""
         return [[each.kl for each in layer] for layer in self.library.layers]
 
     def parent_cost(self, name: str) -> float:
-        """What the parent costs."""
+        """Cost of the parent."""
         return self.cost_of(self.parent, name)
 
     def cost_of(self, model: ModelConfig, name: str) -> float:
-        """What a model costs where the children are used."""
+        """Cost of a model in the children's setting."""
         return measure(name, model, self.setting)
 
     def costs(self, name: str) -> list[list[float]]:
-        """How much more each replacement costs than the layer itself, by layer; a change to a layer adds up."""
+        """Cost of each replacement minus that of the layer itself, by layer; changes are additive."""
         if name not in self._costs:
             whole, known, rows = self.parent_cost(name), {}, []
             for i, layer in enumerate(self.library.layers):
@@ -104,7 +104,7 @@ class Puzzle:
         return self._costs[name]
 
     def _replaced(self, layer: int, by: Replacement) -> ModelConfig:
-        """The parent with another block as one of its layers."""
+        """Returns the parent with one layer replaced."""
         model = self.parent
         if by.how == "whole":
             return model
@@ -117,20 +117,20 @@ class Puzzle:
         return ModelConfig.model_validate({**content, "pattern": pattern, "blocks": blocks})
 
     def plan(self, choice: Choice, limits: Limits, **origin: float) -> Plan:
-        """The plan of a choice."""
+        """Returns the plan of a choice."""
         asked = tuple(f"{name}={value:g}" for name, value in limits.most.items())
         about = {"same": limits.same} if limits.same else {}
         return self.library.plan(choice.options, most=asked, predicted=choice.predicted, **about, **origin)
 
     def solve(self, limits: Limits, *, solutions: int = 1, differ: int = 1) -> list[Choice]:
-        """The best choices, the best first.
+        """Returns the best choices, best first.
 
         Args:
-            solutions: how many.
-            differ: layers in which each differs from all before it, at least.
+            solutions: number of choices.
+            differ: minimum number of layers in which each differs from all earlier ones.
 
         Raises:
-            ValueError: nothing meets the limits, or fewer choices than asked for.
+            ValueError: too few choices meet the limits.
         """
         self.check(limits)
         n = len(self.library.layers)
@@ -151,10 +151,10 @@ class Puzzle:
         return found
 
     def check(self, limits: Limits) -> None:
-        """Refuses limits that say nothing, or that the parent meets by far.
+        """Checks limits against the parent and the library.
 
         Raises:
-            ValueError: one of them.
+            ValueError: a limit is impossible or above the parent's cost.
         """
         n = len(self.library.layers)
         if limits.drop is not None and not 0 <= limits.drop < n:
@@ -167,7 +167,7 @@ class Puzzle:
                 raise ValueError(f"{name}: must be above 0 and at most the parent's {_text(whole)}, got {_text(most)}")
 
     def _best(self, values: Rows, limits: Limits, others: Sequence[Row] = ()) -> Choice:
-        """The choice with the least sum of values."""
+        """Returns the choice with the least sum of values."""
         rows, same = self._rows(limits), self._same(limits)
         tightened = dict(limits.most)
         for _ in range(MOST_TIGHTENED):
@@ -181,7 +181,7 @@ class Puzzle:
         raise NoSolutionError("the budgets cannot be met by adding up what layers cost")
 
     def choice(self, options: Sequence[int], limits: Limits, solution: Solution | None = None) -> Choice:
-        """A choice with its numbers, which are those of the child itself."""
+        """Returns a choice with its costs measured on the actual child."""
         child = self.library.plan(options).model()
         costs = {name: self.cost_of(child, name) for name in limits.most}
         predicted = float(sum(row[k] for row, k in zip(self.divergences, options, strict=True)))
@@ -189,18 +189,18 @@ class Puzzle:
         return Choice(tuple(options), predicted, costs, **said)  # type: ignore[arg-type]
 
     def _rows(self, limits: Limits) -> list[Row]:
-        """Bounds on how many layers are left out."""
+        """Returns bounds on the number of removed layers."""
         n, none = len(self.library.layers), self._all("none")
         low, high = (0, n - 1) if limits.drop is None else (limits.drop, limits.drop)
         return [Row(none, low, high)] if none else []
 
     def _all(self, *hows: str) -> dict[tuple[int, int], float]:
-        """The replacements of some kinds, each counted once."""
+        """Returns the replacements of some kinds, each with weight 1."""
         layers = enumerate(self.library.layers)
         return {(i, k): 1.0 for i, layer in layers for k, each in enumerate(layer) if each.how in hows}
 
     def _same(self, limits: Limits) -> list[Same]:
-        """The layers of one letter; each may be left out alone."""
+        """Groups the layers of each letter; every layer may still be removed on its own."""
         if not limits.same:
             return []
         groups: dict[str, list[int]] = {}
@@ -213,7 +213,7 @@ class Puzzle:
         return [Same(at, frozenset(free[letter])) for letter, at in groups.items()]
 
     def _unmet(self, limits: Limits) -> ValueError:
-        """Which budget cannot be met, and what is the least."""
+        """Returns an error that names the unreachable budget and its minimum."""
         alone = [Limits({name: most}, limits.same, limits.drop) for name, most in limits.most.items()]
         for one in alone:
             (name, most), bare = next(iter(one.most.items())), Limits({}, limits.same, limits.drop)
@@ -232,7 +232,7 @@ class Puzzle:
     # Baselines
 
     def baselines(self, limits: Limits, seed: int = 0) -> Iterator[tuple[str, Choice]]:
-        """What simpler methods choose under the same budgets, by name; those that find nothing are left out."""
+        """Returns the choices of simpler methods under the same budgets, by name, where they find one."""
         trained = self._all("cut", "pooled", "linear")
         small = [Row(trained, 0, 0)] if trained else []
         methods: dict[str, Callable[[], Choice]] = {
@@ -248,9 +248,9 @@ class Puzzle:
                 continue
 
     def _stepwise(self, limits: Limits, rng: random.Random | None) -> Choice:
-        """One replacement after another until the budgets are met.
+        """Applies replacements one at a time until the budgets are met.
 
-        Each is the one that adds the least divergence for what it saves, or one at random.
+        Each is the one with the least added divergence per saving, or a random one.
         """
         options = [0] * len(self.library.layers)
         costs = {name: self.costs(name) for name in limits.most}
@@ -285,17 +285,17 @@ def puzzle(
     drop: int | None = None,
     setting: Setting | None = None,
 ) -> tuple[Plan, Choice]:
-    """The best child of a library under budgets, as a plan, and what is predicted of it.
+    """Returns the best child of a library under budgets, as a plan with its prediction.
 
     Args:
-        run: whose folder has a library, from `explore puzzle` or `explore.train.block_library`; or the library.
+        run: run folder with a library from `explore puzzle` or `explore.train.block_library`, or the library itself.
         most: upper bounds by measure, such as `{"params_active": 1e6}`.
         same: as in `Limits`.
         drop: as in `Limits`.
-        setting: context, batch, dtypes and hardware that costs depend on; one sequence of the run when absent.
+        setting: context, batch, dtypes and hardware for costs; None uses one sequence of the run.
 
     Raises:
-        ValueError: there is no library, or nothing meets the budgets.
+        ValueError: there is no library, or no child meets the budgets.
     """
     if isinstance(run, Library):
         library = run

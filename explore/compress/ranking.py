@@ -1,4 +1,4 @@
-"""Rankings of the parts of a parent: by scores, by the size of weights, at random, or the worst first as a control."""
+"""Ranks the parts of a parent: by scores, by weight magnitude, at random, or in reverse as a control."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from explore.model import ModelConfig
 from explore.model.layout import Place, model_layout
 
 METHODS = ("activation", "frequency", "magnitude", "random", "reverse")
-"""activation: what each index contributes on a text, for experts REAP; frequency: as that, but experts by their load;
-magnitude: norms of weights; random; reverse: the least active first."""
+"""activation: contribution of each index on a text (REAP for experts); frequency: the same, but experts by load;
+magnitude: weight norms; random; reverse: least active first."""
 
 SCORED = ("activation", "frequency", "reverse")
-"""Methods that need a text."""
+"""Methods that need scores on a text."""
 
 
 class Ranking(ABC):
-    """Scores of all parts of a parent; the highest are kept."""
+    """Ranking of all parts of a parent; the highest scores are kept."""
 
     @abstractmethod
     def stream(self) -> Sequence[float]:
-        """Of the channels of the residual stream."""
+        """Scores of the residual stream's channels."""
 
     @abstractmethod
     def axis(self, layer: int, axis: Axis, keep: Mapping[str, Indices]) -> Sequence[float]:
-        """Of the indices of an axis of one layer.
+        """Scores of the indices of one layer's axis.
 
         Args:
-            keep: what is kept of axes that were chosen before.
+            keep: indices kept on axes chosen earlier.
         """
 
     @abstractmethod
     def layers(self) -> Sequence[float]:
-        """Of whole layers."""
+        """Scores of whole layers."""
 
 
 class ByScores(Ranking):
-    """By what a text shows, or the other way round."""
+    """Ranks by scores on a text, or in reverse."""
 
     def __init__(self, model: ModelConfig, scores: Scores, by: str, effect: str) -> None:
         if effect not in EFFECTS:
@@ -67,7 +67,7 @@ class ByScores(Ranking):
 
 
 class AtRandom(Ranking):
-    """At random, from a seed."""
+    """Ranks at random, from a seed."""
 
     def __init__(self, model: ModelConfig, seed: int) -> None:
         self.model, self.seed = model, seed
@@ -87,7 +87,7 @@ class AtRandom(Ranking):
 
 
 class ByMagnitude(Ranking):
-    """By the norms of the weights that an index has: their product within a block, their sum of squares elsewhere."""
+    """Ranks by weight norms of an index: their product within a block, the sum of squares elsewhere."""
 
     def __init__(self, model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         self.model, self.weights, self.layout = model, weights, model_layout(model)
@@ -119,13 +119,13 @@ class ByMagnitude(Ranking):
 
 
 def squares(weight: Tensor, place: Place, axes: Sequence[Axis], axis: Axis) -> Tensor | None:
-    """Sums of the squares of a weight by the index of an axis that they belong to; None where it does not have it."""
+    """Sums a weight's squares by index of an axis; None if the weight lacks the axis."""
     sizes, square = {each.name: each.size for each in axes}, weight.double().square()
     for k, dim in enumerate(place.dims):
         if not any(axis.name in stretch for stretch in dim):
             continue
         outer = [j for j, other in enumerate(place.dims) if other == ((axis.within,),)]
-        if outer:  # every index of another dimension has indices of its own
+        if outer:  # each index of another dimension has its own indices
             return square.movedim((outer[0], k), (0, 1)).flatten(2).sum(-1).flatten()
         lines = square.sum([j for j in range(square.ndim) if j != k]) if square.ndim > 1 else square
         total = torch.zeros(axis.size, dtype=torch.float64)
@@ -140,12 +140,12 @@ def squares(weight: Tensor, place: Place, axes: Sequence[Axis], axis: Axis) -> T
 def ranking(
     by: str, model: ModelConfig, weights: Mapping[str, Tensor], scores: Scores | None, *, effect: str, seed: int
 ) -> Ranking:
-    """The ranking of a method.
+    """Returns the ranking of a method.
 
     Args:
-        scores: required by the methods that need a text.
-        effect: what layers are ranked by where there are scores.
-        seed: of the random ranking.
+        scores: scores, required by `activation`, `frequency` and `reverse`.
+        effect: effect that ranks layers when there are scores.
+        seed: seed of the random ranking.
     """
     if by == "random":
         return AtRandom(model, seed)

@@ -1,4 +1,4 @@
-"""What each replacement alone does: a parent reads held-out text with one of its layers replaced."""
+"""Measures each replacement alone: the parent reads held-out text with one layer replaced."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from explore.ops import linear_kl
 
 
 class Measured(NamedTuple):
-    """A model on held-out text.
+    """Quality of a model on held-out text.
 
     Attributes:
-        kl: of the parent from it, in nats per token.
-        val_loss: in nats per token.
-        val_bpb: bits per byte; None where the data is no text.
-        recall: share of the targets that are its first choice; None where the task is not recall.
+        kl: KL(parent || model), in nats per token.
+        val_loss: validation loss, in nats per token.
+        val_bpb: bits per byte; None if the data is not text.
+        recall: fraction of targets predicted correctly; None if the task is not recall.
     """
 
     kl: float
@@ -32,11 +32,11 @@ class Measured(NamedTuple):
 
 
 class HeldOut:
-    """Held-out text, and what the parent predicts for it.
+    """Held-out text and the parent's predictions on it.
 
     Args:
-        is_recall: the task is recall, whose accuracy is measured as well.
-        bf16: matrix products are in bfloat16, as in the parent's training.
+        is_recall: the task is recall; also measure its accuracy.
+        bf16: compute matrix products in bfloat16, as in the parent's training.
     """
 
     @torch.inference_mode()
@@ -52,12 +52,12 @@ class HeldOut:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that a model reads."""
+        """Number of tokens read."""
         return sum(batch.inputs.numel() for batch in self.batches)
 
     @torch.inference_mode()
     def measure(self, model: LanguageModel) -> Measured:
-        """What a model makes of the text."""
+        """Measures a model on the text."""
         kl, score, n_right = 0.0, Score(), 0
         with self._precision(model.embedding.weight.device):
             for batch, theirs in zip(self.batches, self.hidden, strict=True):
@@ -76,16 +76,16 @@ class HeldOut:
 
 
 Mixers = Sequence[Sequence[torch.nn.Module | None]]
-"""What replaces each layer in turn; None leaves it out."""
+"""Replacements of each layer; None removes the layer."""
 
 
 @torch.inference_mode()
 def replace_one(model: LanguageModel, mixers: Mixers, batch: Batch) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """Puts one replacement into the parent at a time, for one batch; a layer's own mixer is no replacement.
+    """Evaluates one replacement at a time on one batch; a layer's own mixer is skipped.
 
     Yields:
-        Layer, index of the replacement, the divergence from the parent summed over the targets in nats, and the
-        squared error of what the replacement gives over that of no output.
+        Layer, replacement index, divergence from the parent summed over targets in nats, and squared error
+        of the replacement's output relative to a zero output.
     """
     stream, x = [], model.embedding(batch.inputs)
     for layer in model.layers:
@@ -110,11 +110,11 @@ def replace_one(model: LanguageModel, mixers: Mixers, batch: Batch) -> Iterator[
 def flops_of_replacing(
     model: ModelConfig, seq_len: int, n_tokens: int, variants: Sequence[Sequence[BlockConfig | None]]
 ) -> float:
-    """FLOPs of `replace_one` over some tokens: a forward pass, and for every replacement one from its layer on.
+    """FLOPs of `replace_one`: a forward pass, and for every replacement one from its layer on.
 
     Args:
         model: config of the parent.
-        variants: configs of the blocks that replace each layer; None leaves it out.
+        variants: replacement configs of each layer; None removes the layer.
     """
     head = 2 * model.d_model * model.vocab_size
     layers = [block_flops(block, model.d_model, seq_len) for block in model.layers]

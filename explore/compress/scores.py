@@ -1,4 +1,4 @@
-"""Scores of a trained parent: how much each index of an axis, and each layer, contributes on a text."""
+"""Scores of a trained parent: the contribution of each axis index and each layer on a text."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from explore.weights import weights_digest
 __all__ = ["Scores", "finished", "flops_of_scoring", "score", "weak_halves"]
 
 TOKENS = 131_072
-"""Tokens of the training split that are read unless told otherwise."""
+"""Default number of training tokens to read."""
 
 MANY_BATCHES, SPARSE = 16, 4
-"""From so many batches on, one in `SPARSE` also measures what leaving out each layer does, which takes most time."""
+"""From this many batches on, only one in `SPARSE` measures the effect of removing layers, the slowest part."""
 
 SAVE_EVERY_S = 10.0
-"""Seconds between saves of what has been added up: all that a kill can cost."""
+"""Seconds between saves of the sums; a kill loses at most this much work."""
 
 VERSION = 1
-"""Part of every key; raised when the same text may give other scores than before."""
+"""Part of every key; increase it when the same text may give different scores."""
 
 COLUMNS = ("what", "layer", "axis", "index", "inner", "score")
 
@@ -47,9 +47,9 @@ class Scores:
     """Scores of one parent on one text.
 
     Attributes:
-        table: columns what (activation, frequency, moment, principal, or an effect of a layer), layer (-1 for the whole
-            model), axis, index, inner (index on a second axis, -1 where there is none) and score.
-        about: the key, the digest of the parent's weights, and the seed and length of the text.
+        table: columns what (activation, frequency, moment, principal, or a layer effect), layer (-1 for the whole
+            model), axis, index, inner (index on a second axis, -1 without one) and score.
+        about: key, digest of the parent's weights, and seed and length of the text.
     """
 
     table: pd.DataFrame
@@ -65,10 +65,10 @@ class Scores:
         return {(str(what), int(layer), str(axis)): rows for (what, layer, axis), rows in grouped}
 
     def values(self, what: str, layer: int, axis: str, inner: Indices | None = None) -> list[float] | None:
-        """Scores by index; None where there are none.
+        """Returns scores by index; None if there are none.
 
         Args:
-            inner: indices of the second axis that count.
+            inner: indices of the second axis to include.
         """
         if (rows := self._rows.get((what, layer, axis))) is None:
             return None
@@ -80,7 +80,7 @@ class Scores:
         return [float(value) for value in rows.sort_values("index")["score"]]
 
     def of(self, what: str, layer: int, block: BlockConfig, axis: Axis, inner: Indices | None = None) -> list[float]:
-        """Scores of the indices of an axis; those of all that lies within an index are added up."""
+        """Returns the scores of an axis; without its own, each index sums the scores inside it."""
         found = self.values(what, layer, axis.name, inner)
         found = self.values("activation", layer, axis.name, inner) if found is None else found
         if found is not None:
@@ -90,19 +90,19 @@ class Scores:
         return [float(value) for value in parts.view(axis.size, -1).sum(1)]
 
     def matrix(self, layer: int, axis: str) -> Tensor | None:
-        """The principal axes of an axis, as columns, the one with the largest variance first."""
+        """Returns the principal axes as columns, largest variance first."""
         if (rows := self._rows.get(("principal", layer, axis))) is None:
             return None
         size = int(rows["index"].max()) + 1
         return torch.tensor(rows.sort_values(["index", "inner"])["score"].to_numpy()).view(size, size)
 
     def layers(self, effect: str) -> list[float]:
-        """What leaving out each layer does, by its index."""
+        """Returns the effect of removing each layer, by index."""
         rows = self.table[(self.table["what"] == effect) & (self.table["axis"] == "layer")]
         return [float(value) for value in rows.sort_values("layer")["score"]]
 
     def save(self, path: str | Path) -> None:
-        """Writes the table as parquet; what it is about is in its metadata."""
+        """Writes the table as parquet, with `about` in its metadata."""
         table = self.table.copy()
         table.attrs.update(self.about)
         with replacing(path) as temporary:
@@ -113,7 +113,7 @@ class Scores:
         """Reads a file that `save` wrote.
 
         Raises:
-            ValueError: it cannot be read, or is no table of scores.
+            ValueError: the file cannot be read or is not a table of scores.
         """
         try:
             table = pd.read_parquet(path)
@@ -132,21 +132,21 @@ def score(
     batch_size: int = 8,
     data: str | Path | None = None,
 ) -> tuple[Scores, Path]:
-    """Scores a finished run, or an imported checkpoint, on a share of its training split; scores that exist are read.
+    """Scores a finished run or imported checkpoint on part of its training split; existing scores are reused.
 
-    After a kill, the same call goes on from what was saved last and gives the same numbers.
+    After a kill, the same call resumes from the last save and gives the same numbers.
 
     Args:
-        tokens: how much text is read, in whole batches and at most the split once.
-        seed: of the order in which it is read.
-        batch_size: sequences that are read at once.
-        data: the run or experiment whose data an imported checkpoint is scored on.
+        tokens: tokens to read, in whole batches and at most one pass over the split.
+        seed: seed of the reading order.
+        batch_size: sequences per forward pass.
+        data: run or experiment whose data an imported checkpoint is scored on.
 
     Returns:
-        The scores, and the path of their file in the parent's folder.
+        The scores and the path of their file in the parent's folder.
 
     Raises:
-        ValueError: the run has not finished, or a number that is below 1.
+        ValueError: the run is not finished, or a number is below 1.
     """
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
@@ -192,7 +192,7 @@ def score(
 
 
 def weak_halves(scores: Scores, model: ModelConfig) -> dict[tuple[int, str], float]:
-    """Share of the score that the weaker half of the indices holds, by layer and axis; layer -1 is the whole model."""
+    """Fraction of the total score in the weaker half of the indices, by layer and axis; layer -1 is the whole model."""
     found = {(-1, "d_model"): _weak_half(scores.values("activation", -1, "d_model") or [])}
     for i, block in enumerate(model.layers):
         for axis in block.axes():
@@ -207,7 +207,7 @@ def _weak_half(values: Sequence[float]) -> float:
 
 
 def flops_of_scoring(model: ModelConfig, seq_len: int, about: Mapping[str, Any]) -> float:
-    """FLOPs of forward passes: one over all tokens, and over those that score layers one from each layer on."""
+    """FLOPs of one forward pass over all tokens, plus one from each layer on over the tokens that score layers."""
     layers = [
         sum(entry.flops_seq for entry in block.entries(model.d_model, seq_len)) / seq_len for block in model.layers
     ]
@@ -217,7 +217,7 @@ def flops_of_scoring(model: ModelConfig, seq_len: int, about: Mapping[str, Any])
 
 
 def _resume(observer: Observer, partial: Path, key: str) -> int:
-    """Loads the sums of an earlier process; the batch to go on with."""
+    """Loads the sums of an earlier process; returns the next batch."""
     try:
         state = torch.load(partial, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError):  # none, or cut off

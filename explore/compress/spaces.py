@@ -1,4 +1,4 @@
-"""Search spaces of children in closed form: counts of layers and widths, under a budget of memory."""
+"""Search spaces of children in closed form: layer counts and widths under a memory budget."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from explore.model import ModelConfig
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Children of one parent: so many layers of each letter, and widths.
+    """The children of one parent by layer counts and widths.
 
-    What a child costs adds up over its layers, so one layer of each letter and width is measured, and no child.
+    Costs are additive over layers, so only one layer of each letter and width is measured, never a whole child.
 
     Attributes:
-        layers: counts of layers by letter.
-        depths: allowed sums of the counts; any when empty.
-        widths: values by size, named as for `explore cut`: `d_model`, `d_ff` or `M.n_heads`.
+        layers: allowed layer counts by letter.
+        depths: allowed total counts; empty allows any.
+        widths: allowed values by size, named as in `explore cut`: `d_model`, `d_ff` or `M.n_heads`.
     """
 
     parent: ModelConfig
@@ -36,12 +36,12 @@ class Grid:
 
     @cached_property
     def counts(self) -> pd.DataFrame:
-        """The allowed counts of layers, one column a letter."""
+        """The allowed layer counts, one column per letter."""
         rows = (row for row in product(*self.layers.values()) if not self.depths or sum(row) in self.depths)
         return pd.DataFrame(rows, columns=list(self.layers))
 
     def table(self) -> pd.DataFrame:
-        """Every child: counts of layers by letter, widths, and `memory_bytes`, in the order of the widths."""
+        """Lists every child: layer counts by letter, widths, and `memory_bytes`, ordered by width."""
         parts = []
         for widths in self._widths():
             total = np.full(len(self.counts), self._outside(widths))
@@ -53,12 +53,12 @@ class Grid:
         return pd.concat(parts, ignore_index=True)
 
     def model(self, row: Mapping[Any, Any]) -> ModelConfig:
-        """The config of a child, a row of the table; its layers come letter by letter, which its cost does not see."""
+        """Returns the config of a child from a row of the table; layers are grouped by letter."""
         widths = {name: int(row[name.rpartition(".")[2]]) for name in self.widths}
         return self._model("".join(letter * int(row[letter]) for letter in self.layers), widths)
 
     def row_of(self, model: ModelConfig) -> dict[str, int]:
-        """Counts and widths of a model, by the columns of the table."""
+        """Returns the layer counts and widths of a model, by column of the table."""
         row = {
             letter: sum(block.kind == self.parent.blocks[letter].kind for block in model.layers)
             for letter in self.layers
@@ -70,11 +70,11 @@ class Grid:
         return row
 
     def find(self, table: pd.DataFrame, model: ModelConfig) -> pd.DataFrame:
-        """The rows of the table that are this model."""
+        """Marks the rows of the table that describe this model."""
         return table[np.logical_and.reduce([table[name] == n for name, n in self.row_of(model).items()])]
 
     def measured(self, name: str, row: Mapping[Any, Any]) -> float:
-        """What a child costs, one of `MEASURES`."""
+        """Returns one of `MEASURES` of a child."""
         return measure(name, self.model(row), self.setting)
 
     def _letter_of(self, kind: str) -> str:
@@ -89,12 +89,12 @@ class Grid:
         return {}
 
     def _outside(self, widths: Mapping[str, int]) -> float:
-        """Memory of what belongs to no layer."""
+        """Memory outside the layers."""
         letter = next(iter(self.layers))
         return self._layer(letter, widths)[0]
 
     def _layer(self, letter: str, widths: Mapping[str, int]) -> tuple[float, float]:
-        """Memory of what belongs to no layer, and of one layer of a letter."""
+        """Returns the memory outside the layers, and that of one layer of a letter."""
         own = {name: n for name, n in widths.items() if self._is_of(name, letter)}
         key = (letter, tuple(own.values()))
         if key not in self._known:

@@ -1,4 +1,4 @@
-"""Exact surgery: which indices of every axis remain, and the parts of weights and configs that they leave."""
+"""Exact surgery: selects kept indices of every axis and cuts weights and configs accordingly."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from explore.blocks import Axis, BlockConfig, Dim
 from explore.foreign import echo
 
 Indices = tuple[int, ...]
-"""Kept indices of an axis, in rising order."""
+"""Kept indices of an axis, ascending."""
 
 
 def complete(axes: Iterable[Axis], keep: Mapping[str, Sequence[int]]) -> dict[str, Indices]:
-    """The kept indices of every axis, from those of the axes that are cut.
+    """Extends the kept indices of some axes to all axes.
 
-    An axis that is not named keeps all that lies within kept indices of another.
+    An unnamed axis keeps everything inside kept indices of its outer axis.
 
     Raises:
-        ValueError: an unknown axis, an index that is not there, or not equally many within each index of another axis.
+        ValueError: an unknown axis, an index out of range, or unequal numbers within the indices of an outer axis.
     """
     axes = tuple(axes)
     if unknown := [name for name in keep if name not in {axis.name for axis in axes}]:
@@ -58,13 +58,13 @@ def _check(axis: Axis, kept: Indices) -> None:
 
 
 def resized(block: BlockConfig, kept: Mapping[str, Indices]) -> BlockConfig:
-    """The config of a block of which only some indices remain.
+    """Returns the config of a block after a cut.
 
     Args:
-        kept: of every axis, from `complete`.
+        kept: kept indices of every axis, from `complete`.
 
     Raises:
-        ValueError: there is no such block, for example with `top_k` above `n_experts`.
+        ValueError: the block is impossible, for example `top_k` above `n_experts`.
     """
     sizes: dict[str, int] = {}
     for axis in block.axes():
@@ -83,13 +83,13 @@ def cut(
     kept: Mapping[str, Indices],
     rotations: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The part of a weight that remains.
+    """Returns a weight after a cut.
 
     Args:
         dims: axes of its dimensions.
-        axes: all that `dims` names.
-        kept: indices of every axis, from `complete`.
-        rotations: by axis, a matrix (size, kept) whose columns are the directions that become indices.
+        axes: all axes that `dims` names.
+        kept: kept indices of every axis, from `complete`.
+        rotations: matrix (size, kept) by axis; its columns are the directions that become the kept indices.
     """
     named = {axis.name: axis for axis in axes}
     alone = {dim[0][0]: k for k, dim in enumerate(dims) if len(dim) == 1 and len(dim[0]) == 1}
@@ -98,7 +98,7 @@ def cut(
         if only is not None and rotations and only.name in rotations:
             matrix = rotations[only.name].to(weight.dtype)
             weight = torch.movedim(torch.movedim(weight, k, -1) @ matrix, -1, k)
-        elif only is not None and only.within in alone:  # every index of another dimension has indices of its own
+        elif only is not None and only.within in alone:  # each index of another dimension has its own indices
             outer = alone[only.within]
             n_outer, share = len(kept[only.within]), only.size // named[only.within].size
             if weight.shape[outer] != n_outer:
@@ -112,7 +112,7 @@ def cut(
 
 
 def indices(dim: Dim, axes: Mapping[str, Axis], kept: Mapping[str, Indices]) -> Tensor:
-    """What remains of a dimension that is made of stretches."""
+    """Returns the kept positions of a dimension made of stretches."""
     found, start = [], 0
     for stretch in dim:
         index, size = torch.zeros(1, dtype=torch.long), 1

@@ -1,4 +1,4 @@
-"""What can stand in place of a trained layer: the layer with fewer indices of an axis, a linear map, or nothing.
+"""Variants of a trained layer: fewer indices of an axis, a linear map, or no layer.
 
 Source: the search space of Puzzle, arXiv 2411.19146, section 2.1, along all axes that blocks declare.
 """
@@ -22,24 +22,24 @@ from explore.model import ModelConfig
 
 Change = Literal["cut", "pooled", "linear", "none"]
 How = Literal["whole", "cut", "pooled", "linear", "none"]
-"""whole: the layer as it is; cut: fewer indices of some axes; pooled: means over the indices of an axis that others
-share, such as heads of keys and values, where cutting would take the others away too; linear: a matrix; none: the layer
-is left out."""
+"""whole: the unchanged layer; cut: fewer indices of some axes; pooled: means over indices of an axis that other axes
+share, such as KV heads, where a cut would also remove query heads; linear: one matrix; none: the layer is
+removed."""
 
 REPLACEMENTS: tuple[Change, ...] = get_args(Change)
 
 SHARES = (0.5, 0.25)
-"""Shares of an axis that are offered beside the whole."""
+"""Fractions of an axis that are offered besides the whole."""
 
 
 class Variant(NamedTuple):
-    """What can stand in place of one layer.
+    """A variant of one layer.
 
     Attributes:
-        name: for tables, such as `n_experts=4`.
-        how: what is done to the layer.
-        block: its config; None where the layer is left out.
-        sizes: fields of the config that are smaller than the parent's.
+        name: name in tables, such as `n_experts=4`.
+        how: kind of change to the layer.
+        block: its config; None if the layer is removed.
+        sizes: config fields smaller than the parent's.
     """
 
     name: str
@@ -49,18 +49,18 @@ class Variant(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it has weights of its own."""
+        """Whether it has its own weights."""
         return self.how not in ("whole", "none")
 
 
 class Offer(Config):
-    """Which variants a library has.
+    """The variants in a library.
 
     Attributes:
-        shares: of an axis, below 1.
-        vary: sizes that are offered, as `n_experts` or `E.n_experts`; all when empty.
-        at_once: sizes of one block that are cut together, at most.
-        replacements: what is done to layers.
+        shares: fractions of an axis to keep, below 1.
+        vary: sizes to vary, such as `n_experts` or `E.n_experts`; empty varies all.
+        at_once: maximum number of sizes of one block cut together.
+        replacements: kinds of change to layers.
     """
 
     shares: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = SHARES
@@ -69,10 +69,10 @@ class Offer(Config):
     replacements: tuple[Change, ...] = REPLACEMENTS
 
     def check(self, model: ModelConfig) -> None:
-        """Refuses sizes that a model does not have.
+        """Checks that the model has the sizes in `vary`.
 
         Raises:
-            ValueError: one of them.
+            ValueError: a size does not exist.
         """
         known = _known(model)
         for name in self.vary:
@@ -95,7 +95,7 @@ def _names(letter: str, block: BlockConfig) -> list[str]:
 
 
 def variants(letter: str, block: BlockConfig, offer: Offer) -> list[Variant]:
-    """The variants of a layer, the whole one first, and those that are left of it in falling order."""
+    """Returns the variants of a layer, the whole one first, then in descending size."""
     found = [Variant("whole", "whole", block, {}), *_smaller(letter, block, offer)]
     if "linear" in offer.replacements:
         found.append(Variant("linear", "linear", LinearMapConfig(), {}))
@@ -128,12 +128,12 @@ def _smaller(letter: str, block: BlockConfig, offer: Offer) -> Iterator[Variant]
 def _variant(name: str, how: How, block: BlockConfig, sizes: Mapping[str, int]) -> Iterator[Variant]:
     try:
         yield Variant(name, how, type(block).model_validate({**block.model_dump(), **sizes}), sizes)
-    except ValidationError:  # sizes that cannot go together, such as more active experts than there are
+    except ValidationError:  # inconsistent sizes, such as more active experts than experts
         return
 
 
 def _sizes(block: BlockConfig, axis: Axis, shares: Sequence[float]) -> list[int]:
-    """Sizes of an axis below the parent's, in falling order; multiples of what it lies within."""
+    """Returns sizes of an axis below the parent's, descending, as multiples of its outer axis."""
     most = int(getattr(block, axis.field or axis.name))
     unit = 1
     if axis.within and not axis.per_index:
@@ -143,7 +143,7 @@ def _sizes(block: BlockConfig, axis: Axis, shares: Sequence[float]) -> list[int]
 
 
 def _within(block: BlockConfig, sizes: Mapping[str, int]) -> dict[str, int]:
-    """Sizes with those of the axes that lie within what is cut, which keep their share."""
+    """Returns the sizes with inner axes of the cut ones scaled in proportion."""
     found = dict(sizes)
     for axis in block.axes():
         field = axis.field or axis.name
@@ -154,12 +154,12 @@ def _within(block: BlockConfig, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def is_pooled(block: BlockConfig, axis: Axis, n: int) -> bool:
-    """Whether an axis can become `n` means: indices of another one share its indices, as heads of queries do."""
+    """Whether an axis can be pooled to `n` means: another axis must share it, as query heads share KV heads."""
     return axis.size % n == 0 and any(each.within == axis.name and not each.per_index for each in block.axes())
 
 
 def starting_weights(cutter: Cutter, layer: int, variant: Variant) -> dict[str, Tensor]:
-    """The weights of the mixer with which a smaller variant of a layer begins, by their names in the mixer."""
+    """Returns the initial mixer weights of a smaller variant of a layer, by name in the mixer."""
     prefix = f"layers.{layer}.mixer."
     own = {name: weight for name, weight in cutter.weights.items() if name.startswith(prefix)}
     if variant.how == "pooled":
@@ -173,13 +173,13 @@ def starting_weights(cutter: Cutter, layer: int, variant: Variant) -> dict[str, 
 
 
 def pooled(weight: Tensor, dims: Sequence[Dim], axis: str, n: int, sizes: Mapping[str, int]) -> Tensor:
-    """A weight in which every run of indices of an axis has become their mean, so that `n` are left.
+    """Returns a weight with consecutive indices of an axis averaged, so that `n` remain.
 
-    Source: heads of keys and values as in arXiv 2305.13245, section 2.1.
+    Source: key and value heads as in arXiv 2305.13245, section 2.1.
 
     Args:
         dims: axes of its dimensions.
-        sizes: of all axes.
+        sizes: sizes of all axes.
     """
     for k, dim in enumerate(dims):
         if not any(axis in stretch for stretch in dim):

@@ -1,4 +1,4 @@
-"""Children before any training: their loss on the validation split."""
+"""Validation loss of children before any training."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ZeroShot(NamedTuple):
     """Quality of a model on the validation split, before it is trained further.
 
     Attributes:
-        val_loss: in nats per token.
-        val_bpb: bits per byte; None where the data is no text.
-        tokens: predicted tokens.
+        val_loss: validation loss, in nats per token.
+        val_bpb: bits per byte; None if the data is not text.
+        tokens: number of predicted tokens.
     """
 
     val_loss: float
@@ -43,8 +43,8 @@ class Validation:
     """The validation split of a run.
 
     Args:
-        tokens: how many are predicted; as many as by the run's own evaluations when absent.
-        data: the run or experiment whose data an imported checkpoint is scored on.
+        tokens: number of predicted tokens; None uses the run's own evaluation length.
+        data: run or experiment whose data an imported checkpoint is scored on.
     """
 
     def __init__(self, run: RunFolder | str | Path, tokens: int | None = None, data: str | Path | None = None) -> None:
@@ -53,13 +53,13 @@ class Validation:
         self.tokens = self.experiment.train.eval_tokens if tokens is None else tokens
 
     def zero_shot(self, model: LanguageModel) -> ZeroShot:
-        """The quality of a model."""
+        """Measures a model."""
         batches = self.source.eval_batches("val", self.experiment.train.batch_size, self.tokens)
         score = bits_per_byte(model, batches)
         return ZeroShot(score.loss, score.bits_per_byte, score.n_targets)
 
     def rank(self, cutter: Cutter, among: Iterable[Candidate], *, drop_mtp: bool = False) -> list[Ranked]:
-        """Candidates with their plans, the lowest loss first; each plan counts the FLOPs of scoring all of them."""
+        """Returns candidates with their plans, lowest loss first; each plan includes the FLOPs of scoring all."""
         chosen, ranked, spent = list(among), [], 0.0
         with progress("candidates", len(chosen)) as report:
             for i, each in enumerate(chosen):
@@ -79,7 +79,7 @@ class Validation:
 
 
 def spread(found: Sequence[Candidate], n: int) -> list[Candidate]:
-    """At most `n` of some candidates, evenly over their order."""
+    """Selects at most `n` candidates, evenly spaced."""
     if len(found) <= n:
         return list(found)
     return [found[i * (len(found) - 1) // max(1, n - 1)] for i in range(n)]
