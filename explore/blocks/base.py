@@ -83,7 +83,7 @@ class RoutedMixer(Mixer[State]):
 
     @abstractmethod
     def visits(self, x: Float[Tensor, "batch seq d_model"]) -> Iterator[Visit]:
-        """Yields the inputs and outputs of each expert on a sequence, expert by expert."""
+        """Yields the computation of each expert on a sequence, expert by expert."""
 
 
 class BlockConfig(Config, ABC):

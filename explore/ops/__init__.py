@@ -1,4 +1,4 @@
-"""Pure tensor functions, the fast ones beside their truth. Gradients are of first order: most are written by hand."""
+"""Pure tensor functions: fast versions beside their references. Only first-order gradients; most are hand-written."""
 
 from importlib import import_module
 from pkgutil import iter_modules

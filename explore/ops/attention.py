@@ -35,13 +35,13 @@ def attention(
     window: int | None = None,
     sinks: Float[Tensor, " n_heads"] | None = None,
 ) -> Float[Tensor, "batch n_heads seq d_v"]:
-    """Scaled dot-product attention in which a query sees itself and what came before.
+    """Causal scaled dot-product attention.
 
     The queries are the last positions of the context: all of it in training, one in decoding.
 
     Args:
-        window: positions that a query sees at most, itself included; all when absent.
-        sinks: one logit a head that takes its part of the softmax and has no value.
+        window: maximum number of positions a query sees, its own included; None is unlimited.
+        sinks: one logit per head that takes part in the softmax but has no value.
     """
     seq, context = q.shape[2], k.shape[2]
     path = path_of("attention", q.device.type)
@@ -75,7 +75,7 @@ def _block_rows(q: Tensor) -> int:
 def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
     """One block of queries after another against the keys that it can see, the heads of a group in one product.
 
-    Neither pass keeps what is quadratic in the length: the backward pass makes each block's softmax again.
+    Neither pass stores anything quadratic in the length: the backward pass recomputes each block's softmax.
     """
     batch, heads, seq, _ = q.shape
     groups = k.shape[1]
@@ -242,7 +242,7 @@ def _sums(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | N
 
 
 def _written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
-    """The definition, whole: the truth that the other forms are held against."""
+    """The definition in full: the reference for the other forms."""
     repeats = q.shape[1] // k.shape[1]
     # b g n d -> b h n d: each head has its own copy of its group's keys and values
     k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))

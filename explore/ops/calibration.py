@@ -18,7 +18,7 @@ from explore.precision import FORMATS
 
 @dataclass(eq=False)
 class Observer(Quantizer):
-    """Makes products as without a quantiser, and keeps the largest magnitude of their rows.
+    """Computes unquantised products and records the largest magnitude of their rows.
 
     Attributes:
         amax: by name of the weight, the largest magnitude of the rows of each expert.
@@ -39,7 +39,7 @@ class Observer(Quantizer):
 class CalibratedQuantizer(Quantizer):
     """Quantises rows to nearest, with the scales of a calibration where a format has one for a tensor.
 
-    Weights are taken as they are. There is no backward pass.
+    Weights are used unchanged. There is no backward pass.
 
     Attributes:
         amax: by name of the weight, the largest magnitude of the rows of each expert; rows beyond it saturate.

@@ -1,4 +1,4 @@
-"""Functions that torch compiles, and what runs where its compiler fails."""
+"""Functions compiled by torch, with fallbacks if the compiler fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_SHAPES = 64
-"""Shapes of a function that are compiled in one process, as where a sweep trains many; others run as they are."""
+"""Maximum number of shapes compiled per function and process (a sweep may train many); others run uncompiled."""
 
 STEP: Mapping[str, Any] = {
     "cpp_wrapper": True,
@@ -29,7 +29,7 @@ STEP: Mapping[str, Any] = {
 """Options of torch's compiler for a step of decoding."""
 
 SHOWN_CHARS = 120
-"""Of what a compiler says."""
+"""Characters of a compiler message that are shown."""
 
 
 NO_COMPILER = "no C++ compiler was found (g++, or the one that CXX names)"
@@ -48,9 +48,9 @@ _failures: list[str] = []
 
 @cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """The function compiled by torch: for each shape once, which takes from ten seconds to a minute.
+    """Returns the function compiled by torch, once per shape, which takes from ten seconds to a minute.
 
-    Where the compiler fails, inside `falling_back`, the function runs as it is, from then on; elsewhere a call raises
+    If the compiler fails inside `falling_back`, the function runs uncompiled from then on; otherwise the call raises
     `CompilerError`.
     """
     from torch._functorch import config as functorch
@@ -80,7 +80,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def falling_back() -> Iterator[None]:
-    """Lets compiled functions run as they are where the compiler fails; `compiler_failure` says so afterwards."""
+    """Lets functions run uncompiled if the compiler fails; `compiler_failure` reports it afterwards."""
     token = _falling_back.set(True)
     try:
         yield
@@ -89,7 +89,7 @@ def falling_back() -> Iterator[None]:
 
 
 def compiler_failure() -> str | None:
-    """Why the compiler has failed in this process, in one line; None while it has not."""
+    """Why the compiler failed in this process, in one line; None if it did not."""
     return _failures[0] if _failures else None
 
 

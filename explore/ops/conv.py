@@ -1,4 +1,4 @@
-"""Short causal convolution, one filter a channel."""
+"""Short causal depthwise convolution."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ class _Shifted(torch.autograd.Function):
 
 
 def _windows(padded: Tensor, taps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What each tap multiplies: the part of the padded sequence that is as long as the output, and the tap."""
+    """Yields each tap with the slice of the padded sequence that it multiplies, as long as the output."""
     seq = padded.shape[1] - len(taps) + 1
     return ((padded[:, i : i + seq], tap) for i, tap in enumerate(taps))

@@ -65,9 +65,9 @@ def experts(
     """Sum over the chosen experts of weight times expert(x), by the path in use.
 
     Args:
-        biases: of `up`, `gate` and `down`.
-        quantizer: of the operands of all products.
-        n_sequences: equally long sequences that the tokens are of, for the quantiser.
+        biases: biases of `up`, `gate` and `down`.
+        quantizer: quantiser of the operands of all products.
+        n_sequences: number of equally long sequences in the tokens, for the quantiser.
     """
     if quantizer is not None:
         mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
@@ -86,13 +86,13 @@ def experts(
 
 
 class Visit(NamedTuple):
-    """What one expert computes.
+    """The computation of one expert.
 
     Attributes:
-        tokens: that were sent to it.
-        weights: with which its output is added for each of them.
-        inner: what its `down` reads.
-        output: before the weight.
+        tokens: indices of the tokens routed to it.
+        weights: routing weight of its output for each of them.
+        inner: input of its `down` matrix.
+        output: its output before weighting.
     """
 
     tokens: Int[Tensor, " n"]
@@ -111,7 +111,7 @@ def visits(
     activation: Activation,
     biases: tuple[Tensor, Tensor | None, Tensor] | None = None,
 ) -> Iterator[Visit]:
-    """What `experts` adds up, one expert after another."""
+    """Yields the terms that `experts` sums, expert by expert."""
     mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
     for i in range(len(up)):
         tokens, place = (chosen == i).nonzero(as_tuple=True)

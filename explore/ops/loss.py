@@ -22,10 +22,10 @@ declare(
 
 
 MAX_LOGITS = 1 << 19
-"""Logits that are alive at once, 2 MiB in fp32, which a cache holds."""
+"""Maximum number of logits held at once: 2 MiB in fp32, which fits in cache."""
 
 MIN_ROWS = 64
-"""But rows of a slice at least, since each adds to the gradient of the whole head."""
+"""Minimum rows per slice, since each slice adds to the gradient of the whole head."""
 
 IGNORED = -100
 
@@ -37,10 +37,10 @@ def linear_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Sum of the cross-entropies of softmax(hidden weight^T), in nats; a target of -100 is left out.
 
-    Logits are made, used and dropped a slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
-    exists. Where gradients are wanted, each slice gives its own at once, so that nothing is made a second time; they
-    are kept until the backward pass, as large as `hidden` and as `weight` in fp32. Where there is more than one slice,
-    tokens that are left out get no logits.
+    Logits are computed and dropped one slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
+    exists. If gradients are needed, each slice computes its own at once, so nothing is recomputed; they are held until
+    the backward pass and are as large as `hidden`, and as `weight` in fp32. With more than one slice,
+    tokens with target -100 get no logits.
     """
     if path_of("loss", hidden.device.type) == "triton":
         from explore.kernels import linear_cross_entropy as kernel

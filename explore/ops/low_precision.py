@@ -34,16 +34,16 @@ from explore.precision import FORMATS, OPERANDS, UNQUANTIZED, Operand, OperandFo
 
 @dataclass(eq=False)
 class Emulation:
-    """What the quantisers of a model have in common, at one step of a run.
+    """State shared by all quantisers of a model at one step of a run.
 
     Attributes:
         seed: seed of the run, on which stochastic rounding depends.
-        step: optimizer steps that are done.
-        products: products that are quantised now.
-        first: place of this process's first sequence in the whole batch.
-        stride: places from one of its sequences to the next.
-        reduce_max: takes the maximum of a tensor over all processes, in place; absent where there is one process.
-        lost: counts of `count_lost` by letter, component and operand, added up where this is no None.
+        step: number of completed optimizer steps.
+        products: products quantised at this step.
+        first: index of this process's first sequence in the whole batch.
+        stride: distance between its sequences in the batch.
+        reduce_max: takes a tensor's maximum over all processes, in place; None for a single process.
+        lost: accumulated counts of `count_lost` by letter, component and operand; None disables counting.
     """
 
     seed: int = 0

@@ -39,8 +39,8 @@ def rms_norm(
 class _RMSNorm(torch.autograd.Function):
     """y = x r w with r = (mean(x^2) + eps)^(-1/2), of which only x and r are kept.
 
-    With v = w dy: dx = r v - x r^3 mean(x v). Layer normalisation's backward pass in one loop, told that the mean is
-    0, gives that less r mean(v), which is added.
+    With v = w dy: dx = r v - x r^3 mean(x v). Layer normalisation's backward pass, given a mean of
+    0, computes this minus r mean(v) in one loop; r mean(v) is then added.
     """
 
     @staticmethod
@@ -61,7 +61,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def l2_norm(x: Float[Tensor, "*dims width"], eps: float, scale: float = 1.0) -> Float[Tensor, "*dims width"]:
-    """`scale` times x / sqrt(sum(x^2) + eps), computed in fp32 at least; the result is in the dtype of `x`.
+    """Returns `scale` times x / sqrt(sum(x^2) + eps), computed in at least fp32, in the dtype of `x`.
 
     It is RMSNorm with eps / width and the weight scale / sqrt(width).
     """

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the default, or one that was forced."""
+"""Selects the implementation of an op: the default or a forced one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class OpPath(NamedTuple):
         default_on: type of device on which it is the default: `cpu`, `cuda`, or `any` for those without one of their
             own. On a type with several, the first whose package imports is.
         needs: module that it imports; without it the path fails, and is no default.
-        reference: the slow, obvious implementation that the others are held against.
+        reference: the slow, obvious implementation that others are tested against.
         countable: its matrix products are all visible to torch's dispatcher, and they are those of the ledger.
         backward: it has a backward pass. A path without one is for a few positions of decoding, and leaves what is
             larger or needs gradients to another path.
@@ -52,7 +52,7 @@ _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=Mapp
 
 
 def declare(op: str, *paths: OpPath) -> None:
-    """Makes the implementations of an op known; the file of the op calls it once.
+    """Registers the implementations of an op; the op's file calls it once.
 
     Raises:
         ValueError: no path is the default on every device.
@@ -81,7 +81,7 @@ assume_constant_result(path_of)  # marks it, since a context variable would brea
 
 
 def is_forced(op: str) -> bool:
-    """Whether somebody has forced an implementation of `op`."""
+    """Whether an implementation of `op` is forced."""
     return op in _forced.get()
 
 

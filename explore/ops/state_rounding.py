@@ -1,7 +1,7 @@
-"""Decoding state in narrow formats: rounded when it is written, so that what is read later is what a format can hold.
+"""Decoding state in narrow formats: rounded on writing, so that reads see only representable values.
 
 A scale that a format has for a whole tensor is here for one sequence, and of keys and values for one position of it.
-So neither the rows of a batch nor the way in which a prompt was read change what is kept.
+So the stored state depends neither on other batch rows nor on how the prompt was split.
 """
 
 from __future__ import annotations

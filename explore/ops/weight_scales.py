@@ -13,12 +13,12 @@ from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS
 
 Scales = Literal["max", "mse", "four_over_six"]
-"""What a scale is chosen by: the largest magnitude of a block, or the squared error of the block; with `four_over_six`
+"""Criteria for a scale: the largest magnitude of a block, or the squared error of the block; with `four_over_six`
 by the squared error of two scales, in formats that have them."""
 SCALES: tuple[Scales, ...] = get_args(Scales)
 
 CLIPS = tuple(1 - i / 16 for i in range(9))
-"""Shares of a block's largest magnitude that are tried as its largest value."""
+"""Fractions of a block's largest magnitude that are tried as its clipping value."""
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def quantize_weight(
     per_expert: bool = False,
     generator: torch.Generator | None = None,
 ) -> Float32[Tensor, "*dims"]:
-    """The weight as a format holds it.
+    """Returns the weight quantised and dequantised.
 
     With `mse`, a block is clipped to each of several shares of its largest magnitude, and has the scale of the one with
     the smallest squared error; the scale of a whole tensor in NVFP4 stays that of its largest magnitude.

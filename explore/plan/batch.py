@@ -1,4 +1,4 @@
-"""Many layouts with one pipeline as arrays, so that thousands are costed in a second; one layout is a batch of one."""
+"""Layouts that share a pipeline, as arrays, to cost thousands per second; a single layout is a batch of one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Batch:
     """Layouts that share a pipeline and the number of its micro-batches.
 
     Attributes:
-        n_microbatches: of a step, in one pipeline.
-        counts: how often each stage of each rank has each item.
-        tp: a column, as are the other degrees; ranks or items follow in the second axis of what is computed from them.
+        n_microbatches: micro-batches per step in one pipeline.
+        counts: number of each item in each stage of each rank.
+        tp: a column, like the other degrees; results add ranks or items as the second axis.
     """
 
     profile: Profile
@@ -51,7 +51,7 @@ class Batch:
         return cls(profile, run, cluster, stages, m, profile.counts(stages), *columns)
 
     def some(self, chosen: np.ndarray) -> Batch:
-        """Some of the layouts, by index or by truth."""
+        """Selects layouts by index or mask."""
         degrees = {name: getattr(self, name)[chosen] for name in ("tp", "cp", "ep", "etp", "micro_batch")}
         return replace(self, **degrees)
 
@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def per_rank(self) -> Float[np.ndarray, "pp items"]:
-        """How often each rank has each item."""
+        """Number of each item on each rank."""
         total: np.ndarray = self.counts.sum(axis=1)
         return total
 
@@ -81,7 +81,7 @@ class Batch:
 
     @property
     def bubble(self) -> float:
-        """Time in which a rank waits for others over that in which it works."""
+        """Ratio of a rank's waiting time to its working time."""
         return (self.pp - 1) / (self.vpp * self.n_microbatches)
 
     def in_flight(self) -> Float[np.ndarray, "pp times vpp"]:

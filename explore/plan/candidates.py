@@ -1,4 +1,4 @@
-"""The layouts that are legal, in groups that share a pipeline, and why others are not."""
+"""Legal layouts, grouped by pipeline, and reasons why the others are not legal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Candidates:
 
     Attributes:
         groups: a pipeline and tp, cp, ep, etp and micro_batch of its layouts, with equal numbers of micro-batches.
-        refusals: wall and reason by degree and value, the first that was met.
+        refusals: first wall and reason found, by degree and value.
     """
 
     groups: list[tuple[Stages, Int[np.ndarray, "n 5"]]] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Candidates:
         self.refusals.setdefault((degree, value), (wall, reason))
 
     def reason(self, fixed: Mapping[str, int]) -> str:
-        """Why nothing is legal: what refused a degree that was given, else the first refusal of sizes or batch."""
+        """Explains why nothing is legal: the error of a given degree, or else the first error of sizes or batch."""
         of_given = [text for (degree, value), (_, text) in self.refusals.items() if fixed.get(degree) == value]
         order = ("sizes", "batch", "pipeline")
         others = [text for wall in order for found, text in self.refusals.values() if found == wall]
@@ -96,7 +96,7 @@ def _divisions(
         for cp in _values(fixed, "cp", [k for k in powers if k <= max(1, run.seq_len // SHORTEST)]):
             uneven = f"2 * cp must divide seq_len={run.seq_len:,}, got cp={cp}" if run.seq_len % (2 * cp) else ""
             if cp == 1 or _allowed(legal, "cp", cp, uneven or _refusal(model, tp=tp, cp=cp)):
-                # An expert is divided among as many ranks as a head is, or not at all.
+                # An expert is split over tp ranks or not at all.
                 yield from ((tp, cp, ep, etp) for ep, etp in experts if etp in (1, tp) or "etp" in fixed)
 
 

@@ -27,7 +27,7 @@ class Cluster:
 
     @classmethod
     def named(cls, text: str) -> Cluster:
-        """Reads `GB200x256`, or `FILE.jsonx256` for a device of one's own.
+        """Reads `GB200x256`, or `FILE.jsonx256` for a custom device.
 
         Raises:
             ValueError: not of that form, or an unknown device.
@@ -48,7 +48,7 @@ class Cluster:
 
     @property
     def usable_bytes(self) -> float:
-        """Memory that the driver leaves on one device."""
+        """Memory available on one device after the driver's share."""
         return self.device.usable_bytes or self.device.memory_bytes
 
     def rate(self, link: LinkName) -> float:
@@ -63,7 +63,7 @@ class Cluster:
 LINK_EFFICIENCY: Mapping[tuple[str, LinkName], float] = MappingProxyType(
     {("GB200", "domain"): 0.60, ("H100", "domain"): 0.64, ("", "domain"): 0.62, ("", "network"): 0.75}
 )
-"""Part of a link's rate that an all-to-all reaches, by device; without a name for the others.
+"""Fraction of a link's rate that an all-to-all reaches, by device; the empty name is for all others.
 
 Source: fitted to the sixteen times of HybridEP in arXiv 2603.07685, table 7.
 """

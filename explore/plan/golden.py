@@ -22,9 +22,9 @@ class Golden(NamedTuple):
 
     Attributes:
         layout: fields of a layout.
-        fused: whether attention keeps no scores.
-        steady_gib: allocated between steps, on the last rank, which writes the log.
-        peak_gib: allocated at most.
+        fused: whether attention is fused and saves no scores.
+        steady_gib: GiB allocated between steps on the last rank, which writes the log.
+        peak_gib: peak GiB allocated.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The other way round: the largest micro-batch, context or model that a layout, or any layout, holds."""
+"""Finds the largest micro-batch, context or model that fits in a given layout, or in any layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Largest(NamedTuple):
 
     Attributes:
         value: sequences of a micro-batch, tokens of a sequence, or parameters.
-        plan: that holds it.
+        plan: plan in which it fits.
     """
 
     what: What
@@ -45,11 +45,11 @@ def largest(
     pipeline: str | None = None,
     free: tuple[str, ...] = ("d_model",),
 ) -> Largest:
-    """The largest micro-batch, context or model that fits, with relief where it is needed.
+    """Finds the largest micro-batch, context or model that fits, with relief (such as recomputation) if needed.
 
     Args:
-        fixed: degrees that are given; all other layouts are tried.
-        free: dimensions of the model that the solver changes, in its words.
+        fixed: given degrees; all values of the others are tried.
+        free: dimensions of the model that the solver may change, in the solver's syntax.
 
     Raises:
         ValueError: not even the smallest fits.
@@ -122,7 +122,7 @@ def _model(
 def _fitting(
     model: ModelConfig, cluster: Cluster, run: Run, fixed: Mapping[str, int], pipeline: str | None
 ) -> Plan | None:
-    """A plan that fits; none where no legal layout does."""
+    """Returns a plan that fits, or None."""
     try:
         if all(degree in fixed for degree in DEGREES):
             plan = Plan.of(model, run, Layout(**fixed, pipeline=pipeline), cluster)
@@ -135,7 +135,7 @@ def _fitting(
 
 
 def describe(found: Largest) -> str:
-    """One line on what was found."""
+    """Summarises the result in one line."""
     plan = found.plan
     unit = {"batch": "sequences of a micro-batch", "context": "tokens of a sequence", "model": "parameters"}[found.what]
     value = f"{found.value / 1e9:.4g} billion" if found.what == "model" else f"{found.value:,.0f}"

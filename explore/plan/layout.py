@@ -1,4 +1,4 @@
-"""How a model's layers, tensors, tokens and experts are divided among devices."""
+"""Layouts: how layers, tensors, tokens and experts are split across devices."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ DEGREES = ("tp", "cp", "pp", "vpp", "ep", "etp", "micro_batch")
 class Layout(Config):
     """Degrees of parallelism.
 
-    Attention and all dense layers lie on tp * cp * dp * pp ranks, experts on etp * ep * edp * pp; only the pipeline is
-    shared. Ranks are numbered in this order, the first the fastest.
+    Attention and dense layers use tp * cp * dp * pp ranks, experts etp * ep * edp * pp; only the pipeline is
+    shared. Ranks are numbered in this order; the first degree varies fastest.
 
     Attributes:
-        tp: ranks that divide heads and inner widths.
-        cp: ranks that divide the tokens of a sequence.
-        pp: ranks of the pipeline.
-        vpp: stages of the pipeline on each of its ranks.
-        ep: ranks that divide the experts.
-        etp: ranks that divide the inner width of an expert.
-        micro_batch: sequences that pass through the pipeline at once.
-        pipeline: Megatron's layout string, or a pattern with `|` between stages; balanced when absent.
+        tp: tensor parallelism; ranks split heads and inner widths.
+        cp: context parallelism; ranks split the tokens of a sequence.
+        pp: number of pipeline ranks.
+        vpp: number of pipeline stages per rank.
+        ep: expert parallelism; ranks split the experts.
+        etp: expert tensor parallelism; ranks split an expert's inner width.
+        micro_batch: sequences per micro-batch.
+        pipeline: Megatron's layout string, or a pattern with `|` between stages; None balances the stages.
     """
 
     tp: PositiveInt = 1
@@ -60,10 +60,10 @@ class Layout(Config):
 
 
 def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> None:
-    """Refuses a layout that cannot be laid out, whatever the memory.
+    """Checks that a layout is possible, regardless of memory.
 
     Raises:
-        ValueError: which size does not divide, and what would.
+        ValueError: a degree does not divide a size; the message suggests values that do.
     """
     check_ranks(layout.model_dump(), cluster)
     w = cluster.n_gpus
@@ -76,7 +76,7 @@ def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Non
         raise ValueError(f"ep * etp must be 1 for a model without experts, got {layout.ep * layout.etp}")
     if model.vocab_size % layout.tp:
         raise ValueError(f"tp must divide vocab_size={model.vocab_size}, got {layout.tp}")
-    # Each rank takes one piece of the early and one of the late tokens, so that all see about as many keys.
+    # Each rank takes a piece of the early and one of the late tokens, which balances the number of keys.
     if layout.cp > 1 and run.seq_len % (2 * layout.cp):
         raise ValueError(f"2 * cp must divide seq_len={run.seq_len:,}, got cp={layout.cp}")
     per_step = layout.micro_batch * layout.dp(w)
@@ -95,13 +95,13 @@ def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Non
 
 
 def check_ranks(degrees: Mapping[str, Any], cluster: Cluster) -> None:
-    """Refuses degrees that a cluster has too few GPUs for, or that do not divide them.
+    """Checks that the degrees fit on a cluster and divide its number of GPUs.
 
     Args:
         degrees: by name; a degree that is missing counts as 1.
 
     Raises:
-        ValueError: too many ranks, or a number that does not divide the GPUs; with the nearest that do.
+        ValueError: too many ranks, or a number that does not divide the GPUs; the message lists the nearest that do.
     """
     w = cluster.n_gpus
     for names in (("tp", "cp", "pp"), ("etp", "ep", "pp")):
@@ -116,7 +116,7 @@ def check_ranks(degrees: Mapping[str, Any], cluster: Cluster) -> None:
 
 
 def _near_divisors(n: int, wanted: int) -> str:
-    """The divisors of `n` on both sides of a number."""
+    """Names the divisors of `n` just below and above a number."""
     divisors = sorted({d for k in range(1, math.isqrt(n) + 1) if n % k == 0 for d in (k, n // k)})
     below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
     return " and ".join(f"{d:,}" for d in below + above)

@@ -1,4 +1,4 @@
-"""Memory of each rank of a pipeline: weights, gradients, optimizer state, and what is kept for the backward pass."""
+"""Memory of each rank of a pipeline: weights, gradients, optimizer state, and tensors saved for the backward pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from explore.plan.profile import EXPERTS, WHOLE, WIDTH
 from explore.plan.stages import fullest
 
 MAIN_BYTES = 4.0
-"""A weight in fp32, from which those of the products are rounded."""
+"""Bytes of an fp32 main weight; the products use a rounded copy."""
 MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0}
 WORKSPACE_BYTES = 0.11 * 2**30
-"""Allocated memory that no formula explains.
+"""Allocated memory that the formulas do not explain, in bytes.
 
 Source: the mean difference of the five hybrid cases in `golden`, 0.104 to 0.133 GiB.
 """
@@ -25,7 +25,7 @@ Ranks = Float[np.ndarray, "n pp"]
 
 
 class Memory(NamedTuple):
-    """Bytes of every layout and rank, at the fullest moment of a step."""
+    """Bytes per layout and rank at the peak of a step."""
 
     weights: Ranks
     grads: Ranks
@@ -47,7 +47,7 @@ def memory(batch: Batch) -> Memory:
     weight_bytes = narrow * (run.format.weight - spared) + wide * 2.0
     d, edp = batch.dp * batch.cp, batch.edp
     grad = 4.0 if run.grads == "float32" else 2.0
-    # Gradients in bf16 are turned into fp32 where the optimizer needs them, on its own share.
+    # bf16 gradients are converted to fp32 for the optimizer, each rank on its own shard.
     state = MAIN_BYTES + 2 * MOMENT_BYTES[run.moments] + (4.0 if run.grads == "bfloat16" else 0.0)
     if run.offload_optimizer:
         state = 0.0
@@ -57,7 +57,7 @@ def memory(batch: Batch) -> Memory:
     grads = grad * (dense / shares[0] + experts / shares[1])
     weights = weight_bytes @ per_rank.T
     if run.zero == 3:
-        # Two layers are whole at a time: the one that works, and the next one that is gathered.
+        # Two layers are gathered at a time: the one in use and the next one.
         gathered = 2 * (weight_bytes[:, None, :] * (per_rank > 0)).max(axis=-1)
         share = (dense / d + experts / edp) / np.maximum(dense + experts, 1)
         weights = np.minimum(weights, (weight_bytes * share) @ per_rank.T + gathered)
@@ -77,7 +77,7 @@ def _weights(batch: Batch, i: int) -> Float[np.ndarray, "n items"]:
 
 
 def _stored(batch: Batch) -> Float[np.ndarray, "items 3 2"]:
-    """Parameters of every item; a tied matrix is stored once where one rank has both ends of the model."""
+    """Parameters of every item; a tied matrix is stored once if one rank has both ends of the model."""
     weights = batch.profile.weights
     if batch.profile.model.tie_embeddings and batch.pp == 1:
         weights = weights.copy()
@@ -86,7 +86,7 @@ def _stored(batch: Batch) -> Float[np.ndarray, "items 3 2"]:
 
 
 def saved(batch: Batch) -> Float[np.ndarray, "n items"]:
-    """Bytes that one micro-batch keeps of every item on one rank."""
+    """Bytes that one micro-batch saves for every item on one rank."""
     tokens, width, expert_width, expert_tokens = batch.profile.saved(batch.run).T
     tp = batch.tp if batch.run.sequence_parallel else np.ones_like(batch.tp)
     kept: np.ndarray = tokens / tp + width / batch.tp + expert_width / tp + expert_tokens * batch.etp / tp
@@ -95,11 +95,11 @@ def saved(batch: Batch) -> Float[np.ndarray, "n items"]:
 
 
 def activations(batch: Batch) -> Ranks:
-    """What all micro-batches in flight keep, and whole layers while they are computed again."""
+    """Bytes saved by all micro-batches in flight, plus whole layers during their recomputation."""
     kept = saved(batch)
     if "full" in batch.run.recompute and batch.stages.unit == 2:
         kept = kept.copy()
-        kept[:, : len(batch.profile.names) - 3] /= 2  # a unit of two letters keeps its first input only
+        kept[:, : len(batch.profile.names) - 3] /= 2  # a unit of two letters saves only its first input
     most = fullest(
         batch.in_flight(),
         np.matmul(kept, batch.counts.reshape(-1, kept.shape[1]).T).reshape(len(kept), batch.pp, batch.vpp),
@@ -111,7 +111,7 @@ def activations(batch: Batch) -> Ranks:
 
 
 def _working(batch: Batch) -> Ranks:
-    """One unit's activations, which exist while it is computed again: the largest letters of each rank."""
+    """Activations of one unit during recomputation: the largest letters of each rank."""
     without = batch.run.model_copy(update={"recompute": ()})
     whole = saved(replace(batch, run=without))[:, : len(batch.profile.names) - 3]
     present = whole[:, None, :] * (batch.per_rank[:, : whole.shape[1]] > 0)

@@ -1,4 +1,4 @@
-"""A plan: a model, a run and a layout on a cluster, and what they come to."""
+"""A plan: a model, a run and a layout on a cluster, with their memory and speed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BINDS = {
     "pipeline": "pipeline traffic",
     "data": "data-parallel traffic",
 }
-"""What a step can wait for, beside products."""
+"""What a step can wait for, besides products."""
 KINDS = BINDS | {
     "experts": "all-to-all in domains",
     "across": "all-to-all across domains",
@@ -40,7 +40,7 @@ KINDS = BINDS | {
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout costed; sizes in bytes and seconds."""
+    """A costed layout, in bytes and seconds."""
 
     model: ModelConfig
     run: Run
@@ -52,7 +52,7 @@ class Plan:
         """A plan of a legal layout.
 
         Raises:
-            ValueError: which size does not divide, and what would.
+            ValueError: a degree does not divide a size; the message suggests values that do.
         """
         vpp = stages_of(profile(model, run.seq_len), layout.pp, layout.vpp, layout.pipeline).vpp
         layout = layout.model_copy(update={"vpp": vpp})
@@ -121,18 +121,18 @@ class Plan:
 
     @property
     def tflops(self) -> tuple[float, float]:
-        """TFLOP/s of each GPU, ceiling and estimate; nothing is counted twice."""
+        """TFLOP/s per GPU, as ceiling and estimate; recomputation does not count."""
         flops = self.batch.profile.flops_train * self.tokens_per_step / self.cluster.n_gpus / 1e12
         return flops / float(ceiling_s(self.batch)[0]), flops / self.step_s
 
     @property
     def binds(self) -> str:
-        """What the step spends most on; memory where it does not fit."""
+        """The step's main bottleneck; memory if the plan does not fit."""
         return "memory" if not self.fits else max(self.parts, key=lambda name: self.parts[name])
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of a step by what they are spent on; they add up to `step_s`."""
+        """Seconds of a step by cause; they sum to `step_s`."""
         t = self.throughput
         named = {
             "compute": t.compute_s,
@@ -147,7 +147,7 @@ class Plan:
         """What the busiest rank sends in a step.
 
         Returns:
-            For each kind of traffic that there is the slowest `link` that it uses, `gb`, `seconds` at the link's
+            For each kind of traffic the slowest `link` it uses, `gb`, `seconds` at the link's
             efficiency, and the assumed fraction `hidden` behind computation.
         """
         sent, seconds, link = volumes(self.batch)._asdict(), traffic(self.batch)._asdict(), links(self.batch)
@@ -193,7 +193,7 @@ class Plan:
         return rows
 
     def to_dict(self, tokens: float | None = None) -> dict[str, Any]:
-        """The contract for programs."""
+        """JSON content for other programs."""
         ceiling, estimate = self.tflops
         record: dict[str, Any] = {
             "fits": self.fits,
@@ -222,5 +222,5 @@ class Plan:
 
 
 def capacity(run: Run, cluster: Cluster) -> float:
-    """Memory of a device for what is counted: what the driver leaves, without the reserve and the workspace."""
+    """Memory per device for the counted tensors: device memory minus driver, reserve and workspace."""
     return (1 - run.reserve) * cluster.usable_bytes - WORKSPACE_BYTES

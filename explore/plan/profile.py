@@ -1,4 +1,4 @@
-"""A model as numbers for each kind of item of a pipeline: weights as they are divided, FLOPs, what is kept, traffic.
+"""A model as numbers per kind of pipeline item: weights by how they are split, FLOPs, saved bytes, traffic.
 
 Items are the letters of the pattern, then the embedding, multi-token prediction and the loss (final norm and head).
 """
@@ -20,7 +20,7 @@ from explore.plan.stages import EMBEDDING, LOSS, MTP, Stages
 
 CUTS: tuple[Cut, ...] = ("tokens", "width", "expert width", "expert tokens")
 LOGIT_BYTES = 6
-"""Of a logit of the last stage: its softmax in fp32, and itself or its gradient in bf16."""
+"""Bytes per logit of the last stage: its softmax in fp32, and the logit or its gradient in bf16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class Profile:
         names: of the items.
         weights: parameters, (items, divided by tp | whole | experts, narrow products | not).
         flops: forward FLOPs, (items, narrow outside experts | experts | full width).
-        divided: 1 where tensor-parallel ranks gather and scatter an item's tokens, else 0.
-        d_routed: width in which a token goes to experts, 0 where there are none; that of multi-token prediction is
-            the sum over its layers.
-        top_k: experts of a token.
+        divided: 1 if tensor-parallel ranks gather and scatter an item's tokens, else 0.
+        d_routed: width of tokens sent to experts, 0 without experts; for multi-token prediction, the sum over
+            its layers.
+        top_k: experts per token.
     """
 
     model: ModelConfig
@@ -48,15 +48,15 @@ class Profile:
 
     @property
     def flops_train(self) -> float:
-        """Training FLOPs of a token, nothing computed twice."""
+        """Training FLOPs per token, without recomputation."""
         return 3 * self.model.cost(self.seq_len).flops_fwd
 
     def saved(self, run: Run) -> Float[np.ndarray, "items cuts"]:
-        """Bytes that one sequence keeps of every item, by how devices divide them."""
+        """Bytes saved per sequence and item, by how devices split them."""
         return _saved(self, run.settings, run.format.narrow)
 
     def recomputed(self, modules: tuple[str, ...]) -> Float[np.ndarray, " items"]:
-        """Forward FLOPs that every item spends again; what lies inside two modules is spent once."""
+        """Forward FLOPs recomputed per item; a product inside two recomputed modules counts once."""
         return _recomputed(self, modules)
 
     def context_numel(self, cp: int) -> Float[np.ndarray, " items"]:
@@ -154,7 +154,7 @@ def _routed(entries: Iterable[Entry], block: BlockConfig) -> tuple[float, float]
 
 @lru_cache(maxsize=1024)
 def _layer(block: BlockConfig, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-    """What one layer keeps: the residual stream before its norm, and what its block keeps."""
+    """Tensors saved by one layer: the residual stream before its norm, and those of its block."""
     return (Saved(INPUT_NORM, "norm", d_model * seq_len), *block.saved(d_model, seq_len))
 
 

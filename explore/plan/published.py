@@ -1,4 +1,4 @@
-"""Published numbers that the planner is held to, beside those that it computes."""
+"""Compares published numbers with those that the planner computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Held(NamedTuple):
     """A published number and the same one computed.
 
     Attributes:
-        ok: whether they agree within the bound of their section; none where there is no bound.
+        ok: whether they agree within the section's bound; None without a bound.
     """
 
     section: str
@@ -41,7 +41,7 @@ class Held(NamedTuple):
 
     @property
     def difference(self) -> float:
-        """Relative difference from print."""
+        """Relative difference from the published number."""
         return self.computed / self.published - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def published() -> list[Held]:
 
 
 def table_3(**run: Any) -> Plan:
-    """The run of tables 3 and 4 of the report; print gives the third rank of its pipeline."""
+    """The run of tables 3 and 4 of the report; the published numbers are for the third pipeline rank."""
     fields = {"seq_len": 4096, "global_batch": 8192} | run
     layout = Layout(pp=4, ep=64, pipeline="Et*4|(tttt|)*14tmL")
     return Plan.of(preset("deepseek-v3"), Run(**fields), layout, Cluster.named("GB200x256"))

@@ -1,4 +1,4 @@
-"""What makes a layout fit: recomputing activations, and keeping optimizer state in the host's memory."""
+"""Reliefs that make a layout fit: recomputing activations, and offloading optimizer state to the host."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ RELIEFS = (
     Relief(("full",)),
     Relief(("full",), offload_optimizer=True),
 )
-"""From cheap to expensive; a search takes the first that makes a layout fit."""
+"""Reliefs from cheap to expensive; a search uses the first that makes a layout fit."""
 
 
 @lru_cache(maxsize=256)
 def relieved(run: Run, i: int) -> Run:
-    """A run with the `i`-th relief beside what it already has."""
+    """Returns a run with the `i`-th relief added."""
     relief = RELIEFS[i]
     return run.model_copy(
         update={
@@ -57,7 +57,7 @@ def relieved(run: Run, i: int) -> Run:
 
 @lru_cache(maxsize=256)
 def distinct_reliefs(shape: Profile, run: Run) -> tuple[int, ...]:
-    """Indices of the reliefs that change what this model keeps, and of the first, which changes nothing."""
+    """Returns the indices of reliefs that affect this model, and of the first, which changes nothing."""
     seen, distinct = set(), []
     for i in range(len(RELIEFS)):
         changed = relieved(run, i)
@@ -69,7 +69,7 @@ def distinct_reliefs(shape: Profile, run: Run) -> tuple[int, ...]:
 
 
 def cheapest_relief(plan: Plan) -> tuple[Plan, Relief] | None:
-    """The relief with which a plan fits and loses the least speed; none where no relief is enough."""
+    """Returns the plan with the relief that makes it fit at the least loss of speed, or None."""
     host = plan.cluster.device.host_link is not None
     fitting = [
         (other, relief)

@@ -1,4 +1,4 @@
-"""What a training run is, apart from where its parts lie: batch, precision, optimizer, and what is not kept."""
+"""Settings of a training run except its layout: batch, precision, optimizer, recomputation and offloading."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ MODULES: tuple[str, ...] = (
     *sorted({module for block in BLOCKS for module, _ in block.config.ranks.recomputed}),
     "full",
 )
-"""Modules that Megatron-LM can compute again in the backward pass, as blocks declare them; `full` is whole layers."""
+"""Modules that Megatron-LM can recompute in the backward pass, as declared by blocks; `full` is whole layers."""
 
 
 class Precision(NamedTuple):
-    """A training recipe as bytes.
+    """Bytes and compute dtype of a training recipe.
 
     Attributes:
-        weight: bytes of a weight whose products are narrow.
-        narrow: bytes of an element of what a narrow product reads; none where products are in bf16.
+        weight: bytes per weight used in narrow products.
+        narrow: bytes per input element of a narrow product; None when products are in bf16.
         compute: dtype of the products.
-        description: what is in which format.
+        description: formats in words.
         transposed_copy: bytes of the transposed copy of a weight, which some devices do not need.
     """
 
@@ -70,23 +70,23 @@ class Run(Config):
     """A training run.
 
     Attributes:
-        seq_len: tokens of a sequence.
-        global_batch: sequences of an optimizer step.
-        precision: of products and weights.
-        recompute: modules whose activations are computed again in the backward pass.
-        moments: dtype of the two moments of Adam.
-        grads: dtype in which gradients are added up.
-        zero: what data-parallel ranks divide: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights too (FSDP).
-        offload_optimizer: main weights and moments are in host memory between steps.
-        offload_activations: fraction of the activations in host memory until the backward pass.
-        memory_efficient_permutation: routing weights are applied before the last matrix of an expert, whose output is
-            then not kept, at no cost; Megatron-LM does so since 0.13.
-        fused_attention: attention scores are not kept.
-        dropout: masks of dropout are kept.
-        sequence_parallel: tensor-parallel ranks divide the tokens of norms and of the residual stream.
-        all_to_all: copies of a token that are sent to experts.
-        expert_groups: groups of experts, and how many of them a token's experts come from; any when absent.
-        reserve: part of the memory that is left free for buffers of communication, graphs and fragmentation.
+        seq_len: tokens per sequence.
+        global_batch: sequences per optimizer step.
+        precision: recipe of products and weights.
+        recompute: modules whose activations are recomputed in the backward pass.
+        moments: dtype of Adam's two moments.
+        grads: dtype of accumulated gradients.
+        zero: state split across data-parallel ranks: 0 none, 1 optimizer, 2 also gradients, 3 also weights (FSDP).
+        offload_optimizer: keep main weights and moments in host memory between steps.
+        offload_activations: fraction of the activations offloaded to host memory until the backward pass.
+        memory_efficient_permutation: apply routing weights before an expert's last matrix, whose output then need
+            not be saved; free, and standard in Megatron-LM since 0.13.
+        fused_attention: attention scores are not saved.
+        dropout: dropout masks are saved.
+        sequence_parallel: tensor-parallel ranks split the tokens of norms and of the residual stream.
+        all_to_all: which copies of a token are sent to experts.
+        expert_groups: number of expert groups, and of groups a token may use; None allows any expert.
+        reserve: fraction of memory left free for communication buffers, graphs and fragmentation.
     """
 
     seq_len: PositiveInt = 4096
@@ -130,7 +130,7 @@ class Run(Config):
 
     @property
     def settings(self) -> frozenset[str]:
-        """What a tensor that is kept may be dropped by."""
+        """Settings under which saved tensors become unnecessary."""
         names: dict[str, Any] = {
             "memory_efficient_permutation": self.memory_efficient_permutation,
             "fused_attention": self.fused_attention,

@@ -20,16 +20,16 @@ from explore.plan.throughput import Rates, throughput
 from explore.presets import preset
 
 EXPERT_GROUPS = {"deepseek-v3": (8, 4)}
-"""Models whose router chooses groups of experts first: their number, and how many of them."""
+"""Models whose router first chooses groups of experts: number of groups, and number chosen."""
 PULL = 0.01
-"""How strongly the fit pulls the logarithms of efficiencies to their mean, in squared errors of a run."""
+"""Weight of the penalty that pulls log efficiencies to their mean, relative to one run's squared error."""
 
 
 class PrintedRun(NamedTuple):
-    """A run with its layout and what it reached.
+    """A published run: layout and measured speed.
 
     Attributes:
-        fitted: the efficiencies are fitted to it; the others are predicted.
+        fitted: whether the efficiencies are fitted to this run; the others are predicted.
     """
 
     model: str
@@ -46,7 +46,7 @@ class PrintedRun(NamedTuple):
 
     @property
     def implied_flops(self) -> tuple[float, float]:
-        """The least and the most training FLOPs per token that the printed pair can mean, with its rounding.
+        """Bounds on the training FLOPs per token implied by the published, rounded pair.
 
         TFLOP/s are whole. Tokens per second are whole, or whole sequences per second of the cluster are behind them:
         all rows of release 26.04.01 are multiples of that.
@@ -60,7 +60,7 @@ class PrintedRun(NamedTuple):
 
     @property
     def tokens(self) -> float:
-        """Tokens of a step for each GPU."""
+        """Tokens per step and GPU."""
         return self.run.global_batch * self.run.seq_len / self.cluster.n_gpus
 
 

@@ -1,4 +1,4 @@
-"""Every legal layout of a model on a cluster, ranked, and what limits the others."""
+"""Ranks all legal layouts of a model on a cluster, and explains what limits the others."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Objective = Literal["tokens_per_s", "gpus", "memory"]
 
 
 class Wall(NamedTuple):
-    """What limits the layouts with one value of one degree.
+    """The limit on layouts with one value of one degree.
 
     Attributes:
-        relative: tokens per second of the best of them over the best of all; 0 where none fits.
-        wall: what stops them, `sizes`, `batch`, `pipeline` or `memory`; else what the best of them waits for most.
-        detail: in words.
-        n_layouts: legal layouts with it.
+        relative: best tokens per second among them, relative to the best of all; 0 if none fits.
+        wall: what prevents them (`sizes`, `batch`, `pipeline` or `memory`), or the main wait of the best one.
+        detail: explanation in words.
+        n_layouts: number of legal layouts with this value.
     """
 
     degree: str
@@ -47,13 +47,13 @@ class Found:
     """The result of a search.
 
     Attributes:
-        plans: the best first.
-        walls: by degree and value.
-        n_legal: layouts that were costed.
-        n_fitting: those of them that fit, with relief where it was needed.
-        least_bytes: of the fullest rank of the layout that needs the least memory.
-        capacity: memory of a device for what is counted.
-        tokens_per_s_gpu: of the fastest layout that fits; 0 where none does.
+        plans: plans, best first.
+        walls: limits by degree and value.
+        n_legal: number of costed layouts.
+        n_fitting: number that fit, with relief if needed.
+        least_bytes: bytes on the fullest rank of the layout with the lowest memory.
+        capacity: memory per device for the counted tensors, in bytes.
+        tokens_per_s_gpu: speed of the fastest fitting layout; 0 if none fits.
     """
 
     plans: tuple[Plan, ...]
@@ -65,7 +65,7 @@ class Found:
     tokens_per_s_gpu: float
 
     def refusal(self) -> str:
-        """Why nothing fits, and what would help."""
+        """Explains why nothing fits and what could help."""
         return (
             f"no layout fits: the smallest needs {self.least_bytes / GIB:,.1f} GiB, "
             f"{(self.least_bytes - self.capacity) / GIB:,.1f} GiB above the {self.capacity / GIB:,.1f} GiB of a GPU; "
@@ -78,9 +78,9 @@ class _Costed(NamedTuple):
 
     Attributes:
         degrees: in the order of `DEGREES`.
-        relief: index of the first relief with which it fits; -1 where none does.
-        least: bytes of its fullest rank with the relief that saves most.
-        waits: index of what it waits for most, of `_WAITS`.
+        relief: index of the first relief with which the layout fits; -1 if none.
+        least: bytes on its fullest rank with the relief that saves most.
+        waits: index in `_WAITS` of its longest wait.
     """
 
     degrees: Int[np.ndarray, "n 7"]
@@ -107,13 +107,13 @@ def search(
     """Costs every legal layout, each with the cheapest relief that makes it fit, and ranks those that fit.
 
     Args:
-        fixed: degrees that are given.
+        fixed: given degrees.
         objective: most tokens per second, fewest GPUs of the cluster (then most tokens per second), or least memory.
         pipeline: a layout of the pipeline for all.
-        n: how many plans to return.
+        n: number of plans to return.
 
     Raises:
-        ValueError: no layout is legal, and why.
+        ValueError: no layout is legal; the message says why.
     """
     fixed = fixed or {}
     check_ranks(fixed, cluster)
@@ -142,7 +142,7 @@ def search(
 
 
 def _order(costed: _Costed, fitting: np.ndarray, objective: Objective) -> np.ndarray:
-    """Ranks layouts; those within 1%, which no estimate tells apart, by how little they divide the model."""
+    """Ranks layouts; ties within 1%, the limit of the estimate, go to the layout that splits the model least."""
     rate, held, degrees = costed.rate[fitting], costed.bytes[fitting], costed.degrees[fitting]
     score = np.log(held) if objective == "memory" else -np.log(rate)
     divided = degrees[:, 0] * degrees[:, 1] * degrees[:, 2] * degrees[:, 5]
@@ -191,7 +191,7 @@ def _cost(batch: Batch, degrees: np.ndarray, limit: float) -> _Costed:
 
 
 def _walls(costed: _Costed, legal: Candidates, limit: float, fixed: Mapping[str, int]) -> tuple[Wall, ...]:
-    """What limits the layouts with each value of every degree that was not given."""
+    """Returns the limit of every value of every free degree."""
     walls, best = [], float(costed.rate.max())
     for column, degree in enumerate(DEGREES):
         if degree in fixed:

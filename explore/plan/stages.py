@@ -1,4 +1,4 @@
-"""Which layers each stage of a pipeline holds, and how many micro-batches are in flight on a rank.
+"""Assigns layers to pipeline stages, and counts the micro-batches in flight on a rank.
 
 A unit is what Megatron-LM calls a transformer layer (`t`): a mixer and the MLP or experts after it where the pattern
 alternates so, else one letter.
@@ -26,7 +26,7 @@ class Stages:
 
     Attributes:
         unit: letters of a unit.
-        items: of every stage its items: E embedding, t a unit, m a depth of multi-token prediction, L final norm,
+        items: items of every stage: E embedding, t a unit, m a depth of multi-token prediction, L final norm,
             head and loss.
     """
 
@@ -135,7 +135,7 @@ def _expand(text: str) -> str:
 
 
 def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> Stages:
-    """Stages of neighbouring items whose most expensive one is as cheap as possible.
+    """Splits the items into consecutive stages so that the most expensive stage is as cheap as possible.
 
     Args:
         costs: of embedding, units, multi-token prediction where there is one, and loss, in this order.
@@ -184,7 +184,7 @@ def _cuts(weights: list[float], n: int, capacity: float) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def in_flight(pp: int, vpp: int, n_microbatches: int) -> Float[np.ndarray, "pp times vpp"]:
-    """Micro-batches whose activations a rank keeps, of each of its stages, at every moment that may be the fullest.
+    """Micro-batches in flight per stage of a rank, at every moment that may be its memory peak.
 
     Without interleaving at most pp - rank are; with it 2 (pp - rank - 1) + (vpp - 1) pp + 1 pairs of micro-batch and
     stage, and which they are changes as forward and backward passes take turns.
@@ -217,7 +217,7 @@ def _passed(step: np.ndarray, v: int, pp: int, vpp: int) -> np.ndarray:
 def fullest(
     counts: Float[np.ndarray, "pp times vpp"], sizes: Float[np.ndarray, "n pp vpp"]
 ) -> Float[np.ndarray, "n pp"]:
-    """The most that each rank keeps at once, where one micro-batch of a stage keeps `sizes`."""
+    """Peak size held by each rank, when one micro-batch of a stage holds `sizes`."""
     by_rank = np.matmul(np.moveaxis(sizes, -2, 0), counts.swapaxes(1, 2))  # pp n times
     most: np.ndarray = np.moveaxis(by_rank.max(axis=-1), 0, -1)
     return most

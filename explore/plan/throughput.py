@@ -1,4 +1,4 @@
-"""How long a step takes: an estimate with fitted efficiencies, and a lower bound that no published run beats."""
+"""Step time: an estimate with fitted efficiencies, and a lower bound that no published run beats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from explore.plan.traffic import traffic
 HIDDEN: Mapping[str, float] = MappingProxyType(
     {"tensor": 0.5, "context": 0.9, "experts": 0.5, "across": 0.93, "pipeline": 0.9, "data": 0.9}
 )
-"""Assumed part of each kind of traffic that computation hides.
+"""Assumed fraction of each kind of traffic hidden behind computation.
 
 Of all-to-alls over the network 93% are hidden behind another micro-batch in arXiv 2603.07685, section 4.2.3.
 """
@@ -42,14 +42,14 @@ EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
         ("H100", "float8"): 0.57,
     }
 )
-"""Part of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""
+"""Fraction of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""
 PASSES = 25.7
-"""How often what is kept for the backward pass is moved through memory in a step: norms, activations, permutations,
-quantisation, and what no formula names; fitted with `EFFICIENCY`."""
+"""Fitted number of passes per step over the saved tensors in memory: norms, activations, permutations, quantisation and
+unmodelled work; fitted with `EFFICIENCY`."""
 
 
 class Rates(NamedTuple):
-    """What is fitted: part of the peak that products reach, and passes over what is kept."""
+    """Fitted rates: fraction of the peak that products reach, and memory passes over saved tensors."""
 
     products: float
     passes: float
@@ -59,11 +59,11 @@ class Throughput(NamedTuple):
     """Seconds of a step of every layout, and what they are spent on.
 
     Attributes:
-        step_s: of the estimate.
-        compute_s: products and memory of the slowest rank, what is computed again included.
-        bubble_s: waiting for the pipeline to fill and to empty.
-        exposed_s: traffic that is not hidden, by kind.
-        offload_s: transfers to the host's memory that are not hidden.
+        step_s: estimated seconds of the whole step.
+        compute_s: products and memory traffic of the slowest rank, including recomputation.
+        bubble_s: waiting while the pipeline fills and drains.
+        exposed_s: traffic not hidden, by kind.
+        offload_s: host transfers not hidden.
         optimizer_s: reading and writing gradients, weights and optimizer state.
         experts_s: all-to-alls, hidden or not.
     """
@@ -78,7 +78,7 @@ class Throughput(NamedTuple):
 
 
 def efficiency(device: str, dtype: Dtype) -> tuple[float, bool]:
-    """Part of the peak that products reach, and whether it was fitted to runs of this device.
+    """Fraction of the peak that products reach, and whether it was fitted on this device.
 
     Of others it is the mean of the fitted ones of that dtype.
     """
@@ -92,7 +92,7 @@ def products_s(batch: Batch, *, again: bool = True) -> Ranks:
     """Seconds of a micro-batch's products on every rank at the peak rate, forward and backward.
 
     Args:
-        again: with those that are recomputed.
+        again: include recomputed products.
     """
     profile, run, device = batch.profile, batch.run, batch.cluster.device
     narrow, full = device.peak(run.format.compute), device.peak("bfloat16")
@@ -120,7 +120,7 @@ def throughput(batch: Batch, rates: Rates | None = None) -> Throughput:
     """Seconds of a step of every layout.
 
     Args:
-        rates: of products and of memory; the fitted ones when absent.
+        rates: rates of products and memory; None uses the fitted ones.
     """
     run, device, m = batch.run, batch.cluster.device, batch.n_microbatches
     rates = rates or Rates(efficiency(device.name, run.format.compute)[0], PASSES)

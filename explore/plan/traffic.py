@@ -1,4 +1,4 @@
-"""What a rank sends to other ranks in a step, over which link, and how long that link needs for it."""
+"""Traffic between ranks in a step: bytes, links and transfer times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXPERT_PASSES = 4
 
 
 class Traffic(NamedTuple):
-    """A number of each kind of traffic, for every layout and rank of the pipeline.
+    """One number per kind of traffic, for every layout and pipeline rank.
 
     Attributes:
         tensor: gathers and scatters of tensor-parallel ranks.
@@ -113,7 +113,7 @@ def _links(cluster: Cluster, ideal: bool) -> tuple[float, float]:
 
 
 def efficiency(cluster: Cluster, link: LinkName, ideal: bool = False) -> float:
-    """Part of a link's rate that is reached."""
+    """Fraction of a link's rate that is reached."""
     if ideal:
         return 1.0
     own = LINK_EFFICIENCY.get((cluster.device.name, link))
@@ -173,7 +173,7 @@ def copies_sent(
 
 
 def copies(places: int, top_k: int, groups: tuple[int, int] | None = None) -> float:
-    """How many of `places` that share all experts evenly a token is sent to, on average.
+    """Mean number of destinations per token among `places` that hold equal shares of the experts.
 
     Without groups G (1 - (1 - 1/G)^K); with them the experts come from some groups only, which are chosen first.
     """
