@@ -69,7 +69,7 @@ def distinct_reliefs(shape: Profile, run: Run) -> tuple[int, ...]:
 
 
 def cheapest_relief(plan: Plan) -> tuple[Plan, Relief] | None:
-    """Returns the plan with the relief that makes it fit at the least loss of speed, or None."""
+    """Returns the fastest plan that fits with one relief, and that relief, or None."""
     host = plan.cluster.device.host_link is not None
     fitting = [
         (other, relief)

@@ -44,7 +44,7 @@ EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
 )
 """Fraction of the peak rate that products reach, by device and dtype, fitted by `explore.plan.runs.fit`."""
 PASSES = 25.7
-"""Fitted number of passes per step over the saved tensors in memory: norms, activations, permutations, quantisation and
+"""Passes per step over the saved tensors in memory: norms, activations, permutations, quantisation and
 unmodelled work; fitted with `EFFICIENCY`."""
 
 
