@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import gzip
 import io
+import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -14,7 +16,7 @@ import stat
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -237,3 +239,38 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes JSON atomically: a reader sees either the old content or the new.
+
+    Raises:
+        ValueError: a float is NaN or infinite, which JSON cannot represent; write None.
+    """
+    text = json_text(obj, Path(path).name)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def json_text(obj: Any, name: str) -> str:
+    """Formats a JSON file of a run as text.
+
+    Raises:
+        ValueError: a float is NaN or infinite, in the file called `name`.
+    """
+    if (where := _non_finite(obj)) is not None:
+        raise ValueError(f"{name}: {where} must be finite; write a missing number as null")
+    return json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _non_finite(obj: Any, path: str = "value") -> str | None:
+    """Path and value of the first float that JSON cannot represent."""
+    if isinstance(obj, float):
+        return None if math.isfinite(obj) else f"{path} = {obj}"
+    if isinstance(obj, Mapping):
+        parts: Iterator[tuple[str, Any]] = ((f"{path}.{key}", value) for key, value in obj.items())
+    elif isinstance(obj, list | tuple):
+        parts = ((f"{path}[{i}]", value) for i, value in enumerate(obj))
+    else:
+        return None
+    return next((where for part, value in parts if (where := _non_finite(value, part)) is not None), None)

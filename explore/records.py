@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from explore.files import replacing
-from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, json_text, packed_digest, read_packed, walk_runs
+from explore.files import json_text, replacing
+from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, packed_digest, read_packed, walk_runs
 
 
 def pack_runs(path: str | Path, *roots: str | Path) -> int:

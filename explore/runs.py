@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pyarrow.lib import ArrowException
 
-from explore.files import replacing, safe_name, try_lock
+from explore.files import safe_name, try_lock
 from explore.foreign import check_type, echo, parse_json
 from explore.quantities import headlines, read
 
@@ -64,28 +63,6 @@ FILES = (
     "result.json",
 )
 """Files that make up the record of a run, in the order in which they may be written; not checkpoints."""
-
-
-def write_json(path: str | Path, obj: Any) -> None:
-    """Writes JSON atomically: a reader sees either the old content or the new.
-
-    Raises:
-        ValueError: a float is NaN or infinite, which JSON cannot represent; write None.
-    """
-    text = json_text(obj, Path(path).name)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def json_text(obj: Any, name: str) -> str:
-    """Formats a JSON file of a run as text.
-
-    Raises:
-        ValueError: a float is NaN or infinite, in the file called `name`.
-    """
-    if (where := _non_finite(obj)) is not None:
-        raise ValueError(f"{name}: {where} must be finite; write a missing number as null")
-    return json.dumps(obj, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -407,16 +384,3 @@ def _json(text: str | None) -> dict[str, Any] | None:
     except ValueError:  # a truncated file, or bytes that are not UTF-8
         return None
     return content if isinstance(content, dict) else None
-
-
-def _non_finite(obj: Any, path: str = "value") -> str | None:
-    """Path and value of the first float that JSON cannot represent."""
-    if isinstance(obj, float):
-        return None if math.isfinite(obj) else f"{path} = {obj}"
-    if isinstance(obj, Mapping):
-        parts: Iterator[tuple[str, Any]] = ((f"{path}.{key}", value) for key, value in obj.items())
-    elif isinstance(obj, list | tuple):
-        parts = ((f"{path}[{i}]", value) for i, value in enumerate(obj))
-    else:
-        return None
-    return next((where for part, value in parts if (where := _non_finite(value, part)) is not None), None)

@@ -12,8 +12,8 @@ from command_line import run
 from written_runs import RESULT, make_run
 
 from explore import ModelConfig, preset
+from explore.files import write_json
 from explore.roofline import Deployment, costs_table, hardware
-from explore.runs import write_json
 
 PATTERNS = ("MEM*E", "*-*-*-")
 

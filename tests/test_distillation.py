@@ -18,11 +18,11 @@ from torch import Tensor
 
 from explore.data import TextSource
 from explore.experiment import Distillation, Experiment
-from explore.files import read_json
+from explore.files import read_json, write_json
 from explore.interop import save_model_folder
 from explore.model import LanguageModel
 from explore.ops import forced_paths, path_of
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.table import load_runs
 from explore.train import LitLanguageModel, load_model
 from explore.train.distillation import Teacher

@@ -55,7 +55,9 @@ def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
             continue
         assert arguments[0] in group.commands, f"{page}: explore {arguments[0]}"
         try:
-            given = [str(ROOT) if each in ("RUN", "RUN2", "PARENT") else each for each in arguments[1:]]  # a run has to be there
+            given = [
+                str(ROOT) if each in ("RUN", "RUN2", "PARENT") else each for each in arguments[1:]
+            ]  # a run has to be there
             group.commands[arguments[0]].make_context(arguments[0], given)
         except typer.TyperException as error:
             said = error.format_message()

@@ -5,8 +5,8 @@ from scipy import stats
 from small_runs import tiny, write_corpus
 
 from explore.cost import flops_train
+from explore.files import write_json
 from explore.frontier import add_axes, experiments_of, front_changes, rank_correlation
-from explore.runs import write_json
 
 
 def runs(rng, effects, sd=0.01, seeds=3, shared=0.05):

@@ -18,9 +18,9 @@ from command_line import run
 from scipy import stats
 
 from explore import ModelConfig
+from explore.files import write_json
 from explore.frontier import pareto_front
 from explore.frontier.repeats import repeats
-from explore.runs import write_json
 from explore.workbench import Frontier, frontier_data, save_frontier
 
 PATTERNS = {"attention + MLP": "*-*-", "Mamba hybrid": "MEM*", "hybrid LatentMoE": "ME*E"}

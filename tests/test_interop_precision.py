@@ -13,12 +13,12 @@ from command_line import run
 from small_runs import tiny, write_corpus
 
 from explore.cost import in_formats
+from explore.files import write_json
 from explore.interop import model_optimizer_names, te_quant
 from explore.interop.precision import MODULES
 from explore.model import ModelConfig
 from explore.precision import Recipe, named
 from explore.presets import preset
-from explore.runs import write_json
 
 SMALL = ModelConfig.model_validate(
     {

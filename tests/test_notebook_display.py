@@ -12,10 +12,11 @@ import pytest
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig, formatting, preset
 from explore.compress import Plan as Cuts
+from explore.files import write_json
 from explore.formatting.html import Html, chip, curve, paint, progress, strip, table
 from explore.plan import Cluster, Layout, Plan, Run
 from explore.presets import PRESETS
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.terminal import NotebookOutput
 
 MODEL = ModelConfig(d_model=64, vocab_size=257, pattern="MEM*E", blocks={"E": {"n_experts": 8, "top_k": 2}})

@@ -21,6 +21,7 @@ from explore.cli import main
 from explore.cost import CONVENTIONS, Cost
 from explore.experiment import Experiment
 from explore.figures import frontier_table, plot_frontier
+from explore.files import write_json
 from explore.frontier import arms_table, compare, hypervolume, hypervolume_interval, pareto_front, seed_bands
 from explore.interop.card import model_card
 from explore.quantities import (
@@ -36,7 +37,7 @@ from explore.quantities import (
     quantity,
     read,
 )
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.study import load_sweep
 from explore.study.dashboard import trial_note
 from explore.study.live import SweepTable

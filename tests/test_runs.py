@@ -12,10 +12,10 @@ import pytest
 from written_runs import KEY, RESULT, make_run
 
 from explore import runs as runs_module
-from explore.files import safe_name
+from explore.files import safe_name, write_json
 from explore.quantities import columns
 from explore.records import pack_runs
-from explore.runs import RunFolder, find_run, find_runs, resolve_run, run_folder, write_json
+from explore.runs import RunFolder, find_run, find_runs, resolve_run, run_folder
 from explore.table import load_metrics, load_runs, save_table
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def test_a_process_killed_before_the_swap_leaves_the_old_content(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
     program = (
-        "import os, signal, sys; from explore.runs import write_json;"
+        "import os, signal, sys; from explore.files import write_json;"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL);"
         "write_json(sys.argv[1], {'new': 2})"
     )

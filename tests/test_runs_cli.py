@@ -14,7 +14,8 @@ from typer.main import get_command
 from written_runs import make_run
 
 from explore.cli import app
-from explore.runs import RunFolder, find_runs, write_json
+from explore.files import write_json
+from explore.runs import RunFolder, find_runs
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_RUN = {

@@ -12,8 +12,8 @@ from command_line import run
 from scipy import stats
 from written_runs import RESULT, make_run
 
+from explore.files import write_json
 from explore.frontier import seed_means
-from explore.runs import write_json
 from explore.table import load_runs, load_table, save_table, where
 
 SCORES = {"ME": (2.0, 2.1, 2.3), "M*": (2.5, 2.4)}

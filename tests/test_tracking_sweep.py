@@ -17,7 +17,8 @@ from rich.console import Console
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.cli import main
 from explore.figures import family_styles
-from explore.runs import RunFolder, write_json
+from explore.files import write_json
+from explore.runs import RunFolder
 from explore.study.mirroring import front_markdown, frontier_axes, runs_of, send_sweep, study_pages
 from explore.tracking import Pages
 from explore.train import fit

@@ -18,10 +18,11 @@ from command_line import run
 from small_runs import STEPS, result, tiny, train, write_corpus
 from torch._dynamo.exc import BackendCompilerFailed
 
+from explore.files import write_json
 from explore.model import ModelConfig
 from explore.ops import CompilerError, compilation, forced_paths, paths_in_use
 from explore.precision import TRAINED
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.table import read_table, save_table
 from explore.train import COMPILED, QUANTIZE, compiled_ops, own_table, regions
 

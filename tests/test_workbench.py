@@ -18,9 +18,10 @@ from explore import Experiment, ModelConfig, preset
 from explore.blocks import BLOCKS, AttentionConfig, MoEConfig
 from explore.cost import HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.figures.cost import group_colors, receipts_table
+from explore.files import write_json
 from explore.presets import PRESETS
 from explore.roofline import Deployment, hardware
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.workbench import Workbench, evaluate
 
 LETTERS = "".join(kind.letter for kind in BLOCKS)

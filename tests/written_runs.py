@@ -1,6 +1,6 @@
 """Records of runs that nobody trained."""
 
-from explore.runs import write_json
+from explore.files import write_json
 
 KEY = "0123456789abcdef" * 4
 RESULT = {

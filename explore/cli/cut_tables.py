@@ -196,7 +196,7 @@ def _show_blocks(search: BlockSearch, as_json: bool) -> None:
         kept, choice = ("kept" if bool(attention) else "none"), ("yes" if bool(printed) else "no")
         table.add_row(kept, *width, choice, str(len(rows)), ranges(rows["block"].tolist()))
     out.print(table, highlight=False)
-    n = len(blocks[["attention", "d_ff"]].drop_duplicates())
+    n = blocks.groupby(["attention", "d_ff"]).ngroups
     _say(f"{search.child} uses {n} of these pairs. explore cut {search.parent} --like {search.child} shows the layers.")
 
 

@@ -63,8 +63,9 @@ def evaluate(
 ) -> None:
     """Evaluate runs: minimal pairs, other corpora, whole splits, draft acceptance, or an n-gram baseline."""
     from explore.evals import read_minimal_pairs
+    from explore.files import write_json
     from explore.frontier.floors import add_floors, ngram_floor
-    from explore.runs import PACKED, RunFolder, write_json
+    from explore.runs import PACKED, RunFolder
 
     if not (pairs or corpus or acceptance or ngram or whole):
         raise ValueError("--pairs, --corpus, --acceptance, --ngram, --whole: at least one of them is required")

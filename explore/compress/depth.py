@@ -15,9 +15,9 @@ from torch import nn
 from explore.compress.observing import EFFECTS, Observer
 from explore.compress.parent import open_parent
 from explore.data.progress import progress
-from explore.files import exists, read_json
+from explore.files import exists, read_json, write_json
 from explore.model import LanguageModel
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.weights import weights_digest
 
 TOKENS = 16_384

@@ -8,8 +8,9 @@ from typing import Any
 
 from explore.data import TextSource
 from explore.evals import ngram_scores
+from explore.files import write_json
 from explore.records import update_records
-from explore.runs import PACKED, RunFolder, find_runs, write_json
+from explore.runs import PACKED, RunFolder, find_runs
 
 FLOOR_ORDER = 3
 """Order of the n-gram model that a baseline must beat: a trigram."""

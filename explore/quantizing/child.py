@@ -14,7 +14,7 @@ from explore.checkpoints import load_model
 from explore.cost import BITS, Cost, Dtypes, in_formats, storage
 from explore.data import Batch, Source
 from explore.experiment import Experiment
-from explore.files import held, read_json
+from explore.files import held, read_json, write_json
 from explore.model import LanguageModel, QuantizedModel, calibrate, check_after_training, formats_of_components
 from explore.precision import FormatName, Recipe
 from explore.quantizing.choosing import choose
@@ -30,7 +30,7 @@ from explore.quantizing.sensitivities import (
     record_of,
     with_high,
 )
-from explore.runs import LOCK, RunFolder, run_folder, write_json
+from explore.runs import LOCK, RunFolder, run_folder
 from explore.train import score
 from explore.train.environment import environment
 from explore.weights import weights_digest

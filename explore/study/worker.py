@@ -19,8 +19,9 @@ from rich.console import Console
 
 from explore import train
 from explore.experiment import Experiment
+from explore.files import write_json
 from explore.quantities import columns, quantity
-from explore.runs import PILOTS, RunFolder, write_json
+from explore.runs import PILOTS, RunFolder
 from explore.search.samplers import DrawnSampler, ExhaustedError
 from explore.study.budgets import RejectedError
 from explore.study.claim import claim

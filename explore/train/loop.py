@@ -17,8 +17,9 @@ from explore import tracking
 from explore.checkpoints import LAST, PREVIOUS, Standing, standing
 from explore.data import Source
 from explore.experiment import Experiment
+from explore.files import write_json
 from explore.ops import falling_back, path_of
-from explore.runs import PRUNED, RunFolder, write_json
+from explore.runs import PRUNED, RunFolder
 from explore.termination import Requests, TerminatedError, termination_handled
 from explore.train.callbacks import (
     EndsTogether,

@@ -14,9 +14,9 @@ from torch import Tensor
 from explore.archive import DamagedError, check_whole, load_checkpoint, read_weights
 from explore.checkpoints import check_owner
 from explore.experiment import Experiment
-from explore.files import replacing
+from explore.files import replacing, write_json
 from explore.model import LanguageModel
-from explore.runs import RunFolder, write_json
+from explore.runs import RunFolder
 from explore.train.models import evaluate
 from explore.train.schedule import stable_steps
 

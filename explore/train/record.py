@@ -10,7 +10,8 @@ from typing import Any
 from explore.checkpoints import branched_from
 from explore.cost import Cost
 from explore.experiment import Experiment, ParentWeights
-from explore.runs import RunFolder, write_json
+from explore.files import write_json
+from explore.runs import RunFolder
 from explore.train.callbacks import Throughput
 from explore.train.environment import environment
 from explore.train.start import plan_of

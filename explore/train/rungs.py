@@ -14,8 +14,7 @@ from pathlib import Path
 from explore.archive import DamagedError, check_whole
 from explore.checkpoints import BRANCH, LAST
 from explore.experiment import Experiment
-from explore.files import copy_whole
-from explore.runs import write_json
+from explore.files import copy_whole, write_json
 from explore.train.schedule import stable_steps
 
 MOST_VALIDATIONS = 100_000
