@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def ended(process: subprocess.Popen[str], send: Callable[[], None]) -> str:
             process.wait()
 
 
-LINE = "terminated; run the same command to resume from the last checkpoint\n"
+LINE = "terminated; run the same command to go on where it stopped\n"
 
 
 @pytest.mark.slow
@@ -206,6 +207,21 @@ def test_the_command_ends_with_143_and_one_line(
             os.killpg(process.pid, 0)
     (folder,) = map(RunFolder, runs.iterdir())
     assert step_of(runs) >= folder.metrics["step"].max()
+
+
+@pytest.mark.parametrize(("command", "line"), [("train", LINE), ("plot", "terminated\n"), ("export", "terminated\n")])
+def test_only_commands_that_keep_their_work_promise_to_go_on(
+    command: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*_: Any, **__: Any) -> None:
+        raise TerminatedError
+
+    monkeypatch.setattr(sys, "argv", ["explore", command])
+    app_module = import_module("explore.cli.app")  # the package has the application by the same name
+    monkeypatch.setattr(app_module, "app", terminated)
+    with pytest.raises(TerminatedError):
+        app_module.main()
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.slow

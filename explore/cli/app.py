@@ -99,7 +99,8 @@ def root(
 out = plain_console(stderr=False, soft_wrap=True)
 err = plain_console()
 INTERRUPTED = 130
-GOES_ON = "run the same command to resume from the last checkpoint"
+RESUMED = ("train", "distil", "sweep", "score", "cut", "puzzle", "quantize")
+"""Commands that keep what they have done, so that a second call goes on from there."""
 LONGEST_ERROR = 390
 
 
@@ -110,11 +111,11 @@ def main() -> None:
         with termination_handled():
             code = app(standalone_mode=False)
         if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
-            print(f"interrupted; {GOES_ON}", file=sys.stderr)
+            _say_ended("interrupted")
         sys.exit(code)
     except TerminatedError as end:
         if end.code:
-            print(f"terminated; {GOES_ON}", file=sys.stderr)
+            _say_ended("terminated")
         raise
     except typer.TyperException as error:  # wrong arguments; without any arguments, help has been shown
         message = error.format_message().replace("Value error, ", "").rstrip(".")
@@ -124,6 +125,11 @@ def main() -> None:
         if not expected or os.environ.get("EXPLORE_TRACEBACK"):
             raise
         _refuse(error)
+
+
+def _say_ended(how: str) -> None:
+    resumes = len(sys.argv) > 1 and sys.argv[1] in RESUMED
+    print(f"{how}; run the same command to go on where it stopped" if resumes else how, file=sys.stderr)
 
 
 def _refuse(error: Exception) -> NoReturn:
