@@ -116,6 +116,8 @@ def test_a_child_keeps_to_its_budget_and_its_record_says_what_it_costs(parent: R
     ledger = child.load_experiment().model.ledger(32)
     assert 6 < cost["bits_per_element"] <= 6.5
     assert {name: cost[name] for name in ("bits_per_element", "weight_bytes")} == storage(in_formats(ledger, recipe))
+    flops = sum(row.entry.flops_seq for row in in_formats(ledger, recipe) if row.entry.is_quantized) / 32
+    assert (cost["flops_fwd_quantized"], cost["flops_train_quantized"]) == (flops, 0)
     assert record["choice"]["bits_per_element"] == pytest.approx(cost["bits_per_element"])
     assert set(record["formats"]) == set(record["sensitivities"])
     assert set(record["formats"].values()) <= {"bf16", "fp8", "nvfp4"}

@@ -16,11 +16,14 @@ from small_runs import STEPS, result, tiny, train, write_corpus
 
 from explore.cli import main
 from explore.config import explain
+from explore.cost import in_formats, storage
 from explore.experiment import Experiment, TrainConfig
 from explore.precision import Recipe, named
+from explore.quantities import read
 from explore.runs import RunFolder
-from explore.train import LitLanguageModel, read_weights
+from explore.train import LitLanguageModel, cost_record, read_weights
 
+COST = ("weight_bytes", "bits_per_element", "flops_fwd_quantized", "flops_train_quantized")
 LATENT = {"n_experts": 4, "top_k": 2, "d_expert": 16, "d_shared": 16, "d_latent": 32}
 
 
@@ -137,7 +140,10 @@ def through(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
 
 def test_a_run_in_low_precision_learns_and_says_what_it_lost(corpus: Path, through: RunFolder) -> None:
     assert result(through)["status"] == "finished"
-    assert through.row()["precision"] == "nvfp4"
+    row = through.row()
+    assert row["precision"] == "nvfp4"
+    expected = cost_record(experiment(corpus, "nvfp4"))
+    assert {name: row[name] for name in COST} == {name: expected[name] for name in COST}
     losses = through.metrics["loss"].dropna()
     assert losses.iloc[-1] < losses.iloc[0] - 0.1
     lost = through.lost
@@ -164,6 +170,34 @@ def test_scores_are_those_of_quantised_forward_products(corpus: Path, through: R
     assert set(backward.lost["operand"]) == {
         "dy input_gradient", "w input_gradient", "x weight_gradient", "dy weight_gradient", "dw"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward", "products"),
+    [
+        ({}, 1, 3),
+        ({"until": {"backward": 0.5}}, 1, 2),
+        ({"until": 0.5}, 0, 1.5),
+        ({"forward": False}, 0, 2),
+    ],
+)
+def test_the_cost_of_a_run_counts_its_formats_and_what_it_multiplied_in_them(
+    corpus: Path, changes: dict[str, Any], forward: int, products: float
+) -> None:
+    one = experiment(corpus, {"base": "nvfp4", **changes})
+    cost, plain = cost_record(one), cost_record(experiment(corpus, "bf16"))
+    ledger = in_formats(one.model.ledger(32), named("nvfp4"))
+    flops = sum(row.entry.flops_seq for row in ledger if row.entry.weight == "nvfp4") / 32
+    assert (cost["flops_fwd_quantized"], cost["flops_train_quantized"]) == (forward * flops, products * flops)
+    assert {name for name in plain if name.endswith("quantized")} == set()
+    stored = storage(ledger)
+    bits = stored["bits_per_element"] if forward else 16
+    assert 4.5 < stored["bits_per_element"] < 16
+    assert read({"cost": cost})["bits_per_element"] == bits
+    assert cost["weight_bytes"] == plain["weight_bytes"] * bits / 16
+    assert cost["weight_bytes"] == sum(line["weight_bytes"] for line in cost["ledger"])
+    same = ("params_total", "flops_train", "kv_bytes", "ssm_state_bytes")
+    assert {name: cost[name] for name in same} == {name: plain[name] for name in same}
 
 
 class Stop(Exception):

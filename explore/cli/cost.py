@@ -169,9 +169,6 @@ HOLDS = ("weight_bytes", "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "dec
 LEDGER_ONLY = {
     "params": quantity("params_total"),
     "share": Quantity("share", "Share of the forward pass", spec=".1%"),
-    "flops_train_quantized": Quantity(
-        "flops_train_quantized", "Training with quantised operands", unit="FLOPs/token", short="quantised"
-    ),
 }
 """Columns of ledger records that runs lack, or have under another name."""
 

@@ -309,11 +309,15 @@ class Ledger:
         } | self.flops_quantized(rows)
 
     def flops_quantized(self, rows: Iterable[Row]) -> dict[str, float]:
-        """FLOPs per token of products with quantised operands; they need a recipe."""
+        """FLOPs per token of products with quantised operands; they need a recipe.
+
+        Those of training are a mean over the schedule, in which products may return to bf16.
+        """
         if (recipe := self.recipe) is None:
             return {}
         flops_fwd = sum(row.entry.flops_seq for row in rows if row.entry.is_quantized) / self.seq_len
-        n_products = recipe.forward + recipe.input_gradient + recipe.weight_gradient
+        gradients, until = recipe.input_gradient + recipe.weight_gradient, recipe.until
+        n_products = recipe.forward * until.forward + gradients * until.backward
         return {"flops_fwd_quantized": flops_fwd * recipe.forward, "flops_train_quantized": flops_fwd * n_products}
 
 

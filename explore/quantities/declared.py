@@ -129,6 +129,11 @@ def _params(name: str, label: str, **more: Any) -> Quantity:
     return _cost(name, label, "parameters", dtype="Int64", **more)
 
 
+def _quantized_flops(name: str, label: str, **more: Any) -> Quantity:
+    """FLOPs of products with quantised operands; runs in fp32 and bf16 have none on record."""
+    return Quantity(name, label, ("cost", name), "cost", "FLOPs/token", log=True, **more)
+
+
 def _loss(name: str, label: str, unit: str, **more: Any) -> Quantity:
     return Quantity(name, label, ("result", name), "loss", unit, better="lower", spec=".4f", **more)
 
@@ -177,6 +182,8 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _params("params_mtp", "Parameters of multi-token prediction"),
     _cost("flops_fwd", "Forward pass", "FLOPs/token", short="forward", tied_to="flops_train"),
     _cost("flops_train", "Training", "FLOPs/token", short="training", budget=True),
+    _quantized_flops("flops_fwd_quantized", "Forward pass with quantised operands"),
+    _quantized_flops("flops_train_quantized", "Training with quantised operands", short="quantised"),
     _cost("flops_mtp", "Forward pass of multi-token prediction", "FLOPs/token"),
     _cost("flops_prefill", "Prefill", "FLOPs", short="prefill"),
     _cost("flops_decode", "Decoding", "FLOPs/token", short="decode"),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from explore.checkpoints import load_model
-from explore.cost import BITS, Cost, Dtypes, in_formats, storage
+from explore.cost import BITS, in_formats
 from explore.data import Batch, Source
 from explore.experiment import Experiment
 from explore.files import held, read_json, write_json
@@ -31,7 +31,7 @@ from explore.quantizing.sensitivities import (
     with_high,
 )
 from explore.runs import LOCK, RunFolder, run_folder
-from explore.train import score
+from explore.train import cost_record, score
 from explore.train.environment import environment
 from explore.weights import weights_digest
 
@@ -134,7 +134,7 @@ class _Child:
             square = self.request.recipe.square_weights
             quantized = QuantizedModel(self.model, self.request.scales, square_weights=square, amax=amax)
             recipe, choice = self._recipe(quantized, text)
-            write_json(self.folder.path / "cost.json", self._cost(recipe))
+            write_json(self.folder.path / "cost.json", cost_record(self.experiment, recipe))
             n_tokens = sum(each.inputs.numel() for each in text)
             record = {
                 "parent": parent,
@@ -209,12 +209,6 @@ class _Child:
         """Returns the format of every quantisable component."""
         formats = formats_of_components(self.model, recipe)
         return {str(component): formats[component] for component in QuantizedModel(self.model).components}
-
-    def _cost(self, recipe: Recipe) -> dict[str, Any]:
-        ledger = in_formats(self.experiment.model.ledger(self.experiment.data.seq_len), recipe)
-        dtypes = Dtypes().under(recipe)
-        totals = Cost.of(ledger, dtypes).to_dict() | {"weight_dtype": None} | storage(ledger)
-        return {"family": self.experiment.model.family, **totals, "ledger": ledger.to_records(dtypes)}
 
     def _calibration_text(self) -> Iterator[Batch]:
         """Yields the first windows of the training split in a seeded order."""

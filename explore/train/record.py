@@ -8,19 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from explore.checkpoints import branched_from
-from explore.cost import Cost
+from explore.cost import DTYPES, Cost, in_formats, storage
 from explore.experiment import Experiment, ParentWeights
 from explore.files import write_json
+from explore.precision import Recipe
 from explore.runs import RunFolder
 from explore.train.callbacks import Throughput
 from explore.train.environment import environment
 from explore.train.start import plan_of
 
 
-def cost_record(experiment: Experiment) -> dict[str, Any]:
-    """Totals, family and ledger of an experiment's model, for `cost.json`."""
-    ledger = experiment.model.ledger(experiment.data.seq_len)
-    return {"family": experiment.model.family, **Cost.of(ledger).to_dict(), "ledger": ledger.to_records()}
+def cost_record(experiment: Experiment, after_training: Recipe | None = None) -> dict[str, Any]:
+    """Totals, family and ledger of an experiment's model, as in `cost.json`.
+
+    Where weights are quantised, bytes and bits are those of their formats. A run whose last forward products are in
+    bf16, as its recipe's switches or `until` may say, has weights in bf16.
+
+    Args:
+        after_training: recipe of a quantised child, which decides the formats of its weights and decoding state.
+    """
+    train, plain = experiment.train, experiment.model.ledger(experiment.data.seq_len)
+    trained = in_formats(plain, train.recipe) if train.quantizes else plain
+    stays = train.quantizes and train.recipe.forward and train.recipe.until.forward == 1
+    recipe = after_training or (train.recipe if stays else None)
+    ledger = plain if recipe is None else in_formats(plain, recipe)
+    dtypes = DTYPES if recipe is None else DTYPES.under(recipe)
+    totals = Cost.of(ledger, dtypes).to_dict()
+    if recipe is not None:
+        totals |= {"weight_dtype": None} | storage(ledger)
+    if recipe is not None or train.quantizes:
+        forward, steps = ledger.flops_quantized(ledger), trained.flops_quantized(trained)
+        totals["flops_fwd_quantized"] = forward.get("flops_fwd_quantized", 0.0)
+        totals["flops_train_quantized"] = steps.get("flops_train_quantized", 0.0)
+    return {"family": experiment.model.family, **totals, "ledger": ledger.to_records(dtypes)}
 
 
 def describe(path: Path, experiment: Experiment, key: str, settings: Mapping[str, Any]) -> None:
