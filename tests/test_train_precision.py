@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from small_runs import STEPS, result, tiny, train, write_corpus
+from small_runs import STEPS, TOKENS, kill_after_a_checkpoint, result, tiny, train, write_corpus
 
 from explore.cli import main
 from explore.config import explain
 from explore.cost import in_formats, storage
 from explore.experiment import Experiment, TrainConfig
-from explore.precision import Recipe, named
+from explore.precision import Recipe, named, products_of
 from explore.quantities import read
 from explore.runs import RunFolder
 from explore.train import LitLanguageModel, cost_record, read_weights
@@ -221,6 +221,19 @@ def test_a_resumed_run_rounds_as_one_that_was_not_stopped(
         with pytest.raises(Stop):
             train(experiment(corpus, "nvfp4"), tmp_path, checkpoint_every=5)
     resumed = train(experiment(corpus, "nvfp4"), tmp_path, checkpoint_every=5)
+    for name, weight in weights(through).items():
+        assert torch.equal(weights(resumed)[name], weight), name
+    assert resumed.lost.equals(through.lost)
+    assert result(resumed)["val_bpb"] == result(through)["val_bpb"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_rounds_as_one_that_was_not_killed(corpus: Path, tmp_path: Path) -> None:
+    one = experiment(corpus, "nvfp4", "ME", train__tokens=100 * TOKENS)
+    through = train(one, tmp_path / "through", checkpoint_every=5)
+    kill_after_a_checkpoint(one, tmp_path / "killed")
+    resumed = train(one, tmp_path / "killed", checkpoint_every=5)
+    assert any(how.stochastic for operands in products_of(one.train.recipe, "nvfp4").values() for how in operands)
     for name, weight in weights(through).items():
         assert torch.equal(weights(resumed)[name], weight), name
     assert resumed.lost.equals(through.lost)
