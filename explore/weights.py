@@ -95,10 +95,8 @@ def block_path(folder: Path, digest: str) -> Path:
 
 def write_block(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """Saves a block beside the model in a folder, and returns its digest."""
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ValueError(f"{folder}: {error}; pip install 'hybrid-frontier[hf]'") from None
+    from safetensors.torch import save_file
+
     digest = weights_digest(weights)
     if not (path := block_path(folder, digest)).exists():
         with replacing(path) as temporary:
@@ -181,11 +179,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ValueError(f"{file}: {error}; pip install 'hybrid-frontier[hf]'") from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(file)
     except SafetensorError as error:
