@@ -21,7 +21,7 @@ values, as it was at step 836 where embeddings began at a standard deviation of 
 first try, where the control was best; it was then extended to 0.3. Training FLOPs are counted as everywhere, with a
 head at every position; only the queries' logits are computed.
 
-    explore sweep sweeps/recall.py --trials 8 --workers 1 --records sweeps/records/recall.parquet
+    explore sweep sweeps/recall.py --trials 8 --workers 1 --records sweeps/records/partial/recall.parquet
 """
 
 from collections.abc import Mapping
