@@ -47,7 +47,9 @@ class Config(BaseModel):
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Shows only fields that differ from their defaults."""
         for name, field in type(self).model_fields.items():
-            if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
+            value = getattr(self, name)
+            derived = field.default_factory is not None and field.default_factory_takes_validated_data
+            if derived or value != field.get_default(call_default_factory=True):
                 yield name, value
 
     def __str__(self) -> str:

@@ -151,7 +151,7 @@ def test_cost_tables_show_every_group(
     ("args", "says"),
     [
         (["cost", "MEX*E"], "unknown letter 'X' at position 3 of 'MEX*E'"),
-        (["cost", "M*", "--d-model", "100"], "d_model: 100 is not divisible"),
+        (["cost", "M*", "--d-model", "100"], "d_model: must be a multiple of 16"),
         (["cost", "E", "--set", "blocks.E.top_k=200"], "blocks.E.top_k: must be at most n_experts=128, got 200"),
         (["cost", "M", "--set", "blocks.M.d_stat=3"], "blocks.M.d_stat: unknown field"),
         (["cost", "M", "--set", "blocks"], "path.to.field=value"),
@@ -163,7 +163,10 @@ def test_cost_tables_show_every_group(
         (["cost", "M", "--diff", "exact"], "--diff must be of the form ONE,OTHER, such as exact,megatron, got 'exact'"),
         (["cost", "M", "--diff", "exact,flame"], "convention must be one of exact, megatron"),
         (["roofline", "M", "--hardware", "H10"], "got 'H10'; the nearest are H100"),
-        (["roofline", "M", "--batch-sizes", "1,x"], "--batch-sizes: '1,x' must be positive integers"),
+        (
+            ["roofline", "M", "--batch-sizes", "1,x"],
+            "--batch-sizes must be positive integers",
+        ),
         (["roofline", "llama-3.1-70b"], "GiB too little"),
         (["solve", "M", "--target", "params=1M", "--free", "d_model"], "targets: 'params' is unknown; did you mean"),
         (
@@ -258,7 +261,7 @@ def test_a_run_writes_and_drafts(
     assert set(json.loads(out)["acceptance_length"]) == {"greedy", "temperature 1"}
     assert code == 0
     code, _, err = run(capsys, monkeypatch, "eval", run_with_mtp)
-    assert (code, "--pairs, --corpus, --acceptance, --ngram: at least one" in err) == (2, True)
+    assert (code, "--pairs, --corpus, --acceptance, --ngram, --whole: at least one" in err) == (2, True)
     code, _, err = run(capsys, monkeypatch, *args, "--top-p", "2")
     assert (code, "top_p must be above 0" in err) == (2, True)
 

@@ -111,4 +111,4 @@ def test_runs_are_compared_by_what_differs_and_what_they_reached(
     assert "+0.0500" in out
     assert "one-aaaaaaaa" in Path("curves.svg").read_text()
     code, _, err = run(capsys, monkeypatch, "compare", "aaaa", "runs/one-aaaaaaaa")
-    assert (code, "two are the same" in err) == (2, True)
+    assert (code, "got the same run twice" in err) == (2, True)

@@ -245,12 +245,13 @@ def test_scores_of_an_imported_checkpoint_are_those_of_the_same_weights(trained:
     assert ours.table.equals(theirs.table)
 
 
+@pytest.mark.slow
 def test_scores_after_a_sigkill_are_those_of_one_go(trained: RunFolder, tmp_path: Path) -> None:
     run_folder = Path(shutil.copytree(trained.path, tmp_path / trained.path.name))
     program = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "import explore.compress.scores as scores; scores.SAVE_EVERY_S = 0\n"
-        "scores.score(sys.argv[1], tokens=4096, batch_size=2)\n"
+        "scores.score(sys.argv[1], tokens=65536, batch_size=2)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(run_folder)], stderr=subprocess.DEVNULL)
     try:
@@ -261,8 +262,8 @@ def test_scores_after_a_sigkill_are_those_of_one_go(trained: RunFolder, tmp_path
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not list(run_folder.glob("scores-*.parquet"))
-    ours, _ = score(run_folder, tokens=4096, batch_size=2)
-    theirs, _ = score(trained, tokens=4096, batch_size=2)
+    ours, _ = score(run_folder, tokens=65536, batch_size=2)
+    theirs, _ = score(trained, tokens=65536, batch_size=2)
     assert not list(run_folder.glob("*.partial"))
     assert ours.key == theirs.key
     assert ours.table["score"].to_list() == pytest.approx(theirs.table["score"].to_list(), rel=1e-9)

@@ -133,7 +133,10 @@ def test_the_command_distils_and_says_what_it_cost(
         (["--tokens", "many"], "count must be a number"),
         (["--tokens", "1k", "--runs", "nowhere"], "a run below nowhere must have the parent's weights (digest "),
         (["--tokens", "1k", "--parent", "nowhere"], "run must be a run folder"),
-        (["--tokens", "1k", "--parent", "PARENT", "--teacher", "nowhere"], "run must be a run folder, or the first "),
+        (
+            ["--tokens", "1k", "--parent", "PARENT", "--teacher", "nowhere"],
+            "run must be a run folder, the start of its name",
+        ),
         (["--tokens", "1k", "--parent", "PARENT", "--set", "train.lrr=1"], "train.lrr: unknown field"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_tie_counts_one_half() -> None:
 
 
 def test_no_pairs_are_refused() -> None:
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="pairs must hold at least one pair, got none"):
         minimal_pair_accuracy(model(257, "-"), load_tokenizer("bytes"), [])
 
 

@@ -176,7 +176,7 @@ def test_an_override_that_cannot_be_written_is_refused_in_one_line(override: str
 
 @pytest.mark.parametrize("budget", [{}, {"tokens": 100, "flops": 1e6}], ids=["none", "both"])
 def test_exactly_one_budget_is_allowed(budget: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="exactly one budget is allowed"):
+    with pytest.raises(ValidationError, match="exactly one of tokens and flops must be given"):
         TrainConfig(**budget)
 
 
@@ -216,7 +216,7 @@ def test_a_flop_budget_pays_for_the_steps_that_cost_that_much(corpus: Path, step
         ("train.tokens=1e16", "train.tokens: input should be less than or equal to 1000000000000000, got 1e+16"),
         ("train.betas=[1, 0.5]", "train.betas.0: input should be less than 1, got 1"),
         ("train.betas=[0.9, 1.0]", "train.betas.1: input should be less than 1, got 1.0"),
-        ("train.flops=1", "train: tokens and flops: exactly one budget is allowed, got tokens=2560 flops=1.0"),
+        ("train.flops=1", "train: exactly one of tokens and flops must be given, got tokens=2560 flops=1.0"),
     ],
 )
 def test_a_field_that_is_not_allowed_is_named_by_its_path_in_one_line(

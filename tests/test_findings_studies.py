@@ -14,6 +14,7 @@ from optuna.trial import FixedTrial
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import draw_search, stacked
+from explore.frontier import pairs_table
 from explore.runs import FILES
 from explore.study import load_sweep
 from explore.table import load_pairs, load_runs
@@ -240,3 +241,25 @@ def test_a_search_of_no_trial_of_one_or_with_a_missing_score_is_drawn(bpb: list[
     draw_search(ax, pd.DataFrame({"kind": ["hand"] * len(bpb), "val_bpb": bpb}), {"hand": "hand-made"}, "Trials")
     drawn.draw_without_rendering()
     assert len(ax.lines) == (2 if bpb else 0)
+
+
+def test_minimal_pairs_are_compared_by_paradigm_and_sotu_is_a_column(tmp_path: Path) -> None:
+    shares = {"base": [0.5, 0.6, 0.7, 0.8, 0.9, 0.6], "new": [0.6, 0.7, 0.8, 0.9, 1.0, 0.7]}
+    rows = [
+        run_of(
+            arm, seed, 2.0, **{"evals.json": {"pairs": {"blimp": dict(zip("abcdef", accuracy, strict=True))}, **bits}}
+        )
+        for arm, accuracy in shares.items()
+        for seed, bits in enumerate(({"bpb": {"sotu": 2.5}}, {}))
+    ]
+    runs, pairs = pack(tmp_path / "records" / "s.parquet", [*rows, run_of("unmeasured", 0, 2.0)])
+    assert sorted(runs["sotu_bpb"].dropna()) == [2.5, 2.5]
+    table = pairs_table(runs.assign(arm=runs["name"]), pairs, "arm", "base").set_index("arm")
+    assert table["n_runs"].to_dict() == {"base": 2, "new": 2}
+    assert table["n_paradigms"].tolist() == [6, 6]
+    assert table.loc["base", "accuracy"] == pytest.approx(4.1 / 6)
+    assert table.loc["base", "low"] < table.loc["base", "accuracy"] < table.loc["base", "high"]
+    found = table.loc["new", ["difference_low", "difference", "difference_high"]]
+    assert found.tolist() == pytest.approx([0.1, 0.1, 0.1])  # the same for every paradigm, so without spread
+    assert table.loc["base", ["difference", "difference_low"]].isna().all()
+    assert pairs_table(runs.assign(arm=runs["name"]), pairs.iloc[:0], "arm", "base").empty

@@ -101,7 +101,7 @@ def test_a_point_that_an_axis_lacks_is_refused():
     table.loc[table["name"] == "c", "params_total"] = np.nan
     with pytest.raises(ValueError, match="params_total: must have the same points as flops_run"):
         front_changes(table, ["flops_run", "params_total"], ["name"])
-    with pytest.raises(ValueError, match="axes: there are none"):
+    with pytest.raises(ValueError, match="axes must name at least one column of cost, got none"):
         front_changes(table, [], ["name"])
 
 

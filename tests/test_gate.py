@@ -228,11 +228,11 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
     assert "failed" in out
     assert "[" not in out.partition("units of the score")[2]  # the verdicts are coloured, not marked up
     assert "width: the gate fails at d_model 32" in said
-    assert "stopped (--ungated goes on)" in said
+    assert "stopped (--ungated continues anyway)" in said
     code, out, said = run_command(capsys, monkeypatch, *args, "--ungated")
     assert code == 0
     assert set(load_runs(runs)["d_model"]) == {32, 64}
-    assert "went on, as --ungated says" in said
+    assert "continued because of --ungated" in said
     assert (pd.read_csv(runs / "gate.csv")["verdict"] == "failed").any()
     marked = []
     monkeypatch.setattr("explore.study.mirroring.mark", lambda figure, words: marked.append(words))

@@ -231,9 +231,9 @@ def test_sampling_that_makes_no_sense_is_refused(sampling: dict[str, float], say
 
 def test_prompts_and_lengths_that_make_no_sense_are_refused() -> None:
     model = built("M")
-    with pytest.raises(ValueError, match="prompt: is empty"):
+    with pytest.raises(ValueError, match="prompt: must have at least 1 token, got 0"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
         generate(model, torch.zeros(1, 3, dtype=torch.int64), 0)
-    with pytest.raises(ValueError, match=r"model\.mtp: is absent"):
+    with pytest.raises(ValueError, match=r"model\.mtp: must be set for speculation"):
         speculate(model, torch.zeros(3, dtype=torch.int64), 3)

@@ -83,8 +83,11 @@ HEAD, DOWN = "lm_head.weight", "backbone.layers.1.mixer.experts.5.down_proj.weig
         (as_pickle("pytorch_model.bin"), "pytorch_model.bin is a pickle, which is never read; safetensors are needed"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
-        (lambda folder: edit(folder, mlp_hidden_act="silu"), "mlp_hidden_act: 'silu' has no counterpart here"),
-        (lambda folder: edit(folder, model_type="llama"), "model_type: 'llama' cannot be read"),
+        (
+            lambda folder: edit(folder, mlp_hidden_act="silu"),
+            "mlp_hidden_act must be 'relu2'",
+        ),
+        (lambda folder: edit(folder, model_type="llama"), "model_type must be 'nemotron_h', got 'llama'"),
         (
             lambda folder: edit(folder, time_step_limit=[0.001, 0.1]),
             r"time_step_limit: must be \[0, Infinity\], since dt is",

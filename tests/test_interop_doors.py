@@ -111,7 +111,7 @@ def test_parity_is_one_command_that_names_the_worst_cases(
         (("export", "RUN"), "error: DIR: a new or empty folder is required"),
         (("export", "RUN", "FULL"), "is there already"),
         (("export", "RUN", "NEW", "--to", "megatron"), "DIR: must not be combined with --to megatron, which prints"),
-        (("export", "NEW", "OTHER"), "run must be a run folder, or the first 4"),
+        (("export", "NEW", "OTHER"), "run must be a run folder, the start of its name"),
         (("export", "RUN", "NEW", "--to", "gguf"), "'gguf' is not one of"),
         (("import", "NEW", "OTHER"), "is no folder"),
         (("import", "FULL", "OTHER"), "weights.pt is a pickle, which is never read"),

@@ -141,7 +141,7 @@ def test_a_run_that_does_not_fit_says_what_would_help(explore: Any) -> None:
     code, out, _ = explore(*(word if word != "GB200x256" else "H100x256" for word in CONTRACT))
     assert code == 0
     assert "does not fit, " in out
-    assert "GiB too much" in out
+    assert "GiB over" in out
     assert "makes it fit" in out or "fits with" in out
 
 

@@ -358,7 +358,7 @@ def test_the_language_model_of_a_vision_language_model_is_read(wrapper: str) -> 
     assert language_part(wrapped) == (content, wrapper)
     assert from_released(wrapped) == from_released(content)
     wrapped[wrapper] = content | {"model_type": "llama"}
-    with pytest.raises(ValueError, match="model_type: 'Nano_VL' cannot be read"):
+    with pytest.raises(ValueError, match="model_type must be 'nemotron_h', got 'Nano_VL'"):
         from_released(wrapped)
 
 

@@ -98,7 +98,7 @@ def test_a_sweep_prints_and_draws_a_row_of_budgets(finished: RunFolder, explore_
             "--max params_active",
             "--max must be of the form BUDGET=VALUE, such as params_active=1M, got 'params_active'",
         ),
-        ("--max params_active=x", "--max params_active=x: a value must be a number or a share"),
+        ("--max params_active=x", "--max params_active=x: the value must be a number or a share"),
         ("--max params_activ=1M", "target: 'params_activ' is unknown; did you mean 'params_active'?"),
         ("--max params_active=1M", "params_active: must be above 0 and at most the parent's"),
         ("--max params_active=1k", "params_active: must be at least 16,896, got 1,000"),

@@ -192,7 +192,7 @@ def test_the_command_prints_the_table_and_the_verdict(
     assert [row["regret"] for row in found["summary"]] == pytest.approx(list(expected["regret"]))
     least = expected.loc[expected["regret"].idxmin(), "sampler"]
     assert found["verdicts"]["10"]["least"] == least
-    assert f"10 trials: {least} has the least regret" in run()
+    assert f"10 trials: {least} has the lowest regret" in run()
 
 
 def test_the_command_refuses_what_cannot_be_replayed(

@@ -124,7 +124,7 @@ def test_the_dashboard_shows_a_note_of_every_trial(url: str, runs: Path) -> None
         assert "| name | `two\\|part` |" in note
         assert "0.004, tuned" in note if trial["number"] else "0.004, not tuned" in note
         assert "| experts |" in note
-        assert f"explore generate {runs}/two-part-" in note
+        assert f"explore generate {runs}/twopart-" in note
 
 
 def test_the_dashboard_serves_the_figures_of_every_trial(url: str) -> None:

@@ -113,9 +113,9 @@ def test_the_command_chooses_unless_it_is_told(
 
     def run(*args: Any, workers: int, **options: Any) -> Any:
         asked.append(workers)
-        return study.SweepSummary("s", 1, 0, 0, 0)
+        return study.SweepSummary("s", 1, 0, 0, 0), None
 
-    monkeypatch.setattr(study, "run_sweep", run)
+    monkeypatch.setattr(study, "run_gated", run)
     monkeypatch.setattr(study, "choose_workers", lambda examples, n_trials: 3 if examples and n_trials == 7 else 0)
     monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(file), "--trials", "7", *said])
     with pytest.raises(SystemExit) as stop:

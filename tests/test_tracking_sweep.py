@@ -292,7 +292,7 @@ def test_the_command_takes_a_folder_of_runs_without_a_study(
     ("args", "says"),
     [
         (["--save"], "not logged in to Weights & Biases"),
-        (["--out", "dashboard.yaml"], "--out: 'dashboard.yaml' is neither a script (.py)"),
+        (["--out", "dashboard.yaml"], "--out must be a script (.py) or a specification (.json), got 'dashboard.yaml'"),
         (["--study", "other"], "STUDY: 'other' is not in "),
     ],
 )

@@ -255,7 +255,8 @@ def test_a_missing_compiler_is_said_before_anything_is_begun(
     monkeypatch.setattr(compilation, "has_compiler", lambda: False)
     monkeypatch.chdir(tmp_path)
     (path := tmp_path / "one.json").write_text(tiny(write_corpus(tmp_path), "M-").model_dump_json(), encoding="utf-8")
-    before = sorted(tmp_path.iterdir())
+    (tmp_path / "runs" / "none").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
     for args in (("train", path, "--path", "ssd=compiled"), ("generate", "runs/none", "--prompt", "a", "--compile")):
         code, out, err = run(capsys, monkeypatch, *args)
         assert (code, out) == (2, "")
@@ -263,7 +264,7 @@ def test_a_missing_compiler_is_said_before_anything_is_begun(
             "error: no C++ compiler was found (g++, or the one that CXX names); "
             "without --compile and --path OP=compiled no compiler is needed\n"
         )
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
     assert run(capsys, monkeypatch, "generate", "runs/none", "--prompt", "a")[2] != err
 
 

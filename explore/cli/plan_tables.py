@@ -74,7 +74,7 @@ def print_plan(name: str, plan: Plan, found: Found | None, tokens: float | None)
         relief_found = cheapest_relief(plan)
         _say("no recomputation or offload makes it fit" if relief_found is None else f"fits with {relief_found[1]}")
     _say(
-        f"{estimate:,.0f} TFLOP/s per GPU estimated, {ceiling:,.0f} at most; {plan.tokens_per_s_gpu:,.0f} tokens/s per "
+        f"{estimate:,.0f} TFLOP/s per GPU, at most {ceiling:,.0f}; {plan.tokens_per_s_gpu:,.0f} tokens/s per "
         f"GPU; step {plan.step_s:.3g} s; bottleneck: {plan.binds}"
     )
     _print_traffic(plan)

@@ -171,7 +171,7 @@ class BlockSearch:
 
     @property
     def n_blocks(self) -> int:
-        return preset(self.parent).pattern.count("*")
+        return sum(block.role == "attention" for block in preset(self.parent).layers)
 
     @property
     def log10_size(self) -> float:

@@ -131,6 +131,6 @@ def check_prunable(objectives: Mapping[str, str]) -> None:
     minimized = all(direction == "minimize" for direction in objectives.values())
     if n_losses != 1 or len(objectives) < 2 or not known or not minimized:
         raise ValueError(
-            f"pruner: the objectives must be to minimize one of {', '.join(losses)} and at least one of "
-            f"{', '.join(costs)}, which are known before training, got {', '.join(objectives) or 'none'}"
+            f"pruner: the objectives must be one of {', '.join(losses)} and costs known before training, such as "
+            f"{costs[0]}, all to minimize; got {', '.join(objectives) or 'none'}"
         )
