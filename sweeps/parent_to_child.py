@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from explore import Experiment, ModelConfig
-from explore.formatting import flops
+from explore.formatting import count, flops
 from explore.runs import RunFolder
 
 PARENT = Path(__file__).parent / "examples" / "hybrid_parent.json"
@@ -116,15 +116,19 @@ def study(runs: Path, parent_tokens: int | None, tokens: int, *, quick: bool = F
 
 def show(table: pd.DataFrame) -> None:
     """Prints the table."""
-    shown: Mapping[str, Any] = {"params_active": "{:,.0f}", "val_bpb": "{:.4f}", "test_bpb": "{:.4f}"}
-    view = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    names = [name for name in COLUMNS if name not in ("run", "tokens", "pattern")]
+    formats: Mapping[str, Any] = {"params_active": count, "val_bpb": "{:.4f}".format, "test_bpb": "{:.4f}".format}
+    view = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    heads = {
+        "arm": "arm", "layers": "layers", "d_model": "d", "params_active": "active", "val_bpb": "val", "test_bpb": "test",
+        "flops_run": "FLOPs", "flops_teacher": "teacher", "flops_before": "before",
+    }  # fmt: skip
+    names = list(heads)
     for name in names:
-        view.add_column(name.replace("_", " "), justify="left" if name == "arm" else "right", no_wrap=name == "arm")
+        view.add_column(heads[name], justify="left" if name == "arm" else "right", no_wrap=True)
     for record in table.astype(object).where(table.notna(), None).to_dict("records"):
         texts = [
             flops(record[name]) if name.startswith("flops") else
-            "" if record[name] is None else shown.get(str(name), "{}").format(record[name])
+            "" if record[name] is None else formats.get(str(name), str)(record[name])
             for name in names
         ]  # fmt: skip
         view.add_row(*texts)

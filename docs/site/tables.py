@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
 
 import explore
 from explore.blocks import BLOCKS
 from explore.cost import CONVENTIONS
 from explore.data import CORPORA
-from explore.formatting import count
+from explore.formatting import count, flops
 from explore.number_formats import FORMATS
 from explore.precision import RECIPES
 from explore.presets import PRESETS, preset, published_table
@@ -20,6 +23,7 @@ from explore.solve import BUDGETS
 from explore.train.objectives import OBJECTIVES
 
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> str:
@@ -91,6 +95,19 @@ def presets() -> str:
         model, cost = preset(name), preset(name).cost(4096)
         rows.append((f"`{name}`", model.family, count(cost.params_total), count(cost.params_active), entry.source))
     return table(("preset", "family", "parameters", "active", "source"), rows, right=("parameters", "active"))
+
+
+def parent_to_child() -> str:
+    arms = pd.read_csv(ROOT / "sweeps" / "records" / "parent_to_child.csv")
+    rows = [
+        (
+            arm.arm, arm.layers, arm.d_model, count(arm.params_active), f"{arm.val_bpb:.4f}", f"{arm.test_bpb:.4f}",
+            *("" if pd.isna(each) else flops(each) for each in (arm.flops_run, arm.flops_teacher, arm.flops_before)),
+        )
+        for arm in arms.itertuples()
+    ]  # fmt: skip
+    header = ("arm", "layers", "d_model", "active", "val bpb", "test bpb", "FLOPs", "teacher", "before")
+    return table(header, rows, right=header[1:])
 
 
 def published() -> str:
@@ -166,6 +183,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "corpora": corpora,
     "samplers": samplers,
     "training-objectives": training_objectives,
+    "parent-to-child": parent_to_child,
 }
 
 

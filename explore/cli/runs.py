@@ -78,7 +78,7 @@ def _matching(text: str | None, among: list[RunFolder]) -> list[RunFolder]:
         return among
     from explore.runs import PREFIX
 
-    here = [run for run in among if run.path.name == text or run.path == Path(text)]
+    here = [run for run in among if run.path.name == text or run.path.resolve() == Path(text).resolve()]
     by_key = [run for run in among if len(text) >= PREFIX and (run.key or "").startswith(text)]
     if found := here or by_key or [run for run in among if text in run.path.name]:
         return found
