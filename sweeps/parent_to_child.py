@@ -119,8 +119,8 @@ def show(table: pd.DataFrame) -> None:
     formats: Mapping[str, Any] = {"params_active": count, "val_bpb": "{:.4f}".format, "test_bpb": "{:.4f}".format}
     view = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     heads = {
-        "arm": "arm", "layers": "layers", "d_model": "d", "params_active": "active", "val_bpb": "val", "test_bpb": "test",
-        "flops_run": "FLOPs", "flops_teacher": "teacher", "flops_before": "before",
+        "arm": "arm", "layers": "layers", "d_model": "d", "params_active": "active", "val_bpb": "val",
+        "test_bpb": "test", "flops_run": "FLOPs", "flops_teacher": "teacher", "flops_before": "before",
     }  # fmt: skip
     names = list(heads)
     for name in names:
