@@ -262,7 +262,7 @@ def _encode(s_b: Tensor, S: Tensor) -> Tensor:
 
 
 def _squared_error(x: Tensor, s_b: Tensor, S: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Of rounding to nearest."""
+    """Returns the squared error of rounding x to nearest with these scales, summed over `axes`."""
     y = _rounded(x * _encode(s_b, S), "e2m1", None) * s_b / S
     return (y - x).square().sum(axes, keepdim=True)
 
