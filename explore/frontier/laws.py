@@ -21,6 +21,8 @@ MIN_POINTS = 5
 APART = 0.01
 """Minimum distance in decades of compute between two points."""
 ROUNDING = 1e-9
+NOISE_DOF = 16
+"""Residual degrees of freedom from which on the noise may change with compute; fewer would fit it to chance."""
 REWEIGHTED = 3
 """Rounds of reweighting runs by the noise found in the previous fit."""
 WEBB = np.sqrt([0.5, 1.0, 1.5]) * np.array([[1.0], [-1.0]])
@@ -133,8 +135,8 @@ def fit_power_laws(
 ) -> PowerLaws:
     """Fits the laws by least squares of the loss, and bootstraps them with resampled residuals.
 
-    The standard deviation of a run is a power of its compute: runs are weighted by the inverse variance, and residuals
-    are divided by it before resampling. They are resampled individually, scaled up by sqrt(n / (n - parameters)) and by
+    The standard deviation of a run is a power of its compute, where 16 residual degrees of freedom or more can show it:
+    runs are weighted by the inverse variance, and residuals are divided by it before resampling. They are resampled individually, scaled up by sqrt(n / (n - parameters)) and by
     draws of their uncertain standard deviation. Runs that branched from one trunk share its noise; with `trunk`, the
     residuals of a trunk stay together and get one random factor. The common effect of a seed on all runs is removed
     first and added back as a shift of all laws, t distributed with seeds - 1 degrees of freedom: it widens the
@@ -181,7 +183,7 @@ def fit_power_laws(
     for _ in range(REWEIGHTED):
         y = measured - moves[seeds]
         theta = _fit(which, log_c, y, [theta], scale)
-        if noise == "power":
+        if noise == "power" and dof >= NOISE_DOF:
             sd_exponent = _sd_exponent(y - curves(theta[None], which, log_c)[0], log_c, dof)
             scale = np.exp(sd_exponent * log_c)
         moves, shares = _moves(measured - curves(theta[None], which, log_c)[0], seeds, scale)
