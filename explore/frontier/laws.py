@@ -136,8 +136,9 @@ def fit_power_laws(
     """Fits the laws by least squares of the loss, and bootstraps them with resampled residuals.
 
     The standard deviation of a run is a power of its compute, where 16 residual degrees of freedom or more can show it:
-    runs are weighted by the inverse variance, and residuals are divided by it before resampling. They are resampled individually, scaled up by sqrt(n / (n - parameters)) and by
-    draws of their uncertain standard deviation. Runs that branched from one trunk share its noise; with `trunk`, the
+    runs are weighted by the inverse variance, and residuals are divided by it before resampling. They are resampled
+    individually, scaled up by sqrt(n / (n - parameters)) and by draws of their uncertain standard deviation. Runs that
+    branched from one trunk share its noise; with `trunk`, the
     residuals of a trunk stay together and get one random factor. The common effect of a seed on all runs is removed
     first and added back as a shift of all laws, t distributed with seeds - 1 degrees of freedom: it widens the
     intervals of laws and of E, but not of exponents or multipliers. `p_fit` tests whether the laws fit; if they do not,
