@@ -25,6 +25,8 @@ def run_path(text: str) -> Path:
     from explore.files import exists
     from explore.runs import resolve_run
 
+    if not text:  # which would be the current folder
+        raise FileNotFoundError("run must be a folder, a name or the first characters of a key, got ''")
     if exists(path := Path(text)) or path.suffix == ".json":
         return path
     try:
