@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
@@ -43,6 +44,14 @@ class Config(BaseModel):
     @classmethod
     def _read_numbers(cls, data: Any) -> Any:
         return read_numbers(cls, data)
+
+    @classmethod
+    def validated(cls: type[C], content: Any, path: str | Path) -> C:  # noqa: PYI019 - as in `replace`
+        """Validates the content of a file; a ValueError names the file and the field."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{path}: {explain(error)}") from None
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """Shows only fields that differ from their defaults."""

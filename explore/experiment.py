@@ -387,14 +387,6 @@ class Experiment(Config):
         overrides = list(overrides)
         for override in overrides:
             set_field(content, override)
-        experiment = cls.read(content, path)
+        experiment = cls.validated(content, path)
         check_overrides(experiment.model, overrides)
         return experiment
-
-    @classmethod
-    def read(cls, content: Any, path: Path) -> Experiment:
-        """Validates the content of a file; a ValueError names the file and the field."""
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            raise ValueError(f"{path}: {explain(error)}") from None

@@ -115,7 +115,7 @@ class RunFolder:
 
         if not (record := self.experiment):
             raise ValueError(f"{self.path}: must be a run folder, with an experiment.json that can be read")
-        return Experiment.read(record.get("experiment"), self.path / "experiment.json")
+        return Experiment.validated(record.get("experiment"), self.path / "experiment.json")
 
     @property
     def cost(self) -> dict[str, Any]:

@@ -34,7 +34,17 @@ from explore.blocks.declarations import (
 from explore.blocks.saved import Ranks, attention_saved, check_divides, norm_kept
 from explore.blocks.state import KVCache, WindowCache
 from explore.config import added_later
-from explore.cost import ConventionName, Entry, Saved, attended_keys, linear_input, matrix, vector, visible_keys
+from explore.cost import (
+    ConventionName,
+    Entry,
+    Saved,
+    attended_keys,
+    convolution,
+    linear_input,
+    matrix,
+    vector,
+    visible_keys,
+)
 from explore.ops import attention, causal_conv1d, rotate
 
 
@@ -141,23 +151,12 @@ class AttentionConfig(BlockConfig):
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         seen = visible_keys(seq_len, self.window)
         qkv_bias, o_bias = self.bias != "none", self.bias == "all"
-        d_conv, channels = self.d_conv or 0, self.d_conv_channels
-        conv = d_conv * channels
-        conv1d = Entry(
-            "conv1d",
-            params=conv,
-            params_active=conv,
-            params_read=conv,
-            flops_seq=2 * conv * seq_len,
-            flops_step=2 * conv,
-            conv_numel=conv - channels,
-        )
         return (
             matrix("q_proj", d_model, d_q, seq_len, bias=qkv_bias),
             matrix("k_proj", d_model, d_kv, seq_len, bias=qkv_bias),
             matrix("v_proj", d_model, d_kv, seq_len, bias=qkv_bias),
             *((matrix("gate_proj", d_model, d_q, seq_len, bias=qkv_bias),) if self.output_gate else ()),
-            *((conv1d,) if self.d_conv else ()),
+            *((convolution("conv1d", self.d_conv_channels, self.d_conv, seq_len),) if self.d_conv else ()),
             *((vector("qk_norm", 2 * self.d_head),) if self.qk_norm else ()),
             *((vector("sinks", self.n_heads),) if self.sinks else ()),
             Entry(

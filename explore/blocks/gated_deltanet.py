@@ -35,7 +35,7 @@ from explore.blocks.declarations import (
 )
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, norm_kept
 from explore.blocks.state import RecurrentState
-from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, vector
+from explore.cost import ConventionName, Entry, Saved, convolution, linear_input, matrix, vector
 from explore.ops import causal_conv1d, delta_rule, l2_norm, rms_norm_before_gate
 from explore.ops.delta_rule import backward_extra_flops, chunked_flops, step_flops
 
@@ -150,22 +150,13 @@ class GatedDeltaNetConfig(BlockConfig):
         return {"n_key_heads": max(n for n in divisors(heads) if n <= keys)}
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
-        conv = self.d_conv_channels * self.d_conv
         products = chunked_flops(seq_len, self.n_heads, self.n_key_heads, self.d_k, self.d_v, self.chunk_size)
         step = step_flops(self.n_heads, self.d_k, self.d_v)
         rule = [Entry(f"delta {name}", flops_seq=n, flops_step=step.get(name, 0)) for name, n in products.items()]
         rule[-1] = rule[-1]._replace(ssm_numel=self.d_values * self.d_k)  # written by the last product
         return (
             matrix("in_proj", d_model, self.d_in_proj, seq_len),
-            Entry(
-                "conv1d",
-                params=conv,
-                params_active=conv,
-                params_read=conv,
-                flops_seq=2 * conv * seq_len,
-                flops_step=2 * conv,
-                conv_numel=self.d_conv_channels * (self.d_conv - 1),
-            ),
+            convolution("conv1d", self.d_conv_channels, self.d_conv, seq_len),
             vector("A_log, dt_bias", 2 * self.n_heads),
             *rule,
             vector("norm", self.d_v),

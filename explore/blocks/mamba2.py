@@ -34,7 +34,7 @@ from explore.blocks.declarations import (
 )
 from explore.blocks.saved import Ranks, check_divides, dropout_mask, norm_kept
 from explore.blocks.state import RecurrentState
-from explore.cost import ConventionName, Entry, Saved, linear_input, matrix, vector
+from explore.cost import ConventionName, Entry, Saved, convolution, linear_input, matrix, vector
 from explore.ops import causal_conv1d, gated_group_rms_norm, ssd
 
 SCAN = ("ssd C B^T", "ssd (L * C B^T) X", "ssd state update", "ssd state output")
@@ -129,22 +129,13 @@ class Mamba2Config(BlockConfig):
 
     def entries(self, d_model: int, seq_len: int) -> tuple[Entry, ...]:
         channels = self.d_conv_channels
-        conv = channels * (self.d_conv + 1)
         # All chunks but the last are full; products within a chunk are square.
         whole, rest = divmod(seq_len, self.chunk_size)
         squares = whole * self.chunk_size**2 + rest**2
         state = self.d_inner * self.d_state
         return (
             matrix("in_proj", d_model, self.d_inner + channels + self.n_heads, seq_len),
-            Entry(
-                "conv1d",
-                params=conv,
-                params_active=conv,
-                params_read=conv,
-                flops_seq=2 * channels * self.d_conv * seq_len,
-                flops_step=2 * channels * self.d_conv,
-                conv_numel=channels * (self.d_conv - 1),
-            ),
+            convolution("conv1d", channels, self.d_conv, seq_len, bias=True),
             vector("A_log, D, dt_bias", 3 * self.n_heads),
             Entry(SCAN[0], flops_seq=2 * self.n_groups * self.d_state * squares),
             Entry(SCAN[1], flops_seq=2 * self.d_inner * squares),

@@ -13,7 +13,18 @@ from rich.table import Table
 from explore.cli.app import app, out
 from explore.cli.cut_tables import ranges, show_published_cut
 from explore.cli.opening import OR_KEY, run_path
-from explore.cli.options import DataOf, Json, KVDtype, StateDtype, WeightDtype, only_with, whole_count
+from explore.cli.options import (
+    Context,
+    DataOf,
+    DecodeBatch,
+    DecodeHardware,
+    Json,
+    KVDtype,
+    StateDtype,
+    WeightDtype,
+    only_with,
+    whole_count,
+)
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
@@ -90,12 +101,9 @@ def cut(
     ] = False,
     scores: Annotated[Path | None, typer.Option(help="Scores to use (default: those of explore score).")] = None,
     data: DataOf = None,
-    context: Annotated[
-        int | None,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")] = 1,
-    hardware: Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")] = "H100",
+    context: Context = None,
+    batch_size: DecodeBatch = 1,
+    hardware: DecodeHardware = "H100",
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from explore.precision import Recipe
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
+Context = Annotated[
+    int | None,
+    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
+]
+DecodeBatch = Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")]
+DecodeHardware = Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")]
 DataOf = Annotated[
     Path | None,
     typer.Option(help="Run or experiment (JSON) whose data to use with an imported checkpoint."),

@@ -10,7 +10,17 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
-from explore.cli.options import Json, KVDtype, StateDtype, WeightDtype, only_with, whole_count
+from explore.cli.options import (
+    Context,
+    DecodeBatch,
+    DecodeHardware,
+    Json,
+    KVDtype,
+    StateDtype,
+    WeightDtype,
+    only_with,
+    whole_count,
+)
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
@@ -77,12 +87,9 @@ def puzzle(
     round_tokens: Annotated[
         int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of each distillation between rounds.")
     ] = 524_288,
-    context: Annotated[
-        int | None,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")] = 1,
-    hardware: Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")] = "H100",
+    context: Context = None,
+    batch_size: DecodeBatch = 1,
+    hardware: DecodeHardware = "H100",
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",

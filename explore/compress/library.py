@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from explore.blocks import AnyBlock
 from explore.compress.plan import LayerCut, LibraryBlock, Plan
 from explore.compress.variants import How, Offer, variants
-from explore.config import Config, FrozenJson, explain
+from explore.config import Config, FrozenJson
 from explore.files import read_json, replacing
 from explore.model import LanguageModel, ModelConfig
 from explore.weights import read_block
@@ -93,10 +93,7 @@ class Library(Config):
         Raises:
             ValueError: no such file, or an invalid field, named by its path.
         """
-        try:
-            return cls.model_validate(read_json(Path(path)))
-        except ValidationError as error:
-            raise ValueError(f"{path}: {explain(error)}") from None
+        return cls.validated(read_json(Path(path)), path)
 
     def save(self, path: str | Path) -> None:
         """Writes the library as JSON; its blocks are already stored beside it."""

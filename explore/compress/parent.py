@@ -69,7 +69,7 @@ def open_parent(path: RunFolder | str | Path, data: str | Path | None = None) ->
     content["model"] = TrainedModel.model_validate(folder).model.model_dump(mode="json")
     content["start"] = {"kind": "fresh"}
     content["train"]["objective"] = {"kind": "next_token"}
-    experiment = Experiment.read(content, source)
+    experiment = Experiment.validated(content, source)
     _check_tokens(folder, experiment)
     return Parent(folder, experiment, is_run=False)
 

@@ -127,10 +127,7 @@ class Plan(Config):
         Raises:
             ValueError: no such file, or an invalid field, named by its path.
         """
-        try:
-            return cls.model_validate(read_json(Path(path)))
-        except ValidationError as error:
-            raise ValueError(f"{path}: {explain(error)}") from None
+        return cls.validated(read_json(Path(path)), path)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, one line per layer."""

@@ -375,6 +375,13 @@ def matrix(component: str, d_in: int, d_out: int, seq_len: int, *, bias: bool = 
     return entry._replace(params=params, params_active=params, params_read=params)
 
 
+def convolution(component: str, channels: int, width: int, seq_len: int, *, bias: bool = False) -> Entry:
+    """Entry of a causal convolution with a filter of `width` per channel; decoding keeps `width` - 1 inputs."""
+    weights = channels * width
+    params, flops = weights + (channels if bias else 0), 2 * weights
+    return Entry(component, params, params, params, flops * seq_len, flops, conv_numel=weights - channels)
+
+
 def vector(component: str, numel: int) -> Entry:
     """Entry of parameters outside matrix products: norms, biases, per-head scalars."""
     return Entry(component, numel, numel, numel)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from explore.config import explain
 from explore.data import Tokenizer, tokenizer_json
 from explore.files import read_json, temporary_beside
 from explore.interop.card import model_card
@@ -137,10 +135,7 @@ def load_model_config(folder: str | Path) -> ModelConfig:
         ValueError: no such file, or an invalid field.
     """
     path = Path(folder) / MODEL
-    try:
-        return ModelConfig.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {explain(error)}") from None
+    return ModelConfig.validated(read_json(path), path)
 
 
 @contextmanager

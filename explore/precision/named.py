@@ -8,9 +8,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from explore.config import explain
 from explore.files import read_json
 from explore.precision.recipe import Recipe, Rule
 
@@ -142,7 +139,4 @@ def read_recipe(name: str) -> Recipe:
     """
     if not (name.endswith(".json") or Path(name).is_file()):
         return named(name)
-    try:
-        return Recipe.model_validate(read_json(Path(name)))
-    except ValidationError as error:
-        raise ValueError(f"{name}: {explain(error)}") from None
+    return Recipe.validated(read_json(Path(name)), name)

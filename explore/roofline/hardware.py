@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
-from pydantic import ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, PositiveFloat, PositiveInt
 
-from explore.config import Config, Frozen, explain
+from explore.config import Config, Frozen
 from explore.cost import Dtype, Stored
 from explore.files import read_json
 from explore.precision import FORMATS
@@ -92,10 +92,7 @@ def hardware(name: str) -> Hardware:
     if name == HERE:
         return measured()
     if name.endswith(".json"):
-        try:
-            return Hardware.model_validate(read_json(Path(name)))
-        except ValidationError as error:
-            raise ValueError(f"{name}: {explain(error)}") from None
+        return Hardware.validated(read_json(Path(name)), name)
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu

@@ -57,7 +57,7 @@ def child_experiment(
     }
     for override in overrides:
         set_field(content, override)
-    return Experiment.read(content, path)
+    return Experiment.validated(content, path)
 
 
 def _experiment(folder: Path, data: str | Path | None) -> Experiment:
