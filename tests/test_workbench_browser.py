@@ -121,9 +121,9 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
     page.locator(".wb-palette").get_by_label("remove the layer").click()
     settle(page, "MM*")
     chips.nth(2).click()  # it is selected already, so this turns it into the next kind
-    settle(page, "MML")
+    settle(page, "MMW")
     chips.nth(2).drag_to(chips.nth(0))
-    settle(page, "LMM")
+    settle(page, "WMM")
 
     # A slider, by its keys.
     width = page.locator("[data-path='model.d_model']")
@@ -137,10 +137,10 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
     print(f"\nfrom an input event to the drawn readout: {statistics.median(times):.1f} ms, at most {max(times):.1f} ms")
     assert statistics.median(times) < 100
     assert int(width.input_value()) == before + 3
-    settle(page, "LMM")
+    settle(page, "WMM")
     d_model = int(page.locator("label", has=width).locator("output").inner_text().replace(",", ""))
     assert d_model > nano.d_model
-    changed = ModelConfig.model_validate({**fields, "pattern": "LMM", "d_model": d_model})
+    changed = ModelConfig.model_validate({**fields, "pattern": "WMM", "d_model": d_model})
     check(page, changed)
 
     # What it gives back.
@@ -150,7 +150,7 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
     page.locator(".jp-CodeCell .cm-content").nth(1).click()
     page.keyboard.press("Shift+Enter")
     printed = page.locator(".jp-CodeCell").nth(1).locator(".jp-OutputArea-output pre")
-    assert printed.inner_text().split() == ["LMM", str(d_model), str(changed.cost(8192).params_total)]
+    assert printed.inner_text().split() == ["WMM", str(d_model), str(changed.cost(8192).params_total)]
 
 
 @pytest.mark.slow
