@@ -1,14 +1,16 @@
-"""How much attention does a Mamba hybrid need: for bits per byte, and for recall, to which that loss is blind?
+"""How much attention does a Mamba hybrid need?
 
-Four mixers, each followed by an MLP, of which none, one, two, three or all are attention; one of four stands early, in
-the middle or late, and in two arms attention has rotary position embedding. The MLPs bring every arm to the training
-FLOPs of `M-M-M-M-` with 4 d_model; the residuals of active parameters and of the state at 128 tokens are kept. `text`
-is Gutenberg; `recall` is multi-query associative recall of six pairs, on which a run succeeds or fails: what counts is
-the share of seeds that succeed.
+Every model has four mixers, each followed by an MLP. Zero, one, two, three or four of the mixers are attention and the
+others are Mamba-2. A single attention layer is the first, second or last mixer, and two arms add RoPE. The solver sets
+the width of the MLPs so that every arm has the training FLOPs of `M-M-M-M-` with a `d_ff` of 4 `d_model`. The remaining
+differences in active parameters and in the state at 128 tokens are recorded.
 
-Primary, named beforehand: `25` against `0` and against `100`, on text at two widths and on recall at one, with three
-seeds. The other arms have one width. No run on text has fewer than four training tokens for each active parameter of
-its layers. Budget: three CPU hours.
+Two tasks: bits per byte on Gutenberg text (`text`), and multi-query associative recall of six pairs (`recall`), which
+bits per byte does not show. A run on recall succeeds or fails, so its result is the share of seeds that succeed.
+
+Primary comparisons, fixed in advance: `25` against `0` and against `100`, on text at two widths and on recall at one,
+with three seeds. The other arms have one width. Every run on text has at least four training tokens per active
+parameter of its layers. Budget: three CPU hours.
 
     explore sweep sweeps/attention_share.py --trials 21 --workers 2 --records sweeps/records/attention_share.parquet
 """
@@ -119,7 +121,7 @@ WINDOW = 20
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also along the runs.
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also during training.
 
     Raises:
         ValueError: `25` has no run on one of the tasks.
@@ -160,7 +162,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Map
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss and, by the first mixer, recall against the share of attention; all differences from one layer in four."""
+    """Loss against the share of attention, recall by the first mixer, and all differences from one layer in four."""
     heights = [1.7, 1.5, 1.5, 1.7, 2.1]
     drawn, (above, steps, flops, middle, below) = stacked(heights, "How much attention does a Mamba hybrid need?")
     draw_gaps(steps, tables["curves"][tables["curves"]["arm"] == "100"], "step", WIDTHS)

@@ -1,7 +1,9 @@
 """Which of attention, Mamba, mixture-of-experts and LatentMoE layers buys the most bits per byte for its FLOPs?
 
-Small models on the embedded text, all with the same number of training tokens, under a bound on total
-parameters. The baselines are one hand-made model of each family, in the style of the Nemotron hybrids.
+Small models are trained on the embedded text, all on the same number of tokens and under one limit on total
+parameters. The baselines are four hand-made models, one of each family, in the style of the Nemotron hybrids.
+
+    explore sweep sweeps/first_frontier.py --trials 24
 """
 
 import optuna

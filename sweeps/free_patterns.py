@@ -1,8 +1,8 @@
-"""Which free patterns of Mamba-2, attention, MLP and LatentMoE layers are on the frontier of bits per byte and FLOPs?
+"""Which patterns of Mamba-2, attention, MLP and LatentMoE layers are on the frontier of bits per byte and FLOPs?
 
-Every pattern of three to eight layers that begins with a mixer and ends with a feed-forward layer may be tried, at
-widths from 64 to 160 with its own experts and latent. Each architecture first searches its learning rate by short runs,
-and a run whose curve falls behind the front at its own FLOPs is stopped. The baselines are hand-made patterns.
+The search draws patterns of three to eight layers that begin with a mixer and end with a feed-forward layer, at widths
+from 64 to 160, each with its own experts and latent. Short runs tune the learning rate of each architecture. A run
+whose curve falls behind the front at equal FLOPs is stopped. The baselines are four hand-made patterns.
 """
 
 import optuna

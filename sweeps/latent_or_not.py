@@ -1,16 +1,24 @@
 """Does a LatentMoE buy more than a standard MoE at the same total and active parameters and training FLOPs?
 
-One hybrid pattern, `MEM*EME`; only its expert layers differ. `moe` has 16 experts, two of them active. With the latent
-a times narrower, `acc` has a times as many experts and a times as many active ones, `eff` a times as many experts and
-two active, `squeezed` neither. The rest are `acc4` with one thing changed: a norm on what the experts read or on what
-they give, or a router that reads the latent. `acc` and `eff` have the total parameters of `moe`, for which they give up
-a few experts, and `acc` its active parameters: as in the released configurations it gives up as many active experts as
-its projections and its larger router cost, and no more than half a routed expert's weight of its shared one. The
-residuals of all budgets are kept. `eff` is meant to be cheaper; `squeezed`, a latent without more experts, is smaller.
+All arms have the pattern `MEM*EME`; only their expert layers differ. The digit in the name of an arm is alpha: its
+latent is alpha times narrower than `d_model`.
 
-Primary, named beforehand: `acc4` and `eff4` against `moe`, at eight widths with three seeds. The other arms have one
-width. No run has fewer than five training tokens for each active parameter of its layers. Budget: the first 24 trials,
-of widths up to 64, take two CPU hours; the other nine are for a GPU, on which larger batches keep the number of steps.
+- `moe`: a standard MoE with 16 experts, two of them active. It is the baseline.
+- `acc`: alpha times as many experts, and alpha times as many active ones.
+- `eff`: alpha times as many experts, two of them active. By design it is cheaper than `moe`.
+- `squeezed`: 16 experts, two of them active. By design it is smaller than `moe`.
+- `acc4-norm-in`, `acc4-norm-out`, `acc4-router`: `acc4` with a norm of the latent, a norm of the combined output of the
+  experts, or a router that reads the latent.
+
+`acc` and `eff` have a few experts fewer, so that their total parameters equal those of `moe`. `acc` also has its active
+parameters: as in the released configurations, it has fewer active experts to make up for its projections and larger
+router. The rest of the difference goes to its shared expert, which grows or shrinks by the weights of at most half a
+routed expert. The remaining differences of all budgets are recorded.
+
+Primary comparisons, fixed in advance: `acc4` and `eff4` against `moe`, at eight widths with three seeds. The other arms
+have one width. Every run has at least five training tokens per active parameter of its layers. Budget: the first 24
+trials, at widths up to 64, take two CPU hours. The other nine need a GPU, where larger batches keep the number of steps
+the same.
 
     explore sweep sweeps/latent_or_not.py --trials 24 --workers 2 --records sweeps/records/latent_or_not.parquet
 """
@@ -147,7 +155,7 @@ NAMES = {
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm at every width, the differences from `moe`, and what the laws say."""
+    """Test bits per byte of every arm at every width, the differences from `moe`, and the results of the power laws."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
     whole = runs[runs.groupby(["arm", "d_model"])["seed"].transform("nunique") == seeds]
@@ -191,7 +199,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss and its floor, residuals of all seeds, the primary differences, and those of all arms at one width."""
+    """Loss with its floor, residuals of all seeds, the primary differences, and all differences at one width."""
     drawn, (above, residuals, middle, below) = stacked([1.9, 1.9, 1.6, 2.4], "Does a latent pay?")
     primary = {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]}
     draw_laws(above, tables["bands"], tables["curves"], primary)

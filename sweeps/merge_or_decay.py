@@ -1,15 +1,18 @@
 """Is an average of the checkpoints of a constant learning rate as good as a decay?
 
-One hybrid pattern, `MEM*EME` with 16 experts, two of them active, on the same tokens twice: `decayed` lets the rate
-fall over the last fifth of its steps, as every other study here does; `constant` keeps it, and its checkpoints of that
-last fifth, eight of them, are averaged once with the weights that imitate the same decay (`minus_sqrt`) and once with
-equal ones (`flat`), as `explore merge` does. Either run has a search of its own learning rate: for the decayed model
-there, for the average of `minus_sqrt` here. So the last checkpoint of `constant` by itself, which is told too, was not
-searched for. Averages are of the same runs: each is compared with `decayed` by itself, and never with one another.
+All arms have the pattern `MEM*EME` with 16 experts, two of them active, and the same tokens. There are two schedules:
 
-Primary, named beforehand: `minus_sqrt` against `decayed`, at two widths with five seeds; what is claimed is the
-interval of the difference, as one that is not resolved is no equality. No run has fewer than six training tokens for
-each active parameter of its layers. Budget: one CPU hour.
+- `decayed`: the learning rate falls over the last fifth of the steps, as in the other studies here.
+- `constant`: the learning rate stays. Eight checkpoints of the last fifth are averaged as `explore merge` does, once
+  with weights that imitate the same decay (`minus_sqrt`) and once with equal weights (`flat`).
+
+Each schedule has its own search of the learning rate: `decayed` for the final model, `constant` for the `minus_sqrt`
+average. The last checkpoint of `constant` is reported too, but its learning rate was not tuned for it. Both averages
+come from the same runs, so each is compared with `decayed` alone and never with the other.
+
+Primary comparison, fixed in advance: `minus_sqrt` against `decayed`, at two widths with five seeds. The claim is the
+interval of the difference: a difference that is not resolved is not evidence of equality. Every run has at least six
+training tokens per active parameter of its layers. Budget: one CPU hour.
 
     explore sweep sweeps/merge_or_decay.py --trials 4 --workers 2 --records sweeps/records/merge_or_decay.parquet
 """
@@ -94,7 +97,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss of the decay, both averages and neither, and the differences of the averages from the decay."""
+    """Loss of the decay, both averages and the last checkpoint, and the differences of the averages from the decay."""
     drawn, (above, below) = stacked([2.0, 1.7], "Is an average of checkpoints as good as a decay?")
     arms = {"decayed": "decay", "minus_sqrt": "average, minus sqrt", "flat": "average, flat", "constant": "neither"}
     bands = tables["bands"].rename(columns={"test_bpb": "estimate", "d_model": "x", "arm": "series"})

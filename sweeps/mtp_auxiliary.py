@@ -1,13 +1,13 @@
 """Does multi-token prediction, as an auxiliary loss, improve the loss of the next token?
 
-One hybrid pattern, `MEM*EME` with 16 experts, two of them active. `mtp` adds one depth of multi-token prediction, the
-`*E` of the released configurations, and its loss at a weight of 0.1; in `heavy` the weight is 0.3. Nothing of that
-depth remains in the model that is scored, but its training costs more than half as many FLOPs again, most of them in
-the head. So there are two baselines without it: `none` has the tokens of `mtp`, and `longer` its training FLOPs, spent
-on more tokens. Every arm has a search of its own learning rate.
+All arms have the pattern `MEM*EME` with 16 experts, two of them active. `mtp` adds one depth of multi-token prediction,
+the `*E` of the released configurations, and gives its loss a weight of 0.1; in `heavy` the weight is 0.3. That depth is
+removed before the model is scored, but it adds more than half to the training FLOPs, mostly in the head. So there are
+two baselines without it: `none` trains on the tokens of `mtp`, and `longer` spends the training FLOPs of `mtp` on more
+tokens. The learning rate of each arm is tuned separately.
 
-Primary, named beforehand: `mtp` against `none` and against `longer`, at two widths with three seeds. No run has fewer
-than five training tokens for each active parameter of the layers that are scored. Budget: one CPU hour.
+Primary comparisons, fixed in advance: `mtp` against `none` and against `longer`, at two widths with three seeds. Every
+run has at least five training tokens per active parameter of the layers that are scored. Budget: one CPU hour.
 
     explore sweep sweeps/mtp_auxiliary.py --trials 8 --workers 2 --records sweeps/records/mtp_auxiliary.parquet
 """
@@ -86,7 +86,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss against training FLOPs, and what is lost without multi-token prediction."""
+    """Loss against training FLOPs, and the differences of the other arms from `mtp`."""
     drawn, (above, below) = stacked([2.0, 2.2], "Does multi-token prediction improve the loss of the next token?")
     arms = {"none": "none", "longer": "none, longer", "mtp": "weight 0.1", "heavy": "weight 0.3"}
     bands = tables["bands"].rename(columns={"test_bpb": "estimate", "arm": "series"})
@@ -96,5 +96,5 @@ def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     differences = tables["differences"]
     rows = differences.assign(row=differences["arm"] + differences["d_model"].astype("str"))
     names = {f"{arm}{width}": f"{text} (d {width})" for arm, text in words.items() for width in WIDTHS}
-    draw_comparisons(below, rows, names, "Test bits per byte, less weight 0.1's", arm="row")
+    draw_comparisons(below, rows, names, "Test bits per byte,\ndifference from weight 0.1", arm="row")
     return drawn

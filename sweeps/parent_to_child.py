@@ -1,11 +1,13 @@
-"""Is it worth half a parent's active parameters to cut and distil it, rather than to train that size from scratch?
+"""Is a model cut from a parent and distilled better than one of the same size trained from scratch?
 
-A hybrid of about a million parameters (`sweeps/examples/hybrid_parent.json`) is trained on the embedded text, scored,
-and cut to half of its active parameters: by width, by depth, and by Puzzle where that command is there. Every child is
-distilled, and a model of the same shape is trained from scratch on as many tokens. Every step is a command of
-`explore`, which this file prints before it runs it; a second call goes on where the first was stopped. At the end comes
-one table: bits per byte on validation and test, and the FLOPs of everything. One seed, so differences of a few
-thousandths of a bit per byte mean nothing. What the parent, its scores and the candidates cost is in `flops_before`.
+The parent is a hybrid of about a million parameters (`sweeps/examples/hybrid_parent.json`), trained on the embedded
+text. It is scored, then cut to half of its active parameters by width, by depth and, if the command exists, by
+`explore puzzle`. Each child is distilled, and a model of the same shape is trained from scratch on as many tokens.
+
+Every step is a command of `explore`, printed before it runs. If the chain is stopped, the same call resumes it. At the
+end it prints one table: bits per byte on validation and test, and all FLOPs. `flops_before` holds the FLOPs of the
+parent, of its scores and of the candidates. There is one seed, so differences of a few thousandths of a bit per byte
+mean nothing.
 
     python sweeps/parent_to_child.py --records sweeps/records/parent_to_child.csv
 """
@@ -30,7 +32,7 @@ from explore.runs import RunFolder
 
 PARENT = Path(__file__).parent / "examples" / "hybrid_parent.json"
 SHARE = 0.5
-"""Of the parent's active parameters."""
+"""Share of the parent's active parameters that a child keeps."""
 COLUMNS = (
     "arm", "pattern", "layers", "d_model", "params_active", "tokens", "val_bpb", "test_bpb",
     "flops_run", "flops_teacher", "flops_before", "run",
@@ -40,7 +42,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 def explore(*arguments: object) -> dict[str, Any]:
-    """Runs a command of `explore`, which is shown, and returns what it prints as JSON."""
+    """Prints and runs a command of `explore`, and returns its JSON output."""
     words = [str(each) for each in arguments]
     console.print("$ explore", *words, style="bold", markup=False)
     command = [sys.executable, "-c", "from explore.cli import main; main()", *words, "--json"]
@@ -52,7 +54,7 @@ def explore(*arguments: object) -> dict[str, Any]:
 
 
 def has_puzzle() -> bool:
-    """Whether this version has the command."""
+    """Whether this version has the command `explore puzzle`."""
     command = [sys.executable, "-c", "from explore.cli import main; main()", "puzzle", "--help"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
@@ -72,7 +74,7 @@ def plans(parent: Path, model: ModelConfig, seq_len: int, *, quick: bool) -> dic
 
 
 def from_scratch(child: RunFolder, lr: float, folder: Path, arm: str) -> Path:
-    """An experiment of the shape of a child that begins with nothing and learns from text alone."""
+    """An experiment with the shape of a child that starts from fresh weights and trains on text alone."""
     content = child.load_experiment().model_dump(mode="json")
     content["start"] = {"kind": "fresh"}
     content["train"] |= {"objective": {"kind": "next_token"}, "lr": lr}
@@ -83,7 +85,7 @@ def from_scratch(child: RunFolder, lr: float, folder: Path, arm: str) -> Path:
 
 
 def row(arm: str, folder: RunFolder) -> dict[str, Any]:
-    """What the table says of a run."""
+    """The row of a run in the table."""
     model, record = folder.load_experiment().model, folder.row()
     own = {"arm": arm, "pattern": model.pattern, "layers": model.n_layers}
     return {**own, **{name: record.get(name) for name in COLUMNS if name not in own}}
@@ -94,9 +96,9 @@ def study(runs: Path, parent_tokens: int | None, tokens: int, *, quick: bool = F
 
     Args:
         runs: folder of run folders.
-        parent_tokens: those of the parent; as in its file when absent.
-        tokens: of every child, and of every model from scratch.
-        quick: score few candidates.
+        parent_tokens: training tokens of the parent; those in its file if absent.
+        tokens: training tokens of every child and of every model from scratch.
+        quick: score only a few candidates.
     """
     runs.mkdir(parents=True, exist_ok=True)
     changes = [] if parent_tokens is None else ["--set", f"train.tokens={parent_tokens}"]
@@ -138,10 +140,10 @@ def show(table: pd.DataFrame) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/parent-to-child"))
-    parser.add_argument("--parent-tokens", type=int, help="tokens of the parent (default: as in its file)")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of every child")
-    parser.add_argument("--records", type=Path, help="write the table here, as CSV")
-    parser.add_argument("--quick", action="store_true", help="score few candidates, to try the chain")
+    parser.add_argument("--parent-tokens", type=int, help="training tokens of the parent (default: as in its file)")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of every child")
+    parser.add_argument("--records", type=Path, help="CSV file for the table")
+    parser.add_argument("--quick", action="store_true", help="score only a few candidates, for a quick test")
     given = parser.parse_args()
     found = study(given.runs, given.parent_tokens, given.tokens, quick=given.quick)
     show(found)

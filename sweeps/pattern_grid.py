@@ -1,8 +1,8 @@
-"""Which sampler finds the front of a small space of patterns with the fewest models trained?
+"""Which sampler finds the front of a small space of patterns with the fewest trained models?
 
-Every pattern of three or four layers that begins with a mixer and ends with a feed-forward layer, at three widths: 240
-models, small enough to train them all. `records/pattern_grid.csv` is the table of such a run; `explore replay-samplers`
-lets every sampler search it. To train the grid again:
+The space holds every pattern of three or four layers that begins with a mixer and ends with a feed-forward layer, at
+three widths: 240 models, few enough to train them all. `records/pattern_grid.csv` is the table of such a run, which
+`explore replay-samplers` lets every sampler search. To train the grid again:
 
     explore sweep sweeps/pattern_grid.py --sampler grid --trials 240
 """

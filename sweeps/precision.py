@@ -1,12 +1,13 @@
 """What does training in low precision cost in bits per byte, and which pass costs it?
 
-One LatentMoE hybrid, `MEM*EME`, with about a million active parameters and 20 training tokens for each. Its arms differ
-in precision alone: bf16; FP8 with a scale for each tensor; MXFP8; NVFP4 by its whole recipe; NVFP4 in the forward
-products only, and in those of both gradients only. Expected from print: FP8 within noise, NVFP4 1 to 2.5% behind, and
-most of that from the forward products. All arms have the learning rate of bf16, as in print.
+All arms train one LatentMoE hybrid, `MEM*EME`, with about a million active parameters and 20 training tokens per active
+parameter. Only the precision differs: bf16, FP8 with one scale per tensor, MXFP8, the whole NVFP4 recipe, NVFP4 in the
+forward products only, and NVFP4 in the products of both gradients only. All arms have the learning rate of bf16, as in
+published work. Published results suggest that FP8 stays within the noise, that NVFP4 is 1 to 2.5% worse, and that the
+forward products cause most of that.
 
-Primary, named beforehand: FP8, MXFP8 and NVFP4 against bf16, with four seeds. Budget: a step in emulated precision
-takes up to three times as long, so this is for a GPU, or for a night.
+Primary comparisons, fixed in advance: FP8, MXFP8 and NVFP4 against bf16, with four seeds. Budget: a step in emulated
+precision takes up to three times as long, so run it on a GPU or overnight.
 
     explore sweep sweeps/precision.py --trials 6 --workers 2 --records sweeps/records/precision.parquet
 """
@@ -82,7 +83,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm, and the differences from bf16, also as shares of it."""
+    """Test bits per byte of every arm, and the differences from bf16, absolute and relative."""
     runs = runs[runs["status"] == "finished"].assign(arm=lambda table: table["name"])
     differences = compare(runs, "arm", "bf16", primary=PRIMARY)
     baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
@@ -91,7 +92,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """What every arm loses to bf16, as a share."""
+    """The relative difference of every arm from bf16, in percent."""
     drawn, (panel,) = stacked([2.2], "What does training in low precision cost?")
     percent = tables["shares"].assign(**{name: 100 * tables["shares"][name] for name in ("difference", "low", "high")})
     draw_comparisons(panel, percent, NAMES, "Test bits per byte, difference from bf16 (%)")

@@ -1,25 +1,30 @@
-"""What does attention need in order to recall: how many layers of it, where, and with which sense of position?
+"""How many attention layers does recall need, in which position, and with which position encoding?
 
-Multi-query associative recall: a sequence of 128 tokens holds 4, 8, 16 or 32 pairs of a key and a value, drawn from
-8192 tokens, and asks for each value once. Four mixers without MLPs at d_model 64, with one matrix for embedding and
-head, as in the literature (zoology, arXiv 2312.04927): all Mamba-2 with a state of 8, so small that 32 pairs should
-not fit; one attention layer in four, first, third or last; two of four; all, without positions (NoPE), with RoPE, and
-with RoPE and a convolution over four positions of queries, keys and values.
+The task is multi-query associative recall: a sequence of 128 tokens holds 4, 8, 16 or 32 pairs of a key and a value,
+drawn from 8192 tokens, and queries each value once. Models have four mixers without MLPs at `d_model` 64 and one matrix
+for embedding and head, as in the literature (zoology, arXiv 2312.04927). The arms are:
 
-Design: 64 sequences a step, up to 2,000 steps, or until 0.99 of the validation queries are answered. The learning rate
-of each arm is the one with the best mean recall over the steps in runs of half that length on seed 0, searched on a
-grid of factor 3.16; five seeds at that rate. A run succeeds with 0.9 on test at 32 pairs. Endpoints: the share of seeds
-that succeed, accuracy by number of pairs, and steps to 0.9 on validation, which is asked every 20 steps.
+- all Mamba-2 with a state of 8, so small that 32 pairs should not fit (`none`);
+- one attention layer of four, the first, third or last (`early`, `middle`, `late`);
+- two of four (`half`);
+- all four without positions (`all-nope`), with RoPE (`all-rope`), or with RoPE and a convolution over four positions of
+  queries, keys and values (`all-rope-conv`).
 
-Primary, named beforehand: the share of successes of `middle` (one attention layer of four, the third) minus that of
-`none`. All other comparisons are exploratory. Gate: the control, `all-rope-conv`, answers 0.9 of all queries in the
-mean over its seeds, as attention does in all of the literature; and `none` stays below 0.9 at 32 pairs.
+Design: a step has 64 sequences. A run ends after 2,000 steps, or earlier if it answers 0.99 of the validation queries.
+The learning rate of each arm is the one with the best recall, averaged over the steps, in runs of half that length on
+seed 0, searched on a grid of factor 3.16. Five seeds run at that rate. A run succeeds if its test accuracy at 32 pairs
+is at least 0.9. Results are the share of seeds that succeed, accuracy by number of pairs, and steps until 0.9 on
+validation, which is measured every 20 steps.
+
+Primary comparison, fixed in advance: the share of successes of `middle` minus that of `none`. All other comparisons are
+exploratory. The gate has two conditions. The control, `all-rope-conv`, answers at least 0.9 of all queries in the mean
+over its seeds, as attention does throughout the literature; and `none` stays below 0.9 at 32 pairs.
 
 Why one matrix: in a pilot at a learning rate of 0.003, the control answered 0.996 of 960 queries by step 300 with it.
-With a head of its own it answered 0.002 by step 475, and its loss was close to that of a uniform guess among the
-values, as it was at step 836 where embeddings began at a standard deviation of 1. The grid of rates ended at 0.03 in a
-first try, where the control was best; it was then extended to 0.3. Training FLOPs are counted as everywhere, with a
-head at every position; only the queries' logits are computed.
+With a separate head it answered 0.002 by step 475, and its loss was close to that of a uniform guess among the values.
+The same loss was seen at step 836 with embeddings whose initial standard deviation was 1. The first grid of rates ended
+at 0.03, where the control was best, so it was extended to 0.3. Training FLOPs are counted as everywhere, with a head at
+every position, although only the logits of the queries are computed.
 
     explore sweep sweeps/recall.py --trials 8 --workers 1 --records sweeps/records/partial/recall.parquet
 """
@@ -96,7 +101,7 @@ NAMES = {
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """What every arm and every seed came to, the successes against `none`, and the gate; arms may still be missing."""
+    """Results by arm and by seed, the successes compared with `none`, and the gate; arms may be missing."""
     runs = runs[runs["status"].isin(["finished", "diverged"])].copy()
     runs["arm"] = runs["name"]
     runs["solved"] = runs[HARDEST].fillna(0.0) >= SOLVED
@@ -108,7 +113,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
         "steps_to_90"
     ]
     medians = steps.median()
-    arms["median_steps_to_90"] = medians.where(medians < float("inf"))  # none where half of the seeds do not get there
+    arms["median_steps_to_90"] = medians.where(medians < float("inf"))  # absent if half of the seeds do not reach it
     counts = groups["solved"].agg(n_seeds="size", successes="sum")
     arms = counts.join(arms).loc[[arm for arm in NAMES if arm in counts.index]]
     shares = [vars(success_fraction(int(each.successes), int(each.n_seeds))) for each in arms.itertuples()]
@@ -148,7 +153,7 @@ def _gate(arms: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Accuracy by number of pairs, and steps to 90%, every seed a dot."""
+    """Accuracy by number of pairs, and steps to 90%, with one dot per seed."""
     drawn, (above, below) = stacked([3.4, 2.2], "What does attention need in order to recall?")
     seeds = tables["seeds"]
     draw_seeds(above, seeds, NAMES, BY_PAIRS, "Accuracy on test")

@@ -1,7 +1,9 @@
-"""What does the framework itself cost a trial, and how does the storage grow, when many workers share one study?
+"""How much time does the framework add to a trial, and how does the storage grow, when many workers share one study?
 
-Nothing is trained: a trial draws, claims, describes itself, stores a curve and tells a made-up result, by the loop of
-any sweep. `python sweeps/scale.py --trials 10000 --workers 16` prints what came of it.
+Nothing is trained. Each trial goes through the loop of a real sweep: it draws parameters, claims its experiment, writes
+its description and a curve, and reports an artificial result. The script prints the times and sizes as JSON:
+
+    python sweeps/scale.py --trials 10000 --workers 16
 """
 
 from __future__ import annotations
@@ -110,6 +112,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--storage", help="storage URL; a journal file in a temporary folder when absent")
+    parser.add_argument("--storage", help="storage URL (default: a journal file in a temporary folder)")
     given = parser.parse_args()
     print(json.dumps(simulate(given.trials, given.workers, given.storage), indent=2))

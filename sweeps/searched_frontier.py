@@ -1,10 +1,12 @@
 """Does a search over patterns, latent width, expert count and top-k find more than the hand-made Nemotron-style family?
 
-Every pattern of four to eight layers of Mamba-2, attention, MLP and MoE layers may be drawn, at d_model 48 with any
-latent, experts and active experts; the solver brings it to the training FLOPs of the hand-made `MEM*EME` by the width
-of its MLPs and shared experts. All train on the same tokens, so all cost the same, and the objective is bits per byte
-alone. The hand-made patterns are the first trials and have the same search of the learning rate. One seed: what wins
-here is no finding; `searched_winners.py` trains it on fresh seeds. Budget: two CPU hours.
+The search draws patterns of four to eight layers of Mamba-2, attention, MLP and MoE, at `d_model` 48, with any latent,
+number of experts and top-k. The solver sets the width of the MLPs and shared experts so that every model has the
+training FLOPs of the hand-made `MEM*EME`. All models train on the same tokens, so all cost the same, and bits per byte
+is the only objective. The hand-made patterns are the first trials and have the same search of the learning rate.
+
+There is one seed, so the best model here is not a finding yet; `searched_winners.py` trains it on fresh seeds. Budget:
+two CPU hours.
 
     explore sweep sweeps/searched_frontier.py --trials 21 --workers 2 --records sweeps/records/searched_frontier.parquet
 """
@@ -79,7 +81,7 @@ def experiment(trial: optuna.Trial) -> Experiment:
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """All trials in the order in which they ended, with their ranks by bits per byte on validation; one seed each."""
+    """All trials in the order in which they finished, ranked by bits per byte on validation; one seed each."""
     runs = runs[runs["status"] == "finished"].sort_values("finished_at", ignore_index=True)
     what = ["n_experts", "top_k", "d_latent"]
     hand_made = set()
@@ -96,8 +98,8 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Bits per byte of every trial in their order; no finding, as each has one seed."""
+    """Bits per byte of every trial in order; not a finding, because each trial has one seed."""
     drawn, (ax,) = stacked([2.4], "What did the search find?")
-    label = "Trials in the order of their ends, one seed each"
+    label = "Trials in the order in which they finished, one seed each"
     draw_search(ax, tables["search"], {"hand": "hand-made", "found": "found"}, label)
     return drawn

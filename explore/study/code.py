@@ -13,7 +13,7 @@ from typing import Any
 
 from explore.study.parameters import set_parameters
 
-TELLING = ("tables", "figure", "gate")
+REPORTING = ("tables", "figure", "gate")
 """Names in a sweep file that affect only how results are reported; they may change during a study."""
 
 INSTALLED = tuple(
@@ -31,7 +31,7 @@ def sweep_tree(path: Path, parameters: Mapping[str, Any] = MappingProxyType({}))
     """
     # Bytes, not text: the file may begin with a byte-order mark or declare its encoding.
     tree = set_parameters(ast.parse(path.read_bytes()), path, parameters)
-    tree.body = [each for each in tree.body if not _tells(each)]
+    tree.body = [each for each in tree.body if not _only_reports(each)]
     return tree
 
 
@@ -91,11 +91,11 @@ def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
-def _tells(statement: ast.stmt) -> bool:
+def _only_reports(statement: ast.stmt) -> bool:
     """Whether a statement of a sweep file affects only how results are reported."""
     match statement:
         case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
-            return name in TELLING
+            return name in REPORTING
         case ast.ImportFrom(module=str(module)):
             return module.startswith(("explore.figures", "explore.frontier"))
     return _is_text(statement)
