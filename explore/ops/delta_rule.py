@@ -2,13 +2,13 @@
 
 Letters, as in the paper (arXiv 2412.06464): Q, K, V queries, keys and values, alpha decay of the state (0 to 1), beta
 strength of a write (0 to 1), S state (d_v x d_k). Shapes: b batch, l seq, h value heads, g key heads, k d_k, v d_v,
-r value heads of a key head, c number of chunks, q positions of a chunk.
+r value heads per key head, c number of chunks, q positions per chunk.
 
     S_t = alpha_t S_{t-1} (I - beta_t K_t K_t^T) + beta_t V_t K_t^T        Y_t = S_t Q_t
 
-Each step reads what the decayed state holds at the key, and moves it towards the value by the share beta. Keys must
-have at most unit length, or the state may grow without bound: the caller normalises Q and K. The published models also
-scale Q by d_k^(-1/2). Value heads i r to (i + 1) r - 1 share key head i.
+Each step multiplies the decayed state by the key, and moves the result towards the value by the fraction beta. Keys
+must have at most unit length, or the state may grow without bound. The caller normalises Q and K. The published models
+also scale Q by d_k^(-1/2). Value heads i r to (i + 1) r - 1 share key head i.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def delta_rule(
     *,
     in_place: bool = False,
 ) -> tuple[Float[Tensor, "b l h v"], Float[Tensor, "b h v k"]]:
-    """Runs the recurrence by the path in use; a single position that continues from a state takes one step.
+    """Runs the recurrence by the selected path; a single position with a state is computed as one step.
 
     Args:
-        chunk_size: positions that the chunked form handles by matrix products at once.
-        state: state before the first position, zero when absent.
+        chunk_size: number of positions in a chunk of the chunked form.
+        state: state before the first position; zero if absent.
         in_place: a single step may overwrite `state`, which saves allocating a new one.
 
     Returns:
@@ -65,7 +65,7 @@ def delta_rule_recurrent(
     beta: Float[Tensor, "b l h"],
     state: Float[Tensor, "b h v k"] | None = None,
 ) -> tuple[Float[Tensor, "b l h v"], Float[Tensor, "b h v k"]]:
-    """The definition, one position after another: the reference for `delta_rule_chunked`."""
+    """The recurrence of the definition, position by position: the reference for `delta_rule_chunked`."""
     b, _, h, v = V.shape
     Q, K = (M.repeat_interleave(h // K.shape[2], dim=2) for M in (Q, K))  # b l h k
     S = log_alpha.new_zeros(b, h, v, K.shape[3]) if state is None else state
@@ -89,18 +89,19 @@ def delta_rule_chunked(
 ) -> tuple[Float[Tensor, "b l h v"], Float[Tensor, "b h v k"]]:
     """The WY form: matrix products within a chunk, a short recurrence between chunks.
 
-    With gamma_i the decay from the start of the chunk to position i, and L_ij = gamma_i / gamma_j for j <= i,
+    Let gamma_i be the decay from the start of the chunk to position i, and L_ij = gamma_i / gamma_j for j <= i. Then
 
         T = I + strictly lower triangle of (beta_i L_ij K_i . K_j)
         U = T^-1 (beta V)            W = T^-1 (beta gamma K)
         N = U - W S^T                Y = gamma Q S^T + (lower triangle of L . Q K^T) N
         S' = gamma_q S + N^T (gamma_q / gamma K)
 
-    N is what each position writes at its key; S and S' are the states before and after the chunk. A length that is no
-    multiple of `chunk_size` ends in one shorter chunk, so nothing is padded. `chunked_flops` counts the products.
+    Row i of N is the value that position i writes at its key. S and S' are the states before and after the chunk. If
+    the length is not a multiple of `chunk_size`, the last chunk is shorter. Nothing is padded. `chunked_flops` counts
+    the products.
 
-    Source: arXiv 2412.06464, section 3.3; T is solved by substitution, and K K^T and Q K^T are made once for each key
-    head instead of once for each value head.
+    Source: arXiv 2412.06464, section 3.3. Here T is solved by substitution, and K K^T and Q K^T are computed once per
+    key head instead of once per value head.
     """
     inputs, seq = (Q, K, V, log_alpha, beta), V.shape[1]
     whole = seq - seq % chunk_size
@@ -120,12 +121,12 @@ def _step(
     g, k = K.shape[2:]
     decay = log_alpha.exp().view(b, h, 1, 1).to(state.dtype)
     key, query = (M.reshape(b * g, 1, k).to(state.dtype) for M in (K, Q))
-    # On a CPU a row times a matrix is several times as fast as a matrix times a column. The old state is read, because
-    # autograd keeps what is read here, and the decayed one is overwritten below.
+    # On a CPU a row times a matrix is several times faster than a matrix times a column. The product takes the old
+    # state, not the decayed one: autograd saves the operand, and the decayed state is overwritten below.
     held = torch.bmm(key, state.reshape(b * g, -1, k).mT).view(b, h, v) * decay[..., 0]
     error = (beta.view(b, h, 1) * (V[:, 0] - held)).to(state.dtype)
     S = state.mul_(decay) if in_place else state * decay
-    # The value heads that share a key head lie below one another, so one outer product writes to all of them.
+    # The value heads that share a key head are stacked, so one outer product writes to all of them.
     rows = S.reshape(b * g, -1, k).baddbmm_(error.reshape(b * g, -1, 1), key)  # b*g r*v k
     Y = torch.bmm(query, rows.mT).view(b, 1, h, v)
     return Y.to(V.dtype), rows.view(b, h, v, k)
@@ -136,19 +137,19 @@ def _chunks(inputs: tuple[Tensor, ...], q: int, state: Tensor | None) -> tuple[T
     b, seq, h, v = V.shape
     g, k = K.shape[2:]
     r, c = h // g, seq // q
-    # Chunks outermost, so that each of them is contiguous in the loop below; positions next to the widths. A product
-    # of two tensors takes the layout of its first factor, so the contiguous one comes first throughout.
+    # Chunks are the outermost axis, so each of them is contiguous in the loop below. Positions are next to the widths.
+    # A product of two tensors has the layout of its first factor, so the contiguous factor always comes first.
     Qc, Kc = (M.reshape(b, c, q, g, k).permute(1, 0, 3, 2, 4).contiguous() for M in (Q, K))  # c b g q k
     Vc = V.reshape(b, c, q, g, r, v).permute(1, 0, 3, 4, 2, 5)  # c b g r q v
     log_alpha, beta = (M.reshape(b, c, q, g, r).permute(1, 0, 3, 4, 2).contiguous() for M in (log_alpha, beta))
 
-    # A decay from one position to another is a quotient of products. Sums of logarithms make it without underflow.
+    # The decay from one position to another is a quotient of products. Sums of logarithms avoid underflow.
     log_gamma = log_alpha.cumsum(-1)  # c b g r q
     gamma = log_gamma.exp()
     to_end = (log_gamma[..., -1:] - log_gamma).exp()
 
-    # Within the chunks: U is what the positions would write if the state before the chunk were zero, and W S^T is the
-    # part of it that this state holds already. W is made negative here, which is cheaper than a subtraction later.
+    # Within the chunks: U holds the values that the positions would write if the state before the chunk were zero.
+    # W S^T is the part that this state already holds. Computing -W is cheaper than a subtraction later.
     KK = Kc @ Kc.mT  # c b g q q
     QK = (Qc @ Kc.mT).tril()  # c b g q q
     T, scores = _Decayed.apply(KK, QK, log_gamma, beta)  # type: ignore[no-untyped-call]  # c b g r q q
@@ -157,7 +158,7 @@ def _chunks(inputs: tuple[Tensor, ...], q: int, state: Tensor | None) -> tuple[T
     U = torch.linalg.solve_triangular(T, betaV, upper=False, unitriangular=True)
     minusW = torch.linalg.solve_triangular(T, minusK, upper=False, unitriangular=True)
 
-    # From chunk to chunk. Batch and heads become one axis, so each factor of a chunk is (b*h, q, width).
+    # From chunk to chunk. Batch and heads are one axis, so each factor of a chunk is (b*h, q, width).
     queries = gamma[..., None] * Qc[:, :, :, None]
     keys = to_end[..., None] * Kc[:, :, :, None]
     parts = (M.flatten(1, 3).unbind() for M in (U, minusW, queries, keys, scores, gamma[..., -1:, None]))
@@ -172,13 +173,14 @@ def _chunks(inputs: tuple[Tensor, ...], q: int, state: Tensor | None) -> tuple[T
 
 
 class _Decayed(torch.autograd.Function):
-    """T = beta_i L_ij (K K^T)_ij and the scores L . Q K^T, with L_ij = exp(log_gamma_i - log_gamma_j), of all heads.
+    """T_ij = beta_i L_ij (K K^T)_ij and the scores L . Q K^T of all heads, with L_ij = exp(log_gamma_i - log_gamma_j).
 
-    For j > i, where the exponent could overflow, L is set to 1: there Q K^T is 0, and the solver reads neither that
-    part of T nor its diagonal. The gradient of log_gamma_i is the sum of row i of L . dL minus the sum of column i.
+    For j > i the exponent could overflow, so L is set to 1. This changes no result: there Q K^T is 0, and the solver
+    reads neither that part of T nor its diagonal. The gradient of log_gamma_i is the sum of row i of L . dL minus the
+    sum of column i.
 
-    Written by hand to save memory traffic: the only tensor of the size of T that it keeps is L, and the backward pass
-    works in place.
+    The gradient is hand-written to save memory traffic. L is the only saved tensor of the size of T, and the backward
+    pass works in place.
     """
 
     @staticmethod
@@ -199,7 +201,7 @@ class _Decayed(torch.autograd.Function):
         KK, QK, L, beta = ctx.saved_tensors
         dT, dscores = dT * L, dscores * L
         dQK = dscores.sum(3)
-        by_row = dT * KK[:, :, :, None]  # c b g r q q; row i adds up to the gradient of beta_i
+        by_row = dT * KK[:, :, :, None]  # c b g r q q; the sum of row i is the gradient of beta_i
         dbeta = by_row.sum(-1)
         dKK = dT.mul_(beta[..., None]).sum(3)
         LdL = by_row.mul_(beta[..., None]).addcmul_(dscores, QK[:, :, :, None])
@@ -209,13 +211,13 @@ class _Decayed(torch.autograd.Function):
 def chunked_flops(seq_len: int, n_heads: int, n_key_heads: int, d_k: int, d_v: int, chunk_size: int) -> dict[str, int]:
     """FLOPs of a forward pass of the chunked form over one sequence, by product.
 
-    A chunk has n = chunk_size positions, a shorter last one n = seq_len % chunk_size. It takes
+    A chunk has n = chunk_size positions; a shorter last chunk has n = seq_len % chunk_size. A chunk takes
 
-    - for every key head 2 n^2 d_k each for K K^T and Q K^T;
-    - for every value head n (n - 1) (d_k + d_v) for the solves of U and W, because row i of the triangle has i - 1
-      products in each column; 2 n d_k d_v each for W S^T, Q S^T and N^T K; and 2 n^2 d_v for the scores times N.
+    - per key head: 2 n^2 d_k for K K^T, and the same for Q K^T;
+    - per value head: n (n - 1) (d_k + d_v) for the solves of U and W, because row i of the triangle has i - 1 products
+      in each column; 2 n d_k d_v each for W S^T, Q S^T and N^T K; and 2 n^2 d_v for the scores times N.
 
-    The backward pass takes twice that and `backward_extra_flops`.
+    The backward pass takes twice as many plus `backward_extra_flops`.
     """
     lengths = _lengths(seq_len, chunk_size)
     squares = sum(count * n * n for n, count in lengths)
@@ -234,19 +236,20 @@ def chunked_flops(seq_len: int, n_heads: int, n_key_heads: int, d_k: int, d_v: i
 def backward_extra_flops(seq_len: int, n_heads: int, d_k: int, d_v: int, chunk_size: int) -> int:
     """FLOPs of a backward pass of the chunked form beyond twice `chunked_flops`.
 
-    The extra comes from the solves alone. Solving T X = B for n positions takes n (n - 1) FLOPs a column. Its gradients
-    are dB = T^-T dX, which takes the same, and dT = -dB X^T, which takes 2 n^2 a column: the whole square is computed,
-    although only its strictly lower triangle is used. That is n (n + 1) more than twice the solve, for each of the
-    d_k + d_v columns of every value head.
+    Only the solves need more. Solving T X = B for n positions takes n (n - 1) FLOPs per column. Its gradients are
+    dB = T^-T dX, which takes the same number, and dT = -dB X^T, which takes 2 n^2 per column, because the whole square
+    is computed although only its strictly lower triangle is used. Together that is n (n + 1) more than twice the solve,
+    for each of the d_k + d_v columns of every value head.
     """
     squares = sum(count * n * n for n, count in _lengths(seq_len, chunk_size))
     return n_heads * (d_k + d_v) * (squares + seq_len)
 
 
 def step_flops(n_heads: int, d_k: int, d_v: int) -> dict[str, int]:
-    """FLOPs of one recurrent step of one sequence, by the product of the chunked form that it replaces.
+    """FLOPs of one recurrent step of one sequence, under the names of the corresponding products of the chunked form.
 
-    The state is read at the key (W S^T), written by an outer product (N^T K), and read at the query (Q S^T).
+    The state is multiplied by the key (W S^T), updated by an outer product (N^T K), and multiplied by the query
+    (Q S^T).
     """
     return dict.fromkeys(("W S^T", "Q S^T", "N^T K"), 2 * n_heads * d_k * d_v)
 

@@ -2,10 +2,10 @@
 
 Shapes: t tokens, k top_k, e n_experts, d width that experts read and write, f d_expert.
 
-A choice is one of the t*k pairs of a token and an expert that it was sent to. Every path but `_dense` works on rows:
-it copies the token of each choice to a row of its own, the rows of an expert next to one another, multiplies the rows
-by the weights of their expert, and adds up the rows of each token. `row_of` (t k) holds the row of each choice; it is
-all that copying and adding up need to know.
+A choice is a pair of a token and one of its chosen experts; there are t*k of them. Every path except `_dense` works in
+three steps. It copies the token of each choice to a row, so that the rows of an expert are adjacent. It multiplies the
+rows by the weights of their expert. It adds up the rows of each token. `row_of` (t k) holds the row of each choice,
+which is enough for the copy and for the sum.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ declare(
 
 
 MAX_PADDING = 4
-"""Most rows of the padded form for each row that holds a token; beyond that, experts run one after another."""
+"""Maximum ratio of padded rows to rows that hold a token. Above it, experts run one after another."""
 
 EVEN = 1.33
-"""Ratio of the largest load to the mean load up to which all experts are padded to the largest."""
+"""Maximum ratio of the largest load to the mean load at which all experts are padded to the largest load."""
 
 BATCHES = 5
-"""Batches in which experts of uneven loads are padded, so that a few busy ones do not set the size of all."""
+"""Number of batches for experts of uneven loads. Each has its own capacity, so a few busy experts do not pad all."""
 
 CAPACITIES = 8
-"""Sizes of a padded expert within one mean load. Few, because a product in bf16 is compiled for each new size."""
+"""Number of possible capacities per mean load. There are few, because each new size compiles a bf16 product."""
 
 FEW = 16
-"""Mean load of an expert up to which a decoding batch is padded in any precision."""
+"""Maximum mean load at which a decoding batch is padded in any precision."""
 
 
 def experts(
@@ -62,17 +62,17 @@ def experts(
     quantizer: Quantizer | None = None,
     n_sequences: int = 1,
 ) -> Float[Tensor, "t d"]:
-    """Sum over the chosen experts of weight times expert(x), by the path in use.
+    """For each token x, the sum over its chosen experts of weight times expert(x), by the selected path.
 
     Args:
         biases: biases of `up`, `gate` and `down`.
         quantizer: quantiser of the operands of all products.
-        n_sequences: number of equally long sequences in the tokens, for the quantiser.
+        n_sequences: number of sequences of equal length in `x`; only the quantiser needs it.
     """
     if quantizer is not None:
         mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
         return _quantized(x, chosen, weights, mlp, quantizer, n_sequences)
-    # Autocast reaches neither products that write to an `out` nor bags of embeddings, so its dtype is taken here.
+    # Autocast affects neither products with an `out` argument nor `embedding_bag`, so the cast is made here.
     dtype = product_dtype(x)
     x, up, down, gate = x.to(dtype), up.to(dtype), down.to(dtype), None if gate is None else gate.to(dtype)
     name = path_of("experts", x.device.type)
@@ -121,7 +121,7 @@ def visits(
 
 
 class _Experts(NamedTuple):
-    """Weights of all experts, or of some of them, on their first axis."""
+    """Weights of all or some experts; the first axis counts the experts."""
 
     activation: Activation
     up: Tensor
@@ -133,7 +133,7 @@ class _Experts(NamedTuple):
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Each expert over its own rows, which are equally many for all: (e, rows, d) to (e, rows, f)."""
+    """Multiplies the rows of each expert by its weight, from (e, rows, d) to (e, rows, f)."""
     y = rows @ weight
     return y if bias is None else y + bias.unsqueeze(-2)  # e 1 f
 
@@ -151,7 +151,7 @@ def _run(mlp: _Experts, rows: Tensor, product: Product = _product) -> Tensor:
 
 
 def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """One expert after another over rows sorted by expert: its products are exactly as large as its load."""
+    """Runs one expert after another over rows sorted by expert, without padding."""
     row_of, load = _sorted(chosen, len(mlp.up))  # t k, e
     loads = load.tolist()
     expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load)  # t*k: the expert of each row
@@ -164,7 +164,7 @@ def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
 
 
 class _Grouped(torch.autograd.Function):
-    """Rows, sorted by expert, times the weights of their expert."""
+    """Multiplies rows, sorted by expert, by the weights of their expert."""
 
     @staticmethod
     def forward(
@@ -184,16 +184,16 @@ class _Grouped(torch.autograd.Function):
 def _quantized(
     x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts, quantizer: Quantizer, n_sequences: int
 ) -> Tensor:
-    """One expert after another, as `_loop`, over rows that are sorted by sequence within each expert.
+    """Runs one expert after another, as `_loop` does. The rows of an expert are sorted by sequence.
 
-    The rows of an expert and a sequence are filled up with zeros to whole blocks.
+    The rows of each expert and sequence are padded with zeros to whole blocks.
     """
     n_experts = len(mlp.up)
     sequence_of = torch.arange(len(x), device=x.device) // (len(x) // n_sequences)  # t
     group_of = chosen * n_sequences + sequence_of[:, None]  # t k: expert and sequence of each choice
     sorted_row_of, load = _sorted(group_of, n_experts * n_sequences)  # t k, e*b
     filled = load + -load % quantizer.grain  # e*b
-    # From rows without a gap to filled ones, as in `_padded`.
+    # From contiguous rows to padded rows, as in `_padded`.
     row_of = sorted_row_of + ((filled.cumsum(0) - filled) - (load.cumsum(0) - load))[group_of]  # t k
     layout = Layout(filled.view(n_experts, n_sequences).tolist())
     n_rows = sum(layout.loads)
@@ -203,7 +203,7 @@ def _quantized(
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         name = next(name for name in ("up", "gate", "down") if getattr(mlp, name) is weight)
         y = quantizer.product(rows, weight, layout, name)
-        # A row without a token stays zero, or it would take part in the scales of its block.
+        # A row without a token stays zero. Otherwise it would affect the scale of its block.
         return y if bias is None else torch.where(holds_token, y + bias.to(y.dtype)[expert_of], 0)
 
     rows = _dispatched(x.to(product_dtype(x)), row_of, n_rows)
@@ -211,36 +211,36 @@ def _quantized(
 
 
 def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """Batched products over experts padded to the same number of rows, their capacity; no token is dropped.
+    """Runs experts in batched products. All experts of a batch are padded to one number of rows, their capacity.
 
-    Experts of even loads are one batch, padded to the busiest of them. Otherwise they are sorted by load and split into
-    a few batches, each padded to its own busiest expert.
+    No token is dropped. If loads are even, all experts are one batch, padded to the largest load. Otherwise the experts
+    are sorted by load and split into a few batches, each padded to its own largest load.
 
-    That is more work than `_loop`, by the ratio of capacity to load, in far fewer and larger products. `_loop` runs
-    instead where padding would be too much, as with few tokens for many experts, and in fp32 on a CPU, where a batch of
-    large products is no faster than one after another. The few rows of decoding are padded all the same, unless most
-    experts would be read without having a token.
+    Compared with `_loop`, the work grows by the ratio of capacity to load, but the products are far fewer and larger.
+    `_loop` runs instead in two cases: if there would be too much padding, for example with few tokens and many experts;
+    and in fp32 on a CPU, where a batch of large products is no faster than single products. In decoding the few rows
+    are padded in both cases, unless most experts have no token and would be read in vain.
     """
     n_experts = len(mlp.up)
-    # Decoding with a mean load of 1/2 to FEW. Below 1/2, most experts have no token.
+    # Decoding with a mean load from 1/2 to FEW. Below 1/2, most experts have no token.
     few = not torch.is_grad_enabled() and n_experts <= 2 * chosen.numel() <= 2 * FEW * n_experts
     if x.is_cpu and x.dtype == torch.float32 and not few:
         return _loop(x, chosen, weights, mlp)
     sorted_row_of, load = _sorted(chosen, n_experts)  # t k, e
 
-    # Batches: how many experts each has, their order, and the capacity of each, rounded up to multiples of the grain.
+    # Batches: the order of the experts, the number of experts in each batch, and its capacity, a multiple of the grain.
     grain = max(1, chosen.numel() // n_experts // CAPACITIES)
     even = few or int(load.max()) * n_experts <= EVEN * chosen.numel()
-    by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()  # the least busy first
+    by_load = torch.arange(n_experts, device=x.device) if even else load.argsort()  # smallest load first
     sizes = [n_experts] if even else _sizes(n_experts)
     capacities = [-(-int(part.max()) // grain) * grain for part in load[by_load].split(sizes)]
     n_rows = [size * capacity for size, capacity in zip(sizes, capacities, strict=True)]
     if sum(n_rows) > MAX_PADDING * chosen.numel() and not few:
         return _loop(x, chosen, weights, mlp)
 
-    # From rows of the sorted list, where experts follow one another without a gap, to padded rows: subtract the first
-    # row of the expert in that list, which leaves the place within the expert, and add its first padded row. `capacity`
-    # and its sums are in the order of `by_load`; scatter_ brings first rows back into the order of experts.
+    # From rows of the sorted list, which has no gaps, to padded rows: subtract the first row of the expert in that
+    # list, which gives the place within the expert, and add the first padded row of the expert. `capacity` and its sums
+    # are in the order of `by_load`; scatter_ puts the first rows back in the order of the experts.
     capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))  # e
     first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # e
     row_of = sorted_row_of + (first_row - (load.cumsum(0) - load))[chosen]  # t k
@@ -248,7 +248,7 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     batches = [mlp] if even else _batches(mlp, by_load, sizes)
     rows = _dispatched(x, row_of, sum(n_rows)).split(n_rows)  # one (size * capacity, d) for each batch
     outputs = [
-        # (size, capacity, d) through the experts of the batch, and back to rows.
+        # Rows to (size, capacity, d) for the experts of the batch, and the result back to rows.
         _run(batch, part.unflatten(0, (len(batch.up), -1))).flatten(0, 1)
         for batch, part in zip(batches, rows, strict=True)
     ]
@@ -256,9 +256,9 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
 
 
 def _sizes(n_experts: int) -> list[int]:
-    """Number of experts in each batch: half of all, then half of the rest, and so on; the last has what is left.
+    """Number of experts in each batch: half of all, then half of the rest, and so on; the last has the remaining ones.
 
-    Batches come by load, least first, so the few busiest experts, whose loads differ most, are in small batches.
+    Experts are sorted by load, smallest first. The busiest experts, whose loads differ most, are thus in small batches.
     """
     sizes: list[int] = []
     while len(sizes) < BATCHES - 1 and (half := (n_experts - sum(sizes)) // 2):
@@ -268,7 +268,7 @@ def _sizes(n_experts: int) -> list[int]:
 
 def _batches(mlp: _Experts, by_load: Tensor, sizes: list[int]) -> list[_Experts]:
     """The weights of each batch of experts."""
-    # For each field its parts by batch, and then for each batch its fields; an absent field is absent in every batch.
+    # Splits each field by batch, and then collects the fields of each batch. An absent field is absent in every batch.
     parts: list[Any] = [
         [None] * len(sizes) if part is None else part.index_select(0, by_load).split(sizes) for part in mlp[1:]
     ]
@@ -276,15 +276,16 @@ def _batches(mlp: _Experts, by_load: Tensor, sizes: list[int]) -> list[_Experts]
 
 
 def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
-    """Every expert computes every token, and those that were not chosen have weight zero.
+    """Runs every expert on every token; experts that were not chosen have weight zero.
 
-    Exact, at n_experts / top_k times the work. No shape depends on data, so the graph can be exported whole.
+    The result is exact and takes n_experts / top_k times the work. No shape depends on data, so the whole graph can be
+    exported.
     """
     n_experts = len(mlp.up)
     weight = x.new_zeros(x.shape[0], n_experts).scatter_add(1, chosen, weights.to(x.dtype))  # t e
     inner = _inner(mlp, x[None].expand(n_experts, -1, -1))  # e t f
-    # The inner values of all experts side by side, each times its weight: one product with all down matrices, one below
-    # the other, then adds up over experts as well.
+    # The inner values of all experts stand side by side, each times its weight. One product with the stacked down
+    # matrices then also sums over the experts.
     weighted = (weight.T[..., None] * inner).transpose(0, 1).flatten(1)  # t e*f
     y = linear(weighted, mlp.down.flatten(0, 1).T)  # t d
     return y if mlp.down_bias is None else y + weight @ mlp.down_bias
@@ -293,7 +294,7 @@ def _dense(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
 def _sorted(chosen: Int[Tensor, "t k"], n_experts: int) -> tuple[Int[Tensor, "t k"], Int[Tensor, " e"]]:
     """The row of each choice in a list of choices sorted by expert, and the number of choices of each expert."""
     expert_of = chosen.flatten()  # t*k
-    # Stable, so that tokens keep their order within an expert, and sums over them do not depend on the sort.
+    # A stable sort keeps the order of the tokens within an expert, so sums over them have a fixed order.
     order = expert_of.argsort(stable=True)  # t*k: the choice in each row
     # The inverse permutation: the row of each choice.
     row_of = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
@@ -311,10 +312,10 @@ def _combined(outputs: Tensor, weights: Tensor, row_of: Tensor) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copies every token to its rows, one for each choice; rows without a choice are zero.
+    """Copies every token to its rows, one per choice; rows without a choice are zero.
 
-    Torch's bags of embeddings gather and add up in one pass and with many threads, in both directions. The backward
-    pass that autograd has for an index adds up row by row.
+    Torch's `embedding_bag` gathers and sums in one multi-threaded pass, here in both directions. Autograd's backward
+    pass of an index would add row by row.
     """
 
     @staticmethod
@@ -326,19 +327,19 @@ class _Dispatch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows: Tensor) -> tuple[Tensor, None, None]:
         (row_of,) = ctx.saved_tensors
-        # A bag for each token: the sum of the gradients in its k rows, t d.
+        # One bag per token: the sum of the gradients in its k rows, t d.
         return F.embedding_bag(row_of, drows, mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """For each token, the sum of its rows, each times the weight of its choice."""
+    """Sums the rows of each token, each times the weight of its choice."""
 
     @staticmethod
     def forward(
         ctx: Any, outputs: Float[Tensor, "rows d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"]
     ) -> Float[Tensor, "t d"]:
         ctx.save_for_backward(outputs, weights, row_of)
-        # A bag for each token, of its k rows: the rows (t k d) are never made.
+        # One bag of k rows per token. The rows (t k d) are never stored.
         return F.embedding_bag(row_of, outputs, mode="sum", per_sample_weights=weights)
 
     @staticmethod
@@ -352,9 +353,9 @@ class _Combine(torch.autograd.Function):
 def _placed(
     x: Float[Tensor, "t d"], weights: Float[Tensor, "t k"], row_of: Int[Tensor, "t k"], n_rows: int
 ) -> Float[Tensor, "rows d"]:
-    """Each row holds its token times its weight; rows without a token hold zero.
+    """Returns rows that hold their token times its weight; rows without a token are zero.
 
-    The gather that this is, by row instead of by token, needs the inverse of `row_of`: the token of each row.
+    This is a gather by row, so it needs the inverse of `row_of`: the token of each row.
     """
     rows, token = row_of.flatten(), torch.arange(len(x), device=x.device)
     # A row of padding gets token 0 and weight 0.

@@ -2,8 +2,8 @@
 
 Letters, as in the paper (arXiv 2405.21060): X input of a head, A decay rate of a head (negative),
 B and C input and output maps shared by the heads of a group, D skip weight of a head, dt step size,
-H state (d_head x d_state). Shapes: b batch, l seq, h n_heads, g n_groups, r heads of a group, p d_head, n d_state,
-c number of chunks, q positions of a chunk. Head i r + j is head j of group i, so h splits into g r.
+H state (d_head x d_state). Shapes: b batch, l seq, h n_heads, g n_groups, r heads per group, p d_head, n d_state,
+c number of chunks, q positions per chunk. Head i r + j is head j of group i, so h splits into g r.
 
     H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T        Y_t = H_t C_t + D X_t
 """
@@ -43,11 +43,11 @@ def ssd(
     *,
     in_place: bool = False,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """Runs the recurrence by the path in use; a single position that continues from a state takes one step.
+    """Runs the recurrence by the selected path; a single position with a state is computed as one step.
 
     Args:
-        chunk_size: positions that the chunked form handles by matrix products at once.
-        state: state before the first position, zero when absent.
+        chunk_size: number of positions in a chunk of the chunked form.
+        state: state before the first position; zero if absent.
         in_place: a single step may overwrite `state`, which saves allocating a new one.
 
     Returns:
@@ -77,7 +77,7 @@ def ssd_recurrent(
     D: Float[Tensor, " h"],
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """The definition, one position after another: the reference for `ssd_chunked`."""
+    """The recurrence of the definition, position by position: the reference for `ssd_chunked`."""
     b, _, h, p = X.shape
     heads_per_group = h // B.shape[2]
     B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))  # b l h n
@@ -85,7 +85,7 @@ def ssd_recurrent(
     outputs = []
     for X_t, dt_t, B_t, C_t in zip(*(M.unbind(1) for M in (X, dt, B, C)), strict=True):
         decay = torch.exp(dt_t * A)  # b h
-        # The outer product of dt X (b h p 1) and B (b h 1 n) is added to the state (b h p n), which C then reads.
+        # Add the outer product of dt X (b h p 1) and B (b h 1 n) to the state (b h p n). Then multiply the state by C.
         H = decay[..., None, None] * H + (dt_t[..., None] * X_t)[..., None] * B_t[:, :, None, :]
         outputs.append((H * C_t[:, :, None, :]).sum(-1) + D[:, None] * X_t)
     return torch.stack(outputs, dim=1), H
@@ -103,10 +103,10 @@ def ssd_chunked(
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The chunked algorithm: attention-like products within a chunk, a short recurrence between chunks.
 
-    A length that is no multiple of `chunk_size` ends in one shorter chunk, so nothing is padded.
+    If the length is not a multiple of `chunk_size`, the last chunk is shorter. Nothing is padded.
 
-    Source: arXiv 2405.21060, section 6 and listing 1; here the recurrence between chunks is a loop,
-    and B and C stay shared within a group instead of being repeated for every head.
+    Source: arXiv 2405.21060, section 6 and listing 1. Here the recurrence between chunks is a loop, and B and C are
+    shared within a group instead of repeated for every head.
     """
     chunks = compiled(_ssd_chunks) if path_of("ssd", X.device.type) == "compiled" else _ssd_chunks
     seq = X.shape[1]
@@ -126,12 +126,12 @@ def _ssd_step(
     b, _, h, p = X.shape
     g, n = B.shape[2:]
     decay = torch.exp(dt[:, 0] * A)[..., None, None]  # b h 1 1
-    # The heads of a group share B and C. Their states, one below the other, are one matrix of r*p rows, so that one
-    # outer product with B updates all of them and one product with C reads all of them.
+    # The heads of a group share B and C. Stacked, their states are one matrix of r*p rows. One outer product with B
+    # updates all of them, and one product with C reads all of them.
     dtX = (dt[:, 0, :, None] * X[:, 0]).reshape(b * g, -1, 1)  # b*g r*p 1
     H = state.mul_(decay) if in_place else state * decay  # b h p n
     rows = H.view(b * g, -1, n).baddbmm_(dtX.to(H.dtype), B.reshape(b * g, 1, n).to(H.dtype))  # b*g r*p n
-    # On a CPU a row times a matrix is several times as fast as a matrix times a column.
+    # On a CPU a row times a matrix is several times faster than a matrix times a column.
     Y = torch.bmm(C.reshape(b * g, 1, n).to(H.dtype), rows.transpose(1, 2)).view(b, 1, h, p)  # from b*g 1 r*p
     return Y + D[:, None] * X, H
 
@@ -147,27 +147,27 @@ def _ssd_chunks(
     Bc, Cc = (M.reshape(b, c, q, g, n).transpose(2, 3) for M in (B, C))  # b c g q n
     dtX = Xc * dtc[..., None]  # b c q g r p
 
-    # Within the chunks. cum_i is the sum of dt A from the first position of the chunk to i. Positions are innermost in
-    # it, because a square of q by q is made of it: any other layout would be transposed in each loop over that square.
+    # Within the chunks. cum_i is the sum of dt A from the first position of the chunk to i. Positions are the innermost
+    # axis, because a q by q matrix is computed from cum. Any other layout needs a transpose in each loop over it.
     cum = (dtc * A.view(g, r)).permute(0, 1, 3, 4, 2).contiguous().cumsum(dim=-1)  # b c g r q
-    # How much of the input at column j the output at row i reads, without decay: once for all heads of a group.
+    # Weight of the input at column j in the output at row i, before decay. It is the same for all heads of a group.
     CB = (Cc @ Bc.transpose(-1, -2)).tril()  # b c g q q
     Y: Tensor = _Within.apply(CB, cum, dtX.permute(0, 1, 3, 4, 2, 5))  # type: ignore[no-untyped-call]
     Y = Y.permute(0, 1, 4, 2, 3, 5)  # b c g r q p to b c q g r p, the order of the sequence
 
-    # What each chunk adds to the state at its end: its inputs, decayed from their position to the end, times B.
+    # Contribution of each chunk to the state at its end: its inputs, decayed from their position to the end, times B.
     to_end = (cum[..., -1:] - cum).exp().permute(0, 1, 4, 2, 3)  # b c q g r
-    # The heads of a group lie side by side in r*p columns, since they share B: one product for each group.
+    # The heads of a group share B, so they lie side by side in r*p columns and need one product per group.
     inputs = (dtX * to_end[..., None]).permute(0, 1, 3, 2, 4, 5).reshape(b, c, g, q, r * p)
     added = (Bc.transpose(-1, -2) @ inputs.to(Bc.dtype)).view(b, c, g, n, r, p)
 
-    # From chunk to chunk. In here a state is n by r*p, the transpose of what is passed in and returned, so that neither
-    # the product above nor the one below has to transpose it.
+    # From chunk to chunk. Here a state is n by r*p, the transpose of the state passed in and returned. With this layout
+    # neither the product above nor the one below needs a transpose.
     H = cum.new_zeros(b, g, n, r, p) if state is None else state.view(b, g, r, p, n).permute(0, 1, 4, 2, 3)
     whole_chunk = cum[..., -1].exp()[:, :, :, None, :, None]  # b c g 1 r 1
     before, H = _Between.apply(added, whole_chunk, H)  # type: ignore[no-untyped-call]  # b c g n r p, b g n r p
 
-    # What the state before a chunk gives to its positions: C reads it, decayed from the chunk's start to the position.
+    # Contribution of the state before a chunk to its positions: C times the state, decayed from the chunk's start.
     carried = (Cc @ before.flatten(-2)).view(b, c, g, q, r, p).transpose(2, 3)  # b c q g r p
     Y = Y + carried * cum.exp().permute(0, 1, 4, 2, 3)[..., None]
     Y = Y.reshape(b, seq, h, p) + D[:, None] * X
@@ -175,24 +175,26 @@ def _ssd_chunks(
 
 
 class _Within(torch.autograd.Function):
-    """Y = M dtX for every chunk and head, with M = C B^T . L and L_ij = exp(cum_i - cum_j), where C B^T is 0 for j > i.
+    """Y = M dtX for every chunk and head, with M = C B^T . L and L_ij = exp(cum_i - cum_j); C B^T is 0 for j > i.
 
-    L_ij is the share of an input at j that is left at i. For j > i, where the exponent could overflow, L is set to 1.
+    L_ij is the share of the input at j that remains at i. For j > i the exponent could overflow, so L is set to 1.
 
     With T = M . dM, the gradient of cum is dcum_i = sum_j T_ij - sum_j T_ji. The two sums equal Y_i . dY_i and
-    dtX_i . d(dtX)_i, which would be cheaper. But the diagonal of T is in both of them and should cancel; there it is
-    rounded differently, and where decay is strong the difference would be mostly noise.
+    dtX_i . d(dtX)_i, which are cheaper to compute. They are not used here because of rounding. Both contain the
+    diagonal of T, which should cancel; but each rounds it differently, and if the decay is strong the difference is
+    mostly noise.
     """
 
     @staticmethod
     def forward(
         ctx: Any, CB: Float[Tensor, "b c g q q"], cum: Float[Tensor, "b c g r q"], dtX: Float[Tensor, "b c g r q p"]
     ) -> Float[Tensor, "b c g r q p"]:
-        # Row i is the output's position, column j the input's. CB, of a group, is broadcast over the heads in L.
+        # Row i is the position of the output, column j that of the input. CB has one matrix per group, broadcast over
+        # the heads of L.
         L = (cum[..., :, None] - cum[..., None, :]).clamp_(max=0).exp_().to(CB.dtype)  # b c g r q q
         inputs = dtX.to(CB.dtype).contiguous()
         Y = (CB[:, :, :, None] * L) @ inputs
-        # M is not kept: the backward pass makes it again from CB, which is r times smaller, and L.
+        # M is not saved. The backward pass recomputes it from L and from CB, which is r times smaller.
         ctx.save_for_backward(CB, L, inputs)
         ctx.dtypes = cum.dtype, dtX.dtype
         return Y
@@ -201,26 +203,27 @@ class _Within(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         CB, L, dtX = ctx.saved_tensors
-        of_cum, of_dtX = ctx.dtypes
+        cum_dtype, dtX_dtype = ctx.dtypes
         dY = dY.to(CB.dtype).contiguous()
         M = CB[:, :, :, None] * L  # b c g r q q, as are dM and T
         ddtX = M.transpose(-1, -2) @ dY  # b c g r q p
         dM = dY @ dtX.transpose(-1, -2)
-        T = M.to(of_cum).mul_(dM)
+        T = M.to(cum_dtype).mul_(dM)
         dcum = T.sum(-1) - T.sum(-2)  # b c g r q
-        # CB is shared by the heads of a group, so its gradient is their sum. What lies above the diagonal of it is
-        # discarded by the backward pass of tril.
-        return dM.mul_(L).sum(3), dcum, ddtX.to(of_dtX)
+        # The heads of a group share CB, so its gradient is the sum of theirs. The backward pass of tril discards the
+        # part above the diagonal.
+        return dM.mul_(L).sum(3), dcum, ddtX.to(dtX_dtype)
 
 
 class _Between(torch.autograd.Function):
     """The recurrence from chunk to chunk: H_c = decay_c H_{c-1} + added_c, and the state before each chunk.
 
-    Its gradient runs backwards: with d the gradient of H_c, dadded_c = d and ddecay_c = d . H_{c-1}; the gradient of
-    H_{c-1} is decay_c d plus that of the state before chunk c, which the chunk's positions have read.
+    The gradient is computed from the last chunk to the first. Let d be the gradient of H_c. Then dadded_c = d and
+    ddecay_c = d . H_{c-1}. The gradient of H_{c-1} is decay_c d plus the gradient of the output `before_c`, which the
+    positions of chunk c read.
 
-    States are flattened before they are stacked: inductor takes a stack of such tensors with an axis of size 1 for
-    images, and would put the chunks innermost.
+    States are flattened before they are stacked. Otherwise inductor treats a stack of such tensors with an axis of
+    size 1 as images and makes the chunks the innermost axis.
     """
 
     @staticmethod
@@ -232,7 +235,7 @@ class _Between(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "b c g n r p"], Float[Tensor, "b g n r p"]]:
         before = []
         for keep, more in zip(decay.unbind(1), added.unbind(1), strict=True):
-            # Stored in the dtype of the products that read it; the running state stays in its own, mostly fp32.
+            # Stored in the dtype of the products that read it. The running state keeps its own dtype, usually fp32.
             before.append(H.to(added.dtype).flatten(1))
             H = keep * H + more
         states = torch.stack(before, dim=1).view(added.shape)  # b c g n r p
@@ -243,12 +246,12 @@ class _Between(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dstates: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         states, decay = ctx.saved_tensors
-        # From the last chunk to the first. d begins as the gradient of the last state, and is handed to the one before.
+        # From the last chunk to the first. d starts as the gradient of the final state.
         dadded, ddecay = [], []
         for keep, state, more in zip(*(M.unbind(1)[::-1] for M in (decay, states, dstates)), strict=True):
             dadded.append(d.to(states.dtype).flatten(1))
-            ddecay.append((d * state).sum((2, 4)).flatten(1))  # over n and p, which share the decay of their head
+            ddecay.append((d * state).sum((2, 4)).flatten(1))  # sum over n and p: a head has one decay
             d = keep * d + more
-        of_added = torch.stack(dadded[::-1], dim=1).view(states.shape)
-        of_decay = torch.stack(ddecay[::-1], dim=1).view(decay.shape)
-        return of_added, of_decay, d
+        added_gradient = torch.stack(dadded[::-1], dim=1).view(states.shape)
+        decay_gradient = torch.stack(ddecay[::-1], dim=1).view(decay.shape)
+        return added_gradient, decay_gradient, d
