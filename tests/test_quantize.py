@@ -320,8 +320,8 @@ def test_no_gradient_passes_and_an_empty_tensor_stays() -> None:
     ("options", "message"),
     [
         ({"format": "nvfp5"}, "format must be one of fp32, .*, nvfp4, int8, got 'nvfp5'"),
-        ({"rounding": "stochastic"}, "generator must be given where rounding is stochastic"),
-        ({"block_axis": 2}, "block_axis must be an axis of the tensor, which has 2, got 2"),
+        ({"rounding": "stochastic"}, "generator must be given for stochastic rounding"),
+        ({"block_axis": 2}, "block_axis must be from -2 to 1, got 2"),
         ({"block_axis": 0, "per_expert": True}, "block_axis must not be the axis of the experts, got 0"),
         ({"square": True, "per_expert": True}, "per_expert needs an axis of experts before the others, got .* 2 axes"),
         ({"format": "mxfp4", "four_over_six": True}, "four_over_six needs nvfp4, got 'mxfp4'"),

@@ -261,7 +261,7 @@ def test_a_missing_compiler_is_said_before_anything_is_begun(
         code, out, err = run(capsys, monkeypatch, *args)
         assert (code, out) == (2, "")
         assert err == (
-            "error: no C++ compiler was found (g++, or the one that CXX names); "
+            "error: no C++ compiler was found (g++, or the one named by CXX); "
             "without --compile and --path OP=compiled no compiler is needed\n"
         )
     assert sorted(tmp_path.rglob("*")) == before
@@ -276,7 +276,7 @@ def test_a_run_that_would_gain_by_a_compiler_says_that_there_is_none(
     train(tiny(write_corpus(tmp_path), "M-"), tmp_path / "runs")
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "compiler" in line)
     assert re.fullmatch(
-        r"note: no C\+\+ compiler was found \(g\+\+, or the one that CXX names\), so nothing is compiled; "
+        r"note: no C\+\+ compiler was found \(g\+\+, or the one named by CXX\), so nothing is compiled; "
         r"with one this run would take about \d+ s less",
         line,
     )

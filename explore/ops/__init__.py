@@ -1,4 +1,4 @@
-"""Pure tensor functions: fast versions beside their references. Only first-order gradients; most are hand-written."""
+"""Pure tensor functions, each with fast versions and a reference. Only first-order gradients; most are hand-written."""
 
 from importlib import import_module
 from pkgutil import iter_modules
@@ -41,7 +41,7 @@ from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 from explore.ops.state_rounding import StateRounding
 from explore.ops.weight_scales import SCALES, Scales, quantize_weight
 
-for _module in iter_modules(__path__):  # whose files declare the paths of their ops
+for _module in iter_modules(__path__):  # each module declares the paths of its ops when it is imported
     import_module(f"{__name__}.{_module.name}")
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 Activation = Literal["relu2", "swiglu", "swiglu_clamped"]
 LIMIT, SHARPNESS = 7.0, 1.702
-"""Of the clamped SwiGLU."""
+"""Clamping limit, and factor of the gate inside the sigmoid, of the clamped SwiGLU."""
 
 
 def is_gated(activation: Activation) -> bool:
@@ -25,9 +25,9 @@ def activate(
 ) -> Float[Tensor, "*dims d_ff"]:
     """The inner values of an MLP or expert.
 
-    - `relu2`: squared ReLU of `up`; there is no gate (arXiv 2109.08668).
+    - `relu2`: squared ReLU of `up`, without a gate (arXiv 2109.08668).
     - `swiglu`: SiLU(`gate`) times `up` (arXiv 2002.05202).
-    - `swiglu_clamped`: gate * sigmoid(1.702 gate) * (up + 1), the gate at most 7, `up` within 7 of 0
+    - `swiglu_clamped`: gate * sigmoid(1.702 gate) * (up + 1), with `gate` clamped to at most 7 and `up` to [-7, 7]
       (GPT-OSS, arXiv 2508.10925).
     """
     if activation == "relu2":
@@ -55,14 +55,14 @@ class _SquaredReLU(torch.autograd.Function):
 
 
 NEGATIVE_INFINITY = -128
-"""The bits of minus infinity in bf16, read as an integer."""
+"""The bits of minus infinity in bf16, interpreted as an integer."""
 
 
 def _positive(x: Tensor) -> Tensor:
-    """The ReLU of x, which keeps NaN.
+    """The ReLU of x; NaN stays NaN.
 
-    Torch widens bf16 to fp32 and back on a CPU, which takes longer than going through memory. Read as integers, the
-    negative numbers of bf16 are those up to minus infinity; above it are negative NaNs and everything else.
+    On a CPU torch converts bf16 to fp32 and back, which takes longer than the memory traffic. So the bits are compared
+    as integers: negative numbers are at most the bits of minus infinity; negative NaNs and all other values are above.
     """
     if not (x.is_cpu and x.dtype == torch.bfloat16):
         return F.relu(x)

@@ -1,4 +1,4 @@
-"""Products of a trained model: rows get scales from a calibration, and weights are quantised already."""
+"""Products of a trained model with quantised weights; the scales of the rows come from a calibration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Observer(Quantizer):
     """Computes unquantised products and records the largest magnitude of their rows.
 
     Attributes:
-        amax: by name of the weight, the largest magnitude of the rows of each expert.
+        amax: largest magnitude of the rows of each expert, by name of the weight.
     """
 
     amax: dict[str, Float32[Tensor, " e"]] = field(default_factory=dict)
@@ -37,12 +37,13 @@ class Observer(Quantizer):
 
 @dataclass(eq=False)
 class CalibratedQuantizer(Quantizer):
-    """Quantises rows to nearest, with the scales of a calibration where a format has one for a tensor.
+    """Quantises rows to nearest. The scale of a tensor, if the format has one, comes from a calibration.
 
     Weights are used unchanged. There is no backward pass.
 
     Attributes:
-        amax: by name of the weight, the largest magnitude of the rows of each expert; rows beyond it saturate.
+        amax: largest magnitude of the rows of each expert in the calibration, by name of the weight. Larger elements
+            saturate.
     """
 
     amax: Mapping[str, Float32[Tensor, " e"]] = field(default_factory=dict)
@@ -50,8 +51,8 @@ class CalibratedQuantizer(Quantizer):
     def product(
         self, rows: Float[Tensor, "r d_in"], weight: Float[Tensor, "e d_in d_out"], layout: Layout, name: str = ""
     ) -> Float[Tensor, "r d_out"]:
-        of_row = self.amax[name].to(rows.device)[layout.expert_of(rows.device)][:, None]
-        x = quantize_blocks(rows, None, Blocks(FORMATS[self.format], 1), of_row)
+        amax = self.amax[name].to(rows.device)[layout.expert_of(rows.device)][:, None]
+        x = quantize_blocks(rows, None, Blocks(FORMATS[self.format], 1), amax)
         return grouped_product(x, weight.float(), layout.loads).to(product_dtype(rows))
 
 

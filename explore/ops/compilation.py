@@ -1,4 +1,4 @@
-"""Functions compiled by torch, with fallbacks if the compiler fails."""
+"""Functions compiled by torch, which can run uncompiled if the compiler fails."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ STEP: Mapping[str, Any] = {
     "cpp_wrapper": True,
     "max_autotune_gemm": True,
     "max_autotune_gemm_backends": "ATEN,CPP",
-    "epilogue_fusion": False,  # fails to compile after some products, and gains nothing after others
+    "epilogue_fusion": False,  # fails to compile after some products and saves no time after others
     "autotune_num_choices_displayed": 0,
     "max_autotune_report_choices_stats": False,
 }
-"""Options of torch's compiler for a step of decoding."""
+"""Options of torch's compiler for a decoding step."""
 
 SHOWN_CHARS = 120
-"""Characters of a compiler message that are shown."""
+"""Maximum number of characters shown of a compiler message."""
 
 
-NO_COMPILER = "no C++ compiler was found (g++, or the one that CXX names)"
+NO_COMPILER = "no C++ compiler was found (g++, or the one named by CXX)"
 
 
 class CompilerError(ValueError):
-    """The compiler is missing or fails, and compilation was asked for by name."""
+    """The compiler is missing or fails, and the caller required compilation."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}; without --compile and --path OP=compiled no compiler is needed")
@@ -48,7 +48,7 @@ _failures: list[str] = []
 
 @cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """Returns the function compiled by torch, once per shape, which takes from ten seconds to a minute.
+    """Returns the function compiled by torch, once per shape; a compilation takes from ten seconds to a minute.
 
     If the compiler fails inside `falling_back`, the function runs uncompiled from then on; otherwise the call raises
     `CompilerError`.
@@ -56,13 +56,13 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     from torch._functorch import config as functorch
 
     torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
-    # A backward pass is compiled with its forward, so that a failure is met there.
+    # Compile the backward pass together with the forward pass, so that a failure occurs there.
     functorch.force_non_lazy_backward_lowering = True
     fast = torch.compile(function, dynamic=False)
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():  # as a part of something larger
+        if torch.compiler.is_compiling():  # part of a larger compiled function
             return function(*args, **kwargs)
         if not (_falling_back.get() and _failures):
             try:
@@ -100,12 +100,12 @@ def has_compiler() -> bool:
 
     try:
         return bool(get_cpp_compiler())
-    except Exception:  # of several kinds, as torch looks for one
+    except Exception:  # torch's search raises several kinds of errors
         return False
 
 
 def check_compiler() -> None:
-    """Checks that there is a C++ compiler, before work begins that needs it.
+    """Checks that there is a C++ compiler, before work that needs it begins.
 
     Raises:
         CompilerError: there is none.
@@ -115,28 +115,28 @@ def check_compiler() -> None:
 
 
 def _compiler_failure(error: RuntimeError) -> str | None:
-    """Why an error of torch's compiler arose, in one line; None for other errors."""
+    """The cause of an error of torch's compiler, in one line; None for other errors."""
     chain = list(causes(error))
     modules = {base.__module__.partition(".")[2].partition(".")[0] for each in chain for base in type(each).__mro__}
     if not modules & {"_dynamo", "_inductor", "_functorch"}:
         return None
     lines = [line.strip() for each in chain for line in str(each).splitlines() if line.strip()]
-    said = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
-    return said if len(said) <= SHOWN_CHARS else f"{said[:SHOWN_CHARS]}..."
+    message = next((line for line in lines if "error:" in line), lines[0] if lines else type(error).__name__)
+    return message if len(message) <= SHOWN_CHARS else f"{message[:SHOWN_CHARS]}..."
 
 
 @cache
 def compiled_step(function: Callable[P, T], varying: str) -> Callable[P, T]:
-    """A step of decoding compiled by torch, whose loops are short and many.
+    """Compiles a decoding step with torch. Such a step has many short loops.
 
-    What calls them is C++ as well, and products are loops too where those are measured to be faster.
+    The code that calls the loops is C++ too. Products are also loops if measurements show that these are faster.
 
     Args:
-        varying: the numbers that differ from step to step, as torch names them, by a regular expression. Others that
-            are seen to change cost one more compilation.
+        varying: regular expression for torch's names of the numbers that differ from step to step. If another number
+            changes, torch compiles once more.
 
     Returns:
-        The step, which raises `CompilerError` where the compiler fails.
+        The step. It raises `CompilerError` if the compiler fails.
     """
     known = torch.compiler.config.dynamic_sources
     torch.compiler.config.dynamic_sources = f"{known},{varying}" if known else varying

@@ -29,18 +29,18 @@ def causal_conv1d(
     bias: Float[Tensor, " channels"] | None,
     before: Float[Tensor, "batch past channels"] | None = None,
 ) -> Float[Tensor, "batch seq channels"]:
-    """Convolves each channel with its own filter over the current and the `d_conv` - 1 positions before.
+    """Convolves each channel with its own filter over the current position and the `d_conv` - 1 positions before it.
 
-    On a CPU the default adds up shifted products, three times as fast there as `conv1d` for this shape of work.
+    The default path on a CPU sums shifted products. For these shapes that is three times as fast as `conv1d`.
 
     Args:
-        before: the `d_conv` - 1 positions before the first, zero when absent.
+        before: inputs at the `d_conv` - 1 positions before the first; zero if absent.
     """
     padded = F.pad(x, (0, 0, weight.shape[2] - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
     if path_of("conv", x.device.type) == "conv1d":
         return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
     shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
-    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # before compilation, lest each loop transpose them again
+    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # outside compiled code, where each loop would transpose them
     return shift(padded, taps, taps.new_zeros(taps.shape[1]) if bias is None else bias.to(padded.dtype))
 
 
@@ -73,6 +73,6 @@ class _Shifted(torch.autograd.Function):
 
 
 def _windows(padded: Tensor, taps: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields each tap with the slice of the padded sequence that it multiplies, as long as the output."""
+    """Yields each tap with the slice of the padded sequence that it multiplies; the slice is as long as the output."""
     seq = padded.shape[1] - len(taps) + 1
     return ((padded[:, i : i + seq], tap) for i, tap in enumerate(taps))

@@ -1,4 +1,4 @@
-"""Divergence of a student's next token from a teacher's, straight from the hidden states of both.
+"""Divergence between the next-token distributions of a student and a teacher, computed from their hidden states.
 
     h, W    hidden states and head of the student      z = h W^T / tau
     g, V    hidden states and head of the teacher      t = g V^T / tau
@@ -7,7 +7,7 @@
 
 The factor tau^2 keeps the size of the gradient when the temperature changes.
 
-Source: Hinton et al. 2015, arXiv 1503.02531; forward KL on the logits alone, Minitron, arXiv 2407.14679.
+Source: Hinton et al. 2015, arXiv 1503.02531; forward KL on the logits only, Minitron, arXiv 2407.14679.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Divergence(NamedTuple):
     """Sums over tokens, in nats.
 
     Attributes:
-        kl: KL(teacher || student) at the temperature, times its square.
-        cross_entropy: of the student and the targets at temperature 1; it has no gradient.
+        kl: KL(teacher || student) at the temperature, times the temperature squared.
+        cross_entropy: cross-entropy of the student with the targets at temperature 1; it has no gradient.
     """
 
     kl: Float[Tensor, ""]
@@ -50,11 +50,11 @@ def linear_kl(
     targets: Int64[Tensor, " tokens"],
     temperature: float = 1.0,
 ) -> Divergence:
-    """Divergence of softmax(hidden weight^T / temperature) from that of a teacher; a target of -100 is left out.
+    """Divergence between softmax(hidden weight^T / temperature) and that of a teacher; targets of -100 are ignored.
 
-    As in `linear_cross_entropy`, the logits of both sides are made, used and dropped a slice of tokens at a time, and
-    the student's gradients are made with them. The teacher gets no gradient, and its product is in the dtype of
-    `teacher_hidden`, under autocast too.
+    As in `linear_cross_entropy`, the logits of both models are computed and dropped one slice of tokens at a time, and
+    each slice also computes the student's gradients. The teacher has no gradient. Its product is computed in the dtype
+    of `teacher_hidden`, also under autocast.
 
     Raises:
         ValueError: `temperature` is not positive.
@@ -77,7 +77,7 @@ def logits_kl(
     targets: Int64[Tensor, " tokens"],
     temperature: float = 1.0,
 ) -> Divergence:
-    """As `linear_kl`, from the student's whole logits."""
+    """Computes `linear_kl` from the logits of the student at all tokens."""
     kept = targets != IGNORED
     with torch.autocast(logits.device.type, enabled=False):
         teacher = (teacher_hidden @ teacher_weight.T)[kept]  # (kept, vocab_size)
@@ -96,7 +96,7 @@ def _add_up(
     temperature: float,
     gradients: HeadGradients | None,
 ) -> tuple[Tensor, Tensor]:
-    """The sums over all slices of tokens, and the gradients of the first where they are wanted."""
+    """Sums over all slices of tokens; adds the gradients of the first sum to `gradients`, if given."""
     dtype = product_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     exact = torch.promote_types(dtype, torch.float32)
@@ -112,7 +112,7 @@ def _add_up(
                 cross_entropy += (z.exp().sum(1, keepdim=True).log() - picked).masked_fill(ignored, 0).sum()
                 z /= temperature
                 t /= temperature
-            gap = t - z  # log p - log q, but for the two normalisers
+            gap = t - z  # log p - log q without the two normalisers
             p, q = t.exp_(), z.exp_()
             p_norm, q_norm = (x.sum(1, keepdim=True) for x in (p, q))
             p /= p_norm
@@ -127,7 +127,7 @@ def _add_up(
 
 
 def _shifted(logits: Tensor) -> Tensor:
-    """Logits whose largest is 0 in every row, so that none overflows; in place."""
+    """Subtracts the maximum of every row, in place, so that the exponential does not overflow."""
     return logits.sub_(logits.amax(1, keepdim=True))
 
 
@@ -155,5 +155,5 @@ class _Sliced(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dkl: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        of_hidden, of_weight = ctx.dtypes
-        return (dkl * dhidden).to(of_hidden), (dkl * dweight).to(of_weight), None, None, None, None
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (dkl * dhidden).to(hidden_dtype), (dkl * dweight).to(weight_dtype), None, None, None, None

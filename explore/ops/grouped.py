@@ -1,4 +1,4 @@
-"""Products of rows that are sorted by expert with the weights of their expert, each exactly as large as its load."""
+"""Products of rows, sorted by expert, with the weights of their expert, without padding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 def grouped_product(
     rows: Float[Tensor, "choices d"], weight: Float[Tensor, "e d f"], loads: list[int]
 ) -> Float[Tensor, "choices f"]:
-    """Rows times the weights of their expert. Each product writes into its slice of one result.
+    """Multiplies rows by the weights of their expert. Each product writes to its slice of one result.
 
     Args:
-        loads: rows of each expert.
+        loads: number of rows of each expert.
     """
     y = rows.new_empty(len(rows), weight.shape[2])
-    # An expert without a token has an empty slice, and its product does nothing.
+    # An expert without tokens has an empty slice, so its product does nothing.
     for into, tokens, one in zip(y.split(loads), rows.split(loads), weight, strict=True):
         torch.mm(tokens, one, out=into)
     return y
@@ -25,7 +25,7 @@ def grouped_product(
 def grouped_outer(
     rows: Float[Tensor, "choices d"], other: Float[Tensor, "choices f"], loads: list[int]
 ) -> Float[Tensor, "e d f"]:
-    """Transposed rows times other rows, expert by expert: zeros for an expert without a token."""
+    """Multiplies the transposed rows of each expert by its rows of `other`; without rows the result is 0."""
     result = rows.new_empty(len(loads), rows.shape[1], other.shape[1])
     for tokens, given, into in zip(rows.split(loads), other.split(loads), result, strict=True):
         torch.mm(tokens.T, given, out=into)  # (d, load) (load, f)

@@ -1,4 +1,4 @@
-"""Language-model loss straight from hidden states."""
+"""Language-model loss computed from hidden states, without storing all logits."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def linear_cross_entropy(
     weight: Float[Tensor, "vocab_size d_model"],
     targets: Int64[Tensor, " tokens"],
 ) -> Float[Tensor, ""]:
-    """Sum of the cross-entropies of softmax(hidden weight^T), in nats; a target of -100 is left out.
+    """Sum of the cross-entropies of softmax(hidden weight^T), in nats; targets of -100 are ignored.
 
     Logits are computed and dropped one slice of tokens at a time, so the whole (tokens, vocab_size) matrix never
-    exists. If gradients are needed, each slice computes its own at once, so nothing is recomputed; they are held until
-    the backward pass and are as large as `hidden`, and as `weight` in fp32. With more than one slice,
-    tokens with target -100 get no logits.
+    exists. If gradients are needed, each slice computes them immediately, so nothing is recomputed. The gradients are
+    kept until the backward pass; they are as large as `hidden`, and as `weight` in fp32. If there is more than one
+    slice, tokens with target -100 get no logits.
     """
     if path_of("loss", hidden.device.type) == "triton":
         from explore.kernels import linear_cross_entropy as kernel
@@ -64,21 +64,21 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def slice_size(weight: Tensor) -> int:
-    """Tokens whose logits exist at the same time."""
+    """Number of tokens whose logits exist at the same time."""
     return max(MIN_ROWS, MAX_LOGITS // weight.shape[0])
 
 
 def token_slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """The tokens whose logits exist at the same time."""
+    """Slices of tokens whose logits exist at the same time."""
     size = slice_size(weight)
     return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
 class HeadGradients:
-    """Gradients of a head and of what it reads, added up slice by slice from those of the logits.
+    """Gradients of a head and of its input, summed slice by slice from the gradients of the logits.
 
     Attributes:
-        hidden, weight: in the dtype of the products.
+        hidden, weight: input and weight of the head, in the dtype of the products.
         dhidden: gradient of `hidden`.
         dweight: gradient of `weight`, in fp32 at least: each of its rows is a sum over all slices.
     """
@@ -90,7 +90,7 @@ class HeadGradients:
         self.dweight = torch.zeros_like(self.weight, dtype=torch.promote_types(dtype, torch.float32))
 
     def add(self, rows: slice, dlogits: Tensor) -> None:
-        """Adds the part of a slice of tokens; call it without autocast."""
+        """Adds the gradients of one slice of tokens. Call it without autocast."""
         dlogits = dlogits.to(self.hidden.dtype)
         torch.mm(dlogits, self.weight, out=self.dhidden[rows])
         if self.dweight.dtype == self.hidden.dtype:
@@ -125,5 +125,5 @@ class _Sliced(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None]:
         dhidden, dweight = ctx.saved_tensors
-        of_hidden, of_weight = ctx.dtypes
-        return (dtotal * dhidden).to(of_hidden), (dtotal * dweight).to(of_weight), None
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (dtotal * dhidden).to(hidden_dtype), (dtotal * dweight).to(weight_dtype), None

@@ -1,13 +1,12 @@
-"""Products whose operands are quantised: the one door for linear layers, experts and latent projections.
+"""Products with quantised operands, for linear layers, experts and latent projections.
 
 A linear layer has three products: y = x W, dx = dy W^T and dW = x^T dy. Each operand of each product is quantised from
-the tensor in high precision, along the axis that the product sums over, and dequantised; the product is made in fp32,
-and its result is rounded to the dtype of the run.
+the tensor in high precision, along the axis that the product sums over, and dequantised. The product is computed in
+fp32, and its result is rounded to the dtype of the run.
 
-Shapes: rows (r, d) of all tokens, those of an expert next to one another, and within them those of a sequence; e
-experts, 1 in a linear layer. The rows of a sequence are filled up with zeros to whole blocks, so that no block along
-tokens crosses from one sequence to another, as blocks do in hardware. What is quantised, and how it is rounded, is then
-the same however devices share the sequences.
+Shapes: rows (r, d) of all tokens, sorted by expert and then by sequence; e experts, 1 in a linear layer. The rows of a
+sequence are padded with zeros to whole blocks, so no block along tokens crosses from one sequence to the next; in
+hardware blocks do. The values and their rounding are therefore the same for any split of the sequences among devices.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class Layout:
     @cached_property
     def loads(self) -> list[int]:
         """Rows of each expert."""
-        return [sum(of_expert) for of_expert in self.counts]
+        return [sum(counts) for counts in self.counts]
 
     def expert_of(self, device: torch.device) -> Tensor:
         """The expert of each row."""
@@ -81,10 +80,10 @@ class Quantizer:
     """Quantises the operands of a linear layer, or of the experts of a layer.
 
     Attributes:
-        format: of the component.
-        products: how operands are quantised; products that are not here are made as without a quantiser.
+        format: format of the component.
+        products: formats of the operands by product; a product without an entry is computed without a quantiser.
         layer: index of the layer, or the name of a part outside the layers.
-        name: of the module in it. Both are what stochastic rounding depends on.
+        name: name of the module in the layer. Stochastic rounding depends on `layer` and `name`.
         component: letter and component of the ledger under which elements are counted.
     """
 
@@ -97,7 +96,7 @@ class Quantizer:
 
     @property
     def grain(self) -> int:
-        """What the rows of a sequence are filled up to a multiple of; 1 where there is no backward pass."""
+        """The rows of a sequence are padded to a multiple of this number; it is 1 if there is no backward pass."""
         if "weight_gradient" not in self.products or not torch.is_grad_enabled():
             return 1
         x, dy = self.products["weight_gradient"]
@@ -109,7 +108,7 @@ class Quantizer:
         weight: Float[Tensor, "d_out d_in"],
         bias: Float[Tensor, " d_out"] | None = None,
     ) -> Float[Tensor, "*dims d_out"]:
-        """The product x W^T + b; the last of `dims` are the positions of a sequence."""
+        """Returns x W^T + b; the last axis of `dims` counts the positions of a sequence."""
         sequences = x.flatten(0, -3) if x.ndim > 2 else x.reshape(1, -1, x.shape[-1])
         n_sequences, length, _ = sequences.shape
         filled = length + -length % self.grain
@@ -123,12 +122,12 @@ class Quantizer:
     def product(
         self, rows: Float[Tensor, "r d_in"], weight: Float[Tensor, "e d_in d_out"], layout: Layout, name: str = ""
     ) -> Float[Tensor, "r d_out"]:
-        """Rows times the weights of their expert.
+        """Multiplies rows by the weights of their expert.
 
         Args:
-            weight: in the dtype of the optimizer, to which its gradient is not rounded on the way.
-            layout: the rows of an expert and a sequence are a multiple of `grain`.
-            name: of the weight where the module has several.
+            weight: weights in the dtype of the optimizer, so that their gradient is not rounded to a narrower dtype.
+            layout: rows by expert and sequence; each number is a multiple of `grain`.
+            name: name of the weight if the module has several.
         """
         dtype = torch.float32 if self.format in UNQUANTIZED else product_dtype(rows)
         is_compiled = path_of("quantize", rows.device.type) == "compiled"
@@ -138,7 +137,7 @@ class Quantizer:
 
 
 class _Call(NamedTuple):
-    """One product of a layer, and what its operands are quantised by."""
+    """One product of a layer and the quantiser of its operands."""
 
     quantizer: Quantizer
     layout: Layout
@@ -146,7 +145,7 @@ class _Call(NamedTuple):
     is_compiled: bool
 
     def rows(self, product: Product, operand: Operand, rows: Tensor) -> Tensor:
-        """Activations or gradients, in blocks along tokens for the weight gradient, and else along features."""
+        """Quantises activations or gradients, in blocks along tokens for the weight gradient, else along features."""
         how = self._how(product, operand)
         if how is None or how.format is None:
             return rows if how is None else rows.float()
@@ -159,14 +158,14 @@ class _Call(NamedTuple):
         return self._quantized(rows, noise, blocks, amax, f"{operand} {product}")
 
     def weight(self, product: Product, weight: Tensor) -> Tensor:
-        """Weights (e, d_in, d_out), in blocks along the axis that the product sums over."""
+        """Quantises weights (e, d_in, d_out) in blocks along the axis that the product sums over."""
         how = self._how(product, "w")
         if how is None or how.format is None:
             return weight if how is None else weight.float()
         axis = 1 if product == "forward" else 2
         if how.hadamard:
             weight = hadamard(weight, axis, how.hadamard)
-        # Under one name, values that do not depend on the product are drawn alike for both.
+        # Values that do not depend on the product have one name, so both products draw the same noise.
         generator = (
             self._generator("w" if how.has_no_axis else f"w {product}", weight.device) if how.stochastic else None
         )
@@ -174,17 +173,17 @@ class _Call(NamedTuple):
         return self._quantized(weight, noise, _blocks(how, axis, per_expert=True), None, f"w {product}")
 
     def has_one_weight(self) -> bool:
-        """Whether the forward product and the input gradient take the same values of the weight."""
+        """Whether the forward product and the input gradient use the same quantised weight."""
         one, other = self._how("forward", "w"), self._how("input_gradient", "w")
         return one is not None and one == other and one.has_no_axis
 
     def has_one_gradient(self) -> bool:
-        """Whether both products of the backward pass take the same values of the gradient."""
+        """Whether both products of the backward pass use the same quantised gradient."""
         one, other = self._how("input_gradient", "dy"), self._how("weight_gradient", "dy")
         return one is not None and one == other and one.has_no_axis and not one.stochastic
 
     def _how(self, product: Product, operand: Operand) -> OperandFormat | None:
-        """How an operand is quantised; None where its product is made as without a quantiser."""
+        """How an operand is quantised; None if its product is computed without a quantiser."""
         if product not in self.quantizer.emulation.products or product not in self.quantizer.products:
             return None
         return self.quantizer.products[product][OPERANDS[product].index(operand)]
@@ -197,7 +196,7 @@ class _Call(NamedTuple):
         return y
 
     def _amax(self, rows: Tensor) -> Tensor:
-        """Largest magnitude of an expert's rows over all processes, for each row; of all rows where there is one."""
+        """Largest magnitude of the rows of each row's expert, over all processes: (r, 1), or (1, 1) for one expert."""
         n_experts = len(self.layout.counts)
         amax = rows.new_zeros(n_experts, dtype=torch.float32)
         expert_of = None if n_experts == 1 else self.layout.expert_of(rows.device)
@@ -209,13 +208,13 @@ class _Call(NamedTuple):
         return (amax if expert_of is None else amax[expert_of])[:, None]
 
     def _noise_of_rows(self, rows: Tensor, operand: str) -> Tensor:
-        """Random bits of every row, drawn by sequence, so that they are the same on whichever device it is."""
+        """Random bits of every row, drawn sequence by sequence, so they do not depend on the device of a sequence."""
         emulation, by_sequence = self.quantizer.emulation, []
         for i, counts in enumerate(zip(*self.layout.counts, strict=True)):
             generator = self._generator(f"{operand} {emulation.first + i * emulation.stride}", rows.device)
             drawn = rounding_noise(rows.new_empty(()).expand(sum(counts), rows.shape[1]), generator)
             by_sequence.append(drawn.split(counts))
-        return torch.cat([part for of_expert in zip(*by_sequence, strict=True) for part in of_expert])
+        return torch.cat([part for parts in zip(*by_sequence, strict=True) for part in parts])  # by expert
 
     def _generator(self, operand: str, device: torch.device) -> torch.Generator:
         quantizer = self.quantizer
@@ -229,7 +228,7 @@ def _blocks(how: OperandFormat, axis: int, *, per_expert: bool) -> Blocks:
 
 
 class _Product(torch.autograd.Function):
-    """Rows times the weights of their expert, and both gradients, each of operands as the quantiser wants them."""
+    """Multiplies rows by the weights of their expert, with quantised operands in this product and in both gradients."""
 
     @staticmethod
     def forward(

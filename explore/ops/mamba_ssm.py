@@ -1,6 +1,6 @@
-"""The Mamba-2 recurrence by the kernels of state-spaces' mamba-ssm, where that package is installed.
+"""The Mamba-2 recurrence with the kernels of the package mamba-ssm (state-spaces), if it is installed.
 
-Letters are those of `explore.ops.ssd`.
+Letters as in `explore.ops.ssd`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def ssd_mamba_ssm(
     chunk_size: int,
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """The chunked algorithm in Triton; `dt` is a step size already, so nothing is added to it or clamped.
+    """The chunked algorithm in Triton. `dt` is the final step size, so the kernel adds no bias and does not clamp it.
 
     Raises:
         ValueError: the package is not installed.
@@ -29,7 +29,7 @@ def ssd_mamba_ssm(
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError:
-        raise ValueError("ssd: the path 'mamba_ssm' needs the package mamba-ssm, which does not import") from None
+        raise ValueError("ssd: the path 'mamba_ssm' needs the package mamba-ssm, which cannot be imported") from None
     Y, after = mamba_chunk_scan_combined(
         X, dt, A, B, C, chunk_size, D=D, initial_states=state, dt_softplus=False, return_final_states=True
     )

@@ -24,12 +24,12 @@ declare(
 def rms_norm(
     x: Float[Tensor, "*dims width"], weight: Float[Tensor, " width"], eps: float
 ) -> Float[Tensor, "*dims width"]:
-    """RMSNorm: x / sqrt(mean(x^2) + eps) times `weight`, in the dtype of `weight`; the result is in that of `x`.
+    """RMSNorm, x / sqrt(mean(x^2) + eps) times `weight`, in the dtype of `weight`. The result has the dtype of `x`.
 
     Source: arXiv 1910.07467.
     """
     read = x.to(weight.dtype)  # under autocast the two differ
-    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") != "eager":  # only the gated one is compiled
+    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") != "eager":  # "compiled" is for the gated norm
         y: Tensor = _RMSNorm.apply(read, weight, eps)  # type: ignore[no-untyped-call]
     else:
         y = F.rms_norm(read, weight.shape, weight, eps)
@@ -37,10 +37,10 @@ def rms_norm(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r w with r = (mean(x^2) + eps)^(-1/2), of which only x and r are kept.
+    """y = x r w with r = (mean(x^2) + eps)^(-1/2). Only x, r and w are saved.
 
-    With v = w dy: dx = r v - x r^3 mean(x v). Layer normalisation's backward pass, given a mean of
-    0, computes this minus r mean(v) in one loop; r mean(v) is then added.
+    With v = w dy: dx = r v - x r^3 mean(x v). The backward pass of layer normalisation, with a mean of 0, computes
+    dx - r mean(v) in one loop. Then r mean(v) is added.
     """
 
     @staticmethod
@@ -61,9 +61,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def l2_norm(x: Float[Tensor, "*dims width"], eps: float, scale: float = 1.0) -> Float[Tensor, "*dims width"]:
-    """Returns `scale` times x / sqrt(sum(x^2) + eps), computed in at least fp32, in the dtype of `x`.
+    """Returns `scale` times x / sqrt(sum(x^2) + eps), computed in at least fp32 and returned in the dtype of `x`.
 
-    It is RMSNorm with eps / width and the weight scale / sqrt(width).
+    This is RMSNorm with eps / width and the weight scale / sqrt(width).
     """
     width = x.shape[-1]
     exact = x.float() if x.dtype.itemsize < 4 else x
@@ -73,9 +73,9 @@ def l2_norm(x: Float[Tensor, "*dims width"], eps: float, scale: float = 1.0) -> 
 def rms_norm_before_gate(
     x: Float[Tensor, "*dims width"], z: Float[Tensor, "*dims width"], weight: Float[Tensor, " width"], eps: float
 ) -> Float[Tensor, "*dims width"]:
-    """RMSNorm of `x`, then times SiLU(`z`), in the dtype of `weight`; the result is in that of `x`.
+    """Normalises `x` (RMSNorm), then multiplies by SiLU(`z`). `gated_group_rms_norm` multiplies by the gate first.
 
-    `gated_group_rms_norm` gates first.
+    It computes in the dtype of `weight`; the result has the dtype of `x`.
     """
     return (rms_norm(x.to(weight.dtype), weight, eps) * F.silu(z.to(weight.dtype))).to(x.dtype)
 
@@ -105,7 +105,7 @@ def _gated_norm(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float)
 class _GatedNorm(torch.autograd.Function):
     """y = u r w within each group, with u = x SiLU(z) and r = (mean(u^2) + eps)^(-1/2).
 
-    Only the inputs and r are kept, and u is made again. With v = w dy: du = r v - u r^3 mean(u v).
+    Only the inputs and r are saved; the backward pass recomputes u. With v = w dy: du = r v - u r^3 mean(u v).
     """
 
     @staticmethod
@@ -120,19 +120,19 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, r = ctx.saved_tensors
         dx, dz, dweight = (compiled(_gated_backward) if ctx.is_compiled else _gated_backward)(dy, x, z, weight, r)
-        # Added up here, for a compiled sum over rows goes through them once for every few channels.
+        # Summed here, because a compiled sum over rows reads them once for every few channels.
         return dx, dz, dweight.sum(tuple(range(dy.ndim - 1))).to(weight.dtype), None, None, None
 
 
 def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The output, and r."""
+    """Returns the output and r."""
     u = _groups(x.float() * F.silu(z.float()), n_groups)
     r = _scale(u, eps)
     return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype), r
 
 
 def _gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and z, and each position's part of the weight's."""
+    """Returns the gradients of x and z, and the gradient of the weight at each position."""
     n_groups, dy, exact = r.shape[-2], dy.float(), z.float()
     sigmoid = exact.sigmoid()
     gate = exact * sigmoid
@@ -144,7 +144,7 @@ def _gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, r: Tensor)
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
-    """(mean(x^2) + eps)^(-1/2), without a tensor of the squares."""
+    """Returns (mean(x^2) + eps)^(-1/2) without storing the squares."""
     return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + eps)
 
 

@@ -19,17 +19,17 @@ class OpPath(NamedTuple):
     """One implementation of an op.
 
     Attributes:
-        name: as in `forced_paths`.
-        default_on: type of device on which it is the default: `cpu`, `cuda`, or `any` for those without one of their
-            own. On a type with several, the first whose package imports is.
-        needs: module that it imports; without it the path fails, and is no default.
-        reference: the slow, obvious implementation that others are tested against.
-        countable: its matrix products are all visible to torch's dispatcher, and they are those of the ledger.
-        backward: it has a backward pass. A path without one is for a few positions of decoding, and leaves what is
-            larger or needs gradients to another path.
-        compiled: torch compiles it, once for each shape, in ten seconds to a minute.
-        stepwise: it takes positions one after another, so it is slow for long sequences.
-        decoding: a compiled decoding step takes it.
+        name: its name in `forced_paths`.
+        default_on: type of device on which it is the default: `cpu`, `cuda`, or `any` for types without a default. If a
+            type has several, the default is the first whose package can be imported.
+        needs: module that it imports; without the module it fails and is not a default.
+        reference: the slow, obvious implementation that the others are tested against.
+        countable: torch's dispatcher sees all its matrix products, and they are those that the ledger counts.
+        backward: whether it has a backward pass. A path without one computes a few positions in decoding; larger inputs
+            and gradients use another path.
+        compiled: torch compiles it, once per shape, in ten seconds to a minute.
+        stepwise: it computes positions one after another, so it is slow for long sequences.
+        decoding: a compiled decoding step uses it.
     """
 
     name: str
@@ -46,13 +46,13 @@ class OpPath(NamedTuple):
 _declared: dict[str, tuple[OpPath, ...]] = {}
 
 PATHS: Mapping[str, tuple[OpPath, ...]] = MappingProxyType(_declared)
-"""Every op with its implementations; the file of an op declares them."""
+"""Implementations by op; the file of each op declares them."""
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced_paths", default=MappingProxyType({}))
 
 
 def declare(op: str, *paths: OpPath) -> None:
-    """Registers the implementations of an op; the op's file calls it once.
+    """Registers the implementations of an op. The file of the op calls it once.
 
     Raises:
         ValueError: no path is the default on every device.
@@ -63,16 +63,16 @@ def declare(op: str, *paths: OpPath) -> None:
 
 
 def paths_that(fits: Callable[[OpPath], bool]) -> dict[str, str]:
-    """The first path of each op that fits, for `forced_paths`; an op without one is left out."""
+    """Returns the first path of each op that fits, as arguments of `forced_paths`; an op without one is omitted."""
     first = ((op, next(filter(fits, paths), None)) for op, paths in PATHS.items())
     return {op: path.name for op, path in first if path is not None}
 
 
 def path_of(op: str, device: str = "cpu") -> str:
-    """Name of the implementation of `op` that runs now; compiled code keeps the one it was compiled with.
+    """Name of the implementation of `op` that runs now. Compiled code keeps the one with which it was compiled.
 
     Args:
-        device: torch's name of the type of device.
+        device: type of device, as torch names it.
     """
     return _forced.get().get(op) or _default(op, device)
 
@@ -86,7 +86,7 @@ def is_forced(op: str) -> bool:
 
 
 def same_paths() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a checkpointed pass and of its recomputation, which may come after a `forced_paths` has ended."""
+    """Contexts of a checkpointed pass and of its recomputation, which may run after the end of a `forced_paths`."""
     return nullcontext(), forced_paths(**_forced.get())
 
 
@@ -95,7 +95,7 @@ def _default(op: str, device: str) -> str:
         for path in PATHS[op]:
             if path.default_on == kind and (not path.needs or _imports(path.needs)):
                 return path.name
-    raise AssertionError(f"{op}: `declare` has let no path for every device through")
+    raise AssertionError(f"{op}: no path is the default on {device}, although `declare` requires one")
 
 
 @cache
@@ -108,13 +108,13 @@ def _imports(module: str) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of `x` are made in: autocast's dtype where that is on; for ops that it does not reach."""
+    """The dtype of matrix products of `x`: autocast's if that is on. For ops that autocast does not cast itself."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def paths_in_use(device: str = "cpu") -> dict[str, str]:
-    """Every op with the implementation that runs now on a type of device, for the run record."""
+    """Name of the implementation that runs now on a type of device, by op, for the run record."""
     return {op: path_of(op, device) for op in sorted(PATHS)}
 
 
@@ -123,7 +123,7 @@ def forced_paths(**paths: str) -> Iterator[None]:
     """Forces implementations inside a `with` block, for example `forced_paths(ssd="recurrent")`.
 
     Raises:
-        ValueError: an op or an implementation that does not exist.
+        ValueError: the op or the implementation does not exist.
     """
     for op, path in paths.items():
         known = [each.name for each in PATHS.get(op, ())]

@@ -1,8 +1,9 @@
-"""Quantisation: tensors as narrow formats hold them, exactly, in fp32.
+"""Quantisation: the exact values of a tensor in a narrow format, in fp32.
 
-A quantiser divides a tensor into blocks, finds a scale for each, rounds the scaled elements, and multiplies them back.
+A quantiser divides a tensor into blocks and computes a scale for each block. It scales the elements, rounds them to
+values of the narrow element, and undoes the scaling.
 
-x: tensor; q: elements, values of the narrow element; s_b: scale of a block; S: scale of the tensor.
+Letters: x tensor, s_b scale of a block, S scale of the tensor.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ ScaleRounding = Literal["nearest", "up"]
 
 FLOAT_MAX = ELEMENTS["fp32"].largest
 FOUR_OVER_SIX = 256
-"""Largest scale of a block of NVFP4 that takes the better of two scales: 1.5 times as much is still an E4M3 number."""
+"""Largest block scale in NVFP4 with four over six: 1.5 times this scale is still an E4M3 number."""
 
 
 class Blocks(NamedTuple):
-    """How a tensor is divided into blocks and scaled; the arguments of `quantize` say what each field means."""
+    """How a tensor is divided into blocks and scaled; the fields are documented at `quantize`."""
 
     format: Format
     axis: int = -1
@@ -51,7 +52,7 @@ class Blocks(NamedTuple):
 
 
 class _Scale(NamedTuple):
-    """Elements are rounded after `encode`, and then multiplied and divided: each is rounded for itself."""
+    """Factors of quantisation: y = rounded(x * encode) * times / over. Each operation rounds to fp32."""
 
     encode: Tensor | float
     times: Tensor | float = 1.0
@@ -71,24 +72,26 @@ def quantize(
     four_over_six: bool = False,
     scale_rounding: ScaleRounding = "nearest",
 ) -> Float32[Tensor, "*dims"]:
-    """The tensor as a format holds it: quantised and dequantised. No gradient passes.
+    """Quantises and dequantises a tensor. There is no gradient.
 
-    The last block of an axis is shorter where the block does not divide it. A block with a NaN becomes NaN, and so does
-    a whole tensor in NVFP4; in `fp8`, `fp8-blocks` and `int8` a block with a NaN or an infinity has a scale of 1.
+    If the length of an axis is not a multiple of the block, the last block is shorter. A block with a NaN becomes NaN,
+    and in NVFP4 so does the whole tensor. In `fp8`, `fp8-blocks` and `int8`, a block with a NaN or an infinity has a
+    scale of 1.
 
     Args:
         format: a name in `explore.precision.FORMATS`.
         generator: source of stochastic rounding, such as `rounding_generator(seed, step, layer, tensor)`.
-        block_axis: axis along which a block lies: the one that a product sums over.
-        square: blocks are squares on the last two axes, as for weights, so that both products see the same values.
-        per_expert: the first axis counts experts, and each has a scale of the tensor of its own.
-        four_over_six: each block of NVFP4 takes the better, by squared error of nearest rounding, of the scales that
-            map its largest magnitude to 6 and to 4.
-        scale_rounding: rounding of an E4M3 scale. Nearest saturates the largest elements of half the blocks, by up to
-            1/16, so stochastic rounding has the mean of the tensor only with `up`.
+        block_axis: axis along which blocks lie: the axis that the product sums over.
+        square: blocks are squares on the last two axes, as for weights, so that both products use the same values.
+        per_expert: the first axis counts experts, and each expert has its own scale of the tensor.
+        four_over_six: for each block of NVFP4, tries the scales that map its largest magnitude to 6 and to 4, and keeps
+            the one with the smaller squared error of nearest rounding.
+        scale_rounding: rounding of an E4M3 scale. With `nearest` the largest elements of half the blocks saturate, by
+            up to 1/16, so stochastic rounding keeps the mean of the tensor only with `up`.
 
     Raises:
-        ValueError: an unknown format or rounding, no generator for stochastic rounding, or blocks that `x` cannot have.
+        ValueError: an unknown format or rounding, stochastic rounding without a generator, or blocks that do not fit
+            the axes of `x`.
 
     Source: NVFP4, arXiv 2509.25149 and Transformer Engine; four over six, arXiv 2512.02010; MX formats, OCP
     microscaling 1.0 with scales rounded up; blocks of fp8, arXiv 2412.19437, section 3.3.
@@ -118,14 +121,14 @@ def _check(
     entry = FORMATS[format]
     if rounding == "stochastic":
         if generator is None:
-            raise ValueError("generator must be given where rounding is stochastic, such as rounding_generator(...)")
+            raise ValueError("generator must be given for stochastic rounding, such as rounding_generator(...)")
         if entry.element == "e8m0":
             raise ValueError("rounding of e8m0 must be nearest, got 'stochastic'")
     if four_over_six and entry.scaling != "e4m3":
         raise ValueError(f"four_over_six needs nvfp4, got {format!r}")
     if entry.block:
         if not -x.ndim <= block_axis < x.ndim:
-            raise ValueError(f"block_axis must be an axis of the tensor, which has {x.ndim}, got {block_axis}")
+            raise ValueError(f"block_axis must be from {-x.ndim} to {x.ndim - 1}, got {block_axis}")
         if square and x.ndim < 2:
             raise ValueError(f"square needs a tensor of at least 2 axes, got {x.ndim}")
     if per_expert and x.ndim < (3 if square else 2):
@@ -141,11 +144,11 @@ def quantize_blocks(
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
 ) -> Float32[Tensor, "*dims"]:
-    """What `quantize` does with valid arguments; of one tensor of random bits, so that it compiles as one region.
+    """Computes `quantize` for valid arguments. The random bits are one tensor, so it compiles as one region.
 
     Args:
-        amax: largest magnitude of the tensor that an element belongs to, where `x` is a part of one or holds several;
-            broadcasts against `x`, and is the same within a block.
+        amax: largest magnitude of the tensor that each element belongs to, if `x` is part of a tensor or holds several.
+            It broadcasts against `x` and is constant within a block.
     """
     x = x.float()
     if how.format.scaling == "none":
@@ -164,7 +167,7 @@ def quantize_compiled(
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
 ) -> Float32[Tensor, "*dims"]:
-    """The same bits as of `quantize_blocks`, from one compiled region, whatever the length of the first axis."""
+    """Computes `quantize_blocks`, bit for bit, in one compiled region for all lengths of the first axis."""
     for each in (x, noise, amax):
         if each is not None and each.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(each, 0)
@@ -179,12 +182,12 @@ def count_lost(
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
 ) -> Int64[Tensor, "3"]:
-    """Elements that are not zero, those of them that became zero, and those that were saturated.
+    """Returns three counts: elements that are not zero, those that became zero, and those that saturated.
 
-    Saturated are elements beyond the largest value at their scale, by more than a scale is rounded in fp32.
+    An element is saturated if it exceeds the largest value at its scale by more than the rounding of a scale in fp32.
 
     Args:
-        y: what `quantize_blocks` made of `x`, with the same `how` and `amax`.
+        y: result of `quantize_blocks` for `x`, with the same `how` and `amax`.
     """
     blocks, scale = _scaled(x.float(), how, amax)
     beyond = (blocks * scale.encode).abs() > ELEMENTS[how.format.element].largest * (1 + 2**-12)
@@ -198,15 +201,15 @@ def _scaled(x: Tensor, how: Blocks, amax_tensor: Tensor | None) -> tuple[Tensor,
     blocks, within = split_blocks(x, axes, entry.block)
     if entry.scaling == "none":
         return blocks, _Scale(1.0)
-    of_tensor = tuple(range(how.per_expert, blocks.ndim))
+    tensor_axes = tuple(range(how.per_expert, blocks.ndim))
     if entry.scaling == "tensor" and amax_tensor is not None:
         return blocks, _to_largest(amax_tensor, entry)
-    amax = blocks.abs().amax(within or of_tensor, keepdim=True)
+    amax = blocks.abs().amax(within or tensor_axes, keepdim=True)
     if entry.scaling == "e8m0":
         return blocks, _shared_exponent(amax, entry.element)
     if entry.scaling != "e4m3":
         return blocks, _to_largest(amax, entry)
-    whole = amax.amax(of_tensor, keepdim=True) if amax_tensor is None else _in_blocks(amax_tensor, axes, entry.block)
+    whole = amax.amax(tensor_axes, keepdim=True) if amax_tensor is None else _in_blocks(amax_tensor, axes, entry.block)
     S = _tensor_scale(whole, how.four_over_six)
     return blocks, _two_scales(blocks, amax, S, within if how.four_over_six else (), how.scale_rounding)
 
@@ -225,9 +228,9 @@ def _to_largest(amax: Tensor, entry: Format) -> _Scale:
 
 
 def _shared_exponent(amax: Tensor, element: str) -> _Scale:
-    """A power of two a block, at least the largest magnitude over the largest value, as far as E8M0 reaches.
+    """The smallest power of two per block that is at least largest magnitude / largest value, in the range of E8M0.
 
-    Where the power is the smallest, elements are not scaled up, and nearly all become zero: as in hardware.
+    If the power is the smallest of that range, elements are not scaled up and nearly all become zero, as in hardware.
     """
     wanted = amax / ELEMENTS[element].largest
     scale = power_of_two_below(wanted)
@@ -236,17 +239,17 @@ def _shared_exponent(amax: Tensor, element: str) -> _Scale:
 
 
 def _tensor_scale(amax: Tensor, four_over_six: bool) -> Tensor:
-    """The scale of a tensor in NVFP4, which lets the largest scale of a block reach the end of its range."""
+    """Scale of a tensor in NVFP4: the largest block scale becomes the largest value that a block scale may have."""
     largest = FOUR_OVER_SIX if four_over_six else ELEMENTS["e4m3"].largest
     S = _over(largest * ELEMENTS["e2m1"].largest, amax).clamp(max=FLOAT_MAX)
     return torch.where((amax == 0) | (S == 0), 1.0, S)
 
 
 def _two_scales(x: Tensor, amax: Tensor, S: Tensor, four_over_six: tuple[int, ...], scale_rounding: str) -> _Scale:
-    """NVFP4: an E4M3 scale a block, and an fp32 scale S for the tensor. Elements of a block whose scale is 0 are 0.
+    """NVFP4: one E4M3 scale per block and one fp32 scale S per tensor. A block whose scale is 0 becomes 0.
 
     Args:
-        four_over_six: axes within a block, where it takes the better of two scales.
+        four_over_six: axes within a block if each block takes the better of two scales; else empty.
     """
     wanted = amax * (S * (1 / 6))  # one rounding: (amax / 6) * S differs for some blocks
     s_b = _block_scale(wanted, scale_rounding)
@@ -272,12 +275,12 @@ def _block_scale(wanted: Tensor, rounding: str) -> Tensor:
 
 
 def _over(number: float, x: Tensor) -> Tensor:
-    """The quotient, rounded once; `number / x` would multiply by a rounded reciprocal."""
+    """Returns number / x, rounded once. Torch computes `number / x` with a rounded reciprocal."""
     return torch.full_like(x, number) / x
 
 
 def _in_blocks(amax: Tensor, axes: tuple[int, ...], block: int) -> Tensor:
-    """Broadcasts against blocks as `amax` does against the tensor, since it is the same within a block."""
+    """Reshapes `amax`, which broadcasts against the tensor and is constant within a block, for the tensor in blocks."""
     for axis in reversed(axes):
         every_block = (slice(None),) * axis + (slice(None, None, block),)
         amax = amax[every_block].unsqueeze(axis + 1)
@@ -285,7 +288,11 @@ def _in_blocks(amax: Tensor, axes: tuple[int, ...], block: int) -> Tensor:
 
 
 def split_blocks(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, tuple[int, ...]]:
-    """Cuts axes into blocks, each axis into two, the last block filled up with zeros; and the axes within a block."""
+    """Splits each of the axes into two, blocks and elements of a block; pads the last block with zeros.
+
+    Returns:
+        The blocks, and the axes within a block.
+    """
     for axis in reversed(axes):
         if missing := -x.shape[axis] % block:
             x = F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))

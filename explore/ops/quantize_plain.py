@@ -1,4 +1,4 @@
-"""The truth of `quantize`: one block at a time, in numpy's fp32, rounding by look-up among all values of an element."""
+"""The reference for `quantize`: one block at a time, in numpy's fp32, rounding by look-up among all values."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def quantize_plain(
     four_over_six: bool = False,
     scale_rounding: str = "nearest",
 ) -> Float32[Tensor, "*dims"]:
-    """What `quantize` returns, from valid arguments, in formats of up to 8 bits an element (E8M0 alone apart).
+    """Computes `quantize` for valid arguments and formats of up to 8 bits per element, except the format `e8m0`.
 
     Args:
-        noise: from `rounding_noise` for stochastic rounding; rounding to nearest when absent.
+        noise: from `rounding_noise` for stochastic rounding; rounding to nearest if absent.
     """
     entry, y = FORMATS[format], x.float().numpy(force=True).copy()
     uniform = None if noise is None else (noise.numpy(force=True).astype(np.float64) + 2**15 + 0.5) / 2**16
@@ -47,7 +47,10 @@ def quantize_plain(
 
 
 def _blocks(shape: tuple[int, ...], axes: tuple[int, ...], block: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of every block; an axis outside a block is cut to single elements, unless nothing is cut."""
+    """Yields the slices of every block. Axes that blocks do not lie along are cut into single elements.
+
+    Without `axes` there is one block: the whole tensor.
+    """
     if not axes:
         yield tuple(slice(None) for _ in shape)
         return
@@ -89,7 +92,7 @@ def _block(
 
 
 def _block_scale(wanted: np.float32, rounding: str) -> np.float32:
-    """The E4M3 number that is nearest, or the smallest that is no smaller."""
+    """The nearest E4M3 number, or the smallest that is at least `wanted`."""
     if rounding == "nearest" or np.isnan(wanted):
         return np.float32(_rounded(np.array(wanted), "e4m3", None))
     values = _values("e4m3")
@@ -97,14 +100,14 @@ def _block_scale(wanted: np.float32, rounding: str) -> np.float32:
 
 
 def _power_of_two_above(wanted: np.float32) -> np.float32:
-    """The smallest power of two from 2^-127 to 2^127 that is no smaller."""
+    """The smallest power of two from 2^-127 to 2^127 that is at least `wanted`."""
     powers = np.ldexp(ONE, np.arange(-127, 128))
     return np.float32(powers[min(int(np.searchsorted(powers, wanted)), len(powers) - 1)])
 
 
 @cache
 def _values(element: str) -> Array:
-    """All values that are not negative, in the order of their codes."""
+    """All nonnegative values of an element, in the order of their codes."""
     bits, mantissa, min_exponent, largest = ELEMENTS[element]
     if element == "int8":
         return np.arange(128, dtype=np.float32)
@@ -115,7 +118,7 @@ def _values(element: str) -> Array:
 
 
 def _rounded(x: Array, element: str, uniform: npt.NDArray[np.float64] | None) -> Array:
-    """The neighbour that is nearest, of two as near the one with the even code; or the upper if `uniform` says so."""
+    """Rounds to the nearest value, ties to the even code; with `uniform`, up with the probability of the remainder."""
     values = _values(element).astype(np.float64)
     magnitude = np.minimum(np.abs(x).astype(np.float64), values[-1])
     low = np.clip(np.searchsorted(values, magnitude, side="right") - 1, 0, len(values) - 2)

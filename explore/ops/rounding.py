@@ -1,4 +1,4 @@
-"""Rounding of fp32 numbers to the values of a narrow element: to nearest even, stochastic, or away from zero."""
+"""Rounds fp32 numbers to the values of a narrow element: to nearest even, stochastically, or away from zero."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor
 from explore.precision import ELEMENTS
 
 CASTS = {"e5m2": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn, "e8m0": torch.float8_e8m0fnu}
-"""Elements that torch casts to, to nearest even. Not fp16 and bf16: a compiled cast to them and back is left out."""
+"""Elements that torch casts to, to nearest even. fp16 and bf16 are missing: the compiler removes casts to them."""
 
 SATURATING = frozenset({"e5m2", "e4m3", "e2m1", "int8"})
-"""Elements whose largest value stands for everything above it; fp16 and bf16 become infinite, as in IEEE 754."""
+"""Elements that round larger numbers to their largest value; fp16 and bf16 overflow to infinity, as in IEEE 754."""
 
 
 def rounding_generator(
     seed: int, step: int, layer: int | str, tensor: str, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A generator for the stochastic rounding of one tensor: a resumed run draws what the first run drew.
+    """A generator for the stochastic rounding of one tensor. A resumed run draws the same numbers as the first run.
 
     Args:
         seed: seed of the run.
         step: optimizer step.
         layer: index of the layer, or the name of a part outside the layers.
-        tensor: name of the tensor, such as `in_proj dy`; where devices hold parts of it, the name of the part.
+        tensor: name of the tensor, such as `in_proj dy`; if devices hold parts of it, the name of the part.
     """
     key = hashlib.blake2b(repr((seed, step, layer, tensor)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
 
 
 def rounding_noise(x: Float[Tensor, "*dims"], generator: torch.Generator) -> Float32[Tensor, "*dims"]:
-    """An integer from -2^15 to 2^15 - 1 for every element of `x`, uniformly; probabilities are right to 2^-17.
+    """Draws a uniform integer from -2^15 to 2^15 - 1 for every element of `x`; probabilities are exact to 2^-17.
 
-    They are 16 bits of an integer each, and then fp32, since torch draws the one and compiles the other fastest.
+    Each is 16 bits of a drawn 64-bit integer, which torch draws fastest, converted to fp32, which it compiles best.
     """
     words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     words.random_(-(2**63), None, generator=generator)
@@ -44,7 +44,10 @@ def rounding_noise(x: Float[Tensor, "*dims"], generator: torch.Generator) -> Flo
 
 
 def round_nearest(x: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*dims"]:
-    """The nearest value of an element, ties to the even code. NaN stays NaN; E8M0 has no zero and no sign: NaN."""
+    """Rounds to the nearest value of an element, ties to the even code.
+
+    NaN stays NaN. In E8M0, zero and negative numbers become NaN.
+    """
     if element == "fp32":
         return x
     if element == "e8m0":
@@ -55,7 +58,7 @@ def round_nearest(x: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*di
 
 
 def round_stochastic(x: Float[Tensor, "*dims"], element: str, noise: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """One of the two neighbouring values, drawn so that the mean is `x`, or the largest value where `x` is above it.
+    """Rounds to one of the two neighbouring values, drawn so that the mean is `x`; above the largest value, to that.
 
     Args:
         noise: from `rounding_noise`.
@@ -72,15 +75,15 @@ def round_stochastic(x: Float[Tensor, "*dims"], element: str, noise: Float[Tenso
 
 
 def round_up(x: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*dims"]:
-    """The nearest value of an element that is no smaller in magnitude, or the largest value."""
+    """Rounds to the nearest value of an element of at least the same magnitude, or to the largest value."""
     return _round(x, element, torch.ceil)
 
 
 def power_of_two_below(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
-    """The largest power of two in fp32 that is at most `x`; 0 and NaN stay.
+    """The largest power of two in fp32 that is at most `x`; 0 and NaN are unchanged.
 
-    By logarithm and exponential, which compile to vector instructions as work on bits does not; comparisons correct a
-    logarithm that was rounded to the wrong side of an integer.
+    It uses a logarithm and an exponential, because they compile to vector instructions and operations on bits do not.
+    Comparisons then correct a logarithm that was rounded to the wrong side of an integer.
     """
     power = x.log2().floor().clamp(max=127).exp2()
     power = torch.where(power > x, power / 2, power)
@@ -88,7 +91,7 @@ def power_of_two_below(x: Float[Tensor, "*dims"]) -> Float[Tensor, "*dims"]:
 
 
 def _round(x: Tensor, element: str, to_integer: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rounds magnitudes as multiples of the step between neighbouring values, all of which is exact."""
+    """Rounds magnitudes as multiples of the step between neighbouring values; division and product are exact."""
     saturates, largest = element in SATURATING, ELEMENTS[element].largest
     magnitude = x.abs().clamp(max=largest if saturates else ELEMENTS["fp32"].largest)
     step = _step(magnitude, element)

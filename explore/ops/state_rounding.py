@@ -1,7 +1,7 @@
-"""Decoding state in narrow formats: rounded on writing, so that reads see only representable values.
+"""Decoding state in narrow formats: the state is rounded when it is written.
 
-A scale that a format has for a whole tensor is here for one sequence, and of keys and values for one position of it.
-So the stored state depends neither on other batch rows nor on how the prompt was split.
+If a format has a scale for a whole tensor, here each sequence has its own scale; for keys and values each position of a
+sequence has one. So the stored state depends neither on other batch rows nor on how the prompt was split.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class StateRounding:
     """How the decoding state of a layer is rounded; blocks lie along the last axis.
 
     Attributes:
-        kv: format of keys and values, or of what they are made from; None leaves them as they are.
-        state: format of recurrent state and of the inputs that a short convolution keeps; None leaves them as they are.
-        stochastic_kv: keys and values are rounded stochastically, else to nearest.
-        stochastic_state: recurrent state and inputs of a convolution are.
-        seed: of stochastic rounding. All rows of a batch draw the same numbers.
-        layer: index of the layer, on which they depend too.
+        kv: format of keys and values, or of the latents that they are computed from; None does not round them.
+        state: format of recurrent state and of the inputs that a short convolution keeps; None does not round them.
+        stochastic_kv: whether keys and values are rounded stochastically instead of to nearest.
+        stochastic_state: whether recurrent state and inputs of a convolution are rounded stochastically.
+        seed: seed of stochastic rounding. All rows of a batch draw the same numbers.
+        layer: index of the layer, part of the seed.
     """
 
     kv: FormatName | None = None
@@ -40,15 +40,15 @@ class StateRounding:
     def entries(
         self, x: Float[Tensor, "batch heads new width"], name: str, start: int
     ) -> Float[Tensor, "batch heads new width"]:
-        """Keys, values or latents of positions from `start` on."""
+        """Rounds keys, values or latents of positions from `start` on."""
         return self._by_position(x, self.kv, self.stochastic_kv, name, start)
 
     def inputs(self, x: Float[Tensor, "batch new channels"], start: int) -> Float[Tensor, "batch new channels"]:
-        """Inputs of a convolution at positions from `start` on."""
+        """Rounds inputs of a convolution at positions from `start` on."""
         return self._by_position(x[:, None], self.state, self.stochastic_state, "conv", start)[:, 0]
 
     def recurrent(self, x: Float[Tensor, "batch *shape"], length: int) -> Float[Tensor, "batch *shape"]:
-        """Recurrent state after `length` positions."""
+        """Rounds the recurrent state after `length` positions."""
         if self.state is None:
             return x
         noise = self._noise(x, "recurrent", length) if self.stochastic_state else None

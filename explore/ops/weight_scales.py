@@ -1,4 +1,4 @@
-"""Weights of a trained model in a narrow format, with scales by one of several criteria."""
+"""Weights of a trained model in a narrow format, with scales chosen by one of several criteria."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS
 
 Scales = Literal["max", "mse", "four_over_six"]
-"""Criteria for a scale: the largest magnitude of a block, or the squared error of the block; with `four_over_six`
-by the squared error of two scales, in formats that have them."""
+"""Criteria for the scale of a block: its largest magnitude, or the smallest squared error. `four_over_six` compares the
+squared errors of two scales, in formats that have them."""
 SCALES: tuple[Scales, ...] = get_args(Scales)
 
 CLIPS = tuple(1 - i / 16 for i in range(9))
@@ -34,14 +34,14 @@ def quantize_weight(
 ) -> Float32[Tensor, "*dims"]:
     """Returns the weight quantised and dequantised.
 
-    With `mse`, a block is clipped to each of several shares of its largest magnitude, and has the scale of the one with
-    the smallest squared error; the scale of a whole tensor in NVFP4 stays that of its largest magnitude.
+    With `mse`, a block is clipped at several fractions of its largest magnitude, and the one with the smallest squared
+    error is kept. In NVFP4 the scale of the whole tensor always follows from its largest magnitude.
 
     Args:
         block_axis: axis that the product sums over.
-        generator: source of stochastic rounding; to nearest when absent.
+        generator: source of stochastic rounding; without it, rounding is to nearest.
 
-    Source: four over six, arXiv 2512.02010; a sweep by squared error as for the routed experts of Nemotron 3 Super.
+    Source: four over six, arXiv 2512.02010; a search by squared error as for the routed experts of Nemotron 3 Super.
     """
     entry = FORMATS[format]
     how = Blocks(entry, block_axis, square, per_expert, scales == "four_over_six" and entry.scaling == "e4m3")
@@ -49,7 +49,7 @@ def quantize_weight(
     if scales != "mse" or entry.scaling == "none":
         return quantize_blocks(weight, noise, how)
     x = weight.float()
-    # Blocks of the format, or the tensor of each expert where it has none.
+    # Blocks of the format, or the tensor of each expert if the format has no blocks.
     axes = how.axes(x.ndim)
     blocks, within = split_blocks(x, axes, entry.block)
     whole = tuple(range(per_expert, x.ndim))
