@@ -128,7 +128,7 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
         ),
         ("--by weight", "by must be one of activation, frequency, magnitude, random, reverse, got 'weight'"),
         ("--effect time --drop-layers 1", "effect must be one of mse, kl, loss, influence, got 'time'"),
-        ("--scores nowhere.parquet", "nowhere.parquet: is no table of scores"),
+        ("--scores nowhere.parquet", "nowhere.parquet: is not a table of scores"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(

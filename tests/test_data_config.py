@@ -71,7 +71,7 @@ def test_the_fingerprint_names_the_content_of_each_split_and_of_the_tokenizer() 
 def test_a_split_shorter_than_one_window_is_named(tmp_path: Path) -> None:
     for name, text in {"train": "a" * 100, "val": "b" * 30, "test": "c" * 100}.items():
         (tmp_path / f"{name}.txt").write_text(text)
-    with pytest.raises(ValueError, match=r"seq_len: 31 needs at least 32 tokens in every split, and val .* has 31"):
+    with pytest.raises(ValueError, match=r"seq_len must be below 31, the number of tokens in val of .*, got 31"):
         TextData(corpus=str(tmp_path), tokenizer="bytes", seq_len=31).open(0)
     source = TextData(corpus=str(tmp_path), tokenizer="bytes", seq_len=30).open(0)
     assert (source.vocab_size, source.n_train_tokens) == (257, 101)

@@ -113,7 +113,7 @@ def test_parity_is_one_command_that_names_the_worst_cases(
         (("export", "RUN", "NEW", "--to", "megatron"), "DIR: must not be combined with --to megatron, which prints"),
         (("export", "NEW", "OTHER"), "run must be a run folder, the start of its name"),
         (("export", "RUN", "NEW", "--to", "gguf"), "'gguf' is not one of"),
-        (("import", "NEW", "OTHER"), "is no folder"),
+        (("import", "NEW", "OTHER"), "must be a folder with"),
         (("import", "FULL", "OTHER"), "weights.pt is a pickle, which is never read"),
         (("import", "FULL/weights.pt", "OTHER"), "a pickle is never read"),
     ],

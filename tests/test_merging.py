@@ -241,7 +241,7 @@ def test_the_last_checkpoint_has_the_scores_of_the_run_where_it_is_its_last_step
 @pytest.mark.parametrize(
     ("last", "shape", "message"),
     [
-        (10, "flat", r"last: 10 is more than the 9 checkpoints .* steps 4 to 30; allowed are 1 to 9"),
+        (10, "flat", r"last must be at most 9, the checkpoints .* steps 4 to 30, got 10"),
         (0, "flat", r"last must be at least 1 checkpoint, got 0"),
         (3, "cosine", r"shape must be flat or minus_sqrt, got 'cosine'"),
     ],
@@ -262,7 +262,7 @@ def test_checkpoints_that_are_not_equally_far_apart_are_refused(finished: RunFol
 
 def test_a_run_that_kept_nothing_says_how_to_keep(corpus: Path, tmp_path: Path) -> None:
     folder = fit(experiment(corpus, tokens=3 * TOKENS), tmp_path, accelerator="cpu")
-    with pytest.raises(ValueError, match=r"last: 5 is more than the 0 checkpoints .*; train with keep_every"):
+    with pytest.raises(ValueError, match=r"last must be at most 0, the checkpoints .*, got 5; train with keep_every"):
         merge_window(folder)
 
 
@@ -289,4 +289,4 @@ def test_the_command_shows_the_merge_beside_the_checkpoint_and_the_run(
         assert line.removeprefix(row).split()[:2] == [f"{scores['val_bpb']:.4f}", f"{scores['test_bpb']:.4f}"]
     code, _, said = run("--last", "99")
     assert code == 2
-    assert said.startswith("error: last: 99 is more than the 9 checkpoints")
+    assert said.startswith("error: last must be at most 9, the checkpoints")

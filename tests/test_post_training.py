@@ -215,7 +215,7 @@ def test_weights_are_rounded_stochastically_where_a_recipe_says_so() -> None:
     [
         ({"format": "nvfp4", "forward": False}, "precision.forward must be true"),
         ({"format": "nvfp4", "hadamard": ["forward"]}, "precision.hadamard must not name forward"),
-        ({"format": "nvfp4", "stochastic": ["x"]}, "precision.stochastic must not name x"),
+        ({"format": "nvfp4", "stochastic": ["x"]}, "precision.stochastic must be w for a trained model, got 'x'"),
     ],
 )
 def test_what_only_training_can_do_is_refused(recipe: dict[str, Any], says: str) -> None:

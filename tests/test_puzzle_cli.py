@@ -106,7 +106,7 @@ def test_a_sweep_prints_and_draws_a_row_of_budgets(finished: RunFolder, explore_
         ("--drop 1 --replacements cut", "drop: must be 0 where replacements do not have none, got 1"),
         ("--drop 1 --baselines", "--baselines: must not be combined with --same or --drop"),
         ("--drop 1 --shares 1.5", "offer.shares.0: input should be less than 1, got '1.5'"),
-        ("--drop 1 --vary d_gg", "vary: 'd_gg' is no size of this parent; allowed are M.n_groups"),
+        ("--drop 1 --vary d_gg", "vary must be a size of this parent, got 'd_gg'; choose from M.n_groups"),
         (
             "--drop 1 --replacements half",
             "offer.replacements.0: input should be 'cut', 'pooled', 'linear' or 'none', got 'half'",

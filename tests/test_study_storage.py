@@ -315,7 +315,7 @@ def test_a_proxy_serves_a_storage_to_other_processes(
 
 
 def test_a_place_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^STORAGE: '.*' is no URL and no folder with a study.journal"):
+    with pytest.raises(ValueError, match=r"^STORAGE must be a URL or a folder with a study.journal, got '.*'"):
         serve_storage(str(tmp_path), "127.0.0.1", free_port())
     with pytest.raises(ValueError, match=r"^STORAGE: postgresql\+psycopg://me@127.0.0.1:1/x cannot be opened"):
         serve_storage("postgresql+psycopg://me:secret@127.0.0.1:1/x", "127.0.0.1", free_port())

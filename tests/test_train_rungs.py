@@ -216,7 +216,7 @@ def test_rungs_do_not_change_a_run(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rung", [0.0, 0.05, 0.85, 1.0])
 def test_a_rung_outside_of_the_stable_phase_is_refused(corpus: Path, tmp_path: Path, rung: float) -> None:
     with pytest.raises(
-        ValueError, match=rf"rungs: {rung} is step .* of 20, outside of the stable phase; allowed are 0\.1 to"
+        ValueError, match=rf"rungs must be from 0\.1 to .*, in the stable phase, got {rung}, which is step .* of 20"
     ):
         train(experiment(corpus), tmp_path / "runs", rungs=(rung,))
     assert not (tmp_path / "runs").exists()

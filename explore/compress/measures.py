@@ -79,6 +79,6 @@ def check_measure(name: str) -> None:
     if name not in MEASURES:
         hint = did_you_mean(name, MEASURES)
         raise ValueError(
-            f"target: {echo(name)} is unknown; {hint}allowed are params_total, params_active, flops_train, "
+            f"target: {echo(name)} is unknown; {hint}choose from params_total, params_active, flops_train, "
             "decode_bytes, weight_bytes, kv_bytes, state_bytes, memory_bytes, decode_s and other totals of explore cost"
         )

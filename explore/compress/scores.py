@@ -118,9 +118,9 @@ class Scores:
         try:
             table = pd.read_parquet(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: is no table of scores ({' '.join(str(error).split())})") from None
+            raise ValueError(f"{path}: is not a table of scores ({' '.join(str(error).split())})") from None
         if tuple(table.columns) != COLUMNS or "key" not in table.attrs:
-            raise ValueError(f"{path}: is no table of scores; its columns must be {', '.join(COLUMNS)}")
+            raise ValueError(f"{path}: is not a table of scores; its columns must be {', '.join(COLUMNS)}")
         return cls(table, {str(name): value for name, value in table.attrs.items()})
 
 

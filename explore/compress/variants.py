@@ -77,7 +77,8 @@ class Offer(Config):
         known = _known(model)
         for name in self.vary:
             if name not in known and name not in {each.partition(".")[2] for each in known}:
-                raise ValueError(f"vary: {echo(name)} is no size of this parent; allowed are {', '.join(known)}")
+                names = ", ".join(known)
+                raise ValueError(f"vary must be a size of this parent, got {echo(name)}; choose from {names}")
 
     def within(self, model: ModelConfig) -> Offer:
         """This offer without sizes that a model does not have any more."""

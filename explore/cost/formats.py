@@ -68,8 +68,8 @@ def _check_rule(rule: Rule, field: str, ledger: Ledger, rows: list[Row]) -> None
     for component in rule.components:
         if component not in known and not rule.optional:
             hint = did_you_mean(component, known)
-            allowed = f"{hint}allowed are {', '.join(known)}"
-            raise ValueError(f"{field}.components must be components of the model, got {component!r}; {allowed}")
+            names = f"{hint}choose from {', '.join(known)}"
+            raise ValueError(f"{field}.components must be components of the model, got {component!r}; {names}")
     found = [row for row in rows if rule.matches(_place(row, ledger))]
     if not found and not rule.optional:
         letters = "".join(dict.fromkeys(row.letter for row in rows))

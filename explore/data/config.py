@@ -57,8 +57,8 @@ class TextData(Config):
         for split, stream in streams.items():
             if stream.n_tokens <= self.seq_len:
                 raise ValueError(
-                    f"seq_len: {self.seq_len} needs at least {self.seq_len + 1} tokens in every split, and {split} of "
-                    f"{echo(self.corpus)} has {stream.n_tokens}; allowed: at most {stream.n_tokens - 1}, or more text"
+                    f"seq_len must be below {stream.n_tokens}, the number of tokens in {split} of {echo(self.corpus)}, "
+                    f"got {self.seq_len}"
                 )
         return TextSource(streams, tokenizer, self.seq_len, seed, corpus.notes)
 

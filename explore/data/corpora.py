@@ -144,7 +144,7 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
 
     Args:
         name: a name in `CORPORA`, a path to a .txt or .jsonl file (plain, .gz, .xz) or a folder of them, or
-            `hf:` and the name or folder of a data set, with `:CONFIG` behind it where it has several.
+            `hf:` and the name or folder of a data set, followed by `:CONFIG` if it has several.
         n_shards: use only the first training files, in name order.
 
     Raises:
@@ -155,7 +155,7 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
 
         if n_shards is not None:
             raise ValueError(
-                f"n_shards: {n_shards} needs training files, which {echo(name)} does not have; allowed: null"
+                f"n_shards must be null for {echo(name)}, which has no training files, got {n_shards}"
             )
         return Corpus(name, name, load_parts(name), leaks="drop")
     path = locate(name)
@@ -231,12 +231,11 @@ def _files(name: str, path: Path) -> list[tuple[Path, Split]]:
 def _first_shards(name: str, files: list[tuple[Path, Split]], n_shards: int) -> list[tuple[Path, Split]]:
     if any(split not in {split for _, split in files} for split in SPLITS):
         raise ValueError(
-            f"n_shards: {n_shards} needs a corpus with files for train, val and test, which {echo(name)} is not; "
-            "allowed: null"
+            f"n_shards must be null for {echo(name)}, which does not have files for train, val and test, got {n_shards}"
         )
     train = [file for file in files if file[1] == "train"]
     if n_shards > len(train):
-        raise ValueError(f"n_shards: {n_shards} must be at most {len(train)}, the training files of {echo(name)}")
+        raise ValueError(f"n_shards must be at most {len(train)}, the training files of {echo(name)}, got {n_shards}")
     return train[:n_shards] + [file for file in files if file[1] != "train"]
 
 

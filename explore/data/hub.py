@@ -28,7 +28,7 @@ def load_parts(name: str) -> list[Part]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"corpus: {echo(name)} cannot be loaded ({reason}); allowed: the name or folder of a data set"
+            f"corpus: hf: must be followed by the name or folder of a data set, got {echo(name)} ({reason})"
         ) from error
     found = {key: split for key in loaded if (split := split_of(key))}
     if "train" not in found.values():

@@ -177,7 +177,7 @@ def _only_safetensors(folder: Path) -> None:
     if folder.suffix in PICKLES:
         raise ValueError(f"{folder}: a pickle is never read; a folder with safetensors is needed")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: is no folder; one with {CONFIG} and {WEIGHTS} is needed")
+        raise ValueError(f"{folder}: must be a folder with {CONFIG} and {WEIGHTS}")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         found = f"{pickles[0]} is a pickle, which is never read" if pickles else f"{WEIGHTS} is missing"

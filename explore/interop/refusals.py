@@ -17,7 +17,7 @@ def refuse(field: str, value: Any, target: str, allowed: str) -> ValueError:
 
 
 def require(path: str, config: Any, allowed: Mapping[str, tuple[Any, ...]], target: str) -> None:
-    """Rejects the first field of `config` with a value that is not allowed.
+    """Rejects the first field of `config` whose value the target cannot represent.
 
     Raises:
         ValueError: there is such a field.

@@ -159,7 +159,7 @@ def check_after_training(recipe: Recipe) -> None:
     if "forward" in recipe.hadamard:
         raise ValueError("precision.hadamard must not name forward for a trained model, got 'forward'")
     if "x" in recipe.stochastic:
-        raise ValueError("precision.stochastic must not name x for a trained model, got 'x'; allowed is w")
+        raise ValueError("precision.stochastic must be w for a trained model, got 'x'")
 
 
 def formats_of_components(model: LanguageModel, recipe: Recipe) -> dict[Component, FormatName]:

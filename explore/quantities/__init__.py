@@ -101,6 +101,6 @@ def choose(name: str, among: Iterable[str], field: str, what: str = "a quantity 
 
 
 def unknown(name: str, allowed: Sequence[str], field: str, what: str = "a quantity with numbers") -> ValueError:
-    """The error for a name that is not allowed; it suggests the nearest allowed name."""
+    """The error for an unknown name; it suggests the nearest known name."""
     hint = did_you_mean(name, allowed)
-    return ValueError(f"{field} must be {what}, got {echo(name)}; {hint}allowed are {', '.join(allowed)}")
+    return ValueError(f"{field} must be {what}, got {echo(name)}; {hint}choose from {', '.join(allowed)}")

@@ -144,7 +144,7 @@ def known(name: str) -> str:
     """Checks that a budget exists and returns its name."""
     if name not in BUDGETS:
         hint = did_you_mean(name, BUDGETS)
-        raise ValueError(f"targets: {echo(name)} is unknown; {hint}allowed are {', '.join(BUDGETS)}")
+        raise ValueError(f"targets: {echo(name)} is unknown; {hint}choose from {', '.join(BUDGETS)}")
     return name
 
 

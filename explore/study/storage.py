@@ -95,7 +95,7 @@ def _relational(url: str) -> RDBStorage:
     try:
         make_url(url)
     except (ArgumentError, ValueError):  # its message may contain part of the password
-        raise ValueError("it is no URL; in a password, @ is written %40, : is %3A and / is %2F") from None
+        raise ValueError("it is not a URL; in a password, write @ as %40, : as %3A and / as %2F") from None
     for attempt in range(ATTEMPTS):
         try:
             storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
@@ -120,7 +120,7 @@ def serve_storage(place: str, host: str, port: int, say: Say = lambda line: None
         ValueError: the storage does not open, or the port is unavailable.
     """
     if "://" not in place and not (Path(place) / JOURNAL).exists():
-        raise ValueError(f"STORAGE: {without_password(place)!r} is no URL and no folder with a {JOURNAL}")
+        raise ValueError(f"STORAGE must be a URL or a folder with a {JOURNAL}, got {without_password(place)!r}")
     storage = _opened(place, "STORAGE", lambda line: None, 0.0) if "://" in place else open_storage(Path(place))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

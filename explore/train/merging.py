@@ -91,10 +91,10 @@ def merge_window(folder: RunFolder, last: int = 5, shape: Shape = "minus_sqrt") 
     found = {int(path.stem[5:]): path for path in (folder.path / "checkpoints").glob("step-*.ckpt")}
     kept = sorted(step for step in found if step in stable)
     if last > len(kept):
-        allowed = f"allowed are 1 to {len(kept)}" if kept else "train with keep_every to keep some"
+        hint = "" if kept else "; train with keep_every to keep some"
         raise ValueError(
-            f"last: {last} is more than the {len(kept)} checkpoints that {folder.path} kept in its stable phase, "
-            f"steps {stable.start} to {stable.stop - 1}; {allowed}"
+            f"last must be at most {len(kept)}, the checkpoints that {folder.path} kept in its stable phase, "
+            f"steps {stable.start} to {stable.stop - 1}, got {last}{hint}"
         )
     steps = tuple(kept[-last:])
     if len({b - a for a, b in pairwise(steps)}) > 1:

@@ -46,8 +46,8 @@ def rung_steps(experiment: Experiment, rungs: Sequence[float]) -> dict[int, floa
     for step, rung in steps.items():
         if step < 1 or step not in stable:
             raise ValueError(
-                f"rungs: {rung} is step {step} of {n_steps}, outside of the stable phase; "
-                f"allowed are {max(1, stable.start) / n_steps:.3g} to {(stable.stop - 1) / n_steps:.3g}"
+                f"rungs must be from {max(1, stable.start) / n_steps:.3g} to {(stable.stop - 1) / n_steps:.3g}, in the "
+                f"stable phase, got {rung}, which is step {step} of {n_steps}"
             )
     return steps
 

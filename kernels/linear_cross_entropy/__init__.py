@@ -27,19 +27,14 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if hidden.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != hidden.dtype:
-        raise ValueError(
-            f"hidden, weight: {hidden.dtype}, {weight.dtype} is no pair with a kernel; "
-            "allowed are torch.float32 twice and torch.bfloat16 twice"
-        )
+        raise ValueError(f"hidden and weight must both be float32 or bfloat16, got {hidden.dtype} and {weight.dtype}")
     if {device, weight.device, targets.device} != {device} or not (device.type == "cuda" or interpreted()):
         raise ValueError(
-            f"hidden, weight, targets: on {device}, {weight.device}, {targets.device}; "
-            "allowed is one CUDA device, and any one device where Triton interprets (TRITON_INTERPRET=1)"
+            "hidden, weight and targets must be on one CUDA device, or on any one device with TRITON_INTERPRET=1, "
+            f"got {device}, {weight.device} and {targets.device}"
         )
     if 0 in weight.shape:
-        raise ValueError(
-            f"weight: shape {tuple(weight.shape)} is empty; allowed are at least one entry and one channel"
-        )
+        raise ValueError(f"weight must have at least one entry and one channel, got shape {tuple(weight.shape)}")
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     shape = (args.tokens, args.vocab_size, args.d_model)
     if any(shape) and not all(n and n > 0 for n in shape):
-        parser.error(f"--tokens, --vocab-size, --d-model: {shape}; allowed are three positive integers, or none")
+        parser.error(f"--tokens, --vocab-size, --d-model: must be three positive integers or all absent, got {shape}")
     shapes = [shape] if all(shape) else SHAPES
     if args.model:
         for shape in shapes:

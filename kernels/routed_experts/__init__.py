@@ -100,9 +100,10 @@ def _check(
     activation: str,
 ) -> None:
     if activation not in get_args(Activation):
-        raise ValueError(f"activation: {activation!r} is unknown; allowed are {', '.join(get_args(Activation))}")
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     if (gate is None) != (activation == "relu2"):
-        raise ValueError(f"gate: {'absent' if gate is None else 'given'} with {activation!r}; only 'relu2' has none")
+        needed = "None for the activation 'relu2'" if activation == "relu2" else f"given for {activation!r}"
+        raise ValueError(f"gate must be {needed}, got {'None' if gate is None else 'a tensor'}")
     e, d, f = up.shape
     for name, tensor, shape in (
         ("x", x, (len(x), d)),
@@ -112,12 +113,12 @@ def _check(
         ("down", down, (e, f, d)),
     ):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: has shape {tuple(tensor.shape)}, allowed is {tuple(shape)} beside the others")
+            raise ValueError(f"{name} must have shape {tuple(shape)} to fit the others, got {tuple(tensor.shape)}")
     for name, tensor in (("x", x), ("up", up), ("gate", gate), ("down", down)):
         if tensor is not None and (tensor.dtype not in DTYPES or tensor.dtype != x.dtype):
-            raise ValueError(f"{name}: has {tensor.dtype}; allowed are float32 and bfloat16, the same as x")
+            raise ValueError(f"{name} must be float32 or bfloat16 and have the dtype of x, got {tensor.dtype}")
     for name, tensor in (("chosen", chosen), ("weights", weights), ("up", up), ("gate", gate), ("down", down)):
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}; allowed is {x.device}, where x is")
+            raise ValueError(f"{name} must be on {x.device}, the device of x, got {tensor.device}")
     if not (x.is_cuda or triton.knobs.runtime.interpret):
-        raise ValueError(f"x: is on {x.device}; allowed is cuda, or any device in Triton's interpreter")
+        raise ValueError(f"x must be on cuda, or on any device with TRITON_INTERPRET=1, got {x.device}")

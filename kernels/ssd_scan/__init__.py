@@ -59,19 +59,19 @@ def ssd_scan(
 
 def _check(X: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> None:
     if not X.is_cuda and not isinstance(states_kernel, InterpretedFunction):
-        raise ValueError(f"device: {X.device.type}; allowed are cuda, and cpu where TRITON_INTERPRET=1")
+        raise ValueError(f"device must be cuda, or cpu with TRITON_INTERPRET=1, got {X.device.type}")
     if X.dtype not in (torch.float32, torch.bfloat16) or B.dtype != X.dtype or C.dtype != X.dtype:
-        raise ValueError(f"dtype of X, B, C: {X.dtype}, {B.dtype}, {C.dtype}; allowed is one of float32, bfloat16")
+        raise ValueError(f"X, B and C must all be float32 or all be bfloat16, got {X.dtype}, {B.dtype}, {C.dtype}")
     if not 1 <= chunk_size <= MAX_CHUNK:
-        raise ValueError(f"chunk_size: {chunk_size}; allowed is 1 to {MAX_CHUNK}")
+        raise ValueError(f"chunk_size must be from 1 to {MAX_CHUNK}, got {chunk_size}")
     if X.numel() == 0:
-        raise ValueError(f"shape of X: {tuple(X.shape)}; allowed are sizes of 1 and more")
+        raise ValueError(f"X must not be empty, got shape {tuple(X.shape)}")
     if A.shape[0] % B.shape[2]:
-        raise ValueError(f"n_groups: {B.shape[2]}; allowed are divisors of n_heads, {A.shape[0]}")
+        raise ValueError(f"n_groups must divide n_heads, {A.shape[0]}, got {B.shape[2]}")
     tile = _width(X.shape[3]) * _width(B.shape[3]) * X.element_size()
     if tile > MAX_TILE_BYTES:
-        sizes = f"{X.shape[3]} x {B.shape[3]} of {X.dtype}"
-        raise ValueError(f"d_head x d_state: {sizes} make a tile of {tile} bytes; allowed is {MAX_TILE_BYTES}")
+        sizes = f"{X.shape[3]} x {B.shape[3]} in {X.dtype}"
+        raise ValueError(f"d_head x d_state must fit a tile of {MAX_TILE_BYTES} bytes, got {sizes}, {tile} bytes")
 
 
 def _width(size: int) -> int:
