@@ -1,6 +1,6 @@
 """FLOPs, bytes and minimum time of a loss as formulas of its shape; the README derives them.
 
-Every operand of a launch counts as read once and every result as written once; a few bytes per token are left out.
+Each operand of a launch counts as read once and each result as written once. A few bytes per token are not counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def tiled(
     chunk_tokens: int = 8192,
     chunk_vocab: int = 8192,
 ) -> Work:
-    """This kernel.
+    """Work of this kernel.
 
     Args:
         itemsize: bytes of an element of the inputs.
@@ -59,21 +59,21 @@ def tiled(
     """
     n_tiles = math.ceil(vocab_size / columns)
     n_token_chunks, n_vocab_chunks = math.ceil(tokens / chunk_tokens), math.ceil(vocab_size / chunk_vocab)
-    of_hidden, of_weight = tokens * d_model, vocab_size * d_model
+    hidden_numel, weight_numel = tokens * d_model, vocab_size * d_model
     padded = math.ceil(min(vocab_size, chunk_vocab) / 16) * 16
     sum_numel = 0
     if itemsize < 4:  # fp32 gradients are summed in their final memory
-        sum_numel += of_hidden * (n_vocab_chunks > 1)
+        sum_numel += hidden_numel * (n_vocab_chunks > 1)
         sum_numel += min(vocab_size, chunk_vocab) * d_model * (n_token_chunks > 1)
     return Work(
-        flops_fwd=2 * tokens * of_weight,
-        bytes_fwd=itemsize * (of_hidden + of_weight) + 8 * tokens * n_tiles,
-        flops_bwd=6 * tokens * of_weight,
+        flops_fwd=2 * tokens * weight_numel,
+        bytes_fwd=itemsize * (hidden_numel + weight_numel) + 8 * tokens * n_tiles,
+        flops_bwd=6 * tokens * weight_numel,
         bytes_bwd=(
             3 * itemsize * tokens * vocab_size
-            + itemsize * (2 * of_hidden * n_vocab_chunks + 2 * of_weight * n_token_chunks)
-            + 8 * (of_hidden * (n_vocab_chunks - 1) + of_weight * (n_token_chunks - 1))
-            + itemsize * (of_hidden + of_weight)
+            + itemsize * (2 * hidden_numel * n_vocab_chunks + 2 * weight_numel * n_token_chunks)
+            + 8 * (hidden_numel * (n_vocab_chunks - 1) + weight_numel * (n_token_chunks - 1))
+            + itemsize * (hidden_numel + weight_numel)
         ),
         extra_bytes_fwd=4 * tokens * n_tiles,
         extra_bytes_bwd=itemsize * min(tokens, chunk_tokens) * padded + 4 * sum_numel,
@@ -81,7 +81,7 @@ def tiled(
 
 
 def materialised(tokens: int, vocab_size: int, d_model: int, itemsize: int) -> Work:
-    """Linear layer, cast to fp32 and cross-entropy, one after the other, as PyTorch runs them."""
+    """Work of PyTorch's linear layer, cast to fp32 and cross-entropy, run one after another."""
     logits, operands = tokens * vocab_size, itemsize * (tokens + vocab_size) * d_model
     cast = logits * (4 + itemsize) if itemsize < 4 else 0
     return Work(
@@ -97,7 +97,7 @@ def materialised(tokens: int, vocab_size: int, d_model: int, itemsize: int) -> W
 def fused(tokens: int, vocab_size: int, d_model: int, itemsize: int) -> Work:
     """Lower bound for any implementation that stores the logits.
 
-    They are written, read for the loss and read for their gradient, which is written in their place and read twice.
+    The logits are written, read for the loss and read for their gradient, which replaces them and is read twice.
     """
     logits, operands = tokens * vocab_size, itemsize * (tokens + vocab_size) * d_model
     return Work(

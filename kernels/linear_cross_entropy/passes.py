@@ -21,7 +21,7 @@ CHUNK_VOCAB = 8192
 
 
 class Tiles(NamedTuple):
-    """The part of a product that one program computes, and how: `rows` x `columns`, `inner` terms at a time."""
+    """The tile of a product that one program computes: `rows` x `columns`, summing `inner` terms at a time."""
 
     rows: int
     columns: int
@@ -34,20 +34,20 @@ H100_SHARED_BYTES = 227 * 1024
 """Shared memory that one program may use on an H100."""
 
 BAND = 16
-"""Rows of tiles that run together: with the 8 columns that then fill an H100, the block of logits is about square."""
+"""Number of rows of tiles that run together. With 8 columns they fill an H100, and the block of logits is nearly square."""
 
 
 def tiles_for(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:
-    """Returns fixed tiles; they are not autotuned, since the order of a sum must not depend on timing.
+    """Returns fixed tiles. They are not autotuned, because the order of a sum must not depend on timing.
 
     Args:
-        shared_bytes: shared memory that one program may use; `stages` slices of both operands live there.
+        shared_bytes: shared memory that one program may use; it holds `stages` slices of both operands.
     """
     if dtype == torch.bfloat16:
         return Tiles(128, 256, 64, 8, 3) if shared_bytes >= 160 * 1024 else Tiles(128, 128, 64, 8, 2)
     if precision == "tf32":
         return Tiles(128, 128, 32, 8, 3) if shared_bytes >= 160 * 1024 else Tiles(128, 128, 32, 8, 2)
-    return Tiles(64, 64, 32, 8, 2)  # exact fp32 has no tensor core, its operands take registers
+    return Tiles(64, 64, 32, 8, 2)  # exact fp32 does not use tensor cores, so its operands take registers
 
 
 def interpreted() -> bool:
@@ -56,7 +56,7 @@ def interpreted() -> bool:
 
 
 def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the losses, and the logsumexp of every token's logits; contiguous inputs."""
+    """Returns the sum of the losses and the logsumexp of every token's logits. Inputs must be contiguous."""
     (tokens, d_model), vocab_size = hidden.shape, weight.shape[0]
     tiles, how = _launch(hidden)
     n_tiles = triton.cdiv(vocab_size, tiles.columns)
@@ -86,14 +86,14 @@ def forward(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 def backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `hidden` and `weight`, each if needed: the logits' gradient a slice at a time, then its products."""
+    """Returns the gradients of `hidden` and `weight`, each if needed, by slices of the gradient of the logits."""
     tokens, vocab_size = hidden.shape[0], weight.shape[0]
     if not tokens:
         return torch.zeros_like(hidden), torch.zeros_like(weight)
     upstream = upstream.contiguous()
-    of_tokens, of_vocab = _slices(tokens, CHUNK_TOKENS), _slices(vocab_size, CHUNK_VOCAB)
-    room_numel = min(tokens, CHUNK_TOKENS) * _padded(min(vocab_size, CHUNK_VOCAB))
-    room = torch.empty(room_numel, dtype=hidden.dtype, device=hidden.device)
+    token_slices, vocab_slices = _slices(tokens, CHUNK_TOKENS), _slices(vocab_size, CHUNK_VOCAB)
+    buffer_numel = min(tokens, CHUNK_TOKENS) * _padded(min(vocab_size, CHUNK_VOCAB))
+    buffer = torch.empty(buffer_numel, dtype=hidden.dtype, device=hidden.device)
     d_hidden, d_weight = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in zip((hidden, weight), needed, strict=True)
@@ -101,22 +101,22 @@ def backward(
     # Terms are summed in fp32: in the gradient itself if it is fp32 or if there is only one term.
     fp32 = hidden.dtype == torch.float32
     hidden_sum, weight_sum = d_hidden, None
-    if d_hidden is not None and not fp32 and len(of_vocab) > 1:
+    if d_hidden is not None and not fp32 and len(vocab_slices) > 1:
         hidden_sum = _empty_fp32(hidden, *hidden.shape)
-    if d_weight is not None and not fp32 and len(of_tokens) > 1:
+    if d_weight is not None and not fp32 and len(token_slices) > 1:
         weight_sum = _empty_fp32(weight, min(vocab_size, CHUNK_VOCAB), weight.shape[1])
     with torch.cuda.device_of(hidden):
-        for j, v in enumerate(of_vocab):
+        for j, v in enumerate(vocab_slices):
             w = weight[v]
-            for i, t in enumerate(of_tokens):
+            for i, t in enumerate(token_slices):
                 h = hidden[t]
-                dz = room[: len(h) * _padded(len(w))].view(len(h), -1)
+                dz = buffer[: len(h) * _padded(len(w))].view(len(h), -1)
                 _logit_gradient(h, w, targets[t], lse[t], upstream, v.start, dz)
                 if d_hidden is not None and hidden_sum is not None:
-                    _add_product(dz, w, hidden_sum[t], d_hidden[t], first=j == 0, last=j == len(of_vocab) - 1)
+                    _add_product(dz, w, hidden_sum[t], d_hidden[t], first=j == 0, last=j == len(vocab_slices) - 1)
                 if d_weight is not None:
                     total = d_weight[v] if weight_sum is None else weight_sum[: len(w)]
-                    _add_product(dz.T, h, total, d_weight[v], first=i == 0, last=i == len(of_tokens) - 1)
+                    _add_product(dz.T, h, total, d_weight[v], first=i == 0, last=i == len(token_slices) - 1)
     return d_hidden, d_weight
 
 
@@ -165,7 +165,7 @@ def _shared_bytes(device: torch.device) -> int:
 
 
 def _launch(operand: Tensor) -> tuple[Tiles, dict[str, int | str | bool]]:
-    """The tiles and the keyword arguments of a kernel that multiplies such operands."""
+    """Returns the tiles and the keyword arguments of a kernel that multiplies operands like this one."""
     # fp32 products follow torch's precision setting; bf16 has only one precision.
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     tiles = tiles_for(operand.dtype, precision, _shared_bytes(operand.device))

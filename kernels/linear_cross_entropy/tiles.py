@@ -28,7 +28,7 @@ def tile_of_program(program, n_rows, n_columns, BAND: tl.constexpr):
 @triton.jit
 @no_type_check
 def multiply(a, b, total, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
-    """`total` + a b; WIDEN is for Triton's interpreter, which would multiply the bits of bf16 as integers."""
+    """Returns `total` + a b. WIDEN is for Triton's interpreter, which multiplies the bits of bf16 as integers."""
     if WIDEN:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
     else:
@@ -222,7 +222,7 @@ def product_kernel(
     at = rows[:, None] * n_columns + columns[None, :]
     inside = (row * ROWS + rows < n_rows)[:, None] & b_inside
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if ADD:  # before the loop, since after it the product occupies most registers
+    if ADD:  # before the loop, because after it the product occupies most registers
         total = tl.load(before + first + at, mask=inside, other=0.0)
     for start in range(0, n_inner, INNER):
         a = tl.load(A + a_at, mask=a_inside & (start + inner < a_terms)[None, :], other=0.0)

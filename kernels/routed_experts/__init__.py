@@ -1,7 +1,7 @@
 """Routed experts in Triton: gather, grouped products, activation and weighted scatter, forward and backward.
 
-Shapes: t tokens, k choices of each, e experts, d width that experts read and write, f inner width of an expert;
-n = t k choices, which the kernels hold sorted by expert. The derivation is in README.md.
+Shapes: t tokens, k choices per token, e experts, d input and output width of an expert, f inner width of an expert;
+n = t k choices, sorted by expert in the kernels. The derivation is in README.md.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def routed_experts(
     down: Float[Tensor, "e f d"],
     activation: Activation,
 ) -> Float[Tensor, "t d"]:
-    """Sum over the chosen experts of weight times activation(x up, x gate) down; no token is dropped.
+    """For each token x, the sum over its chosen experts of weight times activation(x up, x gate) down.
 
-    Differentiable once, in everything but `chosen`. The host never waits for the device, and results are bitwise
-    reproducible.
+    No token is dropped. The function is differentiable once, in all arguments except `chosen`. The host never waits for
+    the device, and results are bitwise reproducible.
 
     Args:
-        chosen: expert indices in 0 .. e - 1; not checked, since that would wait for the device.
+        chosen: expert indices in 0 .. e - 1. They are not checked, because a check would wait for the device.
         weights: weights of the choices in any float dtype, used in fp32.
 
     Raises:
@@ -48,7 +48,7 @@ def routed_experts(
     _check(x, chosen, weights, up, gate, down, activation)
     leaves = (x, weights, up, gate, down)
     keep = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    # Triton launches on the current device; autocast would turn bf16 sums, and so the output, into fp32.
+    # Triton launches on the current device. Autocast would turn bf16 sums, and therefore the output, into fp32.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         y: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
             x, chosen, weights, up, gate, down, activation, keep

@@ -73,7 +73,7 @@ def _matrix_gradient(by_token: Tensor, rows: Tensor, matrix: Tensor, routing: Ro
     """For each expert, by_token[token]^T @ rows over its rows, or its transpose, in the layout of `matrix`."""
     gradient = torch.empty_like(matrix)
     n_out, n_in = by_token.shape[1], rows.shape[1]
-    load = triton.cdiv(len(rows), len(matrix))  # the mean: a longer block would mostly be masked
+    load = triton.cdiv(len(rows), len(matrix))  # mean load; most of a longer block would be masked
     out = tiles(MAX_ROWS, n_out, load, rows.dtype, rows.device)
     size = tiles(out.columns, n_in, load, rows.dtype, rows.device)
     blocks = (triton.cdiv(n_out, out.columns), triton.cdiv(n_in, size.columns))

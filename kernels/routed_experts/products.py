@@ -50,8 +50,8 @@ def tiles(
     columns = _clamp(width, min(128 if narrow else 64, max(16, 2 * 128 * 128 // (held * rows))))
     depth = _clamp(inner, 64 if narrow else 32)
     stage = (rows + matrices * columns) * depth * dtype.itemsize
-    room = _shared_memory(device) // stage
-    stages = max(2, min(room, 4 if room >= 8 else 3))  # three let two blocks share a multiprocessor of an H100
+    fitting = _shared_memory(device) // stage
+    stages = max(2, min(fitting, 4 if fitting >= 8 else 3))  # with three, two blocks share a multiprocessor of an H100
     return Tiles(columns, depth, 8 if held * rows * columns >= 128 * 128 else 4, stages)
 
 

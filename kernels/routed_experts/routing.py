@@ -39,8 +39,8 @@ class Routing(NamedTuple):
 def route(chosen: Tensor, n_experts: int, dtype: torch.dtype) -> Routing:
     """Sorts the choices and cuts each expert's rows into tiles.
 
-    The number of tiles depends on the data, and reading it would make the host wait. So the maximum number is launched,
-    and unused tiles return at once. `bincount` waits as well, hence the binary searches.
+    The number of tiles depends on the data, and the host would have to wait for it. So the maximum number is launched,
+    and unused tiles return at once. `bincount` would wait too, so bounds are found by binary search.
     """
     n, top_k = chosen.numel(), chosen.shape[1]
     rows = tile_rows(n, n_experts, dtype)

@@ -32,13 +32,13 @@ def ssd_scan(
     chunk_size: int,
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T, Y_t = H_t C_t + D X_t, in chunks; differentiable once in everything.
+    """Computes H_t = exp(dt_t A) H_{t-1} + dt_t X_t B_t^T and Y_t = H_t C_t + D X_t in chunks; differentiable once.
 
-    X, B and C are all fp32 or all bf16 and may be views whose last axis is dense; the others are converted to fp32.
+    X, B and C are all fp32 or all bf16, and may be views whose last axis is dense. The others are converted to fp32.
     Sums are fp32. Products of fp32 tiles run in TF32 if `torch.backends.cuda.matmul.fp32_precision` is "tf32".
 
     Args:
-        chunk_size: positions between two states that are written to memory.
+        chunk_size: number of positions between two states that are written to memory.
         state: state before the first position; None means zero.
 
     Returns:
@@ -101,7 +101,7 @@ class _Sizes(NamedTuple):
     decay_grid: tuple[int, int, int]
 
     def staged(self) -> dict[str, Any]:
-        """`tiles` with three loads in flight instead of two: on an H100, 13% less time for outputs, 5% for dC."""
+        """`tiles` with three stages instead of two. On an H100 this takes 13% less time for outputs and 5% for dC."""
         stages = self.tiles["num_stages"]
         return {**self.tiles, "num_stages": 3 if stages == 2 else stages}
 
@@ -112,7 +112,7 @@ def _sizes(X: Tensor, B: Tensor, chunk_size: int) -> _Sizes:
     q = min(chunk_size, seq)
     c = triton.cdiv(seq, q)
     width_p, width_n, width_q = (_width(size) for size in (p, n, q))
-    # 64 rows fill the matrix instruction of one warp group; as the widths grow, rows give way to them and warps share.
+    # 64 rows fill the matrix instruction of one warp group. Larger widths leave space for fewer rows, shared by warps.
     tile = width_p * width_n * X.element_size()
     large = tile > 2**14 or max(width_p, width_n) * X.element_size() > 2**8
     block = min(16 if tile == MAX_TILE_BYTES else 32 if large else 64, width_q)

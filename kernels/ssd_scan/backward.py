@@ -61,7 +61,7 @@ def sources_kernel(
 ):
     """Gradients of a block of positions j as sources: dX, dB, and U_j . X_j in three parts: own, later and state.
 
-    U_j is the gradient of dt_j X_j: what comes from the output at j itself, at later positions, and through the state.
+    U_j is the gradient of dt_j X_j. Its parts come from the output at j itself, from later outputs, and from the state.
     """
     heads_per_group = n_heads // n_groups
     split = tl.program_id(0) % n_splits
@@ -279,8 +279,8 @@ def decay_backward_kernel(
 ):
     """Gathers ddt (b, l, h) and each chunk's part of dA (b, c, h) from the sums over pairs of positions.
 
-    The decay at t scales every pair j < t <= i. Their sum is that over all pairs with t <= i minus that over all with t
-    <= j; pairs of a position with itself, the largest terms, are in neither sum.
+    The decay at t scales every pair j < t <= i. The sum over these pairs is the sum over all pairs with t <= i minus the
+    sum over all pairs with t <= j. Pairs with i = j, the largest terms, are in neither sum.
     """
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)

@@ -37,25 +37,25 @@ class Shape:
     """Bytes of an element of X, B, C, Y and the stored states."""
 
     def pairs(self) -> float:
-        """Positions j <= i of the chunk, averaged over its positions i."""
+        """Number of positions j <= i in a chunk, averaged over i."""
         return (self.q + 1) / 2
 
     def flops_fwd(self, pairs: float | None = None) -> float:
-        """Multiplies and adds of the matrix products of a forward pass, with `pairs` of its own where given."""
+        """FLOPs of the matrix products of a forward pass; `pairs` replaces the mean number of pairs if given."""
         pairs = self.pairs() if pairs is None else pairs
         return self.b * self.seq * self.h * (4 * self.p * self.n + 2 * pairs * (self.n + self.p))
 
     def flops_bwd(self, pairs: float | None = None) -> float:
-        """The same of a backward pass, with the states and C B^T that it computes again."""
+        """FLOPs of a backward pass, including the states and C B^T that it recomputes."""
         pairs = self.pairs() if pairs is None else pairs
         return self.b * self.seq * self.h * (12 * self.p * self.n + 2 * pairs * (4 * self.n + 3 * self.p))
 
     def bytes_fwd(self) -> float:
-        """Bytes that the kernels of a forward pass read and write, each tensor once a kernel."""
+        """Bytes that the kernels of a forward pass read and write; each kernel moves each of its tensors once."""
         return self._bytes(per_head=3, per_group=3, states=2, scalars=7)
 
     def bytes_bwd(self) -> float:
-        """The same of a backward pass."""
+        """Bytes that the kernels of a backward pass read and write."""
         return self._bytes(per_head=7, per_group=8, states=5, scalars=17)
 
     def _bytes(self, *, per_head: int, per_group: int, states: int, scalars: int) -> float:
@@ -67,13 +67,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Card:
-    """What the roofline takes of a device."""
+    """Peak FLOP/s and bandwidth of a device, for the roofline."""
 
     bytes_per_s: float
     flops_per_s: float
 
     def ridge(self) -> float:
-        """FLOP/byte at which both limits meet."""
+        """FLOP/byte at which compute and memory take the same time."""
         return self.flops_per_s / self.bytes_per_s
 
     def bound_s(self, flops: float, moved: float) -> float:
@@ -104,7 +104,7 @@ def compute_bound_from(shape: Shape, card: Card, phase: str) -> int:
 
 
 def model_table(shapes: Sequence[Shape], card: Card) -> str:
-    """The formulas' values, a line for each shape and phase."""
+    """Values of the formulas, one line per shape and phase."""
     lines = [
         f"at {card.bytes_per_s / 1e12:g} TB/s and {card.flops_per_s / 1e12:g} TFLOP/s, {card.ridge():.0f} FLOP/byte",
         f"{'b seq h p g n q':28} phase {'GB':>8} {'TFLOP':>8} {'FLOP/B':>7} {'bound ms':>9} bound by  compute from q",
@@ -125,7 +125,7 @@ Scan = Callable[..., "tuple[Tensor, Tensor]"]
 
 
 def implementations() -> dict[str, Scan]:
-    """Every implementation that imports here, all called like `ssd_scan` without a state."""
+    """All implementations that can be imported; each is called like `ssd_scan` without a state."""
     import torch
 
     from explore.kernels.ssd_scan import ssd_scan
@@ -193,7 +193,7 @@ def time_ms(scan: Scan, shape: Shape) -> tuple[float, float]:
 
 
 def measure(shapes: Sequence[Shape], card: Card) -> None:
-    """Prints time, part of the bound reached, and error, of every implementation at every shape."""
+    """Prints the time, the fraction of the bound and the error of every implementation at every shape."""
     import torch
     from torch._inductor.exc import InductorError
 
@@ -220,7 +220,7 @@ def measure(shapes: Sequence[Shape], card: Card) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the script; 2 where there is no GPU to time."""
+    """Runs the script; returns 2 if there is no GPU to time on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="store_true", help="print bytes, FLOPs and bound, and time nothing")
     parser.add_argument("--bandwidth", type=float, default=H100_BYTES_PER_S, help="bytes/s of the roofline")

@@ -1,8 +1,8 @@
-"""Kernels of the forward pass: cumulative decay, the walk over the states, the outputs.
+"""Kernels of the forward pass: cumulative decay, states, outputs.
 
-Letters as in the README: q positions of a chunk, c chunks, H state before a chunk, G gradient of the state after it,
-cum the sum of dt A since the start of the chunk. A chunk is worked on in blocks of BLOCK_L positions; BLOCK_P and
-BLOCK_N are widths of tiles, powers of two that masks cut to d_head and d_state.
+Letters as in the README: q positions per chunk, c chunks, H state before a chunk, G gradient of the state after it, cum
+the sum of dt A since the start of the chunk. A chunk is computed in blocks of BLOCK_L positions. BLOCK_P and BLOCK_N are
+widths of tiles, powers of two; masks limit them to d_head and d_state.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 
 WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
-"""The interpreter would multiply the bits of bf16 as integers; products of bf16 are exact in fp32 as well."""
+"""The interpreter multiplies the bits of bf16 as integers, so it uses fp32; products of bf16 are exact in fp32."""
 
 
 @triton.jit
 @no_type_check
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """The product of a and b, plus acc where it is not None, in fp32."""
+    """Returns a b in fp32, plus acc if it is not None."""
     if WIDEN:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -69,7 +69,7 @@ def cumsum_kernel(
 @triton.jit
 @no_type_check
 def decay_between(cum_i, cum_j, i, j, length):
-    """exp(cum_i - cum_j) where j <= i < length, else zero; masked before exp, which could be infinite there."""
+    """Returns exp(cum_i - cum_j) where j <= i < length, else zero. The mask comes before exp, which could overflow."""
     return tl.exp(tl.where((j <= i) & (i < length), cum_i - cum_j, float("-inf")))
 
 
@@ -105,11 +105,11 @@ def states_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Walks a head's state over the whole sequence in registers and writes it once a chunk.
+    """Computes a head's state over the whole sequence in registers and writes it once per chunk.
 
-    Forward V is X, M is B: writes H before every chunk, and at the end the state after the last position.
-    REVERSE, V is dY, M is C: writes G after every chunk, at the end the gradient of the initial state, and for every
-    chunk its part of <G, exp(cum_q) H>, which the decay of each of its positions gets.
+    Without REVERSE, V is X and M is B. The kernel writes H before every chunk and the state after the last position.
+    With REVERSE, V is dY and M is C. The kernel writes G after every chunk, the gradient of the initial state, and for
+    every chunk its part of <G, exp(cum_q) H>, which is added to the decay gradient of each position of the chunk.
     """
     batch = (tl.program_id(0) // n_heads).to(tl.int64)
     head = tl.program_id(0) % n_heads
@@ -131,7 +131,7 @@ def states_kernel(
     H = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_START:
         H += tl.load(start_ptr + row * P * N + tile, mask=in_tile, other=0.0)
-    # One flat loop, which is pipelined as a whole: a block decays the state by its own part of the chunk's decay.
+    # One flat loop, so that all of it is pipelined. Each block decays the state by its part of the chunk's decay.
     for k in range(n_chunks * block_count):
         turn = n_chunks * block_count - 1 - k if REVERSE else k
         chunk = turn // block_count

@@ -1,4 +1,4 @@
-"""The same function twice in plain PyTorch: by its definition, and in chunks by matrix products.
+"""Two references in plain PyTorch: the recurrence of the definition, and the chunked form with matrix products.
 
 Letters as in the README.
 """
@@ -19,7 +19,7 @@ def ssd_scan_reference(
     D: Float[Tensor, " h"],
     state: Float[Tensor, "b h p n"] | None = None,
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """The recurrence, one position after another, in the dtype of its inputs: the truth."""
+    """The recurrence, position by position, in the dtype of its inputs."""
     heads_per_group = X.shape[2] // B.shape[2]
     B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))
     H = X.new_zeros(*X.shape[:1], *X.shape[2:], B.shape[3]) if state is None else state
@@ -42,7 +42,7 @@ def ssd_scan_chunked(
 ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """Listing 1 of arXiv 2405.21060 from a zero state, for a length that is a multiple of `chunk_size`.
 
-    It is what a compiler of PyTorch can make of the algorithm, for comparison in `bench`.
+    `bench` compiles it with PyTorch for comparison.
     """
     b, seq, h, p = X.shape
     g, n = B.shape[2:]
