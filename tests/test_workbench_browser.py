@@ -156,7 +156,7 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
 @pytest.mark.slow
 @pytest.mark.alone
 def test_in_jupyterlab_a_published_system_and_another_device_are_a_choice_away(page: Any) -> None:
-    page.get_by_label("Begin with").select_option("qwen3-8b")
+    page.get_by_label("Start from").select_option("qwen3-8b")
     settle(page, preset("qwen3-8b").pattern)
     check(page, preset("qwen3-8b"))
     page.get_by_label("Hardware").select_option("B200")

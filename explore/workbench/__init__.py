@@ -1,4 +1,4 @@
-"""Widgets in JupyterLab: a model that is edited and costed at once, and an interactive frontier of runs."""
+"""Widgets for JupyterLab: a model editor that shows costs immediately, and an interactive frontier of runs."""
 
 from explore.workbench.frontier import Frontier, frontier_data, save_frontier
 from explore.workbench.readout import evaluate

@@ -1,4 +1,4 @@
-// An interactive frontier: any quantity on either axis, and what is behind every point. Python knows all numbers.
+// An interactive frontier: any quantity on either axis, and details of every run. Python computes all numbers.
 
 const PAD = { left: 70, right: 16, top: 14, bottom: 46 }, HEIGHT = 440, NEAR = 22, R = 5;
 
@@ -27,7 +27,7 @@ function render({ model, el }) {
     onchange: (event) => { view.log[view[which]] = event.currentTarget.checked; view.zoom = null; draw(); } });
   const selects = { x: pick("x", "horizontal axis"), y: pick("y", "vertical axis") };
   const logs = { x: logOf("x"), y: logOf("y") };
-  const swap = h("button", { type: "button", title: "exchange the axes",
+  const swap = h("button", { type: "button", title: "swap the axes",
     onclick: () => { [view.x, view.y, view.zoom] = [view.y, view.x, null]; draw(); } }, "⇄");
   const corpus = corpora.length < 2 ? null : h("label", {}, "Data ", h("select", { "data-corpus": "",
     onchange: (event) => { view.corpus = event.currentTarget.value; view.zoom = null; draw(); } },
@@ -37,22 +37,22 @@ function render({ model, el }) {
     "data-toggle": name, "aria-pressed": pressed, onclick }, ...content);
   const means = !repeated ? null : toggle(`means over seeds, with ${100 * data.level}% intervals of equal points`, "means", false,
     () => { view.means = !view.means; view.zoom = null; draw(); }, "Means over seeds");
-  const links = !hasLinks ? null : toggle("lines from parents and teachers to the runs made from them", "links", true,
+  const links = !hasLinks ? null : toggle("lines from parents and teachers to the runs trained from them", "links", true,
     () => { view.links = !view.links; draw(); }, "Parents");
-  const reset = h("button", { type: "button", "data-reset": "", title: "show all again", onclick: () => { view.zoom = null; draw(); } }, "Reset zoom");
+  const reset = h("button", { type: "button", "data-reset": "", title: "show all points", onclick: () => { view.zoom = null; draw(); } }, "Reset zoom");
   const flip = (set, each, all) => (event) => {
     if (event.shiftKey) { const only = all.filter((other) => other !== each); const same = only.every((o) => set.has(o)) && !set.has(each);
       set.clear(); if (!same) only.forEach((other) => set.add(other)); } else if (!set.delete(each)) set.add(each);
     view.zoom = null;
     draw();
   };
-  const familyButtons = Object.keys(families).map((name) => toggle("switch this family on or off; with shift, only it", name, true,
+  const familyButtons = Object.keys(families).map((name) => toggle("show or hide this family; shift-click: only this one", name, true,
     flip(view.off, name, Object.keys(families)), mark(families[name]), name));
-  const seedButtons = seeds.length < 2 ? [] : seeds.map((seed) => toggle("switch this seed on or off; with shift, only it", `seed ${seed}`, true,
+  const seedButtons = seeds.length < 2 ? [] : seeds.map((seed) => toggle("show or hide this seed; shift-click: only this one", `seed ${seed}`, true,
     flip(view.seedsOff, seed, seeds), seed === null ? "no seed" : `seed ${seed}`));
   const tally = h("span", { class: "fr-tally", role: "status" });
   const svg = svgOf("svg", { class: "fr-plot", tabindex: 0, role: "application", "data-lm-suppress-shortcuts": "true",
-    "aria-label": "runs as points: arrow keys move among them, Enter selects, Escape clears" });
+    "aria-label": "plot of runs: arrow keys move between points, Enter selects, Escape clears" });
   const back = svgOf("g", {}), marks = svgOf("g", { class: "fr-marks" }), above = svgOf("g", { class: "fr-above" });
   const clip = svgOf("clipPath", { id: `fr-clip-${Math.random().toString(36).slice(2)}` });
   const inside = svgOf("g", { "clip-path": `url(#${clip.id})` });
@@ -86,14 +86,14 @@ function render({ model, el }) {
   draw();
   return () => { resized.disconnect(); model.off("change:bench", answered); model.off("change:selected", chosen); };
 
-  // ---- what is shown
+  // ---- points
 
   function isLog(which) {
     const name = view[which], axis = axes[name];
     return view.log[name] ?? (axis.log && axis.kind !== "Quality");
   }
 
-  /** The points: runs, or means over the seeds that are on. */
+  /** The points: runs, or means over the visible seeds. */
   function pointsOf() {
     const own = axes[view.x].own || axes[view.y].own;
     const on = rows.filter((row) => !view.off.has(row.family) && !view.seedsOff.has(row.seed) && view.x in row.values && view.y in row.values
@@ -105,7 +105,7 @@ function render({ model, el }) {
 
   function mean(some, name) { return some.reduce((sum, row) => sum + row.values[name], 0) / some.length; }
 
-  /** Half the interval of a point on an axis: of means over seeds only. */
+  /** Half the interval of a point on an axis; 0 unless points are means over seeds. */
   function half(point, name) { return view.means ? (axes[name].half[point.rows[0].point] ?? 0) / Math.sqrt(point.rows.length) : 0; }
 
   function draw() {
@@ -178,17 +178,17 @@ function render({ model, el }) {
       parts.push(`<path d="${MARKS[marker]}" transform="translate(${p.px.toFixed(1)} ${p.py.toFixed(1)}) scale(${R})" fill="${color}" `
         + `stroke="${color}"${p.best ? "" : ' fill-opacity=".28"'}/>`);
     }
-    marks.innerHTML = parts.join(""); // numbers and colours only: no text of a run is in it
+    marks.innerHTML = parts.join(""); // contains only numbers and colours, no text of a run
   }
 
-  /** Pairs of points, a parent or teacher and what came of it. */
+  /** Pairs of points: a parent or teacher, and the run trained from it. */
   function linked(points) {
     const at = new Map(points.flatMap((point) => point.rows.map((row) => [row.run, point])));
     return points.flatMap((point) => point.rows.flatMap((row) => Object.values(row.parents).map((run) => [at.get(run), point])))
       .filter(([a, b]) => a && a !== b);
   }
 
-  // ---- what is pointed at
+  // ---- hovering
 
   function place(event) {
     const frame = svg.getBoundingClientRect();
@@ -247,7 +247,7 @@ function render({ model, el }) {
     tip.style.transform = `translate(${left}px, ${Math.max(0, Math.min(y - tip.offsetHeight / 2, svg.clientHeight - tip.offsetHeight))}px)`;
   }
 
-  // ---- the run that was clicked
+  // ---- the selected runs
 
   function select(run, more = false) {
     const others = view.selected.filter((each) => each !== run);
@@ -263,7 +263,7 @@ function render({ model, el }) {
     side.dataset.runs = state;
     root.classList.toggle("fr-open", view.selected.length > 0);
     side.replaceChildren(...(view.selected.length ? view.selected.map((run) => named.get(run)).filter(Boolean).map(card)
-      : [h("p", { class: "fr-soft" }, "Click a point to see its run; with shift, a second one beside it. Drag to zoom, double-click to see all.")]));
+      : [h("p", { class: "fr-soft" }, "Click a point to see its run; shift-click a second one to compare. Drag to zoom; double-click to show all.")]));
     if (model.widget_manager && view.selected.length) {
       const title = view.selected.length > 1 ? "Compare both in the workbench" : "Open in the workbench";
       side.append(h("button", { type: "button", "data-bench": "", onclick: () => {
@@ -296,7 +296,7 @@ function render({ model, el }) {
       more.length ? h("details", {}, h("summary", {}, `${more.length} more quantities`), table(more)) : null);
   }
 
-  function selectText(element) { // no clipboard here: the name is selected, and a key copies it
+  function selectText(element) { // without a clipboard the name is selected, so that a key can copy it
     const range = document.createRange();
     range.selectNodeContents(element);
     getSelection().removeAllRanges();
@@ -375,7 +375,7 @@ function render({ model, el }) {
   }
 }
 
-function groupBy(all, keyOf) { // as Map.groupBy, which browsers have since 2024
+function groupBy(all, keyOf) { // like Map.groupBy, which browsers have only since 2024
   const groups = new Map();
   for (const each of all) groups.set(keyOf(each), [...(groups.get(keyOf(each)) ?? []), each]);
   return groups;
@@ -387,7 +387,7 @@ function svgOf(tag, attributes) {
   return element;
 }
 
-/** Shows the data of a page that stands by itself. */
+/** Shows the data of a standalone page. */
 function showPage() {
   const values = { data: JSON.parse(document.getElementById("data").textContent), selected: [], bench: {}, ask: {} };
   const model = { get: (name) => values[name], set: (name, value) => { values[name] = value; }, save_changes() {}, on() {}, off() {} };

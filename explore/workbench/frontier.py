@@ -1,4 +1,4 @@
-"""The frontier of runs as an interactive picture: in JupyterLab, and as one file that any browser opens."""
+"""An interactive figure of the frontier of runs, in JupyterLab or as one HTML file for any browser."""
 
 from __future__ import annotations
 
@@ -33,28 +33,31 @@ SCRIPTS = ("kit.js", "scales.js", "frontier.js")
 LEVEL = 0.95
 """Confidence of the intervals of means over seeds."""
 POINT = ("family", "pattern", "parent", "quantized_from", "teacher", "corpus", EVAL_DATA, "tokens", "flops_run")
-"""Columns that tell points apart, with all that is known before training but the seed."""
+"""Columns that distinguish points, together with all settings known before training except the seed."""
 PARENTS = ("parent", "quantized_from", "teacher")
-"""Columns that name another run, from which or with which a run was trained."""
+"""Columns with the name of another run that this run was trained from or with."""
 KINDS = {"loss": "Quality", "score": "Quality", "cost": "Cost", "setting": "Setting", "training": "Training"}
-"""Headings of the quantities in a menu, by role."""
+"""Headings in the menu of quantities, by role."""
 
 
 def frontier_data(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> dict[str, Any]:
-    """What an interactive frontier shows, as JSON.
+    """Returns the data of an interactive frontier, as JSON.
 
     Args:
-        runs: a table as `load_runs` gives it; where it has a `status`, only finished runs are shown.
-        x: quantity of the horizontal axis at first.
-        y: quantity of the vertical axis at first.
+        runs: a table from `load_runs`; if it has a column `status`, only finished runs are shown.
+        x: initial quantity of the horizontal axis.
+        y: initial quantity of the vertical axis.
 
     Returns:
-        `axes`: of every quantity that some run has, its label, unit, kind, which way is better, whether its axis is
-        logarithmic, and `half`: half the interval of a single run, from the spread between seeds of equal points;
-        `rows`: a record a run; `families` and `letters` with their colours; `seeds`, `corpora`, and `start`.
+        `axes`: for each quantity that some run has, its label, unit, kind, whether lower or higher is better, whether
+        its axis is logarithmic, and `half`: half the interval of a single run, from the spread between seeds of equal
+        points;
+        `rows`: one record per run;
+        `families` and `letters`: their colours;
+        `shown`: names of the main quantities; `level`: confidence of the intervals; `start`: the initial axes.
 
     Raises:
-        TypeError: `runs` is no table.
+        TypeError: `runs` is not a table.
         ValueError: a column is missing, or no finished run has both quantities.
     """
     check_type(runs, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
@@ -90,10 +93,10 @@ def save_frontier(runs: pd.DataFrame, path: str | Path, x: str = "flops_run", y:
     """Writes an interactive frontier as one file that a browser opens without a network and without Python.
 
     Args:
-        path: of the file, which ends in .html.
+        path: path of the file; it must end in .html.
 
     Raises:
-        ValueError: another suffix, or what `frontier_data` refuses.
+        ValueError: the path has another suffix, or `frontier_data` rejects the runs.
     """
     path = Path(path)
     if path.suffix != ".html":
@@ -105,7 +108,7 @@ def save_frontier(runs: pd.DataFrame, path: str | Path, x: str = "flops_run", y:
 
 
 def frontier_page(data: Mapping[str, Any]) -> str:
-    """The HTML of a page that shows a frontier; a policy in it forbids whatever is not in the file."""
+    """Returns an HTML page that shows a frontier. Its security policy forbids loading anything outside the file."""
     content = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     title = f"{quantity(data['start']['y']).label} of {len(data['rows'])} runs"
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
@@ -121,17 +124,17 @@ def frontier_page(data: Mapping[str, Any]) -> str:
 
 
 class Frontier(anywidget.AnyWidget):
-    """The frontier of runs in JupyterLab: any quantity on either axis, and what is behind every point.
+    """The frontier of runs in JupyterLab, with any quantity on either axis and details of every run.
 
     Examples:
         >>> view = Frontier("runs/demo")  # doctest: +SKIP
         >>> view.run  # the run that was clicked  # doctest: +SKIP
 
     Attributes:
-        data: what is shown, as `frontier_data` gives it.
-        selected: names of the runs that were clicked, the last one first.
-        ask: a run that the browser asks to open in a workbench.
-        bench: the workbench that is shown below the picture, by the name of its model in the browser.
+        data: the data shown, from `frontier_data`.
+        selected: names of the clicked runs, the last one first.
+        ask: request of the browser to open the selected runs in a workbench.
+        bench: name, in the browser, of the model of the workbench below the figure; or an error.
     """
 
     _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS) + "\nexport default { render };"
@@ -147,15 +150,15 @@ class Frontier(anywidget.AnyWidget):
         """Shows runs.
 
         Args:
-            runs: a table as `load_runs` gives it, whose runs are opened from the folder `runs`; or a folder of runs, or
-                a table of records.
+            runs: a table from `load_runs`, whose runs are opened from the folder `runs`; or a folder of runs; or the
+                path of a table of records.
             more: further folders.
-            x: quantity of the horizontal axis at first.
-            y: quantity of the vertical axis at first.
+            x: initial quantity of the horizontal axis.
+            y: initial quantity of the vertical axis.
 
         Raises:
             TypeError: `runs` is neither a table nor a folder.
-            ValueError: a folder does not exist or holds no run, or no finished run has both quantities.
+            ValueError: a folder does not exist or has no runs, or no finished run has both quantities.
         """
         super().__init__()
         check_type(runs, (pd.DataFrame, str, Path), "runs must be a table of runs, or a folder that holds runs")
@@ -165,26 +168,26 @@ class Frontier(anywidget.AnyWidget):
 
     @property
     def run(self) -> RunFolder | None:
-        """The run that was clicked last; None before any was.
+        """The run that was clicked last; None if no run was clicked.
 
         Raises:
-            ValueError: its folder is not there.
+            ValueError: its folder does not exist.
         """
         return self._open(self.selected[0]) if self.selected else None
 
     def workbench(self) -> Workbench:
-        """A workbench with the run that was clicked last, compared with the one before it where two are selected.
+        """Returns a workbench with the run that was clicked last. If two are selected, it compares them.
 
         Raises:
-            ValueError: no run was clicked, or its folder is not there.
+            ValueError: no run was clicked, or its folder does not exist.
         """
         if not self.selected:
-            raise ValueError("run: click a run first; with shift, a second one is compared with it")
+            raise ValueError("run: click a run first; shift-click a second one to compare them")
         opened = [self._open(name) for name in self.selected[:2]]
         return Workbench(opened[0], against=opened[1] if len(opened) > 1 else None)
 
     def save(self, path: str | Path) -> Path:
-        """Writes what is shown as one file that a browser opens without a network and without Python.
+        """Writes the frontier as one file that a browser opens without a network and without Python.
 
         Raises:
             ValueError: the path does not end in .html.
@@ -221,7 +224,7 @@ def _style(*, page: bool) -> str:
 
 
 def _axes(runs: pd.DataFrame) -> dict[str, Quantity]:
-    """The quantities with numbers that some run has, those of quality first."""
+    """Numeric quantities that some run has, quality first."""
     known = [each for each in columns(runs.columns) if each.is_number and each.name in runs and each.role in KINDS]
     some = [each for each in known if _numbers(runs[each.name]).notna().any()]
     order = list(dict.fromkeys(KINDS.values()))
@@ -242,9 +245,9 @@ def _axis(each: Quantity, runs: pd.DataFrame, points: pd.Series[int]) -> dict[st
 
 
 def _half_widths(runs: pd.DataFrame, name: str, points: pd.Series[int]) -> list[float | None]:
-    """Half the interval of one run at each point, by the spread between seeds, which changes with the training FLOPs.
+    """Half the interval of one run at each point, from the spread between seeds as a function of the training FLOPs.
 
-    Empty where no point was repeated, or where its repeats are equal.
+    The list is empty if no point was repeated; the width is None if it cannot be estimated.
     """
     flops = _numbers(runs["flops_run"]) if "flops_run" in runs else pd.Series(1.0, index=runs.index)
     table = pd.DataFrame({"point": points, "cost": flops, "error": _numbers(runs[name])})
@@ -262,7 +265,7 @@ def _half_widths(runs: pd.DataFrame, name: str, points: pd.Series[int]) -> list[
 
 
 def _points(runs: pd.DataFrame) -> pd.Series[int]:
-    """Number of the point of every run: runs of one point differ in nothing but their seed."""
+    """Index of the point of every run. Runs of one point differ only in their seed."""
     settings = [each.name for each in columns(runs.columns) if each.is_known and each.name != "seed"]
     by = [name for name in dict.fromkeys([*POINT, *settings]) if name in runs]
     groups = runs[by].astype("str").fillna("").groupby(by, sort=False, dropna=False)

@@ -1,4 +1,4 @@
-// Numbers as text, and elements. Made one file with the scripts that use it.
+// Numbers as text, and elements. Concatenated with the scripts that use it.
 
 function quantity(value, base, units, digits = 4) {
   let power = 0;
@@ -16,11 +16,11 @@ function percent(part, whole) {
 }
 function grouped(value) { return value.toLocaleString("en-US"); }
 
-/** An element; attributes that begin with `on` are listeners, children may be nested lists. */
+/** Creates an element. Attributes that begin with `on` are listeners; children may be nested lists. */
 function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   if ("tabindex" in attributes || ["BUTTON", "INPUT", "SELECT"].includes(element.tagName)) {
-    element.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes arrows and letters for its own
+    element.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab handles arrows and letters itself
   }
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

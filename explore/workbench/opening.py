@@ -1,4 +1,4 @@
-"""What a workbench can begin with: letters, a published system, a model, an experiment, a run, a row of a table."""
+"""Reads the model that a workbench opens: a pattern, a published system, a model, an experiment, a run or its row."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Opened = str | Path | ModelConfig | Experiment | RunFolder | Mapping[str, Any] |
 
 
 def fields_of(given: Any, runs: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the model that a workbench begins with.
+    """Returns the fields of the model that a workbench opens.
 
     Args:
-        given: letters; the name of a published system; a `ModelConfig` or an `Experiment`; a run, its folder, or its
+        given: a pattern; the name of a published system; a `ModelConfig` or an `Experiment`; a run, its folder, or its
             row in the table of runs.
-        runs: folder of run folders, in which a row is looked up.
-        changes: fields of `ModelConfig` that are set instead.
+        runs: folder of run folders that holds the run of a row.
+        changes: fields of `ModelConfig` that replace those of the model.
 
     Raises:
         TypeError: `given` is none of these.
-        ValueError: the first thing that is wrong, in one line.
+        ValueError: the model is not valid; the message is one line.
     """
     model = _model_of(given, runs)
     if model is not None:
@@ -49,7 +49,7 @@ def fields_of(given: Any, runs: str | Path, changes: Mapping[str, Any]) -> dict[
 
 
 def name_of(given: Any, pattern: str) -> str:
-    """What to call what a workbench was given: its name where it has one, else its letters."""
+    """Name of the model that a workbench opened: its own name if it has one, else its pattern."""
     given = getattr(given, "folder", given)
     match given:
         case Experiment():
@@ -66,8 +66,8 @@ def name_of(given: Any, pattern: str) -> str:
 
 
 def _model_of(given: Any, runs: str | Path) -> ModelConfig | None:
-    """The model of everything but letters."""
-    given = getattr(given, "folder", given)  # of a run that `explore.load` opened
+    """The model of `given`, or None if it is a pattern."""
+    given = getattr(given, "folder", given)  # a run opened by `explore.load` has a folder
     match given:
         case ModelConfig():
             return given
@@ -89,7 +89,7 @@ def _model_of(given: Any, runs: str | Path) -> ModelConfig | None:
 
 
 def _plain(value: Any) -> Any:
-    """The same in dictionaries, without configs."""
+    """Converts configs to dictionaries, also inside dictionaries."""
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value

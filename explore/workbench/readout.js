@@ -1,18 +1,18 @@
-// What the workbench shows of a model: numbers in tiles, and bars of their parts. Made one file with workbench.js.
+// The Decode tab: numbers in tiles, and bars of their parts. Concatenated with workbench.js.
 
 const TILES = [
   ["params_total", "Parameters", count,
     (r) => `${count(r.params_active)} active` + (r.params_mtp ? ` · ${count(r.params_mtp)} more in MTP` : "")],
   ["flops_fwd", "Forward FLOPs/token", metric, (r) => `decoding ${metric(r.flops_decode)}`],
   ["kv_bytes_per_token", "KV cache per token", bytes,
-    (r) => `and state ${bytes(r.ssm_state_bytes + r.conv_state_bytes)}`],
+    (r) => `plus ${bytes(r.ssm_state_bytes + r.conv_state_bytes)} of state per sequence`],
   ["cache_bytes", "Cache of the batch", bytes,
-    (r, s) => `KV is ${percent(s.batch_size * r.kv_bytes, r.cache_bytes)} of it`],
-  ["decode_s", "Decoding step at least", seconds,
+    (r, s) => `${percent(s.batch_size * r.kv_bytes, r.cache_bytes)} of it is KV`],
+  ["decode_s", "Decoding step, at least", seconds,
     (r) => `${metric(r.tokens_per_s)} tokens/s`],
 ];
 
-/** The elements of a readout. `pin` may hold a `readout` to compare with, its `label`, and for which `use` it is. */
+/** The elements of a readout. `pin` may hold a `readout` to compare with, its `label` and its `use`. */
 function readoutOf(shown, state, pin, offers) {
   const pinned = pin.readout;
   const tile = (name, title, value, raw, more, full) => h("div", { class: full ? "wb-tile wb-full" : "wb-tile" },
@@ -22,7 +22,7 @@ function readoutOf(shown, state, pin, offers) {
     h("div", { class: "wb-more" }, more));
   const needed = shown.weight_bytes + shown.cache_bytes;
   return [
-    pinned ? h("div", { class: "wb-pinned", title: pin.label }, "× against ", h("code", {}, pin.label), ` at ${pin.use}`) : "",
+    pinned ? h("div", { class: "wb-pinned", title: pin.label }, "× relative to ", h("code", {}, pin.label), ` at ${pin.use}`) : "",
     h("div", { class: "wb-tiles" },
       TILES.map(([name, title, format, more]) =>
         tile(name, title, format(shown[name]), shown[name], more(shown, state))),
@@ -30,10 +30,10 @@ function readoutOf(shown, state, pin, offers) {
         `${bytes(needed)} of ${bytes(shown.memory_bytes)}`, !shown.fits)),
     bar("Forward pass, FLOPs per token", shown, pinned, "flops_fwd", "flops_by_group", metric, offers.groups,
       (name) => name),
-    bar("Decoding step, by what it waits for", shown, pinned, "decode_s", "decode_by_bound", seconds, offers.groups,
+    bar("Decoding step, by limit", shown, pinned, "decode_s", "decode_by_bound", seconds, offers.groups,
       (name) => offers.bounds[name]),
     h("p", { class: "wb-note" },
-      "A roofline is a bound, not a forecast. Weights, keys and values are bf16, state fp32."),
+      "Times are lower bounds from a roofline, not predictions. Weights, keys and values are bf16; state is fp32."),
   ];
 }
 
@@ -42,7 +42,7 @@ function ratio(shown, pinned, name) {
   return h("span", { class: "wb-ratio" }, `×${(shown[name] / pinned[name]).toPrecision(3)}`);
 }
 
-/** A stacked bar of the parts of a total, with its legend, and a thin one of what is pinned on the same scale. */
+/** A stacked bar of the parts of a total with a legend, and a thin bar of the pinned model on the same scale. */
 function bar(title, shown, pinned, total, parts, format, colors, named) {
   const longest = Math.max(shown[total], pinned?.[total] ?? 0);
   const stack = (numbers, name) => h("div", { class: name, style: `width:${(100 * numbers[total]) / longest}%` },

@@ -1,4 +1,4 @@
-"""What a workbench shows of a state: a pure function of JSON, which needs no browser."""
+"""The numbers that a workbench shows for a state: a pure function of JSON that needs no browser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOUNDS: Mapping[str, str] = {
     "state": "reading and writing state",
     "flops": "matrix products",
 }
-"""What a decoding step can wait for."""
+"""Possible limits of a decoding step."""
 
 _BOUND_COLORS: Mapping[str, Color] = {
     "weights": (0.71, 0.71, 0.71),
@@ -32,28 +32,28 @@ _BOUND_COLORS: Mapping[str, Color] = {
 
 
 def evaluate(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a state of the workbench.
+    """Returns the numbers of a state of the workbench.
 
     Args:
-        state: the fields of `Controls`; those of the model in `model`.
+        state: the fields of `Controls`; `model` holds the fields of the model.
 
     Returns:
-        Totals under their names in `Cost`, and
-        `flops_by_group`: forward FLOPs per token of each group of components, in the order of a bar;
-        `cache_bytes`: keys, values and state of the whole batch;
-        `decode_s`, `tokens_per_s`: the least time of a decoding step of the batch, and tokens per second of all;
-        `decode_by_bound`: seconds of that step by what they wait for, of `BOUNDS`;
-        `memory_bytes`, `fits`: room for weights and cache, and whether they fit.
+        The totals of `Cost` by name, and
+        `flops_by_group`: forward FLOPs per token of each group of components, in the order of the bar;
+        `cache_bytes`: bytes of keys, values and state of the whole batch;
+        `decode_s`, `tokens_per_s`: minimum time of a decoding step of the batch, and tokens per second of the batch;
+        `decode_by_bound`: seconds of that step by their limit in `BOUNDS`;
+        `memory_bytes`, `fits`: memory of the device, and whether weights and cache fit into it.
 
     Raises:
-        ValueError: the first thing that is wrong, in one line.
+        ValueError: the state is not valid; the message is one line.
     """
     read = Controls.read(state)
     return readout(read, read.build())
 
 
 def readout(state: Controls, model: ModelConfig) -> dict[str, Any]:
-    """What `evaluate` returns, of a state whose model is built."""
+    """Returns the numbers of `evaluate` for a state and its model."""
     ledger = model.ledger(state.seq_len)
     cost = Cost.of(ledger)
     deployed = Deployment(model, hardware(state.hardware))
@@ -76,10 +76,10 @@ def readout(state: Controls, model: ModelConfig) -> dict[str, Any]:
 
 
 def decode_by_bound(deployed: Deployment, context: int, batch_size: int) -> dict[str, float]:
-    """Seconds of a decoding step on one device by what they wait for; they sum to `Deployment.decode_s`.
+    """Seconds of a decoding step on one device by their limit; they sum to `Deployment.decode_s`.
 
-    A component that waits for memory waits for its weights, its keys and values and its state in proportion to
-    their bytes.
+    The time of a component limited by memory is divided among its weights, its keys and values, and its state in
+    proportion to their bytes.
     """
     seconds = dict.fromkeys(BOUNDS, 0.0)
     for n, entry in components(deployed.model.ledger(context)):
@@ -96,24 +96,24 @@ def decode_by_bound(deployed: Deployment, context: int, batch_size: int) -> dict
 
 
 def letters(model: ModelConfig) -> list[dict[str, str]]:
-    """The letters that a pattern may have: what each stands for, and its colour, the same as in the figures."""
+    """The letters that a pattern may contain, each with its name and its colour in the figures."""
     paints = letter_paints(model.blocks)
     names = {letter: kind.label for letter, kind in letter_kinds(model.blocks).items()}
     return [{"letter": letter, "name": names.get(letter, MTP), **style._asdict()} for letter, style in paints.items()]
 
 
 def groups() -> dict[str, dict[str, str]]:
-    """The colour of every group of components, and one for what a decoding step can wait for."""
+    """The colours of the groups of components and of the limits of a decoding step."""
     return styles({**group_colors(), **_BOUND_COLORS})
 
 
 def styles(colors: Mapping[str, Color]) -> dict[str, dict[str, str]]:
-    """Colours, each with a readable ink, for a style sheet."""
+    """Colours for a style sheet, each with a readable text colour."""
     return {name: paint(color)._asdict() for name, color in colors.items()}
 
 
 def code(fields: Mapping[str, Any]) -> str:
-    """Python that makes the model of these fields."""
+    """Returns Python code that builds the model with these fields."""
     lines = ["ModelConfig("]
     for name, value in fields.items():
         if name == "blocks":

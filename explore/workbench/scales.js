@@ -1,6 +1,6 @@
-// Scales, ticks, marks and fronts of a picture. Made one file with frontier.js.
+// Scales, ticks, markers and fronts of a figure. Concatenated with frontier.js.
 
-const MARKS = { // paths about the origin, in units of a point's radius
+const MARKS = { // paths around the origin, in units of the radius of a point
   s: "M-.85-.85h1.7v1.7h-1.7z", o: "M-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0z", "^": "M0-1.1L1.05.8H-1.05z",
   v: "M0 1.1L1.05-.8H-1.05z", D: "M0-1.15L1.15 0L0 1.15L-1.15 0z", "<": "M-1.1 0L.8-1.05V1.05z", ">": "M1.1 0L-.8-1.05V1.05z",
   P: "M-.38-1.05h.76v.67h.67v.76h-.67v.67h-.76v-.67h-.67v-.76h.67z",
@@ -8,7 +8,7 @@ const MARKS = { // paths about the origin, in units of a point's radius
   p: "M0-1.1L1.05-.34L.65.89H-.65L-1.05-.34z", h: "M0-1.1L.95-.55V.55L0 1.1L-.95.55V-.55z",
 };
 
-/** From values to pixels: `of(value)`, back `at(pixel)`, and its ticks. */
+/** A scale: `of(value)` gives the pixel, `at(pixel)` the value. */
 function scaleOf(low, high, from, to, log) {
   const [a, b] = log ? [Math.log10(low), Math.log10(high)] : [low, high];
   const of = (value) => from + ((to - from) * ((log ? Math.log10(value) : value) - a)) / (b - a || 1);
@@ -16,15 +16,15 @@ function scaleOf(low, high, from, to, log) {
   return { of, at, low, high, ticks: log ? logTicks(low, high) : linearTicks(low, high) };
 }
 
-/** The range of values with room around them; a log axis spans a factor of 1.2 or more. */
+/** The range of values with a margin; a log axis spans at least a factor of 1.2. */
 function rangeOf(values, log) {
   const all = values.filter((value) => Number.isFinite(value) && (!log || value > 0));
   if (!all.length) return [1, 2];
   let [low, high] = log ? [Math.log10(Math.min(...all)), Math.log10(Math.max(...all))] : [Math.min(...all), Math.max(...all)];
   const least = log ? Math.log10(1.2) : Math.max(Math.abs(low), Math.abs(high)) * 0.002 || 1;
   if (high - low < least) [low, high] = [(low + high - least) / 2, (low + high + least) / 2];
-  const room = 0.06 * (high - low);
-  return log ? [10 ** (low - room), 10 ** (high + room)] : [low - room, high + room];
+  const margin = 0.06 * (high - low);
+  return log ? [10 ** (low - margin), 10 ** (high + margin)] : [low - margin, high + margin];
 }
 
 function linearTicks(low, high, about = 6) {
@@ -47,7 +47,7 @@ function logTicks(low, high) {
   return linearTicks(low, high);
 }
 
-/** A value with its unit, as tables write it. */
+/** A value with its unit, as in tables. */
 function valueText(value, unit) {
   if (value === undefined || value === null) return "";
   if (unit.startsWith("bytes")) return bytes(value);
@@ -58,7 +58,7 @@ function valueText(value, unit) {
   return Math.abs(value) < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(5)).toString();
 }
 
-/** A tick; enough digits to tell it from its neighbours. */
+/** The text of a tick, with enough digits to differ from its neighbours. */
 function tickText(value, unit, ticks) {
   if (unit || Math.abs(value) >= 1e4 || (value && Math.abs(value) < 1e-3)) {
     if (!["bits per byte", "nats per token"].includes(unit)) return valueText(Number(value.toPrecision(6)), unit);
@@ -68,7 +68,7 @@ function tickText(value, unit, ticks) {
   return Number(value.toFixed(digits + 1)).toFixed(digits).replace(/\.0+$/, (zeros) => (digits > 1 ? zeros : ""));
 }
 
-/** The points that no other beats; `sx` and `sy` are 1 where lower is better and -1 where higher is. */
+/** The points that no other point dominates; `sx` and `sy` are 1 if lower is better, -1 if higher is. */
 function frontOf(points, sx, sy) {
   const order = [...points].sort((a, b) => sx * (a.x - b.x) || sy * (a.y - b.y));
   const front = [];

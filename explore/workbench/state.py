@@ -1,4 +1,4 @@
-"""What the controls of a workbench are set to, which model that is, and what its sliders may be moved to."""
+"""The state of the controls of a workbench, the model that they describe, and the values of the sliders."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from explore.workbench.training import Training
 
 
 class Controls(Config):
-    """What the controls are set to.
+    """The values of the controls.
 
     Attributes:
-        model: fields of the model; the sizes of a block that are not given follow `d_model`. Multi-token prediction
-            stands in the pattern, after its marks.
-        seq_len: tokens of a sequence, and of the context of decoding.
-        batch_size: sequences that are decoded at once.
+        model: fields of the model; sizes of a block that are not given follow `d_model`. Multi-token prediction is part
+            of the pattern, after its mark.
+        seq_len: tokens per sequence, and in the context of decoding.
+        batch_size: number of sequences decoded at once.
         hardware: name of a device of `explore.roofline`, or `here`.
-        tab: what is shown, decoding on one device or training on many.
+        tab: the visible tab, decoding on one device or training on many.
         training: the training run.
-        home: the fields of the model that was begun with: sliders can return to its sizes.
+        home: fields of the initial model, so that sliders can return to its sizes.
     """
 
     model: dict[str, Any]
@@ -39,10 +39,10 @@ class Controls(Config):
 
     @classmethod
     def read(cls, state: Mapping[str, Any]) -> Controls:
-        """A state from JSON.
+        """Reads a state from JSON.
 
         Raises:
-            ValueError: the first thing that is wrong with it, in one line.
+            ValueError: the state is not valid; the message is one line.
         """
         try:
             return cls.model_validate(dict(state))
@@ -50,10 +50,10 @@ class Controls(Config):
             raise ValueError(explain(error)) from None
 
     def build(self) -> ModelConfig:
-        """The model.
+        """Builds the model.
 
         Raises:
-            ValueError: the first thing that is wrong with it, in one line.
+            ValueError: the model is not valid; the message is one line.
         """
         try:
             return ModelConfig.model_validate(self.fields)
@@ -62,9 +62,9 @@ class Controls(Config):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the model, in which sizes that cannot stand together in a block are the nearest that can.
+        """Fields of the model. Sizes of a block that do not fit together are replaced by the nearest that do.
 
-        What was asked for stays in the state, and counts again as soon as it can.
+        The state keeps the requested sizes and uses them again as soon as they fit.
         """
         fields = dict(self.model)
         if MTP_MARK not in str(fields.get("pattern", "")):
@@ -75,11 +75,11 @@ class Controls(Config):
         return {**fields, "blocks": {letter: block for letter, block in blocks.items() if block}}
 
     def sliders(self, model: ModelConfig) -> list[dict[str, Any]]:
-        """The sliders of the model that this state builds.
+        """Returns the sliders of the model that this state builds.
 
         Returns:
-            Records of `path` in the state, `letter` (empty where it is none's), `label`, `value`, and the `values` it
-            may be moved to: each of them builds.
+            Records of `path` in the state, `letter` (empty if the slider belongs to no block), `label`, `value`, and
+            the possible `values`; each of them gives a valid model.
         """
         plain = {"d_model": ladder(64, 16_384, 64, 8), "vocab_size": ladder(256, 262_144, 256, 4)}
         if self.tab == "decoding":
@@ -102,7 +102,7 @@ class Controls(Config):
 
 
 def content_of(model: ModelConfig) -> dict[str, Any]:
-    """The fields of a model as a state holds them: what is as it always is goes without saying."""
+    """The fields of a model for a state, without those that have their default value."""
     fields = model.model_dump(mode="json", exclude_defaults=True)
     fields["blocks"] = {
         letter: {"kind": block.kind, **block.model_dump(mode="json", exclude_defaults=True)}
@@ -119,7 +119,7 @@ def _blocks(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _default(d_model: Any, letter: str) -> dict[str, Any]:
-    """Sizes of a standard letter that follow the width; none for other letters, or where no heads divide it."""
+    """Default sizes of a standard letter at a width; empty for other letters, or if no heads divide the width."""
     try:
         return STANDARD_LETTERS[letter].default(d_model).model_dump()
     except (KeyError, TypeError, ValueError):
@@ -132,7 +132,7 @@ def _sizes(fields: Mapping[str, Any], letter: str) -> dict[str, Any]:
 
 
 def _settled(sizes: Mapping[str, Any], letter: str) -> dict[str, int]:
-    """What has to change in the sizes of one block so that they can stand together."""
+    """Changes to the sizes of one block that make them fit together."""
     config = KINDS.get(sizes["kind"]) if isinstance(sizes.get("kind"), str) else STANDARD_LETTERS.get(letter)
     return config.settled(sizes) if config is not None else {}
 

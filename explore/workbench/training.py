@@ -1,4 +1,4 @@
-"""What a workbench shows of a training run: whether a model fits on GPUs in a layout, and what binds."""
+"""The Train tab of a workbench: whether a model fits on the GPUs in a layout, its speed, and its bottleneck."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PARTS: Mapping[str, Color] = {
     "host transfers": (0.00, 0.45, 0.70),
     "optimizer": (0.40, 0.40, 0.40),
 }
-"""What the time of a step is spent on, and its colour."""
+"""Parts of the time of a step, each with its colour."""
 
 
 class Training(Config):
@@ -37,11 +37,11 @@ class Training(Config):
 
     Attributes:
         gpu: name of a known GPU.
-        n_gpus: GPUs of the cluster.
-        seq_len: tokens of a training sequence.
-        global_batch: sequences of a step.
-        precision: of weights and products.
-        tp: tensor-parallel ranks; the other degrees are those of `Layout`.
+        n_gpus: number of GPUs in the cluster.
+        seq_len: tokens per training sequence.
+        global_batch: sequences per step.
+        precision: precision of weights and products.
+        tp: tensor-parallel ranks; the following fields are the other degrees of `Layout`.
     """
 
     gpu: str = "GB200"
@@ -78,7 +78,7 @@ class Training(Config):
         )
 
     def best(self, model: ModelConfig) -> Training:
-        """The same run with the best layout of a search.
+        """Returns this run with the best layout that a search finds.
 
         Raises:
             ValueError: no layout is legal, or none fits.
@@ -90,15 +90,15 @@ class Training(Config):
         return self.model_copy(update={degree: getattr(layout, degree) for degree in DEGREES})
 
     def readout(self, model: ModelConfig) -> dict[str, Any]:
-        """The numbers of the plan.
+        """Returns the numbers of the plan.
 
         Returns:
-            `error`: why the layout is not possible, else empty, and with it
-            `fits`, `relief`: whether it fits, and what saves the memory that this needs;
-            `needed_bytes`, `capacity_bytes`: of the fullest rank;
+            `error`: why the layout is not possible; if it is empty, also
+            `fits`, `relief`: whether the model fits, and the memory saving that makes it fit, if any;
+            `needed_bytes`, `capacity_bytes`: memory needed by the fullest rank, and its capacity;
             `ranks`: bytes of each pipeline rank by kind;
             `tokens_per_s_gpu`, `tflops_estimate`, `tflops_ceiling`, `step_s`, `binds`, `layout`;
-            `seconds`: of a step, by what they are spent on.
+            `seconds`: the time of a step by part.
         """
         degrees = {degree: getattr(self, degree) for degree in DEGREES}
         try:
@@ -126,7 +126,7 @@ class Training(Config):
         }
 
     def stops(self) -> dict[str, list[int]]:
-        """The values that every slider may be moved to."""
+        """The possible values of every slider."""
         most = {"n_gpus": GPUS_MAX, "seq_len": CONTEXT_MAX, "global_batch": BATCH_MAX, "vpp": VPP_MAX}
         stops = {}
         for name in ("n_gpus", "seq_len", "global_batch", *DEGREES):

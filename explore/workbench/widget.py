@@ -1,4 +1,4 @@
-"""The widget: it takes what was edited from the browser and gives back what that comes to."""
+"""The workbench widget: it receives edits from the browser and returns the new model and its numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCRIPTS = ("kit.js", "readout.js", "training.js", "workbench.js")
 
 
 class Workbench(anywidget.AnyWidget):
-    """A model that is edited by hand in JupyterLab: its pattern as coloured letters, its sizes as sliders.
+    """A model editor in JupyterLab: the pattern as coloured letters, the sizes as sliders.
 
     Examples:
         >>> bench = Workbench("MEM*E", d_model=256)
@@ -34,12 +34,12 @@ class Workbench(anywidget.AnyWidget):
         'MEM*E'
 
     Attributes:
-        edit: what the browser asks for: the number `n` of the change, and a new `state`, the name of a `preset`, or
+        edit: a change made in the browser: its number `n` and a new `state`, the name of a `preset`, or a request for
             the `best` layout of the training run.
-        view: the answer to the change `n`: the `state`, an `error` or none, and, of the last state without one,
-            the `sliders`, the `readout`, the `plan` of the training run on its tab, and the config as `json` and
-            as `code`.
-        pinned: what is compared with: a `readout`, its `label` and the `use` it is for, or nothing.
+        view: the answer to the change `n`: the `state` and an `error`, which may be empty. The `sliders`, the
+            `readout`, the `plan` of the training run on its tab, and the config as `json` and as `code` are those of
+            the last state without an error.
+        pinned: the model to compare with: its `readout`, its `label` and the `use` of the readout; or empty.
     """
 
     _esm = "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -60,21 +60,21 @@ class Workbench(anywidget.AnyWidget):
         hardware: str = HARDWARE,
         **fields: Any,
     ) -> None:
-        """Begins with a model.
+        """Opens a model.
 
         Args:
-            pattern: its layers, the name of a published system, a `ModelConfig`, an `Experiment`, a run or its folder,
-                or a row of the table of runs. All sizes of a model that was given stay when others are changed.
-            against: a second one of these, with which the first is compared.
-            runs: folder of run folders, in which a row of a table is looked up.
-            seq_len: tokens of a sequence, and of the context of decoding.
-            batch_size: sequences that are decoded at once.
+            pattern: a pattern, the name of a published system, a `ModelConfig`, an `Experiment`, a run or its folder,
+                or a row of the table of runs. All sizes of a given model keep their values when others change.
+            against: a second model, in one of these forms, to compare with.
+            runs: folder of run folders that holds the run of a row.
+            seq_len: tokens per sequence, and in the context of decoding.
+            batch_size: number of sequences decoded at once.
             hardware: name of a device of `explore.roofline`, or `here`.
-            fields: further fields of `ModelConfig`; width and vocabulary are those of `explore cost` unless given.
+            fields: further fields of `ModelConfig`; default width and vocabulary are those of `explore cost`.
 
         Raises:
             TypeError: `pattern` or `against` is none of these.
-            ValueError: the first thing that is wrong, in one line.
+            ValueError: the model is not valid; the message is one line.
         """
         super().__init__()
         model = fields_of(pattern, runs, fields)
@@ -96,7 +96,7 @@ class Workbench(anywidget.AnyWidget):
 
     @classmethod
     def from_config(cls, model: ModelConfig, **others: Any) -> Workbench:
-        """A workbench with a model, all of whose sizes stay as they are when others are changed.
+        """Opens a model; all its sizes keep their values when others change.
 
         Args:
             others: `seq_len`, `batch_size` and `hardware`.
@@ -105,7 +105,7 @@ class Workbench(anywidget.AnyWidget):
 
     @property
     def config(self) -> ModelConfig:
-        """The last valid model; setting it changes what is shown."""
+        """The last valid model; setting it updates the workbench."""
         return self._config
 
     @config.setter
@@ -115,11 +115,11 @@ class Workbench(anywidget.AnyWidget):
 
     @property
     def readout(self) -> dict[str, Any]:
-        """The numbers that are shown: those that `explore.workbench.evaluate` returns."""
+        """The numbers shown, as returned by `explore.workbench.evaluate`."""
         return dict(self.view["readout"])
 
     def _pin(self, state: Controls, given: Opened) -> None:
-        """Makes a state what the browser compares with, under the name of what was given."""
+        """Pins a state for comparison, labelled with the name of the given model."""
         label = name_of(given, canonical(state.model["pattern"]))
         use = f"{state.batch_size:,} × {state.seq_len:,} tokens on {state.hardware}"
         self.pinned = {"label": label, "use": use, "readout": readout(state, state.build())}
@@ -140,7 +140,7 @@ class Workbench(anywidget.AnyWidget):
             self.view = {**self.view, "n": self._n, "state": edit.get("state"), "error": str(error)}
 
     def _show(self, state: Controls) -> None:
-        """Makes a state the one that is shown, if it can be evaluated."""
+        """Shows a state, if it can be evaluated."""
         model = state.build()
         shown = readout(state, model)
         self._state, self._config = state, model

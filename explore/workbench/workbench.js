@@ -1,4 +1,4 @@
-// The front end of the workbench. Python knows all models and numbers; here they are drawn, and edits are sent.
+// The front end of the workbench: it draws the models and numbers computed in Python, and sends edits back.
 
 function render({ model, el }) {
   const offers = model.get("offers");
@@ -11,19 +11,19 @@ function render({ model, el }) {
   let rows = new Map();
   const timers = new Map();
 
-  const degrees = { tp: ["TP", "tensor-parallel ranks"], cp: ["CP", "context-parallel ranks"], pp: ["PP", "ranks of the pipeline"],
-    vpp: ["VPP", "stages of the pipeline on each rank"], ep: ["EP", "expert-parallel ranks"],
-    etp: ["ETP", "ranks that divide an expert"], micro_batch: ["micro-batch", "sequences that pass through the pipeline at once"] };
-  const presets = h("select", { title: "begin with a published system", onchange: () => begin(presets.value) },
+  const degrees = { tp: ["TP", "tensor-parallel ranks"], cp: ["CP", "context-parallel ranks"], pp: ["PP", "pipeline-parallel ranks"],
+    vpp: ["VPP", "pipeline stages per rank"], ep: ["EP", "expert-parallel ranks"],
+    etp: ["ETP", "ranks that share one expert"], micro_batch: ["micro-batch", "sequences per micro-batch"] };
+  const presets = h("select", { title: "open a published system", onchange: () => begin(presets.value) },
     h("option", { value: "" }, "published systems…"), offers.presets.map((name) => h("option", {}, name)));
   const hardware = h("select", { onchange: () => change((s) => { s.hardware = hardware.value; }) },
     offers.hardware.map((name) => h("option", { value: name }, name === "here" ? "here (measured)" : name)));
-  const pin = h("button", { type: "button", title: "compare what follows with this", onclick: togglePin }, "Pin");
+  const pin = h("button", { type: "button", title: "compare later changes with this model", onclick: togglePin }, "Pin");
   const choice = (field, names) => h("select", { "data-choice": field,
     onchange: (event) => change((s) => { s.training[field] = event.currentTarget.value; }) },
     names.map((name) => h("option", {}, name)));
   const choices = { gpu: choice("gpu", offers.gpus), precision: choice("precision", offers.precisions) };
-  const best = h("button", { type: "button", title: "searches all layouts, which takes a second or two",
+  const best = h("button", { type: "button", title: "search all layouts (takes a second or two)",
     onclick: () => { best.disabled = true; send({ state, best: true }); } }, "Find the best layout");
   const tabs = [["decoding", "Decode"], ["training", "Train"]].map(([tab, name]) => h("button", { type: "button",
     role: "tab", "data-tab": tab, onclick: () => change((s) => { s.tab = tab; }) }, name));
@@ -31,8 +31,8 @@ function render({ model, el }) {
     h("button", { type: "button", onclick: (event) => copy(event.currentTarget, name, view[what]) }, name));
   const strip = h("div", {
     class: "wb-strip", role: "listbox", "aria-label": "layers", "aria-orientation": "horizontal",
-    title: "arrows select, with shift they move · a letter replaces · Insert repeats · Delete removes · drag to move",
-    onmousedown: (event) => event.preventDefault(), // a press must not select before it is known to be no drag
+    title: "arrows: select · shift+arrows or drag: move · letter: replace · Insert: repeat · Delete: remove",
+    onmousedown: (event) => event.preventDefault(), // a press selects only after it turns out not to be a drag
     onkeydown: key, onpointerdown: press, onpointermove: pull, onpointerup: drop,
     onpointercancel: () => { drag = null; mark(); },
   });
@@ -44,7 +44,7 @@ function render({ model, el }) {
   const sliders = h("div", { class: "wb-sliders" });
   const readout = h("div", { class: "wb-readout", "aria-live": "off" });
   const root = h("div", { class: "wb" },
-    h("div", { class: "wb-bar" }, h("label", {}, "Begin with ", presets),
+    h("div", { class: "wb-bar" }, h("label", {}, "Start from ", presets),
       h("span", { role: "tablist", class: "wb-tabs" }, tabs),
       h("label", { class: "wb-decode" }, "Hardware ", hardware),
       h("label", { class: "wb-train" }, "GPU ", choices.gpu), h("label", { class: "wb-train" }, "Precision ", choices.precision),
@@ -213,9 +213,9 @@ function render({ model, el }) {
     drawStrip();
     palette.replaceChildren(
       ...view.letters.map(({ letter, name }) => {
-        const title = `make the selected layer, or a new last one, ${name}`;
-        const told = letter === "/" ? "MTP" : name;
-        return h("button", { type: "button", title, onclick: () => put(letter) }, chip(letter), told);
+        const title = `replace the selected layer by ${name}, or append it`;
+        const label = letter === "/" ? "MTP" : name;
+        return h("button", { type: "button", title, onclick: () => put(letter) }, chip(letter), label);
       }),
       h("span", { class: "wb-signs" }, [
         ["◀", "move left", () => move(selected, selected - 1)],
@@ -268,14 +268,14 @@ function render({ model, el }) {
   function row(name, { path, label }) {
     let values = [];
     const input = h("input", { type: "range", min: 0, step: 1, "data-path": name, oninput: () => {
-      tell();
+      showValue();
       change((s) => {
         const owner = path.slice(0, -1).reduce((place, part) => (place[part] ??= {}), s);
         owner[path.at(-1)] = values[input.value];
       });
     } });
     const output = h("output");
-    const tell = () => {
+    const showValue = () => {
       output.textContent = values[input.value] === null ? "none" : grouped(values[input.value]);
       input.setAttribute("aria-valuetext", output.textContent);
       input.style.setProperty("--wb-part", `${(100 * input.value) / Math.max(1, values.length - 1)}%`);
@@ -287,7 +287,7 @@ function render({ model, el }) {
       values = slider.values;
       input.max = values.length - 1;
       input.value = values.indexOf(slider.value);
-      tell();
+      showValue();
     };
     return { element: h("label", { class: "wb-slider", title: degrees[label]?.[1] ?? "" }, h("span", {}, names[label] ?? label), input, output), set };
   }
@@ -303,7 +303,7 @@ function render({ model, el }) {
   async function copy(button, name, content) {
     try {
       await navigator.clipboard.writeText(content);
-    } catch { // not allowed here: the old way asks for no permission
+    } catch { // no permission: the older command needs none
       const area = h("textarea", {}, content);
       root.append(area);
       area.select();
@@ -311,7 +311,7 @@ function render({ model, el }) {
       area.remove();
     }
     button.textContent = "Copied";
-    clearTimeout(timers.get(button)); // one for each button: both may say so at once
+    clearTimeout(timers.get(button)); // one timer per button, because both may show "Copied"
     timers.set(button, setTimeout(() => { button.textContent = name; }, 1200));
   }
 }

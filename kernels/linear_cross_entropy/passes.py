@@ -34,7 +34,7 @@ H100_SHARED_BYTES = 227 * 1024
 """Shared memory that one program may use on an H100."""
 
 BAND = 16
-"""Number of rows of tiles that run together. With 8 columns they fill an H100, and the block of logits is nearly square."""
+"""Number of rows of tiles that run together. With 8 columns they fill an H100 with a nearly square block of logits."""
 
 
 def tiles_for(dtype: torch.dtype, precision: str, shared_bytes: int) -> Tiles:

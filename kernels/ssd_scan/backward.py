@@ -279,8 +279,8 @@ def decay_backward_kernel(
 ):
     """Gathers ddt (b, l, h) and each chunk's part of dA (b, c, h) from the sums over pairs of positions.
 
-    The decay at t scales every pair j < t <= i. The sum over these pairs is the sum over all pairs with t <= i minus the
-    sum over all pairs with t <= j. Pairs with i = j, the largest terms, are in neither sum.
+    The decay at t scales every pair j < t <= i. The sum over these pairs is the sum over all pairs with t <= i minus
+    the sum over all pairs with t <= j. Pairs with i = j, the largest terms, are in neither sum.
     """
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)

@@ -1,8 +1,8 @@
 """Kernels of the forward pass: cumulative decay, states, outputs.
 
 Letters as in the README: q positions per chunk, c chunks, H state before a chunk, G gradient of the state after it, cum
-the sum of dt A since the start of the chunk. A chunk is computed in blocks of BLOCK_L positions. BLOCK_P and BLOCK_N are
-widths of tiles, powers of two; masks limit them to d_head and d_state.
+the sum of dt A since the start of the chunk. A chunk is computed in blocks of BLOCK_L positions. BLOCK_P and BLOCK_N
+are widths of tiles, powers of two; masks limit them to d_head and d_state.
 """
 
 from __future__ import annotations
