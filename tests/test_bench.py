@@ -28,7 +28,7 @@ from explore.ops import PATHS
 from explore.train import regions
 
 
-def test_families_are_those_of_their_names_and_no_larger_for_being_latent() -> None:
+def test_bench_families_match_their_names_and_latent_ones_are_no_larger() -> None:
     for shape in SHAPES.values():
         models = families(shape.d_model)
         assert {name: model.family for name, model in models.items()} == {name: name for name in models}
@@ -55,7 +55,7 @@ def test_shapes_and_families_that_do_not_exist_are_refused() -> None:
         next(compare("tiny", 1.0, 1e9, names=["RNN"]))
 
 
-def test_emulated_precisions_are_timed_beside_bf16_with_what_a_long_run_compiles(
+def test_emulated_precisions_are_timed_beside_bf16_with_the_regions_that_a_long_run_compiles(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tasks: list[dict[str, Any]] = []
@@ -73,7 +73,7 @@ def test_emulated_precisions_are_timed_beside_bf16_with_what_a_long_run_compiles
     assert ["quantize" in task["paths"] for task in tasks] == [False, True, True]
 
 
-def test_a_step_in_emulated_precision_is_the_one_of_its_recipe() -> None:
+def test_a_timed_step_in_emulated_precision_uses_its_recipe() -> None:
     tokens = torch.randint(0, 1024, (4, 129), generator=torch.Generator().manual_seed(0))
     losses = {
         name: [step(tokens[:, :-1], tokens[:, 1:]) for _ in range(2)]
@@ -97,7 +97,7 @@ def test_a_trial_is_timed_up_to_its_first_step() -> None:
     ("family", "bound"),
     [("attention + MLP", 0.001), ("Mamba + MLP", 0.001), ("hybrid MoE", 0.01), ("hybrid LatentMoE", 0.01)],
 )
-def test_the_fast_paths_train_as_the_reference_does(family: str, bound: float) -> None:
+def test_fast_paths_train_like_the_reference(family: str, bound: float) -> None:
     """A router may choose another expert for the last bit's sake, so where there is one the losses part sooner."""
     for record in compare_curves("tiny", 100, names=[family]):
         assert record["n_steps"] == 100

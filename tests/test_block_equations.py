@@ -23,7 +23,7 @@ from explore.blocks.moe import _shares
 
 
 @pytest.mark.parametrize("name", ["M", "one group", "many groups"])
-def test_a_mamba_mixer_is_its_equations_token_by_token(name: str) -> None:
+def test_a_mamba_mixer_computes_its_equations_token_by_token(name: str) -> None:
     c, mixer = VARIANTS[name], built(VARIANTS[name])
     assert isinstance(c, Mamba2Config)
     assert isinstance(mixer, Mamba2)
@@ -97,7 +97,7 @@ def rms_norm(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean() + 1e-5).sqrt()
 
 
-def test_balance_loss_is_its_coefficient_at_perfect_balance_and_is_least_there() -> None:
+def test_balance_loss_has_its_minimum_the_coefficient_at_perfect_balance() -> None:
     config = MoEConfig(n_experts=4, top_k=1, d_expert=8, n_shared=0, aux_loss_coef=0.5)
     moe = built(config)
     assert isinstance(moe, MoE)
@@ -126,7 +126,7 @@ def published_shares(scores: torch.Tensor) -> torch.Tensor:
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 
-def test_shares_of_ordinary_scores_are_the_published_ones_to_the_last_bit() -> None:
+def test_router_weights_of_ordinary_scores_equal_the_published_ones_bit_for_bit() -> None:
     logits = 6 * torch.randn(500, 22, generator=torch.Generator().manual_seed(0))
     for score in (torch.sigmoid, partial(torch.softmax, dim=-1)):
         ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
@@ -140,7 +140,7 @@ def test_shares_of_ordinary_scores_are_the_published_ones_to_the_last_bit() -> N
 
 
 @pytest.mark.parametrize("logit", [-20.0, -50.0, -68.0, -88.0, -100.0, -200.0])
-def test_scores_that_underflow_still_sum_to_one_and_keep_their_ratios_while_they_can(logit: float) -> None:
+def test_router_weights_that_underflow_sum_to_one_and_keep_their_ratios_where_possible(logit: float) -> None:
     moe = built(MoEConfig(n_experts=8, top_k=3, d_expert=8, d_shared=8, routed_scaling_factor=2.5, aux_loss_coef=0.5))
     assert isinstance(moe, MoE)
     spread = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)

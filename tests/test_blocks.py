@@ -63,7 +63,7 @@ def test_changing_a_token_leaves_earlier_outputs_alone(config: BlockConfig) -> N
 
 @each_variant
 @pytest.mark.parametrize("cuts", [(18,), (1, 2, 3), (7, 8, 15), tuple(range(1, 19))], ids=str)
-def test_a_sequence_cut_anywhere_goes_on_where_it_stopped(config: BlockConfig, cuts: tuple[int, ...]) -> None:
+def test_a_sequence_split_anywhere_continues_from_its_state(config: BlockConfig, cuts: tuple[int, ...]) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
     state = config.new_state()
     parts = [mixer(part, state)[0] for part in x.tensor_split(cuts, dim=1)]
@@ -72,7 +72,7 @@ def test_a_sequence_cut_anywhere_goes_on_where_it_stopped(config: BlockConfig, c
 
 @each_variant
 @pytest.mark.parametrize("cuts", [(18,), (1, 2, 3), (7, 8, 15), tuple(range(1, 19))], ids=str)
-def test_a_state_with_capacity_is_written_in_place_and_goes_on_where_it_stopped(
+def test_a_state_with_capacity_is_written_in_place_and_continues_the_sequence(
     config: BlockConfig, cuts: tuple[int, ...]
 ) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
@@ -101,7 +101,7 @@ def tensors(state: State) -> dict[str, torch.Tensor]:
 
 @each_variant
 @pytest.mark.parametrize(("capacity", "grad"), [(None, False), (None, True), (12, False)])
-def test_a_copy_of_a_state_goes_on_as_if_the_other_had_not(
+def test_a_copied_state_is_independent_of_the_original(
     config: BlockConfig, capacity: int | None, grad: bool
 ) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
@@ -130,7 +130,7 @@ def test_more_positions_than_the_capacity_are_refused_and_leave_the_state_alone(
 
 @each_variant
 @pytest.mark.parametrize("capacity", [None, 19])
-def test_a_filled_state_has_the_bytes_that_the_ledger_says(config: BlockConfig, capacity: int | None) -> None:
+def test_a_filled_state_has_the_bytes_in_the_ledger(config: BlockConfig, capacity: int | None) -> None:
     mixer, batch, seq = built(config), 3, 19
     entries = config.entries(D_MODEL, seq)
     kv, ssm, conv = (sum(getattr(e, name) for e in entries) for name in ("kv_numel_seq", "ssm_numel", "conv_numel"))
@@ -182,7 +182,7 @@ def test_a_window_cache_never_keeps_more_than_its_window(
         torch.testing.assert_close(torch.cat(outputs, dim=1), mixer(x)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_returns_what_was_put_in() -> None:
+def test_a_cache_returns_the_entries_written_to_it() -> None:
     k, v = torch.randn(2, 2, 3, 9, 4)
     for capacity, window in ((None, None), (12, None), (None, 5), (12, 5)):
         state = KVCache(capacity=capacity) if window is None else WindowCache(capacity=capacity, window=window)
@@ -203,7 +203,7 @@ def test_a_cache_returns_what_was_put_in() -> None:
 
 @each_variant
 @pytest.mark.parametrize("seq", [2, 5, 19])
-def test_one_step_of_decoding_spends_what_the_ledger_says(config: BlockConfig, seq: int) -> None:
+def test_a_decoding_step_spends_the_flops_in_the_ledger(config: BlockConfig, seq: int) -> None:
     mixer, x = built(config), torch.randn(1, seq, D_MODEL)
     state = config.new_state()
     mixer(x[:, :-1], state)
@@ -265,7 +265,7 @@ def test_json_is_an_identity_for_random_sizes(seed: int, letter: str) -> None:
 
 @pytest.mark.parametrize("d_model", [64, 96, 256, 2688])
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.letter)
-def test_default_sizes_count_what_they_build(kind: BlockKind, d_model: int) -> None:
+def test_counts_of_default_sizes_equal_those_of_the_built_module(kind: BlockKind, d_model: int) -> None:
     config = kind.config.default(d_model)
     with torch.device("meta"):
         mixer = config.build(d_model)
@@ -275,7 +275,7 @@ def test_default_sizes_count_what_they_build(kind: BlockKind, d_model: int) -> N
 @pytest.mark.parametrize(
     "kind", [kind for kind in BLOCKS if kind.config.role in ("recurrent", "attention")], ids=lambda kind: kind.letter
 )
-def test_default_heads_refuse_a_width_that_they_do_not_divide(kind: BlockKind) -> None:
+def test_a_width_that_default_heads_do_not_divide_is_refused(kind: BlockKind) -> None:
     with pytest.raises(ValueError, match="d_model: must be a multiple of 16"):
         kind.config.default(100)
 
@@ -291,7 +291,7 @@ def test_bf16_autocast_stays_close_to_fp32_without_a_warning(config: BlockConfig
 
 
 @each_variant
-def test_a_token_passes_through_all_parameters_but_those_of_unchosen_experts(config: BlockConfig) -> None:
+def test_a_token_uses_all_parameters_except_those_of_unchosen_experts(config: BlockConfig) -> None:
     entries = config.entries(D_MODEL, 7)
     unchosen = 0
     if isinstance(config, MoEConfig):

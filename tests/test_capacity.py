@@ -33,7 +33,7 @@ def have(patch: pytest.MonkeyPatch, free: float, total: float | None = None) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_states_are_those_of_the_model_and_at_most_those_of_its_optimizer(corpus: Path, optimizer: str) -> None:
+def test_memory_of_states_covers_the_model_and_at_most_its_optimizer(corpus: Path, optimizer: str) -> None:
     one = tiny(corpus, "ME/*", train__optimizer=optimizer)
     model, needed = one.model.build(), capacity.needs(one)
     built = build_optimizer(model, one.train)
@@ -49,7 +49,7 @@ def test_states_are_those_of_the_model_and_at_most_those_of_its_optimizer(corpus
     assert capacity.needs(one, copies=2).states == 2 * needed.states
 
 
-def test_a_batch_needs_what_its_sequences_keep(corpus: Path) -> None:
+def test_a_batch_needs_the_memory_that_its_sequences_keep(corpus: Path) -> None:
     one = tiny(corpus, "M*")
     needed = [capacity.needs(tiny(corpus, "M*", train__batch_size=n)) for n in (1000, 2000)]
     assert needed[1].total - needed[0].total == 1000 * needed[0].sequence
@@ -66,7 +66,7 @@ def test_a_batch_needs_what_its_sequences_keep(corpus: Path) -> None:
         ({"data__seq_len": 2_000_000}, {"recompute": True}, 0.5, r"a shorter data\.seq_len would fit"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(
+def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_batch_that_would_fit_does(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suggested_batch_fits(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, 10 * 2**20)
     with pytest.raises(ValueError, match="would fit") as caught:
         check_capacity(tiny(corpus, "*-", train__batch_size=10_000))
@@ -95,7 +95,7 @@ def test_the_batch_that_would_fit_does(corpus: Path, tmp_path: Path, monkeypatch
     assert result(train(tiny(corpus, "*-"), tmp_path))["status"] == "finished"
 
 
-def test_memory_that_others_use_is_a_fault_that_passes(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_used_by_other_processes_is_a_temporary_fault(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     have(monkeypatch, 2**20, total=64 * GIB)
     with pytest.raises(ValueError, match="memory: ") as caught:
         check_capacity(tiny(corpus, "*-", model__d_model=512))

@@ -117,7 +117,7 @@ def test_every_flipped_bit_is_found_or_harmless(killed: Path, tmp_path: Path) ->
 
 
 @damaged
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     one: Experiment, through: RunFolder, stopped: RunFolder, damage: Callable[[Path], Any]
 ) -> None:
     damage(stopped.path / "checkpoints" / LAST)
@@ -129,13 +129,13 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     assert "the run resumes from the previous checkpoint" in said
 
 
-def test_a_checkpoint_before_is_enough(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
+def test_an_earlier_checkpoint_is_enough_to_resume(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
     (stopped.path / "checkpoints" / LAST).unlink()
     assert_ends_as(through, stopped, one)
 
 
 @damaged
-def test_where_no_checkpoint_is_whole_one_line_says_what_to_do(
+def test_an_error_without_an_intact_checkpoint_suggests_a_fix_in_one_line(
     one: Experiment, through: RunFolder, stopped: RunFolder, damage: Callable[[Path], Any]
 ) -> None:
     checkpoints = stopped.path / "checkpoints"
@@ -181,14 +181,14 @@ def test_a_checkpoint_of_another_experiment_is_refused(one: Experiment, through:
     ],
     ids=["missing", "empty", "cut", "zeros", "no text"],
 )
-def test_metrics_are_written_anew_from_the_checkpoint(
+def test_metrics_are_restored_from_the_checkpoint(
     one: Experiment, through: RunFolder, stopped: RunFolder, damage: Callable[[Path], Any]
 ) -> None:
     damage(stopped.path / "metrics.csv")
     assert_ends_as(through, stopped, one)
 
 
-def test_a_checkpoint_of_an_earlier_version_goes_on(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
+def test_a_checkpoint_of_an_earlier_version_can_be_resumed(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
     path = stopped.path / "checkpoints" / LAST
     content = load_checkpoint(path, mmap=False)
     assert {"key", "files", "max_violation"} <= content.keys()
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(one: Experiment, through: Ru
     assert_ends_as(through, stopped, one)
 
 
-def test_a_rung_that_is_damaged_is_not_taken(one: Experiment, tmp_path: Path) -> None:
+def test_a_damaged_rung_is_not_used(one: Experiment, tmp_path: Path) -> None:
     train(one, tmp_path, rungs=(0.25, 0.5))
     shorter = one.model_copy(update={"train": one.train.model_copy(update={"tokens": 15 * one.batch_tokens})})
     flip(tmp_path / "rungs" / f"{shorter.rung_key(10)}.ckpt", 64)
@@ -211,7 +211,7 @@ def test_checkpoints_are_written_beside_their_target(
     assert result(train(one, tmp_path / "runs"))["status"] == "finished"
 
 
-def test_a_full_disk_says_so_and_leaves_the_checkpoint_that_is_there(
+def test_a_full_disk_is_reported_and_leaves_the_existing_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     io = WholeCheckpointIO()

@@ -51,7 +51,7 @@ def experiment_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_cost_prints_what_the_config_computes_and_the_module_has(
+def test_cost_prints_the_counts_of_the_config_and_of_the_module(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "cost", "MEM*E", "--d-model", "256", "--vocab-size", "1024", "--json")
@@ -90,7 +90,7 @@ def test_cost_counts_presets_by_other_conventions_and_as_csv(
     assert "M       in_proj" in run(capsys, monkeypatch, "cost", "nemotron-3-nano", "--diff", "exact,megatron")[1]
 
 
-def test_cost_lists_presets_and_what_was_printed_of_them(
+def test_cost_lists_presets_with_their_published_counts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = json.loads(run(capsys, monkeypatch, "cost", "--list", "--json")[1])
@@ -101,7 +101,7 @@ def test_cost_lists_presets_and_what_was_printed_of_them(
     assert (code, f"{n} of {n} computed counts" in out) == (0, True)
 
 
-def test_roofline_prints_what_it_computes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roofline_prints_the_computed_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     args = ("roofline", "nemotron-nano-2-9b", "--hardware", "a10g", "--context", "24576")
     printed = json.loads(run(capsys, monkeypatch, *args, "--json")[1])
     device = hardware("A10G")
@@ -114,7 +114,7 @@ def test_roofline_prints_what_it_computes(capsys: pytest.CaptureFixture[str], mo
     assert "1418" in run(capsys, monkeypatch, "roofline", "--published")[1]
 
 
-def test_solve_meets_the_budgets_of_another_model_and_says_what_is_in_the_way(
+def test_solve_meets_the_budgets_of_another_model_or_names_the_obstacle(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("solve", "latentmoe-hybrid-73b-acc", "--like", "latentmoe-hybrid-73b-base", "--free", "top_k=16:24")
@@ -219,7 +219,7 @@ def test_a_mistake_in_an_experiment_leaves_nothing_behind(
     assert not runs.exists()
 
 
-def test_train_table_and_plot_go_through_the_run_folder(
+def test_train_table_and_plot_work_on_one_run_folder(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
@@ -248,7 +248,7 @@ def run_with_mtp(
     return str(json.loads(run(capsys, monkeypatch, *args, *blocks, "--json")[1])["run"])
 
 
-def test_a_run_writes_and_drafts(
+def test_a_run_generates_text_with_and_without_drafts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str
 ) -> None:
     args = ("generate", run_with_mtp, "--prompt", "Para", "--max-new-tokens", "9", "--temperature", "0", "--json")
@@ -266,7 +266,7 @@ def test_a_run_writes_and_drafts(
     assert (code, "top_p must be above 0" in err) == (2, True)
 
 
-def test_a_run_writes_the_same_by_compiled_steps_which_are_kept_with_what_is_cached(
+def test_compiled_steps_generate_the_same_text_and_are_cached(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
@@ -286,7 +286,7 @@ def test_a_run_writes_the_same_by_compiled_steps_which_are_kept_with_what_is_cac
     assert set(folders) == {str(tmp_path / "cache" / "inductor")}
 
 
-def test_a_run_that_leaves_and_comes_back_writes_the_same(
+def test_an_exported_and_reimported_run_generates_the_same_text(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -301,7 +301,7 @@ def test_a_run_that_leaves_and_comes_back_writes_the_same(
 
 
 @pytest.mark.slow
-def test_transformers_writes_what_a_run_writes(
+def test_transformers_generates_the_same_text_as_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str
 ) -> None:
     code, out, err = run(capsys, monkeypatch, "parity", run_with_mtp, "--max-new-tokens", "12", "--json")
@@ -342,7 +342,7 @@ def test_a_tokenizer_smaller_than_the_vocabulary_is_noted_once(
         assert err.count("note: model.vocab_size is 2,048 and the data has 257 tokens: 1,791 rows") == n_notes
 
 
-def test_data_shows_the_same_text_with_and_without_a_byte_order_mark(
+def test_data_ignores_a_byte_order_mark(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = "\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400))
@@ -396,7 +396,7 @@ def test_a_tokenizer_is_trained_on_the_training_text_alone(
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )
-def test_bad_input_of_any_origin_is_one_short_line_and_leaves_nothing(
+def test_bad_input_gives_a_one_line_error_and_leaves_no_files(
     args: tuple[str, ...],
     says: str,
     capsys: pytest.CaptureFixture[str],

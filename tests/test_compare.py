@@ -22,7 +22,7 @@ def model(pattern: str) -> ModelConfig:
     return ModelConfig(d_model=256, vocab_size=2048, pattern=pattern)
 
 
-def test_a_table_of_costs_has_what_every_model_says_of_itself() -> None:
+def test_a_table_of_costs_has_the_totals_of_every_model() -> None:
     models = {pattern: model(pattern) for pattern in PATTERNS}
     table = costs_table(models, 1024, hardware="H100").set_index("model")
     for name, each in models.items():
@@ -59,7 +59,7 @@ def test_a_file_of_patterns_gives_one_row_each(
         (None, "--patterns must be a file of patterns, or - for standard input, got 'nowhere'"),
     ],
 )
-def test_a_line_that_is_no_model_is_named(
+def test_a_line_without_a_valid_model_is_named(
     text: str | None,
     message: str,
     capsys: pytest.CaptureFixture[str],
@@ -91,7 +91,7 @@ def test_models_are_compared_side_by_side_with_ratios_to_the_first(
     assert (code, "at least two different models" in err) == (2, True)
 
 
-def test_runs_are_compared_by_what_differs_and_what_they_reached(
+def test_runs_are_compared_by_different_settings_and_results(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)

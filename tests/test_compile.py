@@ -66,7 +66,7 @@ def logits_and_gradients(lm: LanguageModel, call: Any) -> list[Tensor]:
 @pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("n_tokens", [1, 63])
 @pytest.mark.parametrize("path", ["dense", "padded"])
-def test_dense_and_padded_experts_compute_the_loop_and_all_its_gradients(
+def test_dense_and_padded_experts_equal_the_loop_with_all_gradients(
     activation: Any, with_biases: bool, n_tokens: int, path: str
 ) -> None:
     n, k, d, f = 7, 3, 6, 5  # at one token, experts without any
@@ -184,7 +184,7 @@ def test_recomputation_keeps_less_and_changes_nothing(pattern: str) -> None:
     assert kept_less < kept / 2
 
 
-def test_recomputation_takes_the_paths_that_were_forced_when_its_pass_ran() -> None:
+def test_recomputation_uses_the_paths_forced_in_the_forward_pass() -> None:
     lm, ids = model("M*-"), tokens(41)
     lm.recompute = True
     with forced_paths(ssd="recurrent", attention="written_out"):
@@ -230,7 +230,7 @@ def test_a_compiled_quantiser_gives_the_same_bits(unchecked: None, name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_compiled_quantiser_of_rows_gives_the_same_bits_for_any_number_of_them(unchecked: None) -> None:
+def test_a_compiled_quantiser_gives_the_same_bits_for_any_number_of_rows(unchecked: None) -> None:
     for n_rows in (48, 96, 32):
         x = torch.randn(n_rows, 40, generator=torch.Generator().manual_seed(n_rows))
         amax = x.abs().amax(1, keepdim=True).unflatten(0, (-1, 16)).amax(1).repeat_interleave(16, 0)
@@ -307,6 +307,6 @@ def test_texts_of_similar_length_share_one_compiled_step(traced: None) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_compiled_step_is_refused_where_it_is_of_no_use() -> None:
+def test_a_compiled_step_is_refused_where_it_cannot_help() -> None:
     with pytest.raises(ValueError, match="compiled must be False on meta, got True"):
         generate(model("M").to("meta"), tokens().to("meta"), 2, compiled=True)

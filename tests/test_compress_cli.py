@@ -58,7 +58,7 @@ def test_score_prints_its_file_and_key(finished: RunFolder, explore_: Any, score
     assert (tmp_path / "scores.svg").stat().st_size > 1000
 
 
-def test_cut_writes_a_plan_whose_child_it_counts_and_scores(
+def test_cut_writes_a_plan_and_counts_and_scores_its_child(
     finished: RunFolder, explore_: Any, scored: Path, tmp_path: Path
 ) -> None:
     options = ("--keep", "d_model=24", "--keep", "3.d_ff=10", "--drop-layer", "2", "--scores", str(scored))
@@ -77,7 +77,7 @@ def test_cut_writes_a_plan_whose_child_it_counts_and_scores(
     built.load_state_dict(plan.apply(read_weights(finished.path / "checkpoints" / "last.ckpt")))
 
 
-def test_show_prints_what_goes_and_writes_nothing(finished: RunFolder, explore_: Any, scored: Path) -> None:
+def test_show_prints_the_removed_parts_and_writes_nothing(finished: RunFolder, explore_: Any, scored: Path) -> None:
     options = ("--keep", "M.n_heads=2", "--drop-layers", "1", "--drop-mtp", "--scores", str(scored))
     code, printed, _ = explore_("cut", str(finished.path), *options, "--show")
     assert code == 0

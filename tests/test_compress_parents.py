@@ -192,7 +192,7 @@ def effects_without(trained: RunFolder, gone: list[int], effect: str) -> dict[in
 
 
 @pytest.mark.parametrize("effect", ["mse", "loss"])
-def test_every_layer_that_is_left_out_is_the_least_important_of_those_that_are_left(
+def test_each_round_removes_the_least_important_remaining_layer(
     trained: RunFolder, effect: str
 ) -> None:
     order = one_by_one(trained, 3, effect=effect, tokens=2 * 4 * 32, batch_size=4)
@@ -205,7 +205,7 @@ def test_every_layer_that_is_left_out_is_the_least_important_of_those_that_are_l
     assert order.flops > 0
 
 
-def test_rounds_are_kept_and_more_are_added_to_them(trained: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_saved_and_can_be_continued(trained: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {"tokens": 128, "batch_size": 4, "seed": 7}
     whole = one_by_one(trained, 3, **how)
     (path,) = [each for each in trained.path.glob("depth-*.json") if read_json(each)["about"]["seed"] == 7]
@@ -216,7 +216,7 @@ def test_rounds_are_kept_and_more_are_added_to_them(trained: RunFolder, monkeypa
     assert one_by_one(trained, 2, **how).layers == whole.layers[:2]
 
 
-def test_a_shorter_view_leaves_the_parent_alone(trained: RunFolder) -> None:
+def test_a_view_with_fewer_layers_shares_weights_and_keeps_the_parent(trained: RunFolder) -> None:
     model = load_model(trained)
     view = depth._shorter(model, [0, 5])
     assert (len(view.layers), len(model.layers), view.config.pattern) == (2, 6, "M-")
@@ -246,7 +246,7 @@ def test_scores_of_an_imported_checkpoint_are_those_of_the_same_weights(trained:
 
 
 @pytest.mark.slow
-def test_scores_after_a_sigkill_are_those_of_one_go(trained: RunFolder, tmp_path: Path) -> None:
+def test_scores_after_a_sigkill_equal_those_of_an_uninterrupted_run(trained: RunFolder, tmp_path: Path) -> None:
     run_folder = Path(shutil.copytree(trained.path, tmp_path / trained.path.name))
     program = (
         "import sys, torch; torch.set_num_threads(1)\n"

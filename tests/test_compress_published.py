@@ -80,7 +80,7 @@ def test_ultra_253b_fuses_49_mlps_into_4() -> None:
         found.sizes()
 
 
-def test_the_ways_to_align_are_those_of_a_search_over_all_choices() -> None:
+def test_alignments_equal_those_of_an_exhaustive_search() -> None:
     parent, child = "M-*M-M-*-", "M-M--"
     blocks: Any = {"-": {"d_ff": 16}}
     found = align(*(ModelConfig(d_model=64, vocab_size=16, pattern=each, blocks=blocks) for each in (parent, child)))
@@ -95,7 +95,7 @@ def test_the_ways_to_align_are_those_of_a_search_over_all_choices() -> None:
     assert [part.layer for part in found.parts if part.child is not None] == list(min(choices))
 
 
-def test_what_is_no_cut_of_a_parent_is_refused() -> None:
+def test_a_model_that_is_not_a_cut_of_the_parent_is_refused() -> None:
     parent = preset("llama-3.1-70b")
     for child, message in (
         ("llama-3.1-405b", "d_model must be at most the parent's 8192, got 16384"),
@@ -122,7 +122,7 @@ def test_the_figure_draws_a_bar_for_each_layer_that_is_kept() -> None:
 # Spaces
 
 
-def test_a_grid_adds_up_what_every_child_of_it_costs() -> None:
+def test_a_grid_sums_the_costs_of_its_children() -> None:
     setting = Setting(4096, 1, Dtypes("float4", "float8", "bfloat16"))
     blocks: Any = {"M": {"n_heads": 8, "d_head": 8, "n_groups": 2, "d_state": 16}, "-": {"d_ff": 96}}
     parent = ModelConfig(d_model=64, vocab_size=100, pattern="M-M-*-", blocks=blocks, tie_embeddings=False)
@@ -148,7 +148,7 @@ def test_the_9b_is_a_candidate_of_the_12b_under_its_budget_and_the_12b_is_not() 
     assert row["memory_bytes"] / GIB == standing["child_gib"]
 
 
-def test_no_depth_of_nano_2_alone_fits_and_every_width_that_is_listed_does() -> None:
+def test_nano_2_meets_its_budget_by_every_listed_width_and_not_by_depth_alone() -> None:
     search = searched("nemotron-nano-2-12b")
     depth, width = search.depths_table(), search.widths_table()
     assert depth.groupby("layers")["memory_gib"].min().round(2).to_dict() == {52: 21.79, 54: 22.42, 56: 23.2}
@@ -175,7 +175,7 @@ def test_the_47b_lies_inside_31_7_gib_with_8_bit_keys_and_at_its_edge() -> None:
     assert (standing["n"], standing["n_within"], standing["n_more"], standing["n_larger"]) == (11_250, 5380, 5, 0)
 
 
-def test_puzzle_has_54_choices_for_a_block() -> None:
+def test_puzzle_has_54_variants_per_block() -> None:
     for parent, blocks, log10_size in (("llama-3.1-70b", 80, 138.6), ("llama-3.1-405b", 126, 218.3)):
         search = block_search(parent)
         assert (search.n_choices, search.n_blocks) == (54, blocks)

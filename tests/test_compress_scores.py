@@ -78,7 +78,7 @@ def by_sequence(activations: list[Tensor]) -> list[float]:
 
 
 @torch.no_grad()
-def test_a_neuron_is_scored_by_what_enters_the_down_projection(
+def test_a_neuron_is_scored_by_the_input_of_the_down_projection(
     parent: LanguageModel, batches: list[Batch], found: Scores
 ) -> None:
     layer = parent.layers[1]
@@ -97,7 +97,7 @@ def test_a_channel_of_the_stream_is_scored_by_all_norms_of_the_network(
 
 
 @torch.no_grad()
-def test_an_attention_head_is_scored_by_its_output_and_a_key_head_goes_with_its_queries(
+def test_attention_heads_are_scored_by_output_and_key_heads_by_their_queries(
     parent: LanguageModel, batches: list[Batch], found: Scores
 ) -> None:
     seen: list[Tensor] = []
@@ -149,7 +149,7 @@ def test_experts_are_scored_by_reap_and_by_their_load(
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 3, 5])
-def test_a_layer_is_scored_by_what_the_model_does_without_it(
+def test_a_layer_is_scored_by_the_model_without_it(
     parent: LanguageModel, batches: list[Batch], found: Scores, layer: int
 ) -> None:
     plan = Plan.keep_all(parent)
@@ -174,7 +174,7 @@ def test_a_layer_is_scored_by_what_the_model_does_without_it(
 # The record
 
 
-def test_scores_say_what_they_were_made_of_and_are_read_the_next_time(
+def test_scores_record_their_inputs_and_are_reused(
     run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Observer, "observe", None)
@@ -186,7 +186,7 @@ def test_scores_say_what_they_were_made_of_and_are_read_the_next_time(
     assert about["flops"] > TOKENS * run.load_experiment().model.cost(32).flops_fwd
 
 
-def test_a_kill_in_the_middle_loses_nothing_and_changes_nothing(
+def test_a_killed_scoring_resumes_with_the_same_scores(
     run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "SAVE_EVERY_S", 0.0)
@@ -210,7 +210,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_changes_nothing(
     assert not list(run.path.glob("*.partial"))
 
 
-def test_of_a_long_text_a_part_scores_the_layers(
+def test_layers_are_scored_on_part_of_a_long_text(
     run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "MANY_BATCHES", 4)
@@ -250,7 +250,7 @@ SIZES = {"d_model": 24, "d_ff": 10, "M.n_heads": 2, "d_head": 4, "n_kv_heads": 1
 
 
 @pytest.mark.parametrize("by", METHODS)
-def test_every_ranking_gives_a_child_of_the_sizes_that_were_asked_for(run: RunFolder, found: Scores, by: Any) -> None:
+def test_every_ranking_gives_a_child_of_the_requested_sizes(run: RunFolder, found: Scores, by: Any) -> None:
     cutter = Cutter.of(run, by=by, scores=found)
     plan = cutter.plan(SIZES, 1)
     child = plan.model()
@@ -263,7 +263,7 @@ def test_every_ranking_gives_a_child_of_the_sizes_that_were_asked_for(run: RunFo
     assert Cutter.of(run, by=by, scores=found).plan(SIZES, 1) == plan
 
 
-def test_reverse_keeps_what_activation_cuts_and_random_depends_on_the_seed(run: RunFolder, found: Scores) -> None:
+def test_reverse_keeps_the_indices_that_activation_cuts_and_random_depends_on_the_seed(run: RunFolder, found: Scores) -> None:
     best, worst = (
         Cutter.of(run, by=by, scores=found).plan({"d_ff": 12}).layers[1].keep["d_ff"]
         for by in ("activation", "reverse")
@@ -312,7 +312,7 @@ def test_scales_of_norms_make_up_for_the_mean_over_fewer_channels(
 
 
 @torch.no_grad()
-def test_principal_axes_of_a_latent_of_low_rank_lose_nothing(run: RunFolder) -> None:
+def test_principal_axes_of_a_low_rank_latent_are_lossless(run: RunFolder) -> None:
     experiment, model = run.load_experiment(), load_model(run)
     mixer: Any = model.layers[3].mixer
     mixer.latent_down.weight.copy_(torch.randn(8, 3) @ torch.randn(3, 32) / 5)
@@ -380,7 +380,7 @@ def test_budgets_that_cannot_be_met_are_refused(
         candidates(cutter, targets, [free_size(cutter.model, "d_ff")], Setting(32))
 
 
-def test_what_a_child_costs_follows_dtypes_context_and_batch(run: RunFolder) -> None:
+def test_the_cost_of_a_child_depends_on_dtypes_context_and_batch(run: RunFolder) -> None:
     from explore.cost import Dtypes
     from explore.roofline import Deployment, hardware
 
@@ -410,5 +410,5 @@ def test_children_are_ranked_by_their_loss_on_validation(run: RunFolder, found: 
     assert validation.zero_shot(cutter.child(cutter.whole)).val_bpb == pytest.approx(result["val_bpb"], rel=1e-6)
 
 
-def test_cut_is_a_plan_of_a_cutter(run: RunFolder, found: Scores) -> None:
+def test_cut_returns_a_plan_that_a_cutter_applies(run: RunFolder, found: Scores) -> None:
     assert cut(run, {"d_ff": 12}, [2], scores=found) == Cutter.of(run, scores=found).plan({"d_ff": 12}, [2])

@@ -187,7 +187,7 @@ def test_the_layout_of_a_block_has_the_shape_of_each_of_its_weights(name: str) -
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_each_axis_counts_what_a_field_of_the_config_counts(name: str) -> None:
+def test_each_axis_has_the_size_of_its_config_field(name: str) -> None:
     block = VARIANTS[name]
     assert block.axes() or type(block).model_fields.keys() == {"kind"}  # a linear map has no size of its own
     for axis in block.axes():
@@ -209,7 +209,7 @@ def test_a_plan_that_cuts_nothing_gives_the_same_logits_bit_for_bit(seed: int) -
 
 
 @pytest.mark.parametrize("n", [25, pytest.param(200, marks=pytest.mark.slow)])
-def test_a_child_is_its_parent_with_the_same_indices_masked_and_counts_what_its_config_says(n: int) -> None:
+def test_a_child_equals_its_masked_parent_and_has_the_counts_of_its_config(n: int) -> None:
     worst = 0.0
     for number in range(n):
         rng = random.Random(number)
@@ -237,7 +237,7 @@ def test_a_kept_expert_keeps_channels_of_its_own() -> None:
     torch.testing.assert_close(up, torch.stack([whole[1][:, [0, 6]], whole[6][:, [3, 5]]]), rtol=0, atol=0)
 
 
-def test_mamba_loses_the_rows_and_columns_of_a_head_and_no_others() -> None:
+def test_cutting_a_mamba_head_removes_only_its_rows_and_columns() -> None:
     model = model_of("M")  # 4 heads of 8 channels in 2 groups, a state of 16
     plan = replaced(Plan.keep_all(model), 0, LayerCut(keep={"n_heads": (1, 2)}))
     ours, whole = plan.apply(model.state_dict()), model.state_dict()
@@ -272,7 +272,7 @@ def test_mamba_heads_may_change_places_inside_a_group_and_not_across_groups() ->
     assert float((permuted([3, 1, 2, 0, 4, 5]) - before).abs().max()) > 1e-2
 
 
-def test_layers_that_are_no_longer_alike_get_letters_of_their_own() -> None:
+def test_layers_that_differ_after_a_cut_get_different_letters() -> None:
     model = model_of("-M-M-", mtp=True)
     keep = {"d_ff": tuple(range(10))}
     plan = replaced(replaced(Plan.keep_all(model), 0, LayerCut(keep=keep)), 1, LayerCut(drop=True))
@@ -304,7 +304,7 @@ def test_a_full_rotation_of_the_latent_changes_nothing() -> None:
         torch.testing.assert_close(child(tokens), model(tokens), rtol=0, atol=1e-5)
 
 
-def test_a_norm_of_the_latent_forbids_to_rotate_it() -> None:
+def test_a_latent_with_a_norm_cannot_be_rotated() -> None:
     block = MoEConfig(n_experts=4, top_k=2, d_expert=8, d_shared=8, d_latent=2, latent_norm="input")
     with pytest.raises(ValueError, match=r"layers.0: rotate: d_latent cannot be rotated"):
         replaced(Plan.keep_all(model_of("E", E=block)), 0, LayerCut(rotate={"d_latent": ((1.0, 0.0), (0.0, 1.0))}))
@@ -374,12 +374,12 @@ def test_the_digest_of_weights_depends_on_names_shapes_dtypes_and_values() -> No
         (2, {"d_latent": (0, 1)}, "layers.2: d_latent_out: as many must be kept as of d_latent, 2, got 16"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_in_one_line(layer: int, keep: Any, message: str) -> None:
+def test_an_invalid_cut_is_refused_in_one_line(layer: int, keep: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         replaced(Plan.keep_all(model_of("M*E")), layer, LayerCut(keep=keep))
 
 
-def test_a_plan_keeps_a_layer_and_has_an_entry_for_each() -> None:
+def test_a_plan_must_keep_a_layer_and_list_every_layer() -> None:
     plan = Plan.keep_all(model_of("M-"))
     with pytest.raises(ValueError, match="layers: at least 1 of 2 must be kept, got none"):
         Plan.model_validate({**plan.model_dump(), "layers": (LayerCut(drop=True),) * 2})

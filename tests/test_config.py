@@ -74,7 +74,7 @@ def test_an_error_names_the_path_and_the_value(change: dict[str, Any], says: str
     assert "\n" not in line
 
 
-def test_a_width_that_no_heads_divide_is_allowed_where_the_heads_are_given() -> None:
+def test_a_width_without_default_heads_is_allowed_if_heads_are_given() -> None:
     sizes = {"n_heads": 2, "n_kv_heads": 1, "d_head": 5}
     assert model_of(d_model=7, pattern="*", blocks={"*": sizes}).blocks["*"] == AttentionConfig.model_validate(sizes)
     with pytest.raises(ValidationError, match="d_model: must be a multiple of 16"):
@@ -90,11 +90,11 @@ def test_sizes_that_are_not_given_follow_d_model() -> None:
 
 
 @pytest.mark.parametrize("d_model", ["256", 256.0])
-def test_a_width_that_the_field_reads_as_a_number_is_one(d_model: object) -> None:
+def test_a_width_of_another_type_is_read_as_a_number(d_model: object) -> None:
     assert model_of(d_model=d_model, pattern="M|E") == model_of(pattern="ME")
 
 
-def test_a_letter_of_ones_own_needs_its_kind_and_all_sizes() -> None:
+def test_a_custom_letter_needs_its_kind_and_all_sizes() -> None:
     own = {"kind": "mamba2", "n_heads": 4, "d_head": 8, "d_state": 16}
     assert model_of(pattern="MX", blocks={"X": own}).layers[1] == Mamba2Config(n_heads=4, d_head=8, d_state=16)
 
@@ -103,7 +103,7 @@ def test_a_letter_that_the_pattern_does_not_use_is_dropped() -> None:
     assert model_of(pattern="M", blocks={"E": {"top_k": 3}}) == model_of(pattern="M")
 
 
-def test_a_config_can_neither_be_changed_nor_depend_on_order() -> None:
+def test_a_config_is_frozen_and_independent_of_order() -> None:
     one, other = model_of(blocks=EXAMPLES), model_of(blocks=dict(reversed(EXAMPLES.items())))
     assert (one, hash(one), one.model_dump_json()) == (other, hash(other), other.model_dump_json())
     assert len({one, other, model_of()}) == 2
@@ -116,7 +116,7 @@ def test_a_config_can_neither_be_changed_nor_depend_on_order() -> None:
 
 
 @given(items=st.dictionaries(st.text(max_size=3), st.integers(), max_size=5))
-def test_a_frozen_mapping_is_the_mapping_it_was_made_of(items: dict[str, int]) -> None:
+def test_a_frozen_mapping_equals_its_source(items: dict[str, int]) -> None:
     frozen = FrozenMapping(items)
     assert frozen == items
     assert list(frozen) == sorted(items)
@@ -147,7 +147,7 @@ class Whole(Config):
     pair: tuple[LaterPart, ...] = ()
 
 
-def test_a_later_field_with_its_default_leaves_json_and_fingerprint_as_they_were() -> None:
+def test_a_new_field_with_its_default_changes_neither_json_nor_fingerprint() -> None:
     before, after = Part(width=3), LaterPart(width=3, gate=False, inner=Part(width=1))
     assert after.model_dump() == before.model_dump() == after.fingerprint() == {"width": 3}
     assert after.model_dump_json() == before.model_dump_json()
@@ -155,7 +155,7 @@ def test_a_later_field_with_its_default_leaves_json_and_fingerprint_as_they_were
     assert whole.fingerprint() == {"parts": {"a": {"width": 3}}, "pair": [{"width": 3}] * 2}
 
 
-def test_a_later_field_with_another_value_is_written_and_counts() -> None:
+def test_a_new_field_with_another_value_is_written_and_changes_the_fingerprint() -> None:
     part = LaterPart(width=3, gate=True, inner=Part(width=2))
     whole = Whole(parts={"a": part, "b": LaterPart(width=4)}, pair=(part,))
     content = {"width": 3, "gate": True, "inner": {"width": 2}}
@@ -163,7 +163,7 @@ def test_a_later_field_with_another_value_is_written_and_counts() -> None:
     assert Whole.model_validate_json(whole.model_dump_json()) == whole
 
 
-def test_a_config_that_names_files_counts_by_its_own_fingerprint_wherever_it_is() -> None:
+def test_a_nested_config_with_files_counts_by_its_own_fingerprint() -> None:
     class File(Config):
         path: str
 

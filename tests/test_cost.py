@@ -33,7 +33,7 @@ VOCAB = 131_072
 
 
 @given(seq=st.integers(1, 40), window=st.none() | st.integers(1, 60))
-def test_attended_keys_are_those_of_the_mask(seq: int, window: int | None) -> None:
+def test_attended_keys_are_counted_by_the_mask(seq: int, window: int | None) -> None:
     pairs = [(q, k) for q in range(seq) for k in range(q + 1) if window is None or q - k < window]
     assert attended_keys(seq, window) == len(pairs)
     assert visible_keys(seq, window) == sum(q == seq - 1 for q, _ in pairs)
@@ -47,7 +47,7 @@ def test_a_matrix_spends_two_flops_a_weight_and_token_and_a_vector_none() -> Non
 
 
 @given(pattern=st.text(LETTERS, min_size=1, max_size=8), tied=st.booleans(), seq=st.integers(1, 50), mtp=st.booleans())
-def test_totals_are_the_sums_of_the_rows_however_they_are_folded(pattern: str, tied: bool, seq: int, mtp: bool) -> None:
+def test_totals_are_the_sums_of_the_rows_for_every_folding(pattern: str, tied: bool, seq: int, mtp: bool) -> None:
     depths = MTPConfig(pattern="*E", n_depths=2) if mtp else None
     model = ModelConfig(d_model=16, vocab_size=50, pattern=pattern, blocks=EXAMPLES, tie_embeddings=tied, mtp=depths)
     dtypes = Dtypes(weight="float4", kv="float8", state="bfloat16", activation="float32")
@@ -83,7 +83,7 @@ def test_totals_are_the_sums_of_the_rows_however_they_are_folded(pattern: str, t
 
 
 @given(pattern=st.text(LETTERS, min_size=1, max_size=8), seq=st.integers(1, 50))
-def test_a_model_costs_its_layers_and_what_is_around_them(pattern: str, seq: int) -> None:
+def test_the_cost_of_a_model_is_its_layers_plus_embedding_and_head(pattern: str, seq: int) -> None:
     d_model, vocab = 16, 50
     model = ModelConfig(d_model=d_model, vocab_size=vocab, pattern=pattern, blocks=EXAMPLES)
     entries = [entry for letter in pattern for entry in EXAMPLES[letter].entries(d_model, seq)]
@@ -107,7 +107,7 @@ def test_a_length_that_is_not_positive_is_refused(seq_len: int) -> None:
         preset("nemotron-3-nano").ledger(seq_len)
 
 
-def test_nemotron_3_nano_keeps_the_state_that_its_sizes_say() -> None:
+def test_nemotron_3_nano_has_the_state_implied_by_its_sizes() -> None:
     cost = preset("nemotron-3-nano").cost(4096)
     assert cost.kv_bytes_per_token == 6 * 2 * 2 * 128 * BITS["bfloat16"] / 8
     assert cost.ssm_state_bytes == 23 * 64 * 64 * 128 * 4
@@ -115,7 +115,7 @@ def test_nemotron_3_nano_keeps_the_state_that_its_sizes_say() -> None:
 
 
 @pytest.mark.parametrize(("seq_len", "six_n", "megatron"), [(4096, 0.85, 1.07), (65_536, 0.59, 1.05)])
-def test_other_conventions_stand_to_the_exact_one_as_published_shapes_say(
+def test_other_conventions_relate_to_exact_as_computed_from_published_shapes(
     seq_len: int, six_n: float, megatron: float
 ) -> None:
     ledger = preset("nemotron-3-nano").ledger(seq_len)
@@ -125,7 +125,7 @@ def test_other_conventions_stand_to_the_exact_one_as_published_shapes_say(
     assert round(flops_train(ledger, "megatron") / exact, 2) == megatron
 
 
-def test_megatron_counts_what_its_formula_says() -> None:
+def test_the_megatron_convention_equals_its_formula() -> None:
     d, d_q, seq_len = 2688, 32 * 128, 4096
     d_inner = 2 * d
     attention = 4 * d * d_q * (1 + 2 / 32) + 2 * seq_len * d_q
@@ -153,7 +153,7 @@ def test_palm_counts_six_a_parameter_and_attention_not_halved() -> None:
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)
-def test_multi_token_prediction_counts_where_products_do(convention: str) -> None:
+def test_multi_token_prediction_is_counted_with_products(convention: str) -> None:
     model = preset("nemotron-3-super")
     more, less = (
         flops_train(each.ledger(4096), convention) for each in (model, model.model_copy(update={"mtp": None}))
@@ -187,7 +187,7 @@ def test_an_unknown_convention_or_dtype_is_refused() -> None:
     assert set(CONVENTIONS) == {"exact", "megatron", "palm", "6nd"}
 
 
-def test_the_meanings_of_active_parameters_differ_by_what_their_names_say() -> None:
+def test_definitions_of_active_parameters_differ_as_named() -> None:
     d, cost = 4096, preset("nemotron-3-super").cost(4096)
     assert cost.params_active - cost.params_active_no_input_embedding == d * VOCAB
     assert cost.params_active - cost.params_active_no_embeddings == 2 * d * VOCAB
@@ -204,7 +204,7 @@ def test_a_window_forgets_and_its_bytes_stop_growing() -> None:
     assert model.cost(1000).kv_bytes_per_token == per_token
 
 
-def test_a_batch_reads_dense_weights_once_and_more_and_more_of_the_experts() -> None:
+def test_a_batch_reads_dense_weights_once_and_more_experts_as_it_grows() -> None:
     moe = MoEConfig(n_experts=8, top_k=2, d_expert=4, n_shared=0)
     entries = {entry.component: entry for entry in moe.entries(16, 10)}
     one = 2 * 16 * 4 * 2  # bytes of an expert in bf16
@@ -223,6 +223,6 @@ def test_a_step_moves_state_both_ways_and_keys_and_values_once() -> None:
     assert decode_bytes(attention, dtypes, 3) == 3 * 2 * 10 * (2 * 2 * 8)
 
 
-def test_experts_are_sent_what_they_read_and_send_back_as_much() -> None:
+def test_bytes_sent_to_experts_equal_bytes_returned() -> None:
     cost = preset("nemotron-3-super").cost(4096, activation_dtype="float8")
     assert cost.all_to_all_bytes == 40 * 2 * 22 * 1024

@@ -69,7 +69,7 @@ def test_an_epoch_predicts_no_token_twice_and_leaves_out_less_than_two_windows(
 
 
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 2**40), min_size=1, max_size=6))
-def test_a_batch_depends_on_seed_and_step_and_not_on_what_was_asked_before(seed: int, steps: list[int]) -> None:
+def test_a_batch_depends_only_on_seed_and_step(seed: int, steps: list[int]) -> None:
     source = counting(1000, 16, seed)
     forth = {step: source.batch(step, 4).inputs for step in steps}
     back = {step: source.batch(step, 4).inputs for step in reversed(steps)}
@@ -161,7 +161,7 @@ def test_a_tokenizer_without_byte_table_counts_the_whole_split_and_refuses_a_par
         source.eval_batches("val", 1, max_tokens=8)
 
 
-def test_a_uniform_guess_costs_the_same_bits_per_byte_however_it_is_batched() -> None:
+def test_a_uniform_guess_has_the_same_bits_per_byte_for_every_batching() -> None:
     source = TextData(tokenizer="bytes", seq_len=512).open(0)
     batches = list(source.eval_batches("val", 16))
     n_targets = sum(int((batch.targets != IGNORED).sum()) for batch in batches)

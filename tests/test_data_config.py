@@ -27,7 +27,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
-def test_a_config_comes_back_from_json(config: TextData | RecallData) -> None:
+def test_a_config_is_read_back_from_json(config: TextData | RecallData) -> None:
     adapter: TypeAdapter[TextData | RecallData] = TypeAdapter(DataConfig)
     assert adapter.validate_json(config.model_dump_json()) == config
     assert hash(adapter.validate_json(config.model_dump_json())) == hash(config)
@@ -43,7 +43,7 @@ def test_the_fingerprint_is_of_content_and_not_of_paths(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(elsewhere.fingerprint())
 
 
-def test_what_changes_the_batches_changes_the_fingerprint(tmp_path: Path) -> None:
+def test_a_change_to_the_batches_changes_the_fingerprint(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One.\n\nTwo.\n\nThree.\n\nFour.")
     changed = [
         TextData(),

@@ -107,7 +107,7 @@ def test_the_hash_does_not_depend_on_how_documents_are_spread_over_files(folder:
         ("emma", None),
     ],
 )
-def test_a_file_name_says_its_split(name: str, split: str | None) -> None:
+def test_a_file_name_determines_its_split(name: str, split: str | None) -> None:
     assert split_of(name) == split
 
 
@@ -119,7 +119,7 @@ def test_a_document_in_two_splits_is_refused_with_its_beginning(folder: Path) ->
         load_corpus(str(folder))
 
 
-def test_documents_without_a_split_are_shared_out_90_5_5_and_each_once(folder: Path) -> None:
+def test_documents_without_a_split_are_split_90_5_5_without_repeats(folder: Path) -> None:
     corpus = load_corpus(str(write_jsonl(folder / "books.jsonl", BOOKS)))
     found = {split: list(corpus.documents(split)) for split in SPLITS}
     assert {split: len(texts) for split, texts in found.items()} == {"train": 90, "val": 5, "test": 5}
@@ -183,7 +183,7 @@ def plain_cut(text: str, n_eval: int) -> list[int]:
     st.integers(1, 2),
     st.integers(1, 9),
 )
-def test_a_cut_found_in_chunks_is_that_of_the_whole_text(text: str, n_eval: int, n_chars: int) -> None:
+def test_a_cut_found_in_chunks_equals_that_of_the_whole_text(text: str, n_eval: int, n_chars: int) -> None:
     chunks = [text[start : start + n_chars] for start in range(0, len(text), n_chars)]
     n_lines = len([line for line in text.split("\n") if line.strip()])
     try:
@@ -214,7 +214,7 @@ def test_the_first_shards_are_nested_subsets_in_name_order(folder: Path) -> None
         load_corpus(str(folder), n_shards=4)
 
 
-def test_a_rewritten_file_is_hashed_anew(folder: Path) -> None:
+def test_a_rewritten_file_is_hashed_again(folder: Path) -> None:
     path = write_jsonl(folder / "books.jsonl", BOOKS)
     first = load_corpus(str(path)).content_hash()
     write_jsonl(path, [text.swapcase() for text in BOOKS])
@@ -226,7 +226,7 @@ def test_a_rewritten_file_is_hashed_anew(folder: Path) -> None:
     )
 
 
-def test_a_damaged_index_is_made_anew(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_index_is_rebuilt(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_jsonl(folder / "books.jsonl", BOOKS)
     monkeypatch.setattr(documents, "SETTLED_NS", 0)
     before = load_corpus(str(path)).content_hash()
@@ -265,7 +265,7 @@ def test_bad_text_is_named_with_file_and_place(folder: Path, name: str, raw: byt
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_cannot_be_a_corpus_says_why(folder: Path) -> None:
+def test_an_error_for_a_folder_that_is_not_a_corpus_gives_the_reason(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no .txt or .jsonl"):
         load_corpus(str(folder))
     (folder / "val.txt").write_text("x")
@@ -299,7 +299,7 @@ def test_training_text_as_text_of_an_evaluation_is_refused(folder: Path, files: 
         load_corpus(str(folder))
 
 
-def test_a_corpus_whose_splits_share_many_lines_says_so(folder: Path) -> None:
+def test_splits_with_many_common_lines_are_noted(folder: Path) -> None:
     own = NOVEL.replace("sheep", "goats")
     for name, text in {"train": NOVEL, "val": own[:6000] + NOVEL[:6000], "test": own[6000:]}.items():
         (folder / f"{name}.txt").write_text(text)
@@ -309,7 +309,7 @@ def test_a_corpus_whose_splits_share_many_lines_says_so(folder: Path) -> None:
     assert load_corpus(str(folder)).notes == ()
 
 
-def test_lines_of_a_long_text_are_sampled_alike_in_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_long_texts_are_sampled_consistently_across_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "SAMPLE", 100)
     lines = [f"line {i} of a text that has very many of them" for i in range(10_000)]
     whole, mask = overlap.sample_lines([(True, "\n".join(lines))])
@@ -326,7 +326,7 @@ def text8(n_words: int) -> str:
 
 
 @pytest.mark.parametrize("around", [("", ""), ("\n", "\n"), ("Title\n\n", "\n\nend"), ("One\nTwo\nThree\n", "")])
-def test_a_text_of_one_giant_line_is_cut_between_words_and_says_so(folder: Path, around: tuple[str, str]) -> None:
+def test_a_giant_line_is_cut_between_words_with_a_note(folder: Path, around: tuple[str, str]) -> None:
     text = around[0] + text8(300_000) + around[1]
     (folder / "giant.txt").write_text(text)
     corpus = load_corpus(str(folder / "giant.txt"))
@@ -337,13 +337,13 @@ def test_a_text_of_one_giant_line_is_cut_between_words_and_says_so(folder: Path,
     assert corpus.notes == ("giant.txt has too few lines: val and test are cut from its end between words",)
 
 
-def test_a_text_without_any_blank_is_cut_where_its_shares_end(folder: Path) -> None:
+def test_a_text_without_blanks_is_cut_at_the_exact_shares(folder: Path) -> None:
     (folder / "dna.txt").write_text("".join(random.Random(0).choices("ACGT", k=200_000)))
     corpus = load_corpus(str(folder / "dna.txt"))
     assert [corpus.n_bytes(split) for split in SPLITS] == [180_000, 10_000, 10_000]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_document(folder: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_a_document(folder: Path) -> None:
     for name, text in {"with": "\ufeff" + NOVEL, "without": NOVEL}.items():
         (folder / f"{name}.txt").write_bytes(text.encode())
     record = json.dumps({"text": NOVEL}).encode()
@@ -356,7 +356,7 @@ def test_a_byte_order_mark_is_no_part_of_a_document(folder: Path) -> None:
         load_corpus(str(folder / "utf-16.txt"))
 
 
-def test_a_text_replaced_at_equal_size_and_time_is_read_anew(
+def test_a_text_replaced_at_equal_size_and_time_is_read_again(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(folder / "books.jsonl", BOOKS)
@@ -374,7 +374,7 @@ def test_a_text_replaced_at_equal_size_and_time_is_read_anew(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "b.jsonl.gz"])
-def test_what_is_no_regular_file_is_refused_and_never_waited_for(folder: Path, name: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused_without_blocking(folder: Path, name: str) -> None:
     write_jsonl(folder / "books.jsonl", BOOKS)
     os.mkfifo(folder / name)
     for path in (folder, folder / name):
@@ -396,7 +396,7 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(folder: Path, n
 @pytest.mark.parametrize(
     ("name", "pack"), [("bomb.txt.gz", gzip.compress), ("bomb.txt.xz", lzma.compress), ("bomb.jsonl.gz", gzip.compress)]
 )
-def test_a_bomb_is_refused_with_the_bound(
+def test_a_decompression_bomb_is_refused_with_the_limit(
     folder: Path, name: str, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "EXPANSION_FREE_BYTES", 1 << 20)
@@ -412,7 +412,7 @@ def test_a_line_too_long_for_memory_is_refused(folder: Path, monkeypatch: pytest
         load_corpus(str(path))
 
 
-def test_shards_of_many_documents_are_shared_out_as_a_dictionary_would(folder: Path) -> None:
+def test_shards_of_many_documents_are_split_as_with_a_dictionary(folder: Path) -> None:
     write_jsonl(folder / "a.jsonl", BOOKS[:70] + BOOKS[:10])
     write_jsonl(folder / "b.jsonl", BOOKS[50:])
     ranked = sorted({hashlib.sha256(text.encode()).digest() for text in BOOKS})

@@ -43,7 +43,7 @@ def test_the_embedded_corpus_is_six_novels_with_the_bytes_on_record() -> None:
         assert corpus.content_hash(split) == key
 
 
-def test_an_unknown_corpus_names_what_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_for_an_unknown_corpus_suggests_near_names(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"'austn' is neither a known name \(austen, .*did you mean 'austen'"):
         load_corpus("austn")
     monkeypatch.delenv("EXPLORE_DATA", raising=False)
@@ -87,7 +87,7 @@ def test_the_data_folder_holds_the_text_on_record(name: str) -> None:
     assert all(corpus.n_documents(split) for split in SPLITS)
 
 
-def test_a_hugging_face_folder_is_a_corpus_whose_evaluation_text_leaves_training(
+def test_a_hugging_face_folder_is_a_corpus_without_evaluation_text_in_training(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -103,7 +103,7 @@ def test_a_hugging_face_folder_is_a_corpus_whose_evaluation_text_leaves_training
         load_corpus("hf:/nowhere")
 
 
-def test_without_datasets_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'hybrid-frontier\[hf\]'"):
         load_corpus("hf:anything")

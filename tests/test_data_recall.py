@@ -48,20 +48,20 @@ def check(config: RecallData, batch: Batch) -> None:
 
 
 @given(config=configs(), seed=st.integers(0, 9), step=st.integers(0, 2**40))
-def test_every_answer_stands_behind_its_key(config: RecallData, seed: int, step: int) -> None:
+def test_every_answer_follows_its_key(config: RecallData, seed: int, step: int) -> None:
     check(config, config.open(seed).batch(step, 5))
     for batch in config.open(seed).eval_batches("test", 3):
         check(config, batch)
 
 
-def test_batches_are_those_that_committed_runs_were_trained_on() -> None:
+def test_batches_equal_those_of_committed_runs() -> None:
     source = RecallData(seq_len=24, n_pairs=6, vocab_size=32).open(3)
     batch = source.batch(7, 5)
     text = repr((batch.inputs.tolist(), batch.targets.tolist()))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "915ef45761bf9e0d"
 
 
-def test_a_mixture_has_all_its_numbers_of_pairs_in_every_batch_and_in_turn() -> None:
+def test_every_batch_of_a_mixture_alternates_all_numbers_of_pairs() -> None:
     source = RecallData(seq_len=128, n_pairs=32, fewer_pairs=(4, 8, 16), vocab_size=512, n_eval=10).open(0)
     assert source.batch(0, 8).n_pairs == (4, 8, 16, 32) * 2
     parts = [batch.n_pairs for batch in source.eval_batches("val", 3)]
@@ -98,7 +98,7 @@ def test_max_tokens_takes_the_first_sequences(max_tokens: int, n: int) -> None:
     assert torch.equal(part, full[:n])
 
 
-def test_queries_come_near_to_the_pairs_as_the_power_law_says() -> None:
+def test_the_places_of_queries_follow_the_power_law() -> None:
     def first_place(power_a: float) -> float:
         """Share of sequences whose only query stands on the first of eight places."""
         config = RecallData(n_pairs=1, seq_len=18, power_a=power_a)
@@ -109,7 +109,7 @@ def test_queries_come_near_to_the_pairs_as_the_power_law_says() -> None:
     assert first_place(1.0) == pytest.approx(1 / 8, abs=0.01)
 
 
-def test_every_pair_is_asked_for_equally_often() -> None:
+def test_every_pair_is_queried_equally_often() -> None:
     config = RecallData(n_pairs=4, n_queries=1)
     batch = config.open(0).batch(0, 8000)
     answers = batch.targets.max(dim=1).values
@@ -128,10 +128,10 @@ def test_every_pair_is_asked_for_equally_often() -> None:
         ({"fewer_pairs": (2, 2)}, r"got \[2, 2\]"),
     ],
 )
-def test_what_does_not_fit_is_named_with_what_is_allowed(fields: dict[str, Any], message: str) -> None:
+def test_invalid_sizes_of_recall_are_named_with_the_allowed_ones(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         RecallData(**fields)
 
 
-def test_all_pairs_are_asked_for_unless_said_otherwise() -> None:
+def test_all_pairs_are_queried_by_default() -> None:
     assert RecallData(n_pairs=5).n_queries == 5

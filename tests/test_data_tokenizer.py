@@ -25,7 +25,7 @@ BYTE_LEVEL = [load_tokenizer(name) for name in TOKENIZERS]
 TEXTS = st.text(st.characters(codec="utf-8")) | st.text(st.sampled_from("ab 's\n\t.9é—日🙂")) | st.just(f"a{EOT}b")
 
 
-def test_the_shipped_vocabulary_is_trained_on_the_embedded_text_and_nothing_else() -> None:
+def test_the_shipped_vocabulary_is_trained_only_on_the_embedded_text() -> None:
     shipped = json.loads((ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8"))
     trained = train_bpe(load_corpus("austen").documents("train"), 2048)
     assert json.loads(trained.to_str()) == shipped
@@ -73,7 +73,7 @@ def test_a_novel_is_cut_into_pieces_of_bounded_size() -> None:
     assert max(map(len, pieces)) < 20_000
 
 
-def test_the_hash_follows_the_vocabulary_and_not_the_path_or_the_layout(tmp_path: Path) -> None:
+def test_the_hash_depends_on_the_vocabulary_and_not_on_path_or_layout(tmp_path: Path) -> None:
     shipped = json.loads((ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8"))
     path = tmp_path / "other.json"
     path.write_text(json.dumps(dict(reversed(shipped.items())), indent=3))
@@ -110,7 +110,7 @@ def test_truncation_and_padding_of_a_file_are_switched_off(tmp_path: Path) -> No
     assert load_tokenizer(str(tmp_path / "t.json")).encode(text) == BYTE_LEVEL[1].encode(text)
 
 
-def test_a_wrong_tokenizer_is_named_with_what_is_allowed(tmp_path: Path) -> None:
+def test_an_error_for_a_wrong_tokenizer_names_the_allowed_ones(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'byts' is neither a known name \(bytes, .*did you mean 'bytes'"):
         load_tokenizer("byts")
     (tmp_path / "a.json").write_text("{}")
@@ -136,7 +136,7 @@ def test_a_vocabulary_of_impossible_size_is_refused() -> None:
     n_chars=st.integers(1, 20),
     n_chunk=st.integers(1, 30),
 )
-def test_a_text_is_cut_alike_however_it_is_read_and_into_pieces_of_bounded_size(
+def test_pieces_are_bounded_and_do_not_depend_on_how_a_text_is_read(
     text: str, n_chars: int, n_chunk: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -149,7 +149,7 @@ def test_a_text_is_cut_alike_however_it_is_read_and_into_pieces_of_bounded_size(
         assert all(len(piece) >= n_chars for piece in pieces[:-1])
 
 
-def test_a_cut_before_a_blank_changes_no_token_whatever_character_is_before_it() -> None:
+def test_a_cut_before_a_blank_changes_no_token_after_any_character() -> None:
     places = [*range(0x3000), *range(0x3000, 0x20000, 61)]
     characters = [c for c in map(chr, places) if not c.isspace() and not "\ud800" <= c <= "\udfff"]
     for blank in (" ", "\n", "  ", " \n", "\n\n"):
@@ -166,7 +166,7 @@ def test_a_word_of_megabytes_is_encoded_in_pieces() -> None:
     assert max(map(len, pieces)) <= tokenizer.PIECE_CHARS + tokenizer.LONGEST_WORD
 
 
-def test_a_document_is_whole_for_a_tokenizer_whose_cuts_are_not_known(tmp_path: Path) -> None:
+def test_a_document_is_not_cut_for_a_tokenizer_with_unknown_boundaries(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     words.save(str(tmp_path / "words.json"))
     loaded = load_tokenizer(str(tmp_path / "words.json"))
@@ -179,7 +179,7 @@ def test_a_document_is_whole_for_a_tokenizer_whose_cuts_are_not_known(tmp_path: 
 @pytest.mark.parametrize(
     "left_out", ["normalizer", "added_tokens", "post_processor", "decoder", "truncation", "version"]
 )
-def test_what_a_file_leaves_out_has_its_default(tmp_path: Path, left_out: str) -> None:
+def test_settings_missing_in_a_tokenizer_file_have_defaults(tmp_path: Path, left_out: str) -> None:
     layout = json.loads((ASSETS / "austen-bpe-2048.json").read_text(encoding="utf-8"))
     del layout[left_out]
     (tmp_path / "a.json").write_text(json.dumps(layout), encoding="utf-8-sig")
@@ -207,7 +207,7 @@ def test_without_pre_tokenizer_there_is_no_byte_table(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_says_why(tmp_path: Path, content: str, message: str) -> None:
+def test_an_error_for_an_unusable_tokenizer_gives_the_reason(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(str(tmp_path / "a.json"))

@@ -43,7 +43,7 @@ def token_stream(corpus: Corpus, split: Split, tokenizer: Tokenizer) -> TokenStr
 
 @pytest.mark.parametrize("name", ["bytes", "austen-bpe-2048"])
 @pytest.mark.parametrize("batch_chars", [1, 100, 1 << 20])
-def test_the_stream_is_each_document_behind_an_end_of_text(
+def test_each_document_of_the_stream_follows_an_end_of_text(
     corpus: Corpus, name: str, batch_chars: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARS", batch_chars)
@@ -56,14 +56,14 @@ def test_the_stream_is_each_document_behind_an_end_of_text(
     assert not stream.ids.flags.writeable
 
 
-def test_a_second_opening_reads_the_file_and_encodes_nothing(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_opening_reads_the_cached_tokens(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer("bytes")
     first = token_stream(corpus, "train", tokenizer)
     monkeypatch.setattr(tokenizer, "encode_batch", None)
     assert np.array_equal(token_stream(corpus, "train", tokenizer).ids, first.ids)
 
 
-def test_another_text_or_tokenizer_has_another_file(corpus: Corpus, cache: Path) -> None:
+def test_each_text_and_tokenizer_has_its_own_cache_file(corpus: Corpus, cache: Path) -> None:
     for name in ("bytes", "austen-bpe-2048"):
         for split in ("train", "val"):
             token_stream(corpus, split, load_tokenizer(name))
@@ -84,7 +84,7 @@ def test_another_text_or_tokenizer_has_another_file(corpus: Corpus, cache: Path)
     ],
     ids=["truncated", "longer", "header only", "empty", "no header", "no hash", "zeroed", "other header"],
 )
-def test_a_damaged_file_is_made_anew(corpus: Corpus, cache: Path, damage) -> None:
+def test_a_damaged_token_file_is_rebuilt(corpus: Corpus, cache: Path, damage) -> None:
     tokenizer = load_tokenizer("bytes")
     before = np.array(token_stream(corpus, "train", tokenizer).ids)
     (path,) = cache.iterdir()
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_made_anew(corpus: Corpus, cache: Path, damage) -> Non
     assert path.read_bytes() == whole
 
 
-def test_a_flipped_bit_anywhere_is_seen(corpus: Corpus, cache: Path) -> None:
+def test_a_flipped_bit_anywhere_is_detected(corpus: Corpus, cache: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     before = np.array(token_stream(corpus, "val", tokenizer).ids)
     (path,) = cache.iterdir()
@@ -123,7 +123,7 @@ def interrupt(corpus: Corpus, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
     return seen
 
 
-def test_after_a_kill_all_but_the_last_shard_is_there(
+def test_a_kill_loses_at_most_the_last_shard(
     corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARS", 100)
@@ -144,7 +144,7 @@ def test_after_a_kill_all_but_the_last_shard_is_there(
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:HEADER_BYTES] + bytes(len(raw)), bytes])
-def test_damaged_progress_is_not_gone_on_from(
+def test_damaged_progress_is_discarded(
     corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes]
 ) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARS", 100)
@@ -174,7 +174,7 @@ def test_one_of_two_processes_tokenizes_and_the_other_waits(corpus: Corpus, monk
     assert all(np.array_equal(each["train"].ids, streams[0]["train"].ids) for each in streams)
 
 
-def test_what_no_process_goes_on_with_is_removed(corpus: Corpus, cache: Path) -> None:
+def test_abandoned_temporary_files_are_removed(corpus: Corpus, cache: Path) -> None:
     cache.mkdir(parents=True)
     for name in (".0123abcd.tmp.tokens", "old.partial", "new.partial", "other.tokens"):
         (cache / name).write_bytes(b"x")

@@ -95,7 +95,7 @@ def questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(EXPLORE)))
-def test_no_module_outside_blocks_asks_for_a_kind_of_block(source: Path) -> None:
+def test_no_module_outside_blocks_tests_the_kind_of_a_block(source: Path) -> None:
     assert list(questions(ast.parse(source.read_text(encoding="utf-8")))) == []
 
 
@@ -118,7 +118,7 @@ def test_no_module_outside_blocks_asks_for_a_kind_of_block(source: Path) -> None
         'names = {"mamba2": "Mamba-2"}',
     ],
 )
-def test_the_check_sees_every_way_to_ask_for_a_kind(code: str) -> None:
+def test_the_check_finds_every_way_to_test_a_kind(code: str) -> None:
     assert len(list(questions(ast.parse(code)))) == 1
 
 
@@ -135,12 +135,12 @@ def test_the_check_sees_every_way_to_ask_for_a_kind(code: str) -> None:
         "blocks[letter]",
     ],
 )
-def test_the_check_leaves_other_questions_alone(code: str) -> None:
+def test_the_check_accepts_other_comparisons(code: str) -> None:
     assert list(questions(ast.parse(code))) == []
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.letter)
-def test_what_a_block_declares_is_of_its_own_components_ops_and_sizes(kind: BlockKind) -> None:
+def test_declarations_of_a_block_name_its_own_components_ops_and_sizes(kind: BlockKind) -> None:
     config, rng = kind.config, random.Random(0)
     examples = [kind.example, config.default(256), *(config.random_example(rng) for _ in range(50))]
     components = {entry.component for example in examples for entry in example.entries(32, 20)}
@@ -162,7 +162,7 @@ def test_what_a_block_declares_is_of_its_own_components_ops_and_sizes(kind: Bloc
         call().sum().backward()
 
 
-def test_kinds_have_names_of_their_own() -> None:
+def test_kinds_have_distinct_names() -> None:
     for names in (
         [kind.letter for kind in BLOCKS],
         [kind.config.label for kind in BLOCKS],
@@ -173,7 +173,7 @@ def test_kinds_have_names_of_their_own() -> None:
     assert all(kind.config.family_names for kind in BLOCKS if kind.config.role in ("recurrent", "experts"))
 
 
-def test_a_new_mixer_is_its_op_its_block_and_one_entry(tmp_path: Path) -> None:
+def test_a_new_mixer_needs_an_op_a_block_and_one_entry(tmp_path: Path) -> None:
     shutil.copytree(EXPLORE, tmp_path / "explore", ignore=shutil.ignore_patterns("__pycache__", "assets"))
     shutil.copy(TOY / "op.py", tmp_path / "explore" / "ops" / "toy.py")
     shutil.copy(TOY / "block.py", tmp_path / "explore" / "blocks" / "toy.py")

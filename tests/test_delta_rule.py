@@ -63,7 +63,7 @@ def assert_equal(found: tuple[Tensor, ...], truth: tuple[Tensor, ...], tolerance
         torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
-def test_the_recurrence_is_the_equation_of_the_paper() -> None:
+def test_the_recurrence_equals_the_equation_of_the_paper() -> None:
     x = inputs(9)
     Y, S = torch.empty_like(x.V), x.state.detach().clone()
     for batch in range(2):
@@ -82,13 +82,13 @@ def test_the_recurrence_is_the_equation_of_the_paper() -> None:
 @pytest.mark.parametrize("seq", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("chunk_size", [1, 16, 64, 256])
 @pytest.mark.parametrize(("g", "h"), [(1, 1), (2, 4), (3, 3)])
-def test_chunks_compute_the_recurrence_and_all_its_gradients(seq: int, chunk_size: int, g: int, h: int) -> None:
+def test_the_chunked_form_equals_the_recurrence_with_all_gradients(seq: int, chunk_size: int, g: int, h: int) -> None:
     x = inputs(seq, g=g, h=h)
     assert_equal(results(chunked(chunk_size), x), results(recurrent, x), 1e-9)
 
 
 @pytest.mark.parametrize("path", ["recurrent", "chunked"])
-def test_a_state_that_is_absent_is_zero(path: str) -> None:
+def test_an_absent_state_equals_a_zero_state(path: str) -> None:
     x = inputs(70)
     zero = x._replace(state=torch.zeros_like(x.state))
     with forced_paths(delta_rule=path):
@@ -98,7 +98,7 @@ def test_a_state_that_is_absent_is_zero(path: str) -> None:
 
 
 @pytest.mark.parametrize("cuts", [(21,), (1, 64), (16, 17, 18)])
-def test_a_sequence_in_pieces_gives_what_it_gives_whole(cuts: tuple[int, ...]) -> None:
+def test_a_sequence_in_pieces_gives_the_same_as_in_one_piece(cuts: tuple[int, ...]) -> None:
     x = inputs(80)
 
     def in_pieces(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def test_a_step_takes_inputs_in_any_layout() -> None:
 @pytest.mark.parametrize("alpha", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("keys", ["identical", "similar", "random"])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
-def test_keys_and_decays_that_are_hard_to_invert_stay_exact_in_fp32(keys: str, alpha: float, beta: float) -> None:
+def test_ill_conditioned_keys_and_decays_are_accurate_in_fp32(keys: str, alpha: float, beta: float) -> None:
     """With equal keys, beta 1 and no decay, powers of the triangle grow to 1e18, while its inverse stays below 2."""
     x = inputs(200, k=8)
     spread = {"identical": 0.0, "similar": 0.01, "random": 1.0}[keys]
@@ -152,7 +152,7 @@ def test_decays_of_very_different_strength_in_one_chunk_stay_finite() -> None:
     assert_equal(results(chunked(64), exact.to(torch.float32)), results(recurrent, exact), 5e-3)
 
 
-def test_under_autocast_the_state_stays_in_fp32_and_all_is_near_the_truth() -> None:
+def test_under_autocast_the_state_is_fp32_and_results_are_near_the_reference() -> None:
     x = inputs(200, k=16, v=16)
     truth = results(recurrent, x)
     low = Inputs(*(y.detach().bfloat16() for y in x[:3]), *(y.detach().float() for y in x[3:]))

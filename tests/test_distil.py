@@ -43,7 +43,7 @@ def plan(parent: RunFolder, tmp_path: Path) -> Path:
     return tmp_path / "plan.json"
 
 
-def test_a_child_begins_with_the_weights_that_its_plan_keeps(parent: RunFolder, plan: Path) -> None:
+def test_a_child_starts_with_the_weights_kept_by_its_plan(parent: RunFolder, plan: Path) -> None:
     one = child_experiment(plan, 100 * TOKENS, runs=parent.path.parent)
     assert one.model == halved(parent).model()
     assert (one.model.n_layers, one.model.d_model) == (3, 32)
@@ -51,7 +51,7 @@ def test_a_child_begins_with_the_weights_that_its_plan_keeps(parent: RunFolder, 
     assert all(torch.equal(weight, expected[name]) for name, weight in starting_model(one).state_dict().items())
 
 
-def test_a_child_is_trained_as_its_parent_was_at_a_fifth_of_the_rate(parent: RunFolder, plan: Path) -> None:
+def test_a_child_has_the_training_of_its_parent_at_a_fifth_of_the_learning_rate(parent: RunFolder, plan: Path) -> None:
     one, was = child_experiment(plan, 640, runs=parent.path.parent), parent.load_experiment()
     objective = one.train.objective
     assert isinstance(objective, Distillation)
@@ -65,7 +65,7 @@ def test_a_child_is_trained_as_its_parent_was_at_a_fifth_of_the_rate(parent: Run
     assert (other.train.lr, other.train.objective.temperature, other.seed) == (0.5, 2, 3)
 
 
-def test_the_plan_counts_by_what_it_keeps_and_is_kept_in_the_record(
+def test_the_key_depends_on_the_kept_indices_and_the_record_has_the_plan(
     corpus: Path, parent: RunFolder, plan: Path, tmp_path: Path
 ) -> None:
     def started(plan: Any) -> Experiment:
@@ -86,7 +86,7 @@ def test_the_plan_counts_by_what_it_keeps_and_is_kept_in_the_record(
 
 
 @pytest.mark.parametrize("n_model", [64, 48])
-def test_a_model_that_is_not_that_of_the_plan_is_refused(parent: RunFolder, plan: Path, n_model: int) -> None:
+def test_a_model_other_than_that_of_the_plan_is_refused(parent: RunFolder, plan: Path, n_model: int) -> None:
     one = child_experiment(plan, 640, parent=parent.path)
     other = one.model_copy(update={"model": one.model.model_copy(update={"d_model": n_model})})
     with pytest.raises(
@@ -107,7 +107,7 @@ def test_a_plan_of_another_parent_is_refused(corpus: Path, parent: RunFolder, pl
     assert not (plan.parent / "runs").exists()
 
 
-def test_the_command_distils_and_says_what_it_cost(
+def test_distil_trains_a_child_and_prints_its_cost(
     parent: RunFolder, plan: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(shutil.copytree(parent.path.parent, plan.parent / "runs"))
@@ -140,7 +140,7 @@ def test_the_command_distils_and_says_what_it_cost(
         (["--tokens", "1k", "--parent", "PARENT", "--set", "train.lrr=1"], "train.lrr: unknown field"),
     ],
 )
-def test_what_the_command_cannot_distil_is_one_line(
+def test_distil_reports_mistakes_in_one_line(
     parent: RunFolder,
     plan: Path,
     arguments: list[str],

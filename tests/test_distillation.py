@@ -107,7 +107,7 @@ def test_terms_and_gradients_are_those_of_whole_logits_in_double(
         torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_routers_and_further_depths_keep_their_own_terms(corpus: Path, parent: RunFolder) -> None:
+def test_routers_and_multi_token_prediction_keep_their_terms(corpus: Path, parent: RunFolder) -> None:
     one = student(corpus, parent, "E/*-", train__mtp_weight=0.7)
     model, batch = starting_model(one), first_batch(one)
     found, plain = objective_of(one)(model, *batch), model.loss(*batch, mtp=True)
@@ -119,7 +119,7 @@ def test_routers_and_further_depths_keep_their_own_terms(corpus: Path, parent: R
     assert found.stats.keys() == plain.stats.keys()
 
 
-def test_the_teacher_is_no_part_of_the_student_and_has_its_own_precision(corpus: Path, parent: RunFolder) -> None:
+def test_the_teacher_is_not_part_of_the_student_and_keeps_its_precision(corpus: Path, parent: RunFolder) -> None:
     one = student(corpus, parent, objective__teacher_precision="bf16")
     objective = one.train.objective
     assert isinstance(objective, Distillation)
@@ -140,7 +140,7 @@ def test_the_teacher_is_no_part_of_the_student_and_has_its_own_precision(corpus:
     assert {name.removeprefix("model.") for name in module.state_dict()} == starting_model(one).state_dict().keys()
 
 
-def test_the_teacher_keeps_the_paths_of_ops_that_it_was_made_with(
+def test_the_teacher_keeps_its_paths_of_ops(
     corpus: Path, parent: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is compiled for the student's shapes must not be compiled again for the teacher's."""
@@ -159,7 +159,7 @@ def test_the_teacher_keeps_the_paths_of_ops_that_it_was_made_with(
     assert taken == [usual, "eager"]
 
 
-def test_a_run_begins_with_the_weights_of_its_parent(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
+def test_a_run_starts_with_the_weights_of_its_parent(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     start = {"kind": "parent", "parent": str(parent.path)}
     one = tiny(corpus, "*-*-", seed=1, train__tokens=TOKENS, start=start)
     (row,) = train(one, tmp_path).metrics.dropna(subset="loss").to_dict("records")
@@ -173,7 +173,7 @@ def test_a_run_begins_with_the_weights_of_its_parent(corpus: Path, parent: RunFo
 # Keys
 
 
-def test_parent_and_teacher_count_by_their_weights_wherever_they_lie(
+def test_the_key_depends_on_the_weights_of_parent_and_teacher_and_not_on_their_path(
     corpus: Path, parent: RunFolder, tmp_path: Path
 ) -> None:
     moved = tmp_path / "moved"
@@ -208,7 +208,7 @@ def test_a_folder_of_the_same_weights_is_the_same_teacher(corpus: Path, parent: 
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_a_record_has_its_key_without_the_files_of_the_teacher(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
+def test_the_key_of_a_record_does_not_need_the_files_of_the_teacher(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(parent.path, tmp_path / "teacher")
     one = student(corpus, tmp_path / "teacher")
     text = one.model_dump_json()
@@ -240,7 +240,7 @@ def test_the_passes_of_the_teacher_and_all_that_was_trained_before_are_counted_o
     assert not {"flops_teacher", "flops_before", "before"} & result(parent).keys()
 
 
-def test_what_an_imported_model_cost_is_not_known(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
+def test_the_training_cost_of_an_imported_model_is_unknown(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     save_model_folder(load_model(parent), tmp_path / "folder")
     start = {"kind": "parent", "parent": str(tmp_path / "folder")}
     found = result(train(tiny(corpus, "*-*-", start=start, train__tokens=TOKENS), tmp_path / "runs"))
@@ -278,7 +278,7 @@ def damaged(parent: RunFolder, tmp_path: Path) -> RunFolder:
         ({"objective__temperature": 0}, r"temperature"),
     ],
 )
-def test_a_student_that_cannot_be_taught_is_refused(
+def test_an_incompatible_student_is_refused(
     corpus: Path, parent: RunFolder, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -299,7 +299,7 @@ def test_a_student_that_cannot_be_taught_is_refused(
         ),
     ],
 )
-def test_a_run_that_does_not_fit_its_teacher_or_parent_is_refused_and_nothing_written(
+def test_a_run_incompatible_with_its_teacher_or_parent_is_refused_and_writes_nothing(
     corpus: Path, parent: RunFolder, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     if "start" in changes:
@@ -312,7 +312,7 @@ def test_a_run_that_does_not_fit_its_teacher_or_parent_is_refused_and_nothing_wr
     assert not (tmp_path / "runs").exists()
 
 
-def test_another_tokenizer_than_the_teachers_is_refused(corpus: Path, damaged: RunFolder, tmp_path: Path) -> None:
+def test_a_tokenizer_other_than_the_teachers_is_refused(corpus: Path, damaged: RunFolder, tmp_path: Path) -> None:
     record = damaged.environment
     write_json(damaged.path / "environment.json", {**record, "data": {**record["data"], "tokenizer": "ab"}})
     with pytest.raises(ValueError, match=r"data\.tokenizer: must be that of the teacher .*, got another one, bytes"):
@@ -326,7 +326,7 @@ def test_another_tokenizer_than_the_teachers_is_refused(corpus: Path, damaged: R
 @pytest.mark.parametrize(
     ("status", "says"), [("diverged", "diverged"), ("pruned", "pruned"), (None, "unfinished")], ids=str
 )
-def test_a_teacher_that_is_no_finished_run_is_refused(
+def test_an_unfinished_teacher_is_refused(
     corpus: Path, damaged: RunFolder, status: str | None, says: str
 ) -> None:
     (damaged.path / "result.json").unlink()
@@ -336,7 +336,7 @@ def test_a_teacher_that_is_no_finished_run_is_refused(
         student(corpus, damaged)
 
 
-def test_a_teacher_that_is_not_there_is_refused(corpus: Path, damaged: RunFolder, tmp_path: Path) -> None:
+def test_a_missing_teacher_is_refused(corpus: Path, damaged: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"teacher\s+.*must be a run folder, or a folder that `explore import` wrote, got '.*nowhere'"
     ):
@@ -350,7 +350,7 @@ def test_a_teacher_that_is_not_there_is_refused(corpus: Path, damaged: RunFolder
         student(corpus, damaged)
 
 
-def test_weights_that_changed_since_the_experiment_was_written_are_refused(
+def test_weights_changed_after_the_experiment_was_written_are_refused(
     corpus: Path, damaged: RunFolder, tmp_path: Path
 ) -> None:
     one = student(corpus, damaged)
@@ -390,7 +390,7 @@ def stopping(corpus: Path, parent: RunFolder, **changes: Any) -> Experiment:
 
 
 @pytest.mark.parametrize("stop", [3, 13])
-def test_a_student_that_was_stopped_ends_as_if_it_had_not_been(
+def test_a_stopped_student_resumes_to_the_same_result(
     corpus: Path, parent: RunFolder, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, step = stopping(corpus, parent), LitLanguageModel.training_step
@@ -409,7 +409,7 @@ def test_a_student_that_was_stopped_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_a_student_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
+def test_a_killed_student_resumes_to_the_same_result(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     one = stopping(corpus, parent, train__tokens=120 * TOKENS)
     through = train(one, tmp_path / "through", checkpoint_every=5)
     runs = tmp_path / "killed"
@@ -419,7 +419,7 @@ def test_a_student_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, pare
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_distil_the_student_that_one_does(
+def test_two_processes_distil_the_same_student_as_one(
     corpus: Path, parent: RunFolder, tmp_path: Path, strategy: str
 ) -> None:
     one = stopping(corpus, parent)
@@ -439,7 +439,7 @@ def test_two_processes_distil_the_student_that_one_does(
     assert result(both)["val_bpb"] == pytest.approx(result(alone)["val_bpb"], rel=1e-5)
 
 
-def test_what_a_run_folder_says_of_its_teacher_is_enough_to_go_on(
+def test_a_run_folder_records_enough_of_its_teacher_to_resume(
     corpus: Path, parent: RunFolder, tmp_path: Path
 ) -> None:
     one = student(corpus, parent, train__tokens=TOKENS)

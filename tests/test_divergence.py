@@ -81,7 +81,7 @@ def test_the_teacher_gets_no_gradient(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_student_that_is_its_teacher_has_no_divergence(path: str) -> None:
+def test_a_student_equal_to_its_teacher_has_zero_divergence(path: str) -> None:
     h, w = (x.float().requires_grad_() for x in draw(9, 17, 12, 12)[:2])
     with forced_paths(divergence=path):
         kl, _ = linear_kl(h, w, h, w, torch.arange(9))
@@ -100,7 +100,7 @@ def test_large_logits_neither_overflow_nor_vanish(small_slices: None) -> None:
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_targets_that_are_all_left_out_cost_nothing() -> None:
+def test_ignored_targets_alone_give_zero_loss() -> None:
     h, w, g, v = (x.requires_grad_() for x in draw(3, 17, 12, 20)[:4])
     kl, cross_entropy = linear_kl(h, w, g, v, torch.full((3,), -100))
     assert float(kl.detach()) == float(cross_entropy) == 0

@@ -76,7 +76,7 @@ def tables() -> ModuleType:
     return module
 
 
-def test_pages_ask_for_tables_that_exist_and_for_all_of_them(tables: ModuleType) -> None:
+def test_pages_include_every_generated_table(tables: ModuleType) -> None:
     texts = [path.read_text(encoding="utf-8") for name, path in PAGES.items() if name.startswith("docs")]
     asked = re.findall(r"^<!-- table: (\S+) -->$", "\n".join(texts), flags=re.MULTILINE)
     assert set(asked) == set(tables.TABLES)
@@ -88,7 +88,7 @@ def test_the_table_of_published_counts_shows_every_one_of_them(tables: ModuleTyp
     assert [(name, float(printed), computed) for name, printed, computed in shown] == table
 
 
-def test_a_page_names_all_that_a_sweep_file_may_define() -> None:
+def test_a_page_names_everything_that_a_sweep_file_may_define() -> None:
     page = PAGES["docs/how-to/write-a-sweep.md"].read_text(encoding="utf-8")
     rows = " ".join(re.findall(r"^\| (`[^|]+) \|", page, flags=re.MULTILINE))
     given = {each.name for each in fields(Sweep)} - {"path", "question", "experiment", "examples"}
@@ -119,7 +119,7 @@ def write(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", RUNNABLE)
-def test_what_is_quick_on_a_page_runs(
+def test_quick_commands_of_a_page_run(
     page: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNABLE)
-def test_all_of_a_page_runs_in_its_order(
+def test_all_commands_of_a_page_run_in_order(
     page: str, place: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, place / "runs")

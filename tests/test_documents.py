@@ -66,7 +66,7 @@ def test_sampled_windows_lie_over_the_whole_split_each_once_and_are_the_same_for
     assert all((one == two).all() for one, two in zip(whole, in_order, strict=True))
 
 
-def test_a_run_that_is_evaluated_whole_keeps_its_documents(corpus: Path, tmp_path: Path) -> None:
+def test_evaluation_on_a_whole_split_records_documents(corpus: Path, tmp_path: Path) -> None:
     settings = {"train__tokens": 512, "train__eval_tokens": 64, "train__val_every": 2}
     opening, whole = (tiny(corpus, "-", **settings, **more) for more in ({}, {"train__evaluation": "whole"}))
     assert "evaluation" not in opening.model_dump(mode="json")["train"]

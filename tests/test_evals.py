@@ -177,7 +177,7 @@ def test_the_published_layouts_are_read_as_files_and_as_folders(layout: str, tmp
     assert read_minimal_pairs(folder) == PAIRS
 
 
-def test_what_is_no_suite_of_pairs_says_why(tmp_path: Path) -> None:
+def test_an_error_for_an_invalid_suite_of_pairs_gives_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no .jsonl or .txt file"):
         read_minimal_pairs(tmp_path)
     (tmp_path / "order.txt").write_text("She left has.\nShe has left.\n\nIt for rained hours.\n")
@@ -204,7 +204,7 @@ def test_what_is_no_suite_of_pairs_says_why(tmp_path: Path) -> None:
     ],
     ids=lambda line: line[:60],
 )
-def test_a_line_that_is_no_pair_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+def test_an_invalid_line_of_pairs_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(lines() + line + "\n")
     with pytest.raises(ValueError, match=f"line {len(PAIRS) + 2} is not a record") as caught:
@@ -257,7 +257,7 @@ def test_recall_is_counted_by_the_pairs_of_each_sequence() -> None:
     assert both.accuracy == recall_accuracy(oracle, [one, other]) == 6 / 10
 
 
-def test_recall_weighs_every_target_alike_whatever_the_batches() -> None:
+def test_recall_weighs_every_target_equally_for_every_batching() -> None:
     lm = model(256, "M*")
     source = RecallData(n_eval=10).open(0)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def written(path: Path, record: Any) -> Path:
     return path
 
 
-def test_the_key_ignores_the_name_and_where_the_corpus_lies(corpus: Path, tmp_path: Path) -> None:
+def test_the_key_ignores_the_name_and_the_path_of_the_corpus(corpus: Path, tmp_path: Path) -> None:
     key = experiment(corpus).key()
     elsewhere = shutil.copytree(corpus, tmp_path / "elsewhere")
     assert len(key) == 64
@@ -72,7 +72,7 @@ def test_the_key_ignores_the_name_and_where_the_corpus_lies(corpus: Path, tmp_pa
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_key_changes_with_whatever_decides_the_result(corpus: Path, change: dict[str, Any]) -> None:
+def test_the_key_changes_with_every_field_that_affects_the_result(corpus: Path, change: dict[str, Any]) -> None:
     assert experiment(corpus, **change).key() != experiment(corpus).key()
 
 
@@ -99,7 +99,7 @@ def test_the_key_changes_with_the_text_of_every_split(corpus: Path, split: str) 
         ),
     ],
 )
-def test_the_keys_of_the_examples_are_what_they_always_were(name: str, key: str, stable_key: str) -> None:
+def test_the_keys_of_the_examples_are_unchanged(name: str, key: str, stable_key: str) -> None:
     one = Experiment.load(SWEEPS / "examples" / f"{name}.json")
     assert (one.key(), one.stable_key()) == (key, stable_key)
 
@@ -122,7 +122,7 @@ def test_start_and_objective_are_written_only_where_they_are_not_the_default(cor
     assert "objective" not in one.model_dump(mode="json")["train"]
 
 
-def test_a_later_field_of_a_block_counts_only_where_it_is_used(corpus: Path) -> None:
+def test_a_new_field_of_a_block_changes_the_key_only_if_it_is_used(corpus: Path) -> None:
     one = experiment(corpus, model__pattern="*-")
     keys = {
         experiment(corpus, model__pattern="*-", model__blocks={"*": {"output_gate": gate}}).key()
@@ -132,7 +132,7 @@ def test_a_later_field_of_a_block_counts_only_where_it_is_used(corpus: Path) -> 
     assert len(keys) == 2
 
 
-def test_a_default_that_is_written_out_leaves_the_key_alone(corpus: Path) -> None:
+def test_an_explicit_default_does_not_change_the_key(corpus: Path) -> None:
     assert experiment(corpus, train__optimizer="adamw", seed=0).key() == experiment(corpus).key()
 
 
@@ -232,7 +232,7 @@ def test_a_field_that_is_not_allowed_is_named_by_its_path_in_one_line(
     ("text", "reason"),
     [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "must hold a JSON object, got list")],
 )
-def test_a_file_that_is_no_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
+def test_a_file_without_a_valid_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
     path = tmp_path / "bad.json"
     if text is not None:
         path.write_text(text)

@@ -92,7 +92,7 @@ def labels(ax):
     return [text for text in ax.texts if text.get_text()]
 
 
-def test_the_table_is_exactly_what_is_drawn(runs):
+def test_the_table_equals_the_drawn_data(runs):
     expected = pd.DataFrame(
         [
             ("r1", MAMBA, "M-M*M-", 2e12, 2.7, True),
@@ -164,7 +164,7 @@ def test_runs_of_several_seeds_are_a_mean_with_its_interval(runs):
         ({"pattern": ["ME", "ME"]}, ["ME", "ME"]),
     ],
 )  # fmt: skip
-def test_points_with_one_pattern_are_told_apart_by_name_or_settings(columns, expected):
+def test_points_with_the_same_pattern_are_labelled_by_name_or_settings(columns, expected):
     assert point_labels(pd.DataFrame(columns)).tolist() == expected
 
 
@@ -320,7 +320,7 @@ def test_the_title_is_drawn_only_when_asked_for(runs):
     assert plot_frontier(runs, title="A title").get_suptitle() == "A title"
 
 
-def test_drawing_fits_into_axes_of_ones_own(runs):
+def test_drawing_accepts_existing_axes(runs):
     figure = Figure(layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_frontier(frontier_table(runs), left, "flops_run", "val_bpb")
@@ -328,7 +328,7 @@ def test_drawing_fits_into_axes_of_ones_own(runs):
     assert (left.get_ylabel(), right.get_ylabel()) == ("Validation bits per byte", "Recall accuracy")
 
 
-def test_curves_are_one_line_a_run_in_the_colour_of_its_family(metrics):
+def test_each_run_is_one_curve_in_the_colour_of_its_family(metrics):
     table = curves_table(metrics)
     assert list(table.columns) == ["run", "family", "pattern", "flops_run", "val_bpb"]
     assert table["run"].tolist() == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
@@ -365,7 +365,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     assert b"<dc:date>" not in one[1].read_bytes()
 
 
-def test_another_suffix_is_refused_and_a_plain_figure_is_saved_too(tmp_path):
+def test_an_unknown_suffix_is_refused_and_a_plain_figure_can_be_saved(tmp_path):
     with pytest.raises(ValueError, match=r"the suffix must be \.png or \.svg"):
         save_figure(Figure(), tmp_path / "figure.jpg")
     assert [path.name for path in save_figure(Figure(), tmp_path / "plain")] == ["plain.png", "plain.svg"]

@@ -165,7 +165,7 @@ def test_shares_are_percent_and_totals_keep_their_unit(models):
         ("llama-3.1-8b", "weight_bytes", "Weights (GiB)"),
     ],
 )
-def test_an_axis_names_the_unit_of_what_is_on_it(name, quantity, label):
+def test_an_axis_names_the_unit_of_its_quantity(name, quantity, label):
     assert axes(plot_receipts({name: preset(name)}, 4096, [quantity])).get_xlabel() == label
 
 
@@ -195,7 +195,7 @@ def seen(color, sight):
 
 
 @pytest.mark.parametrize("sight", SIGHT.values(), ids=SIGHT)
-def test_the_colours_of_groups_are_told_apart_whatever_the_sight(sight):
+def test_colours_of_groups_differ_for_every_colour_vision(sight):
     colors = group_colors()
     for one, other in combinations(colors, 2):
         distance = np.linalg.norm(seen(colors[one], sight) - seen(colors[other], sight))
@@ -249,7 +249,7 @@ def test_panels_in_a_column_lie_above_each_other_and_share_one_label(models):
 # State.
 
 
-def test_the_state_table_is_the_sum_of_what_blocks_keep(models):
+def test_the_state_table_is_the_sum_of_the_states_of_blocks(models):
     table = state_table(models, CONTEXTS)
     parts = ["kv_bytes", "ssm_state_bytes", "conv_state_bytes"]
     assert list(table.columns) == ["model", "context", *parts, "state_bytes"]
@@ -271,7 +271,7 @@ def test_the_state_table_is_the_sum_of_what_blocks_keep(models):
         np.testing.assert_array_equal(rows["state_bytes"], np.broadcast_to(kv + ssm + conv, len(CONTEXTS)))
 
 
-def test_state_is_one_line_a_model_on_log_axes_and_a_model_without_state_has_none(models):
+def test_state_is_one_line_per_model_on_log_axes_and_none_without_state(models):
     ax, table = axes(plot_state(models, CONTEXTS)), state_table(models, CONTEXTS)
     drawn = lines(ax)
     assert list(drawn) == [name for name in models if name != "MLP"]
@@ -328,7 +328,7 @@ def test_a_missing_column_is_refused(steps):
         (plot_throughput, "step_s", "tokens_per_s", "Decoding step (ms)", "Throughput (tokens/s per device)"),
     ],
 )
-def test_speed_is_one_line_a_model_on_log_axes(steps, plot, x, y, x_label, y_label):
+def test_speed_is_one_line_per_model_on_log_axes(steps, plot, x, y, x_label, y_label):
     figure, table = plot(steps), latency_table(steps)
     figure.draw_without_rendering()
     ax = axes(figure)
@@ -389,7 +389,7 @@ def every_figure(models, steps, **size):
     }
 
 
-def test_without_a_model_every_figure_says_so_and_keeps_its_labels(steps, tmp_path):
+def test_figures_without_models_say_so_and_keep_their_labels(steps, tmp_path):
     for name, figure in every_figure({}, steps.iloc[:0]).items():
         for ax in figure.axes:
             assert [text.get_text() for text in ax.texts] == ["nothing to show"], name
@@ -474,7 +474,7 @@ def test_text_is_seven_to_nine_points_at_both_widths(models, steps):
                 assert {label.get_fontsize() for label in ax.get_xticklabels()} == {size - 0.5}
 
 
-def test_a_figure_of_models_tells_their_names_in_its_file(models, tmp_path):
+def test_the_file_of_a_figure_of_models_has_their_names(models, tmp_path):
     figure = plot_state(models, width=COLUMN_WIDTH, height=COLUMN_HEIGHT)
     png, *_ = save_figure(figure, tmp_path / "state")
     with Image.open(png) as image:

@@ -39,7 +39,7 @@ with temporary_beside(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as temp
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_a_killed_writer_left_is_removed_and_not_before_its_death(tmp_path: Path, kind: str) -> None:
+def test_temporaries_of_a_killed_writer_are_removed_only_after_its_death(tmp_path: Path, kind: str) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path / "result.json"), kind]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
@@ -56,14 +56,14 @@ def test_what_a_killed_writer_left_is_removed_and_not_before_its_death(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
 
 
-def test_two_writers_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+def test_two_writers_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
     with replacing(tmp_path / "a") as a, replacing(tmp_path / "b") as b, temporary_beside(tmp_path / "c", folder=True):
         a.write_text("a")
         b.write_text("b")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "a", "b": "b"}
 
 
-def test_only_temporaries_of_ours_are_removed(tmp_path: Path) -> None:
+def test_only_our_own_temporaries_are_removed(tmp_path: Path) -> None:
     names = [".tmp", "0123abcd.tmp", ".0123abcd.tmpx", ".0123abcz.tmp", ".notes.tmp", "result.json"]
     for name in names:
         (tmp_path / name).touch()
@@ -73,7 +73,7 @@ def test_only_temporaries_of_ours_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {*names, ".89abcdef.tmp"}
 
 
-def test_a_held_file_is_whoever_comes_first(tmp_path: Path) -> None:
+def test_the_first_process_holds_a_file(tmp_path: Path) -> None:
     path = tmp_path / "made"
     waited = []
 
@@ -101,7 +101,7 @@ def test_a_held_file_is_whoever_comes_first(tmp_path: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_json_that_cannot_be_used_says_why_in_one_line(tmp_path: Path, raw: bytes, message: str) -> None:
+def test_an_error_for_invalid_json_gives_the_reason_in_one_line(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(raw)
     with pytest.raises(ValueError, match=message) as caught:
         read_json(tmp_path / "a.json")
@@ -123,7 +123,7 @@ def test_json_larger_than_any_config_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 @given(st.text() | st.binary() | st.lists(st.text()) | st.floats())
-def test_an_echo_is_the_value_or_its_two_ends(value: object) -> None:
+def test_an_echo_shows_the_value_or_its_two_ends(value: object) -> None:
     shown = echo(value)
     assert len(shown) <= ECHO_CHARS
     cuts = [i for i in range(len(shown)) if shown.startswith("...", i)]
@@ -131,7 +131,7 @@ def test_an_echo_is_the_value_or_its_two_ends(value: object) -> None:
     assert shown == repr(value) or ends
 
 
-def test_what_is_no_file_is_never_waited_for(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.json")
     for read in (read_json, open_plain, check_regular):
         with pytest.raises(ValueError, match=r"a.json: must be a file, got a FIFO"):

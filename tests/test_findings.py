@@ -80,7 +80,7 @@ def finding(sweeps: Path) -> Finding:
     return found
 
 
-def test_what_was_written_has_not_drifted(finding: Finding, tmp_path: Path) -> None:
+def test_a_finding_just_written_has_not_drifted(finding: Finding, tmp_path: Path) -> None:
     paths = finding.write(tmp_path / "out")
     names = {"pays.pdf", "pays.svg", "pays.png", "pays.differences.csv", "pays.arms.csv", "pays.pairs.csv"}
     assert {path.name for path in paths} == names
@@ -173,7 +173,7 @@ def test_a_study_without_records_or_tables_is_refused_by_name(sweeps: Path, tmp_
         find_findings(tmp_path)
 
 
-def test_how_results_are_told_may_change_under_a_study(sweeps: Path) -> None:
+def test_reporting_functions_may_change_during_a_study(sweeps: Path) -> None:
     path = sweeps / "pays.py"
     before = load_sweep(path).code
     path.write_text(SWEEP.replace("Does an arm pay?", "Does it?").replace("1.5, 1.5", "2, 2"))
@@ -182,7 +182,7 @@ def test_how_results_are_told_may_change_under_a_study(sweeps: Path) -> None:
     assert load_sweep(path).code != before
 
 
-def test_the_command_writes_checks_and_ends_with_one_where_something_drifted(
+def test_the_command_writes_and_checks_and_exits_with_1_after_a_drift(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweeps: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "docs"
@@ -228,7 +228,7 @@ grid = {"d_model": [32, 64]}
 """
 
 
-def test_a_claim_of_a_study_that_passes_no_gate_is_refused(
+def test_a_claim_of_a_study_without_a_passed_gate_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweeps: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "docs"
@@ -256,7 +256,7 @@ def test_a_claim_of_a_study_that_passes_no_gate_is_refused(
     assert b"ungated" in (out / "pays.svg").read_bytes()
 
 
-def test_a_study_that_passes_its_gate_may_answer(sweeps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_that_passes_its_gate_may_make_claims(sweeps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = GateReport("d_model 32", (Condition("all", "well", "well", passed=True),))
     monkeypatch.setattr("explore.findings.gate_report", lambda *args: passed)
     (sweeps / "pays.py").write_text(SWEEP + GATE)

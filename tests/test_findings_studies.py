@@ -79,7 +79,7 @@ def test_multi_token_prediction_is_compared_at_equal_tokens_and_at_equal_flops(t
     assert above.get_xlabel() == "Training FLOPs (billions)"
 
 
-def test_the_longer_baseline_has_the_flops_of_multi_token_prediction_and_no_run_too_few_tokens() -> None:
+def test_longer_has_the_flops_of_mtp_and_every_run_has_enough_tokens() -> None:
     sweep = load_sweep(SWEEPS / "mtp_auxiliary.py")
     for width in (32, 48):
         arms = {
@@ -100,7 +100,7 @@ def averages(flat: float, minus_sqrt: float) -> dict[str, Any]:
     return {shape: {"val_bpb": score, "test_bpb": score} for shape, score in scores.items()}
 
 
-def test_averages_of_the_same_runs_are_compared_with_the_decay_one_by_one(tmp_path: Path) -> None:
+def test_each_average_of_checkpoints_is_compared_with_the_decay_alone(tmp_path: Path) -> None:
     sweep = load_sweep(SWEEPS / "merge_or_decay.py")
     assert sweep.tables is not None
 
@@ -130,7 +130,7 @@ def test_averages_of_the_same_runs_are_compared_with_the_decay_one_by_one(tmp_pa
     assert labels(below) == ["minus sqrt (d 32)", "minus sqrt (d 48)", "flat (d 32)", "flat (d 48)"]
 
 
-def test_only_the_constant_rate_is_merged_over_the_steps_of_the_decay_of_the_other() -> None:
+def test_only_runs_of_constant_rate_are_merged_over_the_steps_of_the_decay() -> None:
     sweep = load_sweep(SWEEPS / "merge_or_decay.py")
     assert sweep.merging is not None
     for width in (32, 48):
@@ -179,7 +179,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_table_of_a_search_tells_hand_made_from_found_and_ranks_them(searched: Path) -> None:
+def test_the_table_of_a_search_marks_hand_made_models_and_ranks_all(searched: Path) -> None:
     records = searched / "records" / "searched_frontier.parquet"
     sweep = runpy.run_path(str(searched / "searched_frontier.py"))
     tables = sweep["tables"](load_runs(records), load_pairs(records))
@@ -195,7 +195,7 @@ def test_the_table_of_a_search_tells_hand_made_from_found_and_ranks_them(searche
     assert best.get_ydata()[-1] == search["val_bpb"].min()
 
 
-def test_winners_are_what_the_search_found_best_on_seeds_that_it_had_not(searched: Path) -> None:
+def test_winners_are_the_best_of_the_search_on_fresh_seeds(searched: Path) -> None:
     sweep = load_sweep(searched / "searched_winners.py")
     hand, found = (sweep.experiment(FixedTrial({"arm": arm})) for arm in ("hand1", "found1"))  # type: ignore[arg-type]
     assert (found.name, found.model.pattern, found.model.blocks["E"].n_experts) == ("found1", "M-*E-E", 8)  # type: ignore[union-attr]
@@ -226,7 +226,7 @@ def test_the_best_found_is_compared_with_the_best_hand_made(searched: Path, tmp_
     assert len(labels(ax)) == 4
 
 
-def test_winners_of_a_search_that_has_no_records_are_refused_in_one_line(searched: Path, tmp_path: Path) -> None:
+def test_winners_of_a_search_without_records_are_refused_in_one_line(searched: Path, tmp_path: Path) -> None:
     for name in ("searched_frontier.py", "searched_winners.py"):
         shutil.copy(searched / name, tmp_path)
     with pytest.raises(
@@ -236,7 +236,7 @@ def test_winners_of_a_search_that_has_no_records_are_refused_in_one_line(searche
 
 
 @pytest.mark.parametrize("bpb", [[], [2.0], [2.0, float("nan"), 1.5]])
-def test_a_search_of_no_trial_of_one_or_with_a_missing_score_is_drawn(bpb: list[float]) -> None:
+def test_searches_with_no_trial_one_trial_or_a_missing_score_are_drawn(bpb: list[float]) -> None:
     drawn, (ax,) = stacked([2.0], "A search")
     draw_search(ax, pd.DataFrame({"kind": ["hand"] * len(bpb), "val_bpb": bpb}), {"hand": "hand-made"}, "Trials")
     drawn.draw_without_rendering()

@@ -29,7 +29,7 @@ from explore import formatting
         (math.nan, "", ""),
     ],
 )
-def test_a_thousand_million_is_b_of_things_and_g_of_flops(value: float | None, count: str, flops: str) -> None:
+def test_a_billion_is_B_for_counts_and_G_for_flops(value: float | None, count: str, flops: str) -> None:
     assert (formatting.count(value), formatting.flops(value)) == (count, flops)
 
 
@@ -41,7 +41,7 @@ def test_bytes_are_in_binary_units(value: float, text: str) -> None:
     assert formatting.size(value) == text
 
 
-def test_times_are_short_or_waited_for() -> None:
+def test_times_have_suitable_units() -> None:
     assert [formatting.seconds(value) for value in (2.5, 0.0123, 4.5e-5, 2e-8)] == [
         "2.5 s",
         "12.3 ms",
@@ -51,7 +51,7 @@ def test_times_are_short_or_waited_for() -> None:
     assert [formatting.duration(value) for value in (89, 90, 5399, 5400)] == ["89 s", "2 min", "90 min", "1.5 h"]
 
 
-def test_tokens_are_in_binary_thousands_where_they_are_round() -> None:
+def test_round_binary_tokens_are_in_multiples_of_1024() -> None:
     assert [formatting.tokens(value) for value in (1000, 1024, 3 * 2**20, 1025)] == [
         "1,000",
         "1k",
@@ -94,7 +94,7 @@ def test_an_axis_is_in_a_unit_of_its_largest_value(largest: float, unit: str, sc
     assert formatting.axis_scale(largest, unit) == (scale, scaled)
 
 
-def test_counts_are_read_as_they_are_written() -> None:
+def test_written_counts_can_be_read_back() -> None:
     for text, value in (("200k", 2e5), ("5M", 5e6), ("30B", 3e10), ("30G", 3e10), ("1.5e6", 1.5e6), ("7", 7.0)):
         assert formatting.read_count(text) == value
     for value in (1_230, 84.6e9, 2e12):

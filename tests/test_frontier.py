@@ -21,7 +21,7 @@ def beaten(i, rows):
 
 
 @given(points)
-def test_the_front_is_what_no_other_point_beats(rows):
+def test_the_front_has_the_points_that_no_other_dominates(rows):
     expected = [bool(np.isfinite(row).all()) and not beaten(i, rows) for i, row in enumerate(rows)]
     assert pareto_front(table(rows)).tolist() == expected
 
@@ -54,7 +54,7 @@ def test_a_missing_column_is_named():
         pareto_front(table([]), error="test_bpb")
 
 
-def test_hypervolume_of_a_staircase_counted_by_hand():
+def test_hypervolume_of_a_staircase_equals_the_hand_count():
     rows = [(1e12, 3.0), (1e13, 2.0), (1e13, 2.5)]
     assert hypervolume(table(rows), (1e15, 4.0)) == pytest.approx(1 * 1.0 + 2 * 2.0)
 
@@ -85,7 +85,7 @@ def test_a_cost_without_a_logarithm_is_refused():
         hypervolume(table([(1.0, 1.0)]), (0.0, 3.0))
 
 
-def test_runs_on_different_data_have_a_front_each() -> None:
+def test_each_data_set_has_its_own_front() -> None:
     runs = table([(1, 3), (2, 2), (1, 9), (2, 10), (3, 1)]).assign(eval_data=["a", "a", "b", "b", None])
     assert pareto_front(runs).tolist() == [True, True, True, False, True]
     assert pareto_front(runs.drop(columns="eval_data")).tolist() == [True, True, False, False, True]

@@ -30,7 +30,7 @@ def truth(means):
     return hypervolume(pd.DataFrame({"flops_run": costs(len(means)), "val_bpb": means}), REFERENCE)
 
 
-def test_the_spread_is_pooled_over_points_as_one_counts_by_hand():
+def test_the_spread_pooled_over_points_equals_the_hand_calculation():
     table = pd.DataFrame({"name": list("aabbbc"), "flops_run": 1.0, "val_bpb": [1.0, 3.0, 4.0, 5.0, 6.0, 9.0]})
     points = repeats(table, ["name"], "flops_run", "val_bpb")
     assert points.table["n_seeds"].tolist() == [2, 3, 1]
@@ -66,7 +66,7 @@ def test_points_far_apart_are_resolved_and_a_tie_is_not():
     assert bands["on_front"].equals(pareto_front(bands))
 
 
-def test_the_probability_of_the_front_is_that_of_the_t_test_where_there_is_one_rival():
+def test_the_probability_of_the_front_equals_the_t_test_for_one_rival():
     from scipy import stats
 
     bands = seed_bands(runs(np.random.default_rng(4), (1.5, 1.49)), ["name"], n_bootstrap=40_000)
@@ -77,7 +77,7 @@ def test_the_probability_of_the_front_is_that_of_the_t_test_where_there_is_one_r
 
 
 @pytest.mark.parametrize("n_tied", [2, 10])
-def test_tied_points_are_called_neither_way_more_than_one_time_in_twenty(n_tied):
+def test_tied_points_are_resolved_at_most_once_in_twenty(n_tied):
     rng, called = np.random.default_rng(2), []
     for i in range(300):
         last = seed_bands(runs(rng, (1.5,) * n_tied), ["name"], n_bootstrap=300, seed=i).iloc[-1]
@@ -89,7 +89,7 @@ def test_tied_points_are_called_neither_way_more_than_one_time_in_twenty(n_tied)
     assert n_tied > 2 or front >= 0.02
 
 
-def test_of_points_with_one_cost_the_better_is_on_the_front():
+def test_the_better_of_two_points_with_equal_cost_is_on_the_front():
     table = runs(np.random.default_rng(0), (2.0, 1.5)).assign(flops_run=1e13)
     assert seed_bands(table, ["name"])["standing"].tolist() == ["behind", "on the front"]
 
@@ -100,7 +100,7 @@ def test_runs_without_noise_are_resolved():
 
 
 @pytest.mark.parametrize("means", LEVEL_FRONT.values(), ids=LEVEL_FRONT)
-def test_either_end_of_the_hypervolume_interval_misses_one_time_in_forty_ties_or_not(means):
+def test_each_end_of_the_hypervolume_interval_misses_once_in_forty(means):
     rng, found = np.random.default_rng(3), []
     for i in range(300):
         interval = hypervolume_interval(runs(rng, means), ["name"], REFERENCE, n_bootstrap=300, seed=i)
@@ -110,7 +110,7 @@ def test_either_end_of_the_hypervolume_interval_misses_one_time_in_forty_ties_or
     assert max(below, above) >= 0.004  # of one end at least; the other may be timid where points are tied
 
 
-def test_the_hypervolume_of_means_is_too_large_where_points_are_tied_and_the_estimate_less_so():
+def test_the_hypervolume_of_means_is_biased_for_tied_points_and_the_estimate_is_less_biased():
     rng, means, found = np.random.default_rng(5), (1.5,) * 6, []
     for i in range(100):
         table = runs(rng, means)
@@ -123,7 +123,7 @@ def test_the_hypervolume_of_means_is_too_large_where_points_are_tied_and_the_est
 
 
 @pytest.mark.parametrize("means", [FALLING, (1.5,) * 6], ids=["falling", "flat"])
-def test_the_interval_of_a_difference_of_hypervolumes_holds_it(means):
+def test_the_interval_of_a_difference_of_hypervolumes_covers_it(means):
     rng, found = np.random.default_rng(6), []
     better = np.array(means) - 0.05
     expected = truth(better) - truth(means)
@@ -142,7 +142,7 @@ def test_without_noise_the_interval_is_the_hypervolume():
         assert number == pytest.approx(hypervolume(table, REFERENCE))
 
 
-def test_one_run_a_point_has_no_spread_and_is_refused():
+def test_single_runs_have_no_spread_and_are_refused():
     table = runs(np.random.default_rng(0), FALLING, seeds=1)
     for function in (lambda: seed_bands(table, ["name"]), lambda: hypervolume_interval(table, ["name"], REFERENCE)):
         with pytest.raises(ValueError, match="no point has two runs"):

@@ -30,7 +30,7 @@ def runs(rng, effects, sd=0.01, seeds=3, sizes=(64, 128), shared=0.05):
     return pd.DataFrame(rows, columns=["arm", "d_model", "seed", "test_bpb"])
 
 
-def test_holm_as_in_a_worked_example():
+def test_holm_equals_a_worked_example():
     np.testing.assert_allclose(holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.6, 0.9])).tolist() == [1.0, 1.0]
 
@@ -103,7 +103,7 @@ def test_only_primary_comparisons_are_adjusted_and_have_a_verdict():
     assert set(found.loc[~named, "verdict"]) == {"exploratory"}
 
 
-def test_a_missing_run_leaves_its_seed_to_the_other_arms():
+def test_a_missing_run_keeps_its_seed_for_the_other_arms():
     table = runs(np.random.default_rng(0), EFFECTS, seeds=4, sizes=(64,))
     less = table[~((table["arm"] == "a") & (table["seed"] == 3))]
     found = compare(less, "arm", "base").set_index("arm")
@@ -111,7 +111,7 @@ def test_a_missing_run_leaves_its_seed_to_the_other_arms():
     assert abs(found.loc["a", "difference"]) < 0.02  # the seeds differ by more
 
 
-def test_what_cannot_be_compared_is_refused_by_name():
+def test_invalid_comparisons_are_refused_by_name():
     table = runs(np.random.default_rng(0), EFFECTS, sizes=(64,))
     with pytest.raises(ValueError, match="arm: the baseline 'gone' has no run"):
         compare(table, "arm", "gone")
@@ -172,7 +172,7 @@ def test_rows_of_a_cluster_are_averaged_first():
         cluster_interval(scores.iloc[:4])
 
 
-def test_wilson_and_newcombe_as_printed():
+def test_wilson_and_newcombe_equal_published_values():
     interval = success_fraction(81, 263)  # Newcombe 1998a, table I
     assert (interval.low, interval.high) == (pytest.approx(0.2553, abs=5e-5), pytest.approx(0.3662, abs=5e-5))
     interval = success_difference(56, 70, 48, 80)  # Newcombe 1998b, table II, method 10

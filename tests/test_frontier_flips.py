@@ -22,7 +22,7 @@ def runs(rng, effects, sd=0.01, seeds=3, shared=0.05):
     return pd.DataFrame(rows, columns=["arm", "d_model", "seed", "val_bpb"])
 
 
-def test_rankings_far_apart_have_their_tau_without_doubt():
+def test_clearly_different_rankings_have_an_exact_tau():
     one, other = [0.0, 1.0, 2.0, 3.0], [1.0, 0.0, 2.0, 3.0]
     table = runs(np.random.default_rng(0), {64: one, 128: other, 256: one[::-1]})
     found = rank_correlation(table, "arm", "d_model")
@@ -36,7 +36,7 @@ def test_rankings_far_apart_have_their_tau_without_doubt():
 
 
 @pytest.mark.parametrize("apart", [0.002, 0.01, 0.03], ids=["closer than noise", "as noise", "wider than noise"])
-def test_the_interval_of_tau_holds_the_true_one_however_close_the_arms_lie(apart):
+def test_the_interval_of_tau_covers_the_truth_even_for_close_arms(apart):
     rng, held, width = np.random.default_rng(1), [], []
     for _ in range(60):
         one = np.arange(5) * apart
@@ -77,7 +77,7 @@ def points(seeds=3, sd=0.001):
     return pd.DataFrame(rows, columns=["name", "seed", "flops_run", "params_total", "val_bpb"])
 
 
-def test_the_points_that_another_axis_puts_on_the_front_or_takes_off_it_are_named():
+def test_points_that_join_or_leave_the_front_on_another_axis_are_named():
     found = front_changes(points(), ["flops_run", "params_total"], ["name"])
     found = found.set_index(["axis", "name"])
     assert found.loc["flops_run", "change"].to_dict() == {"a": "stays", "b": "stays", "c": "off"}

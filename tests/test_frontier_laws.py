@@ -41,7 +41,7 @@ def crossing(a, b):
     return math.exp(optimize.brentq(lambda log_c: loss(a, math.exp(log_c)) - loss(b, math.exp(log_c)), 23.0, 58.0))
 
 
-def test_laws_without_noise_are_found_again():
+def test_laws_without_noise_are_recovered():
     laws = fit_power_laws(runs(np.random.default_rng(0), sd=0.0), n_bootstrap=10)
     assert laws.irreducible == pytest.approx(E, rel=1e-6)
     assert laws.compute_0 == pytest.approx(C_0)
@@ -53,7 +53,7 @@ def test_laws_without_noise_are_found_again():
     assert laws.ranges["mamba"] == (pytest.approx(1e15), pytest.approx(1e17))
 
 
-def test_amplitudes_are_the_reducible_loss_at_the_mean_compute_whatever_the_unit():
+def test_amplitudes_are_the_reducible_loss_at_the_mean_compute_in_any_unit():
     table = runs(np.random.default_rng(0), sd=0.001)
     one = fit_power_laws(table, n_bootstrap=10)
     other = fit_power_laws(table.assign(flops_run=table["flops_run"] * 1e6), n_bootstrap=10)
@@ -125,12 +125,12 @@ def test_95_percent_of_all_intervals_of_laws_hold_the_truth_in_harder_data(chang
     check_coverage(covered(150, **changes))
 
 
-def test_laws_that_do_not_fit_are_found_out():
+def test_laws_that_do_not_fit_are_detected():
     assert fit_power_laws(runs(np.random.default_rng(0), bend=0.02), n_bootstrap=10).p_fit < 1e-6
     assert math.isnan(fit_power_laws(runs(np.random.default_rng(0), seeds=1), n_bootstrap=10).p_fit)
 
 
-def test_a_seed_that_moves_all_runs_alike_widens_the_band_of_a_law_and_no_multiplier():
+def test_a_common_effect_of_a_seed_widens_the_band_of_a_law_but_not_the_multiplier():
     one, other = (
         fit_power_laws(runs(np.random.default_rng(0), shared=shared), n_bootstrap=500) for shared in (0.0, 0.1)
     )
@@ -140,7 +140,7 @@ def test_a_seed_that_moves_all_runs_alike_widens_the_band_of_a_law_and_no_multip
     assert factors[0].high - factors[0].low == pytest.approx(factors[1].high - factors[1].low, rel=0.3)
 
 
-def test_a_bootstrap_is_repeated_by_its_seed():
+def test_a_bootstrap_is_reproducible_by_its_seed():
     table = runs(np.random.default_rng(0))
     one, same, other = (fit_power_laws(table, n_bootstrap=20, seed=seed) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.draws, same.draws)
@@ -163,7 +163,7 @@ def test_too_few_points_of_compute_are_refused_by_family_and_number():
         fit_power_laws(table.assign(flops_run=-1.0))
 
 
-def test_a_variant_against_itself_is_worth_exactly_its_compute():
+def test_a_variant_compared_with_itself_has_multiplier_one():
     laws = fit_power_laws(runs(np.random.default_rng(0)), n_bootstrap=50)
     same = effective_compute(laws, "hybrid", "hybrid", compute=C_0)
     assert (same.factor, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))
@@ -172,7 +172,7 @@ def test_a_variant_against_itself_is_worth_exactly_its_compute():
         assert not effective_compute(laws, "hybrid", "hybrid", compute=end).extrapolated
 
 
-def test_the_multiplier_at_a_compute_and_at_its_loss_agree_and_extrapolation_is_said():
+def test_multipliers_at_a_compute_and_at_its_loss_agree_and_extrapolation_is_marked():
     laws = fit_power_laws(runs(np.random.default_rng(0), sd=0.0), n_bootstrap=10)
     one = effective_compute(laws, "hybrid", "attention", compute=2e16)
     other = effective_compute(laws, "hybrid", "attention", loss=one.loss)
@@ -183,7 +183,7 @@ def test_the_multiplier_at_a_compute_and_at_its_loss_agree_and_extrapolation_is_
     assert effective_compute(laws, "hybrid", "attention", compute=1e18).extrapolated
 
 
-def test_what_has_no_multiplier_is_refused():
+def test_an_undefined_multiplier_is_refused():
     laws = fit_power_laws(runs(np.random.default_rng(0)), n_bootstrap=10)
     with pytest.raises(ValueError, match=r"loss: 0\.1 is never reached; the irreducible loss is 0\.[89]"):
         effective_compute(laws, "hybrid", "attention", loss=0.1)
@@ -195,14 +195,14 @@ def test_what_has_no_multiplier_is_refused():
         crossover(laws, "mamba", "mamba")
 
 
-def test_a_loss_that_some_draws_never_reach_has_an_interval_without_end():
+def test_a_loss_that_some_draws_never_reach_has_an_infinite_interval():
     laws = fit_power_laws(runs(np.random.default_rng(0), sd=0.02), n_bootstrap=300)
     found = effective_compute(laws, "hybrid", "attention", loss=laws.irreducible + 1e-6)
     assert found.high == math.inf
     assert found.extrapolated
 
 
-def test_a_crossing_within_the_data_is_found_with_what_is_better_on_either_side():
+def test_a_crossing_within_the_data_names_the_better_family_on_each_side():
     laws = fit_power_laws(runs(np.random.default_rng(0), sd=0.001), n_bootstrap=200)
     found = crossover(laws, "hybrid", "mamba")
     assert found.compute == pytest.approx(crossing("hybrid", "mamba"), rel=0.1)
@@ -212,7 +212,7 @@ def test_a_crossing_within_the_data_is_found_with_what_is_better_on_either_side(
     assert not found.extrapolated
 
 
-def test_a_crossing_outside_of_the_data_is_labelled_and_none_is_none():
+def test_a_crossing_outside_the_data_is_labelled_and_may_be_absent():
     laws = fit_power_laws(runs(np.random.default_rng(0), sd=0.0005, decades=1.0), n_bootstrap=200)
     beyond = crossover(laws, "hybrid", "mamba")  # at 3e16, and the data end at 1e16
     assert beyond.extrapolated

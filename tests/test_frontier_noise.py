@@ -45,7 +45,7 @@ def runs(
     return pd.DataFrame(rows, columns=["arm", "d_model", "seed", "test_bpb"])
 
 
-def test_bartletts_p_is_scipys() -> None:
+def test_bartletts_p_equals_that_of_scipy() -> None:
     rng = np.random.default_rng(0)
     samples = [scale * rng.standard_normal(n) for scale, n in ((1, 5), (2, 4), (0.5, 7))]
     squares = np.array([((each - each.mean()) ** 2).sum() for each in samples])
@@ -55,7 +55,7 @@ def test_bartletts_p_is_scipys() -> None:
     assert bartlett(squares * [1, 0, 1], dof) == 0.0
 
 
-def test_a_power_of_the_size_is_found_again_and_two_sizes_are_each_ones_own() -> None:
+def test_a_power_law_of_the_noise_is_recovered_and_two_sizes_are_fitted_separately() -> None:
     sizes, dof = np.array(WIDTHS, dtype=float), np.full(5, 8.0)
     exact = np.array([falling(width) ** 2 for width in WIDTHS]) * dof
     noise = fit_noise(exact, dof, sizes)
@@ -87,7 +87,7 @@ def test_the_power_is_the_maximum_of_the_likelihood() -> None:
     assert noise.exponent == pytest.approx(found.x[1] / 2, rel=1e-4)
 
 
-def test_a_law_that_does_not_hold_gives_way_to_each_sizes_own() -> None:
+def test_noise_that_violates_the_power_law_is_estimated_per_size() -> None:
     sizes, dof = np.array(WIDTHS, dtype=float), np.full(5, 20.0)
     squares = dof * np.array([1.0, 0.01, 1.0, 0.01, 1.0])
     noise = fit_noise(squares, dof, sizes)
@@ -121,7 +121,7 @@ def test_an_average_over_sizes_has_the_error_of_its_parts() -> None:
         assert over.loc[arm, "resolvable"] == pytest.approx(half + stats.t.ppf(0.8, dof) * error)
 
 
-def test_two_one_sided_tests_are_scipys_and_their_verdict_is_equivalent() -> None:
+def test_two_one_sided_tests_equal_scipy_and_give_the_verdict_equivalent() -> None:
     table = runs(np.random.default_rng(0), {"base": 0.0, "same": 0.0}, sizes=(64,), seeds=6, sd=lambda size: 0.001)
     (row,) = compare(table, "arm", "base", margin=0.005).to_dict("records")
     one, other = (table.loc[table["arm"] == arm, "test_bpb"].to_numpy() for arm in ("same", "base"))
@@ -138,7 +138,7 @@ def test_two_one_sided_tests_are_scipys_and_their_verdict_is_equivalent() -> Non
         compare(table, "arm", "base", margin=0)
 
 
-def test_arms_at_the_margin_are_called_equivalent_one_time_in_twenty() -> None:
+def test_arms_at_the_margin_are_called_equivalent_once_in_twenty() -> None:
     rng = np.random.default_rng(2)
     called = [
         compare(runs(rng, {"base": 0.0, "a": 0.01}), "arm", "base", strata=["d_model"], margin=0.01)["p_equivalent"][0]
@@ -161,7 +161,7 @@ def test_95_percent_of_intervals_hold_the_truth_at_every_size(kind: Any) -> None
     assert 0.93 <= share.mean() <= 0.97
 
 
-def test_bands_of_noise_that_falls_hold_the_truth_where_one_pool_does_not() -> None:
+def test_bands_of_falling_noise_cover_the_truth_and_one_pool_does_not() -> None:
     rng, held = np.random.default_rng(1), []
     for _ in range(200):
         table = runs(rng, {"base": 0.0, "a": 0.1})
@@ -186,7 +186,7 @@ def law_runs(rng: np.random.Generator, seeds: int = 3, ratio: float = 0.9, trunk
     return pd.DataFrame(rows, columns=["family", "flops_run", "seed", "val_bpb"])
 
 
-def test_the_offset_of_laws_with_one_exponent_is_found_again() -> None:
+def test_the_offset_of_laws_with_a_shared_exponent_is_recovered() -> None:
     table = law_runs(np.random.default_rng(0)).assign(
         val_bpb=lambda each: 0.9 + np.where(each["family"] == "new", 0.45, 0.5) * (each["flops_run"] / 1e15) ** -0.25
     )
@@ -199,7 +199,7 @@ def test_the_offset_of_laws_with_one_exponent_is_found_again() -> None:
         reducible_ratio(fit_power_laws(law_runs(np.random.default_rng(0)), n_bootstrap=10), "new", "base")
 
 
-def test_laws_find_how_their_noise_falls_with_compute() -> None:
+def test_laws_estimate_how_noise_falls_with_compute() -> None:
     laws = fit_power_laws(law_runs(np.random.default_rng(0), seeds=20), n_bootstrap=10)
     assert laws.sd_exponent == pytest.approx(-0.4, abs=0.08)
     assert laws.sd == pytest.approx(0.008, rel=0.15)

@@ -46,7 +46,7 @@ def table(n: int = 24, seeds: int = 2) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_the_data_is_what_the_table_says() -> None:
+def test_the_data_equals_the_table() -> None:
     runs = table()
     data = frontier_data(runs)
     assert json.loads(json.dumps(data, allow_nan=False)) == data
@@ -80,7 +80,7 @@ def test_the_interval_of_a_mean_has_the_noise_of_its_size() -> None:
     assert frontier_data(runs.drop_duplicates("flops_run"))["axes"]["val_bpb"]["half"] == []
 
 
-def test_what_did_not_finish_and_what_is_not_finite_is_left_out() -> None:
+def test_unfinished_runs_and_infinite_values_are_omitted() -> None:
     runs = table(6)
     runs.loc[0, "status"] = "diverged"
     runs.loc[1, "val_bpb"] = math.inf
@@ -98,12 +98,12 @@ def test_what_did_not_finish_and_what_is_not_finite_is_left_out() -> None:
         ({"runs": table(4).assign(status="unfinished")}, "x must be a quantity with numbers, got 'flops_run'"),
     ],
 )
-def test_a_picture_that_cannot_be_drawn_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_frontier_without_drawable_runs_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         frontier_data(**{"runs": table(4), **change})
 
 
-def test_the_file_holds_everything_and_names_cannot_leave_their_place(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_names_are_escaped(tmp_path: Path) -> None:
     runs = table(4)
     runs.loc[0, "run"] = "</script><script>alert(1)</script>"
     text = save_frontier(runs, tmp_path / "front.html").read_text(encoding="utf-8")
@@ -141,7 +141,7 @@ def test_the_command_writes_the_page(
     assert not list(tmp_path.rglob("*.png"))
 
 
-def test_a_click_gives_the_run_and_its_workbench(tmp_path: Path) -> None:
+def test_a_click_selects_the_run_and_opens_its_workbench(tmp_path: Path) -> None:
     view = Frontier(write_runs(tmp_path / "runs"))
     assert view.run is None
     with pytest.raises(ValueError, match="click a run first"):
@@ -185,7 +185,7 @@ def centre(page: Any, at: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_in_a_browser_axes_families_and_seeds_change_what_is_drawn(page: Any) -> None:
+def test_in_a_browser_axes_families_and_seeds_change_the_drawn_points(page: Any) -> None:
     runs = table()
     assert (count(page, "points"), count(page, "front")) == (24, int(pareto_front(runs).sum()))
     page.locator("[data-axis=y]").select_option("recall")  # of which more is better
@@ -251,7 +251,7 @@ def test_in_a_browser_parents_and_children_are_linked(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_browser_a_drag_zooms_and_a_button_shows_all_again(page: Any) -> None:
+def test_in_a_browser_a_drag_zooms_and_a_button_resets_the_zoom(page: Any) -> None:
     box = page.locator(".fr-plot").bounding_box()
     inside = "() => [...document.querySelectorAll('.fr-grid')].map(e => e.getAttribute('d')).join()"
     before = page.evaluate(inside)
@@ -278,7 +278,7 @@ MOVES = """() => {
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_in_a_browser_a_thousand_points_are_redrawn_at_once(tmp_path: Path) -> None:
+def test_in_a_browser_a_thousand_points_are_redrawn_quickly(tmp_path: Path) -> None:
     need_chromium()
     path = save_frontier(table(1000), tmp_path / "front.html")
     with new_page(1200, 760, offline=True) as page:

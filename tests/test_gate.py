@@ -89,7 +89,7 @@ def test_a_sound_study_passes() -> None:
         ({"tuned": {"new": False}}, "learning rate", "not tuned, or at an end of its grid: new"),
     ],
 )
-def test_each_condition_fails_alone_and_says_what_was_found(
+def test_each_condition_can_fail_alone_and_reports_the_value_found(
     columns: dict[str, Any], condition: str, found: str
 ) -> None:
     (only,) = failed(study(**columns)).items()
@@ -97,7 +97,7 @@ def test_each_condition_fails_alone_and_says_what_was_found(
     assert only[1].startswith(found)
 
 
-def test_a_positive_control_that_is_not_found_fails() -> None:
+def test_an_undetected_positive_control_fails() -> None:
     found = failed(study(effects=EFFECTS | {"squeezed": 0.0}))
     assert list(found) == ["control squeezed"]
     assert found["control squeezed"].endswith("not resolved")
@@ -109,7 +109,7 @@ def test_a_positive_control_that_is_not_found_fails() -> None:
     assert failed(without) == {"control dense": "no run at this size"}
 
 
-def test_a_control_that_other_documents_may_turn_is_not_found() -> None:
+def test_a_control_that_other_documents_could_reverse_is_not_detected() -> None:
     runs = study()
 
     def documents(spread: float) -> pd.DataFrame:
@@ -127,7 +127,7 @@ def test_a_control_that_other_documents_may_turn_is_not_found() -> None:
     assert "with documents [-0." in report.reason
 
 
-def test_seeds_that_cannot_resolve_the_effect_in_print_fail() -> None:
+def test_seeds_that_cannot_resolve_the_published_effect_fail() -> None:
     noisy = study(sd=0.008)
     assert list(failed(noisy)) == ["resolvable difference"]
     assert failed(noisy, seeds=40) == {}  # as many seeds are planned beyond the pilot
@@ -151,7 +151,7 @@ def test_a_curve_without_decay_must_be_flat_at_its_end() -> None:
     assert found["last tenth of the curve"].startswith("-0.0")
 
 
-def test_a_task_with_a_floor_of_its_own_needs_no_documents() -> None:
+def test_a_task_with_its_own_floor_needs_no_documents() -> None:
     runs = study(corpus=None, ngram_test_bpb=float("nan"), test_documents=float("nan"))
     runs = runs.assign(recall=3.0 - runs["test_bpb"])
     recall = Gate(
@@ -176,7 +176,7 @@ def test_a_gate_without_controls_is_refused() -> None:
         failed(study().assign(status="diverged"))
 
 
-def test_the_old_latent_study_fails_and_says_why() -> None:
+def test_the_old_latent_study_fails_with_a_reason() -> None:
     sweep = load_sweep(ROOT / "sweeps" / "latent_or_not.py")
     assert sweep.gate is not None
     report = gate_report(sweep.gate, sweep.seeds, ROOT / "sweeps" / "records" / "latent_or_not.parquet")
@@ -254,7 +254,7 @@ def test_a_gate_may_change_under_its_study(tmp_path: Path) -> None:
     assert load_sweep(path).code == before
 
 
-def test_floors_are_kept_with_runs_and_in_records_whose_keys_stay(tmp_path: Path) -> None:
+def test_floors_are_stored_with_runs_and_in_records_without_changing_keys(tmp_path: Path) -> None:
     path, runs = gated(tmp_path / "sweep", floor="None"), tmp_path / "runs"
     _, report = run_gated(load_sweep(path), 2, runs, console=quiet())
     assert report is not None

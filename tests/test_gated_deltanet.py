@@ -28,7 +28,7 @@ def drawn(config: GatedDeltaNetConfig) -> GatedDeltaNet:
     return mixer
 
 
-def test_the_mixer_is_its_equations_token_by_token() -> None:
+def test_the_mixer_computes_its_equations_token_by_token() -> None:
     c, mixer = CONFIG, drawn(CONFIG)
     x, r = torch.randn(37, D_MODEL), c.n_heads // c.n_key_heads
     widths = (c.d_keys, c.d_keys, c.d_values, c.d_values, c.n_heads, c.n_heads)
@@ -97,7 +97,7 @@ def test_step_sizes_and_decays_start_in_their_ranges() -> None:
     assert 15.5 < float(A.max()) < 16.001
 
 
-def test_megatron_counts_what_its_formula_says() -> None:
+def test_the_megatron_convention_equals_its_formula() -> None:
     d, seq_len, c = 64, 100, GatedDeltaNetConfig(n_heads=4, n_key_heads=2, d_k=32, d_v=16)
     model = ModelConfig(d_model=d, vocab_size=10, pattern="GG", blocks={"G": c})
     qk, v = 2 * 32, 4 * 16
@@ -114,6 +114,6 @@ def test_megatron_counts_what_its_formula_says() -> None:
         ("dt_min", 1.0, r"dt_min: must be at most dt_max=0\.1, got 1\.0"),
     ],
 )
-def test_sizes_that_cannot_stand_together_are_refused(field: str, value: float, says: str) -> None:
+def test_incompatible_sizes_are_refused(field: str, value: float, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         GatedDeltaNetConfig.model_validate(CONFIG.model_dump() | {field: value})

@@ -40,7 +40,7 @@ def test_greedy_decoding_takes_the_most_probable_token_of_a_whole_forward() -> N
     assert torch.equal(model(whole)[:, 6:-1].argmax(-1), new)
 
 
-def test_products_of_few_rows_change_no_token_and_no_linear_layer_goes_without_them() -> None:
+def test_products_of_few_rows_change_no_token_and_cover_every_linear_layer() -> None:
     model, tokens = built("ME*L-/*-"), torch.randint(0, 12, (3, 7))
     with forced_paths(linear="plain"):
         plain = generate(model, tokens, 20)
@@ -48,7 +48,7 @@ def test_products_of_few_rows_change_no_token_and_no_linear_layer_goes_without_t
     assert {type(layer) for layer in model.modules() if isinstance(layer, torch.nn.Linear)} == {Linear}
 
 
-def test_greedy_tokens_leave_nothing_to_chance() -> None:
+def test_greedy_decoding_draws_no_random_numbers() -> None:
     logits, generator = torch.randn(5, 12), torch.Generator().manual_seed(0)
     before = generator.get_state()
     assert torch.equal(Sampling(temperature=0).draw(logits, generator), logits.argmax(-1))
@@ -57,13 +57,13 @@ def test_greedy_tokens_leave_nothing_to_chance() -> None:
     assert not torch.equal(generator.get_state(), before)
 
 
-def test_a_batch_is_decoded_as_its_rows_are() -> None:
+def test_a_batch_is_decoded_like_its_single_rows() -> None:
     model, tokens = built("ME*L-"), torch.randint(0, 12, (3, 7))
     rows = [generate(model, row[None], 10) for row in tokens]
     assert torch.equal(generate(model, tokens, 10), torch.cat(rows))
 
 
-def test_the_state_of_decoding_has_the_bytes_that_the_ledger_says() -> None:
+def test_the_decoding_state_has_the_bytes_in_the_ledger() -> None:
     model, batch, seq = built("ME*L-M*"), 3, 19
     state = model.new_state()
     model(torch.randint(0, 12, (batch, seq)), state)
@@ -73,7 +73,7 @@ def test_the_state_of_decoding_has_the_bytes_that_the_ledger_says() -> None:
     )
 
 
-def test_a_row_that_has_ended_says_nothing_more_and_all_stop_when_every_row_has() -> None:
+def test_an_ended_row_is_padded_and_decoding_stops_after_the_last_row() -> None:
     model, tokens = built("M*", 4), torch.randint(0, 4, (5, 3))
     free = generate(model, tokens, 40, Sampling(seed=1))
     ended = generate(model, tokens, 40, Sampling(seed=1), eot_id=2)
@@ -92,7 +92,7 @@ def test_the_same_seed_draws_the_same_tokens() -> None:
     assert not torch.equal(one, other)
 
 
-def test_probabilities_are_those_of_what_is_left() -> None:
+def test_probabilities_are_renormalised_over_the_remaining_tokens() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     p = logits.softmax(-1)
     torch.testing.assert_close(Sampling().probabilities(logits), p)
@@ -128,7 +128,7 @@ def test_a_model_that_always_predicts_itself_accepts_every_draft() -> None:
     assert drafted.acceptance_length == 3
 
 
-def test_speculation_ends_where_text_does() -> None:
+def test_speculation_stops_at_the_end_of_the_text() -> None:
     model, tokens = built("M*/*E/*E"), torch.randint(0, 12, (7,))
     plain = generate(model, tokens[None], 40)[0].tolist()
     eot_id = plain[11]
@@ -136,7 +136,7 @@ def test_speculation_ends_where_text_does() -> None:
 
 
 @pytest.mark.parametrize("pattern", WITH_MTP)
-def test_drafts_are_what_multi_token_prediction_gives_over_the_whole_text(pattern: str) -> None:
+def test_drafts_equal_multi_token_prediction_over_the_whole_text(pattern: str) -> None:
     model, n = built(pattern, shared=False), 9
     assert model.config.mtp is not None
     tokens = torch.randint(0, 12, (n,))
@@ -156,7 +156,7 @@ def test_drafts_are_what_multi_token_prediction_gives_over_the_whole_text(patter
 
 
 @pytest.mark.slow
-def test_drawn_text_has_the_same_distribution_with_and_without_speculation() -> None:
+def test_sampled_text_has_the_same_distribution_with_and_without_speculation() -> None:
     vocab, length, n_draws = 3, 3, 2000
     model, prompt = built("M*/*E/*E", vocab), torch.tensor([0, 2, 1])
     sampling = Sampling(temperature=1.5)
@@ -179,7 +179,7 @@ def test_drawn_text_has_the_same_distribution_with_and_without_speculation() -> 
     assert chisquare([counts[text] for text in texts], wrong).pvalue < 1e-6
 
 
-def test_the_loss_of_a_depth_is_the_cross_entropy_of_tokens_further_on() -> None:
+def test_the_loss_of_a_depth_is_the_cross_entropy_of_later_tokens() -> None:
     model = built("M*/*E/*E", shared=False)
     tokens, targets = torch.randint(0, 12, (2, 2, 9))
     targets[0, :3] = -100
@@ -224,12 +224,12 @@ def test_routers_of_multi_token_prediction_count_every_depth_that_they_serve(sha
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
-def test_sampling_that_makes_no_sense_is_refused(sampling: dict[str, float], says: str) -> None:
+def test_invalid_sampling_options_are_refused(sampling: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Sampling(**sampling)  # type: ignore[arg-type]
 
 
-def test_prompts_and_lengths_that_make_no_sense_are_refused() -> None:
+def test_invalid_prompts_and_lengths_are_refused() -> None:
     model = built("M")
     with pytest.raises(ValueError, match="prompt: must have at least 1 token, got 0"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)

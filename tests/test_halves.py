@@ -73,7 +73,7 @@ def test_both_halves_have_the_loss_and_the_gradients_of_the_whole(threads: int, 
     assert torch.get_num_threads() == threads
 
 
-def test_threads_change_no_bit() -> None:
+def test_the_number_of_threads_changes_no_bit() -> None:
     model, batch = a_model(), a_batch(6)
     found = []
     for n in (1, 2):
@@ -88,7 +88,7 @@ def test_threads_change_no_bit() -> None:
             assert torch.equal(one, other)
 
 
-def test_the_gradient_grows_with_what_the_loss_is_multiplied_by() -> None:
+def test_the_gradient_scales_with_a_factor_of_the_loss() -> None:
     model, batch = a_model(), a_batch(4)
     split = in_halves(build_objective(TrainConfig(tokens=1)))
     once, thrice = (loss_and_gradients(split, model, batch, scale)[2] for scale in (1, 4))
@@ -96,7 +96,7 @@ def test_the_gradient_grows_with_what_the_loss_is_multiplied_by() -> None:
         assert torch.equal(4 * one, other)
 
 
-def test_an_error_of_a_half_is_raised(threads: int) -> None:
+def test_an_error_in_one_half_is_raised(threads: int) -> None:
     def broken(model: LanguageModel, tokens: Tensor, targets: Tensor) -> Any:
         raise ValueError("out of luck")
 
@@ -121,7 +121,7 @@ def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_in_halves_is_recorded_and_goes_on_in_halves_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_in_halves_is_recorded_and_resumes_in_halves_bit_for_bit(tmp_path: Path) -> None:
     one = tiny(write_corpus(tmp_path), "ME*")
     whole, split = train(one, tmp_path / "whole"), train(one, tmp_path / "split", split_batch=True)
     assert (whole.environment["split_batch"], split.environment["split_batch"]) == (False, True)

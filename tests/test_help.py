@@ -56,7 +56,7 @@ def test_the_help_of_a_command_fits_80_columns_and_loses_no_word(name: str) -> N
         assert parameter.help in texts
 
 
-def test_the_check_sees_a_line_that_breaks_early() -> None:
+def test_the_check_detects_a_line_that_breaks_early() -> None:
     other = App(add_completion=False)
 
     @other.command()

@@ -51,7 +51,7 @@ def test_transformers_computes_the_same_logits_and_gradients(number: int) -> Non
 
 
 @pytest.mark.slow
-def test_so_it_does_for_a_hundred_random_models() -> None:
+def test_transformers_computes_the_same_logits_for_a_hundred_random_models() -> None:
     cases = [check(1, number) for number in range(100)]
     assert max(case.logits for case in cases) <= LOGIT_TOLERANCE
     assert max(case.gradients for case in cases) <= GRADIENT_TOLERANCE
@@ -74,7 +74,7 @@ def test_the_random_models_have_everything_that_can_be_exchanged() -> None:
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_what_is_exported_comes_back_the_same(tie_embeddings: bool) -> None:
+def test_an_exported_model_is_imported_unchanged(tie_embeddings: bool) -> None:
     model = drawn(config(tie_embeddings=tie_embeddings))
     back = from_hf(to_hf(model))
     assert back.config == model.config
@@ -90,14 +90,14 @@ def test_the_exported_model_shares_no_memory_with_ours() -> None:
     assert torch.equal(model.head.weight, before)
 
 
-def test_half_precision_is_read_as_fp32() -> None:
+def test_half_precision_weights_are_read_as_fp32() -> None:
     theirs = to_hf(drawn(config())).to(torch.bfloat16)
     model = from_hf(theirs)
     assert {weight.dtype for weight in model.state_dict().values()} == {torch.float32}
     assert torch.equal(model.head.weight, theirs.lm_head.weight.float())
 
 
-def test_renaming_there_and_back_changes_nothing_not_even_the_depths_of_multi_token_prediction() -> None:
+def test_renaming_to_transformers_and_back_changes_nothing() -> None:
     model = drawn(config("ME*-/*E/*E", mtp={"shared": False, "pattern": "*E", "n_depths": 2}))
     theirs = to_theirs(model.state_dict(), model.config)
     assert {name for name in theirs if "enorm" in name or "final" in name} == {
@@ -121,7 +121,7 @@ def test_renaming_there_and_back_changes_nothing_not_even_the_depths_of_multi_to
     ],
     ids=lambda model: f"{model.pattern} {model.mtp and model.mtp.n_depths} {model.tie_embeddings}",
 )
-def test_a_folder_loads_in_transformers_and_comes_back_the_same(model: ModelConfig, tmp_path: Path) -> None:
+def test_an_exported_folder_loads_in_transformers_and_is_imported_unchanged(model: ModelConfig, tmp_path: Path) -> None:
     ours = drawn(model)
     save_hf(ours, tmp_path / "hf")
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -178,7 +178,7 @@ def test_a_tokenizer_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_card_tells_what_the_record_holds(tmp_path: Path) -> None:
+def test_the_model_card_has_the_values_of_the_record(tmp_path: Path) -> None:
     record = {
         "name": "small",
         "key": "abc",
@@ -195,7 +195,7 @@ def test_the_card_tells_what_the_record_holds(tmp_path: Path) -> None:
     assert "learning rate" not in card
 
 
-def test_a_name_in_the_card_is_text_and_nothing_else(tmp_path: Path) -> None:
+def test_names_in_the_model_card_are_escaped(tmp_path: Path) -> None:
     name = "a|b\n# c <script>alert(1)</script> [x](javascript:y) ![z](http://w) `code`"
     save_hf(drawn(config()), tmp_path / "hf", load_tokenizer("bytes"), {"name": name, "corpus": name, "run": name})
     card = (tmp_path / "hf" / "README.md").read_text()
@@ -208,7 +208,7 @@ def test_a_name_in_the_card_is_text_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_new_process_loads_the_folder_without_this_package(tmp_path: Path) -> None:
+def test_a_process_without_this_package_loads_the_folder(tmp_path: Path) -> None:
     ours = drawn(config("ME*-/*E", tie_embeddings=True))
     save_hf(ours, tmp_path / "hf", load_tokenizer("bytes"))
     ids = torch.tensor([load_tokenizer("bytes").encode(TEXT)])
@@ -224,7 +224,7 @@ def test_a_new_process_loads_the_folder_without_this_package(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("tie_embeddings", [False, True])
-def test_our_own_folder_comes_back_the_same(tie_embeddings: bool, tmp_path: Path) -> None:
+def test_our_own_folder_is_read_unchanged(tie_embeddings: bool, tmp_path: Path) -> None:
     ours = drawn(config("ME*-/*E", tie_embeddings=tie_embeddings))
     save_model_folder(ours, tmp_path / "own")
     back = load_model_folder(tmp_path / "own")
@@ -257,7 +257,7 @@ def test_our_own_folder_comes_back_the_same(tie_embeddings: bool, tmp_path: Path
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_nemotron_h_cannot_express_is_refused_by_name(model: ModelConfig, says: str, tmp_path: Path) -> None:
+def test_features_that_nemotron_h_lacks_are_refused_by_name(model: ModelConfig, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=says):
         to_hf(model.build())
     if model.mtp is None:
@@ -269,7 +269,7 @@ def test_what_nemotron_h_cannot_express_is_refused_by_name(model: ModelConfig, s
 @pytest.mark.parametrize(
     "kind", [kind for kind in BLOCKS if kind.config not in NEMOTRON_H], ids=lambda kind: kind.config.__name__
 )
-def test_a_kind_of_block_that_others_do_not_have_is_refused_by_name(kind: BlockKind) -> None:
+def test_a_kind_of_block_that_the_target_lacks_is_refused_by_name(kind: BlockKind) -> None:
     model = ModelConfig(d_model=32, vocab_size=300, pattern=kind.letter, blocks={kind.letter: kind.example})
     for target, write in (
         ("nemotron_h", lambda: to_hf(model.build())),
@@ -287,7 +287,7 @@ def test_multi_token_prediction_is_left_out_only_on_request() -> None:
     assert from_hf(theirs).config.mtp is None
 
 
-def test_only_the_clamp_of_dt_parts_a_released_config_from_ours() -> None:
+def test_only_the_clamp_of_dt_differs_from_a_released_config() -> None:
     theirs = to_hf(drawn(config("M", blocks={"M": {"dt_min": 1e-5, "dt_max": 1e-4}})))
     theirs.config.time_step_min = 0.001
     clamped = transformers.NemotronHForCausalLM(theirs.config).eval()
@@ -315,20 +315,20 @@ def test_a_mamba_ssm_mamba2_state_dict_loads_unchanged() -> None:
     assert all(torch.equal(weight, theirs[name]) for name, weight in mixer.state_dict().items())
 
 
-def test_the_folder_module_reads_no_pickle() -> None:
+def test_the_module_of_folders_reads_no_pickle() -> None:
     source = Path(explore.interop.folder.__file__).read_text()
     assert "torch.load" not in source
     assert "pickle.load" not in source
 
 
-def test_without_the_extra_a_door_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_import_and_export_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r"pip install 'hybrid-frontier\[hf\]'"):
         to_hf(drawn(config()))
 
 
 @pytest.mark.parametrize("pattern", ["ME*-", "ME-"])
-def test_transformers_generates_the_likeliest_tokens_of_ours(pattern: str) -> None:
+def test_transformers_generates_the_same_greedy_tokens(pattern: str) -> None:
     ours = drawn(config(pattern))
     prompt = tokens(ours, 9)[:1]
     found = to_hf(ours).generate(prompt, max_new_tokens=5, do_sample=False)

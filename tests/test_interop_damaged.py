@@ -118,7 +118,7 @@ def test_a_broken_checkpoint_is_refused_by_name(damage: Callable[[Path], None], 
     assert "\n" not in str(found.value)
 
 
-def test_a_tokenizer_of_a_checkpoint_is_its_own_file(tmp_path: Path) -> None:
+def test_the_tokenizer_of_a_checkpoint_is_a_separate_file(tmp_path: Path) -> None:
     hub = tmp_path / "models--x--y"
     folder = hub / "snapshots" / "0123"
     folder.mkdir(parents=True)
@@ -144,7 +144,7 @@ def test_a_tokenizer_of_a_checkpoint_is_its_own_file(tmp_path: Path) -> None:
         assert "root:x" not in str(caught.value)
 
 
-def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_export_are_removed_by_the_next(tmp_path: Path) -> None:
     (tmp_path / ".0123abcd.tmp").mkdir()
     (tmp_path / ".0123abcd.tmp" / "model.safetensors").write_bytes(b"half")
     save_model_folder(drawn(config()), tmp_path / "own")
@@ -168,7 +168,7 @@ def test_a_broken_folder_of_our_own_is_refused(damage: Callable[[Path], None], t
         load_model_folder(tmp_path / "own")
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="is there already"):
         save_hf(drawn(config()), tmp_path)

@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return fit(Experiment.model_validate(content), folder / "runs", accelerator="cpu")
 
 
-def test_a_trained_run_goes_to_transformers_and_comes_back(
+def test_a_trained_run_is_exported_to_transformers_and_imported_again(
     trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = load_model(trained)
@@ -81,7 +81,7 @@ def test_a_trained_run_goes_to_transformers_and_comes_back(
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
-def test_import_says_where_transformers_would_clamp(
+def test_import_notes_where_transformers_would_clamp(
     trained: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(capsys, monkeypatch, "export", trained.path, tmp_path / "hf")
@@ -92,7 +92,7 @@ def test_import_says_where_transformers_would_clamp(
     assert "transformers clamps it at 0.001" in out
 
 
-def test_parity_is_one_command_that_names_the_worst_cases(
+def test_parity_names_the_worst_cases(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "parity", "--cases", 4)
@@ -150,7 +150,7 @@ def test_export_prints_the_arguments_of_megatron(
     assert printed == [word for argument in arguments for word in argument]
 
 
-def test_the_arguments_of_super_are_those_in_print() -> None:
+def test_the_arguments_of_super_are_the_published_ones() -> None:
     # examples of Nemotron 3 Super in Megatron-LM's repository; the pattern carries the depths
     arguments, notes = megatron_arguments(preset("nemotron-3-super"), seq_len=8192, mtp_weight=0.3)
     printed = """--use-mcore-models --spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec
@@ -217,6 +217,6 @@ def test_options_that_only_some_models_have_become_arguments() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_megatron_cannot_express_is_refused_by_name(config: ModelConfig, says: str) -> None:
+def test_features_that_megatron_lacks_are_refused_by_name(config: ModelConfig, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         megatron_arguments(config)

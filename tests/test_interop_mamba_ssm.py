@@ -84,7 +84,7 @@ def test_the_stand_in_has_the_released_signature() -> None:
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("seq", [1, 9, 64])
-def test_the_adapter_asks_the_kernel_for_our_recurrence(seq: int, with_state: bool) -> None:
+def test_the_adapter_calls_the_kernel_with_our_recurrence(seq: int, with_state: bool) -> None:
     X, dt, A, B, C, D, *state = inputs(seq, with_state)
     before = [part.clone() for part in state]
     found = ssd_mamba_ssm(X, dt, A, B, C, D, 16, *state)
@@ -92,7 +92,7 @@ def test_the_adapter_asks_the_kernel_for_our_recurrence(seq: int, with_state: bo
     assert all(torch.equal(part, kept) for part, kept in zip(state, before, strict=True))
 
 
-def test_without_the_package_the_path_says_so() -> None:
+def test_without_the_package_the_path_is_refused_by_name() -> None:
     X, dt, A, B, C, D = inputs(9, with_state=False)
     with pytest.raises(ValueError, match="ssd: the path 'mamba_ssm' needs the package mamba-ssm"):
         ssd_mamba_ssm(X, dt, A, B, C, D, 16)

@@ -95,7 +95,7 @@ def test_the_matchers_give_every_module_the_format_of_the_ledger(model: ModelCon
     ],
     ids=lambda each: str(each)[:40],
 )
-def test_what_megatron_cannot_express_is_refused_by_name(fields: dict[str, Any], message: str) -> None:
+def test_features_that_megatron_lacks_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         te_quant(SMALL, recipe(**fields))
 
@@ -118,7 +118,7 @@ def test_one_format_for_all_linear_layers_has_a_name_in_model_optimizer() -> Non
     ],
     ids=lambda each: str(each)[:20],
 )
-def test_what_model_optimizer_has_no_name_for_is_refused(how: Recipe, message: str) -> None:
+def test_recipes_that_model_optimizer_has_no_name_for_are_refused(how: Recipe, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_optimizer_names(how)
 

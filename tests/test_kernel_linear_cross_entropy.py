@@ -118,7 +118,7 @@ def test_large_logits_neither_overflow_nor_vanish(tiling: None) -> None:
     assert errors(*whole, targets) == {}
 
 
-def test_targets_that_are_all_left_out_cost_nothing(tiling: None) -> None:
+def test_ignored_targets_alone_give_zero_loss(tiling: None) -> None:
     hidden, weight, targets = draw(33, 257, 24)
     loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden, weight, torch.full_like(targets, -100), 1.0)
     assert float(loss) == 0
@@ -135,7 +135,7 @@ def test_no_tokens_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_is_read_or_returned_unwritten(dtype: torch.dtype, tiling: None, taken: list[Tensor]) -> None:
+def test_no_unwritten_memory_is_read_or_returned(dtype: torch.dtype, tiling: None, taken: list[Tensor]) -> None:
     hidden, weight, targets = draw(65, 257, 24, dtype)
     found = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, 1.0)
     assert taken
@@ -155,7 +155,7 @@ def test_no_memory_of_the_size_of_the_logits_is_taken(monkeypatch: pytest.Monkey
     assert max(x.numel() for x in taken if x.shape != weight.shape) == 32 * 64
 
 
-def test_a_gradient_that_nobody_needs_is_not_computed(taken: list[Tensor]) -> None:
+def test_an_unneeded_gradient_is_not_computed(taken: list[Tensor]) -> None:
     hidden, weight, targets = draw(5, 17, 24)
     for wanted, frozen in ((hidden, weight), (weight, hidden)):
         args = [x.detach() if x is frozen else x for x in (hidden, weight)]
@@ -185,13 +185,13 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
 
 
 @pytest.mark.parametrize("target", [-1, 17, 31, 300])
-def test_a_target_outside_of_the_vocabulary_shows(target: int) -> None:
+def test_a_target_outside_the_vocabulary_gives_nan(target: int) -> None:
     hidden, weight, targets = draw(9, 17, 24)
     targets[4] = target
     assert linear_cross_entropy(hidden, weight, targets).isnan()
 
 
-def test_what_has_no_kernel_is_refused() -> None:
+def test_inputs_without_a_kernel_are_refused() -> None:
     hidden, weight, targets = draw(9, 17, 24)
     with pytest.raises(ValueError, match=r"hidden and weight must both be .*, got torch.bfloat16 and torch.float32"):
         linear_cross_entropy(hidden.bfloat16(), weight, targets)
@@ -244,7 +244,7 @@ def test_the_bound_is_the_slower_of_arithmetic_and_memory_in_each_pass() -> None
     assert (work.bound_fwd_s, work.bound_s) == (1, 3)
 
 
-def test_the_bench_prints_its_model_and_without_a_gpu_says_so(
+def test_the_bench_prints_its_model_and_ends_with_an_error_without_a_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert bench.main(["--model", "--tokens", "100", "--vocab-size", "10", "--d-model", "5"]) == 0

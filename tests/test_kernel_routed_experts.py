@@ -115,7 +115,7 @@ def test_output_and_every_gradient_are_those_of_the_reference(shape: tuple[int, 
 
 
 @pytest.mark.parametrize("load", ["all on one expert", "all on the last expert", "the same expert twice"])
-def test_no_load_loses_a_token(load: str) -> None:
+def test_no_token_is_dropped_at_any_load(load: str) -> None:
     x, chosen, weights, up, gate, down = inputs(63, 2, 6, 18, 22, "swiglu")
     chosen = {
         "all on one expert": torch.full_like(chosen, 2),
@@ -127,7 +127,7 @@ def test_no_load_loses_a_token(load: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_bf16_sums_in_fp32(activation: str) -> None:
+def test_bf16_inputs_are_summed_in_fp32_by_the_experts(activation: str) -> None:
     # At a clamp a gradient jumps, and values that round to its other side would decide: they stay below it.
     leaves = inputs(65, 2, 3, 150, 70, activation, torch.bfloat16, deviation=1)
     found = results(routed_experts, leaves, activation)
@@ -135,7 +135,7 @@ def test_bf16_sums_in_fp32(activation: str) -> None:
     assert_near(found, results(reference, double(leaves), activation), BF16)
 
 
-def test_weights_keep_a_dtype_of_their_own() -> None:
+def test_weights_may_have_another_dtype() -> None:
     x, chosen, weights, *matrices = inputs(7, 2, 3, 18, 22, "relu2", torch.bfloat16)
     weights = weights.detach().float().requires_grad_()
     (_, _, found, *_) = results(routed_experts, (x, chosen, weights, *matrices), "relu2")
@@ -177,7 +177,7 @@ def test_two_calls_give_the_same_bits() -> None:
         assert torch.equal(a, b)
 
 
-def test_memory_nobody_wrote_is_not_a_number() -> None:
+def test_unwritten_memory_is_nan_in_these_tests() -> None:
     """Or the tests of this file would not see what a kernel leaves out."""
     x = torch.zeros(3, device=DEVICE)
     assert x.new_empty(1000).isnan().all()
@@ -223,13 +223,13 @@ def test_tiles_hold_every_choice_once_and_one_expert_each(n: int, n_experts: int
         assert sorted(held) == list(range(n))
 
 
-def test_the_host_never_waits_for_what_was_chosen() -> None:
+def test_the_host_never_waits_for_the_choices() -> None:
     """On the meta device there are no values, so that reading one raises."""
     routing = route(torch.empty(300, 2, dtype=torch.int64, device="meta"), 5, torch.bfloat16)
     assert [len(tensor) for tensor in routing.tensors()] == [600, 600, 6, *[max_tiles(600, 5, 128)] * 2]
 
 
-def test_the_most_tiles_there_can_be_are_reached() -> None:
+def test_the_maximum_number_of_tiles_is_reached() -> None:
     for n, n_experts, rows in product((1, 5, 16, 17, 100), (1, 3, 8), (4, 16)):
         used = min(n, n_experts)
         spare = n - used  # one choice each, and the rest in whole tiles on the first, which keeps the last row free
@@ -253,7 +253,7 @@ def test_the_most_tiles_there_can_be_are_reached() -> None:
         ({"weights": torch.zeros(4, 1, device=DEVICE)}, r"weights must have shape \(4, 2\) .*, got \(4, 1\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, object], says: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, object], says: str) -> None:
     x, chosen, weights, up, gate, down = inputs(4, 2, 3, 6, 5, "swiglu")
     arguments = {"x": x, "chosen": chosen, "weights": weights, "up": up, "gate": gate, "down": down}
     unchecked = getattr(routed_experts, "__wrapped__", routed_experts)  # the tests' type checker would refuse first
@@ -277,7 +277,7 @@ def test_flops_are_those_that_torch_counts(activation: str) -> None:
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @pytest.mark.parametrize("keep", [False, True])
-def test_bytes_are_those_of_the_tensors_that_kernels_get(
+def test_bytes_are_those_of_the_tensors_passed_to_kernels(
     keep: bool, activation: str, launched: list[tuple[str, int]]
 ) -> None:
     x, chosen, weights, *matrices = inputs(31, 2, 5, 9, 11, activation, torch.bfloat16)
@@ -306,7 +306,7 @@ def test_the_bench_compares_with_the_same_function(gated: bool) -> None:
     assert_near(found, truth, BF16)
 
 
-def test_the_bench_prints_its_model_and_needs_a_gpu_for_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_prints_its_model_and_needs_a_gpu_for_times(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--model", "--shape", "8", "2", "4", "16", "32"]) == 0
     printed = capsys.readouterr().out
     forward = cost.total(cost.forward(cost.Shape(8, 2, 4, 16, 32, gated=False), keep=False))

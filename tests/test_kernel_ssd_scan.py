@@ -105,7 +105,7 @@ def _what_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> None:
         (200, 90, 1, 16),
     ],
 )
-def test_the_kernel_computes_the_recurrence_and_all_its_gradients(
+def test_the_kernel_equals_the_recurrence_with_all_gradients(
     seq: int, chunk_size: int, n_groups: int, d_state: int, with_state: bool
 ) -> None:
     tensors = made(1, seq, 2, 3, n_groups, d_state, with_state=with_state)
@@ -113,7 +113,7 @@ def test_the_kernel_computes_the_recurrence_and_all_its_gradients(
 
 
 @pytest.mark.parametrize(("d_head", "d_state"), [(20, 72), (72, 20), (130, 7), (3, 130)])
-def test_widths_of_several_tiles_and_of_large_ones_change_nothing(d_head: int, d_state: int) -> None:
+def test_several_tiles_and_large_tiles_give_the_same_results(d_head: int, d_state: int) -> None:
     tensors = made(1, 70, 2, d_head, 1, d_state)
     assert_close(outputs_and_gradients(ssd_scan, tensors, 48), truth_of(tensors), FP32_TOLERANCE)
 
@@ -136,7 +136,7 @@ def test_heads_split_among_programs_sum_to_the_same(programs: int, monkeypatch: 
     assert_close(outputs_and_gradients(ssd_scan, tensors, 16), truth_of(tensors), FP32_TOLERANCE)
 
 
-def test_memory_that_is_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritten_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = made(2, 40, 4, 3, 2, 5)
     results = []
     for value in (torch.nan, 7.0):
@@ -159,7 +159,7 @@ def test_either_output_alone_has_its_gradients(of: int) -> None:
     assert_close(found, truth, FP32_TOLERANCE)
 
 
-def test_views_of_one_projection_are_read_where_they_are() -> None:
+def test_views_of_one_projection_are_read_without_a_copy() -> None:
     b, seq, h, p, g, n = 2, 40, 4, 3, 2, 5
     X, dt, A, B, C, D, state, *_ = made(b, seq, h, p, g, n)
     xBC = torch.cat((X.flatten(2), B.flatten(2), C.flatten(2)), dim=-1)
@@ -174,7 +174,7 @@ def test_views_of_one_projection_are_read_where_they_are() -> None:
     assert torch.equal(found, ssd_scan(X, dt, A, B, C, D, 16, state)[0])
 
 
-def test_a_sequence_in_two_pieces_gives_what_it_gives_whole() -> None:
+def test_a_sequence_in_two_pieces_gives_the_same_as_in_one_piece() -> None:
     X, dt, A, B, C, D, *_ = made(2, 50, 4, 3, 2, 5)
     Y, state = ssd_scan(X, dt, A, B, C, D, 16)
     first, between = ssd_scan(X[:, :21], dt[:, :21], A, B[:, :21], C[:, :21], D, 16)
@@ -224,7 +224,7 @@ def test_a_second_derivative_is_refused() -> None:
         ),
     ],
 )
-def test_what_the_kernels_cannot_do_is_refused(change: dict[str, Any], says: str) -> None:
+def test_inputs_that_the_kernels_do_not_support_are_refused(change: dict[str, Any], says: str) -> None:
     names = ("X", "dt", "A", "B", "C", "D")
     arguments = dict(zip(names, made(1, 4, 2, 3, 1, 5), strict=False)) | {"chunk_size": 4}
     change = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in change.items()}
@@ -289,7 +289,7 @@ def test_the_bytes_of_the_formulas_are_those_of_the_tensors_each_kernel_takes() 
     assert shape.bytes_bwd() == sum(kernels_bwd.values())
 
 
-def test_the_roofline_turns_where_flops_and_bytes_take_equally_long() -> None:
+def test_the_limit_changes_where_flops_and_bytes_take_equally_long() -> None:
     card, shape = Card(bytes_per_s=1e12, flops_per_s=1e14), Shape(b=1, seq=2**16, h=8, p=64, g=1, n=128, q=16)
     for phase in ("fwd", "bwd"):
         q = compute_bound_from(shape, card, phase)
@@ -302,7 +302,7 @@ def test_the_roofline_turns_where_flops_and_bytes_take_equally_long() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU to time")
-def test_bench_says_that_it_needs_a_gpu_and_prints_its_model_without_one() -> None:
+def test_bench_prints_its_model_and_needs_a_gpu_for_times() -> None:
     script = [sys.executable, str(ROOT / "kernels" / "ssd_scan" / "bench.py")]
     timing = subprocess.run(script, capture_output=True, text=True, check=False)
     assert (timing.returncode, timing.stdout, len(timing.stderr.splitlines())) == (2, "", 1)

@@ -41,7 +41,7 @@ def test_explore_kernels_is_a_relative_link_to_the_kernels_folder() -> None:
     assert link.resolve() == ROOT / "kernels"
 
 
-def test_the_kernels_folder_is_no_package() -> None:
+def test_the_kernels_folder_is_not_a_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "kernels" / "README.md").is_file()
 

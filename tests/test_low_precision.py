@@ -59,7 +59,7 @@ def test_every_product_of_a_linear_layer_has_its_own_operands(rotated: bool) -> 
     torch.testing.assert_close(dweight, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_of_weights_that_are_no_squares_follow_the_product() -> None:
+def test_weight_blocks_that_are_not_square_lie_along_the_summed_axis() -> None:
     x, weight, dy = tensors((1, 16, 48), (32, 48), (1, 16, 32))
     y, dx, _ = linear(quantizer(PLAIN.model_copy(update={"square_weights": False})), x, weight, dy)
     torch.testing.assert_close(y, quantize(x, "nvfp4") @ quantize(weight, "nvfp4").T, rtol=1e-5, atol=1e-5)
@@ -117,7 +117,7 @@ def test_results_are_rounded_to_the_dtype_of_the_run_and_gradients_of_weights_ar
 
 @pytest.mark.parametrize("n_sequences", [1, 2])
 @pytest.mark.parametrize("gated", [False, True])
-def test_experts_are_quantised_transposed_and_rotated_each_on_its_own_rows(n_sequences: int, gated: bool) -> None:
+def test_each_expert_is_quantised_transposed_and_rotated_on_its_own_rows(n_sequences: int, gated: bool) -> None:
     n_tokens, n_experts, d, f = 40, 4, 32, 16
     x, up, gate, down, dy = tensors(
         (n_tokens, d), (n_experts, d, f), (n_experts, d, f), (n_experts, f, d), (n_tokens, d)
@@ -186,7 +186,7 @@ def _grouped(rows: Tensor, weight: Tensor, sequence: Tensor, n_sequences: int) -
 # Stochastic rounding
 
 
-def test_gradients_have_the_right_mean() -> None:
+def test_stochastically_rounded_gradients_are_unbiased() -> None:
     """Kernels that rounded to zero, or always down, would train and be wrong."""
     x, weight, dy = tensors((2, 32, 32), (32, 32), (2, 32, 32))
     w = quantize(weight, "nvfp4", square=True)
@@ -203,7 +203,7 @@ def test_gradients_have_the_right_mean() -> None:
         assert (biased - truth).norm() / truth.norm() > 0.05
 
 
-def test_rounding_is_drawn_by_seed_step_layer_and_tensor() -> None:
+def test_rounding_noise_depends_on_seed_step_layer_and_tensor() -> None:
     x, weight, dy = tensors((2, 16, 16), (16, 16), (2, 16, 16))
 
     def dx(**changes: Any) -> Tensor:
@@ -222,7 +222,7 @@ def test_rounding_is_drawn_by_seed_step_layer_and_tensor() -> None:
 
 
 @pytest.mark.parametrize("recipe", [NVFP4, named("fp8"), NVFP4.model_copy(update={"stochastic": ("x", "w", "dy")})])
-def test_devices_that_share_a_batch_give_what_one_would(recipe: Recipe) -> None:
+def test_devices_that_share_a_batch_give_the_same_result_as_one(recipe: Recipe) -> None:
     x, weight, dy = tensors((4, 24, 32), (32, 32), (4, 24, 32))
     largest: list[Tensor] = []
     whole = linear(quantizer(recipe, reduce_max=lambda amax: largest.append(amax.clone())), x, weight, dy)
@@ -237,7 +237,7 @@ def test_devices_that_share_a_batch_give_what_one_would(recipe: Recipe) -> None:
     torch.testing.assert_close(dweight, whole[2], rtol=1e-5, atol=1e-5)
 
 
-def test_experts_on_two_devices_give_what_one_would() -> None:
+def test_experts_on_two_devices_give_the_same_result_as_on_one() -> None:
     n, e = 24, 3
     x, up, down, dy = tensors((4 * n, 32), (e, 32, 16), (e, 16, 32), (4 * n, 32))
     chosen = torch.rand(4 * n, e, generator=torch.Generator().manual_seed(1)).topk(2).indices
@@ -277,7 +277,7 @@ def model(pattern: str = "ME-*/*", **blocks: Any) -> LanguageModel:
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.letter)
-def test_every_matrix_of_the_ledger_has_a_door(kind: BlockKind) -> None:
+def test_every_matrix_of_the_ledger_can_be_quantised(kind: BlockKind) -> None:
     config = ModelConfig(
         d_model=32, vocab_size=64, pattern=f"{kind.letter}/{kind.letter}", blocks={kind.letter: kind.example}
     )
@@ -328,7 +328,7 @@ def test_a_backward_recipe_leaves_the_loss_and_a_forward_recipe_changes_it() -> 
         ({"letters": "/"}, False),
     ],
 )
-def test_only_what_a_rule_names_is_quantised(rule: dict[str, Any], changes_loss: bool) -> None:
+def test_only_components_named_by_a_rule_are_quantised(rule: dict[str, Any], changes_loss: bool) -> None:
     lm = model()
     recipe = Recipe.model_validate({"format": "fp32", "rules": [{"format": "fp8", **rule}]})
     plain, exact = losses_and_gradients(lm, named("fp32"))
@@ -341,7 +341,7 @@ def test_only_what_a_rule_names_is_quantised(rule: dict[str, Any], changes_loss:
     assert named_parts
 
 
-def test_recomputed_layers_round_alike() -> None:
+def test_recomputed_layers_are_rounded_identically() -> None:
     lm = model()
     _, expected = losses_and_gradients(lm, NVFP4)
     lm.recompute = True

@@ -39,7 +39,7 @@ def turned(error: Exception) -> ValueError:
     ],
     ids=repr,
 )
-def test_a_fault_of_the_machine_passes(error: Exception) -> None:
+def test_a_fault_of_the_machine_is_temporary(error: Exception) -> None:
     assert is_passing(error)
 
 
@@ -54,11 +54,11 @@ def test_a_fault_of_the_machine_passes(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_a_fault_of_the_work_does_not_pass(error: Exception) -> None:
+def test_a_fault_of_the_work_is_permanent(error: Exception) -> None:
     assert not is_passing(error)
 
 
-def test_memory_that_torch_does_not_get_on_a_cpu_is_passing() -> None:
+def test_a_failed_allocation_on_a_cpu_is_a_temporary_fault() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_passing(caught.value)

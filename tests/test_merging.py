@@ -77,7 +77,7 @@ def kept(folder: RunFolder, step: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("shape", ["flat", "minus_sqrt"])
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
-def test_the_average_is_a_walk_whose_steps_shrink_as_in_the_decay(shape: Any, n: int) -> None:
+def test_the_average_equals_steps_scaled_as_in_the_decay(shape: Any, n: int) -> None:
     points = torch.randn(n, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     decayed = points[0].clone()
     for i in range(1, n):
@@ -87,7 +87,7 @@ def test_the_average_is_a_walk_whose_steps_shrink_as_in_the_decay(shape: Any, n:
     torch.testing.assert_close(torch.tensor(weights, dtype=torch.float64) @ points, decayed)
 
 
-def test_flat_is_the_mean_and_minus_sqrt_leans_to_the_earliest() -> None:
+def test_flat_is_the_mean_and_minus_sqrt_weighs_early_checkpoints_more() -> None:
     assert decay_weights(4, "flat") == (0.25,) * 4
     assert decay_weights(4, "minus_sqrt") == pytest.approx(
         (0.5, (math.sqrt(2) - 1) / 2, (math.sqrt(3) - math.sqrt(2)) / 2, 1 - math.sqrt(3) / 2)
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_steps", [7, 40, 333])
 @pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (0.1, 0.25), (0.02, 0.2), (0.5, 0.25)])
-def test_the_stable_phase_is_where_all_steps_behind_were_not_decayed(n_steps: int, warmup: float, decay: float) -> None:
+def test_the_stable_phase_ends_before_the_first_decayed_step(n_steps: int, warmup: float, decay: float) -> None:
     config = TrainConfig(tokens=1, warmup=warmup, decay=decay)
     rates = [wsd(step, n_steps, config) for step in range(n_steps)]
     peak = round(warmup * n_steps)
@@ -139,7 +139,7 @@ def test_the_stable_phase_is_where_all_steps_behind_were_not_decayed(n_steps: in
     assert [*stable_steps(n_steps, config)] == expected
 
 
-def test_checkpoints_are_kept_at_their_steps_and_the_run_is_the_same(
+def test_keeping_checkpoints_does_not_change_the_run(
     finished: RunFolder, corpus: Path, tmp_path: Path
 ) -> None:
     names = {path.name for path in (finished.path / "checkpoints").iterdir()}
@@ -151,7 +151,7 @@ def test_checkpoints_are_kept_at_their_steps_and_the_run_is_the_same(
     assert plain.result["val_loss"] == finished.result["val_loss"]
 
 
-def test_a_kept_checkpoint_is_the_model_at_its_step_also_after_a_stop(
+def test_a_kept_checkpoint_holds_the_model_of_its_step_also_after_a_stop(
     finished: RunFolder, corpus: Path, tmp_path: Path
 ) -> None:
     step = LitLanguageModel.training_step
@@ -201,7 +201,7 @@ def test_one_checkpoint_merged_is_itself(finished: RunFolder) -> None:
     assert all(torch.equal(average[name], weight) for name, weight in kept(finished, 30).items())
 
 
-def test_the_record_tells_what_was_merged_and_how_well_it_does(finished: RunFolder, corpus: Path) -> None:
+def test_the_record_has_the_merged_checkpoints_and_their_scores(finished: RunFolder, corpus: Path) -> None:
     record = score_merge(finished, 3, "flat", save=True)
     assert record == finished.merged["flat"]
     assert (record["shape"], record["steps"]) == ("flat", [24, 27, 30])
@@ -246,21 +246,21 @@ def test_the_last_checkpoint_has_the_scores_of_the_run_where_it_is_its_last_step
         (3, "cosine", r"shape must be flat or minus_sqrt, got 'cosine'"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(
+def test_an_invalid_merge_is_refused(
     finished: RunFolder, unchecked: None, last: int, shape: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         merge_window(finished, last, shape)
 
 
-def test_checkpoints_that_are_not_equally_far_apart_are_refused(finished: RunFolder, tmp_path: Path) -> None:
+def test_unevenly_spaced_checkpoints_are_refused(finished: RunFolder, tmp_path: Path) -> None:
     shutil.copytree(finished.path, copy := tmp_path / "copy")
     (copy / "checkpoints" / merge_window(finished, 3).paths[1].name).unlink()
     with pytest.raises(ValueError, match=r"last: the last 3 checkpoints of .* are not equally far apart: steps \("):
         merge_window(RunFolder(copy), 3)
 
 
-def test_a_run_that_kept_nothing_says_how_to_keep(corpus: Path, tmp_path: Path) -> None:
+def test_an_error_without_kept_checkpoints_names_keep_every(corpus: Path, tmp_path: Path) -> None:
     folder = fit(experiment(corpus, tokens=3 * TOKENS), tmp_path, accelerator="cpu")
     with pytest.raises(ValueError, match=r"last must be at most 0, the checkpoints .*, got 5; train with keep_every"):
         merge_window(folder)

@@ -57,7 +57,7 @@ def refusal(config: type[Any], content: dict[str, Any]) -> str:
         ),
     ],
 )
-def test_an_unknown_field_is_named_first_with_what_it_may_stand_for(content: dict[str, Any], says: str) -> None:
+def test_an_unknown_field_is_reported_with_a_suggestion(content: dict[str, Any], says: str) -> None:
     assert refusal(Experiment, content) == says
 
 
@@ -87,7 +87,7 @@ def test_text_that_looks_like_a_count_stays_text_where_text_is_meant() -> None:
 
 
 @pytest.mark.parametrize("value", [LARGEST + 1, str(LARGEST + 1), 10**400, "9" * 4000, "10E"])
-def test_a_whole_number_that_no_count_survives_is_refused(value: object) -> None:
+def test_a_number_too_large_to_count_is_refused(value: object) -> None:
     for change in ({"vocab_size": value}, {"d_model": value}, {"blocks": {"M": {"d_state": value}}}):
         line = refusal(ModelConfig, {**MODEL, **change})
         assert "must be" in line or "too large" in line
@@ -146,7 +146,7 @@ def test_a_copy_with_another_width_is_the_model_of_that_width() -> None:
     assert model.replace(d_model=256) == model.model_copy() == model
 
 
-def test_a_copy_keeps_what_is_not_named() -> None:
+def test_a_copy_keeps_fields_that_are_not_named() -> None:
     model = ModelConfig.model_validate({**MODEL, "pattern": "ME/*", "blocks": {"E": {"d_latent": 32, "n_experts": 16}}})
     other = model.replace(blocks={"E": {"top_k": 2}})
     assert other.blocks["E"] == model.blocks["E"].model_copy(update={"top_k": 2})
@@ -168,7 +168,7 @@ def test_a_copy_is_validated(change: dict[str, Any]) -> None:
 # The command line
 
 
-def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
+def test_set_creates_absent_fields_and_refuses_invalid_paths() -> None:
     content: dict[str, Any] = {"mtp": None}
     set_field(content, "mtp.n_depths=2")
     assert content == {"mtp": {"n_depths": 2}}
@@ -222,7 +222,7 @@ def test_set_writes_into_what_is_absent_and_refuses_what_is_no_path() -> None:
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, tuple) else "",
 )
-def test_what_cannot_be_applied_is_one_short_line(
+def test_a_change_that_cannot_be_applied_is_one_short_line(
     args: tuple[str, ...],
     says: str,
     capsys: pytest.CaptureFixture[str],
@@ -277,7 +277,7 @@ def test_a_preset_takes_other_sizes_by_set(capsys: pytest.CaptureFixture[str], m
     assert json.loads(run(capsys, monkeypatch, *args)[1])["params_total"] == expected
 
 
-def test_all_commands_and_the_workbench_assume_the_same(
+def test_all_commands_and_the_workbench_have_the_same_defaults(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ModelConfig(d_model=D_MODEL, vocab_size=VOCAB_SIZE, pattern="M*")
@@ -308,7 +308,7 @@ def write_run(folder: Path, corpus: str, val_bpb: float, flops: float, **result:
         (folder / f"{name}.json").write_text(json.dumps(content))
 
 
-def test_runs_on_two_texts_have_a_front_each_in_a_table_and_no_common_picture(
+def test_runs_on_two_texts_have_separate_fronts_in_a_table_and_no_common_figure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for i, (corpus, val_bpb, flops) in enumerate(
@@ -331,7 +331,7 @@ def test_runs_on_two_texts_have_a_front_each_in_a_table_and_no_common_picture(
     assert "all: corpus b" in run(capsys, monkeypatch, "table", str(tmp_path))[1].splitlines()
 
 
-def test_a_picture_without_a_point_is_refused(
+def test_a_figure_without_a_point_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_run(tmp_path / "one", "a", 2.0, 1e12, status="pruned", test_bpb=2.0)

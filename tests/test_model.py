@@ -25,7 +25,7 @@ def built(pattern: str = "M*-E", *, tied: bool = False) -> LanguageModel:
 
 
 @given(pattern=st.text(LETTERS, min_size=1, max_size=12), tied=st.booleans(), seq=st.integers(1, 9))
-def test_the_ledger_counts_what_is_built(pattern: str, tied: bool, seq: int) -> None:
+def test_the_ledger_equals_the_counts_of_the_built_model(pattern: str, tied: bool, seq: int) -> None:
     config = ModelConfig(d_model=16, vocab_size=50, pattern=pattern, blocks=EXAMPLES, tie_embeddings=tied)
     with torch.device("meta"):
         model = config.build()
@@ -35,7 +35,7 @@ def test_the_ledger_counts_what_is_built(pattern: str, tied: bool, seq: int) -> 
     assert list(model.moe_layers()) == [i for i, letter in enumerate(pattern) if letter == "E"]
 
 
-def test_a_model_is_its_layers_added_to_the_stream_one_after_another() -> None:
+def test_a_model_adds_its_layers_to_the_residual_stream_in_order() -> None:
     model = built("ME*-")
     tokens = torch.randint(0, 50, (2, 21))
     x = model.embedding.weight[tokens]
@@ -87,7 +87,7 @@ def test_tied_embeddings_are_one_matrix_and_one_parameter() -> None:
     assert "head.weight" not in dict(model.named_parameters())
 
 
-def test_weights_start_at_the_published_deviation_and_smaller_where_they_write_to_the_stream() -> None:
+def test_weights_start_at_the_published_deviation_and_smaller_for_outputs_of_layers() -> None:
     torch.manual_seed(0)
     config = ModelConfig(d_model=256, vocab_size=500, pattern="M*-E" * 4, blocks=EXAMPLES)
     model = config.build()
@@ -100,7 +100,7 @@ def test_weights_start_at_the_published_deviation_and_smaller_where_they_write_t
             assert float(weight.detach().std()) == pytest.approx(wanted, rel=0.1), name
 
 
-def test_the_embedding_starts_at_a_deviation_of_its_own_and_nothing_else_does() -> None:
+def test_only_the_embedding_has_its_own_initial_deviation() -> None:
     config = ModelConfig(d_model=64, vocab_size=500, pattern="M*-", blocks=EXAMPLES)
     torch.manual_seed(0)
     one = dict(config.build().named_parameters())

@@ -56,7 +56,7 @@ def random_text(seed: int, n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_log_probabilities_are_those_of_the_textbook(order: int) -> None:
+def test_log_probabilities_equal_the_textbook_formula(order: int) -> None:
     text, other = random_text(0, 300), random_text(1, 60) + np.arange(60) % 3
     probability = textbook([text.tolist()], order)
     contexts = [tuple(other[max(0, i - order + 1) : i].tolist()) for i in range(1, len(other))]
@@ -64,7 +64,7 @@ def test_log_probabilities_are_those_of_the_textbook(order: int) -> None:
     np.testing.assert_allclose(NgramModel(text, VOCAB, order).log_probs(other), expected, rtol=1e-12)
 
 
-def test_no_ngram_crosses_the_begin_of_a_stretch() -> None:
+def test_no_ngram_crosses_the_start_of_a_segment() -> None:
     text, begins = random_text(0, 300), np.zeros(300, bool)
     begins[[0, 120, 121, 250]] = True
     stretches = [part.tolist() for part in np.split(text, [120, 121, 250])]
@@ -153,7 +153,7 @@ def test_commands_show_the_floor_and_keep_it_in_the_record(corpus: Path, tmp_pat
     assert [each.evals["ngram"]["order"] for each in find_runs(tmp_path)] == [3]
 
 
-def test_a_frontier_draws_the_floor_that_the_runs_tell() -> None:
+def test_a_frontier_draws_the_recorded_floor_of_its_runs() -> None:
     runs = pd.DataFrame(
         {
             "run": ["a", "b", "c"],

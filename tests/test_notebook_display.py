@@ -82,7 +82,7 @@ def test_reprs_are_one_short_line_that_names_the_counts(tmp_path: Path, plan: Pl
     assert all(len(repr(preset(name))) < 140 for name in PRESETS)
 
 
-def test_a_config_shows_what_is_not_as_it_always_is_and_comes_back_from_it() -> None:
+def test_the_repr_of_a_config_shows_non_defaults_and_can_be_evaluated() -> None:
     train = TrainConfig(tokens=1000, lr=1e-3)
     assert repr(train) == str(train) == "TrainConfig(tokens=1000, lr=0.001)"
     assert eval(repr(train)) == train
@@ -90,7 +90,7 @@ def test_a_config_shows_what_is_not_as_it_always_is_and_comes_back_from_it() -> 
     assert eval(repr(block), {type(block).__name__: type(block)}) == block
 
 
-def test_html_is_whole_and_says_the_counts(tmp_path: Path, plan: Plan) -> None:
+def test_html_is_well_formed_and_has_the_counts(tmp_path: Path, plan: Plan) -> None:
     cost = MODEL.cost(4096)
     shown = Balanced(MODEL._repr_html_()).text
     assert f"{formatting.count(cost.params_total)} parameters" in shown
@@ -119,7 +119,7 @@ def test_a_run_shows_its_curve_and_its_numbers(tmp_path: Path) -> None:
         assert "broken" in Balanced(RunFolder(folder)._repr_html_()).text
 
 
-def test_a_curve_falls_from_left_to_right_and_leaves_out_what_is_not_finite() -> None:
+def test_a_curve_falls_from_left_to_right_and_omits_infinite_values() -> None:
     points = [(float(i), 9.0 - i) for i in range(10)]
     html = curve([*points, (10.0, float("nan"))], "steps", "loss", ("0", "9"))
     drawn = [tuple(map(float, pair.split(","))) for pair in re.findall(r'points="([^"]*)"', html)[0].split()]
@@ -128,14 +128,14 @@ def test_a_curve_falls_from_left_to_right_and_leaves_out_what_is_not_finite() ->
     assert curve(points[:1], "steps", "loss", ("", "")) == ""
 
 
-def test_what_strangers_wrote_is_text() -> None:
+def test_untrusted_text_is_escaped() -> None:
     nasty = "<img src=x onerror=alert(1)>"
     pieces = table(("a",), [(nasty,)]), strip(nasty, {}), progress(0.5, nasty), table((nasty,), [("x",)])
     assert not any("<img" in piece for piece in pieces)
     assert "<span" in table(("a",), [(Html(chip("M", paint((1.0, 0.0, 0.0)))),)])
 
 
-def test_ink_is_readable_on_every_colour() -> None:
+def test_text_is_readable_on_every_colour() -> None:
     assert paint((1.0, 1.0, 1.0)) == ("#ffffff", "#111")
     assert paint((0.0, 0.0, 0.0)) == ("#000000", "#fff")
 
@@ -161,7 +161,7 @@ def test_output_of_a_notebook_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
     assert shown == ["two"]
 
 
-def test_a_progress_bar_is_as_long_as_its_share() -> None:
+def test_a_progress_bar_has_the_length_of_its_share() -> None:
     assert "width:25.0%" in progress(0.25, "1 of 4")
     assert "width:100.0%" in progress(7)
     assert Balanced(progress(0.25, "1 of 4")).text.strip() == "1 of 4"

@@ -11,7 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_asks_and_answers_in_its_first_cell(path: Path) -> None:
+def test_the_first_cell_of_a_notebook_has_question_and_answer(path: Path) -> None:
     first = json.loads(path.read_text())["cells"][0]
     text = "".join(first["source"])
     assert first["cell_type"] == "markdown"

@@ -61,7 +61,7 @@ def test_a_run_minimises_the_weighted_sum_of_the_terms_and_logs_each_by_itself(
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
-def test_a_run_begins_with_the_model_of_its_start(
+def test_a_run_starts_from_the_model_of_its_start(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = train(tiny(corpus, "*-"), tmp_path / "parent")

@@ -41,7 +41,7 @@ def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
 @pytest.mark.parametrize("path", ["transposed", "vectors"])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 5), (33, 1), (0, 4)])
-def test_few_rows_are_multiplied_as_the_transpose_to_the_same_values(
+def test_few_rows_multiplied_as_the_transpose_give_the_same_values(
     shape: tuple[int, int], with_bias: bool, path: str
 ) -> None:
     x, weight, bias = (each.detach().float() for each in leaves((*shape, 6), (5, 6), (5,)))
@@ -56,7 +56,7 @@ def test_few_rows_are_multiplied_as_the_transpose_to_the_same_values(
 @pytest.mark.parametrize("seq", [1, 63, 64, 65, 200])
 @pytest.mark.parametrize("n_groups", [1, 2, 8])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_chunks_compute_the_recurrence_and_all_its_gradients(seq: int, n_groups: int, with_state: bool) -> None:
+def test_the_chunked_form_equals_the_recurrence_with_all_gradients(seq: int, n_groups: int, with_state: bool) -> None:
     b, h, p, n = 2, 8, 4, 3
     X, dt, A, B, C, D, H = leaves(
         (b, seq, h, p), (b, seq, h), (h,), (b, seq, n_groups, n), (b, seq, n_groups, n), (h,), (b, h, p, n)
@@ -73,7 +73,7 @@ def test_chunks_compute_the_recurrence_and_all_its_gradients(seq: int, n_groups:
         torch.testing.assert_close(fast, truth, rtol=1e-9, atol=1e-9)
 
 
-def test_a_sequence_in_two_pieces_gives_what_it_gives_whole() -> None:
+def test_a_sequence_in_two_pieces_gives_the_same_as_in_one_piece() -> None:
     b, seq, h, p, g, n = 2, 50, 4, 3, 2, 5
     X, dt, A, B, C, D = leaves((b, seq, h, p), (b, seq, h), (h,), (b, seq, g, n), (b, seq, g, n), (h,))
     dt, A = F.softplus(dt), -A.exp()
@@ -138,7 +138,7 @@ def test_the_gated_norm_gates_first_and_normalises_each_group_alone() -> None:
 @pytest.mark.parametrize(
     ("seq", "before"), [(1, 0), (31, 0), (32, 0), (33, 0), (64, 0), (65, 0), (200, 0), (1, 63), (5, 60), (40, 30)]
 )
-def test_attention_is_what_is_written_out(window: int | None, n_kv_heads: int, seq: int, before: int) -> None:
+def test_every_path_of_attention_equals_the_definition(window: int | None, n_kv_heads: int, seq: int, before: int) -> None:
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
@@ -166,7 +166,7 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("seq", [70, 1])
-def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_heads: int, seq: int) -> None:
+def test_every_path_of_attention_with_sinks_equals_the_definition(window: int | None, n_kv_heads: int, seq: int) -> None:
     q, k, v, sinks = leaves((2, 4, seq, 6), (2, n_kv_heads, 75, 6), (2, n_kv_heads, 75, 5), (4,))
     results = []
     for path in ("written_out", "blocked", "sums"):
@@ -178,7 +178,7 @@ def test_attention_with_sinks_is_what_is_written_out(window: int | None, n_kv_he
             torch.testing.assert_close(found, truth)
 
 
-def test_a_sink_takes_its_part_of_the_softmax_and_gives_nothing() -> None:
+def test_a_sink_takes_softmax_weight_and_adds_no_value() -> None:
     q, k, v, sinks = leaves((1, 2, 5, 4), (1, 1, 5, 4), (1, 1, 5, 4), (2,))
     for path in PATHS["attention"]:
         with forced_paths(attention=path.name):
@@ -196,7 +196,7 @@ def test_the_clamped_swiglu_is_its_formula() -> None:
     torch.testing.assert_close(activate(up, gate, "swiglu_clamped"), torch.tensor(truth))
 
 
-def test_a_rotation_that_starts_later_is_the_end_of_a_longer_one() -> None:
+def test_a_rotation_with_a_later_start_equals_the_end_of_a_longer_one() -> None:
     (x,) = leaves((1, 2, 9, 6))
     torch.testing.assert_close(rotate(x[:, :, 4:], 100.0, 4), rotate(x, 100.0)[:, :, 4:])
 
@@ -235,7 +235,7 @@ def test_routed_experts_are_a_weighted_sum_over_all_experts(activation: str) -> 
 
 
 @pytest.mark.parametrize(("n_tokens", "padded"), [(1, False), (2, True), (40, True), (41, False)])
-def test_the_few_tokens_of_decoding_are_padded_and_nothing_else_is_in_fp32(
+def test_in_fp32_only_the_few_tokens_of_decoding_are_padded(
     monkeypatch: pytest.MonkeyPatch, n_tokens: int, padded: bool
 ) -> None:
     x, up, down, weights = (leaf.float() for leaf in leaves((n_tokens, 4), (5, 4, 6), (5, 6, 4), (n_tokens, 2)))
@@ -275,7 +275,7 @@ def test_padded_experts_have_few_sizes_for_many_loads(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("n_groups", [1, 3])
-def test_the_gated_norms_gradients_are_those_of_autograd(n_groups: int) -> None:
+def test_gradients_of_the_gated_norm_equal_autograd(n_groups: int) -> None:
     inputs = tuple(leaf.detach().float().requires_grad_() for leaf in leaves((2, 5, 12), (2, 5, 12), (12,)))
     dy = torch.randn(2, 5, 12)
 
@@ -291,7 +291,7 @@ def test_the_gated_norms_gradients_are_those_of_autograd(n_groups: int) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 12), (7, 33)])
-def test_a_norms_gradients_are_those_of_autograd(shape: tuple[int, ...], offset: float) -> None:
+def test_gradients_of_the_norm_equal_autograd(shape: tuple[int, ...], offset: float) -> None:
     x, weight, dy = leaves(shape, shape[-1:], shape)
     inputs = (x.detach() + offset).requires_grad_(), weight
 
@@ -307,7 +307,7 @@ def test_a_norms_gradients_are_those_of_autograd(shape: tuple[int, ...], offset:
 
 
 @pytest.mark.parametrize(("path", "by_hand"), [("by_hand", True), ("compiled", True), ("eager", False)])
-def test_only_the_gated_norm_is_compiled_and_the_plain_one_goes_back_by_hand_beside_it(
+def test_only_the_gated_norm_is_compiled_and_the_plain_one_keeps_its_hand_written_gradient(
     path: str, by_hand: bool
 ) -> None:
     x, weight = leaves((2, 5, 12), (12,))
@@ -316,7 +316,7 @@ def test_only_the_gated_norm_is_compiled_and_the_plain_one_goes_back_by_hand_bes
     assert ("_RMSNorm" in type(y.grad_fn).__name__) == by_hand
 
 
-def test_a_norm_reads_what_is_not_laid_out_in_order_and_answers_in_its_dtype() -> None:
+def test_a_norm_accepts_any_layout_and_keeps_the_dtype() -> None:
     x, weight = leaves((2, 3, 5, 8), (8,))
     turned = x.detach().transpose(1, 2).requires_grad_()
     y = rms_norm(turned, weight, 0.1)
@@ -390,7 +390,7 @@ HALF: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], tuple[
 
 
 @pytest.mark.parametrize("name", HALF)
-def test_gradients_in_mixed_precision_are_those_in_double_but_for_rounding(name: str) -> None:
+def test_gradients_in_mixed_precision_equal_those_in_double_up_to_rounding(name: str) -> None:
     op, shapes, half = HALF[name]
     exact = leaves(*shapes)
     mixed = [x.detach().to(torch.bfloat16 if i in half else torch.float32) for i, x in enumerate(exact)]
@@ -404,7 +404,7 @@ def test_gradients_in_mixed_precision_are_those_in_double_but_for_rounding(name:
         assert float((ours.double() - double).norm() / double.norm()) < 0.02
 
 
-def test_a_target_that_is_no_token_is_refused_and_what_is_left_out_may_be_anything() -> None:
+def test_an_invalid_target_is_refused_and_ignored_rows_may_hold_anything() -> None:
     hidden, weight = leaves((4, 4), (5, 4))
     with pytest.raises((IndexError, RuntimeError)):
         linear_cross_entropy(hidden, weight, torch.tensor([0, 1, -1, 2]))
@@ -427,7 +427,7 @@ def test_loss_without_logits_is_the_cross_entropy_and_its_gradients(monkeypatch:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_tokens_that_are_left_out_get_no_logits_where_all_do_not_fit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ignored_tokens_get_no_logits_if_there_are_several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     class Counted(HeadGradients):
@@ -446,14 +446,14 @@ def test_tokens_that_are_left_out_get_no_logits_where_all_do_not_fit_at_once(mon
         assert made == slices
 
 
-def test_targets_that_are_all_left_out_cost_nothing() -> None:
+def test_ignored_targets_alone_give_zero_loss() -> None:
     hidden, weight = leaves((3, 4), (5, 4))
     loss = linear_cross_entropy(hidden, weight, torch.full((3,), -100))
     assert float(loss.detach()) == 0
     assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, (hidden, weight)))
 
 
-def test_the_triton_kernels_give_what_the_defaults_give() -> None:
+def test_triton_kernels_give_the_same_as_the_defaults() -> None:
     X, B, C = (x.float() for x in leaves((1, 9, 2, 3), (1, 9, 1, 4), (1, 9, 1, 4)))
     dt, A, D = torch.rand(1, 9, 2), -torch.rand(2), torch.rand(2)
     x, up, down, weights, hidden, head = (

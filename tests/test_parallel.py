@@ -118,7 +118,7 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_the_model_that_one_does(folder: Path, alone: RunFolder, strategy: str) -> None:
+def test_two_processes_train_the_same_model_as_one(folder: Path, alone: RunFolder, strategy: str) -> None:
     both, said = run(folder, strategy, devices=2, strategy=strategy)
     assert said.count("finished") == 2
     assert_same_run(both, alone)
@@ -132,7 +132,7 @@ def test_two_processes_train_the_model_that_one_does(folder: Path, alone: RunFol
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_quantise_what_one_does(folder: Path, tmp_path: Path, strategy: str) -> None:
+def test_two_processes_quantise_like_one(folder: Path, tmp_path: Path, strategy: str) -> None:
     """In the first step. After it, AdamW makes whole steps of gradients that are zero in one sum and not in another."""
     (tmp_path / "experiment.json").write_text(experiment(folder, precision="nvfp4").model_dump_json())
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -155,7 +155,7 @@ def test_two_processes_quantise_what_one_does(folder: Path, tmp_path: Path, stra
     ("first", "then", "recompute"),
     [("fsdp", "fsdp", True), ("fsdp", "auto", False), ("auto", "fsdp", False), ("ddp", "ddp", True)],
 )
-def test_a_stopped_run_goes_on_under_any_strategy(
+def test_a_stopped_run_resumes_under_any_strategy(
     folder: Path, alone: RunFolder, first: str, then: str, recompute: bool
 ) -> None:
     name = f"{first}-{then}"
@@ -175,7 +175,7 @@ def test_a_loss_that_breaks_in_one_process_stops_both(folder: Path, strategy: st
 
 
 @pytest.mark.slow
-def test_the_command_trains_with_two_processes_and_speaks_once(folder: Path) -> None:
+def test_the_command_trains_with_two_processes_and_prints_once(folder: Path) -> None:
     command = [sys.executable, str(Path(sys.executable).with_name("explore")), "train"]
     arguments = [str(folder / "experiment.json"), "--runs", str(folder / "cli"), "--devices", "2", "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -207,7 +207,7 @@ def unchecked() -> Iterator[None]:
         ({"keep_every": 0}, {}, r"keep_every: must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_and_nothing_written(
+def test_an_invalid_parallel_run_is_refused_and_writes_nothing(
     folder: Path, tmp_path: Path, unchecked: None, options: Any, train: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -215,7 +215,7 @@ def test_what_cannot_be_trained_is_refused_and_nothing_written(
     assert not (tmp_path / "runs").exists()
 
 
-def test_recomputation_is_another_way_to_the_same_run(
+def test_recomputation_gives_the_same_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
@@ -235,5 +235,5 @@ def test_recomputation_is_another_way_to_the_same_run(
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-6)
 
 
-def test_the_key_does_not_tell_how_a_run_was_made() -> None:
+def test_the_key_does_not_depend_on_how_a_run_is_executed() -> None:
     assert not {"devices", "strategy", "recompute", "keep_every"} & TrainConfig.model_fields.keys()

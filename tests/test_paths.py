@@ -12,7 +12,7 @@ from explore.ops import PATHS, OpPath, forced_paths, path_of, paths_in_use, path
 from explore.ops.paths import declare
 
 
-def test_a_path_is_forced_inside_its_block_alone() -> None:
+def test_a_path_is_forced_only_inside_its_block() -> None:
     usual = paths_in_use()
     with forced_paths(ssd="recurrent"), forced_paths(conv="conv1d"):
         assert paths_in_use() == usual | {"ssd": "recurrent", "conv": "conv1d"}

@@ -30,7 +30,7 @@ def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: s
         check_pattern(pattern, EXAMPLES)
 
 
-def test_what_follows_a_slash_is_a_depth_of_multi_token_prediction_and_all_are_alike() -> None:
+def test_each_slash_adds_an_equal_depth_of_multi_token_prediction() -> None:
     assert split_mtp("ME") == ("ME", [])
     assert split_mtp("M|E/*E/* E") == ("M|E", ["*E", "* E"])
     with pytest.raises(ValueError, match=r"pattern: all depths after '/' must be alike, got '\*E' and 'M'"):
@@ -95,7 +95,7 @@ def test_every_family_is_listed(pattern: str) -> None:
     assert family(pattern, EXAMPLES | {"S": standard}) in families()
 
 
-def test_families_of_the_blocks_so_far_are_these_and_no_others() -> None:
+def test_the_families_of_the_known_blocks_are_complete() -> None:
     assert set(families()) >= {
         "Mamba hybrid", "Mamba + MLP", "attention + MLP", "MLP", "hybrid MoE", "Mamba MoE", "attention MoE", "MoE",
         "hybrid LatentMoE", "Mamba LatentMoE", "attention LatentMoE", "LatentMoE",
@@ -103,6 +103,6 @@ def test_families_of_the_blocks_so_far_are_these_and_no_others() -> None:
     assert len(set(families())) == len(families())
 
 
-def test_the_readme_says_what_every_letter_stands_for() -> None:
+def test_the_readme_explains_every_letter() -> None:
     readme = " ".join(README.read_text(encoding="utf-8").split())
     assert [kind.letter for kind in BLOCKS if f"`{kind.letter}` " not in readme] == []

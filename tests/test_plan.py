@@ -50,7 +50,7 @@ def of(held: list[Held], section: str) -> list[Held]:
     return [row for row in held if row.section == section]
 
 
-def test_published_memory_is_met_within_one_and_a_half_percent(held: list[Held]) -> None:
+def test_published_memory_is_reproduced_within_one_and_a_half_percent(held: list[Held]) -> None:
     rows = {row.name: row for row in of(held, "memory")}
     for name in ("weights and gradients", "main weights and optimizer", "activations", "total"):
         assert abs(rows[name].difference) < 0.006
@@ -63,7 +63,7 @@ def test_published_memory_is_met_within_one_and_a_half_percent(held: list[Held])
             assert abs(row.difference) < 0.015, name
 
 
-def test_the_bytes_of_a_token_and_layer_are_those_of_the_closed_form() -> None:
+def test_bytes_per_token_and_layer_equal_the_closed_form() -> None:
     model, seq_len = preset("deepseek-v3"), 4096
     kept = {letter: model.blocks[letter].saved(model.d_model, seq_len) for letter in "LE"}
     settings = {"fused_attention", "no_dropout"}
@@ -71,7 +71,7 @@ def test_the_bytes_of_a_token_and_layer_are_those_of_the_closed_form() -> None:
     assert bytes_of_token == 572_032
 
 
-def test_measured_memory_of_hybrids_is_met(held: list[Held]) -> None:
+def test_measured_memory_of_hybrids_is_reproduced(held: list[Held]) -> None:
     rows = of(held, "golden")
     assert len(rows) == 10
     assert max(abs(row.difference) for row in rows if row.name.endswith("steady")) < 0.03
@@ -82,7 +82,7 @@ def test_measured_memory_of_hybrids_is_met(held: list[Held]) -> None:
     assert np.mean(constants) == pytest.approx(WORKSPACE_BYTES / GIB, abs=0.005)
 
 
-def test_published_flops_are_met_as_their_release_counted_and_rounded_them(held: list[Held]) -> None:
+def test_published_flops_are_reproduced_with_their_counting_and_rounding(held: list[Held]) -> None:
     rows = of(held, "flops")
     assert all(row.ok for row in rows)
     # One row needs the rounding: 1,664 tokens/s are 13 sequences a second of 64 GPUs.
@@ -112,7 +112,7 @@ def test_a_device_that_reads_transposed_fp8_keeps_one_copy_of_the_weights() -> N
     assert weights("mxfp8", True) == weights("mxfp8", False)
 
 
-def test_all_to_all_times_are_met_with_one_efficiency_a_link(held: list[Held]) -> None:
+def test_all_to_all_times_are_reproduced_with_one_efficiency_per_link(held: list[Held]) -> None:
     rows = [row for row in of(held, "all-to-all") if row.ok is not None]
     assert len(rows) == 16
     assert max(abs(row.difference) for row in rows) < 0.15
@@ -121,7 +121,7 @@ def test_all_to_all_times_are_met_with_one_efficiency_a_link(held: list[Held]) -
     assert max(abs(row.difference) for row in naive) < 0.25
 
 
-def test_published_layouts_are_legal_and_fit_but_for_one(held: list[Held]) -> None:
+def test_all_published_layouts_but_one_are_legal_and_fit(held: list[Held]) -> None:
     *ran, refused = of(held, "layouts")
     missed = {row.name: row for row in ran if not row.ok}
     # Its source names no recomputation or offload, and no recipe with its micro-batch is published.
@@ -140,7 +140,7 @@ def test_no_printed_run_is_above_its_ceiling_and_the_estimate_is_below_it() -> N
         assert ceiling > predicted_tokens_per_s(run)
 
 
-def test_efficiencies_are_fitted_to_half_of_the_runs_and_predict_the_other() -> None:
+def test_efficiencies_fitted_to_half_of_the_runs_predict_the_other_half() -> None:
     runs = printed_runs()
     fitted, passes = fit([run for run in runs if run.fitted])
     assert fitted == pytest.approx(dict(EFFICIENCY), abs=0.0051)
@@ -197,7 +197,7 @@ def schedule(pp: int, vpp: int, m: int, rank: int) -> int:
 
 
 @pytest.mark.parametrize(("pp", "vpp", "m"), [(4, 4, 32), (4, 1, 8), (8, 2, 16), (2, 3, 2), (1, 1, 5), (4, 1, 2)])
-def test_in_flight_are_as_many_as_the_schedule_begins(pp: int, vpp: int, m: int) -> None:
+def test_micro_batches_in_flight_follow_the_schedule(pp: int, vpp: int, m: int) -> None:
     counts = in_flight(pp, vpp, m)
     assert counts.min() >= 0
     for rank in range(pp):
@@ -205,7 +205,7 @@ def test_in_flight_are_as_many_as_the_schedule_begins(pp: int, vpp: int, m: int)
     assert counts[-1, :, -1].max() <= 1 + (pp - 1) * (vpp > 1)
 
 
-def test_tokens_are_sent_to_as_many_places_as_chance_says() -> None:
+def test_the_number_of_destinations_of_a_token_has_its_expected_value() -> None:
     rng = random.Random(0)
     for places, groups in ((8, None), (8, (8, 4)), (4, (8, 4)), (16, (8, 4))):
         found = 0
@@ -278,7 +278,7 @@ def test_memory_falls_as_ranks_divide_it() -> None:
 @pytest.mark.parametrize(
     ("zero", "weights", "grads", "optimizer"), [(0, 2, 4, 12), (1, 2, 4, 12 / 8), (2, 2, 0.5, 1.5)]
 )
-def test_zero_shares_what_it_says(zero: int, weights: float, grads: float, optimizer: float) -> None:
+def test_each_zero_stage_shards_its_states(zero: int, weights: float, grads: float, optimizer: float) -> None:
     run = Run.model_validate({"seq_len": 512, "global_batch": 64, "zero": zero})
     plan, params = Plan.of(SMALL, run, Layout(), ON_8), SMALL.cost(512).params_total
     found = [float(size[0, 0]) / params for size in plan.memory[:3]]
@@ -308,7 +308,7 @@ def test_offload_recompute_and_moments_save_memory_and_cost_time() -> None:
     assert plan(precision="mxfp8").step_s < base.step_s
 
 
-def test_a_search_finds_what_trying_each_layout_finds() -> None:
+def test_a_search_equals_trying_each_layout() -> None:
     run, on = Run(seq_len=512, global_batch=64, reserve=0.0), Cluster.named("H100x8")
     found = search(SMALL, on, run, {"vpp": 1, "etp": 1}, n=10_000)
     assert found.n_legal == found.n_fitting == len(found.plans)
@@ -329,7 +329,7 @@ def test_a_search_finds_what_trying_each_layout_finds() -> None:
     assert max(plan.tokens_per_s_gpu for plan in found.plans) == pytest.approx(max(best))
 
 
-def test_a_search_says_what_stops_the_other_layouts() -> None:
+def test_a_search_names_the_limits_of_the_other_layouts() -> None:
     model, on = preset("deepseek-v3"), Cluster.named("H100x64")
     found = search(model, on, Run(), {"etp": 1, "pp": 8})
     assert all(plan.fits for plan in found.plans)
@@ -344,7 +344,7 @@ def test_a_search_says_what_stops_the_other_layouts() -> None:
 
 
 @pytest.mark.slow
-def test_objectives_change_what_is_best() -> None:
+def test_the_best_layout_depends_on_the_objective() -> None:
     model, on, run = preset("nemotron-3-nano"), Cluster.named("H100x64"), Run(seq_len=8192, global_batch=512)
     fast, small = (search(model, on, run, objective=objective).plans[0] for objective in ("tokens_per_s", "memory"))
     few = search(model, on, run, objective="gpus").plans[0]
@@ -370,7 +370,7 @@ def test_the_cheapest_relief_makes_a_plan_fit() -> None:
 
 
 @pytest.mark.parametrize("what", ["batch", "context", pytest.param("model", marks=pytest.mark.slow)])
-def test_the_largest_of_something_fits_and_more_does_not(what: str) -> None:
+def test_the_largest_size_fits_and_the_next_does_not(what: str) -> None:
     fixed = dict.fromkeys(DEGREES, 1)
     run = Run(seq_len=2048, global_batch=2**20)
     model = preset("llama-3.1-8b")
@@ -415,7 +415,7 @@ def test_a_plan_is_plain_json_and_its_parts_add_up() -> None:
         ({"vpp": 2}, "vpp must be 1 where pp is 1"),
     ],
 )
-def test_a_layout_that_does_not_divide_says_what_would(degrees: dict[str, int], says: str) -> None:
+def test_a_layout_that_does_not_divide_is_refused_with_a_suggestion(degrees: dict[str, int], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Plan.of(SMALL, Run(seq_len=512, global_batch=64), Layout.model_validate(degrees), ON_8)
 

@@ -94,7 +94,7 @@ def test_a_layout_string_of_megatron_is_costed_and_printed_again(explore: Any) -
     assert (plan["layout"]["vpp"], plan["layout"]["pipeline"]) == (4, layout)
 
 
-def test_without_a_layout_the_best_one_comes_with_alternatives_and_walls(explore: Any) -> None:
+def test_without_a_layout_the_best_is_printed_with_alternatives_and_limits(explore: Any) -> None:
     code, out, _ = explore(*SMALL, "--json", "--tokens", "2B", "--top", "3")
     plan = json.loads(out)
     assert code == 0
@@ -137,7 +137,7 @@ def test_models_side_by_side(explore: Any) -> None:
     assert speeds.split()[-2:] == [f"{plan['tokens_per_s_gpu']:,.0f}" for plan in plans]
 
 
-def test_a_run_that_does_not_fit_says_what_would_help(explore: Any) -> None:
+def test_a_run_that_does_not_fit_gets_suggestions(explore: Any) -> None:
     code, out, _ = explore(*(word if word != "GB200x256" else "H100x256" for word in CONTRACT))
     assert code == 0
     assert "does not fit, " in out
@@ -145,7 +145,7 @@ def test_a_run_that_does_not_fit_says_what_would_help(explore: Any) -> None:
     assert "makes it fit" in out or "fits with" in out
 
 
-def test_numbers_in_print_with_their_differences(explore: Any) -> None:
+def test_published_numbers_are_shown_with_their_differences(explore: Any) -> None:
     code, out, _ = explore("plan", "--published", "--json")
     rows = json.loads(out)
     assert code == 0
@@ -244,7 +244,7 @@ def test_arguments_of_megatron_are_written_and_read_again(explore: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["batch", "context", "model"])
-def test_the_largest_of_something_as_json(explore: Any, what: str) -> None:
+def test_the_largest_size_as_json(explore: Any, what: str) -> None:
     code, out, _ = explore(*SMALL, "--largest", what, "--json")
     plan = json.loads(out)
     assert code == 0
@@ -252,7 +252,7 @@ def test_the_largest_of_something_as_json(explore: Any, what: str) -> None:
     assert plan["largest"]
 
 
-def test_a_gpu_of_ones_own(explore: Any, tmp_path: Path) -> None:
+def test_a_custom_gpu(explore: Any, tmp_path: Path) -> None:
     device = tmp_path / "mine.json"
     table = json.loads((Path(__file__).parents[1] / "explore" / "roofline" / "gpus.json").read_text())
     device.write_text(json.dumps({**table["H100"], "name": "mine"}))
@@ -289,7 +289,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(explore: Any, args: list[str], sa
     assert says in err
 
 
-def test_a_model_that_fits_nowhere_says_by_how_much_and_what_would_help(explore: Any) -> None:
+def test_a_model_that_fits_nowhere_gets_the_missing_memory_and_suggestions(explore: Any) -> None:
     code, out, err = explore("plan", "deepseek-v3", "--cluster", "A100x8", "--global-batch", "64")
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
@@ -325,7 +325,7 @@ def test_figures_draw_the_table_exactly(tmp_path: Path) -> None:
         assert picture.size == (1950, 1680)
 
 
-def test_figures_of_nothing() -> None:
+def test_figures_survive_an_empty_table() -> None:
     for draw in (draw_plan_memory, draw_layouts):
         ax = Figure().add_subplot()
         empty: pd.DataFrame = plan_memory_table({}) if draw is draw_plan_memory else layouts_table({})

@@ -128,7 +128,7 @@ def test_an_expert_without_a_token_has_the_largest_magnitude_of_all() -> None:
 
 
 @pytest.mark.parametrize("format", ["fp8", "nvfp4"])
-def test_a_component_reads_and_holds_what_its_format_can(format: Any) -> None:
+def test_a_component_reads_and_stores_values_of_its_format(format: Any) -> None:
     model = built("-")
     up = model.layers[0].mixer.up
     calibration, seen = text(4), []
@@ -146,7 +146,7 @@ def test_a_component_reads_and_holds_what_its_format_can(format: Any) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["ME*-", "GLW/E*"])
-def test_a_recipe_gives_what_the_door_of_training_gives(pattern: str) -> None:
+def test_a_recipe_after_training_equals_the_quantiser_of_training(pattern: str) -> None:
     recipe = Recipe(
         format="fp32", rules=(Rule(format="mxfp8", components=("in_proj", "experts", "q_proj", "head"), optional=True),)
     )
@@ -183,7 +183,7 @@ def test_the_rest_of_the_weights_is_rounded_to_the_high_format() -> None:
     assert model.state_rounding.state == "fp16"
 
 
-def test_components_go_back_to_what_was_trained() -> None:
+def test_components_can_be_restored_to_the_trained_weights() -> None:
     model = built("ME*-/*")
     before, state = logits(model), copy.deepcopy(model.state_dict())
     trained = QuantizedModel(model, "mse", amax=calibrate(model, text()))
@@ -201,7 +201,7 @@ def test_components_go_back_to_what_was_trained() -> None:
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
 
 
-def test_weights_are_rounded_stochastically_where_a_recipe_says_so() -> None:
+def test_weights_are_rounded_stochastically_if_the_recipe_says_so() -> None:
     recipe = Recipe(format="fp8", stochastic=("w",))
     one, again, other = (built("-") for _ in range(3))
     for model, seed in ((one, 0), (again, 0), (other, 1)):
@@ -218,7 +218,7 @@ def test_weights_are_rounded_stochastically_where_a_recipe_says_so() -> None:
         ({"format": "nvfp4", "stochastic": ["x"]}, "precision.stochastic must be w for a trained model, got 'x'"),
     ],
 )
-def test_what_only_training_can_do_is_refused(recipe: dict[str, Any], says: str) -> None:
+def test_options_for_training_only_are_refused(recipe: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         QuantizedModel(built("-")).apply(Recipe.model_validate(recipe))
 

@@ -169,7 +169,7 @@ def test_switches_say_how_many_products_are_quantised(switches: dict[str, bool],
     assert under.flops_quantized(under) == expected
 
 
-def test_published_recipes_after_training_keep_what_print_says() -> None:
+def test_published_recipes_after_training_have_the_published_formats() -> None:
     nano, larger = (preset(f"nemotron-3-{size}").ledger(4096) for size in ("nano", "super"))
     pattern = nano.pattern
     kept = {
@@ -256,7 +256,7 @@ def test_bad_recipes_are_refused_by_the_path_of_the_field(fields: dict[str, Any]
         ),
     ],
 )
-def test_rules_that_no_model_can_follow_are_refused(rules: dict[str, Any], message: str) -> None:
+def test_rules_that_no_model_can_satisfy_are_refused(rules: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         in_formats(ledger(), recipe(format="nvfp4", rules=[{"format": "fp8", **rules}]))
 
@@ -319,7 +319,7 @@ def test_roofline_takes_bytes_and_peaks_from_the_recipe() -> None:
     assert DTYPES.under(named("fp8-ptq")) == Dtypes(kv="fp8", state="fp16")
 
 
-def test_cost_tells_the_format_of_every_line(
+def test_cost_shows_the_format_of_every_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "cost", "nemotron-3-ultra", "--precision", "ultra-ptq", "--json")

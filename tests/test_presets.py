@@ -165,7 +165,7 @@ BUILDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", BUILDS)
-def test_an_independent_build_has_as_many_parameters_to_the_last_one(name: str) -> None:
+def test_an_independent_build_has_exactly_the_same_parameters(name: str) -> None:
     config: PreTrainedConfig = BUILDS[name](name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -173,14 +173,14 @@ def test_an_independent_build_has_as_many_parameters_to_the_last_one(name: str) 
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if PRESETS[name].published])
-def test_counts_in_print_come_out_to_the_digits_that_were_printed(name: str) -> None:
+def test_published_counts_are_reproduced_to_the_printed_digits(name: str) -> None:
     rows = [row for row in published_table() if row["preset"] == name]
     assert [row for row in rows if not row["agrees"]] == []
     assert len(rows) == len(PRESETS[name].published)
     assert all(row["source"] for row in rows)
 
 
-def test_the_table_in_print_finds_a_wrong_count() -> None:
+def test_the_published_table_detects_a_wrong_count() -> None:
     number = PRESETS["nemotron-nano-2-9b"].published[0]
     assert number.printed == "8.89"
     assert [number.agrees(params) for params in (8_884_999_999, 8_885_000_001, 8_894_999_999, 8_895_000_001)] == [
@@ -205,7 +205,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_patterns_have_the_layers_that_were_printed_and_keep_the_rules_seen_in_all(name: str) -> None:
+def test_patterns_have_the_published_layers_and_common_rules(name: str) -> None:
     pattern = preset(name).pattern
     counts = Counter(pattern)
     assert (counts["M"], counts["-"] + counts["E"], counts["*"]) == LAYERS[name]
@@ -223,7 +223,7 @@ def test_every_preset_is_a_model_and_reads_back_from_its_json() -> None:
 
 
 @pytest.mark.parametrize("size", ["16b", "95b", "hybrid-73b"])
-def test_latent_variants_hold_what_their_rules_say(size: str) -> None:
+def test_latent_variants_follow_their_rules(size: str) -> None:
     base, acc, eff = (preset(f"latentmoe-{size}-{variant}") for variant in ("base", "acc", "eff"))
     moes = [model.blocks["E"] for model in (base, acc, eff)]
     assert all(isinstance(moe, MoEConfig) for moe in moes)
@@ -318,7 +318,7 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
         ({"mlp_hidden_act": "x" * 5000}, "mlp_hidden_act must be 'relu2', .* got 'xxx"),
     ],
 )
-def test_what_a_released_configuration_cannot_say_here_is_refused_by_name(
+def test_unsupported_features_of_a_released_configuration_are_refused_by_name(
     change: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"], "hidden_size": 256} | change
@@ -337,7 +337,7 @@ def test_layers_in_letters_may_come_as_a_list_and_beside_the_same_layers_by_name
         assert from_released(content | fields).pattern == "MEM*"
 
 
-def test_old_names_of_fields_mean_what_the_new_ones_do() -> None:
+def test_old_field_names_mean_the_same_as_new_ones() -> None:
     content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe", "attention"], "hidden_size": 256}
     new = {"head_dim": 32, "n_routed_experts": 16, "n_groups": 4, "conv_kernel": 3, "chunk_size": 64}
     old = {

@@ -70,7 +70,7 @@ def test_every_microsecond_of_a_step_has_one_kind_and_one_part() -> None:
     assert all(op.calls == 1 for op in ops)
 
 
-def test_the_shares_and_what_is_unexplained_add_up_to_the_step() -> None:
+def test_the_shares_and_the_unexplained_rest_sum_to_the_step() -> None:
     ops = [OpTime("a", "products", "MLP", 1, 0.05), OpTime("b", "dispatch", "MLP", 9, 0.04)]
     record = summary(ops, step_s=0.1, profiler_s=0.01)
     assert record["shares"] == pytest.approx(
@@ -80,7 +80,7 @@ def test_the_shares_and_what_is_unexplained_add_up_to_the_step() -> None:
     assert sum(record["shares"].values()) + record["unexplained_s"] == pytest.approx(record["step_s"])
 
 
-def test_ops_are_what_they_spend_their_time_on() -> None:
+def test_ops_are_classified_by_where_their_time_goes() -> None:
     kinds = {
         "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
         "passes": ("aten::mul", "aten::add_", "aten::sum", "aten::copy_", "aten::cat", "aten::_embedding_bag"),
@@ -100,7 +100,7 @@ def test_ops_are_what_they_spend_their_time_on() -> None:
 
 
 @pytest.mark.parametrize("family", ["hybrid LatentMoE", "attention + MLP"])
-def test_a_tiny_step_is_divided_into_all_that_it_does(family: str) -> None:
+def test_a_tiny_step_is_divided_into_all_its_parts(family: str) -> None:
     tokens = torch.randint(0, 1024, (4, 129), generator=torch.Generator().manual_seed(0))
     batches = repeat((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
     record = profiled(train_step(family, "tiny", "ours", "fp32"), batches, 0.1)

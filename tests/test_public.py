@@ -42,7 +42,7 @@ WRONG = {
 }
 
 
-def test_a_wrong_type_is_a_sentence() -> None:
+def test_a_wrong_type_gives_a_one_sentence_error() -> None:
     """In a process without the shape checks of the tests, which would refuse the types first."""
     program = "import explore\nmodel = explore.preset('nemotron-3-nano')\nfor call in " + repr(list(WRONG)) + ":\n"
     program += "    try: eval(call)\n    except TypeError as error: print(error)\n"
@@ -72,7 +72,7 @@ def test_a_run_is_opened_by_its_name_its_key_or_its_folder(place: Path) -> None:
     assert "<polyline" in run._repr_html_()
 
 
-def test_an_opened_run_measures_what_its_record_says_and_other_texts(place: Path) -> None:
+def test_an_opened_run_reproduces_its_recorded_score_and_scores_other_texts(place: Path) -> None:
     run = explore.load("first", place / "runs")
     scores = run.evaluate(str(place / "text"))
     recorded = {name: run.result[name] for name in ("val_loss", "val_bpb", "test_loss", "test_bpb")}
@@ -80,7 +80,7 @@ def test_an_opened_run_measures_what_its_record_says_and_other_texts(place: Path
     assert scores["text_bpb"] == pytest.approx(scores["test_bpb"])  # its own text by another name
 
 
-def test_an_opened_run_writes(place: Path) -> None:
+def test_an_opened_run_generates_text(place: Path) -> None:
     run = explore.load("first", place / "runs")
     text = run.generate("train 1 ", 12, temperature=0)
     assert text.startswith("train 1 ")
@@ -90,7 +90,7 @@ def test_an_opened_run_writes(place: Path) -> None:
         run.generate("train", temperature=-1)
 
 
-def test_an_imported_model_is_opened_and_says_what_it_lacks(place: Path) -> None:
+def test_an_imported_model_can_be_opened_but_not_evaluated(place: Path) -> None:
     run = explore.load("first", place / "runs")
     folder = place / "imported"
     save_model_folder(run.model, folder)

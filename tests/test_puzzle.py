@@ -119,7 +119,7 @@ def test_only_the_sizes_that_are_named_vary() -> None:
 # How replacements begin
 
 
-def test_a_linear_map_begins_as_what_attention_does_to_a_single_token() -> None:
+def test_a_linear_map_starts_as_attention_of_a_single_token() -> None:
     torch.manual_seed(0)
     mixer = AttentionConfig(n_heads=6, n_kv_heads=3, d_head=4).build(16)
     mixer.init_weights(0.3, 0.3)
@@ -128,7 +128,7 @@ def test_a_linear_map_begins_as_what_attention_does_to_a_single_token() -> None:
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
-def test_a_linear_map_begins_as_the_product_of_an_mlps_matrices(activation: Any) -> None:
+def test_a_linear_map_starts_as_the_product_of_the_matrices_of_an_mlp(activation: Any) -> None:
     torch.manual_seed(0)
     mixer = MLPConfig(d_ff=24, activation=activation).build(16)
     mixer.init_weights(0.3, 0.3)
@@ -175,7 +175,7 @@ def repeated(weight: Tensor, dims: Any, axis: str, n: int, sizes: dict[str, int]
     return weight
 
 
-def test_the_least_squares_fit_finds_a_linear_map_and_keeps_to_its_start_where_inputs_say_nothing() -> None:
+def test_the_least_squares_fit_finds_a_linear_map_and_keeps_its_start_in_unseen_directions() -> None:
     torch.manual_seed(0)
     W, start = torch.randn(6, 6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
     x = torch.randn(1000, 6, dtype=torch.float64)
@@ -199,7 +199,7 @@ def test_training_brings_every_kind_of_replacement_nearer_to_its_layer(parent: R
             assert last.digest != first.digest or first.digest is None
 
 
-def test_a_replacement_learns_the_same_whatever_else_is_in_the_library(parent: RunFolder, library: Library) -> None:
+def test_a_replacement_does_not_depend_on_others_in_the_library(parent: RunFolder, library: Library) -> None:
     alone = REQUEST.model_copy(update={"offer": Offer(shares=(0.5,), vary=("d_latent",), replacements=("cut",))})
     (few,) = (layer for layer in block_library(parent, alone).layers if len(layer) > 1)
     many = {each.name: each.digest for layer in library.layers for each in layer}
@@ -207,7 +207,7 @@ def test_a_replacement_learns_the_same_whatever_else_is_in_the_library(parent: R
     assert few[1].digest == many["d_latent=8"]
 
 
-def test_each_divergence_is_that_of_the_parent_with_this_replacement_alone(
+def test_each_divergence_is_that_of_the_parent_with_one_replacement(
     library: Library, solver: Puzzle, children: Children
 ) -> None:
     for i, layer in enumerate(library.layers):
@@ -218,7 +218,7 @@ def test_each_divergence_is_that_of_the_parent_with_this_replacement_alone(
     assert [layer[-1].mse for layer in library.layers] == [1.0] * 4
 
 
-def test_a_choice_of_the_layers_themselves_is_the_parent(parent: RunFolder, library: Library) -> None:
+def test_choosing_the_original_layers_gives_the_parent(parent: RunFolder, library: Library) -> None:
     model = load_model(parent)
     child = library.child(model, [0] * 4, parent.path)
     tokens = torch.randint(0, 250, (2, 32))
@@ -226,7 +226,7 @@ def test_a_choice_of_the_layers_themselves_is_the_parent(parent: RunFolder, libr
     assert library.plan([0] * 4).key() == Plan.keep_all(model).key()
 
 
-def test_the_library_is_found_again_and_counts_what_it_cost(parent: RunFolder, library: Library) -> None:
+def test_the_library_is_reused_and_records_its_cost(parent: RunFolder, library: Library) -> None:
     assert block_library(parent, REQUEST) == library
     layers = library.parent_model.layers
     trained = [each for layer in library.layers for each in layer if each.digest is not None]
@@ -255,7 +255,7 @@ blockwise.block_library(sys.argv[1], LibraryRequest.model_validate_json(sys.argv
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_saves", [5, 13], ids=["training", "measuring"])
-def test_a_kill_loses_nothing(parent: RunFolder, n_saves: int) -> None:
+def test_a_killed_library_resumes_without_loss(parent: RunFolder, n_saves: int) -> None:
     """Saved after each of 11 steps, at the end of training, and after each of 3 batches of measuring.
 
     All three processes are alike: one that has trained a run before may round otherwise.
@@ -292,7 +292,7 @@ def test_the_solution_is_the_best_of_all_children(solver: Puzzle) -> None:
     assert found.gap == 0
 
 
-def test_what_layers_cost_adds_up_to_what_the_child_costs(solver: Puzzle) -> None:
+def test_costs_of_layers_sum_to_the_cost_of_the_child(solver: Puzzle) -> None:
     for name in ("params_total", "flops_train", "state_bytes", "decode_bytes", "memory_bytes", "decode_s"):
         for options in [(0, 1, 2, 1), (2, 0, 1, 2), (1, 3, 1, 3)]:
             child = solver.library.plan(options).model()
@@ -307,7 +307,7 @@ def test_further_solutions_differ_and_get_worse(solver: Puzzle) -> None:
         assert sum(a != b for a, b in zip(one.options, other.options, strict=True)) >= 2
 
 
-def test_as_many_layers_are_left_out_as_asked_for(solver: Puzzle, library: Library) -> None:
+def test_the_requested_number_of_layers_is_dropped(solver: Puzzle, library: Library) -> None:
     for n in range(4):
         (found,) = solver.solve(Limits({}, drop=n))
         assert len(library.plan(found.options).model().pattern) == 4 - n
@@ -326,7 +326,7 @@ def test_baselines_meet_the_budgets_and_predict_no_better(solver: Puzzle) -> Non
     assert solver.cost_of(largest, "params_total") == max(sizes)
 
 
-def test_dropping_the_only_attention_layer_is_said(solver: Puzzle, children: Children, library: Library) -> None:
+def test_dropping_the_only_attention_layer_is_noted(solver: Puzzle, children: Children, library: Library) -> None:
     none = len(library.layers[1]) - 1
     without, whole = ((0, k, 0, 0) for k in (none, 0))
     assert "no attention layer left" in children.notes(solver.choice(without, Limits({})))[0]
@@ -353,7 +353,7 @@ def test_a_plan_of_a_library_is_read_back_and_distilled(parent: RunFolder, libra
 
 
 @pytest.mark.slow
-def test_rounds_go_part_of_the_way_and_count_what_came_before(parent: RunFolder, library: Library) -> None:
+def test_rounds_lower_the_budget_in_steps_and_count_earlier_cost(parent: RunFolder, library: Library) -> None:
     setting, limits = Setting(32), Limits({"params_active": 20_000})
     last, _ = puzzle_rounds(parent, limits, REQUEST, setting, 3, 256)
     half = last.load_experiment()

@@ -39,7 +39,7 @@ def explore_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return partial(run, capsys, monkeypatch)
 
 
-def test_puzzle_writes_the_plan_of_the_best_child_and_says_how_good_it_is(finished: RunFolder, explore_: Any) -> None:
+def test_puzzle_writes_the_plan_of_the_best_child_and_prints_its_scores(finished: RunFolder, explore_: Any) -> None:
     options = ("--max", "params_active=85%", "--max", "state_bytes=1.5k", "--baselines", "--solutions", "2", *SMALL)
     code, printed, _ = explore_("puzzle", finished.path, *options, "--json")
     assert code == 0

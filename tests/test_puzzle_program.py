@@ -43,7 +43,7 @@ def enumerated(program: dict[str, Any], allowed: Any = lambda _: True) -> tuple[
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_the_solution_is_that_of_enumeration(seed: int) -> None:
+def test_the_solution_equals_enumeration(seed: int) -> None:
     rng = random.Random(seed)
     program = case(rng, rng.randint(1, 5), 4, rng.randint(0, 3), alike=False)
     best = enumerated(program)
@@ -77,7 +77,7 @@ def test_items_that_must_be_the_same_take_the_best_common_option(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_rows_bound_what_is_chosen(seed: int) -> None:
+def test_constraints_bound_the_choice(seed: int) -> None:
     program = case(random.Random(200 + seed), 5, 3, 1, alike=True)
     two_last = Row({(i, 2): 1.0 for i in range(5)}, 2, 2)
     best = enumerated(program, lambda choice: choice.count(2) == 2)
@@ -88,7 +88,7 @@ def test_rows_bound_what_is_chosen(seed: int) -> None:
     assert solve(**program, rows=[two_last]).options == best
 
 
-def test_a_bound_is_kept_to_the_last_unit() -> None:
+def test_a_bound_is_met_exactly() -> None:
     """Costs of billions: the solver's own tolerance would let one through that is a little too large."""
     costs = [[3_000_000_000.0, 2_999_999_999.0], [3_000_000_000.0, 2_999_999_999.0]]
     values = [[0.0, 1.0], [0.0, 1.5]]

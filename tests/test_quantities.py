@@ -116,7 +116,7 @@ def test_every_total_of_a_cost_is_a_column(run: RunFolder, runs: pd.DataFrame, n
     assert runs[name][0] == getattr(experiment.model.cost(experiment.data.seq_len), name)
 
 
-def test_what_is_computed_from_records_equals_what_the_experiment_computes(run: RunFolder, tmp_path: Path) -> None:
+def test_quantities_computed_from_records_equal_those_of_the_experiment(run: RunFolder, tmp_path: Path) -> None:
     experiment = Experiment.load(run.path / "experiment.json")
     cost = experiment.model.cost(experiment.data.seq_len)
     for budget in ({"tokens": 5 * TOKENS}, {"flops": 7.4 * TOKENS * cost.flops_train}, {"tokens": 1}):
@@ -145,7 +145,7 @@ def test_records_that_are_damaged_give_missing_values() -> None:
 # Declarations
 
 
-def test_declarations_are_whole() -> None:
+def test_declarations_are_complete() -> None:
     everything = [each.template if isinstance(each, Family) else each for each in QUANTITIES.values()]
     labels = [each.axis_label for each in everything if each.is_number]
     assert len(set(labels)) == len(labels)
@@ -158,7 +158,7 @@ def test_declarations_are_whole() -> None:
     assert averages == {f"{name}_bpb_{shape}" for name in ("val", "test") for shape in get_args(Shape)}
 
 
-def test_a_name_is_found_with_its_words_in_any_order_and_else_the_nearest_is_told() -> None:
+def test_a_name_is_found_with_its_words_in_any_order_or_the_nearest_is_suggested() -> None:
     assert choose("decode_flops", NUMBERS, "--x") == choose("flops_decode", NUMBERS, "--x") == "flops_decode"
     with pytest.raises(
         ValueError, match=r"^--x must be a quantity with numbers, got 'flops_decod'; did you mean 'flop"
@@ -181,14 +181,14 @@ def test_every_objective_is_allowed_in_a_sweep(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["family", "seed", "loss", "mars_bpb", "acceptance_length", "flop_run", "run_flops"])
-def test_what_a_run_does_not_end_with_is_no_objective(tmp_path: Path, name: str) -> None:
+def test_quantities_without_a_final_value_cannot_be_objectives(tmp_path: Path, name: str) -> None:
     path = write_sweep(tmp_path, replaced={'"flops_run"': f'"{name}"'})
     with pytest.raises(ValueError, match=f"objectives must be a quantity with numbers, got '{name}'"):
         load_sweep(path)
 
 
 @pytest.mark.parametrize("budget", budgets())
-def test_a_tied_budget_excludes_what_it_fixes(tmp_path: Path, budget: str) -> None:
+def test_a_tied_budget_cannot_be_an_objective(tmp_path: Path, budget: str) -> None:
     fixed = {each.name for each in objectives().values() if budget in (each.name, each.tied_to)}
     tie = (
         f'from explore.study import Budgets\nbudgets = Budgets({{"{budget}": 1e6}}, ["d_model"], 32)\n\ndef experiment'

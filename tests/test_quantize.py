@@ -76,7 +76,7 @@ def test_powers_of_two_are_exact_at_every_exponent() -> None:
 @pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("name", NARROW)
-def test_the_fast_path_equals_the_plain_one(name: str, stochastic: bool, square: bool) -> None:
+def test_the_fast_quantiser_equals_the_plain_one(name: str, stochastic: bool, square: bool) -> None:
     shapes = [((65,), -1), ((3, 33), 1), ((129, 5), 0), ((2, 17, 20), -2)]
     cases = (
         product(shapes, (False, True), ("nearest", "up")) if name == "nvfp4" else product(shapes, [False], ["nearest"])
@@ -158,7 +158,7 @@ def test_zeros_and_the_smallest_numbers_stay_finite(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_infinities_saturate_and_a_nan_is_seen(name: str) -> None:
+def test_infinities_saturate_and_nan_propagates(name: str) -> None:
     x = torch.ones(2, 256)
     x[1, 0] = torch.inf
     y = quantize(x, name)
@@ -206,7 +206,7 @@ def test_four_over_six_takes_the_better_scale() -> None:
 
 
 @pytest.mark.parametrize("name", BLOCKED)
-def test_squares_are_the_same_of_a_transpose_and_an_axis_is_a_transposed_axis(name: str) -> None:
+def test_squares_are_invariant_under_transposition_and_axes_follow_it(name: str) -> None:
     x = spread(1, 40, 33)
     assert same(quantize(x.T, name, square=True), quantize(x, name, square=True).T)
     assert same(quantize(x, name, block_axis=0), quantize(x.T, name).T)
@@ -256,7 +256,7 @@ def test_probabilities_of_stochastic_rounding() -> None:
     assert ((y == 2) | (y == 3)).all()
 
 
-def test_a_generator_depends_on_all_of_its_key_and_on_nothing_else() -> None:
+def test_a_generator_depends_only_on_its_key() -> None:
     x = torch.randn(1000)
 
     def drawn(*key: object) -> Tensor:
@@ -287,7 +287,7 @@ def test_hadamard_is_a_product_with_an_orthonormal_matrix(shape: tuple[int, ...]
     assert same(hadamard(x, axis), expected.float())
 
 
-def test_hadamard_fills_up_an_axis_and_keeps_products_over_it() -> None:
+def test_hadamard_pads_an_axis_and_keeps_products_over_it() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-4, 5, (37, n), generator=generator).float() for n in (5, 6))
     rotated_x, rotated_y = hadamard(x, 0), hadamard(y, 0)
@@ -309,7 +309,7 @@ def test_hadamard_of_other_sizes(size: int) -> None:
     assert hadamard(torch.ones(3, 130), size=size).shape == (3, -(-130 // size) * size)
 
 
-def test_no_gradient_passes_and_an_empty_tensor_stays() -> None:
+def test_quantisation_has_no_gradient_and_accepts_an_empty_tensor() -> None:
     x = torch.randn(2, 16, requires_grad=True)
     assert not quantize(x, "nvfp4").requires_grad
     assert not hadamard(x).requires_grad

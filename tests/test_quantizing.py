@@ -76,7 +76,7 @@ def logits(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_choice_is_the_best_of_all_choices(seed: int) -> None:
+def test_the_choice_equals_the_best_of_an_exhaustive_search(seed: int) -> None:
     rng = random.Random(seed)
     formats, n = ("bf16", "fp8", "nvfp4"), 6
     width = {"bf16": 16, "fp8": 8, "nvfp4": 4.5}
@@ -110,7 +110,7 @@ def test_a_budget_that_nothing_fits_is_refused() -> None:
 # The child
 
 
-def test_a_child_keeps_to_its_budget_and_its_record_says_what_it_costs(parent: RunFolder, child: RunFolder) -> None:
+def test_a_child_meets_its_budget_and_records_its_cost(parent: RunFolder, child: RunFolder) -> None:
     record, cost = child.quantized, child.cost
     recipe = Recipe.model_validate(record["recipe"])
     ledger = child.load_experiment().model.ledger(32)
@@ -166,7 +166,7 @@ def test_a_sensitivity_is_the_divergence_with_one_component_quantised(parent: Ru
         assert child.quantized["sensitivities"][str(component)][format] == pytest.approx(kl, rel=1e-3)
 
 
-def test_a_child_is_found_by_its_key_and_not_made_again(parent: RunFolder, child: RunFolder) -> None:
+def test_a_child_with_the_same_key_is_reused(parent: RunFolder, child: RunFolder) -> None:
     written = (child.path / "result.json").stat().st_mtime_ns
     again = quantize_run(parent, request(kv="fp8", state="int8", state_rounding="stochastic"), name="another-name")
     assert again.path == child.path
@@ -179,7 +179,7 @@ def test_a_child_is_found_by_its_key_and_not_made_again(parent: RunFolder, child
     assert len(keys | {request().key("key", "other"), request().key("other", "digest")}) == 5
 
 
-def test_a_kill_loses_nothing_that_was_measured(
+def test_a_kill_keeps_finished_measurements(
     parent: RunFolder, child: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other, asked = copied(parent, tmp_path), request(kv="fp8", state="int8", state_rounding="stochastic")
@@ -233,7 +233,7 @@ def test_a_child_needs_its_parent_beside_it_with_the_same_weights(
         load_model(alone)
 
 
-def test_a_recipe_quantises_what_it_says(parent: RunFolder) -> None:
+def test_a_recipe_quantises_the_named_components(parent: RunFolder) -> None:
     recipe = Recipe(rules=(Rule(format="fp8", components=("in_proj",)),), kv="int8")
     made = quantize_run(parent, Quantization(recipe=recipe, calibration_tokens=256))
     assert made.quantized["formats"]["layers.0.in_proj"] == "fp8"

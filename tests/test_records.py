@@ -65,7 +65,7 @@ def test_a_record_without_an_experiment_is_refused_in_one_line(tmp_path: Path, t
         assert "\n" not in str(caught.value)
 
 
-def test_unpacked_records_are_the_runs_again_pilots_too(runs: Path, tmp_path: Path) -> None:
+def test_unpacked_records_equal_the_runs_with_their_pilots(runs: Path, tmp_path: Path) -> None:
     pack_runs(tmp_path / "s.parquet", runs)
     assert unpack_runs(tmp_path / "s.parquet", tmp_path / "again") == 3
     for place in (".", PILOTS):
@@ -73,7 +73,7 @@ def test_unpacked_records_are_the_runs_again_pilots_too(runs: Path, tmp_path: Pa
     assert unpack_runs(tmp_path / "s.parquet", tmp_path / "again") == 0
 
 
-def test_what_is_packed_stays_when_its_folder_is_gone(runs: Path, tmp_path: Path) -> None:
+def test_packed_runs_stay_when_their_folders_are_gone(runs: Path, tmp_path: Path) -> None:
     some = tmp_path / "some"
     shutil.copytree(runs, some)
     pack_runs(tmp_path / "s.parquet", some)
@@ -81,7 +81,7 @@ def test_what_is_packed_stays_when_its_folder_is_gone(runs: Path, tmp_path: Path
     assert pack_runs(tmp_path / "s.parquet", some) == 3
 
 
-def test_a_table_to_which_nothing_is_added_stays_as_it_is(runs: Path, tmp_path: Path) -> None:
+def test_a_table_without_additions_is_not_rewritten(runs: Path, tmp_path: Path) -> None:
     packed = tmp_path / "s.parquet"
     pack_runs(packed, runs)
     table = pd.read_parquet(packed)
@@ -92,7 +92,7 @@ def test_a_table_to_which_nothing_is_added_stays_as_it_is(runs: Path, tmp_path: 
     assert packed.read_bytes() == before
 
 
-def test_a_run_that_has_not_ended_is_not_packed_and_what_has_ended_is_not_overwritten(
+def test_unfinished_runs_are_not_packed_and_finished_ones_not_overwritten(
     runs: Path, tmp_path: Path
 ) -> None:
     some = tmp_path / "some"
@@ -107,7 +107,7 @@ def test_a_run_that_has_not_ended_is_not_packed_and_what_has_ended_is_not_overwr
     assert (second.path / "metrics.csv").read_text() == "mine\n"
 
 
-def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_table_of_records_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"records: the suffix must be \.parquet, got '.*s\.csv'"):
         pack_runs(tmp_path / "s.csv")
     (tmp_path / "text.parquet").write_text("text")
@@ -120,7 +120,7 @@ def test_a_file_that_is_no_table_of_records_is_refused_in_one_line(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["../../x", "x/../../y", "/tmp/x", "..", ".", "", "a\0b", 3, None, 2.5])
-def test_a_table_whose_run_is_no_folder_below_the_runs_is_refused(tmp_path: Path, name: object) -> None:
+def test_a_table_with_a_run_path_outside_the_runs_is_refused(tmp_path: Path, name: object) -> None:
     packed, runs = tmp_path / "s.parquet", tmp_path / "some" / "runs"
     pd.DataFrame({"run": [name], "experiment.json": ['{"key": "0123456789"}']}).to_parquet(packed)
     for call in (lambda: unpack_runs(packed, runs), lambda: find_runs(packed), lambda: pack_runs(packed, runs)):
@@ -165,7 +165,7 @@ def test_a_record_that_was_edited_in_its_table_is_refused(runs: Path, tmp_path: 
     assert pd.read_parquet(tmp_path / "s.parquet").attrs
 
 
-def test_of_two_writers_of_a_table_none_loses_its_runs(runs: Path, tmp_path: Path) -> None:
+def test_two_writers_of_a_table_keep_all_runs(runs: Path, tmp_path: Path) -> None:
     """Each has a run of its own; without a lock both would read the table before either has written it."""
     packed, parts = tmp_path / "s.parquet", []
     for i, run in enumerate(find_runs(runs)):
@@ -182,7 +182,7 @@ def test_of_two_writers_of_a_table_none_loses_its_runs(runs: Path, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs0", "runs1", "s.parquet"]
 
 
-def test_a_sweep_goes_on_from_its_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_resumes_from_its_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, packed, options = load_sweep(write_sweep(tmp_path)), tmp_path / "s.parquet", TrialOptions(notes=False)
     run_sweep(sweep, 3, tmp_path / "here", records=packed, options=options, console=quiet())
     trained = []

@@ -51,7 +51,7 @@ SPARSE = ModelConfig.model_validate(
 )
 
 
-def test_facts_in_print_come_out_of_closed_forms() -> None:
+def test_published_facts_follow_from_closed_forms() -> None:
     found = {fact["fact"]: fact for fact in facts()}
     ridge, tokens, intensity, ratio, room, needed = found.values()
     assert ridge["computed"] == intensity["computed"] == 1250
@@ -61,7 +61,7 @@ def test_facts_in_print_come_out_of_closed_forms() -> None:
     assert needed["computed"] < needed["published"]
 
 
-def test_intensity_reaches_the_ridge_at_the_tokens_that_it_says() -> None:
+def test_intensity_reaches_the_ridge_at_the_stated_number_of_tokens() -> None:
     tokens = tokens_at_ridge(100.0, 512, 384)
     assert expert_intensity(tokens, 512, 384) == pytest.approx(100.0)
     assert tokens_at_ridge(1e6, 512, 384) == math.inf
@@ -99,7 +99,7 @@ def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     assert list(table.columns) == ["model", "batch_size", "context", "step_s", "tokens_per_s", "fits"]
 
 
-def test_a_model_that_does_not_fit_says_by_how_much() -> None:
+def test_a_model_that_does_not_fit_reports_the_missing_memory() -> None:
     deployed = Deployment(preset("llama-3.1-70b"), hardware("H100"))
     with pytest.raises(ValueError, match=r"memory: 132\.67 GiB are needed .* H100 has 70\.78 GiB .*: 61\.89 GiB too"):
         deployed.largest_batch(4096)
@@ -112,7 +112,7 @@ def test_tensor_parallel_devices_share_everything() -> None:
     assert one.throughput(64, 64, 8) == pytest.approx(four.throughput(64, 64, 8))
 
 
-def test_expert_parallel_devices_share_experts_and_talk() -> None:
+def test_expert_parallel_devices_share_experts_and_communicate() -> None:
     alone, shared = (Deployment(SPARSE, TOY, expert_parallel=n) for n in (1, 4))
     expert = 2 * 8 * 4
     assert alone.weight_bytes - shared.weight_bytes == 2 * (8 * expert) * (1 - 1 / 4)
@@ -134,7 +134,7 @@ def test_a_request_is_its_prefill_and_its_steps() -> None:
     assert deployed.request_s(100, 6400, 4) == pytest.approx(deployed.prefill_s(100, 4) + steps, rel=1e-3)
 
 
-def test_published_speed_ups_are_predicted_in_direction_and_each_says_why_it_differs() -> None:
+def test_published_speed_ups_are_predicted_in_direction_with_a_reason_for_each_gap() -> None:
     rows = speedup_table()
     assert [row["published"] for row in rows] == [3.0, 3.0, 6.0, 3.3, 2.2, 2.2]
     for row in rows:
@@ -152,7 +152,7 @@ def test_every_device_has_a_source_and_a_wider_dtype_is_taken_where_a_narrow_one
         hardware("H10")
 
 
-def test_a_device_of_ones_own_is_read_from_json(tmp_path: Path) -> None:
+def test_a_custom_device_is_read_from_json(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(TOY.model_dump_json())
     assert hardware(str(path)) == TOY
@@ -171,7 +171,7 @@ def test_known_devices_have_links_and_about_the_memory_of_their_datasheet() -> N
         assert 0.98 < gpu.usable_bytes / gpu.memory_bytes < 1.08
 
 
-def test_this_machine_is_measured_within_reason() -> None:
+def test_measured_rates_of_this_machine_are_plausible() -> None:
     here = measured()
     assert 1e9 < here.peak("float32") < 1e15
     assert 1e8 < here.bandwidth < 1e13
@@ -183,7 +183,7 @@ def test_this_machine_is_measured_within_reason() -> None:
     ("context", "batch_size", "says"),
     [(0, 1, "context must be at least 1"), (1, 0, "batch_size must be at least 1"), (-4, 1, "context")],
 )
-def test_a_context_or_batch_that_makes_no_sense_is_refused(context: int, batch_size: int, says: str) -> None:
+def test_an_invalid_context_or_batch_is_refused(context: int, batch_size: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Deployment(DENSE, TOY).decode_s(context, batch_size)
 

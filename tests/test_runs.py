@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [each.name for each in columns()]
 
 
-def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
+def test_a_row_has_the_values_of_the_records_in_a_stable_order(tmp_path):
     make_run(tmp_path)
     table = load_runs(tmp_path)
     assert list(table.columns) == NAMES
@@ -39,7 +39,7 @@ def test_a_row_holds_what_the_records_say_in_a_stable_order(tmp_path):
     }  # fmt: skip
 
 
-def test_a_run_of_a_sweep_says_how_its_learning_rate_and_its_sizes_came_about(tmp_path):
+def test_a_run_of_a_sweep_records_how_learning_rate_and_sizes_were_chosen(tmp_path):
     path = make_run(tmp_path)
     record = {"tuned": False, "lr_sensitivity": 0.01, "residuals": {"params_active": -0.004, "flops_train": 0.002}}
     (path / "trial.json").write_text(json.dumps(record))
@@ -123,7 +123,7 @@ def test_a_root_that_is_missing_or_holds_no_run_is_named_in_one_line(tmp_path):
         assert all(repr(str(root)) in str(error.value) for root in roots)
 
 
-def test_keys_that_share_eight_characters_are_told_apart(tmp_path):
+def test_keys_with_eight_equal_characters_are_distinguished(tmp_path):
     one, two = "deadbeef" + "0" * 56, "deadbeef" + "1" * 56
     first = make_run(tmp_path, "same", one)
     assert find_run(tmp_path, two) is None
@@ -185,7 +185,7 @@ def test_a_prefix_of_no_run_or_of_several_is_refused_in_one_line(tmp_path, monke
             resolve_run(missing)
 
 
-def test_a_folder_cut_off_before_its_key_was_written_is_taken_again(tmp_path):
+def test_a_folder_without_a_key_is_reused(tmp_path):
     path = tmp_path / "run-01234567"
     path.mkdir()
     (path / "experiment.json").write_text('{"key": "01')
@@ -199,7 +199,7 @@ def test_a_short_key_is_refused(tmp_path):
         find_run(tmp_path, "abc")
 
 
-def test_json_comes_back_as_written_and_ends_in_a_newline(tmp_path):
+def test_json_is_read_back_unchanged_and_ends_in_a_newline(tmp_path):
     content = {"a": [1, 2.5, None], "b": {"c": "é"}}
     write_json(tmp_path / "new" / "x.json", content)
     text = (tmp_path / "new" / "x.json").read_text(encoding="utf-8")
@@ -244,7 +244,7 @@ def test_a_process_killed_before_the_swap_leaves_the_old_content(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_saved_table_comes_back_with_its_values(tmp_path, suffix):
+def test_a_saved_table_is_read_back_unchanged(tmp_path, suffix):
     make_run(tmp_path / "runs")
     make_run(tmp_path / "runs", "other", "b" * 64, pattern="M*")
     table = load_runs(tmp_path / "runs")

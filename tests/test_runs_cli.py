@@ -96,7 +96,7 @@ def test_a_dry_run_of_training_shows_the_run_and_writes_nothing(
     assert one.key()[:8] in run(capsys, monkeypatch, "train", "one.json", "--dry-run")[1]
 
 
-def test_a_finished_run_says_that_it_is_finished_already_and_what_it_reached(
+def test_a_finished_run_is_reported_with_its_result(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: RunFolder
 ) -> None:
     code, out, _ = run(capsys, monkeypatch, "train", str(trained.key)[:8])

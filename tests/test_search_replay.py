@@ -44,7 +44,7 @@ def area(points: list[tuple[float, float]], reference: tuple[float, float]) -> f
     )
 
 
-def test_regret_is_the_share_of_the_area_that_is_not_found(table: pd.DataFrame) -> None:
+def test_regret_is_the_share_of_the_missing_area(table: pd.DataFrame) -> None:
     reference = (table["flops_run"].max(), table["val_bpb"].max())
     points = list(table[["flops_run", "val_bpb"]].itertuples(index=False, name=None))
     some = [3, 10, 17, 20]
@@ -70,13 +70,13 @@ def test_the_space_of_a_table_has_its_points(table: pd.DataFrame) -> None:
         (lambda t: t.assign(val_bpb=np.nan), "must be there for every row"),
     ],
 )
-def test_a_table_that_is_no_grid_is_refused(table: pd.DataFrame, change: Any, says: str) -> None:
+def test_a_table_that_is_not_a_grid_is_refused(table: pd.DataFrame, change: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         space_of(change(table))
 
 
 @pytest.mark.parametrize("name", [name for name in SIMPLEST_FIRST if name != "gp"])
-def test_a_search_finds_every_experiment_once_and_counts_what_it_drew_again(table: pd.DataFrame, name: str) -> None:
+def test_a_search_counts_repeated_draws_of_an_experiment(table: pd.DataFrame, name: str) -> None:
     found, repeats = search_table(table, space_of(table), name, 0, 20)
     assert len(found) == len(set(found)) == len(repeats) == 20
     assert repeats == sorted(repeats)
@@ -84,7 +84,7 @@ def test_a_search_finds_every_experiment_once_and_counts_what_it_drew_again(tabl
     assert search_table(table, space_of(table), name, 1, 20)[0] != found
 
 
-def test_a_sampler_is_told_what_the_table_says_of_what_it_drew(
+def test_a_sampler_receives_the_recorded_results_of_its_draws(
     table: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     created, create = [], optuna.create_study
@@ -101,7 +101,7 @@ def test_gp_searches_too(table: pd.DataFrame) -> None:
     assert len(search_table(table, space_of(table), "gp", 0, 11)[0]) == 11
 
 
-def test_a_whole_search_leaves_no_regret(table: pd.DataFrame) -> None:
+def test_an_exhaustive_search_has_no_regret(table: pd.DataFrame) -> None:
     (row,) = sampler_regrets(table, ["random"], [len(table)], [0])
     assert row["regret"] == pytest.approx(0)
     assert row["repeats"] > len(table)
@@ -136,7 +136,7 @@ def test_a_summary_has_means_and_paired_differences() -> None:
     assert summary.loc["tpe", "repeats"] == 10
 
 
-def test_the_verdict_is_the_winner_or_the_simplest_that_is_not_resolved_from_it() -> None:
+def test_the_verdict_is_the_winner_or_the_simplest_sampler_not_resolved_from_it() -> None:
     noise = np.linspace(-0.1, 0.1, 21)
     clear = made_up(random=list(0.3 + noise), tpe=list(0.2 + noise), gp=list(0.25 + noise))
     assert judge(clear, 40) == ("tpe", "tpe")
@@ -195,7 +195,7 @@ def test_the_command_prints_the_table_and_the_verdict(
     assert f"10 trials: {least} has the lowest regret" in run()
 
 
-def test_the_command_refuses_what_cannot_be_replayed(
+def test_a_table_that_cannot_be_replayed_is_refused_by_the_command(
     table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "grid.csv"

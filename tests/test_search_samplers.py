@@ -67,7 +67,7 @@ def test_every_sampler_draws_feasible_patterns_and_registers_their_letters(name:
 
 
 @each_sampler
-def test_a_study_is_the_same_in_pieces_and_another_with_another_seed(name: str) -> None:
+def test_a_study_depends_on_its_seed_and_not_on_interruptions(name: str) -> None:
     n = 12 if name == "gp" else 20
     whole = run(study_of(DrawnSampler(name, 0, GRID)), n)
     pieces = study_of(DrawnSampler(name, 0, GRID))
@@ -79,7 +79,7 @@ def test_a_study_is_the_same_in_pieces_and_another_with_another_seed(name: str) 
 
 
 @pytest.mark.parametrize("name", INDEXED)
-def test_a_draw_does_not_depend_on_other_trials(name: str) -> None:
+def test_a_draw_is_independent_of_other_trials(name: str) -> None:
     alone = run(study_of(DrawnSampler(name, 0, GRID)), 12)
     crowded = study_of(DrawnSampler(name, 0, GRID))
     trials = [crowded.ask() for _ in range(12)]
@@ -182,14 +182,14 @@ def test_a_mistake_in_a_grid_is_named(grid: dict[str, Any], says: str) -> None:
         study_of(DrawnSampler("grid", 0, grid)).ask().suggest_int("d_model", 64, 128, step=32)
 
 
-def test_an_unknown_sampler_is_refused_with_what_is_allowed() -> None:
+def test_an_unknown_sampler_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
         ValueError, match="sampler must be one of random, qmc, grid, tpe, nsga2, nsga3, gp, got 'cmaes'"
     ):
         make_sampler("cmaes", 0, 0)
 
 
-def test_gp_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gp_names_its_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samplers, "find_spec", lambda library: None if library == "torch" else library)
     with pytest.raises(ValueError, match="sampler: 'gp' needs torch, which cannot be imported"):
         make_sampler("gp", 0, 0)
@@ -217,7 +217,7 @@ def test_tpe_draws_near_good_patterns_and_away_from_bad_ones() -> None:
     assert near["random"] <= 10
 
 
-def test_tpe_prefers_the_pattern_where_the_good_are_dense_and_the_bad_are_not() -> None:
+def test_tpe_prefers_patterns_near_good_and_far_from_bad_ones() -> None:
     """The ratio of sums of exp(-distance), the uniform part included, by hand."""
     level = 0.1
     density = (math.exp(-1) / level + math.exp(-2) / level + 1) / 3
@@ -244,7 +244,7 @@ def test_nsga_crosses_patterns_of_the_better_half(name: str, monkeypatch: pytest
     assert able < set(drawn[: 2 * informed.POPULATION])
 
 
-def test_of_the_letters_that_gp_asks_for_the_nearest_pattern_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pattern_nearest_to_the_letters_of_gp_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["-", "*", "*", "*", "."]
     params = {"lr": 0.02, **dict(zip(SPACE.names(), asked, strict=True))}
     study = history(make_sampler("gp", 0, 0), ["M-E", "M*E"])
@@ -264,7 +264,7 @@ def test_of_the_letters_that_gp_asks_for_the_nearest_pattern_is_registered(monke
 
 
 @pytest.mark.parametrize("sampler", [PatternTPESampler, PatternNSGAIISampler, PatternGPSampler])
-def test_a_pattern_may_be_asked_for_before_or_after_other_parameters(sampler: Any) -> None:
+def test_a_pattern_may_be_drawn_before_or_after_other_parameters(sampler: Any) -> None:
     for order in (0, 1):
         study = study_of(sampler(0, np.random.default_rng(0)))
         for i in range(12 if sampler is PatternGPSampler else informed.POPULATION + 4):
@@ -275,7 +275,7 @@ def test_a_pattern_may_be_asked_for_before_or_after_other_parameters(sampler: An
             study.tell(trial, [float(i % 5), -float(i % 7)])
 
 
-def test_two_patterns_of_a_trial_are_drawn_apart() -> None:
+def test_two_patterns_of_a_trial_are_drawn_independently() -> None:
     for name in ("random", "qmc", "tpe", "nsga2"):
         study = study_of(DrawnSampler(name, 0))
         pairs = []
@@ -286,7 +286,7 @@ def test_two_patterns_of_a_trial_are_drawn_apart() -> None:
         assert sum(a != b for a, b in pairs) > 12
 
 
-def test_where_all_is_pruned_a_sampler_that_learns_draws_at_random_for_once() -> None:
+def test_a_sampler_draws_at_random_if_all_trials_were_pruned() -> None:
     study = study_of(DrawnSampler("nsga2", 0))
     for _ in range(12):
         trial = study.ask()

@@ -67,7 +67,7 @@ def by_brute_force(space: PatternSpace) -> frozenset[str]:
 
 
 @each_space
-def test_the_space_is_what_the_rules_say_of_every_string(space: PatternSpace) -> None:
+def test_the_space_has_the_strings_that_satisfy_the_rules(space: PatternSpace) -> None:
     patterns = list(space.patterns())
     assert len(patterns) == len(set(patterns)) == space.size
     assert set(patterns) == by_brute_force(space)
@@ -75,7 +75,7 @@ def test_the_space_is_what_the_rules_say_of_every_string(space: PatternSpace) ->
 
 
 @each_space
-def test_check_accepts_the_space_and_nothing_else(space: PatternSpace) -> None:
+def test_check_accepts_exactly_the_space(space: PatternSpace) -> None:
     inside = by_brute_force(space)
     for n in range(1, space.max_layers + 1):
         for pattern in map("".join, itertools.product(space.letters, repeat=n)):
@@ -120,7 +120,7 @@ def test_a_refusal_names_the_rule_in_one_line(pattern: str, says: str) -> None:
         ({"at_most": {"-E": 0}}, "no pattern keeps all the rules"),
     ],
 )
-def test_a_space_that_makes_no_sense_is_refused(fields: dict[str, Any], says: str) -> None:
+def test_an_invalid_space_is_refused(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         PatternSpace(**{**SMALL.model_dump(), **fields})
 
@@ -204,7 +204,7 @@ def test_repair_changes_the_fewest_letters(space: PatternSpace) -> None:
 
 
 @each_space
-def test_parameters_of_a_pattern_give_it_back_in_any_trial(space: PatternSpace) -> None:
+def test_parameters_of_a_pattern_reproduce_it_in_any_trial(space: PatternSpace) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for pattern in itertools.islice(space.patterns(), 20):
         params = space.params(pattern)
@@ -223,7 +223,7 @@ def test_a_pattern_has_one_representation() -> None:
     assert SMALL.read({"pattern_00": "M"}) is None
 
 
-def test_a_stock_sampler_gets_the_pattern_nearest_to_the_letters_it_asked_for() -> None:
+def test_a_stock_sampler_gets_the_pattern_nearest_to_its_letters() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     different = 0
     for _ in range(50):
@@ -235,7 +235,7 @@ def test_a_stock_sampler_gets_the_pattern_nearest_to_the_letters_it_asked_for() 
     assert different > 25
 
 
-def test_random_sizes_always_build_a_model_and_what_must_divide_divides() -> None:
+def test_random_sizes_always_build_a_model_and_divide_as_required() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     families, letters = set(), "".join(STANDARD_LETTERS)
     for d_model in itertools.islice(itertools.cycle(range(64, 513, 32)), 300):
@@ -265,7 +265,7 @@ def test_sizes_have_the_same_distributions_at_every_width_and_are_named_as_decla
     ]
 
 
-def test_draws_can_be_others_than_are_declared() -> None:
+def test_declared_draws_can_be_overridden() -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         sizes = suggest_sizes(study.ask(), "E", 96, n_experts=Powers(16, 32), ratio=(0.5,), compression=Powers(2, 2))
@@ -281,6 +281,6 @@ def test_draws_can_be_others_than_are_declared() -> None:
         ("?", {}, r"letter must be one of M .*, got '\?'"),
     ],
 )
-def test_draws_that_cannot_be_are_refused(letter: str, draws: dict[str, Any], says: str) -> None:
+def test_invalid_draws_are_refused(letter: str, draws: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         suggest_sizes(FixedTrial({"mamba2_expand_log2": 1}), letter, 64, **draws)

@@ -16,7 +16,7 @@ def model(pattern: str, window: int = 6) -> ModelConfig:
     return ModelConfig(d_model=64, vocab_size=100, pattern=pattern, blocks={"W": {"window": window}})
 
 
-def test_it_is_attention_with_that_window() -> None:
+def test_it_equals_attention_with_that_window() -> None:
     own, attention = SlidingWindowConfig(**SIZES), AttentionConfig(**SIZES)
     assert own.entries(32, 50) == attention.entries(32, 50)
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def test_keys_and_values_stop_growing_at_the_window(window: int) -> None:
     assert built.config.cost(2**20).decode_bytes == built.config.cost(2**30).decode_bytes
 
 
-def test_it_has_its_own_letter_in_patterns_and_its_own_groups_in_figures() -> None:
+def test_it_has_its_own_letter_and_groups_in_figures() -> None:
     mixed = model("W-*-")
     assert mixed.family == "attention + MLP"
     assert mixed.blocks["W"] == SlidingWindowConfig.default(64).model_copy(update={"window": 6})

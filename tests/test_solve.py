@@ -205,7 +205,7 @@ def test_a_short_name_is_one_dimension_of_every_block_that_has_it() -> None:
         ),
     ],
 )
-def test_an_infeasible_target_says_what_is_in_the_way_and_the_nearest_point(
+def test_an_infeasible_target_is_refused_with_the_reason_and_the_nearest_point(
     free: list[str], targets: dict[str, float], nearest: dict[str, int] | None, why: list[str]
 ) -> None:
     solution = solve(HYBRID, targets, free)
@@ -253,7 +253,7 @@ def test_a_free_dimension_is_read(text: str, free: Free) -> None:
         ({"blocks": {"E": 3}}, {"params_total": 1e6}, ["d_ff"], "blocks.E must be a mapping"),
     ],
 )
-def test_what_cannot_be_solved_is_refused(
+def test_an_invalid_problem_is_refused(
     content: dict[str, Any], targets: dict[str, float], free: list[str], says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):

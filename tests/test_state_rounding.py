@@ -48,7 +48,7 @@ def read(model: LanguageModel, ids: Tensor, *lengths: int, capacity: int | None 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("capacity", [None, 9])
-def test_every_kind_keeps_what_the_format_holds(format: Any, capacity: int | None) -> None:
+def test_every_kind_stores_values_of_the_format(format: Any, capacity: int | None) -> None:
     pattern = "".join(STATES)
     plain, state = (
         read(built(pattern, rounding), tokens(2, 9), 9, capacity=capacity)[1]
@@ -106,7 +106,7 @@ def test_rows_of_a_batch_do_not_depend_on_one_another(format: Any, stochastic: b
         assert torch.equal(write(x), torch.cat([write(row) for row in x.split(1)]))
 
 
-def test_recurrent_state_is_rounded_at_every_token_with_other_numbers() -> None:
+def test_recurrent_state_is_rounded_at_every_token_with_new_random_numbers() -> None:
     model = built("M", StateRounding(state="int8", stochastic_state=True))
     ids = tokens(1, 8)
     one, again = read(model, ids)[1], read(model, ids)[1]

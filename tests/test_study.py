@@ -44,7 +44,7 @@ def test_a_sweep_ends_with_the_trials_it_was_asked_for_and_repeating_it_does_not
     assert run(sweep, 3, runs).complete == 3
 
 
-def test_what_a_trial_samples_depends_on_its_number_and_not_on_interruptions(sweep_file: Path, tmp_path: Path) -> None:
+def test_the_draw_of_a_trial_depends_on_its_number_and_not_on_interruptions(sweep_file: Path, tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file)
     run(sweep, 4, tmp_path / "whole")
     for n_trials in (1, 2, 4):
@@ -53,7 +53,7 @@ def test_what_a_trial_samples_depends_on_its_number_and_not_on_interruptions(swe
     assert [(t.params, t.values) for t in whole] == [(t.params, t.values) for t in pieces]
 
 
-def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(
+def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_continues(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs, real, calls = load_sweep(sweep_file), tmp_path / "runs", train.fit, []
@@ -71,7 +71,7 @@ def test_a_failed_trial_is_recorded_with_its_reason_and_the_sweep_goes_on(
     assert [trial.user_attrs["reason"] for trial in failed] == ["RuntimeError: shapes do not fit"]
 
 
-def test_an_experiment_that_is_finished_elsewhere_is_not_trained_again(
+def test_an_experiment_finished_elsewhere_is_not_trained_again(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"
@@ -104,7 +104,7 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
 
-def test_the_line_of_a_mistake_is_told_of_a_relative_path_too(
+def test_an_error_names_the_line_also_for_a_relative_path(
     sweep_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep_file.write_text(sweep_file.read_text().replace("n_layers > 200", "n_layer > 200"))
@@ -113,14 +113,14 @@ def test_the_line_of_a_mistake_is_told_of_a_relative_path_too(
         load_sweep(Path(sweep_file.name))
 
 
-def test_a_sweep_file_knows_its_whole_path(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_has_the_absolute_path_of_its_file(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(sweep_file.parent)
     sweep_file.write_text(sweep_file.read_text() + "\nsampler = sampler if __file__[0] == '/' else __file__\n")
     assert load_sweep(Path(sweep_file.name)).sampler == "random"
 
 
 @pytest.mark.parametrize(("sampler", "says"), [("foo", "got 'foo'"), ("grid", "needs a mapping")])
-def test_a_sampler_that_cannot_be_is_refused_before_anything_is_created(
+def test_an_invalid_sampler_is_refused_before_anything_is_created(
     sweep_file: Path, tmp_path: Path, sampler: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=says):
@@ -146,7 +146,7 @@ def test_a_learning_rate_of_ten_is_recorded_as_diverged(tmp_path: Path) -> None:
     assert load_runs(runs)["status"].tolist() == ["diverged"]
 
 
-def test_a_run_folder_says_which_trial_it_belongs_to(sweep_file: Path, tmp_path: Path) -> None:
+def test_a_run_folder_names_its_trial(sweep_file: Path, tmp_path: Path) -> None:
     run(load_sweep(sweep_file), 2, tmp_path / "runs")
     about = [json.loads((folder.path / "trial.json").read_text()) for folder in find_runs(tmp_path / "runs")]
     by_number = {each["trial"]: each["params"] for each in about}
@@ -170,7 +170,7 @@ def test_a_sweep_file_that_changed_under_its_study_is_refused_with_the_differenc
         run(load_sweep(sweep_file), 2, runs)
 
 
-def test_a_remark_in_a_sweep_file_changes_nothing(sweep_file: Path, tmp_path: Path) -> None:
+def test_a_comment_in_a_sweep_file_changes_nothing(sweep_file: Path, tmp_path: Path) -> None:
     run(load_sweep(sweep_file), 1, tmp_path / "runs")
     sweep_file.write_text(sweep_file.read_text().replace("objectives =", "# a remark\n\nobjectives  ="))
     assert run(load_sweep(sweep_file), 1, tmp_path / "runs").complete == 1
@@ -221,7 +221,7 @@ def test_a_study_whose_creation_was_killed_is_completed(
 
 
 @pytest.mark.parametrize("n_objectives", [1, 2])
-def test_a_study_of_somebody_else_is_left_alone(sweep_file: Path, tmp_path: Path, n_objectives: int) -> None:
+def test_a_foreign_study_is_not_changed(sweep_file: Path, tmp_path: Path, n_objectives: int) -> None:
     storage = open_storage(tmp_path / "runs")
     study = optuna.create_study(storage=storage, study_name="width", directions=["minimize"] * n_objectives)
     if n_objectives == 2:  # as a sweep has
@@ -283,13 +283,13 @@ def test_a_module_that_changed_under_its_study_is_refused_with_the_difference(
     assert run(sweep, 1, runs, new_study=True).complete == 1
 
 
-def test_only_modules_of_ones_own_count(sweep_file: Path) -> None:
+def test_only_the_users_modules_count(sweep_file: Path) -> None:
     text = sweep_file.read_text()
     sweep_file.write_text(text.replace("from explore import", "import json, optuna\nfrom explore import", 1))
     assert load_sweep(sweep_file).modules == {}
 
 
-def test_a_sweep_file_with_a_byte_order_mark_is_run_as_without(sweep_file: Path, tmp_path: Path) -> None:
+def test_a_byte_order_mark_in_a_sweep_file_is_ignored(sweep_file: Path, tmp_path: Path) -> None:
     sweep_file.write_bytes(b"\xef\xbb\xbf" + sweep_file.read_bytes())
     assert run(load_sweep(sweep_file), 1, tmp_path / "runs").complete == 1
     sweep_file.write_bytes(sweep_file.read_bytes()[3:])

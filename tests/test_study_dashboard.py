@@ -146,7 +146,7 @@ def test_the_components_of_a_note_add_up_to_the_cost_of_the_model(tmp_path: Path
 
 
 @pytest.mark.parametrize("lengths", [(10,), (2045,), (2046, 3), (5000, 4091)])
-def test_a_note_of_any_length_is_what_the_dashboards_own_package_reads(tmp_path: Path, lengths: tuple[int]) -> None:
+def test_notes_of_any_length_are_read_by_the_package_of_the_dashboard(tmp_path: Path, lengths: tuple[int]) -> None:
     study = new_study(tmp_path)
     trial = study.ask()
     for length in lengths:
@@ -168,7 +168,7 @@ def test_the_note_of_a_rejected_trial_does_not_call_it_pruned(tmp_path: Path) ->
     )
 
 
-def test_what_cannot_be_written_is_one_line_each_and_no_error(tmp_path: Path) -> None:
+def test_files_that_cannot_be_written_are_warnings_of_one_line(tmp_path: Path) -> None:
     study, said = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     (tmp_path / "artifacts").write_text("a file where the folder should be")
@@ -188,7 +188,7 @@ def test_a_damaged_run_still_has_a_note(tmp_path: Path) -> None:
     assert "unfinished" in optuna_dashboard.get_note(trial)
 
 
-def test_a_trial_that_was_reaped_meanwhile_is_left_alone(tmp_path: Path) -> None:
+def test_a_trial_reaped_meanwhile_is_not_changed(tmp_path: Path) -> None:
     study, said = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     study.tell(trial, state=TrialState.FAIL)
@@ -203,7 +203,7 @@ def test_a_run_without_validations_shows_its_training_loss(tmp_path: Path) -> No
     assert list(ax.lines[0].get_ydata()) == pytest.approx(list(folder.metrics["loss"]))
 
 
-def test_a_note_tells_how_the_learning_rate_was_found(tmp_path: Path) -> None:
+def test_a_note_has_the_search_of_the_learning_rate(tmp_path: Path) -> None:
     study = new_study(tmp_path)
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     found = {"tuned": True, "lr_sensitivity": 0.01, "lr_pilots": {"0.002": 2.5, "0.004": float("inf")}}
@@ -213,7 +213,7 @@ def test_a_note_tells_how_the_learning_rate_was_found(tmp_path: Path) -> None:
     assert "0.004, tuned, half or twice of it costs 0.0100; val_bpb of pilots: 0.002 → 2.5000, 0.004 → inf" in note
 
 
-def test_what_is_edited_in_the_dashboard_while_a_sweep_writes_loses_nothing(tmp_path: Path) -> None:
+def test_edits_in_the_dashboard_during_a_sweep_are_kept(tmp_path: Path) -> None:
     """The dashboard opens the journal by Optuna's own class, and writes to it when somebody edits a note."""
     study = new_study(tmp_path)
     path = tmp_path / "study.journal"

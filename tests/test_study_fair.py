@@ -38,7 +38,7 @@ def test_every_pattern_meets_a_tied_budget_within_a_hundredth(budget: str, patte
     assert abs(trial.user_attrs["residuals"][budget]) <= 0.01
 
 
-def test_residuals_of_compared_budgets_are_kept_and_what_cannot_be_met_is_rejected() -> None:
+def test_residuals_of_compared_budgets_are_recorded_and_infeasible_ones_rejected() -> None:
     trial = FixedTrial({})
     budgets = Budgets({"params_total": 600_000}, ["d_model=64:256:32", "d_ff"], 128, compare={"flops_train": 1e6})
     model = budgets.model(trial, {"vocab_size": 512, "pattern": "*-*-"})
@@ -119,7 +119,7 @@ def test_a_best_rate_at_the_edge_of_the_grid_is_not_called_tuned() -> None:
         assert (tuned.lr, tuned.interior, tuned.sensitivity) == (edge, False, None)
 
 
-def test_rates_that_diverge_are_walked_away_from() -> None:
+def test_the_search_moves_away_from_rates_that_diverge() -> None:
     tuned = LearningRates().search(lambda lr: math.inf if lr > 3e-3 else 2 - lr)
     assert tuned.lr == 2e-3
     assert tuned.interior
@@ -146,7 +146,7 @@ def test_a_pilot_is_the_same_for_every_seed_and_shorter() -> None:
         ({"share": 0.0}, "share must be above 0"),
     ],
 )
-def test_a_search_that_makes_no_sense_is_refused(wrong: dict[str, float], says: str) -> None:
+def test_an_invalid_search_is_refused(wrong: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         LearningRates(**wrong)
 
@@ -169,7 +169,7 @@ def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> N
         assert (runs["tuned"] == (not at_edge)).all()
 
 
-def test_rates_are_searched_by_nats_where_tokens_stand_for_no_bytes(tmp_path: Path) -> None:
+def test_rates_are_searched_by_nats_if_tokens_have_no_bytes(tmp_path: Path) -> None:
     text = sweep_file(tmp_path, "flops_run").read_text()
     text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=4, vocab_size=64)", text)
     for old, new in {
@@ -255,7 +255,7 @@ def test_runs_without_a_decay_are_merged_and_their_rate_is_searched_for_the_aver
         assert pilots[column].to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
 
 
-def test_a_run_that_was_stopped_before_its_averages_were_scored_is_not_trained_again(
+def test_a_run_stopped_before_scoring_its_averages_is_not_trained_again(
     merged_sweep: tuple[Sweep, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = merged_sweep
@@ -287,6 +287,6 @@ def test_averages_of_other_checkpoints_are_scored_again(merged_sweep: tuple[Swee
         ("0.2", r"merging must be explore\.study\.Merging, got 0\.2"),
     ],
 )
-def test_averages_that_cannot_be_are_refused(tmp_path: Path, merging: str, says: str) -> None:
+def test_invalid_averages_are_refused(tmp_path: Path, merging: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         load_sweep(merging_sweep(tmp_path, merging))

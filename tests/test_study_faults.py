@@ -120,7 +120,7 @@ def test_a_trial_for_which_the_memory_is_too_small_is_given_back(
 # What comes on the way
 
 
-def test_a_corpus_that_is_gone_on_the_way_stops_the_sweep_which_then_goes_on(
+def test_a_corpus_lost_during_a_sweep_stops_it_and_it_can_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs, real, calls = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", train.fit, []
@@ -186,7 +186,7 @@ def test_a_fault_of_the_machine_gives_the_trial_back_and_stops_the_sweep(
     assert outcomes(runs) == [RELEASED, "done"]
 
 
-def test_an_error_that_torch_makes_of_a_full_disk_is_the_disks(tmp_path: Path) -> None:
+def test_an_error_of_torch_on_a_full_disk_is_a_fault_of_the_machine(tmp_path: Path) -> None:
     error = RuntimeError("unexpected pos 56960 vs 56912")
     assert fault_of(error, tmp_path) is None
     error.__context__ = OSError(errno.EFBIG, os.strerror(errno.EFBIG))  # raised while that was handled
@@ -233,7 +233,7 @@ def test_a_corpus_that_changes_between_trials_stops_the_sweep(tmp_path: Path, mo
     assert outcomes(runs) == ["done", RELEASED]
 
 
-def test_a_study_of_an_older_version_keeps_what_its_texts_are_now(tmp_path: Path) -> None:
+def test_a_study_of_an_older_version_records_its_current_texts(tmp_path: Path) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
     run(sweep, 1, runs)
     journal = runs / JOURNAL
@@ -250,7 +250,7 @@ def test_a_study_of_an_older_version_keeps_what_its_texts_are_now(tmp_path: Path
 
 
 @pytest.mark.parametrize("sampler", ["random", "grid"])
-def test_a_space_that_is_used_up_is_said_and_no_further_trials_are_drawn(tmp_path: Path, sampler: str) -> None:
+def test_an_exhausted_space_is_reported_and_draws_stop(tmp_path: Path, sampler: str) -> None:
     replaced = {
         'trial.suggest_float("lr", 1e-3, 1e-2, log=True)': "4e-3",
         ', "lr": 0.004}': "}",
@@ -278,7 +278,7 @@ def test_a_space_that_is_used_up_is_said_and_no_further_trials_are_drawn(tmp_pat
 
 
 @pytest.mark.parametrize("about", [{}, {"exhausted": True}])
-def test_what_is_still_queued_is_trained_though_the_space_is_used_up(tmp_path: Path, about: dict[str, Any]) -> None:
+def test_queued_trials_are_trained_although_the_space_is_exhausted(tmp_path: Path, about: dict[str, Any]) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path, tokens=128)), tmp_path / "runs"
     run(sweep, 1, runs)
     study = study_of(runs)
@@ -318,7 +318,7 @@ def test_the_command_has_exit_code_1_where_all_trials_failed(
 # Signals
 
 
-def test_a_trial_that_a_signal_ends_is_given_back_although_a_compiler_died_of_it(
+def test_a_trial_ended_by_a_signal_is_given_back_although_its_compiler_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a signal goes to the process group: the compiler's error must not be taken for the trial's."""
@@ -337,7 +337,7 @@ def test_a_trial_that_a_signal_ends_is_given_back_although_a_compiler_died_of_it
     assert run(sweep, 1, runs).complete == 1
 
 
-def test_workers_that_have_started_are_ended_where_one_cannot_start(
+def test_started_workers_end_if_one_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[str] = []
@@ -362,7 +362,7 @@ def test_workers_that_have_started_are_ended_where_one_cannot_start(
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", None])
-def test_a_result_that_is_damaged_after_its_trial_is_said_and_made_again(tmp_path: Path, content: str | None) -> None:
+def test_a_result_damaged_after_its_trial_is_reported_and_recomputed(tmp_path: Path, content: str | None) -> None:
     sweep, runs, heard = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", Heard()
     run(sweep, 2, runs)
     folder = runs / study_of(runs).trials[1].user_attrs["run"]
@@ -379,7 +379,7 @@ def test_a_result_that_is_damaged_after_its_trial_is_said_and_made_again(tmp_pat
     assert all(line in (folder / "result.json").read_text() for line in values)
 
 
-def test_a_run_whose_experiment_is_damaged_too_is_said(tmp_path: Path) -> None:
+def test_a_run_with_a_damaged_experiment_is_reported(tmp_path: Path) -> None:
     sweep, runs, heard = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", Heard()
     run(sweep, 1, runs)
     folder = runs / study_of(runs).trials[0].user_attrs["run"]

@@ -87,19 +87,19 @@ def append(path: Path, *, stale_s: float = 0.2) -> None:
     assert not os.path.lexists(f"{path}.lock")
 
 
-def test_a_link_that_leads_nowhere_is_taken_away(tmp_path: Path) -> None:
+def test_a_dangling_link_is_removed(tmp_path: Path) -> None:
     (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / "gone" / JOURNAL)
     append(tmp_path / JOURNAL)
 
 
-def test_a_folder_that_was_moved_with_its_link_goes_on(tmp_path: Path) -> None:
+def test_a_folder_moved_with_its_link_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     WholeJournal(tmp_path / "old" / JOURNAL).link.acquire()
     shutil.move(tmp_path / "old", tmp_path / "new")
     append(tmp_path / "new" / JOURNAL)
 
 
-def test_a_link_into_a_journal_that_is_in_use_is_taken_away(tmp_path: Path) -> None:
+def test_a_stale_link_of_a_journal_in_use_is_removed(tmp_path: Path) -> None:
     """As where a folder was copied, and its first is worked on."""
     (tmp_path / "busy").touch()
     (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / "busy")
@@ -118,7 +118,7 @@ def test_a_link_into_a_journal_that_is_in_use_is_taken_away(tmp_path: Path) -> N
         worker.join()
 
 
-def test_a_link_that_others_hold_in_turn_is_left_to_them(tmp_path: Path) -> None:
+def test_a_link_held_alternately_by_others_is_not_removed(tmp_path: Path) -> None:
     link = WholeJournal(tmp_path / JOURNAL).link
     link.acquire()
     taken: list[float] = []

@@ -83,7 +83,7 @@ def test_flops_are_those_of_all_trials_and_seeds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_spread_between_seeds_tells_what_can_be_resolved(tmp_path: Path) -> None:
+def test_the_resolvable_difference_follows_from_the_spread_between_seeds(tmp_path: Path) -> None:
     sweep, runs = load_sweep(written(tmp_path, seeds=3)), tmp_path / "runs"
     assert preview(sweep, 2, runs, measure=False).differences is None
     assert seed_noise(tmp_path, (1.0, 2.0)) is None

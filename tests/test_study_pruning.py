@@ -76,7 +76,7 @@ def test_a_trial_that_is_cheaper_than_all_others_is_never_stopped() -> None:
     assert EAGER.verdict(finished, [3.0], 0.5, 1.0) is not None
 
 
-def test_of_several_costs_all_must_be_no_more() -> None:
+def test_a_run_is_stopped_only_if_no_cost_of_the_other_is_higher() -> None:
     finished = [Curve((2.0, 10.0), ((0.5, 1.0),)), Curve((1.0, 20.0), ((0.5, 1.5),))]
     assert EAGER.verdict(finished, [3.0, 9.0], 0.5, 9.0) is None
     assert EAGER.verdict(finished, [1.5, 25.0], 0.5, 1.4) is None
@@ -102,7 +102,7 @@ def test_curves_are_read_between_their_points_and_not_beyond() -> None:
     assert EAGER.verdict([curve], [1.0], 0.1, 99.0) is EAGER.verdict([curve], [1.0], 0.9, 99.0) is None
 
 
-def test_a_reason_says_both_values_where_and_the_margin() -> None:
+def test_a_reason_names_both_values_the_cost_and_the_margin() -> None:
     reason = FrontPruner(margin=0.02, min_trials=0).verdict([Curve((1.0,), ((0.4, 2.5),))], [1.0], 0.4, 2.5301)
     assert reason == (
         "2.5301 bits per byte at 40% of the schedule, where a trial that costs no more had 2.5000; the margin is 0.02"
@@ -146,7 +146,7 @@ def test_a_trial_is_judged_by_the_complete_trials_that_have_a_curve() -> None:
     assert judge(0.5, 9.0) is not None
 
 
-def test_a_point_that_is_told_again_is_kept_once_and_in_order() -> None:
+def test_a_repeated_point_of_a_curve_is_kept_once_and_in_order() -> None:
     made = study()
     trial = made.ask()
     trial.set_user_attr("flops_run", 5.0)
@@ -168,7 +168,7 @@ def test_a_point_that_is_told_again_is_kept_once_and_in_order() -> None:
     ],
     ids="-".join,
 )
-def test_objectives_of_which_a_curve_tells_nothing_are_refused_in_one_line(objectives: tuple[str, ...]) -> None:
+def test_objectives_that_are_not_on_the_curve_are_refused_in_one_line(objectives: tuple[str, ...]) -> None:
     made = study(objectives=objectives)
     with pytest.raises(ValueError, match=rf"^pruner: the objectives must be one of .*; got {', '.join(objectives)}$"):
         EAGER.judge(made, made.ask())
@@ -183,7 +183,7 @@ def test_an_error_to_maximize_and_objectives_without_names_are_refused() -> None
         EAGER.judge(made, made.ask())
 
 
-def test_a_trial_that_does_not_tell_its_cost_is_refused() -> None:
+def test_a_trial_without_a_cost_is_refused() -> None:
     made = study(objectives=("params_active", "val_loss", "flops_run"))
     trial = made.ask()
     trial.set_user_attr("flops_run", 1.0)
@@ -229,7 +229,7 @@ def test_a_replay_is_a_search_trial_by_trial() -> None:
     assert [*found.spent, found.total] == pytest.approx([*spent, total])
 
 
-def test_a_replay_counts_what_was_killed_and_what_was_reached() -> None:
+def test_a_replay_counts_stopped_runs_and_the_front_reached() -> None:
     rows, pruner = table(), FrontPruner(margin=0.0, min_trials=2, min_fraction=0.2)
     (found,) = pruning_outcomes(rows, [pruner], [5])
     order = np.random.default_rng(5).permutation(len(rows)).tolist()
@@ -248,7 +248,7 @@ def test_a_replay_counts_what_was_killed_and_what_was_reached() -> None:
         assert found[f"volume_at_{100 * share:.0f}"] == pytest.approx(volumes[0] / volumes[1])
 
 
-def test_a_margin_without_end_is_no_pruning() -> None:
+def test_an_infinite_margin_prunes_nothing() -> None:
     (found,) = pruning_outcomes(table(), [FrontPruner(margin=1e9, min_trials=0)], [0])
     assert (found["spent"], found["stopped"], found["killed"]) == (1.0, 0.0, 0.0)
     assert {found[name] for name in found if name.startswith("volume")} == {1.0}
@@ -264,7 +264,7 @@ def test_a_wider_margin_spends_more_and_kills_less() -> None:
     assert (summary["spent"] <= summary["spent_high"]).all()
 
 
-def test_a_summary_is_of_the_orders() -> None:
+def test_a_summary_averages_over_the_orders() -> None:
     rows = pd.DataFrame(pruning_outcomes(table(), [EAGER, FrontPruner(margin=0.1, min_trials=0)], range(8)))
     summary = mean_outcomes(rows)
     assert summary["margin"].tolist() == [0.0, 0.1]
@@ -291,7 +291,7 @@ def test_a_table_that_cannot_be_replayed_is_refused(change: dict[str, Any], mess
         list(pruning_outcomes(rows, [EAGER], [0]))
 
 
-def test_the_command_prints_what_the_replay_finds(
+def test_the_command_prints_the_results_of_the_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = table()

@@ -146,7 +146,7 @@ def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, name: st
         assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler=sampler))
 
 
-def test_two_sweeps_on_one_study_begun_at_once_train_nothing_twice(tmp_path: Path) -> None:
+def test_two_sweeps_started_together_train_nothing_twice(tmp_path: Path) -> None:
     file, runs, log = write_sweep(tmp_path, tokens=1280), tmp_path / "runs", tmp_path / "log"
     finish(*[start(work, file, runs, TRIALS, log, sampler="grid") for _ in range(3)])
     study = study_of(runs)
@@ -156,7 +156,7 @@ def test_two_sweeps_on_one_study_begun_at_once_train_nothing_twice(tmp_path: Pat
     assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed", sampler="grid"))
 
 
-def test_a_postgresql_that_is_restarted_in_the_middle_is_waited_for(tmp_path: Path, postgres: Postgres) -> None:
+def test_a_sweep_waits_for_a_restarted_postgresql(tmp_path: Path, postgres: Postgres) -> None:
     file, runs, log, url = (
         write_sweep(tmp_path, tokens=TOKENS),
         tmp_path / "runs",
@@ -176,7 +176,7 @@ def test_a_postgresql_that_is_restarted_in_the_middle_is_waited_for(tmp_path: Pa
     assert_same(done_by_key(study), undisturbed(file, tmp_path / "undisturbed"))
 
 
-def test_workers_that_are_killed_go_on_in_postgresql_and_through_a_proxy(tmp_path: Path, postgres: Postgres) -> None:
+def test_killed_workers_resume_in_postgresql_and_through_a_proxy(tmp_path: Path, postgres: Postgres) -> None:
     file, runs, log, port = write_sweep(tmp_path, tokens=TOKENS), tmp_path / "runs", tmp_path / "log", free_port()
     url = postgres.database()
     server = start(serve_storage, url, "127.0.0.1", port)
@@ -214,7 +214,7 @@ def _limit_files(n_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [300, 4_000, 12_000, 60_000])
-def test_a_full_disk_stops_the_sweep_with_a_clear_line_and_it_goes_on_later(tmp_path: Path, n_bytes: int) -> None:
+def test_a_full_disk_stops_the_sweep_with_a_clear_line_and_it_resumes_later(tmp_path: Path, n_bytes: int) -> None:
     """The limit falls into the cache, into the journal, into records, into a checkpoint."""
     file, runs, log = write_sweep(tmp_path), tmp_path / "runs", tmp_path / "log"
     worker = start(work, file, runs, 2, log, partial(_limit_files, n_bytes))

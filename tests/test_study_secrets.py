@@ -51,7 +51,7 @@ def test_an_escaped_password_is_hidden_in_both_forms() -> None:
     assert hide_secrets("p%40ss and p@ss", "postgresql://me:p%40ss@host/db") == "*** and ***"
 
 
-def test_a_url_that_is_no_storage_is_refused_without_its_password() -> None:
+def test_an_invalid_storage_url_is_refused_without_its_password() -> None:
     url = "postgresql:/me:s3cret@host/db"
     for call in (lambda: find_study(url), lambda: serve_storage(url, "127.0.0.1", 1)):
         with pytest.raises(ValueError, match="postgresql:/me@host/db") as refusal:
@@ -114,7 +114,7 @@ def test_no_file_of_a_sweep_in_weights_and_biases_holds_the_password(
 
 
 @pytest.mark.slow
-def test_what_submitit_pickles_is_read_by_nobody_else(tmp_path: Path) -> None:
+def test_pickles_of_submitit_are_readable_only_by_the_user(tmp_path: Path) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
     (runs / "cluster").mkdir(mode=0o755, parents=True)
     options = TrialOptions(notes=False)

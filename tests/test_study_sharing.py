@@ -61,12 +61,12 @@ def test_there_are_as_many_workers_as_fit_into_memory(machine: pytest.MonkeyPatc
     assert workers_for(1.0, 9) == 1
 
 
-def test_a_device_is_left_to_one_worker(machine: pytest.MonkeyPatch) -> None:
+def test_one_worker_has_the_device_alone(machine: pytest.MonkeyPatch) -> None:
     machine.setattr(torch.accelerator, "is_available", lambda: True)
     assert workers_for(1.0, 9) == 1
 
 
-def test_no_gain_in_the_table_means_one_worker_and_a_broken_one_is_refused(machine: pytest.MonkeyPatch) -> None:
+def test_a_table_without_gain_means_one_worker_and_a_broken_table_is_refused(machine: pytest.MonkeyPatch) -> None:
     table = pd.DataFrame([(1000.0, 100.0, 90.0)], columns=[*sharing.NUMBERS])
     save_table(table, sharing.own_table())
     assert workers_for(1.0, 9) == 1
@@ -82,7 +82,7 @@ def test_the_shipped_table_shares_the_models_of_the_demo() -> None:
     assert all(each.flops_run / each.n_steps < largest for each in sweep.examples)
 
 
-def test_what_the_bench_measures_is_the_table(machine: pytest.MonkeyPatch) -> None:
+def test_the_bench_measures_the_table_of_sharing(machine: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
 
     def run(variables: Any, **task: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def sharing_variable() -> str:
 
 
 @pytest.mark.parametrize(("said", "expected"), [((), 3), (("--workers", "1"), 1), (("--cluster", "local"), 1)])
-def test_the_command_chooses_unless_it_is_told(
+def test_the_command_chooses_the_number_of_workers_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: tuple[str, ...], expected: int
 ) -> None:
     file, asked = write_sweep(tmp_path), []
@@ -124,7 +124,7 @@ def test_the_command_chooses_unless_it_is_told(
     assert asked == [expected]
 
 
-def test_a_sweep_draws_its_frontier_soon_seldom_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_draws_its_frontier_early_rarely_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from explore.study import mirroring
 
     drawn: list[int] = []

@@ -33,7 +33,7 @@ def entries(journal: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"op_code": 4, "wor', b"x" * 10_000])
-def test_a_last_line_that_was_cut_off_is_not_read_and_makes_room_for_the_next(tmp_path: Path, torn: bytes) -> None:
+def test_a_truncated_last_line_is_not_read_and_is_replaced_by_the_next(tmp_path: Path, torn: bytes) -> None:
     study = optuna.create_study(storage=open_storage(tmp_path))
     study.enqueue_trial({"x": 1})
     journal = tmp_path / JOURNAL
@@ -48,7 +48,7 @@ def test_a_last_line_that_was_cut_off_is_not_read_and_makes_room_for_the_next(tm
     assert len(entries(journal)) == len(before.splitlines()) + 1
 
 
-def test_a_journal_that_is_one_torn_line_becomes_empty(tmp_path: Path) -> None:
+def test_a_journal_with_one_truncated_line_becomes_empty(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(b'{"op_code"')
     WholeJournal(tmp_path / JOURNAL).append_logs([{"a": 1}])
     assert entries(tmp_path / JOURNAL) == [{"a": 1}]
@@ -83,7 +83,7 @@ def _hold_lock(path: Path, said: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_locks_of_a_killed_process_are_free_soon(tmp_path: Path) -> None:
+def test_locks_of_a_killed_process_are_released_soon(tmp_path: Path) -> None:
     path, said = tmp_path / "runs" / JOURNAL, tmp_path / "said"
     path.parent.mkdir()
     holder = start(_hold_lock, path, said)
@@ -97,7 +97,7 @@ def test_the_locks_of_a_killed_process_are_free_soon(tmp_path: Path) -> None:
     assert entries(path) == [{"name": "a", "i": 0}]
 
 
-def test_a_link_that_a_killed_process_left_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_left_by_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the folder of runs was named from another folder, as it is by default."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
@@ -125,7 +125,7 @@ def test_lines_of_several_writers_are_whole_and_in_order(tmp_path: Path) -> None
         assert [entry["i"] for entry in entries(path) if entry["name"] == name] == list(range(50))
 
 
-def test_the_names_of_a_sweeps_studies_are_those_without_a_gap() -> None:
+def test_study_names_stop_at_the_first_gap() -> None:
     storage = InMemoryStorage()
     for name in ("s", "s-3", "s-2", "s-5", "other"):
         optuna.create_study(storage=storage, study_name=name)
@@ -215,7 +215,7 @@ CUT_OFF = PendingRollbackError("Can't reconnect until invalid transaction is rol
 @pytest.mark.parametrize(
     "error", [GONE, wrapped(GONE), wrapped(CUT_OFF), ConnectionResetError(), grpc_error("UNAVAILABLE")]
 )
-def test_a_patient_storage_waits_and_then_gives_what_the_call_gives(
+def test_a_patient_storage_waits_and_returns_the_result(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     pauses: list[float] = []
@@ -229,13 +229,13 @@ def test_a_patient_storage_waits_and_then_gives_what_the_call_gives(
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), grpc_error("NOT_FOUND"), wrapped(ValueError("too long"))])
-def test_a_call_that_is_wrong_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_patient_storage_does_not_retry_an_invalid_call(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("waited"))
     with pytest.raises(type(error)):
         optuna.create_study(storage=patient(Away(1, error), lambda line: None))
 
 
-def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patient_storage_gives_up_after_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
@@ -243,7 +243,7 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         optuna.create_study(storage=patient(Away(10_000, GONE), lambda line: None))
 
 
-def test_a_patient_storage_has_every_call_of_a_storage(tmp_path: Path) -> None:
+def test_a_patient_storage_has_every_method_of_a_storage(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     studies = [optuna.create_study(storage=open_storage(tmp_path, url), study_name="s")]
     studies.append(optuna.create_study(storage=open_storage(tmp_path), study_name="s"))
@@ -270,7 +270,7 @@ def test_processes_may_open_an_empty_database_at_once(postgres: Postgres, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_server_that_is_restarted_between_calls_is_waited_for(postgres: Postgres, tmp_path: Path) -> None:
+def test_a_patient_storage_waits_for_a_restarted_server(postgres: Postgres, tmp_path: Path) -> None:
     said: list[str] = []
     url = postgres.database()
     study = optuna.create_study(storage=open_storage(tmp_path, url, said.append))
@@ -314,14 +314,14 @@ def test_a_proxy_serves_a_storage_to_other_processes(
         server.join()
 
 
-def test_a_place_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
+def test_a_storage_that_cannot_be_served_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^STORAGE must be a URL or a folder with a study.journal, got '.*'"):
         serve_storage(str(tmp_path), "127.0.0.1", free_port())
     with pytest.raises(ValueError, match=r"^STORAGE: postgresql\+psycopg://me@127.0.0.1:1/x cannot be opened"):
         serve_storage("postgresql+psycopg://me:secret@127.0.0.1:1/x", "127.0.0.1", free_port())
 
 
-def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+def test_a_port_in_use_is_one_line(tmp_path: Path) -> None:
     import socket
 
     open_storage(tmp_path)

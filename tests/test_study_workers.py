@@ -78,7 +78,7 @@ def test_a_lease_is_renewed_until_its_block_ends(study: optuna.Study, monkeypatc
     assert study.trials[0].user_attrs["lease"]["beat"] == beat
 
 
-def test_a_beat_that_cannot_be_written_is_followed_by_others(
+def test_a_failed_heartbeat_is_followed_by_others(
     study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.02)
@@ -94,7 +94,7 @@ def test_a_beat_that_cannot_be_written_is_followed_by_others(
         wait_until(lambda: study.trials[0].user_attrs["lease"]["beat"] > 3, 20)
 
 
-def test_the_trial_of_a_process_that_is_gone_is_queued_again_at_once(study: optuna.Study) -> None:
+def test_the_trial_of_a_dead_process_is_requeued_immediately(study: optuna.Study) -> None:
     study.enqueue_trial({"x": 0.5}, user_attrs={"baseline": 0})
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
@@ -108,7 +108,7 @@ def test_the_trial_of_a_process_that_is_gone_is_queued_again_at_once(study: optu
     assert is_left(study.trials[0])
 
 
-def test_a_lease_from_elsewhere_is_dead_when_its_mark_stood_still(study: optuna.Study, clock: list[float]) -> None:
+def test_a_remote_lease_without_renewal_is_dead(study: optuna.Study, clock: list[float]) -> None:
     reaper, trial = Reaper(), study.ask()
     mark(trial, ELSEWHERE, 1)
     reaper.reap(study)
@@ -143,7 +143,7 @@ def test_a_trial_that_is_alive_is_left_alone(study: optuna.Study, clock: list[fl
         assert states(study) == "RUNNING"
 
 
-def test_reaping_goes_on_where_a_kill_stopped_it(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reaping_resumes_after_a_kill(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = study.ask()
     mark(trial, leases._place(), gone())
     with monkeypatch.context() as patch:
@@ -156,7 +156,7 @@ def test_reaping_goes_on_where_a_kill_stopped_it(study: optuna.Study, monkeypatc
     assert states(study) == "FAIL WAITING"
 
 
-def test_a_trial_that_kills_its_processes_again_and_again_ends_as_failed(study: optuna.Study) -> None:
+def test_a_trial_that_keeps_killing_its_processes_fails(study: optuna.Study) -> None:
     for _ in range(MOST_ATTEMPTS):
         mark(study.ask(), leases._place(), gone())
         Reaper().reap(study)
@@ -168,7 +168,7 @@ def test_a_trial_that_kills_its_processes_again_and_again_ends_as_failed(study: 
     assert [is_left(trial) for trial in study.trials] == [True] * (MOST_ATTEMPTS - 1) + [False]
 
 
-def test_giving_a_trial_back_is_no_attempt(study: optuna.Study) -> None:
+def test_giving_a_trial_back_does_not_count_as_an_attempt(study: optuna.Study) -> None:
     for _ in range(MOST_ATTEMPTS + 1):
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
@@ -179,7 +179,7 @@ def test_giving_a_trial_back_is_no_attempt(study: optuna.Study) -> None:
     assert {trial.user_attrs["draw"] for trial in study.trials[1:]} == {0}
 
 
-def test_a_trial_that_ended_meanwhile_stays_as_it_is(study: optuna.Study) -> None:
+def test_a_trial_that_ended_meanwhile_is_not_changed(study: optuna.Study) -> None:
     trial = study.ask()
     study.tell(trial, 1.0)
     leave(study, trial._cached_frozen_trial, INTERRUPTED)
@@ -189,7 +189,7 @@ def test_a_trial_that_ended_meanwhile_stays_as_it_is(study: optuna.Study) -> Non
 # Claims
 
 
-def test_the_first_of_two_trials_with_one_experiment_has_it(study: optuna.Study) -> None:
+def test_the_first_of_two_trials_claims_their_experiment(study: optuna.Study) -> None:
     first, second = study.ask(), study.ask()
     claim(study, first, "k", Reaper())
     with pytest.raises(RejectedError, match="repeats trial 0"):
@@ -206,14 +206,14 @@ def test_an_experiment_that_has_ended_is_not_claimed_again(study: optuna.Study, 
         claim(study, study.ask(), "k", Reaper())
 
 
-def test_a_later_trial_that_has_confirmed_keeps_the_experiment(study: optuna.Study) -> None:
+def test_a_confirmed_later_trial_keeps_the_experiment(study: optuna.Study) -> None:
     first, second = study.ask(), study.ask()
     claim(study, second, "k", Reaper())
     with pytest.raises(RejectedError, match="repeats trial 1"):
         claim(study, first, "k", Reaper())
 
 
-def test_a_claim_that_was_left_or_rejected_is_none(study: optuna.Study) -> None:
+def test_an_abandoned_or_rejected_claim_does_not_count(study: optuna.Study) -> None:
     left, rejected = study.ask(), study.ask()
     for trial in (left, rejected):
         trial.set_user_attr("key", "k")
@@ -251,7 +251,7 @@ def _claim_once(study: optuna.Study, key: str, won: list[int], ready: threading.
         study.tell(trial, state=TrialState.PRUNED)
 
 
-def test_of_many_threads_with_one_experiment_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_thread_claims_an_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "POLL_S", 0.01)
     optuna.create_study(storage=open_storage(tmp_path), study_name="s")
     studies = [optuna.load_study(storage=open_storage(tmp_path), study_name="s") for _ in range(4)]
@@ -281,7 +281,7 @@ def _claim_many(folder: Path, log: Path, n: int) -> None:
 
 
 @pytest.mark.slow
-def test_of_many_processes_with_one_experiment_one_has_it(tmp_path: Path) -> None:
+def test_only_one_process_claims_an_experiment(tmp_path: Path) -> None:
     optuna.create_study(storage=open_storage(tmp_path), study_name="s")
     finish(*[start(_claim_many, tmp_path, tmp_path / "log", 12) for _ in range(4)])
     assert sorted(noted(tmp_path / "log", "won")) == sorted(f"k{i}" for i in range(12))
@@ -290,7 +290,7 @@ def test_of_many_processes_with_one_experiment_one_has_it(tmp_path: Path) -> Non
 # The loop of a worker
 
 
-def test_a_trial_too_many_is_given_back_and_keeps_its_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_surplus_trial_is_given_back_and_keeps_its_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
     one, other = worker(sweep, tmp_path / "runs"), worker(sweep, tmp_path / "runs")
     asked = one.study.ask()  # the only one that was wanted
@@ -312,7 +312,7 @@ def test_a_trial_too_many_is_given_back_and_keeps_its_draw(tmp_path: Path, monke
 
 @pytest.mark.parametrize("sampler", ["random", "qmc", "grid", "tpe"])
 @pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
-def test_what_ends_a_process_gives_its_trial_back_and_draws_keep(
+def test_a_process_that_ends_gives_its_trial_back_with_its_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, end: type[BaseException]
 ) -> None:
     sweep, real, calls = load_sweep(write_sweep(tmp_path, tokens=128)), train.fit, []
@@ -341,7 +341,7 @@ def test_what_ends_a_process_gives_its_trial_back_and_draws_keep(
         assert done_by_key(study) == done_by_key(study_of(tmp_path / "undisturbed"))
 
 
-def test_ctrl_c_that_lightning_turned_into_an_exit_is_ctrl_c_again(
+def test_ctrl_c_is_restored_after_lightning_turned_it_into_an_exit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
@@ -373,7 +373,7 @@ def test_a_disk_that_cannot_be_written_stops_the_sweep_and_fails_no_trial(
     assert [trial.user_attrs["outcome"] for trial in one.study.trials] == [RELEASED, "done"]
 
 
-def test_an_error_on_a_disk_without_room_is_the_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_a_full_disk_is_a_fault_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch tells it, who has no number for it."""
     monkeypatch.setattr(train, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("file write failed")))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
@@ -381,7 +381,7 @@ def test_an_error_on_a_disk_without_room_is_the_disks(tmp_path: Path, monkeypatc
         worker(load_sweep(write_sweep(tmp_path)), tmp_path / "runs").work(1)
 
 
-def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_for_a_run_that_another_process_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
     experiment = sweep.experiment(optuna.trial.FixedTrial(dict(sweep.baselines[0])))  # type: ignore[arg-type]
     folder = fitting.run_folder(runs, experiment.name, experiment.key()).path
@@ -403,7 +403,7 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("moment", ["_outcome", "tell"])
-def test_a_trial_that_was_reaped_while_it_was_trained_is_found_by_its_key(
+def test_a_trial_reaped_during_training_is_found_by_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Before its outcome is told, or after the last check that it was not."""
@@ -426,7 +426,7 @@ def test_a_trial_that_was_reaped_while_it_was_trained_is_found_by_its_key(
     assert len(calls) == 1
 
 
-def test_a_trial_that_was_reaped_before_it_had_its_lease_is_left_to_another(
+def test_a_trial_reaped_before_its_lease_is_left_to_another_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = worker(load_sweep(write_sweep(tmp_path)), tmp_path / "runs")
@@ -444,7 +444,7 @@ def test_a_trial_that_was_reaped_before_it_had_its_lease_is_left_to_another(
     assert states(one.study) == "FAIL COMPLETE"
 
 
-def test_of_two_retries_of_one_trial_the_first_counts(tmp_path: Path) -> None:
+def test_the_first_of_two_retries_of_a_trial_counts(tmp_path: Path) -> None:
     one = worker(load_sweep(write_sweep(tmp_path)), tmp_path / "runs")
     one.sweep = dataclasses.replace(one.sweep, experiment=_raises)
     leave(one.study, one.study.ask()._cached_frozen_trial)

@@ -46,7 +46,7 @@ def test_parameters_have_the_values_of_the_file_unless_others_are_set(file: Path
     assert other.model.d_model == 96
 
 
-def test_other_values_are_another_study(file: Path) -> None:
+def test_other_parameter_values_make_another_study(file: Path) -> None:
     storage = optuna.storages.InMemoryStorage()
     open_study(load_sweep(file), storage)
     open_study(load_sweep(file, {"tokens": 4096}), storage)

@@ -94,7 +94,7 @@ def shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *
     return out.splitlines()
 
 
-def test_the_command_shows_folders_means_and_what_all_runs_share(
+def test_the_command_shows_folders_means_and_common_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, runs: Path
 ) -> None:
     lines = shown(capsys, monkeypatch, runs)

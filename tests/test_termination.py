@@ -97,7 +97,7 @@ def test_a_second_signal_ends_a_run_at_once(corpus: Path, tmp_path: Path) -> Non
             train(tiny(corpus, "-"), tmp_path)
 
 
-def test_what_fails_because_of_a_signal_is_no_failure_of_the_run(corpus: Path, tmp_path: Path) -> None:
+def test_an_error_caused_by_a_signal_is_not_a_failure_of_the_run(corpus: Path, tmp_path: Path) -> None:
     def fail() -> None:
         ask()
         raise RuntimeError("the compiler was ended by the signal")
@@ -119,7 +119,7 @@ def test_a_signal_while_a_model_is_scored_ends_the_run_at_once(corpus: Path, tmp
     assert not list(tmp_path.glob("*/result.json"))
 
 
-def test_handlers_are_set_for_the_block_only_and_those_of_others_stay() -> None:
+def test_handlers_are_set_only_in_the_block_and_foreign_ones_stay() -> None:
     def theirs(*_: object) -> None:
         pass
 
@@ -210,7 +210,7 @@ def test_the_command_ends_with_143_and_one_line(
 
 
 @pytest.mark.parametrize(("command", "line"), [("train", LINE), ("plot", "terminated\n"), ("export", "terminated\n")])
-def test_only_commands_that_keep_their_work_promise_to_go_on(
+def test_only_commands_that_can_resume_say_so(
     command: str, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def terminated(*_: Any, **__: Any) -> None:
@@ -225,7 +225,7 @@ def test_only_commands_that_keep_their_work_promise_to_go_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_said_once_by_two_processes(corpus: Path, tmp_path: Path) -> None:
+def test_two_processes_report_ctrl_c_once(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(tiny(corpus, "E-", train__tokens=20_000 * TOKENS).model_dump_json())
     process = start(tmp_path, "--devices", "2")
     wait_for(lambda: n_rows(tmp_path / "runs") > 3, process)
@@ -235,7 +235,7 @@ def test_ctrl_c_is_said_once_by_two_processes(corpus: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [(), ("--devices", "2")], ids=str)
-def test_a_full_disk_ends_all_processes_with_one_line_each_time(
+def test_a_full_disk_ends_all_processes_with_one_line(
     corpus: Path, tmp_path: Path, devices: tuple[str, ...]
 ) -> None:
     one = tiny(corpus, "E-", train__tokens=20_000 * TOKENS)

@@ -28,7 +28,7 @@ def test_importing_explore_limits_spinning() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("KMP_BLOCKTIME", "200")])
-def test_a_wait_policy_of_the_user_stays(name: str, value: str) -> None:
+def test_a_wait_policy_of_the_user_is_kept(name: str, value: str) -> None:
     expected = {name: value} if name in threads.SPINS else {}
     assert said("import explore", **{name: value}) == str(expected)
 
@@ -58,7 +58,7 @@ def test_there_are_as_many_threads_as_free_cores_and_at_least_one(
     assert threads.use_free_cores() == torch.get_num_threads() == expected
 
 
-def test_threads_come_back_when_a_neighbour_has_gone(torch_threads: pytest.MonkeyPatch) -> None:
+def test_threads_are_restored_when_a_neighbour_has_ended(torch_threads: pytest.MonkeyPatch) -> None:
     torch_threads.setattr(threads, "free_cores", lambda: 1)
     assert threads.use_free_cores() == 1
     torch_threads.setattr(threads, "free_cores", lambda: 4)
@@ -74,7 +74,7 @@ def test_a_worker_keeps_to_its_share(
     assert threads.use_free_cores(n_processes) == expected
 
 
-def test_a_number_of_the_user_stays(torch_threads: pytest.MonkeyPatch) -> None:
+def test_a_number_of_threads_of_the_user_is_kept(torch_threads: pytest.MonkeyPatch) -> None:
     torch_threads.setattr(threads, "free_cores", lambda: 1)
     torch.set_num_threads(3)
     assert threads.use_free_cores() == 3
@@ -89,12 +89,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, *usages: tuple[float, float, float]
     monkeypatch.setattr(threads, "_usage", lambda: next(answers))
 
 
-def test_free_cores_are_those_that_others_leave_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_cores_are_those_left_idle_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, (10.0, 100.0, 7.0), (10.5, 100.5, 7.25))
     assert threads.free_cores(0) == 2  # one core idle and half of one used here: 1.5, rounded to even
 
 
-def test_a_run_gives_way_to_a_neighbour_and_takes_its_cores_back(torch_threads: pytest.MonkeyPatch) -> None:
+def test_a_run_yields_cores_to_a_neighbour_and_takes_them_back(torch_threads: pytest.MonkeyPatch) -> None:
     machine(torch_threads, (0.0, 0.0, 0.0), (6.0, 1.0, 11.0), (12.0, 19.0, 17.0))
     torch_threads.setattr(threads.time, "monotonic", iter([4.0, 6.0, 7.0, 12.0]).__next__)
     watch = threads.CoreWatch()
@@ -114,11 +114,11 @@ def test_a_run_keeps_the_threads_of_the_user_whatever_the_load(torch_threads: py
     assert torch.get_num_threads() == 3
 
 
-def test_all_cores_are_free_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_cores_are_free_if_the_load_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_idle_s", lambda cores: None)
     assert threads.free_cores() == threads.n_cores()
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
-def test_idle_time_does_not_run_faster_than_the_clock() -> None:
+def test_idle_time_is_at_most_wall_time() -> None:
     assert 0 <= threads.free_cores(0.1) <= threads.n_cores() + 1

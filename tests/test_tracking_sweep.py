@@ -122,7 +122,7 @@ def test_a_trial_is_mirrored_in_the_group_of_its_study(tmp_path: Path) -> None:
     assert (config["family"], config["pattern"], config["model"]["d_model"]) == ("MoE", "-E", 32)
 
 
-def test_a_run_of_no_study_has_no_group(tmp_path: Path) -> None:
+def test_a_run_without_a_study_has_no_group(tmp_path: Path) -> None:
     run, *_ = read_mirror(make_run(tmp_path, "-E", wandb="offline").path)
     assert (run.run_group, run.job_type) == ("", "")
 
@@ -142,7 +142,7 @@ def test_a_sweep_sends_its_frontier_and_its_table_into_the_same_group(study: opt
     assert values["n_runs"] == 2
 
 
-def test_a_sweep_that_is_sent_again_takes_its_own_place(study: optuna.Study, runs: Path) -> None:
+def test_a_sweep_sent_again_replaces_itself(study: optuna.Study, runs: Path) -> None:
     send_sweep(study, runs, "offline", pytest.fail)
     first = read_mirror(runs)[0].run_id
     send_sweep(study, runs, "offline", pytest.fail)

@@ -81,7 +81,7 @@ def test_the_schedule_rises_stays_and_falls(shape: Any, fall: list[float]) -> No
     assert [wsd(step, 20, config) for step in range(20)] == pytest.approx(expected)
 
 
-def test_without_decay_the_rate_stays() -> None:
+def test_without_decay_the_rate_is_constant() -> None:
     assert [wsd(step, 9, TrainConfig(tokens=1, warmup=0, decay=0)) for step in range(9)] == [1.0] * 9
 
 
@@ -101,7 +101,7 @@ def steps(lm: LanguageModel, optimizer: torch.optim.Optimizer, seeds: range) -> 
         optimizer.step()
 
 
-def test_muon_has_the_matrices_of_the_layers_and_adamw_all_else() -> None:
+def test_muon_has_the_matrices_of_the_layers_and_adamw_the_rest() -> None:
     lm = model("M*E-")
     optimizer = build_optimizer(lm, TrainConfig(tokens=1, optimizer="muon"))
     assert isinstance(optimizer, JointOptimizer)
@@ -153,7 +153,7 @@ def test_a_joint_step_is_a_step_of_each_member() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_optimizer_goes_on_from_its_state_as_if_it_had_not_stopped(name: Any, tmp_path: Path) -> None:
+def test_an_optimizer_resumes_from_its_state_unchanged(name: Any, tmp_path: Path) -> None:
     config = TrainConfig(tokens=1, optimizer=name)
     through, stopped = model("M*E-"), model("M*E-")
     steps(through, build_optimizer(through, config), range(6))
@@ -273,7 +273,7 @@ def test_the_gradient_is_clipped_after_its_norm_is_logged(
     np.testing.assert_allclose(metrics(folder)["grad_norm"], before, rtol=1e-5)
 
 
-def test_bf16_comes_close_to_fp32(finished: RunFolder, corpus: Path, tmp_path: Path) -> None:
+def test_bf16_training_is_close_to_fp32(finished: RunFolder, corpus: Path, tmp_path: Path) -> None:
     folder = train(experiment(corpus, train__precision="bf16", train__val_every=5), tmp_path)
     assert result(folder)["val_loss"] == pytest.approx(result(finished)["val_loss"], rel=0.02)
     assert all(weight.dtype == torch.float32 for weight in load_model(folder).parameters())
@@ -282,7 +282,7 @@ def test_bf16_comes_close_to_fp32(finished: RunFolder, corpus: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("precision", "instructions", "told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
 )
-def test_a_precision_without_instructions_is_told(
+def test_a_precision_without_cpu_instructions_is_noted(
     precision: str, instructions: bool, told: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "multiplies_bf16", lambda: instructions)
@@ -326,7 +326,7 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stops", [(3,), (13,), (8, 19)], ids=str)
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+def test_a_stopped_run_resumes_to_the_same_result(
     corpus: Path, tmp_path: Path, optimizer: str, stops: tuple[int, ...]
 ) -> None:
     one = experiment(corpus, "MEM*", train__optimizer=optimizer, train__val_every=4)
@@ -342,7 +342,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("every", [5, 7])
-def test_a_run_that_was_stopped_before_its_result_is_only_scored(
+def test_a_run_stopped_before_its_result_is_only_scored(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     one = experiment(corpus, "ME", train__val_every=5)
@@ -359,7 +359,7 @@ def test_a_run_that_was_stopped_before_its_result_is_only_scored(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path, optimizer: str) -> None:
+def test_a_killed_run_resumes_to_the_same_result(corpus: Path, tmp_path: Path, optimizer: str) -> None:
     one = experiment(corpus, "MEM*", train__optimizer=optimizer, train__tokens=120 * TOKENS)
     through = train(one, tmp_path / "through", checkpoint_every=5)
     runs = tmp_path / "killed"
@@ -367,7 +367,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, tmp_path
     assert_same_run(train(one, runs, checkpoint_every=5), through)
 
 
-def test_a_run_that_diverges_says_so_and_is_not_repeated(
+def test_a_diverged_run_is_recorded_and_not_repeated(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = LanguageModel.loss
@@ -389,7 +389,7 @@ def test_a_run_that_diverges_says_so_and_is_not_repeated(
     assert len(calls) == 4
 
 
-def test_a_model_that_breaks_in_its_last_step_has_diverged(
+def test_a_model_that_becomes_nan_in_its_last_step_has_diverged(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     balance = LitLanguageModel._balance

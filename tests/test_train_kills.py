@@ -84,7 +84,7 @@ print(n)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_any_file_operation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_file_operation_resumes_to_the_same_result(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     one = tiny(
         write_corpus(tmp_path / "corpus"),

@@ -28,7 +28,7 @@ print(first, faults())
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no such setting")
-def test_what_a_step_frees_is_there_for_the_next() -> None:
+def test_memory_freed_by_a_step_is_reused_by_the_next() -> None:
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     by_default, kept = map(int, done.stdout.split())
     assert kept < by_default / 10

@@ -43,7 +43,7 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 # Keys
 
 
-def test_a_recipe_counts_by_what_it_says(corpus: Path) -> None:
+def test_the_key_depends_on_the_content_of_a_recipe(corpus: Path) -> None:
     key = experiment(corpus, "nvfp4").key()
     assert experiment(corpus, {"base": "nvfp4"}).key() == key
     assert experiment(corpus, named("nvfp4").model_dump(mode="json")).train.precision == "nvfp4"
@@ -52,7 +52,7 @@ def test_a_recipe_counts_by_what_it_says(corpus: Path) -> None:
     assert len({experiment(corpus, other).key() for other in others} | {key}) == len(others) + 1
 
 
-def test_words_count_as_words_where_nothing_is_quantised() -> None:
+def test_the_fingerprint_names_fp32_and_bf16_and_spells_out_recipes() -> None:
     assert [TrainConfig(tokens=1, precision=word).fingerprint()["precision"] for word in ("fp32", "bf16")] == [
         "fp32",
         "bf16",
@@ -138,7 +138,7 @@ def through(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
     return train(experiment(corpus, "nvfp4"), tmp_path_factory.mktemp("runs"))
 
 
-def test_a_run_in_low_precision_learns_and_says_what_it_lost(corpus: Path, through: RunFolder) -> None:
+def test_a_run_in_low_precision_learns_and_records_lost_elements(corpus: Path, through: RunFolder) -> None:
     assert result(through)["status"] == "finished"
     row = through.row()
     assert row["precision"] == "nvfp4"
@@ -181,7 +181,7 @@ def test_scores_are_those_of_quantised_forward_products(corpus: Path, through: R
         ({"forward": False}, 0, 2),
     ],
 )
-def test_the_cost_of_a_run_counts_its_formats_and_what_it_multiplied_in_them(
+def test_the_cost_of_a_run_counts_its_formats_and_the_flops_in_each(
     corpus: Path, changes: dict[str, Any], forward: int, products: float
 ) -> None:
     one = experiment(corpus, {"base": "nvfp4", **changes})
@@ -206,7 +206,7 @@ class Stop(Exception):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [7])
-def test_a_resumed_run_rounds_as_one_that_was_not_stopped(
+def test_a_resumed_run_rounds_like_an_uninterrupted_one(
     corpus: Path, through: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     whole = LitLanguageModel.training_step
@@ -228,7 +228,7 @@ def test_a_resumed_run_rounds_as_one_that_was_not_stopped(
 
 
 @pytest.mark.slow
-def test_a_killed_run_rounds_as_one_that_was_not_killed(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_run_rounds_like_an_uninterrupted_one(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, "nvfp4", "ME", train__tokens=100 * TOKENS)
     through = train(one, tmp_path / "through", checkpoint_every=5)
     kill_after_a_checkpoint(one, tmp_path / "killed")

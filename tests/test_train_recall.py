@@ -62,7 +62,7 @@ def test_recall_is_measured_at_every_validation_and_by_number_of_pairs(whole: Ru
     assert row["recall_over_steps"] == found["recall_over_steps"]
 
 
-def test_a_run_ends_at_the_first_validation_that_suffices(whole: RunFolder, enough: float, tmp_path: Path) -> None:
+def test_a_run_ends_at_the_first_validation_above_the_threshold(whole: RunFolder, enough: float, tmp_path: Path) -> None:
     found = curve(whole)
     first = next(step for step, value in found.items() if value >= enough)
     assert first < N_STEPS
@@ -91,7 +91,7 @@ def test_a_stopped_run_that_has_no_result_yet_is_only_scored(
     assert {name: again[name] for name in again.keys() - timed} == {name: record[name] for name in again.keys() - timed}
 
 
-def test_the_curve_is_summed_up_over_the_whole_budget() -> None:
+def test_the_mean_of_the_curve_covers_the_whole_budget() -> None:
     one = experiment()
     # 0 until step 4, 0.5 for 8 steps, 0.95 for 4; a run that stopped there keeps 0.95 for the remaining 24.
     found = curve_scores(one, {4: 0.5, 12: 0.95, 16: 0.92})
@@ -108,18 +108,18 @@ def test_the_curve_is_summed_up_over_the_whole_budget() -> None:
         ({"stop_recall": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_a_stop_that_could_never_come_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_a_stop_that_can_never_happen_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         experiment(**changes)
 
 
-def test_text_has_no_recall_to_stop_at() -> None:
+def test_text_has_no_recall_threshold() -> None:
     record = experiment(stop_recall=0.9).model_dump(mode="json") | {"data": {"kind": "text"}}
     with pytest.raises(ValidationError, match=r"stop_recall: data\.kind must be recall, got 'text'"):
         Experiment.model_validate(record)
 
 
-def test_later_fields_leave_the_key_alone_and_count_where_they_are_used() -> None:
+def test_new_fields_change_the_key_only_if_they_are_used() -> None:
     plain = experiment()
     assert "stop_recall" not in plain.model_dump(mode="json")["train"]
     assert len({plain.key(), experiment(stop_recall=0.5).key(), experiment(stop_recall=None).key()}) == 2

@@ -53,7 +53,7 @@ def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return own_table()
 
 
-def test_what_ships_is_measured_and_every_op_gains() -> None:
+def test_the_shipped_table_is_measured_and_every_op_gains() -> None:
     table = read_table(regions.SHIPPED)
     assert set(table["op"]) == {*COMPILED, QUANTIZE}
     assert (table["default_ns"] > table["compiled_ns"]).all()
@@ -92,7 +92,7 @@ def test_every_length_that_is_called_is_compiled(own: Path) -> None:
     assert found["ssd"]["saves_s"] == pytest.approx(200 * (1 + 31 / 32), abs=0.1)
 
 
-def test_what_is_forced_or_not_on_a_cpu_or_without_a_compiler_is_left_alone(
+def test_forced_ops_other_devices_and_missing_compilers_prevent_compilation(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = 10**9
@@ -120,20 +120,20 @@ def test_more_threads_than_measured_gain_less(own: Path, monkeypatch: pytest.Mon
         lambda table: table.assign(threads=0),
     ],
 )
-def test_a_table_that_is_none_is_refused_by_name(own: Path, spoil: Any) -> None:
+def test_an_invalid_table_of_gains_is_refused_by_name(own: Path, spoil: Any) -> None:
     save_table(spoil(read_table(own)), own)
     with pytest.raises(ValueError, match=rf"{own}: .*; `explore bench --what regions --save` makes a new one"):
         chosen("M", ENOUGH)
     assert chosen("-", ENOUGH) == {}
 
 
-def test_a_short_run_compiles_nothing_and_its_record_says_so(tmp_path: Path) -> None:
+def test_a_short_run_compiles_nothing_and_records_it(tmp_path: Path) -> None:
     folder = train(tiny(write_corpus(tmp_path), "M-"), tmp_path / "runs")
     assert folder.environment["compiled"] == {}
     assert folder.environment["ops"]["ssd"] == "chunked"
 
 
-def test_a_run_that_goes_on_compiles_what_it_began_with(own: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_compiles_the_same_ops(own: Path, tmp_path: Path) -> None:
     one = tiny(write_corpus(tmp_path), "M-")
     folder = train(one, tmp_path / "runs")
     (folder.path / "result.json").unlink()
@@ -156,7 +156,7 @@ print(json.dumps(counters["stats"]["unique_graphs"]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_run_that_compiles_ends_where_the_other_does_and_its_record_says_so(own: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_gives_the_same_result_and_records_its_ops(own: Path, tmp_path: Path) -> None:
     save_table(read_table(own).assign(default_ns=1e12), own)
     one = tiny(write_corpus(tmp_path), "M-")
     (path := tmp_path / "one.json").write_text(one.model_dump_json(), encoding="utf-8")
@@ -185,7 +185,7 @@ exit 1
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_run_goes_on_without_a_compiler_that_fails(own: Path, tmp_path: Path) -> None:
+def test_a_run_continues_uncompiled_if_the_compiler_fails(own: Path, tmp_path: Path) -> None:
     save_table(read_table(own).assign(default_ns=1e12), own)
     one = tiny(write_corpus(tmp_path), "M-")
     (path := tmp_path / "one.json").write_text(one.model_dump_json(), encoding="utf-8")
@@ -218,7 +218,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_what_cannot_be_compiled_runs_as_it_is_where_that_is_allowed(failing: list[int], own: Path) -> None:
+def test_a_function_runs_uncompiled_if_fallback_is_allowed(failing: list[int], own: Path) -> None:
     def double(x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
@@ -235,7 +235,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_where_that_is_allowed(failing: li
     assert chosen("M", ENOUGH + 1) == {}
 
 
-def test_a_step_of_decoding_that_cannot_be_compiled_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoding_step_that_cannot_be_compiled_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise BackendCompilerFailed(lambda: None, RuntimeError("cxx: fatal error: killed\nno more"), None)
 
@@ -249,7 +249,7 @@ def test_a_step_of_decoding_that_cannot_be_compiled_says_why_in_one_line(monkeyp
     )
 
 
-def test_a_missing_compiler_is_said_before_anything_is_begun(
+def test_a_missing_compiler_is_reported_before_work_begins(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(compilation, "has_compiler", lambda: False)
@@ -268,7 +268,7 @@ def test_a_missing_compiler_is_said_before_anything_is_begun(
     assert run(capsys, monkeypatch, "generate", "runs/none", "--prompt", "a")[2] != err
 
 
-def test_a_run_that_would_gain_by_a_compiler_says_that_there_is_none(
+def test_a_run_that_would_gain_from_a_missing_compiler_prints_a_note(
     own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     save_table(read_table(own).assign(default_ns=1e9), own)

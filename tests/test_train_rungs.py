@@ -107,7 +107,7 @@ class Recorder:
     ],
     ids="-".join,
 )
-def test_a_rung_is_shared_exactly_by_those_who_differ_after_it(corpus: Path, change: dict[str, Any]) -> None:
+def test_a_rung_is_shared_by_experiments_that_differ_only_after_it(corpus: Path, change: dict[str, Any]) -> None:
     one = experiment(corpus)
     record = one.model_dump(mode="json")
     record["train"] |= change
@@ -142,7 +142,7 @@ def test_model_data_and_seed_count_in_the_key_of_a_rung_and_the_name_does_not(co
     [("MEM*", {}), ("ME", {"train__optimizer": "muon"}), ("*E/*-", {"train__precision": "bf16"})],
     ids=["adamw", "muon", "bf16-mtp"],
 )
-def test_a_run_that_branches_from_a_rung_ends_as_if_it_had_begun_with_nothing(
+def test_a_run_branched_from_a_rung_equals_a_run_from_scratch(
     corpus: Path, tmp_path: Path, pattern: str, changes: dict[str, Any]
 ) -> None:
     long = experiment(corpus, pattern, **changes)
@@ -169,14 +169,14 @@ def test_a_longer_run_branches_from_the_last_step_before_a_decay(corpus: Path, t
     pd.testing.assert_frame_equal(metrics(branched), metrics(alone, after=16))
 
 
-def test_a_run_of_another_past_does_not_branch(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_with_another_history_does_not_branch(corpus: Path, tmp_path: Path) -> None:
     long = experiment(corpus)
     train(long, tmp_path, rungs=(0.3,))
     for other in (experiment(corpus, train__tokens=8 * TOKENS), experiment(corpus, seed=1)):
         assert result(train(other, tmp_path))["branched_from"] is None  # warmed up in 1 step; of another seed
 
 
-def test_a_run_that_branched_and_was_stopped_still_says_so(corpus: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_still_records_its_branch(corpus: Path, tmp_path: Path) -> None:
     long = experiment(corpus, "E")
     short = sibling(long, 10)
     train(long, tmp_path / "runs", rungs=(0.3,))
@@ -233,7 +233,7 @@ def test_a_rung_outside_of_the_stable_phase_is_refused(corpus: Path, tmp_path: P
     ],
     ids=str,
 )
-def test_a_run_with_rungs_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
+def test_a_run_with_rungs_stopped_anywhere_resumes_to_the_same_result(
     corpus: Path, tmp_path: Path, every: int, stops: tuple[str, int]
 ) -> None:
     one = experiment(corpus, "E", train__val_every=5)
@@ -253,7 +253,7 @@ def test_a_run_with_rungs_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("step", [5, 8, 10, 20])
-def test_a_run_that_was_stopped_right_after_a_checkpoint_has_all_its_metrics(
+def test_a_run_stopped_right_after_a_checkpoint_has_all_metrics(
     corpus: Path, tmp_path: Path, step: int
 ) -> None:
     one = experiment(corpus, "E", train__val_every=4)
@@ -284,7 +284,7 @@ def test_a_metric_without_a_column_is_refused(corpus: Path, tmp_path: Path, monk
 # Judges
 
 
-def test_a_judge_is_told_every_validation(corpus: Path, tmp_path: Path) -> None:
+def test_a_judge_receives_every_validation(corpus: Path, tmp_path: Path) -> None:
     judge = Recorder(until=1.0)  # too late to save anything
     folder = train(experiment(corpus, train__val_every=5), tmp_path, rungs=(0.35,), judge=judge)
     rows = metrics(folder).dropna(subset="val_bpb")
@@ -310,7 +310,7 @@ def test_a_run_that_a_judge_stops_is_recorded_as_pruned(corpus: Path, tmp_path: 
     assert not pareto_front(table).any()
 
 
-def test_a_pruned_run_is_over_for_judges_and_goes_on_without_one(
+def test_a_pruned_run_stays_pruned_with_a_judge_and_resumes_without_one(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = experiment(corpus, "ME", train__val_every=5)
@@ -338,7 +338,7 @@ def test_a_pruned_run_can_be_finished_by_a_decay_from_its_rung(corpus: Path, tmp
     assert_same_end(branched, train(short, tmp_path / "alone"))
 
 
-def test_a_run_that_was_stopped_tells_its_whole_curve(corpus: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_reports_its_whole_curve_to_the_judge(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, train__val_every=4)
     whole, first, second = Recorder(), Recorder(), Recorder()
     train(one, tmp_path / "through", judge=whole)
@@ -356,7 +356,7 @@ def test_a_run_that_was_stopped_tells_its_whole_curve(corpus: Path, tmp_path: Pa
     assert third.told == fourth.told == whole.told
 
 
-def test_a_judge_who_was_killed_before_the_result_stops_the_run_where_it_stands(corpus: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_pruned_without_further_training(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, train__val_every=4)
     with pytest.MonkeyPatch.context() as patch:
         stop_in(patch, "training_step", 14)
@@ -368,14 +368,14 @@ def test_a_judge_who_was_killed_before_the_result_stops_the_run_where_it_stands(
 
 
 @pytest.mark.parametrize("changes", [{}, {"data": {"kind": "recall", "seq_len": 32, "n_pairs": 2, "vocab_size": 32}}])
-def test_a_judge_that_could_not_be_asked_is_refused(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_judge_without_validations_is_refused(corpus: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="judge: "):
         train(experiment(corpus, **changes), tmp_path / "runs", judge=Recorder())
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("pattern", "optimizer"), [("M*E-", "adamw"), ("*-", "muon")])
-def test_a_learning_rate_of_ten_diverges_and_says_so(
+def test_a_learning_rate_of_ten_is_recorded_as_diverged_with_a_judge(
     corpus: Path, tmp_path: Path, pattern: str, optimizer: str
 ) -> None:
     one = experiment(corpus, pattern, train__lr=10.0, train__optimizer=optimizer, train__val_every=5)
@@ -390,7 +390,7 @@ def test_a_learning_rate_of_ten_diverges_and_says_so(
 
 
 @pytest.mark.slow
-def test_a_judged_run_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_run_with_a_judge_resumes_to_the_same_result(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, "MEM*", train__tokens=120 * TOKENS, train__val_every=6)
     options: dict[str, Any] = {"rungs": (0.3, 0.5, 0.7), "checkpoint_every": 5}
     whole, again = Recorder(until=0.85), Recorder(until=0.85)
@@ -425,7 +425,7 @@ def test_a_judged_run_that_was_killed_ends_as_if_it_had_not_been(corpus: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_stop_together_where_the_writer_is_told_to(corpus: Path, tmp_path: Path, strategy: str) -> None:
+def test_two_processes_stop_together_at_the_step_of_the_writer(corpus: Path, tmp_path: Path, strategy: str) -> None:
     one = experiment(corpus, "E-", train__val_every=5)
     alone = train(one, tmp_path / "alone", judge=Recorder(until=0.5), rungs=(0.4,))
     (tmp_path / "experiment.json").write_text(one.model_dump_json())
@@ -456,7 +456,7 @@ def test_two_processes_stop_together_where_the_writer_is_told_to(corpus: Path, t
     assert (tmp_path / "both" / "rungs" / f"{one.rung_key(8)}.ckpt").exists()
 
 
-def test_a_run_that_would_do_little_but_validate_is_refused(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_with_too_many_validations_is_refused(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, train__tokens=10**15, train__val_every=1)
     with pytest.raises(ValueError, match=r"train\.val_every: must be at least \d+ for [\d,]+ steps, got 1"):
         train(one, tmp_path / "runs")

@@ -67,7 +67,7 @@ def runs(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", ["", "study.journal"], ids=["folder", "journal"])
-def test_once_prints_how_a_study_stands(
+def test_once_prints_the_state_of_a_study(
     runs: Path, place: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (runs / "study.journal").read_bytes()
@@ -107,7 +107,7 @@ def test_the_newest_study_of_a_journal_is_shown_unless_one_is_named(runs: Path) 
         ("empty", "{root}/empty/study.journal holds no study yet"),
     ],
 )
-def test_what_is_no_study_is_one_line_that_names_what_there_is(
+def test_an_error_for_an_unknown_study_names_the_existing_ones(
     runs: Path, place: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = runs.parent
@@ -138,7 +138,7 @@ def test_a_watched_study_is_drawn_until_its_trials_are_done(runs: Path) -> None:
     assert "4 of 4 trials" in screen.getvalue()
 
 
-def test_a_study_tells_how_many_trials_it_was_asked_for(runs: Path) -> None:
+def test_a_study_shows_its_target_number_of_trials(runs: Path) -> None:
     study, screen = find_study(str(runs)).study, io.StringIO()
     study.set_user_attr("n_trials", 2)
     watch(study, Console(file=screen, force_terminal=True, width=100), every_s=0.05)
@@ -169,7 +169,7 @@ def test_columns_without_room_are_left_out_and_curves_stay(runs: Path, width: in
     assert [name for name in ("params", "model") if name not in heads] == missing
 
 
-def test_off_a_terminal_a_line_is_printed_for_each_trial_that_ends(runs: Path) -> None:
+def test_without_a_terminal_each_ended_trial_is_one_line(runs: Path) -> None:
     study, screen = find_study(str(runs)).study, io.StringIO()
     watching = threading.Thread(
         target=watch, args=(study, Console(file=screen, width=200), 3), kwargs={"every_s": 0.05}

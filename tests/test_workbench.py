@@ -73,7 +73,7 @@ def test_sliders_moved_one_after_another_always_give_models(pattern: str, data: 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("batch_size", [1, 64])
-def test_the_readout_is_what_the_library_says_of_the_config(pattern: str, batch_size: int) -> None:
+def test_the_readout_equals_the_numbers_of_the_library(pattern: str, batch_size: int) -> None:
     bench = Workbench(pattern, seq_len=3000, batch_size=batch_size, hardware="A100")
     shown, model = evaluate(state_of(bench)), bench.config
     assert shown == bench.readout
@@ -93,14 +93,14 @@ def test_the_readout_is_what_the_library_says_of_the_config(pattern: str, batch_
     assert shown["cache_bytes"] == batch_size * (cost["kv_bytes"] + cost["ssm_state_bytes"] + cost["conv_state_bytes"])
 
 
-def test_a_batch_that_fits_is_one_that_the_roofline_lets_in() -> None:
+def test_a_batch_fits_if_it_fits_in_the_roofline() -> None:
     model = preset("nemotron-3-nano")
     largest = Deployment(model, hardware(HARDWARE)).largest_batch(SEQ_LEN)
     for batch_size, fits in ((largest, True), (largest + 1, False)):
         assert Workbench.from_config(model, batch_size=batch_size).readout["fits"] is fits
 
 
-def test_large_batches_of_short_contexts_wait_for_products_and_long_contexts_for_keys_and_values() -> None:
+def test_products_limit_large_batches_and_keys_and_values_limit_long_contexts() -> None:
     def longest(**use: int) -> str:
         parts = Workbench("*-*-", d_model=1024, **use).readout["decode_by_bound"]
         return max(parts, key=parts.__getitem__)
@@ -111,7 +111,7 @@ def test_large_batches_of_short_contexts_wait_for_products_and_long_contexts_for
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_config_comes_back_as_it_went_in(name: str) -> None:
+def test_a_config_is_returned_unchanged(name: str) -> None:
     model = preset(name)
     for bench in (Workbench(name), Workbench.from_config(model)):
         assert bench.config == model
@@ -130,7 +130,7 @@ def test_sizes_that_are_not_given_follow_the_width_and_those_of_a_config_stay() 
     assert stays.config.blocks == Workbench("M*", d_model=256).config.blocks
 
 
-def test_what_was_asked_for_comes_back_as_soon_as_it_can() -> None:
+def test_requested_sizes_return_when_they_fit_again() -> None:
     bench = Workbench("E*", d_model=256, blocks={"E": {"n_experts": 16, "top_k": 8}, "*": {"n_kv_heads": 4}})
     before, state = bench.config, state_of(bench)
     state["model"]["blocks"]["E"]["n_experts"] = 4
@@ -141,7 +141,7 @@ def test_what_was_asked_for_comes_back_as_soon_as_it_can() -> None:
     assert bench.config == before
 
 
-def test_a_slider_of_what_must_divide_stops_nowhere_else() -> None:
+def test_a_slider_of_a_divisor_stops_only_at_divisors() -> None:
     bench = Workbench("*", d_model=96, blocks={"*": {"n_heads": 3, "n_kv_heads": 3, "d_head": 32}})
     assert AttentionConfig.default(96).n_kv_heads == 2
     (stops,) = [slider["values"] for slider in bench.view["sliders"] if slider["label"] == "n_kv_heads"]
@@ -173,7 +173,7 @@ def test_blocks_and_multi_token_prediction_may_be_configs() -> None:
         ({"vocab_size": 0}, "vocab_size: input should be greater than 0, got 0"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_and_the_last_good_readout_stays(
+def test_an_invalid_state_gives_one_line_and_keeps_the_last_readout(
     change: dict[str, Any], message: str
 ) -> None:
     bench = Workbench("MEM*E", d_model=256)
@@ -197,19 +197,19 @@ def test_what_is_wrong_is_said_in_one_line_and_the_last_good_readout_stays(
         ({"contxt": 3}, "contxt: unknown field"),
     ],
 )
-def test_a_wrong_use_is_refused(change: dict[str, Any], message: str) -> None:
+def test_an_invalid_use_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate({**state_of(Workbench("M")), **change})
 
 
-def test_a_workbench_cannot_begin_with_what_is_no_model() -> None:
+def test_a_workbench_refuses_objects_without_a_model() -> None:
     with pytest.raises(ValueError, match="unknown letter 'X' at position 2 of 'MX'"):
         Workbench("MX")
     with pytest.raises(ValueError, match=r"hardware must be one of .*, got 'abacus'"):
         Workbench("M", hardware="abacus")
 
 
-def test_it_opens_on_anything_that_has_a_model_and_compares_two(tmp_path: Path) -> None:
+def test_a_workbench_opens_anything_with_a_model_and_compares_two(tmp_path: Path) -> None:
     model, other = preset("nemotron-3-nano"), ModelConfig(d_model=128, vocab_size=257, pattern="M*-")
     data, train = {"kind": "text", "seq_len": 64}, {"tokens": 1000}
     record = {"name": "mine", "model": other.model_dump(mode="json"), "data": data, "train": train}
@@ -230,7 +230,7 @@ def test_it_opens_on_anything_that_has_a_model_and_compares_two(tmp_path: Path) 
         Workbench("M", against="X")
 
 
-def test_what_the_browser_needs_is_synchronised_and_is_json() -> None:
+def test_synchronised_traits_are_json() -> None:
     bench = Workbench("nemotron-3-nano")
     assert {"edit", "view", "pinned", "offers", "_esm", "_css"} <= set(bench.keys)
     for name in ("view", "offers"):
@@ -240,7 +240,7 @@ def test_what_the_browser_needs_is_synchronised_and_is_json() -> None:
     assert bench.view["readout"]["flops_by_group"].keys() <= bench.offers["groups"].keys()
 
 
-def test_a_preset_can_be_chosen_and_a_config_be_set() -> None:
+def test_a_preset_can_be_chosen_and_a_config_can_be_set() -> None:
     bench = Workbench("MEM*E", d_model=256, batch_size=4)
     edit(bench, state_of(bench), preset="qwen3-8b")
     assert bench.config == preset("qwen3-8b")
@@ -251,7 +251,7 @@ def test_a_preset_can_be_chosen_and_a_config_be_set() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["MEM*E", "nemotron-3-nano", "llama-nemotron-ultra-253b"])
-def test_a_change_is_answered_well_within_a_tenth_of_a_second(pattern: str) -> None:
+def test_a_change_is_evaluated_well_within_a_tenth_of_a_second(pattern: str) -> None:
     bench = Workbench(pattern)
     state, times = state_of(bench), []
     for i in range(1, 31):

@@ -89,7 +89,7 @@ STOPWATCH = """() => {
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any, tmp_path: Path) -> None:
+def test_in_jupyterlab_edits_change_the_readout_and_the_config(page: Any, tmp_path: Path) -> None:
     nano = preset("nemotron-3-nano")
     check(page, nano)
     assert page.locator("[data-name=params_total]").inner_text() == "31.58 B"
@@ -155,7 +155,7 @@ def test_in_jupyterlab_edits_by_hand_change_the_readout_and_the_config(page: Any
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_in_jupyterlab_a_published_system_and_another_device_are_a_choice_away(page: Any) -> None:
+def test_in_jupyterlab_a_published_system_and_a_device_can_be_chosen(page: Any) -> None:
     page.get_by_label("Start from").select_option("qwen3-8b")
     settle(page, preset("qwen3-8b").pattern)
     check(page, preset("qwen3-8b"))

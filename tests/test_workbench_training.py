@@ -46,7 +46,7 @@ def test_the_tab_shows_the_plan_of_the_library() -> None:
     assert set(shown["seconds"]) <= bench.offers["parts"].keys()
 
 
-def test_a_layout_that_is_not_possible_says_why_and_the_workbench_goes_on() -> None:
+def test_an_impossible_layout_shows_the_reason_and_the_workbench_continues() -> None:
     bench = Workbench("MEM*E", d_model=256)
     edit(bench, state_of(bench, n_gpus=8, tp=16))
     assert bench.view["error"] == ""
@@ -55,7 +55,7 @@ def test_a_layout_that_is_not_possible_says_why_and_the_workbench_goes_on() -> N
     assert bench.view["plan"]["error"] == ""
 
 
-def test_sliders_of_the_run_take_the_place_of_those_of_decoding() -> None:
+def test_sliders_of_training_replace_those_of_decoding() -> None:
     bench = Workbench("MEM*E", d_model=256)
     decoding = {".".join(slider["path"]) for slider in bench.view["sliders"]}
     edit(bench, state_of(bench, micro_batch=3))
@@ -67,7 +67,7 @@ def test_sliders_of_the_run_take_the_place_of_those_of_decoding() -> None:
     assert 3 in sliders["training.micro_batch"]["values"]
 
 
-def test_the_best_layout_is_a_button_away() -> None:
+def test_a_button_sets_the_best_layout() -> None:
     bench = Workbench("nemotron-3-nano")
     edit(bench, state_of(bench, gpu="H100", n_gpus=16, global_batch=64), best=True)
     assert bench.view["error"] == ""
