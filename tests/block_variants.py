@@ -1,4 +1,4 @@
-"""A small block of each kind and option, for tests of all of them."""
+"""A small block of each kind and option, for tests that cover all of them."""
 
 from __future__ import annotations
 

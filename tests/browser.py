@@ -1,4 +1,4 @@
-"""A JupyterLab of its own and a Chromium that looks at it, for tests; they skip where there is no browser."""
+"""Starts JupyterLab and Chromium for tests; the tests skip if there is no browser."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def need_chromium() -> None:
 
 @contextmanager
 def running_lab(folder: Path) -> Iterator[str]:
-    """The address of a JupyterLab that shows a folder, up to the name of a notebook."""
+    """The address of a JupyterLab of a folder, without the name of a notebook."""
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps(QUIET))
@@ -70,7 +70,7 @@ def running_lab(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def new_page(width: int = 1280, height: int = 1240, **options: Any) -> Iterator[Any]:
-    """A page of a browser of its own, which may use the clipboard."""
+    """A page of a separate browser with access to the clipboard."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
@@ -84,7 +84,7 @@ def new_page(width: int = 1280, height: int = 1240, **options: Any) -> Iterator[
 
 
 def run_first_cell(page: Any, address: str, selector: str) -> None:
-    """Opens a notebook and runs its first cell until it shows what is looked for."""
+    """Opens a notebook, runs its first cell and waits for an element."""
     from playwright.sync_api import TimeoutError
 
     page.goto(address)

@@ -1,4 +1,4 @@
-"""What every test runs under: checked shapes, a private cache, one thread, no network and no screen."""
+"""Settings of all tests: checked shapes, a private cache, one thread, no network and no screen."""
 
 import os
 import sys
@@ -48,6 +48,6 @@ def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """The workers of xdist share the cores, and the order of a sum must not depend on how many there are."""
+    """One thread: xdist's workers share the cores, and the order of a sum must not depend on the number of threads."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The code blocks of the README and of the pages in docs/, and a way to run a page."""
+"""The code blocks of the README and of the pages in docs/, and functions to run them."""
 
 from __future__ import annotations
 

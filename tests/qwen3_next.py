@@ -1,4 +1,4 @@
-"""Weights of transformers' Qwen3-Next under our names."""
+"""Converts weights of transformers' Qwen3-Next to our names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gated_deltanet_weights(theirs: Mapping[str, Tensor], config: GatedDeltaNetCo
 
 
 def _by_role(weight: Tensor, n_key_heads: int, rows: tuple[int, ...]) -> Tensor:
-    """Rows that are grouped by key head, grouped by what they are for instead.
+    """Rows grouped by key head, regrouped by their role.
 
     Args:
         rows: of a key head, for each role.

@@ -1,4 +1,4 @@
-"""Makes the pictures of the documentation that need a browser: `python tests/screenshots.py docs`.
+"""Takes the screenshots of the documentation in a browser: `python tests/screenshots.py docs`.
 
 They are `workbench.png` and `workbench-train.png`, the two tabs of the workbench, and `frontier.png`.
 """
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 1240, 1500
 
 
 def main(folder: Path) -> None:
-    """Writes the pictures into a folder."""
+    """Writes the screenshots to a folder."""
     with tempfile.TemporaryDirectory() as place:
         write_notebook(Path(place) / "pictures.ipynb", CELLS)
         with running_lab(Path(place)) as address, new_page(WIDTH, HEIGHT) as page:
@@ -43,7 +43,7 @@ def main(folder: Path) -> None:
 
 
 def picture(page: Any, selector: str, path: Path) -> None:
-    """Writes one widget, with nothing pointed at."""
+    """Takes a screenshot of one widget, with the mouse away from it."""
     page.mouse.move(2, 2)
     page.locator(selector).first.scroll_into_view_if_needed()
     page.wait_for_timeout(500)

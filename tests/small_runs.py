@@ -1,4 +1,4 @@
-"""A corpus that is written at once, and runs on it that take a second."""
+"""A corpus that is quick to write, and runs on it that take a second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_corpus(folder: Path) -> Path:
 
 
 def tiny(corpus: Path, pattern: str, **changes: Any) -> Experiment:
-    """An experiment; a change is named by its field, as in `train__lr`."""
+    """An experiment; changes are named by their field, such as `train__lr`."""
     blocks = {"E": EXPERTS} if "E" in pattern else {}
     record = {
         "name": "tiny",
@@ -51,7 +51,7 @@ def result(folder: RunFolder) -> dict[str, Any]:
 
 
 def kill_after_a_checkpoint(one: Experiment, runs: Path) -> None:
-    """Trains in a process of its own that gets SIGKILL soon after its first checkpoint, one every five steps."""
+    """Trains in a separate process, which is killed soon after its first checkpoint; it writes one every five steps."""
     file = runs.with_suffix(".json")
     file.write_text(one.model_dump_json())
     program = (

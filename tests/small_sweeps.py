@@ -1,4 +1,4 @@
-"""A sweep that takes a second, workers that are cheap to start and to kill, and a PostgreSQL server of one's own."""
+"""A sweep that takes a second, workers that are cheap to start and to kill, and a PostgreSQL server for tests."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def study_of(runs: Path, name: str = "width", url: str | None = None) -> optuna.
 
 
 def done_by_key(study: optuna.Study) -> dict[str, list[float]]:
-    """Values of the complete trials by the keys of their experiments, each of which is there once."""
+    """Values of the complete trials by the keys of their experiments, which must be distinct."""
     done = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
     found = {trial.user_attrs["key"]: list(trial.values) for trial in done}
     assert len(found) == len(done), "an experiment counts twice"
@@ -107,7 +107,7 @@ def work(
     before: Callable[[], None] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Runs a sweep in this process; that it has the study, and what it trains, is noted in `log`, an error last."""
+    """Runs a sweep in this process; writes to `log` when it opens the study, what it trains, and an error at the end."""
     from explore.study import TrialOptions, crew, load_sweep, run_sweep
     from explore.train import fitting, loop
 
@@ -165,7 +165,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
 
 
 def finish(*processes: Any, seconds: float = 90.0) -> None:
-    """Waits for processes to end by themselves, with success."""
+    """Waits until processes end successfully."""
     try:
         for process in processes:
             process.join(seconds)
@@ -186,14 +186,14 @@ def free_port() -> int:
 
 
 def postgres_programs() -> Path | None:
-    """Folder of the newest server's programs, as Debian installs them; or where `postgres` is found."""
+    """Folder of the programs of the newest server, where Debian installs them or where `postgres` is found."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     where = str(found[-1]) if found else shutil.which("postgres")
     return Path(where).parent if where else None
 
 
 class Postgres:
-    """A server on a free port, with its data in a folder of its own; root starts it as somebody else, as it demands."""
+    """A server on a free port with its own data folder; PostgreSQL refuses root, so root starts it as another user."""
 
     def __init__(self, programs: Path, folder: Path) -> None:
         self.programs, self.folder, self.port = programs, folder, free_port()
@@ -226,7 +226,7 @@ class Postgres:
         wait_until(lambda: self._run("pg_isready", *where, check=False) == 0)
 
     def stop(self) -> None:
-        """Ends the server at once, whoever is connected."""
+        """Ends the server immediately, with clients connected."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(30)
 
@@ -238,7 +238,7 @@ class Postgres:
 
 
 def running_postgres() -> Iterator[Postgres]:
-    """A server for as long as a fixture needs it; skips where its programs are not installed."""
+    """A server for the duration of a fixture; skips if PostgreSQL is not installed."""
     programs = postgres_programs()
     if programs is None:
         pytest.skip("the programs of a PostgreSQL server are not installed")

@@ -1,4 +1,4 @@
-"""Timings: what they say of a run, and that training here does not fall behind transformers."""
+"""Timings: what they measure, and that training here is not slower than transformers."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_trial_is_timed_up_to_its_first_step() -> None:
     [("attention + MLP", 0.001), ("Mamba + MLP", 0.001), ("hybrid MoE", 0.01), ("hybrid LatentMoE", 0.01)],
 )
 def test_fast_paths_train_like_the_reference(family: str, bound: float) -> None:
-    """A router may choose another expert for the last bit's sake, so where there is one the losses part sooner."""
+    """The last bit can change a router's choice of expert, so with routers the losses diverge earlier."""
     for record in compare_curves("tiny", 100, names=[family]):
         assert record["n_steps"] == 100
         assert 0 < record["mean"] < (bound if record["precision"] == "fp32" else 0.01)

@@ -1,4 +1,4 @@
-"""What each mixer computes, written out."""
+"""Each mixer compared with its equations."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_the_router_works_in_fp32_under_autocast_and_its_weights_sum_to_the_fact
 
 
 def published_shares(scores: torch.Tensor) -> torch.Tensor:
-    """As transformers' Nemotron-H and DeepSeek-V3 write it."""
+    """The formula in transformers' Nemotron-H and DeepSeek-V3."""
     return scores / (scores.sum(-1, keepdim=True) + 1e-20)
 
 

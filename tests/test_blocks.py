@@ -1,4 +1,4 @@
-"""Every block: what it computes, what it counts, and that the two agree."""
+"""Every block: its results, its counts, and that the two agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS
 
 
 def counted_flops(config: BlockConfig, d_model: int, seq: int) -> int:
-    """Matrix-product FLOPs of one forward pass, as the counter sees them."""
+    """Matrix-product FLOPs of one forward pass, from the op counter."""
     mixer = config.build(d_model)
     mixer.init_weights(0.2, 0.2)
     x = torch.randn(1, seq, d_model)
@@ -40,7 +40,7 @@ def counted_flops(config: BlockConfig, d_model: int, seq: int) -> int:
 
 
 def expected_flops(config: BlockConfig, d_model: int, seq: int) -> int:
-    """The ledger's FLOPs, with attention dense and not causal, as it runs."""
+    """The ledger's FLOPs with dense instead of causal attention, as it is computed."""
     return sum(entry.flops_seq for entry in config.entries(d_model, seq)) + config.uncounted(seq).forward
 
 

@@ -1,4 +1,4 @@
-"""Whether a run fits into the machine, and how much there is of it."""
+"""Memory and disk that a run needs, compared with those of the machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: no damage goes unnoticed, none goes to another run, and what a run has measured is in them."""
+"""Checkpoints: damage is detected, another run's checkpoint is refused, and metrics are restored."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def through(one: Experiment, tmp_path_factory: pytest.TempPathFactory) -> RunFol
 
 @pytest.fixture(scope="module")
 def killed(one: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of which one was killed after 13 steps: its checkpoints are those of steps 10 and 5."""
+    """Two runs, one killed after 13 steps; its checkpoints are those of steps 10 and 5."""
     runs = tmp_path_factory.mktemp("killed")
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 13)
@@ -121,12 +121,12 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
     one: Experiment, through: RunFolder, stopped: RunFolder, damage: Callable[[Path], Any]
 ) -> None:
     damage(stopped.path / "checkpoints" / LAST)
-    console = Console(file=(stopped.path.parent.parent / "said").open("w"))
+    console = Console(file=(stopped.path.parent.parent / "output").open("w"))
     assert_ends_as(through, stopped, one, console)
     console.file.close()
-    said = (stopped.path.parent.parent / "said").read_text()
-    assert f"{LAST}: is damaged (" in said
-    assert "the run resumes from the previous checkpoint" in said
+    output = (stopped.path.parent.parent / "output").read_text()
+    assert f"{LAST}: is damaged (" in output
+    assert "the run resumes from the previous checkpoint" in output
 
 
 def test_an_earlier_checkpoint_is_enough_to_resume(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The command line: contracts for programs, and one clear line for a user's mistake."""
+"""The command line: output that programs read, and one clear line for a user's mistake."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_cost_tables_show_every_group(
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["cost", "MEX*E"], "unknown letter 'X' at position 3 of 'MEX*E'"),
         (["cost", "M*", "--d-model", "100"], "d_model: must be a multiple of 16"),
@@ -194,12 +194,12 @@ def test_cost_tables_show_every_group(
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], says: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str], message: str
 ) -> None:
     code, out, err = run(capsys, monkeypatch, *args)
     assert code == 2
     assert out == ""
-    assert says in err
+    assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
 
@@ -208,14 +208,14 @@ def test_a_mistake_in_an_experiment_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, experiment_file: Path, tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    for override, says in (
+    for override, message in (
         ("train.lrr=1", "train.lrr: unknown field"),
         ("model.vocab_size=100", "model.vocab_size: must be at least"),
         ("data.corpus=nowhere", "nowhere"),
     ):
         code, _, err = run(capsys, monkeypatch, "train", str(experiment_file), "--runs", str(runs), "--set", override)
         assert (code, err.count("\n")) == (2, 1), err
-        assert says in err
+        assert message in err
     assert not runs.exists()
 
 
@@ -371,7 +371,7 @@ def test_a_tokenizer_is_trained_on_the_training_text_alone(
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("data", "hf:"), "corpus: 'hf:' must name a data set: hf:NAME"),
         (("data", "hf::config"), "corpus: 'hf::config' must name a data set"),
@@ -398,7 +398,7 @@ def test_a_tokenizer_is_trained_on_the_training_text_alone(
 )
 def test_bad_input_gives_a_one_line_error_and_leaves_no_files(
     args: tuple[str, ...],
-    says: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -417,7 +417,7 @@ def test_bad_input_gives_a_one_line_error_and_leaves_no_files(
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(capsys, monkeypatch, *args)
     assert (code, out) == (2, "")
-    assert says in err
+    assert message in err
     assert err.count("\n") == 1
     assert len(err) <= 400
     assert sorted(tmp_path.rglob("*")) == before

@@ -1,4 +1,4 @@
-"""Compiled, exported and recomputed models against the plain one."""
+"""Compiled, exported and recomputed models compared with the plain one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOCKS: dict[str, Any] = {
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the checks of shapes, which only tests have and no compiler can follow."""
+    """Turns off the shape checks, which only tests have and which cannot be compiled."""
     jaxtyping.config.update("jaxtyping_disable", True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -154,7 +154,7 @@ def test_an_exported_forward_gives_the_same_logits(pattern: str) -> None:
 
 
 def losses_and_gradients(lm: LanguageModel) -> tuple[list[Tensor], int]:
-    """Losses, loads and gradients, and the elements that wait for the backward pass."""
+    """Losses, loads and gradients, and the number of elements saved for the backward pass."""
     kept = 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_recomputation_leaves_decoding_alone() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["fp16", "fp8-blocks", "mxfp8", "nvfp4"])
 def test_a_compiled_quantiser_gives_the_same_bits(unchecked: None, name: str) -> None:
-    """A compiler may leave out a cast and its inverse, or divide by a product with a reciprocal."""
+    """A compiler may remove a cast and its inverse, or replace a division by a product with the reciprocal."""
     x = torch.randn(33, 40, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(quantize_blocks, dynamic=False)
     noise = rounding_noise(x, rounding_generator(0, 0, 0, "x"))
@@ -267,7 +267,7 @@ def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_
 
 @pytest.fixture
 def traced(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Steps are traced, as for compilation, and run as they are."""
+    """Steps are traced as for compilation and run uncompiled."""
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, options: compile_(function, backend="eager"))
     compiled_step.cache_clear()

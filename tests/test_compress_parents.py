@@ -1,4 +1,4 @@
-"""Parents that were imported, depth one layer after another, and children that leave for other systems."""
+"""Imported parents, depth cut layer by layer, and children exported to other systems."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def experiment(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data and training for an imported parent; its model does not matter."""
+    """Data and training for an imported parent; the model in it is not used."""
     path = tmp_path_factory.mktemp("data") / "experiment.json"
     changes = {"model__vocab_size": VOCAB_SIZE, "data__tokenizer": str(tokenizer), "train__tokens": 4 * 128}
     path.write_text(tiny(corpus, "*-", **changes).model_dump_json())
@@ -69,7 +69,7 @@ def experiment(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def imported(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that transformers made and wrote, as `explore import` reads it."""
+    """A checkpoint written by transformers, as read by `explore import`."""
     transformers = pytest.importorskip("transformers")
     from explore.interop import from_hf, save_model_folder
 
@@ -180,7 +180,7 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(trained: RunFolder
 
 
 def effects_without(trained: RunFolder, gone: list[int], effect: str) -> dict[int, float]:
-    """By a plan and its child, which is another way than the one that is tested."""
+    """Computed from a plan and its child, independently of the tested code."""
     cutter = Cutter.of(trained, by="magnitude", norm_scales=False)
     child = cutter.child(cutter.plan({}, gone))
     source = trained.load_experiment().data.open(0)

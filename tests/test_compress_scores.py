@@ -1,4 +1,4 @@
-"""Scores of a trained parent, and the plans that follow from them."""
+"""Scores of a trained parent, and plans made from them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def batches(run: RunFolder) -> list[Batch]:
 
 @torch.no_grad()
 def stream(model: LanguageModel, batch: Batch) -> list[Tensor]:
-    """What every layer reads, and the last norm."""
+    """The inputs of every layer and of the last norm."""
     x = [model.embedding(batch.inputs)]
     for layer in model.layers:
         x.append(layer(x[-1])[0])

@@ -1,4 +1,4 @@
-"""Exact surgery: a child is its parent with what was cut away set to zero, and counts what its config says."""
+"""Exact surgery: a child equals its parent with the removed parts set to zero, and has the counts of its config."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def child_of(model: LanguageModel, plan: Plan) -> LanguageModel:
 
 @torch.no_grad()
 def masked(model: LanguageModel, plan: Plan) -> LanguageModel:
-    """The parent with the same indices set to zero, and its norms the mean over those that are left."""
+    """The parent with the same indices set to zero, and norms that average over the remaining channels."""
     parent = model.config.build()
     parent.load_state_dict(model.state_dict())
     masks = {name: mask_of(name, weight, plan) for name, weight in parent.state_dict().items()}

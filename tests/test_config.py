@@ -1,4 +1,4 @@
-"""Configs: what they fill in, what they refuse and how they say so."""
+"""Configs: defaults, refusals and error messages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_json_is_an_identity(pattern: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"blocks": {"M": {"d_stat": 3}}}, "model.blocks.M.d_stat: unknown field"),
         ({"blocks": {"E": {"top_k": 999}}}, "model.blocks.E.top_k: must be at most n_experts=128, got 999"),
@@ -66,11 +66,11 @@ def test_json_is_an_identity(pattern: str, tied: bool) -> None:
         ({"norm_eps": float("nan")}, "model.norm_eps: "),
     ],
 )
-def test_an_error_names_the_path_and_the_value(change: dict[str, Any], says: str) -> None:
+def test_an_error_names_the_path_and_the_value(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         model_of(**change)
     line = explain(refusal.value, "model")
-    assert line.startswith(says)
+    assert line.startswith(message)
     assert "\n" not in line
 
 

@@ -1,4 +1,4 @@
-"""Closed forms: sums of the ledger, conventions, and published counts to the digits that were printed."""
+"""Closed forms: sums of the ledger, conventions, and published counts to the printed digits."""
 
 from __future__ import annotations
 

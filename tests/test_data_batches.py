@@ -1,4 +1,4 @@
-"""Batches of text: each window once an epoch, each evaluated token once, each byte counted."""
+"""Batches of text: each window once per epoch, each evaluated token once, each byte counted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def words(tmp_path: Path) -> str:
 
 
 def counting(n_tokens: int, seq_len: int, seed: int) -> TextSource:
-    """A source whose every token is its own position, so that a batch says where it was cut."""
+    """A source in which every token is its position, so that a batch shows where it was cut."""
     stream = TokenStream(np.arange(n_tokens), n_bytes=0, n_documents=1)
     tokenizer = load_tokenizer("bytes")
     tokenizer.token_bytes = None

@@ -1,4 +1,4 @@
-"""Data configs: JSON in and out, and a fingerprint of content."""
+"""Data configs: JSON in and out, and a fingerprint of the content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora: what stands on disk is what is read, each document in one split."""
+"""Corpora: all text on disk is read, and each document is in one split."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_single_document_is_cut_at_paragraphs_without_losing_a_byte(folder: Pa
 
 
 def plain_cut(text: str, n_eval: int) -> list[int]:
-    """The rule, on a whole text in memory: every end of a paragraph, or of a line, and the nearest to each share."""
+    """The rule, on a whole text in memory: among all ends of paragraphs or lines, the nearest to each share."""
     for boundary in (r"\n\s*\n", r"\n\s*\n|\n"):
         ends = [match.end() for match in re.finditer(boundary, text)]
         ends = [end for end in ends if len(text) - len(text.lstrip()) < end < len(text.rstrip())]

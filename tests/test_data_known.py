@@ -1,4 +1,4 @@
-"""Named corpora and data sets: the text on record, or a line that says how to get it."""
+"""Named corpora and data sets: the text on record, or an error that says how to get it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def configs(draw: st.DrawFn) -> RecallData:
 
 
 def check(config: RecallData, batch: Batch) -> None:
-    """Answers by looking up, sequence by sequence, and sees that nothing else is in them."""
+    """Looks up the answers, sequence by sequence, and checks that sequences hold nothing else."""
     half = config.vocab_size // 2
     assert batch.n_pairs is not None
     for inputs, targets, n_pairs in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.n_pairs, strict=True):
@@ -100,7 +100,7 @@ def test_max_tokens_takes_the_first_sequences(max_tokens: int, n: int) -> None:
 
 def test_the_places_of_queries_follow_the_power_law() -> None:
     def first_place(power_a: float) -> float:
-        """Share of sequences whose only query stands on the first of eight places."""
+        """Share of sequences whose only query is at the first of eight places."""
         config = RecallData(n_pairs=1, seq_len=18, power_a=power_a)
         return float((config.open(0).batch(0, 20_000).targets[:, 2] != IGNORED).double().mean())
 

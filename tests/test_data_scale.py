@@ -1,4 +1,4 @@
-"""Text of any length: time is linear, memory is bounded, and nothing that stops halfway is believed."""
+"""Text of any length: time is linear, memory is bounded, and an interrupted pass leaves nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers: text comes back whole, and every byte is counted."""
+"""Tokenizers: decoding restores the text, and every byte is counted."""
 
 from __future__ import annotations
 

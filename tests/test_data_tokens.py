@@ -1,4 +1,4 @@
-"""The token cache: made once, believed only when whole."""
+"""The token cache: written once, and used only if it is complete."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_flipped_bit_anywhere_is_detected(corpus: Corpus, cache: Path) -> None
 
 
 def interrupt(corpus: Corpus, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """Tokenizes until `after` pieces are encoded; the pieces."""
+    """Tokenizes until `after` pieces are encoded, and returns the pieces."""
     encode, seen = tokenizer.encode_batch, list[str]()
 
     def dies(texts: list[str]) -> list[list[int]]:

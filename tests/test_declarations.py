@@ -1,4 +1,4 @@
-"""A block says in its own file all that is known of it, so that a new one touches no other module."""
+"""A block declares all its properties in its own file, so a new block changes no other module."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SOURCES = [
 
 
 def constants(node: ast.AST) -> set[str]:
-    """The strings that an expression is made of: itself, or the elements of a literal collection."""
+    """The strings in an expression: itself, or the elements of a literal collection."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return {node.value}
     if isinstance(node, ast.Tuple | ast.List | ast.Set):
@@ -54,14 +54,14 @@ def identifiers(node: ast.AST) -> set[str]:
 
 
 def asks_for(subject: set[str], wanted: set[str]) -> bool:
-    """Whether strings that something called `subject` is held against name a kind of block; a role is none."""
+    """Whether a comparison of `subject` with these strings tests the kind of a block; a comparison of roles does not."""
     if "role" in subject:
         return False
     return bool(wanted & KINDS.keys()) or bool(wanted & LETTERS and any(map(OF_LAYERS.search, subject)))
 
 
 def questions(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and source of everything that asks for a kind of block: comparisons, cases, classes, tables by kind."""
+    """Line and source of every test of the kind of a block: comparisons, cases, classes, tables by kind."""
     for node in ast.walk(tree):
         asked = False
         if isinstance(node, ast.Compare):

@@ -1,4 +1,4 @@
-"""The gated delta rule: the chunked form against the recurrence in float64, and both against transformers' code."""
+"""The gated delta rule: the chunked form compared with the recurrence in float64, and both with transformers."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_step_takes_inputs_in_any_layout() -> None:
 @pytest.mark.parametrize("keys", ["identical", "similar", "random"])
 @pytest.mark.parametrize("beta", [1.0, 0.5])
 def test_ill_conditioned_keys_and_decays_are_accurate_in_fp32(keys: str, alpha: float, beta: float) -> None:
-    """With equal keys, beta 1 and no decay, powers of the triangle grow to 1e18, while its inverse stays below 2."""
+    """With equal keys, beta 1 and no decay, powers of the triangle grow to 1e18, but its inverse stays below 2."""
     x = inputs(200, k=8)
     spread = {"identical": 0.0, "similar": 0.01, "random": 1.0}[keys]
     K = F.normalize(x.K[:, :1] + spread * x.K, dim=-1)
@@ -145,7 +145,7 @@ def test_ill_conditioned_keys_and_decays_are_accurate_in_fp32(keys: str, alpha: 
 
 
 def test_decays_of_very_different_strength_in_one_chunk_stay_finite() -> None:
-    """In fp32 the sum of logarithms is as precise as its size allows: here thousands, so about 1e-4."""
+    """In fp32 the precision of a sum of logarithms depends on its size: thousands here, so about 1e-4."""
     x = inputs(200)
     log_alpha = torch.where(torch.arange(200)[:, None] % 7 == 3, -300.0, -1e-3).expand_as(x.log_alpha)
     exact = x._replace(log_alpha=log_alpha.double()).to(torch.float64)

@@ -1,4 +1,4 @@
-"""A child that a plan cuts out of a trained parent: its first weights, its key, and the command that distils it."""
+"""A child cut from a trained parent by a plan: its first weights, its key, and the command that distils it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parent(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def halved(parent: RunFolder, **changes: Any) -> Plan:
-    """Half of the channels, half of the first MLP, and no third layer."""
+    """A plan that keeps half of the channels and half of the first MLP, and drops the third layer."""
     layers = (LayerCut(), LayerCut(keep={"d_ff": tuple(range(0, 128, 2))}), LayerCut(drop=True), LayerCut())
     return Plan.keep_all(parent).model_copy(update={"d_model": tuple(range(32, 64)), "layers": layers, **changes})
 
@@ -114,12 +114,12 @@ def test_distil_trains_a_child_and_prints_its_cost(
     halved(parent, origin={"flops": 12345.0}).save(plan)  # those of scoring the parent
     code, out, err = run(capsys, monkeypatch, "distil", plan, "--tokens", "2.56k", "--runs", root, "--json")
     assert (code, err) == (0, "")
-    said = json.loads(out)
-    child = RunFolder(Path(said.pop("run")))
+    printed = json.loads(out)
+    child = RunFolder(Path(printed.pop("run")))
     assert child.path.parent == root
-    assert said == child.result
-    assert said["flops_teacher"] == STEPS * TOKENS * load_model(parent).config.cost(32).flops_fwd
-    assert said["flops_before"] == result(parent)["flops_run"] + 12345
+    assert printed == child.result
+    assert printed["flops_teacher"] == STEPS * TOKENS * load_model(parent).config.cost(32).flops_fwd
+    assert printed["flops_before"] == result(parent)["flops_run"] + 12345
     code, out, _ = run(
         capsys, monkeypatch, "distil", plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path
     )

@@ -1,4 +1,4 @@
-"""Distillation: what is minimised, what is refused, what it costs, and runs that were stopped."""
+"""Distillation: the objective, refusals, costs, and interrupted runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def parent(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def student(corpus: Path, parent: RunFolder | Path, pattern: str = "*-", **changes: Any) -> Experiment:
-    """A student; a change that is named `objective__...` is one of its objective."""
+    """A student; changes named `objective__...` apply to its objective."""
     path = str(parent.path if isinstance(parent, RunFolder) else parent)
     record = {"kind": "distillation", "teacher": path}
     record |= {name.removeprefix("objective__"): changes.pop(name) for name in [*changes] if "objective__" in name}
@@ -124,9 +124,9 @@ def test_the_teacher_is_not_part_of_the_student_and_keeps_its_precision(corpus: 
     objective = one.train.objective
     assert isinstance(objective, Distillation)
     tokens, _ = first_batch(one)
-    says, _ = Teacher(objective)(tokens)
-    assert says.hidden.dtype == says.weight.dtype == torch.bfloat16
-    assert not says.hidden.requires_grad
+    output, _ = Teacher(objective)(tokens)
+    assert output.hidden.dtype == output.weight.dtype == torch.bfloat16
+    assert not output.hidden.requires_grad
     exact, _ = Teacher(objective.model_copy(update={"teacher_precision": "fp32"}))(tokens)
     with torch.autocast("cpu", torch.bfloat16):  # the student's
         inside, _ = Teacher(objective.model_copy(update={"teacher_precision": "fp32"}))(tokens)
@@ -134,8 +134,8 @@ def test_the_teacher_is_not_part_of_the_student_and_keeps_its_precision(corpus: 
     torch.testing.assert_close(exact.hidden, load_model(parent).hidden(tokens)[0].detach())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = load_model(parent).hidden(tokens)[0].bfloat16()
-    assert torch.equal(says.hidden, half)
-    assert not torch.equal(says.hidden, exact.hidden.bfloat16())
+    assert torch.equal(output.hidden, half)
+    assert not torch.equal(output.hidden, exact.hidden.bfloat16())
     module = LitLanguageModel(one, starting_model(one), build_objective(one.train))
     assert {name.removeprefix("model.") for name in module.state_dict()} == starting_model(one).state_dict().keys()
 
@@ -143,7 +143,7 @@ def test_the_teacher_is_not_part_of_the_student_and_keeps_its_precision(corpus: 
 def test_the_teacher_keeps_its_paths_of_ops(
     corpus: Path, parent: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is compiled for the student's shapes must not be compiled again for the teacher's."""
+    """Ops compiled for the shapes of the student must not be compiled again for the teacher."""
     taken = []
     hidden = LanguageModel.hidden
 
@@ -324,15 +324,15 @@ def test_a_tokenizer_other_than_the_teachers_is_refused(corpus: Path, damaged: R
 
 
 @pytest.mark.parametrize(
-    ("status", "says"), [("diverged", "diverged"), ("pruned", "pruned"), (None, "unfinished")], ids=str
+    ("status", "message"), [("diverged", "diverged"), ("pruned", "pruned"), (None, "unfinished")], ids=str
 )
 def test_an_unfinished_teacher_is_refused(
-    corpus: Path, damaged: RunFolder, status: str | None, says: str
+    corpus: Path, damaged: RunFolder, status: str | None, message: str
 ) -> None:
     (damaged.path / "result.json").unlink()
     if status is not None:
         write_json(damaged.path / "result.json", {"status": status})
-    with pytest.raises(ValueError, match=f"must be a run that has finished, got '.*', which is {says}"):
+    with pytest.raises(ValueError, match=f"must be a run that has finished, got '.*', which is {message}"):
         student(corpus, damaged)
 
 
@@ -371,7 +371,7 @@ class Stop(Exception):
 
 
 def assert_same_run(one: RunFolder, other: RunFolder) -> None:
-    """To the last bit."""
+    """Equal bit for bit."""
     ours, theirs = (run.metrics.drop(columns="tokens_per_s") for run in (one, other))
     pd.testing.assert_frame_equal(ours, theirs, check_exact=True)
     scores = [

@@ -1,4 +1,4 @@
-"""The divergence from a teacher against its definition in float64, with its gradients and its memory."""
+"""The divergence from a teacher compared with its definition in float64, with its gradients and its memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATHS = ("sliced", "whole")
 
 
 def draw(tokens: int, vocab_size: int, d_model: int, d_teacher: int, scale: float = 1.0) -> list[Tensor]:
-    """Hidden states and heads of both sides, and targets of which every third is left out."""
+    """Hidden states and heads of both models, and targets of which every third is ignored."""
     torch.manual_seed(0)
     shapes = ((tokens, d_model), (vocab_size, d_model), (tokens, d_teacher), (vocab_size, d_teacher))
     targets = torch.randint(vocab_size, (tokens,))
@@ -26,7 +26,7 @@ def draw(tokens: int, vocab_size: int, d_model: int, d_teacher: int, scale: floa
 
 
 def truth(h: Tensor, w: Tensor, g: Tensor, v: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """The definition, one token after the other."""
+    """The definition, token by token."""
     kl, cross_entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for i, target in enumerate(targets.tolist()):
         if target != -100:
@@ -109,7 +109,7 @@ def test_ignored_targets_alone_give_zero_loss() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_each_side_multiplies_in_its_own_precision(path: str, small_slices: None) -> None:
-    """The student in autocast's bf16, the teacher in the dtype of its hidden states."""
+    """The student computes in autocast's bf16, the teacher in the dtype of its hidden states."""
     inputs = draw(64, 17, 12, 20)
     h, w, g, v = (x.float().requires_grad_() for x in inputs[:4])
     (half_h, half_w), (half_g, half_v) = ((x.detach().bfloat16() for x in pair) for pair in ((h, w), (g, v)))
@@ -128,7 +128,7 @@ def test_each_side_multiplies_in_its_own_precision(path: str, small_slices: None
 
 
 class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation gives."""
+    """Records the size of the largest result of any operation."""
 
     n_elements = 0
 
@@ -163,7 +163,7 @@ def test_the_gradient_keeps_its_size_when_the_temperature_changes() -> None:
 
 
 def test_a_hard_teacher_gives_the_cross_entropy() -> None:
-    """A teacher that is sure of the targets has an entropy of 0."""
+    """A teacher with probability 1 for the targets has an entropy of 0."""
     h, w = (x.requires_grad_() for x in draw(9, 17, 12, 12)[:2])
     targets = torch.arange(9)
     hard = 1e4 * F.one_hot(targets, 17).double()

@@ -1,4 +1,4 @@
-"""What the README and the pages show exists and runs."""
+"""The commands and code of the README and the pages exist and run."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def test_every_command_of_a_page_exists_with_its_options(page: str) -> None:
             ]  # a run has to be there
             group.commands[arguments[0]].make_context(arguments[0], given)
         except typer.TyperException as error:
-            said = error.format_message()
-            if arguments in whole or not said.startswith("Missing"):
-                pytest.fail(f"{page}: explore {' '.join(arguments)}: {said}")
+            message = error.format_message()
+            if arguments in whole or not message.startswith("Missing"):
+                pytest.fail(f"{page}: explore {' '.join(arguments)}: {message}")
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +131,13 @@ def test_quick_commands_of_a_page_run(
         elif block.mark == "":
             for arguments in block.commands:
                 if arguments[0] in CHEAP and "RUN" not in arguments:
-                    code, _, said = run(capsys, monkeypatch, *arguments)
-                    assert code == 0, f"explore {' '.join(arguments)}: {said}"
+                    code, _, err = run(capsys, monkeypatch, *arguments)
+                    assert code == 0, f"explore {' '.join(arguments)}: {err}"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two runs of a few steps, which stand for RUN and RUN2."""
+    """A folder with two short runs that replace RUN and RUN2."""
     from explore.train import fit
 
     example = ROOT / "sweeps" / "examples" / "latent_moe.json"
@@ -170,5 +170,5 @@ def test_all_commands_of_a_page_run_in_order(
                 given[given.index(option) + 1] = SMALL_OPTIONS[option]
             if given[0] == "train" and not any(each.startswith("train.tokens") for each in given):
                 given += ["--set", "train.tokens=4096", "--set", "train.eval_tokens=4096"]
-            code, _, said = run(capsys, monkeypatch, *given)
-            assert code == 0, f"explore {' '.join(given)}: {said}"
+            code, _, err = run(capsys, monkeypatch, *given)
+            assert code == 0, f"explore {' '.join(given)}: {err}"

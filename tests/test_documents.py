@@ -1,4 +1,4 @@
-"""Documents as the units of a score: whole splits, windows drawn over all of a split, and intervals that cover."""
+"""Documents as units of a score: whole splits, sampled windows, and the coverage of intervals."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ BYTES = np.array([900, 700, 620, 540, 480, 420, 380, 300, 260, 200]) * 1000
 def scores(
     rng: np.random.Generator, seeds: int, gap: float, by_seed: float, by_document: float, noise: float
 ) -> pd.DataFrame:
-    """Documents of two arms: they differ by `gap`, more or less so by document and by seed."""
+    """Documents of two arms that differ by `gap`, with noise by document and by seed."""
     hard = 0.2 * rng.standard_normal(len(BYTES))
     shifts = gap + by_document * rng.standard_normal(len(BYTES))
     rows = []

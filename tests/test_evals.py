@@ -1,4 +1,4 @@
-"""Evaluations against sums by hand: bits per byte, minimal pairs, recall."""
+"""Evaluations compared with sums by hand: bits per byte, minimal pairs, recall."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_pairs_are_read_plain_and_compressed(tmp_path: Path, suffix: str, opener
 
 
 def published(layout: str, folder: Path) -> Path:
-    """The pairs as BLiMP and Zorro are published: a folder with a file for each paradigm."""
+    """The pairs in the layout of BLiMP and Zorro: a folder with one file per paradigm."""
     folder.mkdir()
     for uid in dict.fromkeys(pair.uid for pair in PAIRS):
         some = [pair for pair in PAIRS if pair.uid == uid]
@@ -225,7 +225,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 
 
 class Oracle(LanguageModel):
-    """Says what it is told, at every position."""
+    """A model that predicts the given answers at every position."""
 
     def __init__(self, answers: torch.Tensor, vocab_size: int) -> None:
         super().__init__(model(vocab_size, "-").config)

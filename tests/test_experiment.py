@@ -1,4 +1,4 @@
-"""Experiments: what the key depends on, how a budget becomes steps, and what a file that is wrong is told."""
+"""Experiments: fields of the key, steps of a budget, and errors for an invalid file."""
 
 from __future__ import annotations
 

@@ -352,9 +352,9 @@ def test_a_figure_is_saved_as_png_and_svg_with_its_metadata(runs, tmp_path):
         assert image.info["Title"] == "Validation bits per byte against Training FLOPs"
         assert image.info["Description"] == "4 runs: r1, r2, r0, r3"
         assert image.info["Software"].startswith("hybrid-frontier, Matplotlib")
-    told = [element.text for element in ElementTree.parse(svg).iter() if element.tag.startswith("{http://purl.org/dc")]
-    assert "Validation bits per byte against Training FLOPs" in told
-    assert "4 runs: r1, r2, r0, r3" in told
+    texts = [element.text for element in ElementTree.parse(svg).iter() if element.tag.startswith("{http://purl.org/dc")]
+    assert "Validation bits per byte against Training FLOPs" in texts
+    assert "4 runs: r1, r2, r0, r3" in texts
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):

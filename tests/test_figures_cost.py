@@ -185,7 +185,7 @@ SIGHT = {
 
 
 def seen(color, sight):
-    """The colour in CIELAB, as it is seen."""
+    """The colour in CIELAB, for a given colour vision."""
     rgb = np.array(color)
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])

@@ -1,4 +1,4 @@
-"""Every seed as a dot: what is drawn is what the table says, also where a run has no value."""
+"""Every seed as a dot: the figure draws the table, also for runs without a value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def axes() -> Axes:
 
 
 def dots(ax: Axes, *, hollow: bool = False) -> dict[int, list[float]]:
-    """Values of the dots in each row, from above."""
+    """Values of the dots in each row, from top to bottom."""
     found: dict[int, list[float]] = {}
     for line in ax.lines:
         if line.get_marker() == "o" and (line.get_markerfacecolor() == "white") == hollow:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, what a kill leaves, and files that a stranger wrote."""
+"""Files that are complete or absent, leftovers of a kill, and untrusted files."""
 
 from __future__ import annotations
 

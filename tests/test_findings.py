@@ -1,4 +1,4 @@
-"""Findings: tables and figures made again from records alone, and what drifts from them said in a line."""
+"""Findings: tables and figures made from records alone, and drift reported in one line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHIFTS = {"base": 0.0, "wide": -0.2, "deep": 0.001}
 
 
 def record(arm: str, seed: int) -> dict[str, Any]:
-    """The files of a run as a row of a table of records, with made-up scores."""
+    """The files of a run as a row of a table of records, with artificial scores."""
     bpb = 2.0 + SHIFTS[arm] + 0.01 * seed + 0.01 * ((seed + list(SHIFTS).index(arm)) ** 2 % 3)
     experiment = {"name": arm, "seed": seed, "model": {"pattern": "-", "d_model": 32}, "train": {"lr": 0.01}}
     cost = {"params_total": 100, "params_active": 90 + len(arm), "flops_fwd": 10.0}
@@ -191,20 +191,20 @@ def test_the_command_writes_and_checks_and_exits_with_1_after_a_drift(
     args = ("figures", "--sweeps", str(sweeps), "--out", str(out))
     assert run_command(capsys, monkeypatch, *args)[0] == 0
     assert (tmp_path / "FINDINGS.md").read_text() == "# It pays -0.20\n"
-    code, said, _ = run_command(capsys, monkeypatch, *args, "--check")
-    assert (code, said) == (0, "1 findings match their records: 9 runs\n")
+    code, output, _ = run_command(capsys, monkeypatch, *args, "--check")
+    assert (code, output) == (0, "1 findings match their records: 9 runs\n")
     (tmp_path / "FINDINGS.md").write_text("# It pays -0.30\n")
-    code, _, said = run_command(capsys, monkeypatch, *args, "--check")
-    assert (code, "FINDINGS.md: line 1 is not what" in said) == (1, True)
+    code, _, output = run_command(capsys, monkeypatch, *args, "--check")
+    assert (code, "FINDINGS.md: line 1 is not what" in output) == (1, True)
     assert run_command(capsys, monkeypatch, *args)[0] == 0
     studies = out / "studies.runs.csv"
     columns = "study,runs,seeds,sizes,gate,devices\n"
     assert studies.read_text() == f'{columns}pays,9,3,,ungated,"CPU 0, CPU 1"\nall,9,3,,,"CPU 0, CPU 1"\n'
     studies.write_text(studies.read_text().replace("pays,9", "pays,8"))
-    code, _, said = run_command(capsys, monkeypatch, *args, "--check")
-    assert (code, "studies.runs.csv: row 1, runs: is 8, and the records give 9" in said) == (1, True)
-    code, _, said = run_command(capsys, monkeypatch, *args, "absent")
-    assert (code, "NAMES must be studies with records (pays), got absent" in said) == (2, True)
+    code, _, output = run_command(capsys, monkeypatch, *args, "--check")
+    assert (code, "studies.runs.csv: row 1, runs: is 8, and the records give 9" in output) == (1, True)
+    code, _, output = run_command(capsys, monkeypatch, *args, "absent")
+    assert (code, "NAMES must be studies with records (pays), got absent" in output) == (2, True)
 
 
 CLAIM = """# Findings
@@ -235,22 +235,22 @@ def test_a_claim_of_a_study_without_a_passed_gate_is_refused(
     out.mkdir()
     template, args = out / "FINDINGS.template.md", ("figures", "--sweeps", str(sweeps), "--out", str(out))
 
-    def said(answer: str, gate: str = "") -> str:
+    def check(answer: str, gate: str = "") -> str:
         template.write_text(CLAIM.format(answer=answer, gate=gate))
         assert run_command(capsys, monkeypatch, *args)[0] == 0
-        code, _, words = run_command(capsys, monkeypatch, *args, "--check")
-        assert code == bool(words)
-        return words
+        code, _, errors = run_command(capsys, monkeypatch, *args, "--check")
+        assert code == bool(errors)
+        return errors
 
-    assert "'Does an arm pay?': pays passes no gate, as its file declares none; its answer must begin" in said("Yes.")
-    assert said("Cannot be answered at these sizes.") == ""
+    assert "'Does an arm pay?': pays passes no gate, as its file declares none; its answer must begin" in check("Yes.")
+    assert check("Cannot be answered at these sizes.") == ""
     (sweeps / "pays.py").write_text(SWEEP + GATE)
-    words = said("Cannot be answered at these sizes.")
-    assert "must show the gate of its study as {{pays.gate}}" in words
-    assert said("Cannot be answered at these sizes.", "\n\n{{pays.gate}}") == ""
+    errors = check("Cannot be answered at these sizes.")
+    assert "must show the gate of its study as {{pays.gate}}" in errors
+    assert check("Cannot be answered at these sizes.", "\n\n{{pays.gate}}") == ""
     assert "| control deep |" in (tmp_path / "FINDINGS.md").read_text()
-    words = said("Yes.", "\n\n{{pays.gate}}")
-    assert "pays passes no gate, at d_model 32: base beats the floor" in words
+    errors = check("Yes.", "\n\n{{pays.gate}}")
+    assert "pays passes no gate, at d_model 32: base beats the floor" in errors
     assert pd.read_csv(out / "pays.differences.csv")["gate"].unique().tolist() == ["ungated"]
     assert pd.read_csv(out / "studies.runs.csv")["sizes"][0] == "1 of 2"
     assert b"ungated" in (out / "pays.svg").read_bytes()

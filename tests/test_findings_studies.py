@@ -1,4 +1,4 @@
-"""The tables that single studies make of their records."""
+"""The tables that the studies make from their records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SWEEPS = Path(__file__).parent.parent / "sweeps"
 
 
 def pack(path: Path, rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Writes a table of records, and reads what a study makes its tables of."""
+    """Writes a table of records, and reads the inputs of a study's tables."""
     texts = [{name: text if name == "run" else json.dumps(text) for name, text in row.items()} for row in rows]
     path.parent.mkdir(exist_ok=True)
     pd.DataFrame(texts, columns=["run", *FILES]).to_parquet(path)
@@ -45,7 +45,7 @@ def run_of(name: str, seed: int, bpb: float, d_model: int = 48, **files: Any) ->
 
 
 def wobble(*cause: int) -> float:
-    """Noise that is always the same."""
+    """Reproducible noise."""
     return 0.002 * (hash(cause) % 7 - 3)
 
 
@@ -153,7 +153,7 @@ FOUND = {"M-*E-E": (1.7, 3, 2), "MEM*EME": (1.9, 5, 4), "M*-E": (2.5, 4, 1), "M-
 
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The study that searches and the one that trains its winners, and what the first may have found."""
+    """The two studies of the search and of its winners, with artificial results of the search."""
     folder = tmp_path_factory.mktemp("search")
     for name in ("searched_frontier.py", "searched_winners.py"):
         shutil.copy(SWEEPS / name, folder)

@@ -1,4 +1,4 @@
-"""How numbers are written: one way each, with the same three digits everywhere."""
+"""Formatting of numbers: one form for each kind, with three digits everywhere."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def table(rows):
 
 
 def beaten(i, rows):
-    """Whether another row is at least as good in both values and better in one, as the definition reads."""
+    """Whether another row is at least as good in both values and better in one: the definition."""
     (x, y), others = rows[i], [row for j, row in enumerate(rows) if j != i]
     return any(a <= x and b <= y and (a < x or b < y) for a, b in others)
 

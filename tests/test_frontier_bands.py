@@ -15,7 +15,7 @@ def costs(n):
 
 
 def runs(rng, means, sd=0.02, seeds=3, skewed=False):
-    """Runs of points at rising costs, their noise normal or with a long upper tail."""
+    """Runs of points at rising costs, with noise that is normal or has a long upper tail."""
     shape = (len(means), seeds)
     noise = (rng.gamma(2.0, size=shape) - 2.0) / np.sqrt(2.0) if skewed else rng.standard_normal(shape)
     rows = [

@@ -18,7 +18,7 @@ EFFECTS = {"base": 1.0, "a": 1.0, "b": 1.0, "c": 1.0, "d": 0.97}
 
 
 def runs(rng, effects, sd=0.01, seeds=3, sizes=(64, 128), shared=0.05):
-    """Runs whose seed moves all arms of a size alike, by far more than the noise that is their own."""
+    """Runs in which a seed shifts all arms of a size equally, by far more than their own noise."""
     rows = []
     for size in sizes:
         moves = shared * rng.standard_normal(seeds)

@@ -10,7 +10,7 @@ from explore.frontier import add_axes, experiments_of, front_changes, rank_corre
 
 
 def runs(rng, effects, sd=0.01, seeds=3, shared=0.05):
-    """Runs of arms at sizes; a seed moves all arms of a size alike."""
+    """Runs of arms at several sizes; a seed shifts all arms of a size equally."""
     rows = []
     for size, values in effects.items():
         moves = shared * rng.standard_normal(seeds)
@@ -67,7 +67,7 @@ def test_sizes_without_arms_in_common_are_refused():
 
 
 def points(seeds=3, sd=0.001):
-    """Three points: b is better than a on flops alone, c on parameters alone, and d is as b but for noise."""
+    """Points in which b beats a only in FLOPs, c only in parameters, and d equals b up to noise."""
     rng = np.random.default_rng(0)
     rows = [
         (name, seed, flops, params, error + sd * rng.standard_normal())

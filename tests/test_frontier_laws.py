@@ -30,7 +30,7 @@ def runs(rng, sd=0.005, points=6, seeds=3, decades=2.0, families=tuple(A), bend=
 
 
 def times(compute):
-    """The compute at which attention has the loss that hybrid has at `compute`, over it, solved numerically."""
+    """The compute at which attention has the loss of hybrid at `compute`, divided by `compute`, solved numerically."""
     found = optimize.brentq(
         lambda log_c: loss("attention", math.exp(log_c)) - loss("hybrid", compute), math.log(1e8), math.log(1e24)
     )
@@ -81,7 +81,7 @@ def test_the_fit_of_many_data_sets_at_once_is_scipys_of_each():
 
 
 def covered(n, **changes):
-    """Of every interval, the share that held the truth; `misfit` is how often the test of fit rejects."""
+    """Coverage of every interval; `misfit` is the rejection rate of the test of fit."""
     rng, held = np.random.default_rng(1), []
     for i in range(n):
         laws = fit_power_laws(runs(rng, **changes), n_bootstrap=300, seed=i)

@@ -1,4 +1,4 @@
-"""The noise of one run at each size, and what intervals, laws and tests of equivalence make of it."""
+"""The noise of one run at each size, and its use in intervals, laws and tests of equivalence."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_bands_of_falling_noise_cover_the_truth_and_one_pool_does_not() -> None:
 
 
 def law_runs(rng: np.random.Generator, seeds: int = 3, ratio: float = 0.9, trunk_sd: float = 0.0) -> pd.DataFrame:
-    """Runs of two families with one exponent; noise falls with compute, and each seed of a family is a trunk."""
+    """Runs of two families with one exponent. Noise falls with compute, and each seed of a family is one trunk."""
     rows = []
     for family, amplitude in (("base", 0.5), ("new", 0.5 * ratio)):
         for seed in range(seeds):

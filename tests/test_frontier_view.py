@@ -1,4 +1,4 @@
-"""The interactive frontier: its data and its file, and both in a real browser."""
+"""The interactive frontier: its data, its file, and both in a real browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATTERNS = {"attention + MLP": "*-*-", "Mamba hybrid": "MEM*", "hybrid LatentMoE
 
 
 def table(n: int = 24, seeds: int = 2) -> pd.DataFrame:
-    """Runs of three families; every point was run from some seeds, and each third run has the one before as parent."""
+    """Runs of three families and several seeds; each third run has the previous one as parent."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(n):
@@ -162,7 +162,7 @@ def test_a_click_selects_the_run_and_opens_its_workbench(tmp_path: Path) -> None
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[Any]:
-    """A page of 24 runs that was opened from a file, without a network."""
+    """A page of 24 runs, opened from a file without a network."""
     need_chromium()
     path = save_frontier(table(), tmp_path / "front.html")
     with new_page(1200, 760, offline=True) as page:

@@ -1,4 +1,4 @@
-"""The gate: synthetic studies with known answers pass and fail as they must, condition by condition."""
+"""The gate: synthetic studies with known answers pass or fail each condition as they should."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EFFECTS = {"base": 0.0, "squeezed": 0.05, "dense": 0.04, "new": -0.01}
 
 
 def study(sd: float = 0.001, effects: dict[str, float] = EFFECTS, **columns: Any) -> pd.DataFrame:
-    """A study that passes; `columns` replace what its runs say, by value or by arm."""
+    """A study that passes; `columns` replace values of its runs, for all or by arm."""
     rng = np.random.default_rng(0)
     rows = []
     for size in (48, 96):
@@ -221,18 +221,18 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
 ) -> None:
     path, runs = gated(tmp_path / "sweep"), tmp_path / "runs"
     args = ("sweep", str(path), "--trials", "4", "--runs", str(runs), "--workers", "1")
-    code, out, said = run_command(capsys, monkeypatch, *args)
+    code, out, err = run_command(capsys, monkeypatch, *args)
     assert code == 1
     assert set(load_runs(runs)["d_model"]) == {32}
     assert "gate of width, at d_model 32" in out
     assert "failed" in out
     assert "[" not in out.partition("units of the score")[2]  # the verdicts are coloured, not marked up
-    assert "width: the gate fails at d_model 32" in said
-    assert "stopped (--ungated continues anyway)" in said
-    code, out, said = run_command(capsys, monkeypatch, *args, "--ungated")
+    assert "width: the gate fails at d_model 32" in err
+    assert "stopped (--ungated continues anyway)" in err
+    code, out, err = run_command(capsys, monkeypatch, *args, "--ungated")
     assert code == 0
     assert set(load_runs(runs)["d_model"]) == {32, 64}
-    assert "continued because of --ungated" in said
+    assert "continued because of --ungated" in err
     assert (pd.read_csv(runs / "gate.csv")["verdict"] == "failed").any()
     marked = []
     monkeypatch.setattr("explore.study.mirroring.mark", lambda figure, words: marked.append(words))

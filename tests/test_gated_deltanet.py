@@ -1,4 +1,4 @@
-"""Gated DeltaNet: its equations, transformers' layer, and what Megatron-LM counts."""
+"""Gated DeltaNet: its equations, transformers' layer, and the FLOPs that Megatron-LM counts."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ def test_the_megatron_convention_equals_its_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
         ("n_key_heads", 4, "n_key_heads: must divide n_heads=6, got 4"),
         ("dt_min", 1.0, r"dt_min: must be at most dt_max=0\.1, got 1\.0"),
     ],
 )
-def test_incompatible_sizes_are_refused(field: str, value: float, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_incompatible_sizes_are_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         GatedDeltaNetConfig.model_validate(CONFIG.model_dump() | {field: value})

@@ -1,4 +1,4 @@
-"""Decoding: with state as without, drafted as not, and drawn from the distribution that it says."""
+"""Decoding: equal with and without state and drafts, and sampling from the right distribution."""
 
 from __future__ import annotations
 
@@ -217,15 +217,15 @@ def test_routers_of_multi_token_prediction_count_every_depth_that_they_serve(sha
 
 
 @pytest.mark.parametrize(
-    ("sampling", "says"),
+    ("sampling", "message"),
     [
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5"),
     ],
 )
-def test_invalid_sampling_options_are_refused(sampling: dict[str, float], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_sampling_options_are_refused(sampling: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Sampling(**sampling)  # type: ignore[arg-type]
 
 

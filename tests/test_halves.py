@@ -1,4 +1,4 @@
-"""Two halves of a batch at once: the gradient of the whole, whichever thread takes which half."""
+"""Two halves of a batch in parallel: the gradient equals that of the whole batch for any assignment of threads."""
 
 from __future__ import annotations
 
@@ -106,17 +106,17 @@ def test_an_error_in_one_half_is_raised(threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"train__batch_size": 1}, "split_batch must be False with train.batch_size=1, got True"),
         ({"train__precision": "fp8"}, "split_batch must be False with a teacher or emulated low precision, got True"),
     ],
 )
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_written(
-    tmp_path: Path, changes: dict[str, Any], says: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     one = tiny(write_corpus(tmp_path), "M-", **changes)
-    with pytest.raises(ValueError, match=f"^{says}$"):
+    with pytest.raises(ValueError, match=f"^{message}$"):
         train(one, tmp_path / "runs", split_batch=True)
     assert not (tmp_path / "runs").exists()
 
@@ -138,7 +138,7 @@ def test_a_run_in_halves_is_recorded_and_resumes_in_halves_bit_for_bit(tmp_path:
 
 
 class Interrupts:
-    """A judge in the middle of a run, at which somebody interrupts it."""
+    """A judge that interrupts the run halfway."""
 
     def __call__(self, *_: Any) -> None:
         raise KeyboardInterrupt

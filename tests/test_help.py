@@ -1,4 +1,4 @@
-"""The help of every command on a terminal of 80 columns: whole words, even lines, nothing cut."""
+"""The help of every command on a terminal of 80 columns: no word is cut and lines break evenly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shown(*args: str, application: App = app) -> str:
 
 
 def ragged(text: str, width: int) -> list[str]:
-    """Lines of paragraphs that broke although the next word had room."""
+    """Lines of paragraphs that break although the next word fits."""
     lines = [line.strip() for line in text.splitlines()]
     return [
         line for line, after in pairwise(lines) if line and after and len(line) + 1 + len(after.split()[0]) <= width
@@ -84,7 +84,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 
 def lines(*args: str) -> list[str]:
-    """What a command prints on a terminal of 80 columns."""
+    """The output of a command on a terminal of 80 columns."""
     command = [sys.executable, "-c", "from explore.cli import main; main()", *args]
     environment = os.environ | {"COLUMNS": str(COLUMNS)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

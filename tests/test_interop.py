@@ -1,4 +1,4 @@
-"""Doors to other systems: what goes through comes out the same, and what does not fit is refused by name."""
+"""Import and export: supported models are unchanged, and unsupported features are refused by name."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_our_own_folder_is_read_unchanged(tie_embeddings: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     [
         (config(blocks={"E": {"router_score": "softmax"}}), "blocks.E.router_score: 'softmax' cannot be written for"),
         (config(blocks={"E": {"router_input": "latent"}}), "blocks.E.router_input: 'latent' .* only 'model' can"),
@@ -257,11 +257,11 @@ def test_our_own_folder_is_read_unchanged(tie_embeddings: bool, tmp_path: Path) 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_features_that_nemotron_h_lacks_are_refused_by_name(model: ModelConfig, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_features_that_nemotron_h_lacks_are_refused_by_name(model: ModelConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
         to_hf(model.build())
     if model.mtp is None:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             save_hf(model.build(), tmp_path / "hf")
         assert not list(tmp_path.iterdir())
 
@@ -275,8 +275,8 @@ def test_a_kind_of_block_that_the_target_lacks_is_refused_by_name(kind: BlockKin
         ("nemotron_h", lambda: to_hf(model.build())),
         ("Megatron-LM", lambda: megatron_arguments(model)),
     ):
-        says = f"blocks.{kind.letter}.kind: {kind.example.kind!r} cannot be written for {target}; only 'mamba2', "
-        with pytest.raises(ValueError, match=re.escape(says)):
+        message = f"blocks.{kind.letter}.kind: {kind.example.kind!r} cannot be written for {target}; only 'mamba2', "
+        with pytest.raises(ValueError, match=re.escape(message)):
             write()
 
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and folders are refused by name, and what fails leaves nothing behind."""
+"""Damaged checkpoints and folders are refused by name, and failures leave nothing behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wrap(folder: Path) -> None:
 
 
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """A change of the tensors of a folder."""
+    """A change to the tensors of a folder."""
 
     def apply(folder: Path) -> None:
         content = load_file(folder / "model.safetensors")
@@ -49,7 +49,7 @@ def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], N
 
 
 def as_pickle(name: str) -> Callable[[Path], None]:
-    """Puts a pickle in the place of the safetensors."""
+    """Replaces the safetensors by a pickle."""
 
     def apply(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -67,7 +67,7 @@ HEAD, DOWN = "lm_head.weight", "backbone.layers.1.mixer.experts.5.down_proj.weig
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (tensors(lambda t: t.pop(HEAD)), "tensor lm_head.weight is missing"),
         (tensors(lambda t: t.pop(DOWN)), "tensor model.layers.1.mixer.experts.5.down_proj.weight is missing"),
@@ -110,10 +110,10 @@ HEAD, DOWN = "lm_head.weight", "backbone.layers.1.mixer.experts.5.down_proj.weig
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_broken_checkpoint_is_refused_by_name(damage: Callable[[Path], None], says: str, tmp_path: Path) -> None:
+def test_a_broken_checkpoint_is_refused_by_name(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     save_hf(drawn(config()), tmp_path / "hf")
     damage(tmp_path / "hf")
-    with pytest.raises(ValueError, match=says) as found:
+    with pytest.raises(ValueError, match=message) as found:
         from_hf(tmp_path / "hf")
     assert "\n" not in str(found.value)
 
@@ -128,7 +128,7 @@ def test_the_tokenizer_of_a_checkpoint_is_a_separate_file(tmp_path: Path) -> Non
     (hub / "blobs" / "89ab").write_text("\ufeff" + text, encoding="utf-8")
     (folder / "tokenizer.json").symlink_to("../../blobs/89ab")  # as huggingface_hub lays its cache out
     assert read_tokenizer_json(folder) == text
-    for target, says in (
+    for target, message in (
         (tmp_path / "secret", "must be a file of the folder, got a link to a file elsewhere"),
         (tmp_path / "nothing", "must be a file of the folder, got a link to a file elsewhere"),
         (folder / "nothing", "cannot be read"),
@@ -139,7 +139,7 @@ def test_the_tokenizer_of_a_checkpoint_is_a_separate_file(tmp_path: Path) -> Non
             secret.write_text("root:x:0:0")
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer.json").symlink_to(target)
-        with pytest.raises(ValueError, match=says) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             read_tokenizer_json(folder)
         assert "root:x" not in str(caught.value)
 

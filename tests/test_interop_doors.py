@@ -1,4 +1,4 @@
-"""The doors on the command line, and Megatron-LM's arguments."""
+"""Import and export on the command line, and Megatron-LM's arguments."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_parity_names_the_worst_cases(
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("export", "RUN"), "error: DIR: a new or empty folder is required"),
         (("export", "RUN", "FULL"), "is there already"),
@@ -121,7 +121,7 @@ def test_parity_names_the_worst_cases(
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(
     args: tuple[str, ...],
-    says: str,
+    message: str,
     trained: RunFolder,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -134,7 +134,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
         args = tuple(arg.replace(name, place) for arg in args)
     code, _, err = run(capsys, monkeypatch, *args)
     assert code == 2
-    assert says in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["weights.pt"]
@@ -192,7 +192,7 @@ def test_options_that_only_some_models_have_become_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "message"),
     [
         (model("M", mamba={"d_conv": 3}), "blocks.M.d_conv: 3 cannot be written for Megatron-LM; only 4 can"),
         (model("M", mamba={"norm_eps": 1e-6}), "blocks.M.norm_eps: 1e-06"),
@@ -217,6 +217,6 @@ def test_options_that_only_some_models_have_become_arguments() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_features_that_megatron_lacks_are_refused_by_name(config: ModelConfig, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_features_that_megatron_lacks_are_refused_by_name(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         megatron_arguments(config)

@@ -1,4 +1,4 @@
-"""The adapter to mamba-ssm's kernels, against the released signature and a stand-in that does the maths."""
+"""The adapter to mamba-ssm's kernels, with the released signature and a stand-in that computes the result."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mamba_chunk_scan_combined(
     return_final_states: Any = False,
     return_varlen_states: Any = False,
 ) -> Any:
-    """What the released function computes, with the shapes that it asserts."""
+    """Computes the released function and asserts its shapes."""
     batch, seqlen, nheads, headdim = x.shape
     _, _, ngroups, dstate = B.shape
     assert nheads % ngroups == 0

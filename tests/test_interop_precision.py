@@ -35,7 +35,7 @@ def recipe(**fields: Any) -> Recipe:
 
 
 def chosen(content: dict[str, Any], path: str) -> str:
-    """The config of a module, as Megatron-LM finds it."""
+    """The config of a module, found as Megatron-LM does."""
     configs = (each["config"] for each in content["matchers"].values() if fnmatch(path, each["pattern"]))
     return str(next(configs))
 

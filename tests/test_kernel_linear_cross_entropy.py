@@ -1,4 +1,4 @@
-"""The Triton kernel for the loss against its reference in float64: on CUDA, or else in Triton's interpreter."""
+"""The Triton kernel of the loss compared with its reference in float64, on CUDA or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SMALL = passes.Tiles(rows=32, columns=64, inner=32, warps=4, stages=2)
 def draw(
     tokens: int, vocab_size: int, d_model: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weights and targets; every third target is left out, the last entry of the vocabulary is one."""
+    """Hidden states, weights and targets. Every third target is ignored; one is the last entry of the vocabulary."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, d_model, device=DEVICE).to(dtype).requires_grad_()
     weight = (torch.randn(vocab_size, d_model, device=DEVICE) / d_model**0.5).to(dtype).requires_grad_()
@@ -48,7 +48,7 @@ def loss_and_gradients(function: Any, hidden: Tensor, weight: Tensor, targets: T
 def errors(
     hidden: Tensor, weight: Tensor, targets: Tensor, upstream: float = 1.0, rtol: float = FP32_RTOL
 ) -> dict[str, float]:
-    """The loss and the gradients that are wrong by more than `rtol` of their norm, with their error."""
+    """The loss and the gradients whose relative error exceeds `rtol`, with their errors."""
     truth = loss_and_gradients(
         reference, *(x.detach().double().requires_grad_() for x in (hidden, weight)), targets, upstream
     )
@@ -64,7 +64,7 @@ def errors(
 
 @pytest.fixture(params=["real sizes", "small tiles and slices"])
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At these shapes only small tiles make several programs, and only small slices make several launches."""
+    """Real tiles and slices, or small ones, with which these shapes need several programs and launches."""
     if request.param != "real sizes":
         cut(monkeypatch, 48, 112)
 
@@ -78,7 +78,7 @@ def cut(monkeypatch: pytest.MonkeyPatch, chunk_tokens: int, chunk_vocab: int) ->
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """The memory that is taken, full of NaN, so that an element which is read or returned unwritten shows."""
+    """Records allocations and fills them with NaN, so that unwritten elements are detected."""
     made: list[Tensor] = []
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -252,9 +252,9 @@ def test_the_bench_prints_its_model_and_ends_with_an_error_without_a_gpu(
     assert f"{2 * 100 * 10 * 5:.3e}" in printed
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench.main([]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert len(said.err.splitlines()) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
 
 
 COMPILE = """
@@ -306,7 +306,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(tmp_path: Path) -> None:
-    """The compiler needs no GPU, and refuses what the interpreter lets pass."""
+    """The compiler needs no GPU and finds errors that the interpreter accepts."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]

@@ -1,4 +1,4 @@
-"""The Triton kernels of routed experts against float64, in Triton's interpreter where there is no GPU."""
+"""The Triton kernels of routed experts compared with float64, in Triton's interpreter if there is no GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FP32, BF16 = 1e-5, 2e-2
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch fills what `empty` gives with NaN, so that an element no kernel wrote is seen."""
+    """Makes torch fill `empty` tensors with NaN, so that elements that no kernel wrote are detected."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or the reference would be refused on a GPU
     torch.use_deterministic_algorithms(True)
     yield
@@ -38,7 +38,7 @@ def _nothing_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Every kernel that is launched from now on: its name, and the bytes of the bf16 tensors that it gets."""
+    """Records the launched kernels: their names, and the bytes of their bf16 tensors."""
     launches, kernel = [], type(forward._inner)
     run = kernel.run
 
@@ -178,7 +178,7 @@ def test_two_calls_give_the_same_bits() -> None:
 
 
 def test_unwritten_memory_is_nan_in_these_tests() -> None:
-    """Or the tests of this file would not see what a kernel leaves out."""
+    """Otherwise the tests of this file could not detect elements that a kernel does not write."""
     x = torch.zeros(3, device=DEVICE)
     assert x.new_empty(1000).isnan().all()
     assert torch.empty_like(x).isnan().all()
@@ -224,7 +224,7 @@ def test_tiles_hold_every_choice_once_and_one_expert_each(n: int, n_experts: int
 
 
 def test_the_host_never_waits_for_the_choices() -> None:
-    """On the meta device there are no values, so that reading one raises."""
+    """The meta device has no values, so reading one raises."""
     routing = route(torch.empty(300, 2, dtype=torch.int64, device="meta"), 5, torch.bfloat16)
     assert [len(tensor) for tensor in routing.tensors()] == [600, 600, 6, *[max_tiles(600, 5, 128)] * 2]
 
@@ -242,7 +242,7 @@ def test_the_maximum_number_of_tiles_is_reached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"activation": "gelu"}, "activation must be one of relu2, swiglu, swiglu_clamped, got 'gelu'"),
         ({"activation": "relu2"}, "gate must be None for the activation 'relu2', got a tensor"),
@@ -253,11 +253,11 @@ def test_the_maximum_number_of_tiles_is_reached() -> None:
         ({"weights": torch.zeros(4, 1, device=DEVICE)}, r"weights must have shape \(4, 2\) .*, got \(4, 1\)"),
     ],
 )
-def test_invalid_arguments_are_refused(change: dict[str, object], says: str) -> None:
+def test_invalid_arguments_are_refused(change: dict[str, object], message: str) -> None:
     x, chosen, weights, up, gate, down = inputs(4, 2, 3, 6, 5, "swiglu")
     arguments = {"x": x, "chosen": chosen, "weights": weights, "up": up, "gate": gate, "down": down}
     unchecked = getattr(routed_experts, "__wrapped__", routed_experts)  # the tests' type checker would refuse first
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         unchecked(**{**arguments, "activation": "swiglu", **change})
 
 
@@ -314,9 +314,9 @@ def test_the_bench_prints_its_model_and_needs_a_gpu_for_times(capsys: pytest.Cap
     assert line.split()[1:3] == [f"{forward.flops / 1e9:.1f}", f"{forward.bytes / 1e6:.1f}"]
     if DEVICE == "cpu":
         assert bench.main([]) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err.count("\n") == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
 
 
 COMPILE = """
@@ -360,7 +360,7 @@ routed_experts(leaf(t, d), chosen, leaf(t, 1), leaf(e, d, f), gate, leaf(e, f, d
 def test_every_kernel_compiles_for_an_h100(
     activation: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: object
 ) -> None:
-    """What the interpreter does not check; no GPU is needed."""
+    """Checks what the interpreter does not; it needs no GPU."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     code = COMPILE.replace("DTYPE", dtype).replace("ACTIVATION", activation)

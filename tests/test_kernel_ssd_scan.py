@@ -1,4 +1,4 @@
-"""The Triton SSD scan against its definition in float64, in Triton's interpreter where there is no CUDA."""
+"""The Triton SSD scan compared with its definition in float64, in Triton's interpreter if there is no CUDA."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def truth_of(tensors: list[Tensor]) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
-    """Of every tensor the norm of the error, over the norm of the truth: NaN where one is."""
+    """For every tensor, the norm of the error over the norm of the reference; NaN if the tensor has one."""
     assert found.keys() == truth.keys()
     apart = {name: float((found[name].double() - truth[name]).norm() / truth[name].norm()) for name in truth}
     # With one position nothing but a state decays, so the true gradient may be zero.
@@ -74,7 +74,7 @@ def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: 
 
 
 def fill_memory(monkeypatch: pytest.MonkeyPatch, value: float) -> list[Tensor]:
-    """Makes new memory hold `value`, and returns the list of what is made."""
+    """Makes torch fill new memory with `value`, and returns the list of new tensors."""
     made_here, empty = [], torch.empty
 
     def filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -194,7 +194,7 @@ def test_strong_decay_and_long_chunks_stay_finite() -> None:
 
 
 def test_the_gradient_of_the_decay_does_not_cancel_away_in_bf16() -> None:
-    """With hardly any interaction between positions, the pair of a position with itself dwarfs all others."""
+    """With little interaction between positions, the pairs i = j are by far the largest."""
     X, dt, A, B, C, D, *rest = made(1, 128, 2, 16, 1, 16, dtype=torch.bfloat16, with_state=False)
     tensors = [X, dt + 4, A - 1, B, C, D, *rest]
     found, truth = outputs_and_gradients(ssd_scan, tensors, 64), truth_of(tensors)
@@ -210,7 +210,7 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"X": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, "dtype of X, B, C: torch.float64"),
         ({"B": torch.zeros(1, 4, 1, 5, dtype=torch.bfloat16)}, "dtype of X, B, C: torch.float32, torch.bfloat16"),
@@ -224,11 +224,11 @@ def test_a_second_derivative_is_refused() -> None:
         ),
     ],
 )
-def test_inputs_that_the_kernels_do_not_support_are_refused(change: dict[str, Any], says: str) -> None:
+def test_inputs_that_the_kernels_do_not_support_are_refused(change: dict[str, Any], message: str) -> None:
     names = ("X", "dt", "A", "B", "C", "D")
     arguments = dict(zip(names, made(1, 4, 2, 3, 1, 5), strict=False)) | {"chunk_size": 4}
     change = {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in change.items()}
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         ssd_scan(**arguments | change)
 
 
@@ -253,7 +253,7 @@ def test_the_chunked_form_that_bench_compiles_is_the_recurrence() -> None:
 
 @ONLY_INTERPRETED
 def test_the_flops_of_the_formulas_are_those_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At widths of one tile and one block a chunk, where a chunk's pairs are all products of whole tiles."""
+    """Widths of one tile and one block per chunk, so that all pairs of a chunk are products of whole tiles."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     flops, create_dot = [0], InterpreterBuilder.create_dot
@@ -316,7 +316,7 @@ def test_bench_prints_its_model_and_needs_a_gpu_for_times() -> None:
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(
     d_head: int, d_state: int, dtype: str, tmp_path: Path
 ) -> None:
-    """Triton compiles for a card that is not there; what the interpreter lets pass fails here."""
+    """Triton compiles without a GPU, and this finds errors that the interpreter accepts."""
     code = COMPILE.format(d_head=d_head, d_state=d_state, dtype=dtype)
     environment = os.environ | {
         "TRITON_INTERPRET": "0",

@@ -1,4 +1,4 @@
-"""The house stands as it is drawn: where folders are, what ships, and who imports whom."""
+"""The layout of the repository: folders, package contents, and allowed imports."""
 
 import ast
 import importlib.metadata
@@ -24,7 +24,7 @@ SOURCES = sorted(
 
 
 def run_python(code: str, *, cwd: Path, path: Path | None = None) -> str:
-    """What `code` prints in a new interpreter that starts in `cwd`, with `path` before what is installed."""
+    """The output of `code` in a new interpreter in `cwd`, with `path` before the installed packages."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
@@ -52,7 +52,7 @@ def test_a_kernel_folder_has_its_derivation_and_its_bench(kernel: Path) -> None:
 
 
 def imports_outside_own_folder(kernel: Path) -> set[str]:
-    """The modules of explore that a kernel folder imports, its own left out; relative imports are resolved."""
+    """The modules of explore that a kernel folder imports, except its own; relative imports are resolved."""
     own = f"explore.kernels.{kernel.name}"
     found = set()
     for source in kernel.rglob("*.py"):
@@ -139,7 +139,7 @@ def test_every_direct_dependency_is_pinned_to_what_is_installed() -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged, with one kernel in it; builds leave folders behind, and stale ones would ship."""
+    """A copy of the packaged files with one kernel. Builds leave folders behind, and stale ones would be packaged."""
     tree = tmp_path_factory.mktemp("tree") / "source"
     tree.mkdir()
     junk = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -179,7 +179,7 @@ def wheel(request: pytest.FixtureRequest, tree: Path, sdist: Path, tmp_path_fact
 
 
 def packaged_files(tree: Path) -> set[str]:
-    """What a bare checkout holds below explore/, the link followed."""
+    """The files of a bare checkout below explore/, following the link."""
     return {
         Path(folder, name).relative_to(tree).as_posix()
         for folder, _, names in os.walk(tree / "explore", followlinks=True)

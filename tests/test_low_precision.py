@@ -1,4 +1,4 @@
-"""The door of quantised products: against quantisation by hand, without bias, the same on any number of devices."""
+"""Quantised products: compared with quantisation by hand, unbiased, and independent of the number of devices."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def linear(how: Quantizer, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tenso
 
 
 def of_tokens(x: Tensor, rotated: bool, **how: Any) -> Tensor:
-    """Quantised along tokens (b, s, d), each sequence for itself under the scale of all, as (b * s, d)."""
+    """Quantises (b, s, d) along tokens, each sequence separately with the scale of all; returns (b * s, d)."""
     x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 16))
     x = hadamard(x, 1) if rotated else x
     return quantize(x, "nvfp4", block_axis=1, **how).flatten(0, 1)
@@ -187,7 +187,7 @@ def _grouped(rows: Tensor, weight: Tensor, sequence: Tensor, n_sequences: int) -
 
 
 def test_stochastically_rounded_gradients_are_unbiased() -> None:
-    """Kernels that rounded to zero, or always down, would train and be wrong."""
+    """Kernels that round to zero, or always down, also train, but are wrong."""
     x, weight, dy = tensors((2, 32, 32), (32, 32), (2, 32, 32))
     w = quantize(weight, "nvfp4", square=True)
     expected = (dy @ w, hadamard(dy, 1).flatten(0, 1).T @ of_tokens(x, True))
@@ -385,7 +385,7 @@ def test_the_generator_of_a_tensor_is_its_own() -> None:
 
 
 def test_components_in_wider_formats_are_rounded_as_these_formats_are() -> None:
-    """In Nemotron 3's recipe: Mamba's output projection is in MXFP8, which neither rotates nor rounds at random."""
+    """In Nemotron 3's recipe Mamba's output projection is MXFP8, which has no rotation and no stochastic rounding."""
     recipe = named("nemotron-3-nvfp4")
     assert {how for pair in products_of(recipe, "mxfp8").values() for how in pair} == {OperandFormat("mxfp8")}
     assert products_of(recipe, "fp8-blocks")["forward"][1].square

@@ -1,4 +1,4 @@
-"""Faults of the machine: which of them pass."""
+"""Faults of the machine: which are temporary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from explore.machine import is_passing
 
 
 def turned(error: Exception) -> ValueError:
-    """An error of ours that hides the one it came from."""
+    """An error raised from another, whose cause is suppressed."""
     try:
         try:
             raise error
@@ -26,7 +26,7 @@ def turned(error: Exception) -> ValueError:
 @pytest.mark.parametrize(
     "error",
     [
-        *[OSError(number, "said") for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC)],
+        *[OSError(number, "message") for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ENOSPC)],
         ConnectionResetError(),
         TimeoutError(),
         FutureTimeoutError(),
@@ -46,7 +46,7 @@ def test_a_fault_of_the_machine_is_temporary(error: Exception) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        *[OSError(number, "said") for number in (errno.ENOENT, errno.EACCES, errno.EISDIR)],
+        *[OSError(number, "message") for number in (errno.ENOENT, errno.EACCES, errno.EISDIR)],
         ValueError("model.d_model: must be at least 1, got 0"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
         KeyError("out of memory"),

@@ -1,4 +1,4 @@
-"""Merging: weights that imitate a decay, and a merged model that is the average it claims to be."""
+"""Merging: weights that imitate a decay, and a merged model that equals the average."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolde
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the checks of types, which only tests have."""
+    """Turns off the type checks, which only tests have."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -287,6 +287,6 @@ def test_the_command_shows_the_merge_beside_the_checkpoint_and_the_run(
     for row, scores in (("step 30", record["last"]), ("4 merged, minus_sqrt", record), (own, finished.result)):
         (line,) = (line for line in lines if line.startswith(row))
         assert line.removeprefix(row).split()[:2] == [f"{scores['val_bpb']:.4f}", f"{scores['test_bpb']:.4f}"]
-    code, _, said = run("--last", "99")
+    code, _, err = run("--last", "99")
     assert code == 2
-    assert said.startswith("error: last must be at most 9, the checkpoints")
+    assert err.startswith("error: last must be at most 9, the checkpoints")

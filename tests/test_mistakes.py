@@ -1,4 +1,4 @@
-"""What a person says is applied or refused, and a mistake is named with what may have been meant."""
+"""Input of a person is applied or refused, and an error suggests what may have been meant."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refusal(config: type[Any], content: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ({"modle": MODEL}, "modle: unknown field; did you mean model? (and 4 more)"),
         ({**EXPERIMENT, "lr": 1}, "lr: unknown field; did you mean train.lr?"),
@@ -57,8 +57,8 @@ def refusal(config: type[Any], content: dict[str, Any]) -> str:
         ),
     ],
 )
-def test_an_unknown_field_is_reported_with_a_suggestion(content: dict[str, Any], says: str) -> None:
-    assert refusal(Experiment, content) == says
+def test_an_unknown_field_is_reported_with_a_suggestion(content: dict[str, Any], message: str) -> None:
+    assert refusal(Experiment, content) == message
 
 
 def test_a_long_path_and_a_long_value_are_cut() -> None:
@@ -105,7 +105,7 @@ def test_the_largest_sizes_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "says"),
+    ("blocks", "message"),
     [
         ({"e": {"d_latent": 64}}, "blocks: unknown letter 'e'; did you mean 'E'?"),
         ({"Q": {}}, "blocks: unknown letter 'Q'; known are M G"),
@@ -114,8 +114,8 @@ def test_the_largest_sizes_are_counted() -> None:
         ({" ": {"kind": "mamba2"}}, "blocks: a letter must be one character that patterns can have, got ' '"),
     ],
 )
-def test_a_block_that_no_pattern_can_use_is_refused(blocks: dict[str, Any], says: str) -> None:
-    assert refusal(ModelConfig, {**MODEL, "blocks": blocks}).startswith(says)
+def test_a_block_that_no_pattern_can_use_is_refused(blocks: dict[str, Any], message: str) -> None:
+    assert refusal(ModelConfig, {**MODEL, "blocks": blocks}).startswith(message)
 
 
 def test_depths_of_the_pattern_and_of_mtp_must_agree() -> None:
@@ -178,7 +178,7 @@ def test_set_creates_absent_fields_and_refuses_invalid_paths() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (("cost", "E", "--set", "E.d_latent=64"), "E: unknown field; did you mean blocks.E?"),
         (("cost", "E", "--set", "blocks.e.d_latent=64"), "blocks: unknown letter 'e'; did you mean 'E'?"),
@@ -224,7 +224,7 @@ def test_set_creates_absent_fields_and_refuses_invalid_paths() -> None:
 )
 def test_a_change_that_cannot_be_applied_is_one_short_line(
     args: tuple[str, ...],
-    says: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -248,7 +248,7 @@ def test_a_change_that_cannot_be_applied_is_one_short_line(
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(capsys, monkeypatch, *args)
     assert (code, out) == (2, "")
-    assert says in err
+    assert message in err
     assert (err.count("\n"), err[:7]) == (1, "error: ")
     assert len(err) <= 400
     assert sorted(tmp_path.rglob("*")) == before
@@ -296,7 +296,7 @@ def test_all_commands_and_the_workbench_have_the_same_defaults(
 
 
 def write_run(folder: Path, corpus: str, val_bpb: float, flops: float, **result: Any) -> None:
-    """The record of a run that ended, with no more in it than a front needs."""
+    """The record of a finished run with only the fields that a front needs."""
     folder.mkdir(parents=True)
     experiment = {"name": folder.name, "model": {"pattern": "M*"}, "data": {"kind": "text", "corpus": corpus}}
     records = {

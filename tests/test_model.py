@@ -1,4 +1,4 @@
-"""The module: what it computes, and that it is what its config counts."""
+"""The module: its results, and that it has the counts of its config."""
 
 from __future__ import annotations
 

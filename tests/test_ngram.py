@@ -1,4 +1,4 @@
-"""The n-gram floor: against the textbook's sums, over the tokens that a run reads, from the command line."""
+"""The n-gram floor: textbook formulas, the tokens that a run reads, and the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB = 16
 
 
 def textbook(stretches: Sequence[Sequence[int]], order: int) -> Callable[[int, tuple[int, ...]], float]:
-    """The probability of a token after others, by the formulas and nothing else."""
+    """The probability of a token after others, directly from the formulas."""
     grams = {
         n: [tuple(text[i : i + n]) for text in stretches for i in range(len(text) - n + 1)] for n in range(1, order + 1)
     }

@@ -1,4 +1,4 @@
-"""What Python says of its objects: one short line each, and HTML in notebooks."""
+"""Representations of objects: one short line each, and HTML in notebooks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run begins with and what it minimises: given to the training loop, which builds neither."""
+"""Start and objective of a run are passed to the training loop, which builds neither."""
 
 from __future__ import annotations
 

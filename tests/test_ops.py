@@ -1,4 +1,4 @@
-"""Fast ops against their truth."""
+"""Fast ops compared with their references."""
 
 from __future__ import annotations
 

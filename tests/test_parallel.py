@@ -1,4 +1,4 @@
-"""Training by two processes against training by one."""
+"""Training with two processes compared with training with one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def experiment(folder: Path, **train: Any) -> Experiment:
 
 
 def run(folder: Path, name: str, expected: int | None = 0, **options: Any) -> tuple[RunFolder, str]:
-    """Trains in a process of its own, which starts the others."""
+    """Trains in a separate process, which starts the others."""
     given = {"runs": str(folder / name), "checkpoint_every": 6, "keep_every": 10, **options}
     command = [sys.executable, str(folder / "program.py"), str(folder / "experiment.json"), json.dumps(given)]
     kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
@@ -119,8 +119,8 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_the_same_model_as_one(folder: Path, alone: RunFolder, strategy: str) -> None:
-    both, said = run(folder, strategy, devices=2, strategy=strategy)
-    assert said.count("finished") == 2
+    both, output = run(folder, strategy, devices=2, strategy=strategy)
+    assert output.count("finished") == 2
     assert_same_run(both, alone)
     assert both.key == alone.key
     assert both.environment["devices"] == 2
@@ -133,7 +133,7 @@ def test_two_processes_train_the_same_model_as_one(folder: Path, alone: RunFolde
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_quantise_like_one(folder: Path, tmp_path: Path, strategy: str) -> None:
-    """In the first step. After it, AdamW makes whole steps of gradients that are zero in one sum and not in another."""
+    """Compares the first step. Later, AdamW makes full steps from gradients that are zero in only one of the sums."""
     (tmp_path / "experiment.json").write_text(experiment(folder, precision="nvfp4").model_dump_json())
     (tmp_path / "program.py").write_text(PROGRAM)
     both, _ = run(tmp_path, "both", devices=2, strategy=strategy)
@@ -159,8 +159,8 @@ def test_a_stopped_run_resumes_under_any_strategy(
     folder: Path, alone: RunFolder, first: str, then: str, recompute: bool
 ) -> None:
     name = f"{first}-{then}"
-    _, said = run(folder, name, None, stop=15, devices=1 if first == "auto" else 2, strategy=first)
-    assert "stopped" in said
+    _, output = run(folder, name, None, stop=15, devices=1 if first == "auto" else 2, strategy=first)
+    assert "stopped" in output
     resumed, _ = run(folder, name, devices=1 if then == "auto" else 2, strategy=then, recompute=recompute)
     assert_same_run(resumed, alone)
 
@@ -168,8 +168,8 @@ def test_a_stopped_run_resumes_under_any_strategy(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_loss_that_breaks_in_one_process_stops_both(folder: Path, strategy: str) -> None:
-    both, said = run(folder, f"broken-{strategy}", broken=3, devices=2, strategy=strategy)
-    assert said.count("diverged") == 2
+    both, output = run(folder, f"broken-{strategy}", broken=3, devices=2, strategy=strategy)
+    assert output.count("diverged") == 2
     assert both.result is not None
     assert (both.result["status"], both.result["step"]) == ("diverged", 3)
 
@@ -191,7 +191,7 @@ def test_the_command_trains_with_two_processes_and_prints_once(folder: Path) -> 
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the checks of types, which only tests have."""
+    """Turns off the type checks, which only tests have."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

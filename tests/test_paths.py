@@ -1,4 +1,4 @@
-"""Paths: which implementation of an op runs, and what each declares of itself."""
+"""Paths: the implementation of an op that runs, and the declarations of all."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def test_the_paths_that_any_file_of_ops_declares_are_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("paths", "says"),
+    ("paths", "message"),
     [({"ssd": "fast"}, "ssd must be one of chunked"), ({"sdd": "chunked"}, "must be one of attention")],
 )
-def test_a_path_that_does_not_exist_is_refused(paths: dict[str, str], says: str) -> None:
-    with pytest.raises(ValueError, match=says), forced_paths(**paths):
+def test_a_path_that_does_not_exist_is_refused(paths: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message), forced_paths(**paths):
         pass

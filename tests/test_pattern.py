@@ -17,7 +17,7 @@ patterns = st.text("ME*", max_size=6)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "says"),
+    ("pattern", "message"),
     [
         ("MX", "pattern: unknown letter 'X' at position 2 of 'MX'; known are " + " ".join(EXAMPLES)),
         ("M | eM", "pattern: unknown letter 'e' at position 5 of 'M | eM'"),
@@ -25,8 +25,8 @@ patterns = st.text("ME*", max_size=6)
         (" | ", "pattern: ' \\| ' has no layer"),
     ],
 )
-def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says.replace("*", "\\*")):
+def test_a_wrong_pattern_is_refused_with_the_position_as_it_was_typed(pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("*", "\\*")):
         check_pattern(pattern, EXAMPLES)
 
 

@@ -1,4 +1,4 @@
-"""Plans of large training runs: numbers in print, measured memory, layouts, and mistakes in one line."""
+"""Plans of large training runs: published numbers, measured memory, layouts, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_layout_strings_of_megatron_are_read_and_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "pp", "says"),
+    ("text", "pp", "message"),
     [
         ("Et*4|(tttt|)*13tmL", 4, "61 't'"),
         ("Et*4|(tttt|)*14tL", 4, "1 'm' and L"),
@@ -172,8 +172,8 @@ def test_layout_strings_of_megatron_are_read_and_written() -> None:
         ("Et*61|mL", 4, "pp must divide the 2 stages"),
     ],
 )
-def test_a_layout_string_that_does_not_fit_the_model_is_refused(text: str, pp: int, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_layout_string_that_does_not_fit_the_model_is_refused(text: str, pp: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         read(text, preset("deepseek-v3"), pp)
 
 
@@ -191,7 +191,7 @@ def test_stages_are_balanced_and_none_is_empty() -> None:
 
 
 def schedule(pp: int, vpp: int, m: int, rank: int) -> int:
-    """The most pairs of micro-batch and stage in flight, by walking through the schedule."""
+    """The maximum number of pairs of micro-batch and stage in flight, by simulating the schedule."""
     warm = min(m * vpp, 2 * (pp - rank - 1) + (vpp - 1) * pp + 1) if vpp > 1 else min(m, pp - rank)
     return max(min(warm + ended, m * vpp) - ended for ended in range(m * vpp))
 
@@ -404,7 +404,7 @@ def test_a_plan_is_plain_json_and_its_parts_add_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("degrees", "says"),
+    ("degrees", "message"),
     [
         ({"tp": 3}, r"tp \* cp \* pp must divide the 8 GPUs of H100x8, got 3; 2 and 4 do"),
         ({"tp": 16}, r"tp \* cp \* pp must be at most the 8 GPUs of H100x8, got 16"),
@@ -415,8 +415,8 @@ def test_a_plan_is_plain_json_and_its_parts_add_up() -> None:
         ({"vpp": 2}, "vpp must be 1 where pp is 1"),
     ],
 )
-def test_a_layout_that_does_not_divide_is_refused_with_a_suggestion(degrees: dict[str, int], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_layout_that_does_not_divide_is_refused_with_a_suggestion(degrees: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Plan.of(SMALL, Run(seq_len=512, global_batch=64), Layout.model_validate(degrees), ON_8)
 
 
@@ -427,8 +427,8 @@ def test_contexts_that_ranks_cannot_split_are_refused() -> None:
 
 def test_a_cluster_is_a_device_and_a_number() -> None:
     assert Cluster.named("gb200x256").name == "GB200x256"
-    for text, says in (("GB200", "DEVICExNUMBER"), ("GB20x8", "nearest are GB200"), ("H100x0", "at least 1")):
-        with pytest.raises(ValueError, match=says):
+    for text, message in (("GB200", "DEVICExNUMBER"), ("GB20x8", "nearest are GB200"), ("H100x0", "at least 1")):
+        with pytest.raises(ValueError, match=message):
             Cluster.named(text)
 
 

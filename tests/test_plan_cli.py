@@ -1,4 +1,4 @@
-"""`explore plan`: its contract for programs, its tables and figures, and one clear line for a mistake."""
+"""`explore plan`: output for programs, tables and figures, and one clear line for a mistake."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_published_numbers_are_shown_with_their_differences(explore: Any) -> Non
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case.name)
 def test_the_golden_cases_are_read_from_their_arguments(case: Golden) -> None:
-    """As `model_config.yaml` of each case has them."""
+    """The arguments in `model_config.yaml` of each case."""
     given = ARGUMENTS | {
         "--hybrid-layer-pattern": case.layout.get("pipeline", PATTERN),
         "--tensor-model-parallel-size": case.layout.get("tp", 1),
@@ -189,12 +189,12 @@ def test_arguments_of_a_transformer_with_latent_attention_and_dense_layers_are_r
         pytest.approx(list(rank.values()), rel=1e-6) for rank in same.ranks()
     ]
     assert plan.run.all_to_all == "naive"
-    for name, value, says in (
+    for name, value, message in (
         ("moe-layer-freq", "[0]*3", "a list of 61 layers"),
         ("decoder-first-pipeline-num-layers", 4, "is not supported"),
         ("data-parallel-sharding-strategy", "all", "must be one of no_shard"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             read_arguments(given | {"use-megatron-fsdp": True, name: value}, 256)
 
 
@@ -263,7 +263,7 @@ def test_a_custom_gpu(explore: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["--tp", "3"], "3"),
         (["--tp", "8"], "must divide n_heads=4, got 8; 1, 2, 4 do"),
@@ -282,11 +282,11 @@ def test_a_custom_gpu(explore: Any, tmp_path: Path) -> None:
         (["--global-batch", "3", "--micro-batch", "2"], "3"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(explore: Any, args: list[str], says: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(explore: Any, args: list[str], message: str) -> None:
     code, out, err = explore(*SMALL, *args)
     assert (code, out) == (2, "")
     assert len(err.strip().splitlines()) == 1
-    assert says in err
+    assert message in err
 
 
 def test_a_model_that_fits_nowhere_gets_the_missing_memory_and_suggestions(explore: Any) -> None:

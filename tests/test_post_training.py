@@ -1,4 +1,4 @@
-"""Trained models in low precision: weights by every criterion, calibrated activations, and the way back."""
+"""Trained models in low precision: weights by every criterion, calibrated activations, and restored weights."""
 
 from __future__ import annotations
 
@@ -211,15 +211,15 @@ def test_weights_are_rounded_stochastically_if_the_recipe_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "says"),
+    ("recipe", "message"),
     [
         ({"format": "nvfp4", "forward": False}, "precision.forward must be true"),
         ({"format": "nvfp4", "hadamard": ["forward"]}, "precision.hadamard must not name forward"),
         ({"format": "nvfp4", "stochastic": ["x"]}, "precision.stochastic must be w for a trained model, got 'x'"),
     ],
 )
-def test_options_for_training_only_are_refused(recipe: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_options_for_training_only_are_refused(recipe: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         QuantizedModel(built("-")).apply(Recipe.model_validate(recipe))
 
 

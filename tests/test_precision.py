@@ -1,4 +1,4 @@
-"""Recipes of precision: their rules, the formats that they give a ledger, and bits in print."""
+"""Recipes of precision: their rules, the formats of a ledger, and published bits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_formats_count_their_scales() -> None:
 def test_the_published_bits_and_sizes_of_ultra_come_out_of_the_ledger(
     name: str, bits: float | None, gib: float | None, within: float | None
 ) -> None:
-    """In print: 5.43 and 5.03 bits per element, about 330 and about 540 GiB."""
+    """Published: 5.43 and 5.03 bits per element, about 330 and about 540 GiB."""
     found = storage(in_formats(preset("nemotron-3-ultra").ledger(1), named(name)))
     assert bits is None or round(found["bits_per_element"], 2) == bits
     assert gib is None or found["weight_bytes"] / 2**30 == pytest.approx(gib, rel=within)

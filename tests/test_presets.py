@@ -1,4 +1,4 @@
-"""Published systems: counts in print, builds of an independent implementation, and names that are nearly right."""
+"""Published systems: published counts, an independent implementation, and misspelt names."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"model_type": "llama"}, "model_type must be 'nemotron_h', got 'llama'"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act must be 'relu2', .* got 'silu'"),
@@ -319,12 +319,12 @@ def test_old_released_configurations_write_their_layers_as_letters() -> None:
     ],
 )
 def test_unsupported_features_of_a_released_configuration_are_refused_by_name(
-    change: dict[str, Any], says: str, tmp_path: Path
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"], "hidden_size": 256} | change
     path = tmp_path / "config.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=says) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         preset(str(path))
     assert len(str(caught.value)) < 300
 

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: every microsecond has one kind, and all of them are the step."""
+"""The time of a training step: every microsecond has one kind, and all kinds sum to the step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from explore.bench.worker import train_step
 
 
 def event(name: str, start: float, end: float, *inside: FunctionEvent, number: int = -1) -> FunctionEvent:
-    """An event of the main thread that lasts from one microsecond to another, with those inside it."""
+    """An event of the main thread with start and end in microseconds, and the events inside it."""
     made = FunctionEvent(id=next(IDS), name=name, thread=1, start_us=start, end_us=end, sequence_nr=number)
     for child in inside:
         made.append_cpu_child(child)

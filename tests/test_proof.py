@@ -1,4 +1,4 @@
-"""The op counter fails on what it does not know, and random models cost what the ledger says."""
+"""The op counter fails on unknown operations, and random models have the costs of the ledger."""
 
 from __future__ import annotations
 

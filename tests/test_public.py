@@ -1,4 +1,4 @@
-"""The public names of the package: what is there, `explore.load`, and what wrong types are answered with."""
+"""The public names of the package, `explore.load`, and errors for wrong types."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WRONG = {
 
 
 def test_a_wrong_type_gives_a_one_sentence_error() -> None:
-    """In a process without the shape checks of the tests, which would refuse the types first."""
+    """Runs in a process without the shape checks of the tests, which would refuse the types first."""
     program = "import explore\nmodel = explore.preset('nemotron-3-nano')\nfor call in " + repr(list(WRONG)) + ":\n"
     program += "    try: eval(call)\n    except TypeError as error: print(error)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -52,7 +52,7 @@ def test_a_wrong_type_gives_a_one_sentence_error() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one run of a second, in the folder `runs`."""
+    """A folder with one short run in the folder `runs`."""
     place = tmp_path_factory.mktemp("place")
     (place / "text").mkdir()
     train(tiny(write_corpus(place / "text"), "M*", name="first"), place / "runs")
@@ -107,7 +107,7 @@ def test_an_imported_model_can_be_opened_but_not_evaluated(place: Path) -> None:
 def test_in_a_notebook_training_shows_its_progress(
     place: Path, group: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trial of a study takes its line away when it ends; the table of the study stays."""
+    """A trial of a study removes its progress line when it ends; the table of the study stays."""
     shown: list[str] = []
     monkeypatch.setattr(NotebookOutput, "show", lambda self, html: shown.append(html))
     one = tiny(place / "text", "M", name="<shown>", seed=0 if group is None else 1)

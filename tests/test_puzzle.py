@@ -1,4 +1,4 @@
-"""Libraries of replacements: how they begin, learn and are measured, and the children that are made of them."""
+"""Libraries of replacements: how they start, are trained and measured, and the children built from them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def children(parent: RunFolder, library: Library) -> Children:
 
 
 class Added(NamedTuple):
-    """A choice by the sums of what its replacements do and cost alone."""
+    """A choice, with the sums of the divergences and costs of its replacements."""
 
     options: tuple[int, ...]
     predicted: float
@@ -138,7 +138,7 @@ def test_a_linear_map_starts_as_the_product_of_the_matrices_of_an_mlp(activation
 
 @pytest.mark.parametrize("letter", ["*", "G"])
 def test_pooling_equal_heads_changes_nothing(letter: str) -> None:
-    """Heads of keys and values that are alike in pairs: their means are what each of them was."""
+    """Key and value heads that are equal in pairs, so that their means equal them."""
     torch.manual_seed(0)
     block = {"*": AttentionConfig(n_heads=8, n_kv_heads=4, d_head=4), "G": VARIANTS["G"]}[letter]
     whole = next(each for each in variants(letter, block, Offer(shares=(0.5,))) if each.how == "pooled")
@@ -159,7 +159,7 @@ def test_pooling_equal_heads_changes_nothing(letter: str) -> None:
 
 
 def repeated(weight: Tensor, dims: Any, axis: str, n: int, sizes: dict[str, int]) -> Tensor:
-    """Undoes `pooled`: every index of an axis stands for a run of equal ones."""
+    """Undoes `pooled`: repeats every index of an axis."""
     for k, dim in enumerate(dims):
         if any(axis in stretch for stretch in dim):
             parts, start = [], 0

@@ -1,4 +1,4 @@
-"""`explore puzzle`: what it prints, writes, draws and refuses."""
+"""`explore puzzle`: its output, files and figures, and the mistakes that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The integer program of `explore puzzle`: the same choice as enumeration of all choices."""
+"""The integer program of `explore puzzle` compared with enumeration of all choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from explore.compress.program import Budget, NoSolutionError, Row, Same, solve
 
 
 def case(rng: random.Random, n_items: int, n_options: int, n_budgets: int, *, alike: bool) -> dict[str, Any]:
-    """A small program with few different whole numbers, so that many choices are equally good."""
+    """A small program with few distinct integers, so that many choices are equally good."""
     sizes = [n_options if alike else rng.randint(1, n_options) for _ in range(n_items)]
 
     def rows(most: int) -> list[list[float]]:
@@ -28,7 +28,7 @@ def case(rng: random.Random, n_items: int, n_options: int, n_budgets: int, *, al
 
 
 def enumerated(program: dict[str, Any], allowed: Any = lambda _: True) -> tuple[int, ...] | None:
-    """The best of all choices: least value, then least tie-breaker, then the first in the order of the options."""
+    """The best choice: the smallest value, then the smallest tie-breaker, then the first in order of the options."""
 
     def total(rows: list[list[float]], choice: tuple[int, ...]) -> float:
         return sum(row[option] for row, option in zip(rows, choice, strict=True))
@@ -89,7 +89,7 @@ def test_constraints_bound_the_choice(seed: int) -> None:
 
 
 def test_a_bound_is_met_exactly() -> None:
-    """Costs of billions: the solver's own tolerance would let one through that is a little too large."""
+    """Costs of billions: the solver's tolerance would accept one that is slightly too large."""
     costs = [[3_000_000_000.0, 2_999_999_999.0], [3_000_000_000.0, 2_999_999_999.0]]
     values = [[0.0, 1.0], [0.0, 1.5]]
     found = [solve(values, costs, [Budget(costs, most)]).options for most in (6e9, 6e9 - 1, 6e9 - 2)]

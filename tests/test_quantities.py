@@ -1,4 +1,4 @@
-"""Declarations of quantities are the test matrix: each is the column, the objective and the axis that it says."""
+"""Every declared quantity is tested as the column, the objective and the axis that it declares."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ NUMBERS = [each.name for each in columns(MEMBERS) if each.is_number]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run with everything that can be measured of one."""
+    """A run with all measurements."""
     folder = tmp_path_factory.mktemp("quantities")
     run = train(tiny(write_corpus(folder), "ME", train__val_every=5), folder / "runs")
     averages = {shape: {"val_bpb": 2.0, "test_bpb": 2.1} for shape in get_args(Shape)}
@@ -78,7 +78,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def runs(run: RunFolder) -> pd.DataFrame:
-    """The table of two runs: the real one, and one that is twice of everything."""
+    """The table of two runs: the real one, and one with all values doubled."""
     row = run.row()
     double = {name: 2 * value if name in NUMBERS and value is not None else value for name, value in row.items()}
     return tabulate([row, double | {"run": "double"}])
@@ -231,7 +231,7 @@ def test_the_command_draws_a_made_up_corpus_against_decoding(
 
 
 def beaten(table: pd.DataFrame, x: str, y: str, higher: tuple[bool, bool]) -> list[bool]:
-    """By the definition, with a loop over all pairs."""
+    """The definition, with a loop over all pairs."""
 
     def worth(i: int) -> tuple[float, float]:
         point = table[x][i], table[y][i]

@@ -1,4 +1,4 @@
-"""Quantisers against ml_dtypes, torchao, a plain reference and tables by hand."""
+"""Quantisers compared with ml_dtypes, torchao, a plain reference and tables by hand."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ BLOCKED = [name for name in NARROW if FORMATS[name].block]
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Equal bit for bit, but for which NaN it is."""
+    """Equal bit for bit, except that all NaNs are equal."""
     bits = found.view(torch.int32) == expected.float().view(torch.int32)
     return bool((bits | (found.isnan() & expected.isnan())).all())
 
 
 def spread(seed: int, *shape: int) -> Tensor:
-    """Numbers of many magnitudes; of bf16 where the seed is odd."""
+    """Numbers of many magnitudes; in bf16 if the seed is odd."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * torch.exp(2 * torch.randn(shape, generator=generator))
     return x.bfloat16() if seed % 2 else x

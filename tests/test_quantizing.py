@@ -1,4 +1,4 @@
-"""Quantising a trained run: the choice of formats, the child's record, and what is refused."""
+"""Quantising a trained run: the choice of formats, the child's record, and refusals."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def request(recipe: Recipe | None = None, bits: float | None = 6.5, **decoding: 
 
 
 def copied(parent: RunFolder, root: Path) -> RunFolder:
-    """The parent alone in another folder, without what was measured of it."""
+    """A copy of the parent in another folder, without measurements."""
     ignored = shutil.ignore_patterns("sensitivities.json")
     return RunFolder(Path(shutil.copytree(parent.path, root / parent.path.name, ignore=ignored)))
 
@@ -306,12 +306,12 @@ def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
     assert (tmp_path / "bits.png").exists()
     code, text, _ = run(capsys, monkeypatch, "generate", made.path, "--prompt", "val", "--max-new-tokens", "4")
     assert code == 0
-    code, _, said = run(capsys, monkeypatch, "quantize", made.path, "--bits", "6.5")
-    assert (code, "must be a trained run, got a quantised one" in said) == (2, True)
+    code, _, err = run(capsys, monkeypatch, "quantize", made.path, "--bits", "6.5")
+    assert (code, "must be a trained run, got a quantised one" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--bits", "4.3"], "bits must be at least 4.7"),
         (["--bits", "0"], "bits: input should be greater than 0, got 0"),
@@ -334,7 +334,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     options: list[str],
-    says: str,
+    message: str,
 ) -> None:
     alone = copied(parent, tmp_path / "runs")
     before = sorted(tmp_path.rglob("*"))
@@ -348,7 +348,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         (tmp_path / name).write_text(json.dumps(content))
     code, out, err = run(capsys, monkeypatch, "quantize", alone.path, *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert says in err
+    assert message in err
     assert sorted(path for path in tmp_path.rglob("*") if path.name not in contents) == before
 
 

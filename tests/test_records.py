@@ -1,4 +1,4 @@
-"""Records of many runs in one file: read as their folder is, and gone on from."""
+"""Records of many runs in one file: read like their folders, and resumed from."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_gives_its_experiment_packed_or_not(runs: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         (None, r"must be a run folder, with an experiment\.json that can be read"),
         ("{", r"must be a run folder, with an experiment\.json that can be read"),
@@ -55,12 +55,12 @@ def test_a_run_gives_its_experiment_packed_or_not(runs: Path, tmp_path: Path) ->
         ('{"key": "ab", "experiment": {"seed": -1}}', r"experiment\.json: name: field required \(and 4 more\)"),
     ],
 )
-def test_a_record_without_an_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, says: str) -> None:
+def test_a_record_without_an_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, message: str) -> None:
     packed = {} if text is None else {"experiment.json": text}
     if text is not None:
         (tmp_path / "experiment.json").write_text(text)
     for run in (RunFolder(tmp_path), RunFolder(tmp_path, packed)):
-        with pytest.raises(ValueError, match=says) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             run.load_experiment()
         assert "\n" not in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_a_record_that_was_edited_in_its_table_is_refused(runs: Path, tmp_path: 
 
 
 def test_two_writers_of_a_table_keep_all_runs(runs: Path, tmp_path: Path) -> None:
-    """Each has a run of its own; without a lock both would read the table before either has written it."""
+    """Each writer has its own run. Without a lock both would read the table before either writes it."""
     packed, parts = tmp_path / "s.parquet", []
     for i, run in enumerate(find_runs(runs)):
         shutil.copytree(run.path, tmp_path / f"runs{i}" / run.path.name)

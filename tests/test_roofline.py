@@ -1,4 +1,4 @@
-"""Rooflines: closed-form facts in print, bounds computed by hand, and mistakes in one line."""
+"""Rooflines: published closed forms, bounds computed by hand, and mistakes in one line."""
 
 from __future__ import annotations
 
@@ -180,11 +180,11 @@ def test_measured_rates_of_this_machine_are_plausible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "batch_size", "says"),
+    ("context", "batch_size", "message"),
     [(0, 1, "context must be at least 1"), (1, 0, "batch_size must be at least 1"), (-4, 1, "context")],
 )
-def test_an_invalid_context_or_batch_is_refused(context: int, batch_size: int, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_an_invalid_context_or_batch_is_refused(context: int, batch_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Deployment(DENSE, TOY).decode_s(context, batch_size)
 
 

@@ -106,7 +106,7 @@ def test_a_finished_run_is_reported_with_its_result(
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three runs that nobody trained, in `runs` below the current folder."""
+    """Three runs that were never trained, in `runs` below the current folder."""
     monkeypatch.chdir(tmp_path)
     for name, key in (("ME-d64", "aaaa0000"), ("ME-d128", "aaaa1111"), ("MaE-d64", "bbbb2222")):
         make_run(tmp_path / "runs" / "study", name, key * 8)

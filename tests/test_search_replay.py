@@ -25,7 +25,7 @@ PATTERNS = ["".join(p) for n in (2, 3) for p in itertools.product("M*", *["M-E"]
 
 @pytest.fixture
 def table() -> pd.DataFrame:
-    """A front with a slope: more costs more and is better, attention helps, experts help most at the end."""
+    """Artificial results: larger models cost more and are better, attention helps, experts help most at the end."""
     rows = []
     for pattern, d_model in itertools.product(PATTERNS, (64, 96, 128)):
         flops = 1e9 * d_model * (len(pattern) + pattern.count("E"))
@@ -35,7 +35,7 @@ def table() -> pd.DataFrame:
 
 
 def area(points: list[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """Of the union of rectangles, by counting cells between all coordinates."""
+    """The area of a union of rectangles, from the cells between all coordinates."""
     xs = sorted({math.log10(x) for x, _ in points} | {math.log10(reference[0])})
     ys = sorted({y for _, y in points} | {reference[1]})
     cells = itertools.product(itertools.pairwise(xs), itertools.pairwise(ys))
@@ -61,7 +61,7 @@ def test_the_space_of_a_table_has_its_points(table: pd.DataFrame) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda t: t.drop(columns="val_bpb"), "column 'val_bpb' is missing"),
         (lambda t: t.iloc[1:], "rows of a grid of"),
@@ -70,8 +70,8 @@ def test_the_space_of_a_table_has_its_points(table: pd.DataFrame) -> None:
         (lambda t: t.assign(val_bpb=np.nan), "must be there for every row"),
     ],
 )
-def test_a_table_that_is_not_a_grid_is_refused(table: pd.DataFrame, change: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_table_that_is_not_a_grid_is_refused(table: pd.DataFrame, change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         space_of(change(table))
 
 
@@ -200,7 +200,7 @@ def test_a_table_that_cannot_be_replayed_is_refused_by_the_command(
 ) -> None:
     path = tmp_path / "grid.csv"
     table.to_csv(path, index=False)
-    for more, says in (
+    for more, message in (
         (["--sampler", "grid"], "which draw at random, got 'grid'"),
         (["--sampler", "best"], "got 'best'"),
         (["--trials", "1000"], "trials must be between 1 and "),
@@ -210,4 +210,4 @@ def test_a_table_that_cannot_be_replayed_is_refused_by_the_command(
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == 2
-        assert says in capsys.readouterr().err
+        assert message in capsys.readouterr().err

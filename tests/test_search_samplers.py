@@ -1,4 +1,4 @@
-"""Samplers: what is drawn follows from seed and index, whatever else goes on; patterns are drawn as wholes."""
+"""Samplers: a draw follows from seed and index alone, and patterns are drawn as a whole."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_grid_is_gone_through_once_and_then_is_exhausted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "says"),
+    ("grid", "message"),
     [
         ({"lr": [0.01]}, "grid: no values for 'd_model'; it has lr"),
         ({"d_model": [65]}, "grid: 65 is not a value that 'd_model' can have"),
@@ -177,8 +177,8 @@ def test_a_grid_is_gone_through_once_and_then_is_exhausted() -> None:
         ({}, "grid: the sampler 'grid' needs a mapping"),
     ],
 )
-def test_a_mistake_in_a_grid_is_named(grid: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_mistake_in_a_grid_is_named(grid: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         study_of(DrawnSampler("grid", 0, grid)).ask().suggest_int("d_model", 64, 128, step=32)
 
 
@@ -196,7 +196,7 @@ def test_gp_names_its_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def history(sampler: optuna.samplers.BaseSampler, patterns: list[str]) -> optuna.Study:
-    """A study that has tried these patterns, the first ones being the best."""
+    """A study that has tried these patterns, best first."""
     study = study_of(sampler, 1)
     distributions = {name: CategoricalDistribution(SPACE.choices) for name in SPACE.names()}
     for value, pattern in enumerate(patterns):
@@ -218,7 +218,7 @@ def test_tpe_draws_near_good_patterns_and_away_from_bad_ones() -> None:
 
 
 def test_tpe_prefers_patterns_near_good_and_far_from_bad_ones() -> None:
-    """The ratio of sums of exp(-distance), the uniform part included, by hand."""
+    """The ratio of sums of exp(-distance) with the uniform part, computed by hand."""
     level = 0.1
     density = (math.exp(-1) / level + math.exp(-2) / level + 1) / 3
     assert informed._density("M*-", ["M*E", "MEE"], level) == pytest.approx(density)
@@ -226,7 +226,7 @@ def test_tpe_prefers_patterns_near_good_and_far_from_bad_ones() -> None:
 
 @pytest.mark.parametrize("name", ["nsga2", "nsga3"])
 def test_nsga_crosses_patterns_of_the_better_half(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without mutation every child is a beginning and an end of two parents, which are the best of two generations."""
+    """Without mutation every child is the start of one parent and the end of another, the best of two generations."""
     monkeypatch.setattr(PatternSpace, "mutate", lambda space, pattern, rng: pattern)
     study = study_of(DrawnSampler(name, 0))
     drawn = []

@@ -1,4 +1,4 @@
-"""Spaces: counts against enumeration, draws that are uniform, edits that stay inside, sizes that always fit."""
+"""Spaces: counts compared with enumeration, uniform draws, valid edits, and sizes that always fit."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ each_space = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 
 
 def keeps(space: PatternSpace, pattern: str) -> bool:
-    """The rules, read literally."""
+    """The rules, implemented literally."""
 
     def count(group: str) -> int:
         return sum(pattern.count(letter) for letter in group)
@@ -90,7 +90,7 @@ def test_check_accepts_exactly_the_space(space: PatternSpace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "says"),
+    ("pattern", "message"),
     [
         ("M", "min_layers: a pattern must have at least 2 layers, got 1 in 'M'"),
         ("M-M-M-M-", "max_layers: a pattern must have at most 6 layers, got 8 in 'M-M-M-M-'"),
@@ -102,14 +102,14 @@ def test_check_accepts_exactly_the_space(space: PatternSpace) -> None:
         ("M-X", "pattern: unknown letter 'X' at position 3 of 'M-X'; known are M * - E"),
     ],
 )
-def test_a_refusal_names_the_rule_in_one_line(pattern: str, says: str) -> None:
+def test_a_refusal_names_the_rule_in_one_line(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=r".+") as refusal:
         RULED.check(pattern)
-    assert str(refusal.value) == says
+    assert str(refusal.value) == message
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"letters": "MM"}, "letters: 'MM'"),
         ({"letters": "M."}, "letters: 'M.'"),
@@ -120,8 +120,8 @@ def test_a_refusal_names_the_rule_in_one_line(pattern: str, says: str) -> None:
         ({"at_most": {"-E": 0}}, "no pattern keeps all the rules"),
     ],
 )
-def test_an_invalid_space_is_refused(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_an_invalid_space_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         PatternSpace(**{**SMALL.model_dump(), **fields})
 
 
@@ -131,7 +131,7 @@ def test_a_space_is_a_config() -> None:
 
 
 def test_large_spaces_are_counted_exactly() -> None:
-    """Pairs of mixer and feed-forward layer: 4 kinds of pair, of 26 pairs exactly two with attention."""
+    """Pairs of mixer and feed-forward layer: 4 kinds of pair, and exactly two of the 26 pairs have attention."""
     pairs = PatternSpace(
         letters="M*-E",
         min_layers=52,
@@ -274,13 +274,13 @@ def test_declared_draws_can_be_overridden() -> None:
 
 
 @pytest.mark.parametrize(
-    ("letter", "draws", "says"),
+    ("letter", "draws", "message"),
     [
         ("M", {"d_head": Powers(24, 64)}, "mamba2_d_head must be drawn from two powers of two .*, got 24 and 64"),
         ("M", {"n_head": Powers(8, 64)}, "n_head must be one of what Mamba-2 draws: expand, d_head, d_state, n_groups"),
         ("?", {}, r"letter must be one of M .*, got '\?'"),
     ],
 )
-def test_invalid_draws_are_refused(letter: str, draws: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_draws_are_refused(letter: str, draws: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         suggest_sizes(FixedTrial({"mamba2_expand_log2": 1}), letter, 64, **draws)

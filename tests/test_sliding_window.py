@@ -1,4 +1,4 @@
-"""Sliding-window attention: the layer that attention with a window is, and a cache that stops growing."""
+"""Sliding-window attention: equal to attention with a window, with a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_it_equals_attention_with_that_window() -> None:
 def test_keys_and_values_stop_growing_at_the_window(window: int) -> None:
     built = model("W-W-", window).build()
     state, positions = built.new_state(), window + 3
-    held, said = [], []
+    held, counted = [], []
     with torch.no_grad():
         for i in range(positions):
             built(torch.randint(100, (1, 1)), state)
             held.append(sum(layer.n_bytes for layer in state))
-            said.append(int(built.config.cost(i + 1, kv_dtype="float32").kv_bytes))
-    assert held == said
+            counted.append(int(built.config.cost(i + 1, kv_dtype="float32").kv_bytes))
+    assert held == counted
     assert held == [min(i + 1, window) * held[0] for i in range(positions)]
     assert built.config.cost(2**20).decode_bytes == built.config.cost(2**30).decode_bytes
 

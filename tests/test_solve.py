@@ -1,4 +1,4 @@
-"""Budget solver: found points against exhaustive search, known points found again, and bounds that are named."""
+"""Budget solver: solutions compared with exhaustive search, known models recovered, and bounds named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOUR = ("flops_train", "params_active", "params_total", "state_bytes")
 
 
 def variant(values: dict[str, int], content: dict[str, Any] = HYBRID) -> ModelConfig:
-    """The model with values of short names written into it, by other means than the solver's."""
+    """The model with values set by short names, without using the solver."""
     homes = {"d_ff": "-"} | dict.fromkeys(("d_expert", "d_shared", "d_latent", "n_experts", "top_k"), "E")
     blocks = {letter: dict(block) for letter, block in content["blocks"].items()}
     for name, value in values.items():
@@ -59,7 +59,7 @@ def residuals(solution: Solution) -> dict[str, float | None]:
 
 @pytest.fixture(autouse=True)
 def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked dataclasses make every point cost milliseconds."""
+    """Uses few points, because dataclasses with checked types take milliseconds per point."""
     monkeypatch.setattr(module, "EXHAUSTIVE", 24)
     monkeypatch.setattr(module, "MAX_GROUPS", 4)
 
@@ -231,7 +231,7 @@ def test_a_free_dimension_is_read(text: str, free: Free) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "targets", "free", "says"),
+    ("content", "targets", "free", "message"),
     [
         ({}, {"params_totl": 1e6}, ["d_ff"], "'params_totl' is unknown; did you mean 'params_total'"),
         ({}, {"params_total": 0}, ["d_ff"], "params_total: the target must be a positive number, got 0"),
@@ -254,7 +254,7 @@ def test_a_free_dimension_is_read(text: str, free: Free) -> None:
     ],
 )
 def test_an_invalid_problem_is_refused(
-    content: dict[str, Any], targets: dict[str, float], free: list[str], says: str
+    content: dict[str, Any], targets: dict[str, float], free: list[str], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         solve({**HYBRID, **content}, targets, free)

@@ -1,4 +1,4 @@
-"""Decoding state in narrow formats: rounded once, when it is written, whatever the batch and however it is read."""
+"""Decoding state in narrow formats: rounded once, when written, for any batch and any split of the sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thousand mistakes: whatever a stranger types or writes into a file, the answer is a result or one clear line."""
+"""A thousand mistakes: any command or file gives a result or one clear line."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ PLACES = [
 
 
 class StoppedError(ValueError):
-    """The run would be trained now."""
+    """Raised when a run would start training."""
 
 
 class Answer(NamedTuple):
@@ -130,7 +130,7 @@ def alarm() -> Iterator[None]:
 
 
 def ask(args: list[str]) -> Answer:
-    """Runs a command in this process, and says what is wrong with how it ended."""
+    """Runs a command in this process and reports what is wrong with its output or exit code."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     sys.argv = ["explore", *args]
     code, wrong = 0, ""
@@ -141,20 +141,20 @@ def ask(args: list[str]) -> Answer:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 99
     except BaseException as error:
         wrong = "".join(traceback.format_exception(error)[-3:])
-    printed, said = (each.buffer.getvalue().decode() for each in (out, err))  # type: ignore[attr-defined]
-    lines = said.splitlines()
+    printed, errors = (each.buffer.getvalue().decode() for each in (out, err))  # type: ignore[attr-defined]
+    lines = errors.splitlines()
     if not wrong and code not in (0, 1, 2):
         wrong = f"exit code {code}"
     elif not wrong and code == 2 and not (lines and lines[-1].startswith("error: ") and len(lines[-1]) <= LONGEST):
-        wrong = f"no short last line: {said[-600:]}"
-    elif not wrong and "Traceback" in said:
-        wrong = said[-600:]
-    return Answer(code, printed, said, wrong)
+        wrong = f"no short last line: {errors[-600:]}"
+    elif not wrong and "Traceback" in errors:
+        wrong = errors[-600:]
+    return Answer(code, printed, errors, wrong)
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with a text and a few things that are no files."""
+    """A working folder with a text and a few paths that are not files."""
     folder = tmp_path / "work"
     (folder / "folder").mkdir(parents=True)
     (folder / "text.txt").write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))
@@ -170,7 +170,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check(place: Path, n: int, draw: Callable[[random.Random], list[str]], expect: set[int] | None = None) -> None:
-    """Asks `n` drawn commands; none may leave anything, whatever it says."""
+    """Runs `n` random commands; none may leave files behind."""
     before = snapshot(place)
     wrong, codes = [], set()
     for seed in range(n):
@@ -198,7 +198,7 @@ def snapshot(place: Path) -> set[str]:
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of everything inside a value."""
+    """All paths inside a value."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [each for key, inner in items for each in ((*path, key), *paths_of(inner, (*path, key)))]
 
@@ -209,7 +209,7 @@ def misspelt(rng: random.Random, name: str) -> str:
 
 
 def mutated(rng: random.Random, content: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which a few things are replaced, taken out, renamed or added."""
+    """A copy with a few entries replaced, removed, renamed or added."""
     content = copy.deepcopy(content)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if not (paths := paths_of(content)):
@@ -231,7 +231,7 @@ def mutated(rng: random.Random, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(rng: random.Random, content: Any) -> bytes:
-    """JSON, now and then damaged."""
+    """JSON, sometimes damaged."""
     raw = json.dumps(content).encode()
     i = rng.randrange(len(raw) + 1)
     damage = [
@@ -245,7 +245,7 @@ def as_text(rng: random.Random, content: Any) -> bytes:
 
 
 def override(rng: random.Random, content: dict[str, Any]) -> str:
-    """The value of `--set`."""
+    """A value of `--set`."""
     path = ".".join(map(str, rng.choice(paths_of(content))))
     if rng.random() < 0.4:
         path = misspelt(rng, path)

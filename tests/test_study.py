@@ -82,7 +82,7 @@ def test_an_experiment_finished_elsewhere_is_not_trained_again(
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ('"""Does width help?"""', "", "docstring"),
         ('"val_bpb"', '"val_bbp"', "val_bbp"),
@@ -94,12 +94,12 @@ def test_an_experiment_finished_elsewhere_is_not_trained_again(
     ],
 )
 def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
-    sweep_file: Path, old: str, new: str, says: str
+    sweep_file: Path, old: str, new: str, message: str
 ) -> None:
     sweep_file.write_text(sweep_file.read_text().replace(old, new))
     with pytest.raises(ValueError, match=r".+") as refusal:
         load_sweep(sweep_file)
-    assert says in str(refusal.value)
+    assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
@@ -119,11 +119,11 @@ def test_a_sweep_has_the_absolute_path_of_its_file(sweep_file: Path, monkeypatch
     assert load_sweep(Path(sweep_file.name)).sampler == "random"
 
 
-@pytest.mark.parametrize(("sampler", "says"), [("foo", "got 'foo'"), ("grid", "needs a mapping")])
+@pytest.mark.parametrize(("sampler", "message"), [("foo", "got 'foo'"), ("grid", "needs a mapping")])
 def test_an_invalid_sampler_is_refused_before_anything_is_created(
-    sweep_file: Path, tmp_path: Path, sampler: str, says: str
+    sweep_file: Path, tmp_path: Path, sampler: str, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         run(dataclasses.replace(load_sweep(sweep_file), grid=None), 1, tmp_path / "runs", sampler=sampler)
     assert not (tmp_path / "runs").exists()
 
@@ -177,13 +177,13 @@ def test_a_comment_in_a_sweep_file_changes_nothing(sweep_file: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [({"sampler": "qmc"}, "--sampler must be"), ({"seed": 7}, "--seed must be")]
+    ("options", "message"), [({"sampler": "qmc"}, "--sampler must be"), ({"seed": 7}, "--seed must be")]
 )
 def test_another_sampler_or_seed_than_the_study_has_is_refused(
-    sweep_file: Path, tmp_path: Path, options: dict[str, object], says: str
+    sweep_file: Path, tmp_path: Path, options: dict[str, object], message: str
 ) -> None:
     run(load_sweep(sweep_file), 1, tmp_path / "runs")
-    with pytest.raises(ValueError, match=says) as refusal:
+    with pytest.raises(ValueError, match=message) as refusal:
         run(load_sweep(sweep_file), 2, tmp_path / "runs", **options)
     assert "--new-study" in str(refusal.value)
 
@@ -254,7 +254,7 @@ def test_seeds_share_a_trial_and_its_values_are_their_means(tmp_path: Path) -> N
 
 @pytest.fixture
 def with_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A sweep file, and a package of one's own that it imports a module of."""
+    """A sweep file that imports a module of a local package."""
     package = tmp_path / "own_sizes"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -277,8 +277,8 @@ def test_a_module_that_changed_under_its_study_is_refused_with_the_difference(
     module.write_text('"""Other words."""\n\nLARGEST = 200\n')
     assert run(sweep, 2, runs).complete == 2
     module.write_text("LARGEST = 150\n")
-    says = r"module own_sizes.deep: changed since the study 'width' began: 'LARGEST = 200' is now 'LARGEST = 150'"
-    with pytest.raises(ValueError, match=says):
+    message = r"module own_sizes.deep: changed since the study 'width' began: 'LARGEST = 200' is now 'LARGEST = 150'"
+    with pytest.raises(ValueError, match=message):
         run(sweep, 3, runs)
     assert run(sweep, 1, runs, new_study=True).complete == 1
 

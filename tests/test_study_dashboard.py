@@ -1,4 +1,4 @@
-"""What stock optuna-dashboard shows of a study: it is served on loopback and read by an HTTP client."""
+"""A study in the standard optuna-dashboard, served on loopback and read by an HTTP client."""
 
 from __future__ import annotations
 
@@ -169,31 +169,31 @@ def test_the_note_of_a_rejected_trial_does_not_call_it_pruned(tmp_path: Path) ->
 
 
 def test_files_that_cannot_be_written_are_warnings_of_one_line(tmp_path: Path) -> None:
-    study, said = new_study(tmp_path), list[str]()
+    study, messages = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     (tmp_path / "artifacts").write_text("a file where the folder should be")
-    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=said.append)
-    assert [line.partition(" for ")[0] for line in said] == ["trial 0: no learning curve", "trial 0: no cost"]
-    assert not any("\n" in line for line in said)
+    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=messages.append)
+    assert [line.partition(" for ")[0] for line in messages] == ["trial 0: no learning curve", "trial 0: no cost"]
+    assert not any("\n" in line for line in messages)
     assert "val_bpb" in optuna_dashboard.get_note(trial)
 
 
 def test_a_damaged_run_still_has_a_note(tmp_path: Path) -> None:
-    study, said = new_study(tmp_path), list[str]()
+    study, messages = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     (folder.path / "experiment.json").write_text("{")
     (folder.path / "metrics.csv").unlink()
-    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=said.append)
-    assert [line.partition(" for ")[0] for line in said] == ["trial 0: no learning curve"]
+    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=messages.append)
+    assert [line.partition(" for ")[0] for line in messages] == ["trial 0: no learning curve"]
     assert "unfinished" in optuna_dashboard.get_note(trial)
 
 
 def test_a_trial_reaped_meanwhile_is_not_changed(tmp_path: Path) -> None:
-    study, said = new_study(tmp_path), list[str]()
+    study, messages = new_study(tmp_path), list[str]()
     trial, folder = run_trial(study, tmp_path, experiment(tmp_path))
     study.tell(trial, state=TrialState.FAIL)
-    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=said.append)
-    assert said == []
+    annotate(study, trial._cached_frozen_trial, folder, tmp_path / "artifacts", say=messages.append)
+    assert messages == []
 
 
 def test_a_run_without_validations_shows_its_training_loss(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_note_has_the_search_of_the_learning_rate(tmp_path: Path) -> None:
 
 
 def test_edits_in_the_dashboard_during_a_sweep_are_kept(tmp_path: Path) -> None:
-    """The dashboard opens the journal by Optuna's own class, and writes to it when somebody edits a note."""
+    """The dashboard opens the journal with Optuna's own class and writes to it when a note is edited."""
     study = new_study(tmp_path)
     path = tmp_path / "study.journal"
     script = f"""

@@ -1,4 +1,4 @@
-"""Fair comparisons: the same budgets for every trial, and a learning rate that was searched for each architecture."""
+"""Fair comparisons: the same budgets for every trial, and a tuned learning rate for each architecture."""
 
 from __future__ import annotations
 
@@ -139,15 +139,15 @@ def test_a_pilot_is_the_same_for_every_seed_and_shorter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"low": 1.0}, "low must be above 0"),
         ({"factor": 1.0}, "factor must be above 1"),
         ({"share": 0.0}, "share must be above 0"),
     ],
 )
-def test_an_invalid_search_is_refused(wrong: dict[str, float], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_an_invalid_search_is_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         LearningRates(**wrong)
 
 
@@ -279,7 +279,7 @@ def test_averages_of_other_checkpoints_are_scored_again(merged_sweep: tuple[Swee
 
 
 @pytest.mark.parametrize(
-    ("merging", "says"),
+    ("merging", "message"),
     [
         ("Merging(share=0.0)", r"merging\.share must be above 0 and at most 1, got 0\.0"),
         ("Merging(last=0)", "last must be at least 1 checkpoint, got 0"),
@@ -287,6 +287,6 @@ def test_averages_of_other_checkpoints_are_scored_again(merged_sweep: tuple[Swee
         ("0.2", r"merging must be explore\.study\.Merging, got 0\.2"),
     ],
 )
-def test_invalid_averages_are_refused(tmp_path: Path, merging: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_averages_are_refused(tmp_path: Path, merging: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         load_sweep(merging_sweep(tmp_path, merging))

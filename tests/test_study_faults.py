@@ -1,4 +1,4 @@
-"""What is wrong with the machine stops a sweep, is no trial's result, and is gone when it is put right."""
+"""Faults of the machine stop a sweep, do not count as results, and end when the machine is repaired."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def outcomes(runs: Path) -> list[str]:
     return [trial.user_attrs.get("outcome", "") for trial in trials if trial.state != TrialState.WAITING]
 
 
-class Heard(Console):
-    """A console that keeps what is said."""
+class RecordingConsole(Console):
+    """A console that records its output."""
 
     def __init__(self) -> None:
         super().__init__(file=io.StringIO(), width=500)
@@ -104,7 +104,7 @@ def test_a_model_that_does_not_fit_into_memory_is_found_before_the_first_trial(
 def test_a_trial_for_which_the_memory_is_too_small_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, total: int
 ) -> None:
-    """Whether another machine is needed, or this one when others have ended."""
+    """The message says whether another machine is needed or other processes must end first."""
     sweep, runs, real = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", train.fit
 
     def fit(*args: Any, **options: Any) -> Any:
@@ -260,21 +260,21 @@ def test_an_exhausted_space_is_reported_and_draws_stop(tmp_path: Path, sampler: 
         "> 200": "> 100",
     }
     sweep, runs = load_sweep(write_sweep(tmp_path, replaced=replaced, tokens=128)), tmp_path / "runs"
-    heard, n_drawn = Heard(), []
+    console, n_drawn = RecordingConsole(), []
     for _ in range(2):
-        summary = run(sweep, 9, runs, sampler=sampler, console=heard)
+        summary = run(sweep, 9, runs, sampler=sampler, console=console)
         assert (summary.complete, summary.failed) == (3, 0)
         n_drawn.append(len(study_of(runs).trials))
     assert n_drawn[0] == n_drawn[1]
-    said = [line for line in heard.lines if "of 9 trials" in line]
-    assert len(said) == 2
-    assert said[0].startswith("width: 3 of 9 trials: ")
+    lines = [line for line in console.lines if "of 9 trials" in line]
+    assert len(lines) == 2
+    assert lines[0].startswith("width: 3 of 9 trials: ")
     if sampler == "grid":
-        assert said[0].endswith("all 4 points of the grid have been drawn")
+        assert lines[0].endswith("all 4 points of the grid have been drawn")
     else:
-        assert f"of the last {TRIES} draws " in said[0]
-        assert " repeat an experiment of the study and " in said[0]
-        assert " were rejected, such as: too large" in said[0]
+        assert f"of the last {TRIES} draws " in lines[0]
+        assert " repeat an experiment of the study and " in lines[0]
+        assert " were rejected, such as: too large" in lines[0]
 
 
 @pytest.mark.parametrize("about", [{}, {"exhausted": True}])
@@ -310,8 +310,8 @@ def test_the_command_has_exit_code_1_where_all_trials_failed(
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", lambda *args, **options: (_ for _ in ()).throw(RuntimeError("broken")))
         assert code(2) == 1
-    said = capsys.readouterr()
-    assert "all 2 trials failed; the last one: RuntimeError: broken" in said.err
+    captured = capsys.readouterr()
+    assert "all 2 trials failed; the last one: RuntimeError: broken" in captured.err
     assert code(3) == 0
 
 
@@ -321,7 +321,7 @@ def test_the_command_has_exit_code_1_where_all_trials_failed(
 def test_a_trial_ended_by_a_signal_is_given_back_although_its_compiler_died(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a signal goes to the process group: the compiler's error must not be taken for the trial's."""
+    """A signal to the process group also kills the compiler; its error must not count as the trial's."""
     sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
 
     def killed(*args: Any) -> None:
@@ -363,7 +363,7 @@ def test_started_workers_end_if_one_cannot_start(
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", None])
 def test_a_result_damaged_after_its_trial_is_reported_and_recomputed(tmp_path: Path, content: str | None) -> None:
-    sweep, runs, heard = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", Heard()
+    sweep, runs, console = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", RecordingConsole()
     run(sweep, 2, runs)
     folder = runs / study_of(runs).trials[1].user_attrs["run"]
     before = (folder / "result.json").read_text()
@@ -371,19 +371,19 @@ def test_a_result_damaged_after_its_trial_is_reported_and_recomputed(tmp_path: P
         (folder / "result.json").unlink()
     else:
         (folder / "result.json").write_text(content)
-    assert run(sweep, 2, runs, console=heard).complete == 2
-    said = f"{folder}: trial 1 is complete, but its result is damaged or gone; making it again"
-    assert [line for line in heard.lines if "damaged" in line] == [said]
+    assert run(sweep, 2, runs, console=console).complete == 2
+    expected = f"{folder}: trial 1 is complete, but its result is damaged or gone; making it again"
+    assert [line for line in console.lines if "damaged" in line] == [expected]
     assert '"status": "finished"' in (folder / "result.json").read_text()
     values = [line for line in before.splitlines() if '"val_bpb"' in line or '"flops_run"' in line]
     assert all(line in (folder / "result.json").read_text() for line in values)
 
 
 def test_a_run_with_a_damaged_experiment_is_reported(tmp_path: Path) -> None:
-    sweep, runs, heard = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", Heard()
+    sweep, runs, console = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", RecordingConsole()
     run(sweep, 1, runs)
     folder = runs / study_of(runs).trials[0].user_attrs["run"]
     for name in ("result.json", "experiment.json"):
         (folder / name).write_text("")
-    run(sweep, 1, runs, console=heard)
-    assert any("its result cannot be made again: " in line for line in heard.lines)
+    run(sweep, 1, runs, console=console)
+    assert any("its result cannot be made again: " in line for line in console.lines)

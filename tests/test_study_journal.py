@@ -1,4 +1,4 @@
-"""The journal of a study: damaged lines are named, and locks that nobody holds are taken away."""
+"""The journal of a study: damaged lines are named, and abandoned locks are removed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from explore.study.watching import find_study
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """A journal of a study with two trials, twelve lines or so."""
+    """A journal of a study with two trials, about twelve lines."""
     study = optuna.create_study(storage=open_storage(tmp_path / "runs"), study_name="s")
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
     return tmp_path / "runs" / JOURNAL
@@ -76,7 +76,7 @@ def test_every_entry_is_read_once_and_in_order(tmp_path: Path) -> None:
 
 
 def append(path: Path, *, stale_s: float = 0.2) -> None:
-    """Appends an entry in a thread, which would wait for ever for a lock that nobody gives back."""
+    """Appends an entry in a thread, because an abandoned lock would block forever."""
     journal = WholeJournal(path)
     journal.link.stale_s = stale_s
     ended = threading.Thread(target=journal.append_logs, args=([{"a": 1}],), daemon=True)
@@ -100,7 +100,7 @@ def test_a_folder_moved_with_its_link_can_be_resumed(tmp_path: Path) -> None:
 
 
 def test_a_stale_link_of_a_journal_in_use_is_removed(tmp_path: Path) -> None:
-    """As where a folder was copied, and its first is worked on."""
+    """For example, the folder was copied and the original is in use."""
     (tmp_path / "busy").touch()
     (tmp_path / f"{JOURNAL}.lock").symlink_to(tmp_path / "busy")
     over = threading.Event()

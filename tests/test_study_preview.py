@@ -1,4 +1,4 @@
-"""What a sweep says of itself before it runs: how many experiments there are, what they cost, what they resolve."""
+"""The preview of a sweep: the number of experiments, their costs, and the differences that they resolve."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def test_a_dry_run_prints_and_leaves_nothing_behind(
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in ("feasible experiments", "8 trials", "with 2 workers", "from 4 timed examples", "too large"):
-        assert part in said
+        assert part in output
     assert len(timed) == 4
     assert {each.name for each in tmp_path.iterdir()} == before

@@ -1,4 +1,4 @@
-"""Pruning against the front at a trial's own cost, and what it would have saved."""
+"""Pruning against the front at a trial's own cost, and the compute that it would have saved."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_trial_without_a_cost_is_refused() -> None:
 
 
 def table(n: int = 24, seed: int = 0) -> pd.DataFrame:
-    """Runs whose error falls with their cost, and whose curves rank them a little wrongly at first."""
+    """Runs whose error falls with their cost, and whose curves rank them slightly wrongly at first."""
     draws = np.random.default_rng(seed)
     flops = draws.integers(1, 20, n).astype(float)
     error = 3 - 0.3 * np.log(flops) + draws.uniform(0, 0.3, n)
@@ -204,7 +204,7 @@ def table(n: int = 24, seed: int = 0) -> pd.DataFrame:
 
 
 def test_a_replay_is_a_search_trial_by_trial() -> None:
-    """Against a study that trains each row with the judge of its trial."""
+    """Compares with a study that trains each row with the judge of its trial."""
     rows, pruner = table(), FrontPruner(margin=0.03, min_trials=3, min_fraction=0.2)
     order = np.random.default_rng(7).permutation(len(rows)).tolist()
     made, finished, spent, total = study(), [], [], 0.0

@@ -1,4 +1,4 @@
-"""Reliability: whatever is killed, restarted or full, no experiment is lost and none is trained twice."""
+"""Reliability: after any kill, restart or full disk, no experiment is lost and none is trained twice."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ postgres = pytest.fixture(scope="module", name="postgres")(running_postgres)
 
 
 def progress(runs: Path, log: Path) -> int:
-    """Lines of the journal, of the log and of the metrics: whatever is done, it grows."""
+    """Number of lines of the journal, the log and the metrics, as a measure of progress."""
     files = [runs / "study.journal", log, *runs.glob("*/metrics.csv")]
     return sum(path.read_bytes().count(b"\n") for path in files if path.exists())
 
@@ -66,7 +66,7 @@ def undisturbed(file: Path, runs: Path, n_trials: int = TRIALS, **options: Any) 
 def check_nothing_lost_or_doubled(
     study: optuna.Study, runs: Path, log: Path, n_killed: int, n_trials: int = TRIALS
 ) -> None:
-    """Every trial ended or has a retry with its parameters; each experiment was trained to its end once."""
+    """Checks that every trial ended or has a retry with its parameters, and that each experiment was trained once."""
     done_by_key(study)
     assert sum(map(is_counted, study.trials)) == n_trials
     assert not [trial.number for trial in study.trials if trial.user_attrs.get("outcome") == "failed"]
@@ -87,7 +87,7 @@ def check_nothing_lost_or_doubled(
 
 
 def check_each_alone(study: optuna.Study, runs: Path, alone: Path) -> None:
-    """Every experiment gives what it gives when nothing else runs."""
+    """Checks that every experiment has the result of an undisturbed run."""
     for trial in study.get_trials(states=[TrialState.COMPLETE]):
         experiment = RunFolder(runs / trial.user_attrs["run"]).load_experiment()
         row = train.fit(experiment, alone, console=quiet()).row()
@@ -118,7 +118,7 @@ SWEEPS: dict[str, tuple[str, dict[str, str]]] = {
 @pytest.mark.parametrize("n_workers", [1, 2])
 @pytest.mark.parametrize("name", SWEEPS)
 def test_ten_kills_lose_nothing_and_train_nothing_twice(tmp_path: Path, name: str, n_workers: int) -> None:
-    """With two workers, one of them or both are killed."""
+    """With two workers, one or both are killed."""
     sampler, replaced = SWEEPS[name]
     file, runs, log = write_sweep(tmp_path, tokens=TOKENS, replaced=replaced), tmp_path / "runs", tmp_path / "log"
     rng = random.Random(f"{name} {n_workers}")
@@ -215,7 +215,7 @@ def _limit_files(n_bytes: int) -> None:
 
 @pytest.mark.parametrize("n_bytes", [300, 4_000, 12_000, 60_000])
 def test_a_full_disk_stops_the_sweep_with_a_clear_line_and_it_resumes_later(tmp_path: Path, n_bytes: int) -> None:
-    """The limit falls into the cache, into the journal, into records, into a checkpoint."""
+    """The limit is reached while writing the cache, the journal, records or a checkpoint."""
     file, runs, log = write_sweep(tmp_path), tmp_path / "runs", tmp_path / "log"
     worker = start(work, file, runs, 2, log, partial(_limit_files, n_bytes))
     worker.join(120)
@@ -253,7 +253,7 @@ def test_a_read_only_folder_is_a_clear_line(tmp_path: Path) -> None:
 
 
 def children_of(pid: int) -> list[int]:
-    """Workers of a crew: the processes below it that Python has spawned."""
+    """Workers of a crew: its child processes spawned by Python."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -274,7 +274,7 @@ def is_alive(pid: int) -> bool:
 
 @contextmanager
 def running(folder: Path, n_workers: int) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """The command with workers that are all in the middle of a run."""
+    """Starts the command and waits until all workers are training."""
     file, runs = write_sweep(folder, tokens=4_000_000), folder / "runs"
     command = [*_command(file, runs, "--workers", str(n_workers)), "--checkpoint-every", "5"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -304,9 +304,9 @@ def test_a_signal_ends_all_workers_and_leaves_their_trials_to_the_next_start(
         workers = children_of(process.pid)
         assert len(workers) == (n_workers if n_workers > 1 else 0)
         os.killpg(process.pid, signum) if to_all else os.kill(process.pid, signum)
-        _, said = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=120)
     assert process.returncode == code
-    (line,) = said.splitlines()
+    (line,) = error.splitlines()
     assert line.startswith("interrupted; " if signum == signal.SIGINT else "terminated; ")
     assert not any(map(is_alive, workers))
     outcomes = [trial.user_attrs.get("outcome") for trial in study_of(runs).trials if trial.state != TrialState.WAITING]

@@ -1,4 +1,4 @@
-"""Passwords in the URLs of storages are shown nowhere and kept nowhere."""
+"""Passwords in storage URLs are never shown and never stored."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_a_url_in_the_wrong_place_is_refused_without_its_password(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "postgresql:/me@host/db" in said
-    assert "s3cret" not in said
+    err = capsys.readouterr().err
+    assert "postgresql:/me@host/db" in err
+    assert "s3cret" not in err
 
 
 @pytest.mark.parametrize("form", ["--storage {}", "--storage={}"])

@@ -1,4 +1,4 @@
-"""How many workers a sweep has where nobody says: by a measured table, trials, cores and memory."""
+"""The default number of workers of a sweep, from a measured table, trials, cores and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEP = 6 * 1000.0
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Four cores, much memory, no accelerator, and a table by which steps of up to 6000 FLOPs are shared."""
+    """Four cores, much memory, no accelerator, and a table in which steps of up to 6000 FLOPs are shared."""
     monkeypatch.setattr(sharing, "n_cores", lambda: 4)
     monkeypatch.setattr(sharing, "memory_bytes", lambda: (math.inf, math.inf))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -105,9 +105,9 @@ def sharing_variable() -> str:
     return SHARE
 
 
-@pytest.mark.parametrize(("said", "expected"), [((), 3), (("--workers", "1"), 1), (("--cluster", "local"), 1)])
+@pytest.mark.parametrize(("options", "expected"), [((), 3), (("--workers", "1"), 1), (("--cluster", "local"), 1)])
 def test_the_command_chooses_the_number_of_workers_by_default(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: tuple[str, ...], expected: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: int
 ) -> None:
     file, asked = write_sweep(tmp_path), []
 
@@ -117,7 +117,7 @@ def test_the_command_chooses_the_number_of_workers_by_default(
 
     monkeypatch.setattr(study, "run_gated", run)
     monkeypatch.setattr(study, "choose_workers", lambda examples, n_trials: 3 if examples and n_trials == 7 else 0)
-    monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(file), "--trials", "7", *said])
+    monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(file), "--trials", "7", *options])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

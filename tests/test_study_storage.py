@@ -1,4 +1,4 @@
-"""Storages: the journal stays whole whatever is killed or full, and a server that is away is waited for."""
+"""Storages: the journal stays intact after kills and full disks, and calls wait for an unavailable server."""
 
 from __future__ import annotations
 
@@ -76,18 +76,18 @@ def test_a_write_that_does_not_fit_leaves_the_journal_as_it_was(tmp_path: Path) 
     assert entries(path)[-1] == {"a": 1}
 
 
-def _hold_lock(path: Path, said: Path) -> None:
+def _hold_lock(path: Path, locked: Path) -> None:
     with WholeJournal(path)._held():
-        said.touch()
+        locked.touch()
         time.sleep(100)
 
 
 @pytest.mark.slow
 def test_locks_of_a_killed_process_are_released_soon(tmp_path: Path) -> None:
-    path, said = tmp_path / "runs" / JOURNAL, tmp_path / "said"
+    path, locked = tmp_path / "runs" / JOURNAL, tmp_path / "locked"
     path.parent.mkdir()
-    holder = start(_hold_lock, path, said)
-    wait_until(said.exists)
+    holder = start(_hold_lock, path, locked)
+    wait_until(locked.exists)
     with path.with_name(f"{JOURNAL}.flock").open("w") as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     holder.kill()
@@ -98,7 +98,7 @@ def test_locks_of_a_killed_process_are_released_soon(tmp_path: Path) -> None:
 
 
 def test_a_link_left_by_a_killed_process_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the folder of runs was named from another folder, as it is by default."""
+    """Also if the folder of runs is a relative path, as it is by default."""
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     killed = WholeJournal(Path("runs") / JOURNAL)
@@ -133,7 +133,7 @@ def test_study_names_stop_at_the_first_gap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
         ("nonsense", "cannot be opened"),
         ("nosuch://user:secret@host/name", "cannot be opened"),
@@ -150,11 +150,11 @@ def test_study_names_stop_at_the_first_gap() -> None:
         ("sqlite:////no/such/folder/study.db", "unable to open"),
     ],
 )
-def test_a_storage_that_does_not_open_is_one_line_without_the_password(tmp_path: Path, url: str, says: str) -> None:
+def test_a_storage_that_does_not_open_is_one_line_without_the_password(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"^--storage: ") as refusal:
         open_storage(tmp_path, url)
     text = str(refusal.value)
-    assert says in text
+    assert message in text
     assert "\n" not in text
     assert "secret" not in text
     assert "cr:et" not in text
@@ -180,7 +180,7 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 class Away(InMemoryStorage):
-    """Answers each call only after it was asked a few times."""
+    """A storage that answers each call only after a few attempts."""
 
     def __init__(self, n: int, error: Exception) -> None:
         super().__init__()
@@ -220,12 +220,12 @@ def test_a_patient_storage_waits_and_returns_the_result(
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    said: list[str] = []
-    study = optuna.create_study(storage=patient(Away(8, error), said.append), study_name="s")
+    messages: list[str] = []
+    study = optuna.create_study(storage=patient(Away(8, error), messages.append), study_name="s")
     assert study.study_name == "s"
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10]
-    assert len(said) == 4
-    assert all("does not answer" in line and "\n" not in line for line in said)
+    assert len(messages) == 4
+    assert all("does not answer" in line and "\n" not in line for line in messages)
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), grpc_error("NOT_FOUND"), wrapped(ValueError("too long"))])
@@ -271,9 +271,9 @@ def test_processes_may_open_an_empty_database_at_once(postgres: Postgres, tmp_pa
 
 @pytest.mark.slow
 def test_a_patient_storage_waits_for_a_restarted_server(postgres: Postgres, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     url = postgres.database()
-    study = optuna.create_study(storage=open_storage(tmp_path, url, said.append))
+    study = optuna.create_study(storage=open_storage(tmp_path, url, messages.append))
     study.enqueue_trial({"x": 1})
     postgres.stop()
     with pytest.raises(ValueError, match=r"cannot be opened: .*refused"):

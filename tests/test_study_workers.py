@@ -1,4 +1,4 @@
-"""Workers: leases, claims, and who takes up what another left."""
+"""Workers: leases, claims, and resuming abandoned trials."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def study(tmp_path: Path) -> optuna.Study:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the reaper reads, as the only element."""
+    """A list with one element: the time in seconds that the reaper reads."""
     now = [0.0]
     monkeypatch.setattr(leases.time, "monotonic", lambda: now[0])
     return now
@@ -53,7 +53,7 @@ def mark(trial: optuna.Trial, place: str, pid: int, beat: int = 0) -> None:
 
 
 def gone() -> int:
-    """Number of a process that is no more."""
+    """PID of a process that has ended."""
     process = os.posix_spawn("/bin/true", ["true"], {})
     os.waitpid(process, 0)
     return process
@@ -374,7 +374,7 @@ def test_a_disk_that_cannot_be_written_stops_the_sweep_and_fails_no_trial(
 
 
 def test_an_error_on_a_full_disk_is_a_fault_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch tells it, who has no number for it."""
+    """The error that torch raises has no error number."""
     monkeypatch.setattr(train, "fit", lambda *args, **kwargs: (_ for _ in ()).throw(RuntimeError("file write failed")))
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=4096))
     with pytest.raises(ValueError, match=r"runs: the disk must have room for 2 checkpoints .*; the sweep stops here"):
@@ -406,7 +406,7 @@ def test_a_worker_waits_for_a_run_that_another_process_trains(tmp_path: Path, mo
 def test_a_trial_reaped_during_training_is_found_by_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Before its outcome is told, or after the last check that it was not."""
+    """Reaped before its outcome is reported, or after the last check."""
     sweep, runs, real, calls = load_sweep(write_sweep(tmp_path)), tmp_path / "runs", fitting.train_run, []
     monkeypatch.setattr(fitting, "train_run", lambda *args: (calls.append(args), real(*args))[1])
     slow = worker(sweep, runs)

@@ -1,4 +1,4 @@
-"""Parameters of a sweep file: declared in it, changed by `--set`, and a part of its study."""
+"""Parameters of a sweep file: declared in it, changed by `--set`, and part of its study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of runs: seeds as means with intervals, conditions, plain files, and what the command shows of them."""
+"""Tables of runs: seeds as means with intervals, conditions, plain files, and the output of the command."""
 
 from __future__ import annotations
 

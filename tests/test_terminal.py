@@ -1,4 +1,4 @@
-"""What is printed is what was said, whatever names hold and whatever the terminal can show."""
+"""Printed text is unchanged for any names and on any terminal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_progress_bar_of_a_run_shows_its_name() -> None:
 
 
 def calls(source: Path) -> set[str]:
-    """Names of what a file calls."""
+    """Names of the functions that a file calls."""
     found = [node.func for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.Call)]
     return {getattr(each, "attr", getattr(each, "id", "")) for each in found}
 
@@ -74,7 +74,7 @@ def test_commands_print_in_ascii() -> None:
 
 
 def write_run(folder: Path, name: str) -> None:
-    """The record of a run that ended, with no more in it than a table needs."""
+    """The record of a finished run with only the fields that a table needs."""
     folder.mkdir(parents=True)
     experiment = {"name": name, "model": {"pattern": "M*", "d_model": 64}, "train": {"lr": 1e-3}}
     records = {

@@ -1,4 +1,4 @@
-"""Signals that ask a process to end: it ends in order, with the exit code that shells expect, and nothing is lost."""
+"""Signals that end a process: it ends in order, with the usual exit code, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call_in(patch: pytest.MonkeyPatch, hook: str, step: int, call: Callable[[], None]) -> None:
-    """Calls a function in a hook of training, the first time that so many steps are done."""
+    """Calls a function in a hook of training, the first time after a number of steps."""
     original, left = getattr(LitLanguageModel, hook), [call]
 
     def called(self: LitLanguageModel, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def test_handlers_are_set_only_in_the_block_and_foreign_ones_stay() -> None:
 
 
 def start(folder: Path, *options: str, every: str = "1000", limit: int | None = None) -> subprocess.Popen[str]:
-    """`explore train` in a process group of its own, whose files may have so many bytes."""
+    """Runs `explore train` in its own process group, with a limit on the size of files."""
     command = [sys.executable, str(Path(sys.executable).with_name("explore")), "train", str(folder / "one.json")]
     kept = {name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "MASTER_PORT")}
     process = subprocess.Popen(
@@ -175,7 +175,7 @@ def n_rows(runs: Path) -> int:
 
 
 def ended(process: subprocess.Popen[str], send: Callable[[], None]) -> str:
-    """What a process says on the way out, which must be short."""
+    """The error output of an ending process, which must be short."""
     try:
         send()
         return process.communicate(timeout=60)[1]
@@ -201,8 +201,8 @@ def test_the_command_ends_with_143_and_one_line(
         process = start(tmp_path, *devices)
         wait_for(stage, process)
         send = os.killpg if to_group else os.kill
-        said = ended(process, lambda send=send, process=process: send(process.pid, signal.SIGTERM))  # type: ignore[misc]
-        assert (process.returncode, said) == (128 + signal.SIGTERM, LINE)
+        error = ended(process, lambda send=send, process=process: send(process.pid, signal.SIGTERM))  # type: ignore[misc]
+        assert (process.returncode, error) == (128 + signal.SIGTERM, LINE)
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     (folder,) = map(RunFolder, runs.iterdir())
@@ -229,8 +229,8 @@ def test_two_processes_report_ctrl_c_once(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "one.json").write_text(tiny(corpus, "E-", train__tokens=20_000 * TOKENS).model_dump_json())
     process = start(tmp_path, "--devices", "2")
     wait_for(lambda: n_rows(tmp_path / "runs") > 3, process)
-    said = ended(process, lambda: os.killpg(process.pid, signal.SIGINT))
-    assert (process.returncode, said) == (130, LINE.replace("terminated", "interrupted"))
+    error = ended(process, lambda: os.killpg(process.pid, signal.SIGINT))
+    assert (process.returncode, error) == (130, LINE.replace("terminated", "interrupted"))
 
 
 @pytest.mark.slow
@@ -243,9 +243,9 @@ def test_a_full_disk_ends_all_processes_with_one_line(
     (tmp_path / "one.json").write_text(one.model_dump_json())
     for _ in range(2):
         process = start(tmp_path, *devices, every="10", limit=20_000)
-        said = process.communicate(timeout=200)[1]
-        assert process.returncode == 2, said
-        (line,) = said.splitlines()
+        error = process.communicate(timeout=200)[1]
+        assert process.returncode == 2, error
+        (line,) = error.splitlines()
         assert line.startswith("error: ")
         assert os.strerror(errno.EFBIG) in line
         assert str(tmp_path / "runs") in line

@@ -1,4 +1,4 @@
-"""Threads: how they wait, how many there are, and that what the user said wins."""
+"""Threads: how they wait, how many there are, and that a choice of the user wins."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ FREE = {name: value for name, value in os.environ.items() if name not in (*threa
 SAY = "import os; print({name: os.environ[name] for name in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME') if name in os.environ})"
 
 
-def said(code: str, **variables: str) -> str:
-    """What a fresh process prints."""
+def printed(code: str, **variables: str) -> str:
+    """The output of a new process."""
     command = [sys.executable, "-c", f"{code}; {SAY}"]
     return subprocess.run(command, env=FREE | variables, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_importing_explore_limits_spinning() -> None:
-    assert said("import explore") == str(threads.SPINS)
+    assert printed("import explore") == str(threads.SPINS)
 
 
 @pytest.mark.parametrize(("name", "value"), [("OMP_WAIT_POLICY", "active"), ("KMP_BLOCKTIME", "200")])
 def test_a_wait_policy_of_the_user_is_kept(name: str, value: str) -> None:
     expected = {name: value} if name in threads.SPINS else {}
-    assert said("import explore", **{name: value}) == str(expected)
+    assert printed("import explore", **{name: value}) == str(expected)
 
 
 def test_nothing_is_set_once_torch_is_loaded() -> None:
-    assert said("import torch, explore") == "{}"
+    assert printed("import torch, explore") == "{}"
 
 
 @pytest.fixture
 def torch_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A process of four cores in which nobody has chosen threads yet."""
+    """A process with four cores and no chosen number of threads."""
     before = torch.get_num_threads()
     for name in (*threads.COUNTS, threads.SHARE):
         monkeypatch.delenv(name, raising=False)
@@ -84,7 +84,7 @@ def test_a_number_of_threads_of_the_user_is_kept(torch_threads: pytest.MonkeyPat
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, *usages: tuple[float, float, float]) -> None:
-    """Says at each look: the time, the idle seconds of all cores, and those that this process used."""
+    """Returns, at each call, the time, the idle seconds of all cores, and the seconds used by this process."""
     answers = iter([threads._Usage(*usage) for usage in usages])
     monkeypatch.setattr(threads, "_usage", lambda: next(answers))
 

@@ -1,4 +1,4 @@
-"""A sweep in Weights & Biases, offline: what its files hold, and the pages that wandb-workspaces builds."""
+"""A sweep in Weights & Biases, offline: the contents of its files, and the pages built by wandb-workspaces."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def records(log: Path) -> list[Any]:
 
 
 def read_mirror(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The run as it was begun, its config and its last values, of the newest offline run in a folder."""
+    """The start record, the config and the last values of the newest offline run in a folder."""
     log = max((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
     deadline = time.monotonic() + 60
     while not (found := records(log)) or found[-1].WhichOneof("record_type") != "exit":
@@ -152,14 +152,14 @@ def test_a_sweep_sent_again_replaces_itself(study: optuna.Study, runs: Path) -> 
 def test_a_sweep_that_cannot_be_sent_is_one_line(
     study: optuna.Study, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
+    messages: list[str] = []
 
     def init(**_: Any) -> None:
         raise RuntimeError("no\nnetwork")
 
     monkeypatch.setattr("wandb.init", init)
-    send_sweep(study, runs, "online", said.append)
-    assert said == ["no frontier for Weights & Biases: no network"]
+    send_sweep(study, runs, "online", messages.append)
+    assert messages == ["no frontier for Weights & Biases: no network"]
 
 
 def test_the_runs_of_a_study_are_those_of_its_trials_with_all_their_seeds(
@@ -289,7 +289,7 @@ def test_the_command_takes_a_folder_of_runs_without_a_study(
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         (["--save"], "not logged in to Weights & Biases"),
         (["--out", "dashboard.yaml"], "--out must be a script (.py) or a specification (.json), got 'dashboard.yaml'"),
@@ -297,12 +297,12 @@ def test_the_command_takes_a_folder_of_runs_without_a_study(
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(
-    runs: Path, args: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NETRC", "/nonexistent")
     code, _, err = run_cli(capsys, monkeypatch, "wandb-dashboard", str(runs), *args)
     assert (code, len(err)) == (2, 1)
-    assert says in err[0]
+    assert message in err[0]
 
 
 def test_without_wandb_workspaces_the_extra_is_named(

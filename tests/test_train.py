@@ -1,4 +1,4 @@
-"""Training: schedule, optimizers, and a run folder that is the same however often the run was stopped."""
+"""Training: schedule, optimizers, and a run folder that does not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def experiment(corpus: Path, pattern: str = "ME-", **changes: Any) -> Experiment
 
 
 def metrics(folder: RunFolder) -> pd.DataFrame:
-    """The rows of `metrics.csv` without how fast they were."""
+    """The rows of `metrics.csv` without the speed."""
     return pd.read_csv(folder.path / "metrics.csv").drop(columns="tokens_per_s")
 
 
@@ -280,14 +280,14 @@ def test_bf16_training_is_close_to_fp32(finished: RunFolder, corpus: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("precision", "instructions", "told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
+    ("precision", "instructions", "noted"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)]
 )
 def test_a_precision_without_cpu_instructions_is_noted(
-    precision: str, instructions: bool, told: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, instructions: bool, noted: bool, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "multiplies_bf16", lambda: instructions)
     note = slow_precision(experiment(corpus, train__precision=precision))
-    assert (note is not None) == told
+    assert (note is not None) == noted
     assert note is None or note.startswith("train.precision: bf16 has no instructions on this ")
 
 

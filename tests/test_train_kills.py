@@ -1,4 +1,4 @@
-"""A run that is killed at any of its file operations goes on as if it had not been, and nothing of the kill is left."""
+"""A run killed at any of its file operations resumes to the same result and leaves no temporary files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kill_at(n, runs):
     sys.addaudithook(hook)
     train(runs)
 
-def told(folder):
+def record(folder):
     result = {k: v for k, v in folder.result.items() if k not in ("train_s", "tokens_per_s", "finished_at")}
     return [result, folder.metrics.drop(columns="tokens_per_s").to_csv()]
 
@@ -54,14 +54,14 @@ def in_a_process(work):
 
 def resume(runs, expected):
     folder = train(runs)
-    assert json.loads(json.dumps(told(folder))) == expected, (told(folder), expected)
+    assert json.loads(json.dumps(record(folder))) == expected, (record(folder), expected)
     left = {str(path.relative_to(runs)) for path in runs.rglob("*") if path.is_file()}
     assert left == set(json.loads((root / "files.json").read_text())), left
     os._exit(0)
 
 def reference():
     folder = train(root / "through")
-    (root / "told.json").write_text(json.dumps(told(folder)))
+    (root / "record.json").write_text(json.dumps(record(folder)))
     runs = root / "through"
     files = [str(path.relative_to(runs)) for path in runs.rglob("*") if path.is_file()]
     (root / "files.json").write_text(json.dumps(files))
@@ -69,7 +69,7 @@ def reference():
 
 torch.set_num_threads(1)
 assert in_a_process(reference) == 0
-expected = json.loads((root / "told.json").read_text())
+expected = json.loads((root / "record.json").read_text())
 n = 0
 while True:
     runs = root / f"killed-{n}"

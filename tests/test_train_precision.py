@@ -1,4 +1,4 @@
-"""Runs in low precision: their keys, what is refused, and that a resumed run is the same to the last bit."""
+"""Runs in low precision: their keys, refusals, and resuming bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on recall: accuracy along the run and by number of pairs, and the end of a run that has learned the task."""
+"""Runs on recall: accuracy during the run and by number of pairs, and stopping when the task is learned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DATA = {"kind": "recall", "seq_len": 16, "n_pairs": 3, "fewer_pairs": [1], "voca
 
 
 def experiment(**changes: Any) -> Experiment:
-    """One pair or three, of which the first is learned at once: its value is the one of the upper half."""
+    """One pair or three. The first is easy: its value is the one of the upper half."""
     record: dict[str, Any] = {
         "name": "recall",
         "model": {"d_model": 64, "vocab_size": 16, "pattern": "M", "blocks": {}, "embedding_std": 1.0},
@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def enough(whole: RunFolder) -> float:
-    """A recall that the run reaches first in its middle."""
+    """A recall that the run first reaches halfway."""
     found = curve(whole)
     return max(value for step, value in found.items() if step <= N_STEPS // 2)
 
@@ -102,14 +102,14 @@ def test_the_mean_of_the_curve_covers_the_whole_budget() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"stop_recall": 0.9, "val_every": None}, "val_every: must be given with stop_recall=0.9"),
         ({"stop_recall": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_a_stop_that_can_never_happen_is_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_a_stop_that_can_never_happen_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         experiment(**changes)
 
 

@@ -1,4 +1,4 @@
-"""What a run compiles: only what gives back more time than it takes, and what was measured here before all else."""
+"""The ops that a run compiles: only those that save more time than they take, by a table of this machine first."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chosen(pattern: str, n_tokens: int, precision: str = "fp32", seq_len: int = 
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A table of this machine, on which every op gains a microsecond an element for ten seconds."""
+    """A table of this machine in which every op saves a microsecond per element and takes ten seconds to compile."""
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(regions, "has_compiler", lambda: True)
     row = {"precision": "fp32", "default_ns": 3000.0, "compiled_ns": 2000.0, "compile_s": 10.0}
@@ -195,8 +195,8 @@ def test_a_run_continues_uncompiled_if_the_compiler_fails(own: Path, tmp_path: P
     environment = {**os.environ, "CXX": str(cxx)}
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment)
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
-    said = "fatal error: Python.h: No such file or directory"
-    assert notes == [f"note: the compiler failed, so the run goes on without it: {said}"]
+    reason = "fatal error: Python.h: No such file or directory"
+    assert notes == [f"note: the compiler failed, so the run goes on without it: {reason}"]
     assert "Traceback" not in done.stderr
     (plain,) = map(RunFolder, (tmp_path / "plain").iterdir())
     assert plain.environment["compiled"] == {}
@@ -206,7 +206,7 @@ def test_a_run_continues_uncompiled_if_the_compiler_fails(own: Path, tmp_path: P
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A compiler that fails, and the calls that it has had."""
+    """A compiler that fails, and the list of its calls."""
     calls: list[int] = []
 
     def fail(*args: Any) -> None:

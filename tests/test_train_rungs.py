@@ -1,4 +1,4 @@
-"""Rungs, from which siblings branch to the bit, and judges, who stop a run on its learning curve."""
+"""Rungs, from which runs branch bit for bit, and judges, which stop a run on its learning curve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def experiment(corpus: Path, pattern: str = "-", **changes: Any) -> Experiment:
 
 
 def sibling(one: Experiment, n_steps: int) -> Experiment:
-    """The experiment with another budget that is warmed up in the same number of steps."""
+    """The experiment with another budget and the same number of warm-up steps."""
     budget = {"tokens": n_steps * TOKENS, "warmup": one.warmup_steps / n_steps}
     return one.model_copy(update={"train": one.train.model_copy(update=budget)})
 
@@ -47,7 +47,7 @@ def metrics(folder: RunFolder, after: int = 0) -> pd.DataFrame:
 
 
 def assert_same_end(one: RunFolder, other: RunFolder) -> None:
-    """Bit for bit: the scores, and every tensor of the last checkpoint."""
+    """Checks that scores and all tensors of the last checkpoint are equal bit for bit."""
     for score in ("status", "step", "val_loss", "val_bpb", "test_loss", "test_bpb"):
         assert result(one)[score] == result(other)[score]
     ours, theirs = (read_weights(run.path / "checkpoints" / "last.ckpt") for run in (one, other))
@@ -71,13 +71,13 @@ def stop_in(patch: pytest.MonkeyPatch, hook: str, step: int) -> None:
 
 
 class Recorder:
-    """A judge that stops a run once so much of it is done, and remembers what it was told."""
+    """A judge that records every validation and stops a run at a fraction of its steps."""
 
     def __init__(self, until: float = 2.0) -> None:
-        self.until, self.told = until, dict[float, float]()
+        self.until, self.values = until, dict[float, float]()
 
     def __call__(self, fraction: float, value: float) -> str | None:
-        self.told[fraction] = value
+        self.values[fraction] = value
         return f"stopped at {fraction:g}" if fraction >= self.until else None
 
 
@@ -288,8 +288,8 @@ def test_a_judge_receives_every_validation(corpus: Path, tmp_path: Path) -> None
     judge = Recorder(until=1.0)  # too late to save anything
     folder = train(experiment(corpus, train__val_every=5), tmp_path, rungs=(0.35,), judge=judge)
     rows = metrics(folder).dropna(subset="val_bpb")
-    assert judge.told == dict(zip(rows["step"] / STEPS, rows["val_bpb"], strict=True))
-    assert list(judge.told) == [0.25, 0.35, 0.5, 0.75, 1.0]
+    assert judge.values == dict(zip(rows["step"] / STEPS, rows["val_bpb"], strict=True))
+    assert list(judge.values) == [0.25, 0.35, 0.5, 0.75, 1.0]
     assert result(folder)["status"] == "finished"
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_a_judge_stops_is_recorded_as_pruned(corpus: Path, tmp_path: 
     assert found["tokens"] == 10 * TOKENS
     assert found["flops_run"] == found["flops_spent"] == pytest.approx(one.flops_run / 2)
     assert found["val_bpb"] is found["test_bpb"] is None
-    assert found["stopped_val_bpb"] == judge.told[0.5] == metrics(folder)["val_bpb"].dropna().iloc[-1]
+    assert found["stopped_val_bpb"] == judge.values[0.5] == metrics(folder)["val_bpb"].dropna().iloc[-1]
     assert metrics(folder)["step"].max() == 10
     assert not folder.is_finished
     table = load_runs(tmp_path)
@@ -322,7 +322,7 @@ def test_a_pruned_run_stays_pruned_with_a_judge_and_resumes_without_one(
         again = Recorder()
         assert train(one, tmp_path / "pruned", judge=again).path == pruned.path
     assert (pruned.path / "result.json").read_bytes() == record
-    assert again.told == first.told
+    assert again.values == first.values
     through = train(one, tmp_path / "through")
     assert_same_end(train(one, tmp_path / "pruned"), through)
     pd.testing.assert_frame_equal(metrics(pruned), metrics(through))
@@ -346,14 +346,14 @@ def test_a_stopped_run_reports_its_whole_curve_to_the_judge(corpus: Path, tmp_pa
         stop_in(patch, "training_step", 14)
         with pytest.raises(Stop):
             train(one, tmp_path / "stopped", judge=first, checkpoint_every=5)
-    assert list(first.told) == [0.2, 0.4, 0.6]
+    assert list(first.values) == [0.2, 0.4, 0.6]
     folder = train(one, tmp_path / "stopped", judge=second, checkpoint_every=5)
-    assert second.told == whole.told
+    assert second.values == whole.values
     (folder.path / "result.json").unlink()
     third, fourth = Recorder(until=0.4), Recorder()
     assert result(train(one, tmp_path / "stopped", judge=third))["status"] == "finished"  # it had been trained whole
     train(one, tmp_path / "stopped", judge=fourth)
-    assert third.told == fourth.told == whole.told
+    assert third.values == fourth.values == whole.values
 
 
 def test_a_resumed_run_is_pruned_without_further_training(corpus: Path, tmp_path: Path) -> None:
@@ -417,7 +417,7 @@ def test_a_killed_run_with_a_judge_resumes_to_the_same_result(corpus: Path, tmp_
     killed = train(one, runs, judge=again, **options)
     for score in ("status", "reason", "step", "flops_run", "flops_spent", "stopped_val_bpb", "branched_from"):
         assert result(killed)[score] == result(through)[score]
-    assert again.told == whole.told
+    assert again.values == whole.values
     pd.testing.assert_frame_equal(metrics(killed), metrics(through))
     rungs = {path.name for path in runs.glob("rungs/[!.]*")}  # a kill may leave a hidden half of one
     assert rungs == {f"{one.rung_key(step)}.ckpt" for step in (36, 60, 84)}

@@ -1,4 +1,4 @@
-"""`explore watch`: a study as it stands, from another process than the one that works on it."""
+"""`explore watch`: the state of a study, seen from another process."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_newest_study_of_a_journal_is_shown_unless_one_is_named(runs: Path) 
 
 
 @pytest.mark.parametrize(
-    ("place", "says"),
+    ("place", "message"),
     [
         ("nowhere", "'{root}/nowhere' does not exist; there are {root}/experts"),
         ("experts/deeper", "'{root}/experts/deeper' does not exist; name a folder that `explore sweep` wrote"),
@@ -108,7 +108,7 @@ def test_the_newest_study_of_a_journal_is_shown_unless_one_is_named(runs: Path) 
     ],
 )
 def test_an_error_for_an_unknown_study_names_the_existing_ones(
-    runs: Path, place: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    runs: Path, place: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = runs.parent
     (runs / "notes.txt").write_text("no\njournal\n")
@@ -117,7 +117,7 @@ def test_an_error_for_an_unknown_study_names_the_existing_ones(
         (root / "empty" / "study.journal").touch()
     code, _, err = run_cli(capsys, monkeypatch, str(root / place), "--once")
     assert (code, len(err)) == (2, 1)
-    assert says.format(root=root) in err[0]
+    assert message.format(root=root) in err[0]
 
 
 def test_a_watched_study_is_drawn_until_its_trials_are_done(runs: Path) -> None:
@@ -201,7 +201,7 @@ def test_in_a_notebook_the_table_is_html_that_is_replaced(runs: Path, monkeypatc
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_without_an_error(runs: Path) -> None:
-    """A real terminal of 100 columns, and the signal that its driver sends."""
+    """A real terminal of 100 columns that sends the signal of Ctrl-C."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
     # With the handler of a terminal's process: under nohup the signal would be ignored.

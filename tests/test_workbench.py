@@ -33,7 +33,7 @@ def state_of(bench: Workbench) -> dict[str, Any]:
 
 
 def moved(bench: Workbench, slider: dict[str, Any], value: int | None) -> dict[str, Any]:
-    """The state after a slider was moved."""
+    """The state after a slider is moved."""
     state = state_of(bench)
     *path, last = slider["path"]
     owner = state

@@ -1,4 +1,4 @@
-"""The workbench in JupyterLab, edited by hand in a browser."""
+"""The workbench in JupyterLab, edited in a browser."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CELLS = (
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A folder and the address of a JupyterLab of its own that shows it, up to the name of a notebook."""
+    """A folder and the address of its JupyterLab, without the name of a notebook."""
     need_chromium()
     folder = tmp_path_factory.mktemp("lab")
     with running_lab(folder) as address:
@@ -32,7 +32,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture
 def page(lab: tuple[Path, str], request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A page with a notebook of its own that shows a workbench: its first cell has run."""
+    """A page with a new notebook that shows a workbench; its first cell has run."""
     folder, address = lab
     name = f"{request.node.name}.ipynb"
     write_notebook(folder / name, CELLS)
@@ -42,7 +42,7 @@ def page(lab: tuple[Path, str], request: pytest.FixtureRequest) -> Iterator[Any]
 
 
 def shown(page: Any) -> dict[str, float]:
-    """The raw numbers behind what stands in the tiles."""
+    """The raw numbers of the tiles."""
     values = page.eval_on_selector_all(
         ".wb [data-name]", "all => all.map(one => [one.dataset.name, one.dataset.value])"
     )
@@ -50,7 +50,7 @@ def shown(page: Any) -> dict[str, float]:
 
 
 def parts(page: Any) -> dict[str, float]:
-    """The raw numbers behind the legends of the bars."""
+    """The raw numbers of the legends of the bars."""
     values = page.eval_on_selector_all(
         ".wb [data-part]", "all => all.map(one => [one.dataset.part, one.dataset.value])"
     )
@@ -58,7 +58,7 @@ def parts(page: Any) -> dict[str, float]:
 
 
 def settle(page: Any, strip: str) -> None:
-    """Waits until what was sent is answered."""
+    """Waits for the answer to the last edit."""
     page.wait_for_function(
         "strip => [...document.querySelectorAll('.wb-strip .wb-chip')].map(e => e.textContent).join('') === strip",
         arg=strip,
@@ -70,11 +70,11 @@ def settle(page: Any, strip: str) -> None:
 
 
 def check(page: Any, model: ModelConfig, **use: Any) -> None:
-    """The browser shows what Python says of the model, at the context of the notebook."""
+    """The browser shows the numbers of Python for the model, at the context of the notebook."""
     expected = Workbench.from_config(model, seq_len=SEQ_LEN, **use).readout
-    told = shown(page)
-    assert {"params_total", "flops_fwd", "kv_bytes_per_token", "cache_bytes", "decode_s", "fits"} == told.keys()
-    assert told == {name: pytest.approx(expected[name]) for name in told}
+    found = shown(page)
+    assert {"params_total", "flops_fwd", "kv_bytes_per_token", "cache_bytes", "decode_s", "fits"} == found.keys()
+    assert found == {name: pytest.approx(expected[name]) for name in found}
     assert parts(page) == pytest.approx(expected["flops_by_group"] | expected["decode_by_bound"])
 
 

@@ -1,4 +1,4 @@
-"""The Train tab of the workbench, without a browser: it shows the plan of the library, and answers at once."""
+"""The Train tab of the workbench, without a browser: it shows the plan of the library without delay."""
 
 from __future__ import annotations
 

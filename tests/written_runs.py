@@ -1,4 +1,4 @@
-"""Records of runs that nobody trained."""
+"""Records of runs that were never trained."""
 
 from explore.files import write_json
 
