@@ -139,7 +139,7 @@ def test_a_grid_sums_the_costs_of_its_children() -> None:
 
 def test_the_9b_is_a_candidate_of_the_12b_under_its_budget_and_the_12b_is_not() -> None:
     search = searched("nemotron-nano-2-12b")
-    standing = search.standing()
+    standing = search.position()
     assert (standing["child_within"], standing["parent_within"]) == (True, False)
     assert standing["child_gib"] == pytest.approx(18.62, abs=0.005)
     assert standing["parent_gib"] == pytest.approx(26.00, abs=0.005)
@@ -169,7 +169,7 @@ def test_the_47b_lies_inside_31_7_gib_with_8_bit_keys_and_at_its_edge() -> None:
         "4-bit weights, 8-bit KV and state",
         "4-bit weights and KV, bf16 state",
     }
-    standing = search.standing()
+    standing = search.position()
     assert standing["child_gib"] == pytest.approx(31.68, abs=0.005)
     assert (standing["child_within"], standing["parent_within"]) == (True, False)
     assert (standing["n"], standing["n_within"], standing["n_more"], standing["n_larger"]) == (11_250, 5380, 5, 0)

@@ -412,7 +412,7 @@ def test_a_plan_is_plain_json_and_its_parts_add_up() -> None:
         ({"tp": 8}, r"tp must divide n_heads=4, got 8; 1, 2, 4 do \(blocks\.\*\)"),
         ({"pp": 8, "vpp": 2}, r"pp \* vpp must be at most 10"),
         ({"micro_batch": 3}, r"micro_batch \* dp must divide global_batch=64, got 3 \* 8; a global batch of 72"),
-        ({"vpp": 2}, "vpp must be 1 where pp is 1"),
+        ({"vpp": 2}, "vpp must be 1 if pp is 1"),
     ],
 )
 def test_a_layout_that_does_not_divide_is_refused_with_a_suggestion(degrees: dict[str, int], message: str) -> None:

@@ -246,7 +246,7 @@ def test_a_free_dimension_is_read(text: str, free: Free) -> None:
         ({}, {"params_total": 1e6}, ["M.d_ff"], r"free must be among .*'M.d_ff'"),
         ({}, {"params_total": 1e6}, ["d_ff", "-.d_ff"], "blocks.-.d_ff is named twice"),
         ({}, {"params_total": 1e6}, ["d_ff=1:x"], "'d_ff=1:x' is not of the form"),
-        ({}, {"params_total": 1e6}, ["d_ff=20:30:16"], "d_ff: no multiple of 16 lies from 20 to 30"),
+        ({}, {"params_total": 1e6}, ["d_ff=20:30:16"], "d_ff: no multiple of 16 is between 20 and 30"),
         ({}, {"params_total": 1e6}, ["d_ff=0:30:16"], "d_ff: low must be at least 1"),
         ({"pattern": "Q-"}, {"params_total": 1e6}, ["d_ff"], "no candidate is a valid model; .*unknown letter 'Q'"),
         ({"pattern": None}, {"params_total": 1e6}, ["d_ff"], "a pattern is required"),

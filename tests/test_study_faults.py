@@ -28,7 +28,7 @@ from explore.study.sweep_file import TRIES
 from explore.termination import TerminatedError, termination_handled
 from explore.train import LitLanguageModel, capacity
 
-GOES_ON = "; the sweep stops here, and goes on when started again"
+STOPS = "; the sweep stops here; run the same command to resume it"
 
 
 def run(sweep: Sweep, n_trials: int, runs: Path, **options: Any) -> SweepSummary:
@@ -112,7 +112,7 @@ def test_a_trial_for_which_the_memory_is_too_small_is_given_back(
         return real(*args, **options)
 
     monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(FaultError, match=rf"^memory: training needs at least .* would fit{GOES_ON}$"):
+    with pytest.raises(FaultError, match=rf"^memory: training needs at least .* would fit{STOPS}$"):
         run(sweep, 2, runs)
     assert outcomes(runs) == [RELEASED]
 
@@ -132,7 +132,7 @@ def test_a_corpus_lost_during_a_sweep_stops_it_and_it_can_resume(
         return real(*args, **options)
 
     monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(FaultError, match=rf"is neither a known name.*{GOES_ON}$"):
+    with pytest.raises(FaultError, match=rf"is neither a known name.*{STOPS}$"):
         run(sweep, 3, runs)
     assert outcomes(runs) == ["done", RELEASED]
     (tmp_path / "elsewhere.txt").rename(tmp_path / "corpus.txt")
@@ -172,7 +172,7 @@ def test_a_fault_of_the_machine_gives_the_trial_back_and_stops_the_sweep(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", fit)
-        with pytest.raises(FaultError, match=rf"{GOES_ON}$") as stop:
+        with pytest.raises(FaultError, match=rf"{STOPS}$") as stop:
             run(sweep, 3, runs)
     assert "\n" not in str(stop.value)
     text = str(FAULTS[name]())
@@ -228,7 +228,7 @@ def test_a_corpus_that_changes_between_trials_stops_the_sweep(tmp_path: Path, mo
         return folder
 
     monkeypatch.setattr(train, "fit", fit)
-    with pytest.raises(FaultError, match=rf"changed since the study.*{GOES_ON}$"):
+    with pytest.raises(FaultError, match=rf"changed since the study.*{STOPS}$"):
         run(sweep, 3, runs)
     assert outcomes(runs) == ["done", RELEASED]
 
@@ -372,7 +372,7 @@ def test_a_result_damaged_after_its_trial_is_reported_and_recomputed(tmp_path: P
     else:
         (folder / "result.json").write_text(content)
     assert run(sweep, 2, runs, console=console).complete == 2
-    expected = f"{folder}: trial 1 is complete, but its result is damaged or gone; making it again"
+    expected = f"{folder}: trial 1 is complete, but its result is damaged or missing; computing it again"
     assert [line for line in console.lines if "damaged" in line] == [expected]
     assert '"status": "finished"' in (folder / "result.json").read_text()
     values = [line for line in before.splitlines() if '"val_bpb"' in line or '"flops_run"' in line]
@@ -386,4 +386,4 @@ def test_a_run_with_a_damaged_experiment_is_reported(tmp_path: Path) -> None:
     for name in ("result.json", "experiment.json"):
         (folder / name).write_text("")
     run(sweep, 1, runs, console=console)
-    assert any("its result cannot be made again: " in line for line in console.lines)
+    assert any("its result cannot be computed again: " in line for line in console.lines)

@@ -72,7 +72,7 @@ def test_a_table_without_gain_means_one_worker_and_a_broken_table_is_refused(mac
     assert workers_for(1.0, 9) == 1
     for broken in (table.iloc[:0], table.drop(columns="flops_step"), table.assign(flops_step=float("nan"))):
         save_table(broken, sharing.own_table())
-        with pytest.raises(ValueError, match=r"sharing\.csv: .*--what sharing --save` makes it anew$"):
+        with pytest.raises(ValueError, match=r"sharing\.csv: .*--what sharing --save` measures it again$"):
             workers_for(1.0, 9)
 
 

@@ -185,7 +185,7 @@ def ended(process: subprocess.Popen[str], send: Callable[[], None]) -> str:
             process.wait()
 
 
-LINE = "terminated; run the same command to go on where it stopped\n"
+LINE = "terminated; run the same command to resume\n"
 
 
 @pytest.mark.slow

@@ -196,7 +196,7 @@ def test_a_run_continues_uncompiled_if_the_compiler_fails(own: Path, tmp_path: P
     done = subprocess.run(command, check=True, timeout=300, capture_output=True, text=True, env=environment)
     notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
     reason = "fatal error: Python.h: No such file or directory"
-    assert notes == [f"note: the compiler failed, so the run goes on without it: {reason}"]
+    assert notes == [f"note: the compiler failed, so the run continues uncompiled: {reason}"]
     assert "Traceback" not in done.stderr
     (plain,) = map(RunFolder, (tmp_path / "plain").iterdir())
     assert plain.environment["compiled"] == {}

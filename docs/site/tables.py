@@ -148,7 +148,7 @@ def number_formats() -> str:
 def conventions() -> str:
     return table(
         ("convention", "what it counts", "source"),
-        [(f"`{name}`", each.says, each.source) for name, each in CONVENTIONS.items()],
+        [(f"`{name}`", each.summary, each.source) for name, each in CONVENTIONS.items()],
     )
 
 

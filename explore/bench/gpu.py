@@ -124,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shapes = REHEARSAL_SHAPES if options.rehearse else GPU_SHAPES
     for record in time_gpu(shapes, options.seconds, device, peak, options.within):
         records.append(record)
-        said = record.get("error") or f"{record['tokens_per_s']:,.0f} tokens/s, MFU {record['mfu']:.1%}"
-        print(f"{record['family']}, {record['shape']}, {record['side']}: {said}", flush=True)
+        outcome = record.get("error") or f"{record['tokens_per_s']:,.0f} tokens/s, MFU {record['mfu']:.1%}"
+        print(f"{record['family']}, {record['shape']}, {record['side']}: {outcome}", flush=True)
         # After each measurement, so that results remain if the time runs out.
         (options.folder / "training.md").write_text(table(records, title), encoding="utf-8")
         with (options.folder / "training.jsonl").open("a", encoding="utf-8") as file:

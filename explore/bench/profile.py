@@ -163,9 +163,9 @@ def divide(events: Iterable[FunctionEvent]) -> tuple[list[OpTime], float]:
 
 
 def _parts(ordered: list[FunctionEvent]) -> dict[int, str]:
-    """For every event that begins a part of the model, forward or backward: the part, by event id."""
+    """Parts of the model by id of the event that starts them, forward or backward."""
     parts: dict[int, str] = {}
-    of_sequence: dict[int, str] = {}  # parts of the forward pass, by the sequence number that the backward node shares
+    by_sequence: dict[int, str] = {}  # parts of the forward pass, by the sequence number that the backward node shares
     pending = [(event, "") for event in reversed(ordered) if event.name == STEP]
     while pending:
         event, part = pending.pop()
@@ -173,11 +173,11 @@ def _parts(ordered: list[FunctionEvent]) -> dict[int, str]:
             part = part or event.name.removeprefix(PART)
             parts[event.id] = part
         elif event.name.startswith(BACKWARD):
-            if made_by := of_sequence.get(event.sequence_nr):
+            if made_by := by_sequence.get(event.sequence_nr):
                 parts[event.id] = made_by
             continue
         elif event.sequence_nr >= 0:
-            of_sequence[event.sequence_nr] = part  # the last event with a number created the node
+            by_sequence[event.sequence_nr] = part  # the last event with a number created the node
         pending += [(child, part) for child in reversed(event.cpu_children)]
     return parts
 

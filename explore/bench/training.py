@@ -213,7 +213,7 @@ def in_a_process(variables: Mapping[str, str] | None = None, **task: Any) -> dic
     command = [sys.executable, "-m", "explore.bench.worker", json.dumps(task)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
-        said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ValueError(f"bench: {task['what']}: {said}")
+        message = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        raise ValueError(f"bench: {task['what']}: {message}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -41,7 +41,7 @@ DECODE_S = 10.0
 """Seconds of alternating decoding, after a first round for compilation."""
 
 REPEATS = 9
-"""Of the measurement of a region."""
+"""Number of measurements of a region."""
 
 
 def train_step(

@@ -1,4 +1,4 @@
-"""Base classes of blocks: a config that knows its cost and builds its module."""
+"""Base classes of blocks: a config that computes its cost and builds its module."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Powers(NamedTuple):
 
 
 Draw = Powers | tuple[Any, ...]
-"""What a search may draw a size from: powers of two, or a few values."""
+"""Values that a search may draw for a size: powers of two, or a few values."""
 
 
 class Stops(NamedTuple):
@@ -159,7 +159,7 @@ class Axis(NamedTuple):
         rotatable: rotating the indices leaves the function unchanged, so principal axes can be kept instead.
         probe: activations that score the axis; without them an index scores the sum of the axes inside it.
         inner: axis, chosen earlier, over whose kept indices the score is summed.
-        powers: exponents of weight norms whose product is the magnitude of an index, where not all are 1.
+        powers: exponents of weight norms whose product is the magnitude of an index, if not all are 1.
     """
 
     name: str

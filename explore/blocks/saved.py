@@ -44,7 +44,7 @@ def dropout_mask(component: str, d_model: int, seq_len: int) -> Saved:
 
 
 def attention_saved(n_heads: int, d_out: int, d_model: int, seq_len: int) -> tuple[Saved, ...]:
-    """What Megatron-LM saves of attention besides queries, keys and values: its output and softmax statistics."""
+    """Tensors that Megatron-LM saves for attention besides queries, keys and values: output and softmax statistics."""
     scores, unfused = n_heads * seq_len**2, ("fused_attention", "core_attn")
     return (
         Saved("attention", "attention", d_out * seq_len, narrow_copies=1, cut="width"),
@@ -59,7 +59,7 @@ def attention_saved(n_heads: int, d_out: int, d_model: int, seq_len: int) -> tup
 def inner_saved(
     component: str, numel_seq: int, activation: Activation, *, cut: Cut, dropped_by: tuple[str, ...], act: str = ""
 ) -> tuple[Saved, Saved]:
-    """What Megatron-LM saves between the first and last matrix of an MLP: the activation's input and result.
+    """Tensors that Megatron-LM saves between the first and last matrix of an MLP: input and result of the activation.
 
     Args:
         numel_seq: elements of the result in one sequence.
@@ -74,7 +74,7 @@ def inner_saved(
 
 
 def inner_kept(component: str, numel_seq: int, activation: Activation) -> tuple[Saved, Saved]:
-    """What this kit saves there, in fp32."""
+    """Tensors that this kit saves between the first and last matrix of an MLP, in fp32."""
     return (
         Saved(component, "activation", KEPT_OF_ACTIVATION[activation] * numel_seq, "float32"),
         Saved(component, "linear input", numel_seq, "float32"),
@@ -82,5 +82,5 @@ def inner_kept(component: str, numel_seq: int, activation: Activation) -> tuple[
 
 
 def norm_kept(component: str, width: int, seq_len: int, n_groups: int = 1) -> Saved:
-    """What this kit saves of a norm, in fp32: its input and the scale of every group."""
+    """Tensors that this kit saves for a norm, in fp32: its input and the scale of every group."""
     return Saved(component, "norm", (width + n_groups) * seq_len, "float32")

@@ -100,7 +100,7 @@ out = plain_console(stderr=False, soft_wrap=True)
 err = plain_console()
 INTERRUPTED = 130
 RESUMED = ("train", "distil", "sweep", "score", "cut", "puzzle", "quantize")
-"""Commands that keep what they have done, so that a second call goes on from there."""
+"""Commands that save their progress, so that a second call resumes."""
 LONGEST_ERROR = 390
 
 
@@ -111,11 +111,11 @@ def main() -> None:
         with termination_handled():
             code = app(standalone_mode=False)
         if code == INTERRUPTED:  # Typer turns Ctrl-C into this code
-            _say_ended("interrupted")
+            _report_end("interrupted")
         sys.exit(code)
     except TerminatedError as end:
         if end.code:
-            _say_ended("terminated")
+            _report_end("terminated")
         raise
     except typer.TyperException as error:  # wrong arguments; without any arguments, help has been shown
         message = error.format_message().replace("Value error, ", "").rstrip(".")
@@ -127,9 +127,9 @@ def main() -> None:
         _refuse(error)
 
 
-def _say_ended(how: str) -> None:
+def _report_end(how: str) -> None:
     resumes = len(sys.argv) > 1 and sys.argv[1] in RESUMED
-    print(f"{how}; run the same command to go on where it stopped" if resumes else how, file=sys.stderr)
+    print(f"{how}; run the same command to resume" if resumes else how, file=sys.stderr)
 
 
 def _refuse(error: Exception) -> NoReturn:

@@ -155,7 +155,7 @@ def cost(
     if convention != "exact":
         out.print(
             f"{convention}: {flops(counted)} training FLOPs per token, {counted / totals['flops_train']:.3f} of exact; "
-            f"it counts {CONVENTIONS[convention].says} ({CONVENTIONS[convention].source})",
+            f"it counts {CONVENTIONS[convention].summary} ({CONVENTIONS[convention].source})",
             highlight=False,
         )
 

@@ -101,7 +101,7 @@ def _show_alignment(alignment: Alignment, parent: str, child: str, figure: Path 
 
 
 def _show_budget(search: BudgetSearch, as_json: bool) -> None:
-    standing = search.standing()
+    standing = search.position()
     dtypes = {
         name: {each: search.memory_gib(each, setting) for each in (search.child, search.parent)}
         for name, setting in search.settings.items()

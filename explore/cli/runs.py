@@ -65,7 +65,7 @@ def runs(
     found = find_runs(*(roots or [Path(RUNS)]))
     chosen = _matching(text, found)
     if remove:
-        _remove(chosen, found, str(text), asks=not yes)
+        _remove(chosen, found, str(text), confirm=not yes)
     elif text is not None and len(chosen) == 1:
         _show(chosen[0], as_json)
     else:
@@ -155,7 +155,7 @@ def _curve(run: RunFolder) -> None:
     out.print(f"{'':>{margin}} {first:<{max(n - len(last), len(first) + 1)}}{last} tokens", highlight=False)
 
 
-def _remove(chosen: list[RunFolder], found: list[RunFolder], text: str, *, asks: bool) -> None:
+def _remove(chosen: list[RunFolder], found: list[RunFolder], text: str, *, confirm: bool) -> None:
     from explore.runs import remove_run
 
     if len(chosen) > 1:
@@ -166,7 +166,7 @@ def _remove(chosen: list[RunFolder], found: list[RunFolder], text: str, *, asks:
     needing = [path.name for path, row in rows.items() if run.path.name in (row[name] for name in RELATED)]
     if needing:
         raise ValueError(f"{run.path}: {', '.join(needing[:4])} may need its weights; remove them first")
-    if asks and not typer.confirm(f"delete {run.path} ({run.status}) with its checkpoints?"):
+    if confirm and not typer.confirm(f"delete {run.path} ({run.status}) with its checkpoints?"):
         note("nothing was deleted")
         raise typer.Exit(1)
     remove_run(run)

@@ -51,7 +51,7 @@ class BudgetSearch:
 
     @property
     def budget(self) -> float:
-        """In bytes."""
+        """The budget in bytes."""
         return self.budget_gib * GIB
 
     @cached_property
@@ -68,7 +68,7 @@ class BudgetSearch:
         """Memory of a preset's weights and state, in bytes."""
         return measure("memory_bytes", preset(name), setting or self.setting) / GIB
 
-    def standing(self) -> dict[str, int | float | bool]:
+    def position(self) -> dict[str, int | float | bool]:
         """Summarises the position of the released child among those within the budget.
 
         Returns:

@@ -185,8 +185,8 @@ class Puzzle:
         child = self.library.plan(options).model()
         costs = {name: self.cost_of(child, name) for name in limits.most}
         predicted = float(sum(row[k] for row, k in zip(self.divergences, options, strict=True)))
-        said = {} if solution is None else {"status": solution.status, "gap": solution.gap}
-        return Choice(tuple(options), predicted, costs, **said)  # type: ignore[arg-type]
+        details = {} if solution is None else {"status": solution.status, "gap": solution.gap}
+        return Choice(tuple(options), predicted, costs, **details)  # type: ignore[arg-type]
 
     def _rows(self, limits: Limits) -> list[Row]:
         """Returns bounds on the number of removed layers."""

@@ -14,13 +14,13 @@ class Convention(NamedTuple):
     Attributes:
         rule: forward FLOPs of an entry over a sequence of a length. A `Part` of the ledger may override it
             with the tool's numbers for its kind of block.
-        says: what it counts and what it leaves out.
+        summary: what it counts and what it leaves out.
         source: paper or code that defines it.
         mtp: whether it counts multi-token prediction.
     """
 
     rule: Callable[[Entry, int], int]
-    says: str
+    summary: str
     source: str
     mtp: bool = True
 

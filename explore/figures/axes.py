@@ -29,11 +29,11 @@ def dress(ax: Axes, x_label: str, y_label: str, font_pt: float) -> None:
     ax.grid(color=GRID, linewidth=0.6)
 
 
-def nothing(ax: Axes, says: str, font_pt: float) -> None:
+def draw_message(ax: Axes, message: str, font_pt: float) -> None:
     """Writes a message in the middle of empty axes."""
     ax.grid(visible=False)
     ax.set(xticks=[], yticks=[])
-    ax.text(0.5, 0.5, says, transform=ax.transAxes, ha="center", va="center", fontsize=font_pt + 1, color=LINE)
+    ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", fontsize=font_pt + 1, color=LINE)
 
 
 def span(values: pd.Series[float]) -> tuple[float, float]:

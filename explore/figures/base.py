@@ -105,12 +105,12 @@ def save_figure(figure: Figure, path: str | Path, *, pdf: bool = False, about: s
     runs: tuple[str, ...] = ()
     if isinstance(figure, RunFigure):
         title, runs, noun = figure.title, figure.runs, figure.noun
-    said = f"{len(runs)} {noun}" + (f": {', '.join(runs)}" if runs else "") + (f"; {about}" if about else "")
+    description = f"{len(runs)} {noun}" + (f": {', '.join(runs)}" if runs else "") + (f"; {about}" if about else "")
     software = f"hybrid-frontier, Matplotlib {matplotlib.__version__}"
     words: dict[str, dict[str, str | None]] = {
-        ".png": {"Title": title, "Description": said, "Software": software},
-        ".svg": {"Title": title, "Description": said, "Creator": software, "Date": None},
-        ".pdf": {"Title": title, "Subject": said, "Creator": software, "CreationDate": None},
+        ".png": {"Title": title, "Description": description, "Software": software},
+        ".svg": {"Title": title, "Description": description, "Creator": software, "Date": None},
+        ".pdf": {"Title": title, "Subject": description, "Creator": software, "CreationDate": None},
     }
     with matplotlib.rc_context({"svg.hashsalt": "hybrid-frontier", "pdf.fonttype": 42}):
         for suffix in suffixes:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from explore.cost import CONVENTIONS, flops_train
-from explore.figures.axes import BAND, INK, LINE, dress, nothing, rows_of_names, ticks_of_ten
+from explore.figures.axes import BAND, INK, LINE, dress, draw_message, rows_of_names, ticks_of_ten
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 from explore.figures.panels import LineStyle, line_styles, one_x_label, outside_legend, panels
 from explore.formatting import plain, tokens
@@ -49,7 +49,7 @@ def draw_conventions(table: pd.DataFrame, ax: Axes, seq_len: int, *, font_pt: fl
     dress(ax, "Training FLOPs, relative to exact", "", font_pt)
     ax.set_title(f"{tokens(seq_len)} tokens", fontsize=font_pt, color=INK)
     if here.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     ax.axvline(1.0, color=LINE, lw=0.11 * font_pt, zorder=1, label="exact")
     styles = _convention_styles()

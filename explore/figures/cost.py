@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from explore.cost import DTYPES, MTP_LETTER, Dtypes
-from explore.figures.axes import INK, dress, nothing, rows_of_names
+from explore.figures.axes import INK, dress, draw_message, rows_of_names
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import in_a_row, outside_legend, panels
 from explore.formatting import axis_scale, tokens
@@ -104,7 +104,7 @@ def draw_receipts(table: pd.DataFrame, ax: Axes, total: str, *, font_pt: float =
     scale, unit = axis_scale(0.0 if table.empty else float(totals.max()), about.unit)
     dress(ax, f"{about.label} ({'%' if share else unit})", "", font_pt)
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     spoken = unit.removesuffix("s") if about.unit == "parameters" else unit.removesuffix("/token")  # 8.03 billion
     ends = dict.fromkeys(names, 0.0)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from explore.figures.axes import INK, dress, nothing
+from explore.figures.axes import INK, dress, draw_message
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import outside_legend
 
@@ -50,7 +50,7 @@ def draw_cut(table: pd.DataFrame, ax: Axes, kind: str, *, font_pt: float = 8.0) 
     dress(ax, "", kind.replace("_", " "), font_pt)
     rows = table[table["kind"] == kind]
     if rows.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     apart = min(float(some["layer"].diff().min()) if len(some) > 1 else 1.0 for _, some in table.groupby("kind"))
     for state, color in _colors().items():

@@ -16,7 +16,7 @@ from explore.figures.axes import (
     dress,
     legend,
     log_limits,
-    nothing,
+    draw_message,
     ticks_of_ten,
     ticks_of_two,
 )
@@ -182,7 +182,7 @@ def _positive(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def _lines(ax: Axes, table: pd.DataFrame, x: str, y: str, font_pt: float) -> bool:
     """Draws one line per series on log axes, with a legend; returns whether there was anything to draw."""
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return False
     ax.set(xscale="log", yscale="log", xlim=log_limits(table[x]), ylim=log_limits(table[y]))
     handles = []

@@ -40,8 +40,8 @@ def point_labels(table: pd.DataFrame) -> pd.Series[str]:
             continue
         values = table[column]
         differs = values.groupby(labels).transform("nunique") > 1
-        said = pd.Series([words.format(quantity(column).text(value)) for value in values], index=table.index)
-        more = said if column == "name" else labels + ", " + said
+        texts = pd.Series([words.format(quantity(column).text(value)) for value in values], index=table.index)
+        more = texts if column == "name" else labels + ", " + texts
         labels = labels.where(~differs | values.isna(), more)
     return labels
 
@@ -114,7 +114,7 @@ def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int,
 
 
 class _Crowd:
-    """What labels must not cover, in pixels: points, the step line of the front, and labels placed so far."""
+    """Obstacles for labels, in pixels: points, the step line of the front, and labels placed so far."""
 
     def __init__(self, frame: BboxBase, points: Floats, front: Floats, radius: float) -> None:
         self.frame, self.radius = frame, radius

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from explore.figures.axes import INK, LINE, dress, legend, nothing
+from explore.figures.axes import INK, LINE, dress, legend, draw_message
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import line_styles
 
@@ -54,7 +54,7 @@ def draw_plan_memory(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> 
     """
     dress(ax, "Rank of the pipeline", "Memory (GiB)", font_pt)
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     ax.grid(visible=False, axis="x")
     ticks: list[tuple[float, str]] = []
@@ -104,7 +104,7 @@ def draw_layouts(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None
     x_label = "Ranks of each kind, pipeline stages of a rank (VPP), sequences of a micro-batch (MBS)"
     dress(ax, x_label, "Best layout (tokens/s a GPU)", font_pt)
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     at: dict[tuple[str, int], float] = {}
     position, middles = 0.0, {}

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from explore.figures.axes import LINE, dress, is_log, legend, log_axis, nothing
+from explore.figures.axes import LINE, dress, is_log, legend, log_axis, draw_message
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 from explore.figures.panels import line_styles
 from explore.quantities import quantity
@@ -31,7 +31,7 @@ def draw_divergences(table: pd.DataFrame, name: str, ax: Axes, *, font_pt: float
     """
     dress(ax, quantity(name).label, "KL divergence (nats per token)", font_pt)
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     handles = []
     styles = line_styles([PREDICTED, MEASURED])
@@ -66,7 +66,7 @@ def draw_quality(
     """
     dress(ax, quantity(name).label, quantity(y).label, font_pt)
     if table.empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     (children,) = ax.plot(table[name], table[y], **line_styles([PREDICTED, MEASURED])[MEASURED].look(font_pt))
     ax.axhline(parent[1], ls=":", color=LINE, lw=0.15 * font_pt, zorder=1)

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from explore.figures.axes import dress, is_log, log_axis, nothing, power_of_ten, span
+from explore.figures.axes import dress, is_log, log_axis, draw_message, power_of_ten, span
 from explore.figures.base import RunFigure, text_pt
 from explore.foreign import check_type, echo
 from explore.quantities import EVAL_DATA, quantity
@@ -119,7 +119,7 @@ def dress_runs(
     """
     dress(ax, quantity(x).axis_label, quantity(y).axis_label, font_pt)
     if table.empty:
-        nothing(ax, "no finished runs", font_pt)
+        draw_message(ax, "no finished runs", font_pt)
         return False
     _scale(ax, "x", table[x], margins_x, log=quantity(x).log is not False and is_log(table[x]))
     _scale(ax, "y", table[y], margins_y, log=bool(quantity(y).log) and is_log(table[y]))

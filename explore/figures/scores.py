@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from explore.figures.axes import INK, LINE, dress, nothing
+from explore.figures.axes import INK, LINE, dress, draw_message
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def draw_scores(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
     dress(ax, "", "", font_pt)
     ax.grid(visible=False)
     if table.empty or table.shape[1] == 0:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     sns.heatmap(
         100 * table,
@@ -84,7 +84,7 @@ def draw_layers(table: pd.DataFrame, ax: Axes, effect: str = "kl", *, font_pt: f
     dress(ax, EFFECTS[effect], "", font_pt)
     values = table[effect].where(table[effect] > 0) if effect in table else pd.Series(dtype="float64")
     if values.dropna().empty:
-        nothing(ax, "nothing to show", font_pt)
+        draw_message(ax, "nothing to show", font_pt)
         return
     rows = [i + 0.5 for i in range(len(values))]
     low = float(values.min()) / 2

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
+from explore.figures.axes import LINE, dress, legend, log_axis, draw_message, rows_of_names
 
 SPREAD = 0.34
 """Largest distance of dots from the middle of a row."""
@@ -41,7 +41,7 @@ def draw_seeds(
     dress(ax, label, "", font_pt)
     shown = [each for each in names if each in set(runs[arm])]
     if not shown:
-        nothing(ax, "no finished runs", font_pt)
+        draw_message(ax, "no finished runs", font_pt)
         return
     shades = sns.color_palette("crest", len(columns)) if len(columns) > 1 else [sns.color_palette("colorblind")[0]]
     height = 2 * SPREAD / len(columns)

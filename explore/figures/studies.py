@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from explore.figures.axes import LINE, dress, legend, log_axis, nothing, rows_of_names
+from explore.figures.axes import LINE, dress, legend, log_axis, draw_message, rows_of_names
 from explore.figures.base import COLUMN_WIDTH, RunFigure
 from explore.figures.panels import line_styles
 from explore.quantities import quantity
@@ -55,7 +55,7 @@ def draw_comparisons(
     rows = table.set_index(arm)
     shown = [each for each in names if each in rows.index]
     if not shown:
-        nothing(ax, "no arms beside the baseline", font_pt)
+        draw_message(ax, "no arms beside the baseline", font_pt)
         return
     ax.axvline(0, color=LINE, lw=0.8, zorder=1)
     for place, each in enumerate(shown):
@@ -223,7 +223,7 @@ def draw_search(
     """
     dress(ax, label, quantity(value).axis_label, font_pt)
     if trials.empty:
-        nothing(ax, "no finished runs", font_pt)
+        draw_message(ax, "no finished runs", font_pt)
         return
     place = np.arange(1, len(trials) + 1)
     styles = line_styles(names)

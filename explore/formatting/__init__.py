@@ -1,4 +1,4 @@
-"""How numbers are written: counts, FLOPs, bytes and seconds, each in one way everywhere."""
+"""Formats numbers: counts, FLOPs, bytes and seconds, each in one form everywhere."""
 
 from __future__ import annotations
 
@@ -17,59 +17,59 @@ _WORDS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thou
 _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 DIGITS = 18
-"""Whole numbers that are typed have at most so many digits."""
+"""Maximum number of digits of an integer in input."""
 
 COUNT = re.compile(r"\d[\d.]*[kMGBTPE]?")
 """A number as `read_count` reads it, without sign or exponent."""
 
 
 def count(value: float | None) -> str:
-    """Parameters, tokens and other things that are counted: three digits, and k, M, B or T; nothing where missing."""
+    """Formats parameters, tokens and other counts with three digits and k, M, B or T; a missing value as ""."""
     return _prefixed(value, 1000, _COUNTS)
 
 
 def flops(value: float | None) -> str:
-    """FLOPs, FLOP/s and bytes per second: three digits and an SI prefix (k, M, G, T, P, E); nothing where missing."""
+    """Formats FLOPs, FLOP/s and bytes per second with three digits and an SI prefix; a missing value as ""."""
     return _prefixed(value, 1000, _SI)
 
 
 def size(value: float | None) -> str:
-    """Bytes: three digits in binary units; nothing where missing."""
+    """Formats bytes with three digits in binary units; a missing value as ""."""
     return _prefixed(value, 1024, _BYTES, " ")
 
 
 def seconds(value: float) -> str:
-    """A short time: three digits in s, ms or µs."""
+    """Formats a short time with three digits in s, ms or µs."""
     scale, unit = next((each for each in _SECONDS if value >= each[0]), _SECONDS[-1])
     return f"{value / scale:.3g} {unit}"
 
 
 def duration(value: float) -> str:
-    """A time that somebody waits: seconds, minutes or hours."""
+    """Formats a long time in seconds, minutes or hours."""
     if value < 90:
         return f"{value:.0f} s"
     return f"{value / 60:.0f} min" if value < 5400 else f"{value / 3600:.1f} h"
 
 
 def number(value: Any, spec: str) -> str:
-    """A formatted number; nothing where it is missing, and text as it is."""
+    """Formats a number by a format specification; a missing value as "", and text unchanged."""
     if _is_missing(value):
         return ""
     return format(value, spec) if isinstance(value, Real) else str(value)
 
 
 def plain(value: float) -> str:
-    """A number without powers of ten, with commas."""
+    """Formats a number without powers of ten, with commas."""
     return f"{value:,.6g}"
 
 
 def milliseconds(value: float) -> str:
-    """Seconds as a number of milliseconds."""
+    """Formats seconds as a number of milliseconds."""
     return plain(1e3 * value)
 
 
 def tokens(value: float) -> str:
-    """A number of tokens, in binary thousands (k) and millions (M) where it is a round one."""
+    """Formats a number of tokens; a multiple of 2^10 or 2^20 as k or M."""
     for unit, scale in (("M", 2**20), ("k", 2**10)):
         if value >= scale and value % scale == 0:
             return f"{value / scale:g}{unit}"
@@ -77,7 +77,7 @@ def tokens(value: float) -> str:
 
 
 def with_unit(value: Any, unit: str) -> str:
-    """A value in the way of its unit, which is said where the way does not say it; nothing where it is missing."""
+    """Formats a value in the form of its unit; a missing value as ""."""
     if _is_missing(value):
         return ""
     if isinstance(value, bool):
@@ -97,9 +97,10 @@ def with_unit(value: Any, unit: str) -> str:
 
 
 def axis_scale(largest: float, unit: str) -> tuple[float, str]:
-    """What values up to the largest are divided by on an axis, and the unit that they are then in.
+    """Returns the factor by which values on an axis are divided, and their unit after that.
 
-    Parameters are in words (`billions`), bytes in binary units, everything else has an SI prefix (`GFLOPs/token`).
+    The unit suits the largest value. Parameters are in words (`billions`), bytes in binary units, everything else with
+    an SI prefix (`GFLOPs/token`).
     """
     if unit.startswith("bytes"):
         power = _power(largest, 1024, len(_BYTES))
@@ -111,10 +112,10 @@ def axis_scale(largest: float, unit: str) -> tuple[float, str]:
 
 
 def read_count(text: str) -> float:
-    """Reads a number with or without a suffix: `2e6`, `128k`, `5M`, `30B` or `30G`; a whole one exactly.
+    """Reads a number with or without a suffix: `2e6`, `128k`, `5M`, `30B` or `30G`; an integer is exact.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is not a number of this form.
     """
     if text.isdecimal() and len(text) < DIGITS:
         return int(text)
@@ -132,7 +133,7 @@ def read_whole_count(text: str | int) -> int:
     """Reads a positive whole number: `4096`, `128k`, `1.5M`.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is not a positive whole number.
     """
     value = read_count(str(text))
     if not (1 <= value < 10**DIGITS and float(value).is_integer()):
@@ -153,7 +154,7 @@ def _prefixed(value: float | None, base: int, units: tuple[str, ...], space: str
 
 
 def _power(value: float, base: int, n: int) -> int:
-    """The largest power of the base, below `n`, that is no larger than the value."""
+    """The largest exponent below `n` with base^exponent at most the value; at least 0."""
     return next((power for power in range(n - 1, 0, -1) if value >= base**power), 0)
 
 

@@ -1,7 +1,7 @@
-"""What notebooks show: small pieces of HTML that follow the light and the dark theme of JupyterLab.
+"""HTML for notebooks that follows the light and the dark theme of JupyterLab.
 
-Colours that do not carry meaning are JupyterLab's variables, or the page's own where there are none. All styles are
-inline, since a notebook that is opened again keeps no style sheet of its outputs.
+Colours without a meaning are JupyterLab's variables, or those of the page if there are none. All styles are inline,
+because a reopened notebook does not keep the style sheets of its outputs.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ BRAND = "var(--jp-brand-color1, #1976d2)"
 MONO = "var(--jp-code-font-family, monospace)"
 
 CURVE_WIDTH, CURVE_HEIGHT = 340, 120
-"""Pixels of a curve."""
+"""Size of a curve in pixels."""
 
 POINTS = 200
-"""Points of a curve that are drawn at most."""
+"""Maximum number of drawn points of a curve."""
 
 
 class Html(str):
-    """Text that is HTML already; in a table, every other text is escaped."""
+    """Text that is already HTML. All other text in a table is escaped."""
 
     __slots__ = ()
 
 
 class Paint(NamedTuple):
-    """A colour, and the ink that is readable on it, for a style sheet."""
+    """A colour for a style sheet, and the text colour that is readable on it."""
 
     color: str
     ink: str
 
 
 def paint(rgb: Color) -> Paint:
-    """A colour with its ink: white where that has a contrast of 4.5 or more, else nearly black."""
+    """Returns a colour with its text colour: white if the contrast is at least 4.5, else nearly black."""
     linear = [channel / 12.92 if channel <= 0.04045 else ((channel + 0.055) / 1.055) ** 2.4 for channel in rgb]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     ink = "#fff" if 1.05 / (luminance + 0.05) >= 4.5 else "#111"
@@ -49,11 +49,11 @@ def paint(rgb: Color) -> Paint:
 
 
 def strip(pattern: str, paints: Mapping[str, Paint], names: Mapping[str, str] | None = None) -> str:
-    """A pattern as coloured letters, one a layer.
+    """A pattern as coloured letters, one per layer.
 
     Args:
-        paints: by letter; another letter has a frame and no colour.
-        names: of the kinds of layers by letter, shown where the mouse rests.
+        paints: colours by letter; other letters have a frame and no colour.
+        names: names of the kinds of layers by letter, shown as tooltips.
     """
     names = names or {}
     return (
@@ -76,7 +76,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collect
     """A table of texts.
 
     Args:
-        left: columns of words; the others are numbers, and stand on the right.
+        left: indices of the left-aligned columns (words); the others (numbers) are right-aligned.
     """
     cell = "padding:1px 10px 1px 0;border:0;white-space:pre;background:none"
     aligned = ["text-align:left" if i in left else "text-align:right" for i in range(len(header))]
@@ -99,7 +99,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: Collect
 
 
 def line(text: str, more: str = "") -> str:
-    """A line of text, its second part in a softer colour."""
+    """A line of text with a second part in a softer colour."""
     soft = f' <span style="color:{SOFT}">{escape(more)}</span>' if more else ""
     return f'<div style="color:{INK};margin:2px 0"><b>{escape(text)}</b>{soft}</div>'
 
@@ -110,12 +110,12 @@ def note(text: str) -> str:
 
 
 def block(*parts: str) -> str:
-    """Pieces below one another."""
+    """Stacks pieces of HTML."""
     return f'<div style="font-family:var(--jp-ui-font-family, sans-serif);font-size:13px">{"".join(parts)}</div>'
 
 
 def progress(share: float, text: str = "") -> str:
-    """A bar that is filled to a share from 0 to 1, with a text beside it."""
+    """A progress bar, filled to a share from 0 to 1, with a text beside it."""
     percent = 100 * min(1.0, max(0.0, share))
     return (
         f'<div style="display:flex;align-items:center;gap:8px;margin:4px 0;color:{INK}">'
@@ -127,14 +127,14 @@ def progress(share: float, text: str = "") -> str:
 
 
 def curve(points: Sequence[tuple[float, float]], x_label: str, y_label: str, ends: tuple[str, str]) -> str:
-    """A curve as an inline SVG, its vertical axis from the lowest to the highest value after the first tenth.
+    """A curve as inline SVG. The vertical axis spans the values after the first tenth.
 
     Args:
-        points: by rising x; those that are not finite are left out.
-        ends: what stands at the two ends of the horizontal axis.
+        points: points by rising x; those that are not finite are omitted.
+        ends: labels of the two ends of the horizontal axis.
 
     Returns:
-        Nothing where fewer than two points are finite.
+        The SVG, or "" if fewer than two points are finite.
     """
     points = [point for point in points if all(map(math.isfinite, point))]
     if len(points) < 2:

@@ -61,7 +61,7 @@ def rank_correlation(
 def _order_changes(
     fit: Paired, one: Stratum, other: Stratum, arms: list[Hashable], level: float
 ) -> tuple[Bools, Bools]:
-    """For every pair of arms, whether their order differs between two sizes and whether that is resolved."""
+    """Whether the order of every pair of arms differs between two sizes, and whether the difference is resolved."""
     flipped, p = [], []
     for a, b in combinations(arms, 2):
         differences, ps = zip(*(_difference(fit, stratum, a, b) for stratum in (one, other)), strict=True)

@@ -288,6 +288,6 @@ def _part(block: BlockConfig, letter: str, d_model: int, seq_len: int) -> Part:
 
 
 def _in_training(entry: Entry, *, stored: bool) -> Entry:
-    """What an entry counts where no decoding keeps its state; its weights only where they are stored."""
+    """An entry without its decoding state, and without its weights unless they are stored."""
     params = (entry.params, entry.params_active) if stored else (0, 0)
     return Entry(entry.component, *params, flops_seq=entry.flops_seq, sums_over=entry.sums_over)

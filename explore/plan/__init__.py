@@ -1,4 +1,4 @@
-"""What training at scale needs, on paper: memory of every rank, traffic, throughput, and the best layouts."""
+"""Plans of large training runs: memory of every rank, traffic, throughput, and the best layouts."""
 
 from explore.plan.cluster import Cluster
 from explore.plan.largest import Largest, largest

@@ -95,7 +95,7 @@ def one(profile: Profile, run: Run, cluster: Cluster, layout: Layout) -> Batch:
     """A batch of one layout.
 
     Raises:
-        ValueError: what is wrong with its pipeline.
+        ValueError: the pipeline is not valid.
     """
     degrees = np.array([[layout.tp, layout.cp, layout.ep, layout.etp, layout.micro_batch]], dtype=np.int64)
     stages = stages_of(profile, layout.pp, layout.vpp, layout.pipeline)
@@ -106,7 +106,7 @@ def stages_of(profile: Profile, pp: int, vpp: int, pipeline: str | None = None) 
     """A balanced pipeline, or the one that a layout string names.
 
     Raises:
-        ValueError: what is wrong with the string, or more stages than there are layers.
+        ValueError: the string is not valid, or there are more stages than layers.
     """
     if pipeline is None:
         unit = unit_of(profile.model)

@@ -67,7 +67,7 @@ def candidates(
                     continue
                 for stages in of_pp:
                     if stages.vpp > 1 and m % pp:
-                        reason = f"pp must divide the micro-batches of a step where vpp is above 1, got {pp} and {m}"
+                        reason = f"pp must divide the micro-batches of a step if vpp is above 1, got {pp} and {m}"
                         legal.refuse("vpp", stages.vpp, "pipeline", reason)
                     else:
                         groups[stages, m].append((tp, cp, ep, etp, micro_batch))

@@ -18,12 +18,12 @@ What = Literal["batch", "context", "model"]
 TOKENS = 1024
 """Contexts are multiples of this number of tokens."""
 MODEL_STEPS = 9
-"""Halvings of the interval of a model's parameters: to within 2%."""
+"""Number of bisections for the parameters of a model, which gives 2%."""
 LARGEST = 2**20
 
 
 class Largest(NamedTuple):
-    """The largest of something that fits.
+    """The largest size that fits.
 
     Attributes:
         value: sequences of a micro-batch, tokens of a sequence, or parameters.

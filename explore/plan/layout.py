@@ -86,10 +86,10 @@ def check(model: ModelConfig, run: Run, layout: Layout, cluster: Cluster) -> Non
             f"{layout.dp(w)}; a global batch of {max(1, round(run.global_batch / per_step)) * per_step:,} would do"
         )
     if layout.vpp > 1 and layout.pp == 1:
-        raise ValueError(f"vpp must be 1 where pp is 1, got {layout.vpp}")
+        raise ValueError(f"vpp must be 1 if pp is 1, got {layout.vpp}")
     if layout.vpp > 1 and layout.n_microbatches(run, w) % layout.pp:
         raise ValueError(
-            f"pp must divide the {layout.n_microbatches(run, w)} micro-batches of a step where vpp is above 1, "
+            f"pp must divide the {layout.n_microbatches(run, w)} micro-batches of a step if vpp is above 1, "
             f"got {layout.pp}"
         )
 

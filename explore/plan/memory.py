@@ -39,7 +39,7 @@ class Memory(NamedTuple):
 
 
 def memory(batch: Batch) -> Memory:
-    """What every rank holds."""
+    """Memory of every rank."""
     run, per_rank = batch.run, batch.per_rank
     dense, experts = params(batch)
     narrow, wide = (_weights(batch, i) for i in (0, 1))

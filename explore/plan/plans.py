@@ -28,7 +28,7 @@ BINDS = {
     "pipeline": "pipeline traffic",
     "data": "data-parallel traffic",
 }
-"""What a step can wait for, besides products."""
+"""Possible bottlenecks of a step besides products: traffic, with its name."""
 KINDS = BINDS | {
     "experts": "all-to-all in domains",
     "across": "all-to-all across domains",
@@ -144,7 +144,7 @@ class Plan:
         return {name: float(seconds[0]) for name, seconds in named.items()}
 
     def traffic(self) -> list[dict[str, Any]]:
-        """What the busiest rank sends in a step.
+        """The traffic of the busiest rank in a step.
 
         Returns:
             For each kind of traffic the slowest `link` it uses, `gb`, `seconds` at the link's

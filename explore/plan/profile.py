@@ -28,7 +28,7 @@ class Profile:
     """Numbers of every item; FLOPs and bytes are of one sequence.
 
     Attributes:
-        names: of the items.
+        names: names of the items.
         weights: parameters, (items, divided by tp | whole | experts, narrow products | not).
         flops: forward FLOPs, (items, narrow outside experts | experts | full width).
         divided: 1 if tensor-parallel ranks gather and scatter an item's tokens, else 0.
@@ -77,7 +77,7 @@ class Profile:
         return np.array(rows, dtype=float).reshape(stages.vpp, stages.pp, len(self.names)).swapaxes(0, 1)
 
     def costs(self, stages_unit: int) -> list[float]:
-        """Forward FLOPs of embedding, units, multi-token prediction where there is one, and loss."""
+        """Forward FLOPs of embedding, units, multi-token prediction if there is one, and loss."""
         of = dict(zip(self.names, self.flops.sum(axis=1), strict=True))
         pattern = self.model.pattern
         units = [sum(of[x] for x in pattern[i : i + stages_unit]) for i in range(0, len(pattern), stages_unit)]
@@ -93,7 +93,7 @@ DENSE, ROUTED, FULL = 0, 1, 2
 
 @lru_cache(maxsize=256)
 def profile(model: ModelConfig, seq_len: int) -> Profile:
-    """The numbers of a model at a length of sequence."""
+    """The numbers of a model at a sequence length."""
     ledger, d = model.ledger(seq_len), model.d_model
     letters = tuple(ledger.blocks)
     names = (*letters, EMBEDDING_NAME, MTP_NAME, LOSS_NAME)
@@ -126,7 +126,7 @@ def profile(model: ModelConfig, seq_len: int) -> Profile:
         weights[i, WIDTH, 0] += 2 * d * d * model.mtp.n_stored
         weights[i, WHOLE, 1] += 3 * d * model.mtp.n_stored
         flops[i, DENSE] += 2.0 * 2 * d * d * seq_len * depths
-    if model.tie_embeddings:  # the first and the last stage hold the matrix each
+    if model.tie_embeddings:  # the first and the last stage each hold the matrix
         weights[-3, WIDTH, 1] = head.params
     return Profile(model, seq_len, names, weights, flops, divided, d_routed, top_k)
 
@@ -147,7 +147,7 @@ def _divided(entries: Iterable[Entry], block: BlockConfig) -> tuple[np.ndarray, 
 
 
 def _routed(entries: Iterable[Entry], block: BlockConfig) -> tuple[float, float]:
-    """Width in which tokens go to experts, and experts of a token."""
+    """Width of the tokens sent to experts, and experts per token."""
     _, k = block.routing()
     return (sum(entry.all_to_all_numel for entry in entries) / (2 * k), float(k)) if k else (0.0, 0.0)
 

@@ -15,8 +15,8 @@ from explore.precision import FORMATS, FormatName
 
 PrecisionName = Literal["bf16", "fp8", "fp8-blocks", "mxfp8", "nvfp4"]
 AllToAll = Literal["naive", "rank", "node"]
-"""Copies of a token that an all-to-all sends: one for each expert, for each destination rank, or for each destination
-domain, in which the fast link passes it on to ranks."""
+"""Copies of a token that an all-to-all sends: one per expert, one per destination rank, or one per destination domain,
+where the fast link forwards it to the ranks."""
 MODULES: tuple[str, ...] = (
     "layernorm",
     *sorted({module for block in BLOCKS for module, _ in block.config.ranks.recomputed}),
@@ -55,7 +55,7 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
             2.0,
             1.0,
             "float8",
-            "FP8 with a scale a tensor, and a transposed copy of weights where products need it",
+            "FP8 with one scale per tensor, and a transposed copy of weights if products need it",
             1.0,
         ),
         "fp8-blocks": Precision(2.0, 1 + 1 / 32, "float8", "FP8 in blocks of 128, rows and columns of weights"),

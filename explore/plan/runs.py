@@ -48,8 +48,8 @@ class PrintedRun(NamedTuple):
     def implied_flops(self) -> tuple[float, float]:
         """Bounds on the training FLOPs per token implied by the published, rounded pair.
 
-        TFLOP/s are whole. Tokens per second are whole, or whole sequences per second of the cluster are behind them:
-        all rows of release 26.04.01 are multiples of that.
+        TFLOP/s are rounded to integers. Tokens per second are rounded to integers, or to whole sequences per second of
+        the cluster: all rows of release 26.04.01 are multiples of that.
         """
         sequence = self.run.seq_len / self.cluster.n_gpus
         half = 0.5 * (sequence if self.tokens_per_s % sequence == 0 else 1.0)
@@ -68,9 +68,9 @@ class PrintedRun(NamedTuple):
 def printed_runs() -> tuple[PrintedRun, ...]:
     """All published runs; every second one of each device and dtype is predicted, the others are fitted.
 
-    Gradients and moments are in bf16 where the source does not say, as in Megatron-Bridge's recipes. Recomputation and
-    offload are those of the recipe with the same layout (`src/megatron/bridge/perf_recipes`, August 2026); the layers
-    that a recipe offloads are a part of the activations.
+    If the source does not name their dtype, gradients and moments are bf16, as in Megatron-Bridge's recipes.
+    Recomputation and offload are those of the recipe with the same layout (`src/megatron/bridge/perf_recipes`, August
+    2026); the layers that a recipe offloads are part of the activations.
     """
     with Path(__file__).with_name("throughput.csv").open() as file:
         rows = list(csv.DictReader(file))

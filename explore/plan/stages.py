@@ -1,7 +1,7 @@
 """Assigns layers to pipeline stages, and counts the micro-batches in flight on a rank.
 
-A unit is what Megatron-LM calls a transformer layer (`t`): a mixer and the MLP or experts after it where the pattern
-alternates so, else one letter.
+A unit is a transformer layer of Megatron-LM (`t`): a mixer and the MLP or experts after it if the pattern alternates in
+this way, else one letter.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Stages:
         return [pattern[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
     def megatron(self) -> str:
-        """As Megatron-LM's `--pipeline-model-parallel-layout`, as short as its own are."""
+        """The pipeline as Megatron-LM's `--pipeline-model-parallel-layout`, in its shortest form."""
         groups: list[tuple[str, int]] = []
         for items in self.items:
             if groups and groups[-1][0] == items:
@@ -63,7 +63,7 @@ class Stages:
         return text
 
     def hybrid(self, model: ModelConfig) -> str:
-        """As a pattern with `|` between stages, Megatron-LM's form for hybrids."""
+        """The pipeline as a pattern with `|` between stages, Megatron-LM's form for hybrids."""
         text = PIPELINE_MARK.join(self.letters(model.pattern))
         return text if model.mtp is None else text + (MTP_MARK + model.mtp.pattern) * model.mtp.n_depths
 
@@ -73,7 +73,7 @@ def _short(items: str) -> str:
 
 
 def unit_of(model: ModelConfig) -> int:
-    """Letters of a unit: 2 where every other layer is an MLP or experts, else 1."""
+    """Number of letters of a unit: 2 if every other layer is an MLP or experts, else 1."""
     feeds = [block.role in ("mlp", "experts") for block in model.layers]
     return 2 if len(feeds) % 2 == 0 and feeds == [False, True] * (len(feeds) // 2) else 1
 
@@ -82,7 +82,7 @@ def read(text: str, model: ModelConfig, pp: int) -> Stages:
     """Reads a pipeline layout: Megatron-LM's string of `E`, `t`, `m` and `L`, or a pattern with `|`.
 
     Raises:
-        ValueError: a character that has no meaning, or stages or layers that are not those of the model.
+        ValueError: an unknown character, or stages or layers that do not match the model.
     """
     if LAYER in text:
         stages, unit = tuple(_expand(text).split(PIPELINE_MARK)), 1
@@ -138,10 +138,10 @@ def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> S
     """Splits the items into consecutive stages so that the most expensive stage is as cheap as possible.
 
     Args:
-        costs: of embedding, units, multi-token prediction where there is one, and loss, in this order.
+        costs: costs of embedding, units, multi-token prediction if there is one, and loss, in this order.
 
     Raises:
-        ValueError: more stages than there are items for.
+        ValueError: there are more stages than items.
     """
     n, unit = pp * vpp, unit_of(model)
     items, weights = [EMBEDDING, *LAYER * (model.n_layers // unit)], list(costs)
@@ -149,7 +149,7 @@ def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> S
         items += [LOSS]
     elif unit == 2:
         items += [MTP * model.mtp.n_depths, LOSS]
-    else:  # a hybrid's pattern has no place for it but before the loss
+    else:  # in a pattern of a hybrid it can only come before the loss
         items += [MTP * model.mtp.n_depths + LOSS]
         weights[-2:] = [weights[-2] + weights[-1]]
     if n > len(items):
@@ -167,9 +167,9 @@ def balanced(model: ModelConfig, costs: Sequence[float], pp: int, vpp: int) -> S
 
 
 def _cuts(weights: list[float], n: int, capacity: float) -> list[int]:
-    """Ends of stages that are filled one after another; more than `n` of them where the capacity is too small.
+    """Ends of stages that are filled one after another; more than `n` if the capacity is too small.
 
-    Enough items are left for the later stages that none is empty.
+    Each stage leaves at least one item for every later stage.
     """
     ends: list[int] = []
     filled = 0.0
@@ -186,8 +186,8 @@ def _cuts(weights: list[float], n: int, capacity: float) -> list[int]:
 def in_flight(pp: int, vpp: int, n_microbatches: int) -> Float[np.ndarray, "pp times vpp"]:
     """Micro-batches in flight per stage of a rank, at every moment that may be its memory peak.
 
-    Without interleaving at most pp - rank are; with it 2 (pp - rank - 1) + (vpp - 1) pp + 1 pairs of micro-batch and
-    stage, and which they are changes as forward and backward passes take turns.
+    Without interleaving at most pp - rank are in flight. With interleaving there are 2 (pp - rank - 1) + (vpp - 1) pp
+    + 1 pairs of micro-batch and stage, and they change as forward and backward passes alternate.
 
     Source: Megatron-LM, megatron/core/pipeline_parallel/schedules.py.
     """

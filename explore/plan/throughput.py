@@ -21,7 +21,7 @@ HIDDEN: Mapping[str, float] = MappingProxyType(
 )
 """Assumed fraction of each kind of traffic hidden behind computation.
 
-Of all-to-alls over the network 93% are hidden behind another micro-batch in arXiv 2603.07685, section 4.2.3.
+In arXiv 2603.07685, section 4.2.3, 93% of the all-to-alls over the network are hidden behind another micro-batch.
 """
 
 EFFICIENCY: Mapping[tuple[str, Dtype], float] = MappingProxyType(
@@ -56,7 +56,7 @@ class Rates(NamedTuple):
 
 
 class Throughput(NamedTuple):
-    """Seconds of a step of every layout, and what they are spent on.
+    """Seconds of a step of every layout, and their parts.
 
     Attributes:
         step_s: estimated seconds of the whole step.
@@ -80,7 +80,7 @@ class Throughput(NamedTuple):
 def efficiency(device: str, dtype: Dtype) -> tuple[float, bool]:
     """Fraction of the peak that products reach, and whether it was fitted on this device.
 
-    Of others it is the mean of the fitted ones of that dtype.
+    For other devices it is the mean of the fitted fractions of that dtype.
     """
     if (device, dtype) in EFFICIENCY:
         return EFFICIENCY[device, dtype], True
@@ -106,7 +106,7 @@ def products_s(batch: Batch, *, again: bool = True) -> Ranks:
 
 
 def moved_s(batch: Batch) -> Ranks:
-    """Seconds in which memory passes once over what a micro-batch keeps, and a third of it again where recomputed."""
+    """Seconds of one memory pass over the saved tensors of a micro-batch, plus a third of it for recomputed ones."""
     run = batch.run.model_copy(update={"recompute": (), "precision": "bf16"})
     whole, kept = (
         saved(replace(batch, run=run)),
@@ -141,7 +141,7 @@ def throughput(batch: Batch, rates: Rates | None = None) -> Throughput:
 def ceiling_s(batch: Batch) -> Float[np.ndarray, " n"]:
     """Lower bound of the seconds of a step: products at the peak rate, nothing computed twice, all traffic hidden.
 
-    The pipeline fills and empties all the same, and no link carries its traffic faster than it can.
+    The bound includes filling and draining the pipeline, and traffic at the full rate of every link.
     """
     products = batch.n_microbatches * products_s(batch, again=False).max(axis=1) * (1 + batch.bubble)
     sent = traffic(batch, ideal=True)
@@ -151,7 +151,7 @@ def ceiling_s(batch: Batch) -> Float[np.ndarray, " n"]:
 
 
 def _offload(batch: Batch, compute: np.ndarray) -> np.ndarray:
-    """Transfers that nothing hides: optimizer state around its step, and activations slower than products."""
+    """Transfers that are not hidden: optimizer state around its step, and activations slower than products."""
     run, host = batch.run, batch.cluster.device.host_link
     seconds = np.zeros_like(compute)
     if host is None:

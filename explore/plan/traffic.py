@@ -31,7 +31,7 @@ class Traffic(NamedTuple):
         across: all-to-alls over the network, at the same time as those inside.
         pipeline: activations and their gradients from stage to stage.
         data: gradients, and weights after the step; with zero 3 weights for every micro-batch.
-        expert_data: the same of experts, whose data-parallel groups are smaller.
+        expert_data: the same for experts, whose data-parallel groups are smaller.
     """
 
     tensor: Ranks
@@ -44,7 +44,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(batch: Batch, ideal: bool = False) -> Traffic:
-    """Seconds of a step that each kind keeps the links of a rank busy; with `ideal` at the full rate of every link."""
+    """Seconds of a step in which each kind uses the links of a rank; with `ideal` at the full rate of every link."""
     return Traffic(*(sent / rate for sent, rate in zip(volumes(batch), rates(batch, ideal), strict=True)))
 
 
@@ -55,7 +55,7 @@ def volumes(batch: Batch) -> Traffic:
     tokens = batch.micro_batch * run.seq_len / batch.cp  # of a micro-batch, on a tensor-parallel group
     tensor = m * (TENSOR_PASSES * tokens * d * BF16 * (1 - 1 / tp) * batch.profile.divided) @ per_rank.T
     numel = {int(cp): batch.profile.context_numel(int(cp)) for cp in set(batch.cp.flat)}
-    # Backward, keys, values and their gradients go round: twice as much as forward.
+    # The backward pass sends keys, values and their gradients: twice as much as the forward pass.
     context = m * (3 * tokens / tp * BF16 * np.stack([numel[int(cp)] for cp in batch.cp.flat])) @ per_rank.T
     inside, across = (m * EXPERT_PASSES * each @ per_rank.T for each in _all_to_all(batch, tokens / tp))
     stage = tokens * d * BF16 / (tp if run.sequence_parallel else np.ones_like(tp))
@@ -94,11 +94,11 @@ def links(batch: Batch) -> dict[str, LinkName]:
 
 
 def _data(batch: Batch) -> tuple[Ranks, Ranks]:
-    """Gradients are scattered and weights gathered once a step; with zero 3 for every micro-batch, forward and back."""
+    """Gradients are scattered and weights gathered once per step; with zero 3 in both passes of every micro-batch."""
     run, m = batch.run, batch.n_microbatches
     dense, experts = params(batch)
     grad = 4.0 if run.grads == "float32" else 2.0
-    # Narrow weights with two copies are gathered in bf16 and rounded after it.
+    # Narrow weights with two copies are gathered in bf16 and then rounded.
     once = grad + BF16 if run.zero else 2 * grad
     moved = m * (2 * BF16 + grad) if run.zero == 3 else once
     of_dense: np.ndarray = moved * (1 - 1 / (batch.dp * batch.cp)) * (dense @ batch.per_rank.T)
@@ -113,7 +113,7 @@ def _links(cluster: Cluster, ideal: bool) -> tuple[float, float]:
 
 
 def efficiency(cluster: Cluster, link: LinkName, ideal: bool = False) -> float:
-    """Fraction of a link's rate that is reached."""
+    """Fraction of the rate of a link that traffic reaches."""
     if ideal:
         return 1.0
     own = LINK_EFFICIENCY.get((cluster.device.name, link))
@@ -123,7 +123,7 @@ def efficiency(cluster: Cluster, link: LinkName, ideal: bool = False) -> float:
 def _ring(batch: Batch, ranks: np.ndarray, stride: np.ndarray, ideal: bool) -> np.ndarray:
     """Bytes per second of each rank in a collective of ranks a stride apart.
 
-    Where it spans domains, members of one domain share the load of the network, each over its own adapter.
+    If a collective spans domains, the members of a domain share the load of the network, each over its own adapter.
     """
     cluster = batch.cluster
     fast, slow = _links(cluster, ideal)
@@ -140,7 +140,7 @@ def _neighbour(batch: Batch, span: np.ndarray, ideal: bool) -> np.ndarray:
 def _all_to_all(
     batch: Batch, tokens: Float[np.ndarray, "n 1"]
 ) -> tuple[Float[np.ndarray, "n items"], Float[np.ndarray, "n items"]]:
-    """Bytes that carry a micro-batch's tokens to the experts of every item once: inside a domain, and across."""
+    """Bytes that send the tokens of a micro-batch to the experts of every item once, inside a domain and across."""
     profile, run = batch.profile, batch.run
     pairs, index = np.unique(np.hstack((batch.ep, batch.etp)), axis=0, return_inverse=True)
     both = np.zeros((2, len(tokens), len(profile.names)))
@@ -175,7 +175,7 @@ def copies_sent(
 def copies(places: int, top_k: int, groups: tuple[int, int] | None = None) -> float:
     """Mean number of destinations per token among `places` that hold equal shares of the experts.
 
-    Without groups G (1 - (1 - 1/G)^K); with them the experts come from some groups only, which are chosen first.
+    Without expert groups it is G (1 - (1 - 1/G)^K). With groups, a token first chooses groups and then their experts.
     """
     if groups is None or groups[0] == groups[1]:
         return places * (1 - (1 - 1 / places) ** top_k)

@@ -52,7 +52,7 @@ class Free:
         if self.high > LARGEST_SIZE:
             raise ValueError(f"{shorten(self.field)}: high must be at most {LARGEST_SIZE}, got {echo(self.high)}")
         if not self.lattice:
-            raise ValueError(f"{shorten(self.field)}: no multiple of {self.step} lies from {self.low} to {self.high}")
+            raise ValueError(f"{shorten(self.field)}: no multiple of {self.step} is between {self.low} and {self.high}")
 
     @property
     def lattice(self) -> range:
@@ -83,7 +83,7 @@ class Free:
         return self.field.rpartition(".")[2]
 
     def spread(self, n: int) -> list[int]:
-        """At most `n` of the allowed values, evenly spaced in their logarithm."""
+        """Returns at most `n` of the allowed values, evenly spaced in their logarithm."""
         if len(values := self.lattice) <= n:
             return list(values)
         spaced = np.geomspace(values[0], values[-1], n).tolist()

@@ -25,7 +25,7 @@ SMOOTH = RANGES.keys() - {"d_model"}
 EXHAUSTIVE = 1_000
 """Lattices with up to this many points are searched exhaustively."""
 MAX_JUMPS, MAX_GROUPS = 256, 32
-"""For dimensions that jump: number of choices examined, and number from which to descend."""
+"""Numbers of choices of dimensions that jump: those examined, and those to descend from."""
 CLOSE = 1e-4
 """Worst error below which the search stops."""
 

@@ -127,11 +127,11 @@ def run_sweep(
             frontier.refresh(is_last=True)
     if options.wandb is not None:
         send_sweep(study, runs, options.wandb, say)
-    _say_what_is_wrong(study, n_trials, say)
+    _report_problems(study, n_trials, say)
     return summary(study)
 
 
-def _say_what_is_wrong(study: optuna.Study, n_trials: int, say: Say) -> None:
+def _report_problems(study: optuna.Study, n_trials: int, say: Say) -> None:
     """Prints why there are fewer trials than requested, and why they failed if all did."""
     trials = study.get_trials(deepcopy=False)
     ended = [trial for trial in trials if is_counted(trial)]

@@ -27,8 +27,8 @@ def repair_results(worker: Worker, say: Say) -> None:
         )
         if number not in numbers or folder.status in ENDED:
             continue
-        say(f"{folder.path}: trial {number} is complete, but its result is damaged or gone; making it again")
+        say(f"{folder.path}: trial {number} is complete, but its result is damaged or missing; computing it again")
         try:
             worker.fit(folder.load_experiment(), worker.runs)
         except ValueError as error:
-            say(f"{folder.path}: its result cannot be made again: {error}")
+            say(f"{folder.path}: its result cannot be computed again: {error}")

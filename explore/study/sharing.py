@@ -62,6 +62,6 @@ def _largest_step(path: Path) -> float:
         if not (len(numbers) and np.isfinite(numbers).all() and (numbers > 0).all()):
             raise ValueError(f"it must have numbers above 0 in {', '.join(NUMBERS)}")
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: {error}; `explore bench --what sharing --save` makes it anew") from None
+        raise ValueError(f"{path}: {error}; `explore bench --what sharing --save` measures it again") from None
     gains: pd.Series[bool] = table["apart_tokens_per_s"] >= GAIN * table["together_tokens_per_s"]
     return float(table.loc[gains, "flops_step"].max()) if gains.any() else 0.0

@@ -97,7 +97,7 @@ class Worker:
         except Exception as error:
             if (fault := fault_of(error, self.runs)) is None:
                 raise
-            raise FaultError(f"{fault}; the sweep stops here, and goes on when started again") from error
+            raise FaultError(f"{fault}; the sweep stops here; run the same command to resume it") from error
 
     def _work(self, n_trials: int) -> None:
         while True:

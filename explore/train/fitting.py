@@ -26,7 +26,7 @@ from explore.train.callbacks import say
 from explore.train.capacity import check_capacity
 from explore.train.distillation import check_teacher
 from explore.train.halves import check_halves
-from explore.train.judging import Judge, check_judged, has_ended, seen, tell
+from explore.train.judging import Judge, check_judged, first_reason, has_ended, read_curve
 from explore.train.loop import TrainingRun, train_run
 from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
@@ -102,7 +102,7 @@ def fit(
     folder = run_folder(runs, experiment.name, key)
     if has_ended(folder, judge):
         if judge is not None and is_writer(devices):
-            tell(judge, seen(folder, points))
+            first_reason(judge, read_curve(folder, points))
         return folder
     check_start(experiment)
     check_teacher(experiment)

@@ -43,7 +43,7 @@ def check_halves(experiment: Experiment, devices: int, device: str) -> None:
 def in_halves(objective: Objective) -> Objective:
     """Wraps an objective so that it runs forward and backward on two halves of the batch at once, on a CPU.
 
-    The forward pass also computes the gradients of the weighted sum of the terms; the backward pass only hands them on.
+    The forward pass also computes the gradients of the weighted sum of the terms; the backward pass only returns them.
     Each half takes one thread; if torch has a single thread, the halves run one after the other.
 
     Args:

@@ -20,7 +20,7 @@ def has_ended(folder: RunFolder, judge: Judge | None) -> bool:
     return folder.is_finished or (judge is not None and folder.status == PRUNED)
 
 
-def seen(folder: RunFolder, points: Mapping[int, float], until: float = math.inf) -> list[tuple[float, float]]:
+def read_curve(folder: RunFolder, points: Mapping[int, float], until: float = math.inf) -> list[tuple[float, float]]:
     """Reads the points of a run's curve from disk: fractions of the schedule, and bits per byte."""
     metrics = folder.metrics
     if "val_bpb" not in metrics:
@@ -86,14 +86,14 @@ class LearningCurve(Callback):
         """Calls the judge in the process that writes the record, and broadcasts the answer."""
         reason = None
         if self.judge is not None and trainer.is_global_zero:
-            reason = tell(self.judge, points)
+            reason = first_reason(self.judge, points)
             self.value = points[-1][1] if points else None
         if (reason := trainer.strategy.broadcast(reason)) is not None:
             self.reason = reason
             trainer.should_stop = True
 
 
-def tell(judge: Judge, points: list[tuple[float, float]]) -> str | None:
+def first_reason(judge: Judge, points: list[tuple[float, float]]) -> str | None:
     """Passes points of a curve to a judge; returns its first reason to stop before the end, or None."""
     reasons = [(fraction, judge(fraction, value)) for fraction, value in points if math.isfinite(value)]
     return next((reason for fraction, reason in reasons if reason is not None and fraction < 1), None)

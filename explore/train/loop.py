@@ -32,7 +32,7 @@ from explore.train.callbacks import (
     say,
 )
 from explore.train.halves import in_halves
-from explore.train.judging import Judge, LearningCurve, seen, tell
+from explore.train.judging import Judge, LearningCurve, first_reason, read_curve
 from explore.train.low_precision import LostElements
 from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
@@ -98,7 +98,7 @@ class TrainingRun:
         """Prints and records that nothing is compiled because the compiler failed."""
         if not self.writes:
             return
-        say([f"the compiler failed, so the run goes on without it: {reason}"], self.console)
+        say([f"the compiler failed, so the run continues uncompiled: {reason}"], self.console)
         record = self.folder.environment
         ops = {**record.get("ops", {}), **{op: path_of(op) for op in self.compiled}}
         write_json(self.folder.path / "environment.json", {**record, "ops": ops, "compiled": {}})
@@ -119,14 +119,15 @@ def train_run(run: TrainingRun) -> None:
     throughput = Throughput(run.experiment.batch_tokens)
     with termination_handled() as requests, quiet(), _mirrored(run) as mirror:
         tables = _tables(run, begun)  # before the learning curve is read from them
-        curve = LearningCurve(run.points, run.experiment.n_steps, run.judge, seen(run.folder, run.points, begun.step))
+        earlier = read_curve(run.folder, run.points, begun.step)
+        curve = LearningCurve(run.points, run.experiment.n_steps, run.judge, earlier)
         callbacks = [throughput, *tables, *_callbacks(run, curve, throughput)]
         module = _module(run, requests)
         trainer = _trainer(run, callbacks, mirror, validates=bool(run.points or begun.step))
         with ended_together(trainer):
             diverged = _fit(run, trainer, module, begun.step, requests)
             if begun.step == run.experiment.n_steps and run.judge is not None and run.writes:
-                tell(run.judge, curve.earlier)  # nothing was trained, so the judge was not called yet
+                first_reason(run.judge, curve.earlier)  # nothing was trained, so the judge was not called yet
             step = trainer.global_step if diverged is None else diverged.step
             result = result_of(run.experiment, run.folder.path, step, throughput)
             if curve.reason is not None:  # scores of a model before its decay would mislead

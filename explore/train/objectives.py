@@ -1,4 +1,4 @@
-"""What training minimises: an objective turns a batch into terms, and the training loop adds them up."""
+"""Objectives of training: an objective turns a batch into terms, and the training loop minimises their sum."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _distillation(train: TrainConfig) -> Objective:
     teacher = Teacher(config)
 
     def objective(model: LanguageModel, tokens: Tensor, targets: Tensor) -> BatchLoss:
-        says, theirs = teacher(tokens)
+        output, theirs = teacher(tokens)
         with outputs_of(model, [student for student, _ in config.hidden_layers]) as ours:
-            loss = model.loss(tokens, targets, mtp=True, teacher=says)
+            loss = model.loss(tokens, targets, mtp=True, teacher=output)
         assert loss.kl is not None
         terms = {
             "loss": Term(loss.cross_entropy, config.ce_weight, over_targets=True),
