@@ -82,7 +82,7 @@ class Distillation(Config):
             raise ValueError("kl_weight: one of kl_weight, ce_weight and hidden_weight must be above 0, got 0 for all")
         if bool(self.hidden_weight) != bool(self.hidden_layers):
             raise ValueError(
-                f"hidden_layers: must name layers where hidden_weight is above 0, and none elsewhere, "
+                f"hidden_layers: must name layers if hidden_weight is above 0, and none otherwise, "
                 f"got {len(self.hidden_layers)} pairs and hidden_weight={self.hidden_weight:g}"
             )
         return self
@@ -281,8 +281,8 @@ class Experiment(Config):
             for row in ledger:
                 if row.entry.row and row.entry.weight not in UNQUANTIZED:
                     raise ValueError(
-                        f"train.precision: {row.entry.component} must be in bf16 or fp32 in training, where only "
-                        f"products are quantised, got {row.entry.weight!r}"
+                        f"train.precision: {row.entry.component} must be in bf16 or fp32 in training, which "
+                        f"quantises products only, got {row.entry.weight!r}"
                     )
         if isinstance(self.train.objective, Distillation):
             self.train.objective.check_student(self.model)

@@ -168,7 +168,7 @@ def find_findings(folder: Path) -> list[Finding]:
     """
     files = sorted(folder / f"{records.stem}.py" for records in (folder / "records").glob(f"*{PACKED}"))
     if not files:
-        raise ValueError(f"{folder}: has no records/*{PACKED}, of which figures are made")
+        raise ValueError(f"{folder}: has no records/*{PACKED} to make figures from")
     return [load_finding(file) for file in files]
 
 
@@ -259,7 +259,7 @@ def write_text(template: Path, path: Path, findings: Sequence[Finding]) -> list[
 
 
 def text_drift(template: Path, path: Path, findings: Sequence[Finding]) -> list[str]:
-    """Reports, in one line, that a text or the table of all studies differs from what the records give."""
+    """Reports, in one line, that a text or the table of all studies differs from the records."""
     if (line := _table_drift(template.with_name(STUDIES), studies_table(findings))) is not None:
         return [line]
     now = fill(template.read_text(encoding="utf-8"), findings).splitlines()
@@ -267,7 +267,7 @@ def text_drift(template: Path, path: Path, findings: Sequence[Finding]) -> list[
     if now == was:
         return []
     number = next((i for i, (a, b) in enumerate(zip(now, was, strict=False)) if a != b), min(len(now), len(was)))
-    return [f"{path}: line {number + 1} is not what {template} gives with the tables"]
+    return [f"{path}: line {number + 1} differs from {template} filled with the tables"]
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -74,5 +74,5 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(f"not valid JSON ({error.msg}, line {error.lineno}, column {error.colno})") from None
     except RecursionError:
         raise ValueError("JSON must not be nested this deeply") from None
-    except ValueError:  # the only one left: Python refuses to convert so many digits
+    except ValueError:  # the only other case: Python refuses to convert so many digits
         raise ValueError("an integer in JSON must have at most 4,300 digits") from None

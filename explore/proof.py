@@ -63,7 +63,7 @@ FREE = frozenset({
 
 
 class UnknownOpError(RuntimeError):
-    """The counter does not know whether an operation multiplies matrices."""
+    """An operation ran that is not registered as multiplying matrices or not."""
 
 
 class OpCounter(TorchDispatchMode):
@@ -84,7 +84,7 @@ class OpCounter(TorchDispatchMode):
         if func.namespace == "aten" and name in PRODUCTS:
             self.flops += PRODUCTS[name](out, *args, **kwargs)
         elif func.namespace not in ("aten", "prim") or name not in FREE:
-            raise UnknownOpError(f"{func}: the counter does not know whether it multiplies matrices")
+            raise UnknownOpError(f"{func}: must be in PRODUCTS or FREE, which say whether it multiplies matrices")
         return out
 
 

@@ -41,7 +41,7 @@ class Requests:
         self.deferred = False
 
     def take(self, signum: int, frame: FrameType | None) -> None:
-        """Handles a signal. A process started by another only notes it, and ends when told by the other."""
+        """Handles a signal. A process started by another only records it, and ends when the other ends it."""
         is_first, self.signum = self.signum is None, self.signum or signum
         if not (_follows() or (self.deferred and is_first)):
             raise TerminatedError(signum)

@@ -195,7 +195,7 @@ def test_the_command_writes_and_checks_and_exits_with_1_after_a_drift(
     assert (code, output) == (0, "1 findings match their records: 9 runs\n")
     (tmp_path / "FINDINGS.md").write_text("# It pays -0.30\n")
     code, _, output = run_command(capsys, monkeypatch, *args, "--check")
-    assert (code, "FINDINGS.md: line 1 is not what" in output) == (1, True)
+    assert (code, "FINDINGS.md: line 1 differs from" in output) == (1, True)
     assert run_command(capsys, monkeypatch, *args)[0] == 0
     studies = out / "studies.runs.csv"
     columns = "study,runs,seeds,sizes,gate,devices\n"

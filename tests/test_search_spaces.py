@@ -277,7 +277,11 @@ def test_declared_draws_can_be_overridden() -> None:
     ("letter", "draws", "message"),
     [
         ("M", {"d_head": Powers(24, 64)}, "mamba2_d_head must be drawn from two powers of two .*, got 24 and 64"),
-        ("M", {"n_head": Powers(8, 64)}, "n_head must be one of what Mamba-2 draws: expand, d_head, d_state, n_groups"),
+        (
+            "M",
+            {"n_head": Powers(8, 64)},
+            r"draws must be among those of Mamba-2 \(expand, d_head, d_state, n_groups\), got 'n_head'",
+        ),
         ("?", {}, r"letter must be one of M .*, got '\?'"),
     ],
 )

@@ -195,8 +195,8 @@ def test_a_short_name_is_one_dimension_of_every_block_that_has_it() -> None:
             {"top_k": 32},
             ["most in reach", "top_k: must be at most n_experts=32"],
         ),
-        (["d_expert"], {"state_bytes": 1e12}, None, ["most in reach", "what is not free"]),
-        (["top_k"], {"params_active": 8e5, "params_total": 9e9}, None, ["params_total: ", "what is not free"]),
+        (["d_expert"], {"state_bytes": 1e12}, None, ["most in reach", "the fixed dimensions"]),
+        (["top_k"], {"params_active": 8e5, "params_total": 9e9}, None, ["params_total: ", "the fixed dimensions"]),
         (
             ["d_ff=256:16384:256"],
             {"params_active": 1.12e6, "params_total": 4e6},

@@ -41,7 +41,7 @@ from explore.blocks.state import KVCache, LatentCache, RecurrentState, State, Wi
 
 
 class BlockKind(NamedTuple):
-    """A kind of block: its standard letter (Megatron's, where it has one), its config, and a small example."""
+    """A kind of block: its standard letter (Megatron's, if it has one), its config, and a small example."""
 
     letter: str
     config: type[BlockConfig]

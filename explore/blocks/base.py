@@ -91,7 +91,7 @@ class BlockConfig(Config, ABC):
 
     Costs, figures, families, search, workbench, proof and timing use only these declarations and never test for a
     kind. To add a kind, write a file beside this one and add it to `BLOCKS`. Members without a default are
-    required; override the others where they apply.
+    required; override the others if they apply.
 
     Attributes:
         label: name of the kind in tables and figures.

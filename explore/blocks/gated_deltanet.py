@@ -216,7 +216,7 @@ class GatedDeltaNetConfig(BlockConfig):
         check_divides("tp * cp", tp * cp, "n_key_heads", self.n_key_heads)
 
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
-        rule = 2 * self.n_heads * 4 * self.d_v**2 * seq_len  # four d_v x d_v products a head, whatever d_k is
+        rule = 2 * self.n_heads * 4 * self.d_v**2 * seq_len  # four d_v x d_v products per head, for any d_k
         return {"megatron": dict.fromkeys(RULE, 0) | {RULE[0]: rule}}
 
     def uncounted(self, seq_len: int) -> Uncounted:

@@ -36,7 +36,7 @@ SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
 
 
 @app.command(
-    rich_help_panel="Compress what was trained",
+    rich_help_panel="Compress trained models",
     epilog="Example: explore cut runs/my-run-0123abcd --target params_active=1M --free d_model --free depth",
 )
 def cut(

@@ -25,7 +25,7 @@ PROMPT_TOKENS = 64
 
 @app.command(
     "eval",
-    rich_help_panel="Use what was trained",
+    rich_help_panel="Use trained models",
     epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz --corpus sotu",
 )
 def evaluate(

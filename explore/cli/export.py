@@ -16,7 +16,7 @@ Format = Literal["hf", "megatron", "te-quant", "model-optimizer"]
 
 
 @app.command(
-    rich_help_panel="Use what was trained", epilog="Example: explore export runs/demo/MEM-1a2b3c4d --to hf exported"
+    rich_help_panel="Use trained models", epilog="Example: explore export runs/demo/MEM-1a2b3c4d --to hf exported"
 )
 def export(
     source: RunOrModel,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    rich_help_panel="Use what was trained",
+    rich_help_panel="Use trained models",
     epilog='Example: explore generate runs/my-run-0123abcd --prompt "It was" --temperature 0.8 --top-p 0.95',
 )
 def generate(

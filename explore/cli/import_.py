@@ -13,7 +13,7 @@ from explore.cli.opening import describe_size
 
 @app.command(
     "import",
-    rich_help_panel="Use what was trained",
+    rich_help_panel="Use trained models",
     epilog="Example: explore import exported imported && explore cost imported/model.json",
 )
 def import_(

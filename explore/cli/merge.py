@@ -16,7 +16,7 @@ from explore.quantities import columns
 
 
 @app.command(
-    rich_help_panel="Use what was trained",
+    rich_help_panel="Use trained models",
     epilog="Example: explore merge runs/my-run-0123abcd --last 5 --shape minus_sqrt",
 )
 def merge(

@@ -46,7 +46,7 @@ def prove(
         phases = {phase: {"cases": n, "agree": agree} for phase, (n, agree) in result.items()}
         print(json.dumps({"phases": phases, "patterns": patterns, "ledger_s": seconds}, indent=2))
     else:
-        table = Table(title="The ledger against what is built and run", title_justify="left", box=None)
+        table = Table(title="The ledger compared with built and run models", title_justify="left", box=None)
         for name in ("phase", "random models", "equal"):
             table.add_column(name, justify="left" if name == "phase" else "right")
         for phase, (n, agree) in result.items():

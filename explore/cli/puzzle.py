@@ -35,7 +35,7 @@ MOST_BUDGETS = 100
 
 
 @app.command(
-    rich_help_panel="Compress what was trained",
+    rich_help_panel="Compress trained models",
     epilog="Example: explore puzzle runs/my-run-0123abcd --max params_active=1M --max state_bytes=50%",
 )
 def puzzle(

@@ -24,7 +24,7 @@ RoundingName = Literal["nearest", "stochastic"]
 
 
 @app.command(
-    rich_help_panel="Use what was trained",
+    rich_help_panel="Use trained models",
     epilog="Example: explore quantize runs/my-run-0123abcd --bits 4.75 --kv fp8 --state fp16",
 )
 def quantize(

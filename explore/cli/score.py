@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    rich_help_panel="Compress what was trained",
+    rich_help_panel="Compress trained models",
     epilog="Example: explore score runs/my-run-0123abcd --figure scores.png",
 )
 def score(

@@ -144,7 +144,7 @@ class Puzzle:
             except NoSolutionError:
                 if found:
                     raise ValueError(
-                        f"solutions must be at most {len(found)} under these budgets where they differ in {differ} "
+                        f"solutions must be at most {len(found)} under these budgets if they differ in {differ} "
                         f"layers, got {solutions}"
                     ) from None
                 raise self._unmet(limits) from None
@@ -160,7 +160,7 @@ class Puzzle:
         if limits.drop is not None and not 0 <= limits.drop < n:
             raise ValueError(f"drop: must be from 0 to {n - 1} of {n} layers, got {limits.drop}")
         if limits.drop and not self._all("none"):
-            raise ValueError(f"drop: must be 0 where replacements do not have none, got {limits.drop}")
+            raise ValueError(f"drop: must be 0 if replacements do not include none, got {limits.drop}")
         for name, most in limits.most.items():
             check_measure(name)
             if not 0 < most <= (whole := self.parent_cost(name)):
@@ -232,7 +232,7 @@ class Puzzle:
     # Baselines
 
     def baselines(self, limits: Limits, seed: int = 0) -> Iterator[tuple[str, Choice]]:
-        """Returns the choices of simpler methods under the same budgets, by name, where they find one."""
+        """Yields the choices of simpler methods under the same budgets, by name, if they find one."""
         trained = self._all("cut", "pooled", "linear")
         small = [Row(trained, 0, 0)] if trained else []
         methods: dict[str, Callable[[], Choice]] = {

@@ -278,9 +278,9 @@ class Ledger:
     def to_records(self, dtypes: Dtypes = DTYPES) -> list[dict[str, Any]]:
         """Returns one record per row: layer, letter, component and numbers.
 
-        Parameters; FLOPs of a forward and a training pass per token, of the prefill of a whole context and of one
-        decoding step; bytes of weights, of the state after `seq_len` tokens, of what one decoding step of one
-        sequence moves, and of what a token sends through an all-to-all. Under a recipe of precision also `format`, and
+        The numbers are parameters; FLOPs per token of a forward and a training pass, of the prefill of a whole context,
+        and of one decoding step; bytes of weights, of the state after `seq_len` tokens, moved by one decoding step of
+        one sequence, and sent per token through an all-to-all. With a precision recipe there are also `format` and the
         FLOPs of products with quantised operands.
         """
         return [

@@ -49,11 +49,11 @@ def check_overlap(parts: Sequence[Part]) -> list[str]:
         some = keys[keys & common == 0]
         found = np.isin(some, np.concatenate([keys for keys, _ in training]))
         share = float(found.mean()) if len(some) >= FEWEST_LINES else 0.0
-        says = f"{share:.0%} of the lines of {Path(part.name).name} are in the training text"
+        finding = f"{share:.0%} of the lines of {Path(part.name).name} are in the training text"
         if share >= REFUSED:
-            raise ValueError(f"{says}; {part.split} must be text that is not in the training text")
+            raise ValueError(f"{finding}; {part.split} must be text that is not in the training text")
         if share >= NOTED:
-            notes.append(f"{says}: scores on {part.split} are better than on new text")
+            notes.append(f"{finding}: scores on {part.split} are better than on new text")
     return notes
 
 

@@ -142,7 +142,7 @@ class _Writer:
         self.resumed = self._resume()
 
     def add(self, text: str, opens: bool) -> None:
-        """Adds a piece of text; `opens` says whether it begins a document."""
+        """Adds a piece of text; `opens` is true if it starts a document."""
         self.batch.append((text, opens))
         self.n_chars += len(text)
         if self.n_chars >= BATCH_CHARS:

@@ -119,7 +119,7 @@ def latency_table(table: pd.DataFrame) -> pd.DataFrame:
 def draw_latency(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
     """Draws the time of a decoding step against the batch, both on log axes: one line per model.
 
-    Markers are hollow where the batch does not fit.
+    Markers are hollow if the batch does not fit.
 
     Args:
         table: from `latency_table`.
@@ -136,7 +136,7 @@ def draw_latency(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None
 def draw_throughput(table: pd.DataFrame, ax: Axes, *, font_pt: float = 8.0) -> None:
     """Draws throughput against the time of a step, both on log axes: one line per model.
 
-    Markers are hollow where the batch does not fit. A step yields one token per sequence, so points with the same batch
+    Markers are hollow if the batch does not fit. A step yields one token per sequence, so points with the same batch
     and number of devices lie on a diagonal, labelled with the batch.
 
     Args:

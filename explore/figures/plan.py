@@ -84,7 +84,7 @@ def layouts_table(searches: Mapping[str, Found]) -> pd.DataFrame:
     """Table for the figure of layouts: the best layout for every value of every degree of parallelism.
 
     Returns:
-        Columns model, degree, value, tokens_per_s_gpu (0 where nothing fits or nothing is legal) and wall.
+        Columns model, degree, value, tokens_per_s_gpu (0 if nothing fits or nothing is legal) and wall.
     """
     rows = [
         (name, wall.degree, wall.value, wall.relative * found.tokens_per_s_gpu, wall.wall)

@@ -133,11 +133,11 @@ def _moe(moe: MoEConfig) -> Arguments:
     require("blocks.E", moe, MOE, TARGET)
     sigmoid = moe.router_score == "sigmoid"
     if moe.expert_bias and not sigmoid:
-        raise refuse("blocks.E.expert_bias", True, TARGET, "False, where router_score is 'softmax',")
+        raise refuse("blocks.E.expert_bias", True, TARGET, "False (if router_score is 'softmax')")
     if moe.normalize_weights and moe.top_k == 1:
-        raise refuse("blocks.E.normalize_weights", True, TARGET, "False, where top_k is 1,")
+        raise refuse("blocks.E.normalize_weights", True, TARGET, "False (if top_k is 1)")
     if sigmoid and not moe.normalize_weights and moe.top_k > 1:
-        raise refuse("blocks.E.normalize_weights", False, TARGET, "True, where router_score is 'sigmoid',")
+        raise refuse("blocks.E.normalize_weights", False, TARGET, "True (if router_score is 'sigmoid')")
     shared = moe.shared_mlp()
     return [
         ("--num-experts", str(moe.n_experts)),

@@ -74,7 +74,7 @@ def record_html(row: Mapping[str, Any], experiment: Any, metrics: pd.DataFrame) 
 
     Args:
         row: row of the table of runs.
-        experiment: its JSON; the layers are plain letters where it holds no model that can be read.
+        experiment: its JSON; the layers are plain letters if its model cannot be read.
         metrics: rows of `metrics.csv`.
     """
     from explore.model.config import ModelConfig

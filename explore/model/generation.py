@@ -249,7 +249,7 @@ class _Drafter:
     def read(self, hidden: Float[Tensor, "1 seq d_model"], known: list[int]) -> None:
         """Takes the main model's outputs up to the last known token, and the tokens confirmed since.
 
-        The outputs begin with positions that were read before and have been read again.
+        The first outputs are those of positions that were read before and are read again.
         """
         new = hidden[:, hidden.shape[1] - (len(self.tokens) + len(known) - 1 - self.n_read[0]) :]
         self._give(0, new)

@@ -123,7 +123,7 @@ def _memory() -> Iterator[Held]:
 
 
 def _golden() -> Iterator[Held]:
-    note = f"with {WORKSPACE_BYTES / GIB:.2f} GiB for what no formula names"
+    note = f"with {WORKSPACE_BYTES / GIB:.2f} GiB that no formula explains"
     for case in GOLDEN:
         last = case.plan().ranks()[-1]
         total = last["total"] + WORKSPACE_BYTES / GIB

@@ -166,7 +166,7 @@ def from_released(content: Mapping[str, Any]) -> ModelConfig:
                     "top_k": c["num_experts_per_tok"],
                     "d_expert": c["moe_intermediate_size"],
                     "d_latent": c["moe_latent_size"],
-                    "n_shared": 1 if n_shared else 0,  # transformers builds one MLP, whatever their number
+                    "n_shared": 1 if n_shared else 0,  # transformers builds one MLP for any number
                     "d_shared": d_shared if n_shared else None,
                     "normalize_weights": c["norm_topk_prob"],
                     "routed_scaling_factor": c["routed_scaling_factor"],

@@ -37,7 +37,7 @@ class Speedup(NamedTuple):
 
 
 BF16 = Dtypes()
-LONG_INPUT = "65,536 tokens in, 1,024 out: nearly all is prefill, bound by FLOPs, where attention is square"
+LONG_INPUT = "65,536 tokens in, 1,024 out: nearly all is prefill, bound by FLOPs, with quadratic attention"
 GROWS = "the baseline's KV cache, not its weights, decides how many sequences decode at once"
 SPEEDUPS: tuple[Speedup, ...] = (
     Speedup(
@@ -50,7 +50,7 @@ SPEEDUPS: tuple[Speedup, ...] = (
     ),
     Speedup(
         "nemotron-nano-2-9b", "qwen3-8b", "A10G", 8192, 16_384, 6.0, BF16, BF16,
-        f"{GROWS}; of a batch of 8 only those that fit count here, where a server pages and evicts", batch_size=8,
+        f"{GROWS}; of a batch of 8 only those that fit count here; a server pages and evicts", batch_size=8,
     ),
     Speedup(
         "nemotron-3-nano", "qwen3-30b-a3b", "H200", 8192, 16_384, 3.3, FP8, FP8,

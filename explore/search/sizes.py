@@ -35,7 +35,7 @@ def suggest_sizes(
     config = STANDARD_LETTERS[letter]
     if unknown := [each for each in draws if each not in config.draws]:
         known = ", ".join(config.draws) or "nothing"
-        raise ValueError(f"{unknown[0]} must be one of what {config.label} draws: {known}")
+        raise ValueError(f"draws must be among those of {config.label} ({known}), got {unknown[0]!r}")
     prefix = name or config.model_fields["kind"].default
     drawn = {each: _draw(trial, f"{prefix}_{each}", draw) for each, draw in {**config.draws, **draws}.items()}
     return config.sized(d_model, **drawn) if drawn else {}

@@ -44,7 +44,7 @@ def why(search: Search, point: Point, tolerance: float) -> str:
         around = product(*map(neighbours, search.free, point))
         single = [near for near in around if sum(map(operator.ne, near, point)) == 1]
         refused = dict.fromkeys(reason for near in single if (reason := search.refusal(near)))
-        lines.append(f"in the way: {'; '.join(refused) or 'what is not free'}")
+        lines.append(f"in the way: {'; '.join(refused) or 'the fixed dimensions'}")
     return "; ".join(lines)
 
 

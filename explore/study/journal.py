@@ -115,7 +115,7 @@ class WholeJournal(JournalFileBackend):
 
 
 class _Link(JournalFileSymlinkLock):
-    """Optuna's lock, a symlink next to the journal; a stale link is removed whatever its target.
+    """Optuna's lock, a symlink next to the journal; a stale link is removed, whatever it points to.
 
     Optuna judges staleness by the link's target. It waits for ever if the target does not exist, as after the folder
     was moved, or if it is another journal in use.

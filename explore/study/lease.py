@@ -2,18 +2,18 @@
 
 Leases work in any storage; Optuna's own heartbeats exist only in its relational one. The protocol:
 
-1. A worker asks for a trial, which makes it RUNNING, and writes its mark, `lease`, into the trial's user attributes:
-   who it is, where it runs, and a beat that counts up every `BEAT_S` seconds.
-2. Every worker looks at all RUNNING trials before it asks for one (`Reaper.reap`). A trial is dead if its mark has not
+1. A worker takes a trial from the study, which makes it RUNNING, and writes its mark, `lease`, to the trial's user
+   attributes: its identity, its host, and a beat that increases every `BEAT_S` seconds.
+2. Every worker checks all RUNNING trials before it takes one (`Reaper.reap`). A trial is dead if its mark has not
    changed for `LEASE_S` seconds, if its process ran on this machine and is gone, or if it gets no mark at all.
-3. A dead trial is ended first (FAIL, outcome `interrupted`) and queued again second, as a new trial with the same
-   parameters and `retry_of`. A process that is killed between the two leaves a trial that was ended and has no retry:
-   whoever reaps next finds it and queues it. In the other order, the old trial and its retry could run side by side.
-4. Two processes may queue a retry of one trial at the same time. `is_doubled` makes the later of the two give way.
+3. A dead trial is first ended (FAIL, outcome `interrupted`) and then queued again, as a new trial with the same
+   parameters and `retry_of`. A process killed between the two leaves an ended trial without a retry, and the next
+   reaper queues it. In the other order, the old trial and its retry could run at the same time.
+4. Two processes may queue a retry of one trial at the same time. `is_doubled` then cancels the later of the two.
 
-No clock is compared with another: whoever judges measures with its own clock for how long it has seen the same mark.
-Optuna lets nobody write to a trial that has ended. So a worker that was only slow, and whose trial was reaped, gets an
-UpdateFinishedTrialError at its next write, and cannot end the trial a second time.
+Clocks of different machines are never compared: each reaper measures with its own clock how long a mark has not
+changed. Optuna rejects writes to a trial that has ended. So a worker that was only slow, and whose trial was reaped,
+gets an UpdateFinishedTrialError at its next write and cannot end the trial a second time.
 """
 
 from __future__ import annotations

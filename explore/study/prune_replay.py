@@ -1,7 +1,7 @@
-"""Measures what pruning saves and what it loses, on learning curves of runs that were all trained to the end.
+"""Measures savings and losses of pruning, on learning curves of runs that were all trained to the end.
 
-The runs arrive in random orders. Each is followed until the pruner, which knows the runs before it, stops it, and costs
-the training FLOPs of that share of its schedule. Nothing is trained.
+The runs arrive in random orders. Each is followed until the pruner, given the earlier runs, stops it, and it costs the
+training FLOPs of that share of its schedule. Nothing is trained.
 """
 
 from __future__ import annotations

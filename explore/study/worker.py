@@ -1,4 +1,4 @@
-"""A worker of a sweep: it asks for a trial, trains its experiment, reports the result, and repeats."""
+"""A worker of a sweep: it takes a trial, trains its experiment, reports the result, and repeats."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def library_key(experiment: Experiment, parent: str, request: LibraryRequest) ->
 
 
 def block_library(run: RunFolder | str | Path, request: LibraryRequest | None = None) -> Library:
-    """Returns the library of a finished run: read from its folder, or trained there, resuming where a kill stopped it.
+    """Returns the library of a finished run: read from its folder, or trained there, resuming after a kill.
 
     Raises:
         ValueError: the run has not finished, or the request does not fit its model.

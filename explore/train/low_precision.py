@@ -1,4 +1,4 @@
-"""Training in low precision: what each step quantises, and what quantisation loses."""
+"""Training in low precision: the products that each step quantises, and the elements that quantisation loses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _reduce_max(x: Tensor) -> None:
 
 
 class LostElements(Callback):
-    """Writes `precision.csv`: what quantisation loses, by component, at some steps.
+    """Writes `precision.csv`: elements that quantisation loses, by component, at some steps.
 
     A row describes either an operand of a product, such as `dy weight_gradient`: `flushed` is the share of its nonzero
     elements rounded to zero, `saturated` the share clipped to the largest value. Or it describes `dw`, the gradient of

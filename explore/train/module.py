@@ -112,7 +112,7 @@ class LitLanguageModel(LightningModule):
     def _n_shares(self) -> int:
         """The divisor of gradients in the backward pass, after which processes average their gradients.
 
-        Formats with scales that are powers of two round a gradient to other values where it is three times as large.
+        It matters because formats with power-of-two scales round differently after a gradient is multiplied by 3.
         """
         return self.trainer.world_size if self.experiment.train.quantizes else 1
 
