@@ -307,6 +307,6 @@ def test_texts_of_similar_length_share_one_compiled_step(traced: None) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_a_compiled_step_is_refused_where_it_cannot_help() -> None:
+def test_a_compiled_step_is_refused_if_it_cannot_help() -> None:
     with pytest.raises(ValueError, match="compiled must be False on meta, got True"):
         generate(model("M").to("meta"), tokens().to("meta"), 2, compiled=True)

@@ -102,7 +102,7 @@ def test_tied_embeddings_are_counted_once_and_the_head_still_computes() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [0, -1])
-def test_a_length_that_is_not_positive_is_refused(seq_len: int) -> None:
+def test_a_nonpositive_length_is_refused(seq_len: int) -> None:
     with pytest.raises(ValueError, match="seq_len must be at least 1"):
         preset("nemotron-3-nano").ledger(seq_len)
 

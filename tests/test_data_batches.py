@@ -101,7 +101,7 @@ def test_a_source_survives_pickling() -> None:
 
 
 @given(n_tokens=st.integers(2, 200), seq_len=st.integers(1, 40), batch_size=st.integers(1, 5))
-def test_evaluation_predicts_every_token_but_the_first_once_and_in_order(
+def test_evaluation_predicts_every_token_except_the_first_once_in_order(
     n_tokens: int, seq_len: int, batch_size: int
 ) -> None:
     source = counting(max(n_tokens, seq_len + 1), seq_len, 0)

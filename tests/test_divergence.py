@@ -150,7 +150,7 @@ def test_no_tensor_is_as_large_as_the_logits(path: str, largest: int, monkeypatc
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_a_temperature_that_is_not_positive_is_refused(temperature: float) -> None:
+def test_a_nonpositive_temperature_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match=r"^temperature must be above 0, got "):
         linear_kl(*draw(3, 17, 12, 20), temperature)
 

@@ -115,7 +115,7 @@ def test_every_committed_record_still_has_its_key(path: Path, monkeypatch: pytes
         assert hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest() == run.key
 
 
-def test_start_and_objective_are_written_only_where_they_are_not_the_default(corpus: Path) -> None:
+def test_start_and_objective_are_written_only_if_they_differ_from_the_default(corpus: Path) -> None:
     one = experiment(corpus)
     assert experiment(corpus, start={"kind": "fresh"}, train__objective={"kind": "next_token"}) == one
     assert one.model_dump(mode="json").keys() == {"name", "model", "data", "train", "seed"}

@@ -377,7 +377,7 @@ def test_figures_stay_out_of_pyplots_global_list_and_show_in_jupyter(runs):
     assert sys.modules["matplotlib.pyplot"].get_fignums() == []
 
 
-def test_runs_on_different_data_are_drawn_only_where_they_compare(runs):
+def test_runs_on_different_data_are_drawn_only_on_comparable_axes(runs):
     runs = runs.assign(eval_data=["a", "b", "b", "b", "a", "a", "a"], corpus=["austen", *["sotu"] * 3, *["austen"] * 3])
     with pytest.raises(ValueError, match=r"val_bpb cannot be compared .* there are 1 on 'austen', 3 on 'sotu'"):
         plot_frontier(runs)

@@ -60,7 +60,7 @@ def test_95_percent_of_the_bands_hold_the_true_mean(skewed):
     assert (0.9 if skewed else 0.93) <= np.mean(held) <= 0.97
 
 
-def test_points_far_apart_are_resolved_and_a_tie_is_not():
+def test_distant_points_are_resolved_and_ties_are_not():
     bands = seed_bands(runs(np.random.default_rng(0), (2.0, 1.5, 1.5, 1.8)), ["name"])
     assert bands["standing"].tolist() == ["on the front", "on the front", "not resolved", "behind"]
     assert bands["on_front"].equals(pareto_front(bands))

@@ -85,7 +85,7 @@ def test_95_percent_of_intervals_hold_the_difference_and_holm_errs_one_time_in_t
     assert found.loc[found["arm"] == "d", "difference"].mean() == pytest.approx(-0.03, abs=0.02)
 
 
-def test_verdicts_need_the_direction_in_which_better_lies():
+def test_verdicts_need_a_declared_better_direction():
     table = runs(np.random.default_rng(0), {"base": 1.0, "good": 0.5, "bad": 1.5, "same": 1.0})
     found = compare(table, "arm", "base", strata=["d_model"]).set_index("arm")["verdict"]
     assert found.to_dict() == {"good": "better", "bad": "worse", "same": "not resolved"}

@@ -216,7 +216,7 @@ def gated(folder: Path, floor: str = "0.1") -> Path:
     return write_sweep(folder, replaced=replaced, tokens=256)
 
 
-def test_a_sweep_runs_the_smallest_size_first_and_stops_where_its_gate_fails(
+def test_a_sweep_runs_the_smallest_size_first_and_stops_if_its_gate_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path, runs = gated(tmp_path / "sweep"), tmp_path / "runs"

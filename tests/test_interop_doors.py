@@ -212,7 +212,7 @@ def test_options_that_only_some_models_have_become_arguments() -> None:
         (model("E", moe={"bias": True}), "blocks.E.bias: True"),
         (model("E", moe={"shared_gate": True}), "blocks.E.shared_gate: True"),
         (model("E", moe={"router_score": "softmax"}), "blocks.E.expert_bias: True"),
-        (model("E", moe={"top_k": 1}), "blocks.E.normalize_weights: True .* only False, where top_k is 1, can"),
+        (model("E", moe={"top_k": 1}), r"blocks.E.normalize_weights: True .* only False \(if top_k is 1\) can"),
         (model("E", moe={"normalize_weights": False}), "blocks.E.normalize_weights: False"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -205,7 +205,7 @@ def test_inputs_without_a_kernel_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(65, 257, 24), (64, 64, 8), (32, 100, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_counts_the_memory_that_is_taken(
+def test_the_model_counts_the_allocated_memory(
     shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, taken: list[Tensor]
 ) -> None:
     cut(monkeypatch, 32, 64)

@@ -68,7 +68,7 @@ def imports_outside_own_folder(kernel: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.name)
-def test_a_kernel_imports_nothing_of_explore_but_its_own_folder(kernel: Path) -> None:
+def test_a_kernel_imports_only_its_own_folder_of_explore(kernel: Path) -> None:
     assert imports_outside_own_folder(kernel) == set()
 
 
@@ -124,7 +124,7 @@ def test_no_file_is_over_500_lines(source: Path) -> None:
     assert len(source.read_text(encoding="utf-8").splitlines()) <= 500
 
 
-def test_every_direct_dependency_is_pinned_to_what_is_installed() -> None:
+def test_every_direct_dependency_is_pinned_to_the_installed_version() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

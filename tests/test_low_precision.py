@@ -90,7 +90,7 @@ def test_other_recipes_quantise_along_the_sum(name: str) -> None:
 
 
 @pytest.mark.parametrize("product", ["forward", "input_gradient", "weight_gradient"])
-def test_a_product_that_is_switched_off_is_exact(product: str) -> None:
+def test_a_disabled_product_is_exact(product: str) -> None:
     x, weight, dy = tensors((2, 32, 32), (32, 32), (2, 32, 32))
     exact = {"forward": x @ weight.T, "input_gradient": dy @ weight, "weight_gradient": None}
     exact["weight_gradient"] = dy.flatten(0, 1).T @ x.flatten(0, 1)

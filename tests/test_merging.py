@@ -230,7 +230,7 @@ def test_averages_of_both_shapes_are_in_the_table_of_runs_and_in_records(finishe
     assert again.merged == finished.merged
 
 
-def test_the_last_checkpoint_has_the_scores_of_the_run_where_it_is_its_last_step(corpus: Path, tmp_path: Path) -> None:
+def test_the_last_checkpoint_has_the_scores_of_the_run_if_it_is_its_last_step(corpus: Path, tmp_path: Path) -> None:
     folder = fit(experiment(corpus, decay=0.0, tokens=8 * TOKENS), tmp_path, keep_every=4, accelerator="cpu")
     record = score_merge(folder, 1)
     assert (record["steps"], record["val_bpb"]) == ([8], pytest.approx(record["last"]["val_bpb"], rel=1e-6))

@@ -80,7 +80,7 @@ def test_a_count_may_have_a_suffix_and_has_the_same_key() -> None:
     assert wide == plain_wide
 
 
-def test_text_that_looks_like_a_count_stays_text_where_text_is_meant() -> None:
+def test_text_that_looks_like_a_count_stays_text_in_text_fields() -> None:
     named = Experiment.model_validate({**EXPERIMENT, "name": "5M", "data": {"kind": "text", "corpus": "10k"}})
     assert isinstance(named.data, TextData)
     assert (named.name, named.data.corpus) == ("5M", "10k")

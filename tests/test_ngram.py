@@ -86,7 +86,7 @@ def test_probabilities_of_all_tokens_sum_to_one(order: int) -> None:
         assert math.isclose(sum(probs), 1, rel_tol=1e-12)
 
 
-def test_scores_do_not_depend_on_where_a_text_is_cut_for_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_cuts_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = NgramModel(random_text(0, 300), VOCAB, 4), random_text(1, 50)
     whole = model.log_probs(text)
     monkeypatch.setattr("explore.evals.ngram.CHUNK", 7)

@@ -121,7 +121,7 @@ def test_all_to_all_times_are_reproduced_with_one_efficiency_per_link(held: list
     assert max(abs(row.difference) for row in naive) < 0.25
 
 
-def test_all_published_layouts_but_one_are_legal_and_fit(held: list[Held]) -> None:
+def test_all_published_layouts_except_one_are_legal_and_fit(held: list[Held]) -> None:
     *ran, refused = of(held, "layouts")
     missed = {row.name: row for row in ran if not row.ok}
     # Its source names no recomputation or offload, and no recipe with its micro-batch is published.

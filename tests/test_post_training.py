@@ -86,7 +86,7 @@ def test_squared_error_falls_with_the_criterion() -> None:
     assert errors["four_over_six"] < 0.9 * errors["max"]
 
 
-def test_one_outlier_of_a_tensor_is_clipped_where_that_has_the_smaller_error() -> None:
+def test_an_outlier_is_clipped_if_that_has_the_smaller_error() -> None:
     w = torch.randn(2, 4096)
     w[:, 0] = 1e5  # beyond what E4M3 can tell apart
     error = {

@@ -80,7 +80,7 @@ def test_the_shares_and_the_unexplained_rest_sum_to_the_step() -> None:
     assert sum(record["shares"].values()) + record["unexplained_s"] == pytest.approx(record["step_s"])
 
 
-def test_ops_are_classified_by_where_their_time_goes() -> None:
+def test_ops_are_classified_by_their_use_of_time() -> None:
     kinds = {
         "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
         "passes": ("aten::mul", "aten::add_", "aten::sum", "aten::copy_", "aten::cat", "aten::_embedding_bag"),

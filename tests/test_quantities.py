@@ -101,7 +101,7 @@ def test_every_quantity_is_read_from_a_run_or_missing(runs: pd.DataFrame) -> Non
     assert {name: str(runs[name].dtype) for name in runs} == {each.name: each.dtype for each in columns(MEMBERS)}
 
 
-def test_scores_are_columns_where_some_run_has_them_and_hide_no_other(run: RunFolder, runs: pd.DataFrame) -> None:
+def test_scores_of_any_run_are_columns_and_hide_no_other_column(run: RunFolder, runs: pd.DataFrame) -> None:
     assert runs["mars_bpb"][0] == 2.5
     assert runs["blimp_accuracy"][0] == 0.625
     assert runs["val_bpb"][0] == (run.result or {})["val_bpb"] < 9  # and not the one of a corpus called val
@@ -270,7 +270,7 @@ def test_a_front_takes_the_better_values_of_both_axes(axes: tuple[tuple[str, boo
     assert (dx > 0, dy > 0) == (x_up, y_up)  # the label is where no run can be
 
 
-def test_statistics_of_fronts_are_mirrored_where_higher_is_better() -> None:
+def test_statistics_of_fronts_are_mirrored_if_higher_is_better() -> None:
     draws = np.random.default_rng(1)
     rows = [
         (name, i, 10.0 ** (12 + i), 0.2 * i + draws.normal(0, 0.05)) for i, name in enumerate("abc") for _ in range(3)
@@ -342,7 +342,7 @@ def test_pages_name_quantities_by_their_labels(run: RunFolder) -> None:
     assert {*METRICS, "flops_run", "params_active"} <= labels.keys()
 
 
-def test_summaries_show_what_is_known_before_training_first() -> None:
+def test_summaries_show_settings_known_before_training_first() -> None:
     known = [each.is_known for each in headlines(MEMBERS)]
     assert known == sorted(known, reverse=True)
     assert {"params_total", "flops_run", "lr", "val_bpb", "mars_bpb"} <= {each.name for each in headlines(MEMBERS)}

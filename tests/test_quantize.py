@@ -112,7 +112,7 @@ def test_a_thousand_tensors_in_mx_formats_equal_torchao() -> None:
             assert same(quantize(x, name), expected)
 
 
-def test_a_thousand_tensors_in_nvfp4_equal_torchao_where_the_scale_of_the_tensor_is_a_power_of_two() -> None:
+def test_nvfp4_equals_torchao_on_a_thousand_tensors_with_power_of_two_scales() -> None:
     """Elsewhere torchao rounds twice where Transformer Engine rounds once."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 

@@ -265,7 +265,7 @@ def test_the_rows_of_children_have_bits_and_formats_and_survive_packing(
     assert RunFolder(tmp_path / "again" / child.path.name).quantized == child.quantized
 
 
-def test_recall_is_scored_where_a_run_has_it(tmp_path: Path) -> None:
+def test_recall_is_scored_if_a_run_has_it(tmp_path: Path) -> None:
     content = {
         "name": "recall", "model": {"d_model": 32, "vocab_size": 32, "pattern": "M*", "blocks": BLOCKS},
         "data": {"kind": "recall", "seq_len": 32, "n_pairs": 4, "vocab_size": 32, "n_eval": 16},
@@ -281,7 +281,7 @@ def test_recall_is_scored_where_a_run_has_it(tmp_path: Path) -> None:
 # The command
 
 
-def test_the_command_prints_what_programs_read_and_tables_of_80_columns(
+def test_the_command_prints_json_and_tables_of_80_columns(
     parent: RunFolder,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -143,7 +143,7 @@ def test_published_speed_ups_are_predicted_in_direction_with_a_reason_for_each_g
         assert row["predicted_at_its_batch"] <= row["predicted"] * 1.001
 
 
-def test_every_device_has_a_source_and_a_wider_dtype_is_taken_where_a_narrow_one_is_not_known() -> None:
+def test_every_device_has_a_source_and_unknown_narrow_rates_fall_back_to_wider_dtypes() -> None:
     assert list(GPUS) == ["A10G", "A100", "H100", "H200", "B200", "GB200", "B300", "GB300", "MI300X"]
     assert all(gpu.source for gpu in GPUS.values())
     assert hardware("a100").peak("float8") == hardware("A100").peak("bfloat16")

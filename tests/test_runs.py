@@ -64,7 +64,7 @@ def test_expert_columns_come_from_the_first_block_in_use_that_has_them(tmp_path)
     assert table["n_layers"].tolist() == [3, 3]
 
 
-def test_dtypes_are_the_same_whatever_is_missing(tmp_path):
+def test_dtypes_do_not_depend_on_missing_values(tmp_path):
     make_run(tmp_path / "full")
     (tmp_path / "bare" / "x").mkdir(parents=True)
     write_json(tmp_path / "bare" / "x" / "experiment.json", {"key": KEY})
@@ -111,7 +111,7 @@ def test_a_folder_of_unfinished_runs_gives_an_empty_table_with_all_columns(tmp_p
     assert list(table.columns) == NAMES
 
 
-def test_a_root_that_is_missing_or_holds_no_run_is_named_in_one_line(tmp_path):
+def test_a_missing_root_or_one_without_runs_is_named_in_one_line(tmp_path):
     for roots, message in [
         ((tmp_path / "none",), "must be a folder of runs or a table of records"),
         ((tmp_path,), "holds no run"),
@@ -208,7 +208,7 @@ def test_json_is_read_back_unchanged_and_ends_in_a_newline(tmp_path):
     assert '\n  "a"' in text
 
 
-def test_a_number_that_is_not_finite_is_refused_by_its_path_and_the_old_file_stays(tmp_path):
+def test_a_number_that_is_not_finite_is_refused_by_its_path_and_the_old_file_is_kept(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"old": 1})
     with pytest.raises(ValueError, match=r"x\.json: value\.a\[1\]\.b = nan must be finite"):

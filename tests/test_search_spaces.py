@@ -169,7 +169,7 @@ def one_edit_away(a: str, b: str) -> bool:
 
 
 @each_space
-def test_a_mutation_is_another_pattern_of_the_space_one_edit_away_where_there_is_one(space: PatternSpace) -> None:
+def test_a_mutation_is_a_different_pattern_of_the_space_at_distance_one_if_possible(space: PatternSpace) -> None:
     rng, inside = np.random.default_rng(2), by_brute_force(space)
     for pattern in sorted(inside)[:: max(1, len(inside) // 10)]:
         near = {other for other in inside if one_edit_away(pattern, other)}

@@ -34,7 +34,7 @@ def trials_of(runs: Path, name: str = "width") -> list[optuna.trial.FrozenTrial]
     return study_of(runs, name).trials
 
 
-def test_a_sweep_ends_with_the_trials_it_was_asked_for_and_repeating_it_does_nothing(
+def test_a_sweep_ends_with_the_requested_trials_and_repeating_it_does_nothing(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep, runs = load_sweep(sweep_file), tmp_path / "runs"

@@ -293,7 +293,7 @@ def test_queued_trials_are_trained_although_the_space_is_exhausted(tmp_path: Pat
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_has_exit_code_1_where_all_trials_failed(
+def test_the_command_has_exit_code_1_if_all_trials_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
     from explore.cli import main

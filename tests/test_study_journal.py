@@ -56,7 +56,7 @@ def test_a_damaged_line_is_named_with_its_journal(journal: Path, damage: str, nu
         assert len(text) < 400 + len(str(journal))
 
 
-def test_a_line_that_is_damaged_while_the_study_is_open_is_named(journal: Path) -> None:
+def test_a_line_damaged_while_the_study_is_open_is_named(journal: Path) -> None:
     study = optuna.load_study(storage=open_storage(journal.parent), study_name="s")
     n = journal.read_bytes().count(b"\n")
     with journal.open("ab") as file:

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalW
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1, 0.4])
-def test_a_run_is_stopped_where_one_that_costs_no_more_was_better_by_more_than_the_margin(margin: float) -> None:
+def test_a_run_is_stopped_if_one_of_at_most_its_cost_was_better_by_more_than_the_margin(margin: float) -> None:
     pruner, finished = FrontPruner(margin=margin, min_trials=0, min_fraction=0.0), curves(30)
     table = pd.DataFrame([{"flops": c.costs[0], **dict(c.points)} for c in finished])
     stopped = 0

@@ -161,7 +161,7 @@ def test_a_storage_that_does_not_open_is_one_line_without_the_password(tmp_path:
     assert "et@" not in text
 
 
-def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(ValueError, match=r"package grpc: pip install 'hybrid-frontier\[cluster\]'"):
         open_storage(tmp_path, "grpc://127.0.0.1:1")

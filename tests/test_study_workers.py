@@ -136,7 +136,7 @@ def test_a_trial_that_never_had_a_lease_is_dead_after_one_beat(study: optuna.Stu
     assert states(study) == "FAIL WAITING"
 
 
-def test_a_trial_that_is_alive_is_left_alone(study: optuna.Study, clock: list[float]) -> None:
+def test_a_live_trial_is_not_changed(study: optuna.Study, clock: list[float]) -> None:
     reaper, trial = Reaper(), study.ask()
     with Lease(study, trial):
         reaper.reap(study)

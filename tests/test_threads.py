@@ -105,7 +105,7 @@ def test_a_run_yields_cores_to_a_neighbour_and_takes_them_back(torch_threads: py
     assert seen == [4, 2, 2, 4]  # too early, two cores busy elsewhere, too early again, all free
 
 
-def test_a_run_keeps_the_threads_of_the_user_whatever_the_load(torch_threads: pytest.MonkeyPatch) -> None:
+def test_a_run_keeps_the_threads_of_the_user_at_any_load(torch_threads: pytest.MonkeyPatch) -> None:
     machine(torch_threads, (0.0, 0.0, 0.0))
     torch_threads.setattr(threads.time, "monotonic", lambda: 6.0)
     watch = threads.CoreWatch()

@@ -406,7 +406,7 @@ def test_a_model_that_becomes_nan_in_its_last_step_has_diverged(
     assert found["step"] == STEPS
 
 
-def test_a_vocabulary_that_is_too_small_is_refused_and_nothing_written(corpus: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_too_small_is_refused_and_writes_nothing(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.vocab_size: must be at least 257, .*, got 256"):
         train(experiment(corpus, "-", model__vocab_size=256), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()

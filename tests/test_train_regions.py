@@ -67,7 +67,7 @@ def test_a_run_compiles_once_it_is_long_enough(own: Path) -> None:
     assert "ssd" not in chosen("MN", ENOUGH - 1)  # two shapes
 
 
-def test_quantisers_are_compiled_where_a_run_in_low_precision_is_long_enough(own: Path) -> None:
+def test_quantisers_are_compiled_if_a_run_in_low_precision_is_long_enough(own: Path) -> None:
     """An MLP of 32 -> 16 -> 32 quantises 4 * (32 + 16) elements a token: two widths, for each of which activations and
     gradients are quantised along two axes, and two sizes of weights."""
     mlp = ModelConfig.model_validate(
@@ -85,7 +85,7 @@ def test_quantisers_are_compiled_where_a_run_in_low_precision_is_long_enough(own
     assert compiled_ops(mlp, 32, 10**9, "bf16", recipe=TRAINED["nvfp4"]).keys() == {QUANTIZE}
 
 
-def test_every_length_that_is_called_is_compiled(own: Path) -> None:
+def test_every_sequence_length_in_use_is_compiled(own: Path) -> None:
     assert chosen("M", 10 * ENOUGH, seq_len=40)["ssd"]["costs_s"] == 20.0  # two chunks, and half of one
     found = chosen("M/M", 10 * ENOUGH)  # multi-token prediction sees one position less
     assert {op: each["costs_s"] for op, each in found.items()} == {"conv": 20.0, "norm": 20.0, "ssd": 30.0}

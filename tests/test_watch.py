@@ -183,7 +183,7 @@ def test_without_a_terminal_each_ended_trial_is_one_line(runs: Path) -> None:
     assert "E-E" in line
 
 
-def test_in_a_notebook_the_table_is_html_that_is_replaced(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_notebook_the_html_table_is_updated_in_place(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, shown = find_study(str(runs)).study, []
     monkeypatch.setattr(NotebookOutput, "show", lambda self, html: shown.append(html))
     screen = io.StringIO()
