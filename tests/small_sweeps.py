@@ -88,7 +88,7 @@ def assert_same(found: Mapping[str, list[float]], expected: Mapping[str, list[fl
         assert values == pytest.approx(expected[key], abs=1e-6)
 
 
-# Workers. A server that has imported everything forks them, so that a start takes no five seconds.
+# Workers. A server that has imported everything forks them, so a start does not take five seconds.
 
 
 def start(target: Callable[..., Any], *args: Any, **kwargs: Any) -> ForkServerProcess:

@@ -270,7 +270,7 @@ def test_compiled_steps_generate_the_same_text_and_are_cached(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that it is taken back
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that monkeypatch restores it
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     folders = []
 

@@ -176,7 +176,7 @@ def test_data_with_more_tokens_than_the_checkpoint_is_refused(trained: RunFolder
         open_parent(tmp_path / "parent", tmp_path / "other.json")
 
 
-# One layer after another
+# Removal of layers one by one
 
 
 def effects_without(trained: RunFolder, gone: list[int], effect: str) -> dict[int, float]:

@@ -74,7 +74,7 @@ def by_sequence(activations: list[Tensor]) -> list[float]:
     return means.norm(dim=0).tolist()  # type: ignore[no-any-return]
 
 
-# What the papers print
+# Published values
 
 
 @torch.no_grad()

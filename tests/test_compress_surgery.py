@@ -322,7 +322,7 @@ def test_scales_of_norms_are_folded_into_their_weights_by_kept_group() -> None:
     assert all(torch.equal(scaled[name], plain[name]) for name in plain if name not in scales)
 
 
-# Plans as files, and what is refused
+# Plans as files, and refusals
 
 
 def test_a_plan_is_the_same_after_json_and_its_origin_does_not_count(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_frozen_mapping_equals_its_source(items: dict[str, int]) -> None:
         frozen._items = {}
 
 
-# Fields that were added after experiments were given keys
+# Fields added after experiments had keys
 
 
 class Part(Config):

@@ -59,7 +59,7 @@ def objective_of(one: Experiment) -> Objective:
     return build_objective(one.train)
 
 
-# What is minimised
+# The objective
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_the_key_of_a_record_does_not_need_the_files_of_the_teacher(corpus: Path
     assert Experiment.model_validate_json(text).key() == student(corpus, parent).key()
 
 
-# What it costs
+# Costs
 
 
 def test_the_passes_of_the_teacher_and_all_that_was_trained_before_are_counted_once(
@@ -248,7 +248,7 @@ def test_the_training_cost_of_an_imported_model_is_unknown(corpus: Path, parent:
     assert found["flops_teacher"] == 0
 
 
-# What is refused
+# Refusals
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_weights_changed_after_the_experiment_was_written_are_refused(
     assert not (tmp_path / "runs").exists()
 
 
-# Stops
+# Interruptions
 
 
 class Stop(Exception):

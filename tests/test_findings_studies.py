@@ -117,7 +117,7 @@ def test_each_average_of_checkpoints_is_compared_with_the_decay_alone(tmp_path: 
     tables = tables_where(flat=0.0)
     differences = tables["differences"].set_index(["arm", "d_model"])
     assert differences.loc["minus_sqrt", "verdict"].tolist() == ["worse", "worse"]
-    # Of two arms, not of all that share their noise, and of each width by itself.
+    # The noise is that of the two compared arms at one width, not pooled over all arms.
     assert differences.loc["minus_sqrt", "dof"].tolist() == pytest.approx([4, 4])
     assert set(differences.loc[["flat", "constant"], "verdict"]) == {"exploratory"}
     gap = differences.loc["constant", "difference"] - differences.loc["minus_sqrt", "difference"]

@@ -146,7 +146,7 @@ def test_95_percent_of_cluster_intervals_hold_the_mean_over_paradigms(n_clusters
         sentences = success_fraction(round(200 * accuracy.sum()), 200 * n_clusters)
         narrow.append(sentences.low <= a / (a + b) <= sentences.high)
     assert 0.91 <= np.mean(held) <= 0.99
-    assert np.mean(narrow) < 0.6  # what counting sentences as independent would give
+    assert np.mean(narrow) < 0.6  # the value if sentences were independent
 
 
 def test_a_paired_difference_by_paradigm_holds_the_truth_and_is_narrower():

@@ -46,7 +46,7 @@ def test_the_interval_of_tau_covers_the_truth_even_for_close_arms(apart):
         held.append(row["low"] - 1e-9 <= true <= row["high"] + 1e-9)
         width.append(row["high"] - row["low"])
     assert np.mean(held) >= 0.95
-    assert np.mean(width) < 0.45 or apart < 0.03  # each of two sizes has a noise of its own
+    assert np.mean(width) < 0.45 or apart < 0.03  # two sizes have separate noise
 
 
 def test_an_order_is_wrongly_resolved_for_any_pair_one_time_in_twenty_at_most():

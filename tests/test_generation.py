@@ -100,7 +100,7 @@ def test_probabilities_are_renormalised_over_the_remaining_tokens() -> None:
     assert Sampling(temperature=0).probabilities(logits).tolist() == [1, 0, 0, 0]
     two = torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1])
     torch.testing.assert_close(Sampling(top_k=2).probabilities(logits), two)
-    # 0.644 and 0.237: the second is what reaches 0.7, and nothing after it is kept.
+    # 0.644 and 0.237: the second reaches 0.7, so nothing after it is kept.
     torch.testing.assert_close(Sampling(top_p=0.7).probabilities(logits), two)
     assert Sampling(top_p=0.1).probabilities(logits).tolist() == [1, 0, 0, 0]
     torch.testing.assert_close(Sampling(top_p=1.0, top_k=9).probabilities(logits), p)

@@ -132,7 +132,7 @@ def test_a_run_in_halves_is_recorded_and_resumes_in_halves_bit_for_bit(tmp_path:
         train(one, ends, split_batch=True, checkpoint_every=5, judge=Interrupts(), rungs=(0.5,))
     (folder,) = (each for each in ends.iterdir() if each.name != "rungs")
     assert not (folder / "result.json").exists()
-    resumed = train(one, ends)  # says nothing of halves
+    resumed = train(one, ends)  # without split_batch
     assert resumed.environment["split_batch"] is True
     assert result(resumed)["val_loss"] == losses[1]
 

@@ -44,7 +44,7 @@ def of_tokens(x: Tensor, rotated: bool, **how: Any) -> Tensor:
     return quantize(x, "nvfp4", block_axis=1, **how).flatten(0, 1)
 
 
-# Against quantisation by hand
+# Comparison with quantisation by hand
 
 
 @pytest.mark.parametrize("rotated", [True, False])

@@ -292,7 +292,7 @@ def test_all_commands_and_the_workbench_have_the_same_defaults(
     assert {signature(each).parameters["seq_len"].default for each in (solve, match)} == {SEQ_LEN}
 
 
-# Runs that do not compare
+# Runs that cannot be compared
 
 
 def write_run(folder: Path, corpus: str, val_bpb: float, flops: float, **result: Any) -> None:
@@ -351,7 +351,7 @@ def test_a_table_reads_records_with_any_number(
     assert run(capsys, monkeypatch, "table", str(tmp_path), "--json", "--unfinished")[0] == 0
 
 
-# Sizes and temperatures beyond what anyone means
+# Extreme sizes and temperatures
 
 
 @pytest.mark.parametrize("heads", [10**9, 2**62, LARGEST])

@@ -113,7 +113,7 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
         assert one.result[score] == pytest.approx(other.result[score], rel=1e-5)
 
 
-# What two processes do
+# Two processes
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_the_command_trains_with_two_processes_and_prints_once(folder: Path) -> 
     assert done.stderr == ""
 
 
-# What is refused, and what changes nothing
+# Refusals, and settings without an effect
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_squared_error_falls_with_the_criterion() -> None:
 
 def test_an_outlier_is_clipped_if_that_has_the_smaller_error() -> None:
     w = torch.randn(2, 4096)
-    w[:, 0] = 1e5  # beyond what E4M3 can tell apart
+    w[:, 0] = 1e5  # beyond the resolution of E4M3
     error = {
         scales: (quantize_weight(w, "int8", scales, per_expert=True) - w).square().sum() for scales in ("max", "mse")
     }

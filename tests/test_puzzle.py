@@ -90,7 +90,7 @@ def is_empty(library: Library, options: tuple[int, ...]) -> bool:
     return all(layer[k].how == "none" for layer, k in zip(library.layers, options, strict=True))
 
 
-# What is offered
+# Variants
 
 
 @pytest.mark.parametrize("letter", VARIANTS)
@@ -116,7 +116,7 @@ def test_only_the_sizes_that_are_named_vary() -> None:
     assert [each.name for each in found] == ["whole", "n_experts=4", "top_k=1"]
 
 
-# How replacements begin
+# Initial replacements
 
 
 def test_a_linear_map_starts_as_attention_of_a_single_token() -> None:
@@ -186,7 +186,7 @@ def test_the_least_squares_fit_finds_a_linear_map_and_keeps_its_start_in_unseen_
     assert torch.equal(found[:, 5], start[:, 5])
 
 
-# How they learn, and how they are measured
+# Training and measurements of replacements
 
 
 def test_training_brings_every_kind_of_replacement_nearer_to_its_layer(parent: RunFolder, library: Library) -> None:

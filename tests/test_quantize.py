@@ -170,7 +170,7 @@ def test_infinities_saturate_and_nan_propagates(name: str) -> None:
     x[1, 0] = torch.nan
     y = quantize(x, name)
     assert y[1, 0].isnan()
-    assert y[0].isnan().all() == (name == "nvfp4")  # the others know no more of a tensor than fits a scale of 1
+    assert y[0].isnan().all() == (name == "nvfp4")  # other formats fall back to a scale of 1
     assert y[0].isnan().any() == (name == "nvfp4")
 
 

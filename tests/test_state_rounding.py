@@ -57,7 +57,7 @@ def test_every_kind_stores_values_of_the_format(format: Any, capacity: int | Non
     exact, rounded = kept(plain), kept(state)
     assert set(exact) == set(rounded)
     assert {name.split(".")[1] for name in exact} >= {"k", "v", "recurrent", "conv", "latent", "k_rope"}
-    # Only the first layer reads what it reads without rounding.
+    # Only the first layer has the same inputs as without rounding.
     wanted = torch.stack([quantize(row, format) for row in exact["0.recurrent"]])
     assert torch.equal(rounded["0.recurrent"], wanted)
     wanted = torch.stack([torch.stack([quantize(each, format) for each in row]) for row in exact["0.conv"]])

@@ -183,14 +183,14 @@ def check(place: Path, n: int, draw: Callable[[random.Random], list[str]], expec
         left = "" if (after := snapshot(place)) == between else f"left {sorted(after ^ between)}"
         if answer.wrong or left:
             wrong.append(f"{seed}: explore {' '.join(map(repr, args))[:600]}\n{answer.wrong}{left}")
-        for path in sorted(after - between):  # a folder before what is in it
+        for path in sorted(after - between):  # folders before their contents
             if (place / path).is_dir():
                 shutil.rmtree(place / path)
             else:
                 (place / path).unlink(missing_ok=True)
     assert not wrong, f"{len(wrong)} of {n}:\n\n" + "\n\n".join(wrong[:40])
     assert before == snapshot(place)
-    assert codes >= (expect or {0, 2})  # the draw holds what works as well
+    assert codes >= (expect or {0, 2})  # some of the drawn commands are valid
 
 
 def snapshot(place: Path) -> set[str]:

@@ -52,7 +52,7 @@ class RecordingConsole(Console):
         return self.file.getvalue().splitlines()
 
 
-# What is checked before the first trial
+# Checks before the first trial
 
 
 def test_a_sweep_whose_corpus_is_missing_stops_before_its_first_trial(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_trial_for_which_the_memory_is_too_small_is_given_back(
     assert outcomes(runs) == [RELEASED]
 
 
-# What comes on the way
+# Faults during a sweep
 
 
 def test_a_corpus_lost_during_a_sweep_stops_it_and_it_can_resume(
@@ -201,7 +201,7 @@ def test_an_error_of_the_trial_is_its_result(tmp_path: Path, monkeypatch: pytest
     assert run(load_sweep(write_sweep(tmp_path)), 2, tmp_path / "runs").failed == 2
 
 
-# Texts and modules that change under a study
+# Texts and modules that change during a study
 
 
 def test_a_corpus_that_changed_under_its_study_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_study_of_an_older_version_records_its_current_texts(tmp_path: Path) -
         run(sweep, 3, runs)
 
 
-# Spaces that are used up, and trials that all fail
+# Exhausted spaces, and failure of all trials
 
 
 @pytest.mark.parametrize("sampler", ["random", "grid"])
@@ -358,7 +358,7 @@ def test_started_workers_end_if_one_cannot_start(
     assert ended == ["terminated", "killed"]
 
 
-# Results that are gone
+# Missing results
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", None])

@@ -191,7 +191,7 @@ def test_a_trial_without_a_cost_is_refused() -> None:
         EAGER.judge(made, trial)
 
 
-# Replayed
+# Replay
 
 
 def table(n: int = 24, seed: int = 0) -> pd.DataFrame:

@@ -239,7 +239,7 @@ def test_a_full_disk_ends_all_processes_with_one_line(
     corpus: Path, tmp_path: Path, devices: tuple[str, ...]
 ) -> None:
     one = tiny(corpus, "E-", train__tokens=20_000 * TOKENS)
-    one.data.open(0)  # so that its tokens are in the cache
+    one.data.open(0)  # fills the token cache
     (tmp_path / "one.json").write_text(one.model_dump_json())
     for _ in range(2):
         process = start(tmp_path, *devices, every="10", limit=20_000)

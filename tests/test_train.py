@@ -300,7 +300,7 @@ def test_recall_data_gives_recall_and_no_bits_per_byte(corpus: Path, tmp_path: P
     assert found["val_bpb"] is found["test_bpb"] is None
 
 
-# Stops
+# Interruptions
 
 
 class Stop(Exception):

@@ -44,7 +44,7 @@ def record(folder):
     return [result, folder.metrics.drop(columns="tokens_per_s").to_csv()]
 
 def in_a_process(work):
-    # A fork of this process, which never trains itself, so that nothing has to be imported again.
+    # A fork of this process, which itself never trains, so that nothing is imported again.
     if (pid := os.fork()) == 0:
         try:
             work()

@@ -96,7 +96,7 @@ def test_forced_ops_other_devices_and_missing_compilers_prevent_compilation(
     own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_tokens = 10**9
-    assert set(chosen("M", n_tokens, "bf16")) == set(COMPILED)  # by what was measured in fp32
+    assert set(chosen("M", n_tokens, "bf16")) == set(COMPILED)  # by the measurements in fp32
     with forced_paths(ssd="chunked"):
         assert set(chosen("M", n_tokens)) == set(COMPILED) - {"ssd"}
     assert compiled_ops(model("M"), 32, n_tokens, "fp32", "cuda") == {}

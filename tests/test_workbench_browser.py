@@ -114,7 +114,7 @@ def test_in_jupyterlab_edits_change_the_readout_and_the_config(page: Any, tmp_pa
     settle(page, "MM*E")
     assert page.locator(".jp-CodeCell").count() == 2
 
-    # The mouse: a choice from the palette, a click on what is selected, and a drag.
+    # The mouse: a choice from the palette, a click on the selected letter, and a drag.
     chips.nth(3).click()
     page.locator(".wb-palette").get_by_text("latent attention").click()
     settle(page, "MM*L")
