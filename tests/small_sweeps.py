@@ -107,7 +107,7 @@ def work(
     before: Callable[[], None] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Runs a sweep in this process; writes to `log` when it opens the study, what it trains, and an error at the end."""
+    """Runs a sweep in this process; writes to `log` that it has the study, what it trains, and an error at the end."""
     from explore.study import TrialOptions, crew, load_sweep, run_sweep
     from explore.train import fitting, loop
 

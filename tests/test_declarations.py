@@ -54,7 +54,7 @@ def identifiers(node: ast.AST) -> set[str]:
 
 
 def asks_for(subject: set[str], wanted: set[str]) -> bool:
-    """Whether a comparison of `subject` with these strings tests the kind of a block; a comparison of roles does not."""
+    """Whether a comparison of `subject` with these strings tests the kind of a block; one of roles does not."""
     if "role" in subject:
         return False
     return bool(wanted & KINDS.keys()) or bool(wanted & LETTERS and any(map(OF_LAYERS.search, subject)))
