@@ -64,7 +64,7 @@ class PowerLaws:
         return tuple(self.amplitude)
 
     def parameters(self, family: str) -> tuple[Floats, Floats, Floats]:
-        """E, A and alpha of a family: the the estimates, then every bootstrap draw.
+        """E, A and alpha of a family: the estimates, then every bootstrap draw.
 
         Raises:
             ValueError: there is no such family.
