@@ -1,7 +1,7 @@
 """Learning curves
 
-Training loss against training FLOPs so far, a running mean over 20 steps, one line a run in the colour of its
-family. `load_metrics` reads the curves of all runs below a folder, or in a table of records.
+Training loss against the training FLOPs so far, as a running mean over 20 steps. Each run has one line, in the colour
+of its family. `load_metrics` reads the curves of all runs below a folder, or in a file of records.
 """
 
 from explore.figures import plot_curves

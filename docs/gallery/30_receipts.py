@@ -1,6 +1,7 @@
-"""Receipts of published models
+"""What published models spend
 
-What active parameters, FLOPs of a forward pass and bytes of a decoding step are spent on, at 65,536 tokens.
+How active parameters, FLOPs of a forward pass and bytes of a decoding step divide among the parts of a model, at
+65,536 tokens.
 `explore cost` prints the same numbers.
 """
 

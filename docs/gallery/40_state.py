@@ -1,7 +1,7 @@
 """Decoding state against context
 
-Keys and values grow with every token, and recurrent state does not. Where two lines cross, the other model keeps
-less.
+Keys and values grow with every token, and recurrent state does not. Right of a crossing, the model that kept more
+before keeps less.
 """
 
 from explore import preset

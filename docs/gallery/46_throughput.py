@@ -1,7 +1,7 @@
 """Throughput against latency
 
-The same steps: tokens per second of the device against the time between the tokens of one sequence. Points of one
-batch lie on one diagonal; up and to the left is better.
+The decoding steps of the figure above: tokens per second of the device against the time between the tokens of one
+sequence. Points with the same batch lie on a diagonal; up and to the left is better.
 """
 
 from explore import preset

@@ -1,7 +1,7 @@
 """Throughput of layouts
 
 For every value of every parallel degree, the throughput of the best layout that has it: Nemotron 3 Super in FP8 on
-256 H100s. A cross is a value with which no layout is legal, or none fits.
+256 H100s. A cross marks a value for which no layout is legal or fits.
 """
 
 from explore import preset
