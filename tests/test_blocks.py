@@ -101,9 +101,7 @@ def tensors(state: State) -> dict[str, torch.Tensor]:
 
 @each_variant
 @pytest.mark.parametrize(("capacity", "grad"), [(None, False), (None, True), (12, False)])
-def test_a_copied_state_is_independent_of_the_original(
-    config: BlockConfig, capacity: int | None, grad: bool
-) -> None:
+def test_a_copied_state_is_independent_of_the_original(config: BlockConfig, capacity: int | None, grad: bool) -> None:
     mixer, x = built(config), torch.randn(2, 19, D_MODEL)
     with torch.set_grad_enabled(grad):
         state = config.new_state(capacity)

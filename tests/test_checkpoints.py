@@ -188,7 +188,9 @@ def test_metrics_are_restored_from_the_checkpoint(
     assert_ends_as(through, stopped, one)
 
 
-def test_a_checkpoint_of_an_earlier_version_can_be_resumed(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
+def test_a_checkpoint_of_an_earlier_version_can_be_resumed(
+    one: Experiment, through: RunFolder, stopped: RunFolder
+) -> None:
     path = stopped.path / "checkpoints" / LAST
     content = load_checkpoint(path, mmap=False)
     assert {"key", "files", "max_violation"} <= content.keys()

@@ -101,7 +101,9 @@ def test_cost_lists_presets_with_their_published_counts(
     assert (code, f"{n} of {n} computed counts" in out) == (0, True)
 
 
-def test_roofline_prints_the_computed_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_roofline_prints_the_computed_numbers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = ("roofline", "nemotron-nano-2-9b", "--hardware", "a10g", "--context", "24576")
     printed = json.loads(run(capsys, monkeypatch, *args, "--json")[1])
     device = hardware("A10G")

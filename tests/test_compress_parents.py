@@ -192,9 +192,7 @@ def effects_without(trained: RunFolder, gone: list[int], effect: str) -> dict[in
 
 
 @pytest.mark.parametrize("effect", ["mse", "loss"])
-def test_each_round_removes_the_least_important_remaining_layer(
-    trained: RunFolder, effect: str
-) -> None:
+def test_each_round_removes_the_least_important_remaining_layer(trained: RunFolder, effect: str) -> None:
     order = one_by_one(trained, 3, effect=effect, tokens=2 * 4 * 32, batch_size=4)
     gone: list[int] = []
     for layer, value in zip(order.layers, order.effects, strict=True):

@@ -263,7 +263,9 @@ def test_every_ranking_gives_a_child_of_the_requested_sizes(run: RunFolder, foun
     assert Cutter.of(run, by=by, scores=found).plan(SIZES, 1) == plan
 
 
-def test_reverse_keeps_the_indices_that_activation_cuts_and_random_depends_on_the_seed(run: RunFolder, found: Scores) -> None:
+def test_reverse_keeps_the_indices_that_activation_cuts_and_random_depends_on_the_seed(
+    run: RunFolder, found: Scores
+) -> None:
     best, worst = (
         Cutter.of(run, by=by, scores=found).plan({"d_ff": 12}).layers[1].keep["d_ff"]
         for by in ("activation", "reverse")

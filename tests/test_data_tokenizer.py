@@ -136,9 +136,7 @@ def test_a_vocabulary_of_impossible_size_is_refused() -> None:
     n_chars=st.integers(1, 20),
     n_chunk=st.integers(1, 30),
 )
-def test_pieces_are_bounded_and_do_not_depend_on_how_a_text_is_read(
-    text: str, n_chars: int, n_chunk: int
-) -> None:
+def test_pieces_are_bounded_and_do_not_depend_on_how_a_text_is_read(text: str, n_chars: int, n_chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "LONGEST_WORD", 8)
         chunks = [text[start : start + n_chunk] for start in range(0, len(text), n_chunk)]

@@ -123,9 +123,7 @@ def interrupt(corpus: Corpus, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPa
     return seen
 
 
-def test_a_kill_loses_at_most_the_last_shard(
-    corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_loses_at_most_the_last_shard(corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "BATCH_CHARS", 100)
     monkeypatch.setattr(tokens, "SHARD_BATCHES", 2)
     tokenizer = load_tokenizer("austen-bpe-2048")

@@ -140,9 +140,7 @@ def test_the_teacher_is_not_part_of_the_student_and_keeps_its_precision(corpus: 
     assert {name.removeprefix("model.") for name in module.state_dict()} == starting_model(one).state_dict().keys()
 
 
-def test_the_teacher_keeps_its_paths_of_ops(
-    corpus: Path, parent: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_teacher_keeps_its_paths_of_ops(corpus: Path, parent: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops compiled for the shapes of the student must not be compiled again for the teacher."""
     taken = []
     hidden = LanguageModel.hidden
@@ -208,7 +206,9 @@ def test_a_folder_of_the_same_weights_is_the_same_teacher(corpus: Path, parent: 
     assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
 
 
-def test_the_key_of_a_record_does_not_need_the_files_of_the_teacher(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
+def test_the_key_of_a_record_does_not_need_the_files_of_the_teacher(
+    corpus: Path, parent: RunFolder, tmp_path: Path
+) -> None:
     shutil.copytree(parent.path, tmp_path / "teacher")
     one = student(corpus, tmp_path / "teacher")
     text = one.model_dump_json()
@@ -326,9 +326,7 @@ def test_a_tokenizer_other_than_the_teachers_is_refused(corpus: Path, damaged: R
 @pytest.mark.parametrize(
     ("status", "message"), [("diverged", "diverged"), ("pruned", "pruned"), (None, "unfinished")], ids=str
 )
-def test_an_unfinished_teacher_is_refused(
-    corpus: Path, damaged: RunFolder, status: str | None, message: str
-) -> None:
+def test_an_unfinished_teacher_is_refused(corpus: Path, damaged: RunFolder, status: str | None, message: str) -> None:
     (damaged.path / "result.json").unlink()
     if status is not None:
         write_json(damaged.path / "result.json", {"status": status})
@@ -439,9 +437,7 @@ def test_two_processes_distil_the_same_student_as_one(
     assert result(both)["val_bpb"] == pytest.approx(result(alone)["val_bpb"], rel=1e-5)
 
 
-def test_a_run_folder_records_enough_of_its_teacher_to_resume(
-    corpus: Path, parent: RunFolder, tmp_path: Path
-) -> None:
+def test_a_run_folder_records_enough_of_its_teacher_to_resume(corpus: Path, parent: RunFolder, tmp_path: Path) -> None:
     one = student(corpus, parent, train__tokens=TOKENS)
     folder = train(one, tmp_path)
     objective = read_json(folder.path / RUN)["experiment"]["train"]["objective"]

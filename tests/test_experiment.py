@@ -232,7 +232,9 @@ def test_a_field_that_is_not_allowed_is_named_by_its_path_in_one_line(
     ("text", "reason"),
     [(None, "cannot be read"), ("{", "not valid JSON"), ("[1]", "must hold a JSON object, got list")],
 )
-def test_a_file_without_a_valid_experiment_is_refused_in_one_line(tmp_path: Path, text: str | None, reason: str) -> None:
+def test_a_file_without_a_valid_experiment_is_refused_in_one_line(
+    tmp_path: Path, text: str | None, reason: str
+) -> None:
     path = tmp_path / "bad.json"
     if text is not None:
         path.write_text(text)

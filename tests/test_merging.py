@@ -139,9 +139,7 @@ def test_the_stable_phase_ends_before_the_first_decayed_step(n_steps: int, warmu
     assert [*stable_steps(n_steps, config)] == expected
 
 
-def test_keeping_checkpoints_does_not_change_the_run(
-    finished: RunFolder, corpus: Path, tmp_path: Path
-) -> None:
+def test_keeping_checkpoints_does_not_change_the_run(finished: RunFolder, corpus: Path, tmp_path: Path) -> None:
     names = {path.name for path in (finished.path / "checkpoints").iterdir()}
     assert names == {"last.ckpt", *(f"step-{step:06d}.ckpt" for step in range(3, STEPS + 1, 3))}
     plain = fit(experiment(corpus), tmp_path, accelerator="cpu")
@@ -246,9 +244,7 @@ def test_the_last_checkpoint_has_the_scores_of_the_run_if_it_is_its_last_step(co
         (3, "cosine", r"shape must be flat or minus_sqrt, got 'cosine'"),
     ],
 )
-def test_an_invalid_merge_is_refused(
-    finished: RunFolder, unchecked: None, last: int, shape: Any, message: str
-) -> None:
+def test_an_invalid_merge_is_refused(finished: RunFolder, unchecked: None, last: int, shape: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         merge_window(finished, last, shape)
 

@@ -138,7 +138,9 @@ def test_the_gated_norm_gates_first_and_normalises_each_group_alone() -> None:
 @pytest.mark.parametrize(
     ("seq", "before"), [(1, 0), (31, 0), (32, 0), (33, 0), (64, 0), (65, 0), (200, 0), (1, 63), (5, 60), (40, 30)]
 )
-def test_every_path_of_attention_equals_the_definition(window: int | None, n_kv_heads: int, seq: int, before: int) -> None:
+def test_every_path_of_attention_equals_the_definition(
+    window: int | None, n_kv_heads: int, seq: int, before: int
+) -> None:
     context = before + seq
     q, k, v = leaves((2, 4, seq, 6), (2, n_kv_heads, context, 6), (2, n_kv_heads, context, 5))
     results = []
@@ -166,7 +168,9 @@ def test_a_query_averages_the_keys_in_its_window() -> None:
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("seq", [70, 1])
-def test_every_path_of_attention_with_sinks_equals_the_definition(window: int | None, n_kv_heads: int, seq: int) -> None:
+def test_every_path_of_attention_with_sinks_equals_the_definition(
+    window: int | None, n_kv_heads: int, seq: int
+) -> None:
     q, k, v, sinks = leaves((2, 4, seq, 6), (2, n_kv_heads, 75, 6), (2, n_kv_heads, 75, 5), (4,))
     results = []
     for path in ("written_out", "blocked", "sums"):

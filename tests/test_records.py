@@ -92,9 +92,7 @@ def test_a_table_without_additions_is_not_rewritten(runs: Path, tmp_path: Path) 
     assert packed.read_bytes() == before
 
 
-def test_unfinished_runs_are_not_packed_and_finished_ones_not_overwritten(
-    runs: Path, tmp_path: Path
-) -> None:
+def test_unfinished_runs_are_not_packed_and_finished_ones_not_overwritten(runs: Path, tmp_path: Path) -> None:
     some = tmp_path / "some"
     shutil.copytree(runs, some)
     pack_runs(tmp_path / "all.parquet", some)

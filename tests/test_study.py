@@ -104,9 +104,7 @@ def test_a_mistake_in_a_sweep_file_is_found_before_anything_is_created(
     assert sorted(path.name for path in sweep_file.parent.iterdir() if path.suffix) == ["corpus.txt", "width.py"]
 
 
-def test_an_error_names_the_line_also_for_a_relative_path(
-    sweep_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_names_the_line_also_for_a_relative_path(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep_file.write_text(sweep_file.read_text().replace("n_layers > 200", "n_layer > 200"))
     monkeypatch.chdir(sweep_file.parent)
     with pytest.raises(ValueError, match=r"width\.py: experiment\(trial\): line 16: NameError"):

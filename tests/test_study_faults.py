@@ -337,9 +337,7 @@ def test_a_trial_ended_by_a_signal_is_given_back_although_its_compiler_died(
     assert run(sweep, 1, runs).complete == 1
 
 
-def test_started_workers_end_if_one_cannot_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_started_workers_end_if_one_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     worker = SimpleNamespace(
         terminate=lambda: ended.append("terminated"), join=lambda *_: None, kill=lambda: ended.append("killed")

@@ -124,7 +124,9 @@ def test_the_command_chooses_the_number_of_workers_by_default(
     assert asked == [expected]
 
 
-def test_a_sweep_draws_its_frontier_early_rarely_and_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_draws_its_frontier_early_rarely_and_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from explore.study import mirroring
 
     drawn: list[int] = []

@@ -215,9 +215,7 @@ CUT_OFF = PendingRollbackError("Can't reconnect until invalid transaction is rol
 @pytest.mark.parametrize(
     "error", [GONE, wrapped(GONE), wrapped(CUT_OFF), ConnectionResetError(), grpc_error("UNAVAILABLE")]
 )
-def test_a_patient_storage_waits_and_returns_the_result(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_patient_storage_waits_and_returns_the_result(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     messages: list[str] = []

@@ -78,9 +78,7 @@ def test_a_lease_is_renewed_until_its_block_ends(study: optuna.Study, monkeypatc
     assert study.trials[0].user_attrs["lease"]["beat"] == beat
 
 
-def test_a_failed_heartbeat_is_followed_by_others(
-    study: optuna.Study, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_heartbeat_is_followed_by_others(study: optuna.Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "BEAT_S", 0.02)
     real, failures = study._storage.set_trial_user_attr, iter([OSError(28, "full")] * 3)
 

@@ -55,7 +55,9 @@ def test_every_console_is_a_plain_one(source: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_a_terminal_shows_question_marks_for_unsupported_characters(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_question_marks_for_unsupported_characters(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding=encoding))
     replace_unprintable()

@@ -235,9 +235,7 @@ def test_two_processes_report_ctrl_c_once(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [(), ("--devices", "2")], ids=str)
-def test_a_full_disk_ends_all_processes_with_one_line(
-    corpus: Path, tmp_path: Path, devices: tuple[str, ...]
-) -> None:
+def test_a_full_disk_ends_all_processes_with_one_line(corpus: Path, tmp_path: Path, devices: tuple[str, ...]) -> None:
     one = tiny(corpus, "E-", train__tokens=20_000 * TOKENS)
     one.data.open(0)  # fills the token cache
     (tmp_path / "one.json").write_text(one.model_dump_json())

@@ -62,7 +62,9 @@ def test_recall_is_measured_at_every_validation_and_by_number_of_pairs(whole: Ru
     assert row["recall_over_steps"] == found["recall_over_steps"]
 
 
-def test_a_run_ends_at_the_first_validation_above_the_threshold(whole: RunFolder, enough: float, tmp_path: Path) -> None:
+def test_a_run_ends_at_the_first_validation_above_the_threshold(
+    whole: RunFolder, enough: float, tmp_path: Path
+) -> None:
     found = curve(whole)
     first = next(step for step, value in found.items() if value >= enough)
     assert first < N_STEPS

@@ -253,9 +253,7 @@ def test_a_run_with_rungs_stopped_anywhere_resumes_to_the_same_result(
 
 
 @pytest.mark.parametrize("step", [5, 8, 10, 20])
-def test_a_run_stopped_right_after_a_checkpoint_has_all_metrics(
-    corpus: Path, tmp_path: Path, step: int
-) -> None:
+def test_a_run_stopped_right_after_a_checkpoint_has_all_metrics(corpus: Path, tmp_path: Path, step: int) -> None:
     one = experiment(corpus, "E", train__val_every=4)
     options: dict[str, Any] = {"rungs": (0.4,), "checkpoint_every": 5}
     through = train(one, tmp_path / "through", **options)

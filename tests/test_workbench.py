@@ -173,9 +173,7 @@ def test_blocks_and_multi_token_prediction_may_be_configs() -> None:
         ({"vocab_size": 0}, "vocab_size: input should be greater than 0, got 0"),
     ],
 )
-def test_an_invalid_state_gives_one_line_and_keeps_the_last_readout(
-    change: dict[str, Any], message: str
-) -> None:
+def test_an_invalid_state_gives_one_line_and_keeps_the_last_readout(change: dict[str, Any], message: str) -> None:
     bench = Workbench("MEM*E", d_model=256)
     config, shown, state = bench.config, bench.readout, state_of(bench)
     state["model"] |= change

@@ -154,9 +154,7 @@ def load_corpus(name: str, n_shards: int | None = None) -> Corpus:
         from explore.data.hub import load_parts  # only here: it needs an optional dependency
 
         if n_shards is not None:
-            raise ValueError(
-                f"n_shards must be null for {echo(name)}, which has no training files, got {n_shards}"
-            )
+            raise ValueError(f"n_shards must be null for {echo(name)}, which has no training files, got {n_shards}")
         return Corpus(name, name, load_parts(name), leaks="drop")
     path = locate(name)
     files = _files(name, path)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from explore.cost import CONVENTIONS, flops_train
-from explore.figures.axes import BAND, INK, LINE, dress, draw_message, rows_of_names, ticks_of_ten
+from explore.figures.axes import BAND, INK, LINE, draw_message, dress, rows_of_names, ticks_of_ten
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 from explore.figures.panels import LineStyle, line_styles, one_x_label, outside_legend, panels
 from explore.formatting import plain, tokens

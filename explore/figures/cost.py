@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from explore.cost import DTYPES, MTP_LETTER, Dtypes
-from explore.figures.axes import INK, dress, draw_message, rows_of_names
+from explore.figures.axes import INK, draw_message, dress, rows_of_names
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import in_a_row, outside_legend, panels
 from explore.formatting import axis_scale, tokens

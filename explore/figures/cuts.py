@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from explore.figures.axes import INK, dress, draw_message
+from explore.figures.axes import INK, draw_message, dress
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import outside_legend
 

@@ -13,10 +13,10 @@ from matplotlib.lines import Line2D
 from explore.cost import DTYPES, Cost, Dtypes
 from explore.figures.axes import (
     LINE,
+    draw_message,
     dress,
     legend,
     log_limits,
-    draw_message,
     ticks_of_ten,
     ticks_of_two,
 )

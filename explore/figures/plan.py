@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from explore.figures.axes import INK, LINE, dress, legend, draw_message
+from explore.figures.axes import INK, LINE, draw_message, dress, legend
 from explore.figures.base import README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import line_styles
 

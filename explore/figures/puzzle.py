@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from explore.figures.axes import LINE, dress, is_log, legend, log_axis, draw_message
+from explore.figures.axes import LINE, draw_message, dress, is_log, legend, log_axis
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 from explore.figures.panels import line_styles
 from explore.quantities import quantity

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from explore.figures.axes import dress, is_log, log_axis, draw_message, power_of_ten, span
+from explore.figures.axes import draw_message, dress, is_log, log_axis, power_of_ten, span
 from explore.figures.base import RunFigure, text_pt
 from explore.foreign import check_type, echo
 from explore.quantities import EVAL_DATA, quantity

@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 
-from explore.figures.axes import INK, LINE, dress, draw_message
+from explore.figures.axes import INK, LINE, draw_message, dress
 from explore.figures.base import README_WIDTH, RunFigure, text_pt
 
 if TYPE_CHECKING:

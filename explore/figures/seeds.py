@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from explore.figures.axes import LINE, dress, legend, log_axis, draw_message, rows_of_names
+from explore.figures.axes import LINE, draw_message, dress, legend, log_axis, rows_of_names
 
 SPREAD = 0.34
 """Largest distance of dots from the middle of a row."""

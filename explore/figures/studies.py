@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from explore.figures.axes import LINE, dress, legend, log_axis, draw_message, rows_of_names
+from explore.figures.axes import LINE, draw_message, dress, legend, log_axis, rows_of_names
 from explore.figures.base import COLUMN_WIDTH, RunFigure
 from explore.figures.panels import line_styles
 from explore.quantities import quantity
