@@ -210,7 +210,7 @@ def test_the_first_shards_are_nested_subsets_in_name_order(folder: Path) -> None
     write_jsonl(folder / "test.jsonl", BOOKS[60:70])
     for k in (1, 2, 3):
         assert list(load_corpus(str(folder), n_shards=k).documents("train")) == BOOKS[: 10 * k]
-    with pytest.raises(ValueError, match="n_shards must be at most 3, the training files of .*, got 4"):
+    with pytest.raises(ValueError, match=r"n_shards must be at most 3, the training files of .*, got 4"):
         load_corpus(str(folder), n_shards=4)
 
 

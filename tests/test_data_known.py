@@ -97,7 +97,7 @@ def test_a_hugging_face_folder_is_a_corpus_without_evaluation_text_in_training(
     write_jsonl(folder / "test.jsonl", BOOKS[90:])
     corpus = load_corpus(f"hf:{folder}")
     assert [list(corpus.documents(s)) for s in SPLITS] == [BOOKS[:80], BOOKS[80:90], BOOKS[90:]]
-    with pytest.raises(ValueError, match="n_shards must be null for .*, got 1"):
+    with pytest.raises(ValueError, match=r"n_shards must be null for .*, got 1"):
         load_corpus(f"hf:{folder}", n_shards=1)
     with pytest.raises(ValueError, match=r"must be followed by the name or folder of a data set, got 'hf:/nowhere'"):
         load_corpus("hf:/nowhere")
