@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from explore.frontier.columns import Floats, check_columns, numbers
+from explore.frontier.documents import bits_of_runs, joint_noise, with_documents
 from explore.frontier.intervals import (
     NOT_RESOLVED,
     check_level,
@@ -19,7 +21,7 @@ from explore.frontier.intervals import (
     t_quantile,
 )
 from explore.frontier.noise import NoiseKind
-from explore.frontier.paired import Paired, paired
+from explore.frontier.paired import Paired, Stratum, paired
 from explore.quantities import quantity
 
 BETTER, WORSE, EXPLORATORY, EQUIVALENT = "better", "worse", "exploratory", "equivalent"
@@ -41,14 +43,18 @@ def compare(
     level: float = 0.95,
     noise: NoiseKind = "auto",
     margin: float | None = None,
+    documents: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Differences of arms from a baseline with the same seeds.
 
     Within a size, the value of a run is the effect of its arm, plus that of its seed, plus noise; without missing runs
     a difference is the mean of the paired differences. All arms of a size share one noise variance; between sizes it
-    follows `noise`. Intervals are not corrected. Verdicts use Holm's correction over all primary comparisons: the
-    probability that any arm without a true difference is called `better` or `worse` is at most 1 - `level`. Otherwise
-    an arm is `equivalent` if two one-sided tests, corrected in the same way, place its difference within `margin`.
+    follows `noise`. If all runs have scores of the same documents, the difference is that of the whole text, paired by
+    document, and its error includes other documents of the same kind.
+
+    Intervals are not corrected. Verdicts use Holm's correction over all primary comparisons: the probability that any
+    arm without a true difference is called `better` or `worse` is at most 1 - `level`. Otherwise an arm is `equivalent`
+    if two one-sided tests, corrected in the same way, place its difference within `margin`.
 
     Args:
         arm: column that names the arms.
@@ -62,16 +68,19 @@ def compare(
         min_pairs: seeds that an arm must share with the baseline in every stratum.
         noise: how the noise changes between sizes, as in `explore.frontier.noise.fit_noise`.
         margin: largest difference of arms that count as equivalent, in the unit of `value`.
+        documents: scores of the runs by document, from `explore.table.load_documents`, of the split of `value`; the
+            table then needs a column `run`. Without them an interval covers other seeds only.
 
     Returns:
-        One row per comparison: the columns `by` and `arm`, n_pairs, difference (arm minus baseline), low, high, sd
-        (noise of one run; the root of the mean variance over strata), dof, noise (its kind), bartlett_p (test of equal
-        variances over all sizes), resolvable (smallest difference detected with 80% power), p, p_equivalent (NaN
-        without a margin), primary, p_holm and verdict: better, worse, equivalent, not resolved or exploratory.
+        One row per comparison: the columns `by` and `arm`, n_pairs, n_documents (documents that the interval includes;
+        0 if it includes seeds alone), difference (arm minus baseline), low, high, sd (noise of one run; the root of the
+        mean variance over strata), dof, noise (its kind), bartlett_p (test of equal variances over all sizes),
+        resolvable (smallest difference detected with 80% power), p, p_equivalent (NaN without a margin), primary,
+        p_holm and verdict: better, worse, equivalent, not resolved or exploratory.
 
     Raises:
         ValueError: a column, the baseline or a primary comparison is missing; a run occurs twice; there are too few
-            pairs; or the margin is not positive.
+            pairs; the margin is not positive; or documents are given for a value other than bits per byte.
     """
     check_level(level)
     if margin is not None and not (math.isfinite(margin) and margin > 0):
@@ -79,9 +88,11 @@ def compare(
     better = better or quantity(value).better or "lower"
     if better not in ("lower", "higher"):
         raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
+    table, scores = (table, None) if documents is None else _of_documents(table, value, documents)
     fit = paired(table, arm, [*by, *strata], pair, value, noise)
     labels = [*by, arm]
-    rows = list(_differences(fit, len(by), arm, baseline, pair, min_pairs))
+    rows = list(_differences(fit, len(by), arm, baseline, pair, min_pairs, scores))
+    n_documents = 0 if scores is None else len(scores[1])
     if not rows:
         raise ValueError(f"{arm}: must have an arm other than the baseline {baseline!r}, got none")
     named = _named([row.key for row in rows], primary)
@@ -101,9 +112,28 @@ def compare(
         half = t_quantile(row.dof, level) * row.error
         interval = (row.difference, row.difference - half, row.difference + half)
         about = (row.sd, row.dof, fit.noise.kind, fit.noise.bartlett_p, resolvable(row.error, row.dof, level))
-        records.append((*row.key, row.n_pairs, *interval, *about, p[i], same[i], named[i], adjusted[i], verdict))
-    rest = ["n_pairs", "difference", "low", "high", "sd", "dof", "noise", "bartlett_p", "resolvable"]
+        test = (p[i], same[i], named[i], adjusted[i], verdict)
+        records.append((*row.key, row.n_pairs, n_documents, *interval, *about, *test))
+    rest = ["n_pairs", "n_documents", "difference", "low", "high", "sd", "dof", "noise", "bartlett_p", "resolvable"]
     return pd.DataFrame(records, columns=[*labels, *rest, "p", "p_equivalent", "primary", "p_holm", "verdict"])
+
+
+def _of_documents(
+    table: pd.DataFrame, value: str, documents: pd.DataFrame
+) -> tuple[pd.DataFrame, tuple[Floats, Floats] | None]:
+    """The rows with a known value, which becomes that of the whole text, and their bits per byte by document.
+
+    Without documents of all runs, the table as it was, and None.
+    """
+    if not value.endswith("_bpb"):
+        raise ValueError(f"documents: value must be bits per byte, got {value!r}")
+    check_columns(table, ["run"])
+    known = table[np.isfinite(numbers(table, value))].reset_index(drop=True)
+    scores = bits_of_runs(documents, known["run"])
+    if scores is None:
+        return table, None
+    bits, shares = scores
+    return known.assign(**{value: bits @ shares}), scores
 
 
 class _Difference(NamedTuple):
@@ -118,7 +148,13 @@ class _Difference(NamedTuple):
 
 
 def _differences(
-    fit: Paired, n_by: int, arm: str, baseline: Hashable, pair: str, min_pairs: int
+    fit: Paired,
+    n_by: int,
+    arm: str,
+    baseline: Hashable,
+    pair: str,
+    min_pairs: int,
+    scores: tuple[Floats, Floats] | None,
 ) -> Iterator[_Difference]:
     if not any(baseline in stratum.effects for stratum in fit.strata):
         raise ValueError(f"{arm}: the baseline {baseline!r} has no run")
@@ -127,7 +163,7 @@ def _differences(
         for each in stratum.effects if baseline in stratum.effects else ():
             if each == baseline:
                 continue
-            n_pairs = len(stratum.seeds[each] & stratum.seeds[baseline])
+            n_pairs = len(stratum.rows[each].keys() & stratum.rows[baseline].keys())
             if n_pairs < min_pairs:
                 where = f" at {stratum.key}" if stratum.key else ""
                 raise ValueError(f"{pair}: {each!r} shares {n_pairs} with the baseline{where}; at least {min_pairs}")
@@ -139,7 +175,31 @@ def _differences(
             weights[place] = variance / len(parts) ** 2
         variances = fit.noise.sd[[place for place, *_ in parts]] ** 2
         n_pairs, difference = sum(n for _, n, *_ in parts), sum(part[2] for part in parts) / len(parts)
-        yield _Difference(key, n_pairs, difference, math.sqrt(variances.mean()), *fit.noise.error(weights))
+        error, dof = fit.noise.error(weights)
+        if scores is not None:
+            within = [fit.strata[place] for place, *_ in parts]
+            error, dof = _with_documents(error, dof, within, key[-1], baseline, *scores)
+        yield _Difference(key, n_pairs, difference, math.sqrt(variances.mean()), error, dof)
+
+
+def _with_documents(
+    error: float,
+    dof: float,
+    strata: Sequence[Stratum],
+    arm: Hashable,
+    baseline: Hashable,
+    bits: Floats,
+    shares: Floats,
+) -> tuple[float, float]:
+    """Adds documents to the standard error of a mean difference over strata, all of which have the same documents."""
+    by_document, joint = np.zeros(len(shares)), 0.0
+    for stratum in strata:
+        own, other = stratum.rows[arm], stratum.rows[baseline]
+        shared = [seed for seed in own if seed in other]
+        gaps = bits[[own[seed] for seed in shared]] - bits[[other[seed] for seed in shared]]
+        by_document += gaps.mean(axis=0) / len(strata)
+        joint += joint_noise(gaps, shares) / len(strata) ** 2
+    return with_documents(error, dof, by_document, shares, joint)
 
 
 def _named(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,6 +55,73 @@ def document_interval(
     return _interval(values, weights, level)
 
 
+def bits_of_runs(documents: pd.DataFrame, runs: Collection[Any]) -> tuple[Floats, Floats] | None:
+    """Bits per byte of each run on each document, and each document's share of the bytes.
+
+    Args:
+        documents: from `explore.table.load_documents`, of one split.
+        runs: names of runs, each once.
+
+    Returns:
+        Bits per byte (runs, documents), in the order of `runs`, and shares (documents); None unless all runs have
+        scores of the same documents, of which there are at least two.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    check_columns(documents, ["run", "document", "nats", "n_bytes"])
+    names = pd.Index(runs)
+    rows = documents[documents["run"].isin(names) & (documents["n_bytes"] > 0)]
+    nats, n_bytes = (
+        rows.pivot(index="run", columns="document", values=each).astype("float64").reindex(names)
+        for each in ("nats", "n_bytes")
+    )
+    if n_bytes.shape[1] < MIN_UNITS or n_bytes.isna().any(axis=None) or (n_bytes.nunique() > 1).any():
+        return None
+    sizes = np.asarray(n_bytes.to_numpy()[0], dtype=np.float64)
+    return np.asarray(nats.to_numpy() / math.log(2) / sizes, dtype=np.float64), sizes / sizes.sum()
+
+
+def joint_noise(values: Floats, weights: Floats) -> float:
+    """Contribution of the joint noise of seeds and documents to the variance of a weighted mean.
+
+    Args:
+        values: one number per seed and document (seeds, documents).
+        weights: shares of the documents, with sum 1.
+
+    Returns:
+        The variance; 0 with one seed, which cannot tell it from that of documents.
+    """
+    n_seeds, n_documents = values.shape
+    if n_seeds < MIN_UNITS:
+        return 0.0
+    noise = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+    return float((noise**2).sum()) / ((n_seeds - 1) * (n_documents - 1)) * float(weights @ weights) / n_seeds
+
+
+def with_documents(error: float, dof: float, by_document: Floats, weights: Floats, joint: float) -> tuple[float, float]:
+    """Standard error, and its degrees of freedom, of a weighted mean over documents that are random draws.
+
+    The variances of seeds and documents both contain the joint noise, which is therefore subtracted once; the result is
+    never below either. Degrees of freedom are Satterthwaite's, with 1 / sum of squared shares as the number of
+    documents.
+
+    Args:
+        error: standard error over seeds.
+        dof: degrees of freedom of `error`.
+        by_document: mean over seeds, by document.
+        weights: shares of the documents, with sum 1.
+        joint: from `joint_noise`.
+    """
+    squared = float(weights @ weights)
+    off = weights * (by_document - by_document @ weights)
+    seeds, documents = error**2, float(off @ off) / (1 - squared)
+    if seeds + documents == 0:
+        return 0.0, dof
+    parts = seeds**2 / dof + documents**2 / max(1 / squared - 1, 1)
+    return math.sqrt(max(seeds + documents - joint, seeds, documents)), (seeds + documents) ** 2 / parts
+
+
 def _bits(rows: pd.DataFrame, pair: str) -> tuple[pd.DataFrame, pd.Series[float]]:
     """Bits per byte (seeds, documents), and each document's share of the bytes."""
     rows = rows[rows["n_bytes"] > 0]
@@ -66,18 +134,9 @@ def _bits(rows: pd.DataFrame, pair: str) -> tuple[pd.DataFrame, pd.Series[float]
 
 
 def _interval(values: Floats, weights: Floats, level: float) -> Interval:
-    n_seeds, n_documents = values.shape
-    by_seed, by_document = values @ weights, values.mean(axis=0)
+    by_seed = values @ weights
     estimate = float(by_seed.mean())
-    squared = float(weights @ weights)
-    noise = values - values.mean(axis=1, keepdims=True) - by_document + values.mean()
-    noise_variance = float((noise**2).sum()) / ((n_seeds - 1) * (n_documents - 1)) * squared / n_seeds
-    seeds = float(by_seed.var(ddof=1)) / n_seeds
-    off = weights * (by_document - estimate)
-    documents = float(off @ off) / (1 - squared)
-    variance = max(seeds + documents - noise_variance, seeds, documents)
-    if variance == 0:
-        return Interval(estimate, estimate, estimate, level)
-    parts = seeds**2 / (n_seeds - 1) + documents**2 / max(1 / squared - 1, 1)
-    half = t_quantile((seeds + documents) ** 2 / parts, level) * math.sqrt(variance)
+    error, dof = float(by_seed.std(ddof=1)) / math.sqrt(len(values)), len(values) - 1
+    error, freedom = with_documents(error, dof, values.mean(axis=0), weights, joint_noise(values, weights))
+    half = t_quantile(freedom, level) * error
     return Interval(estimate, estimate - half, estimate + half, level)

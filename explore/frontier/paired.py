@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,13 +26,13 @@ class Stratum:
         key: values of the columns that define the stratum.
         effects: effect of each arm, up to a common constant.
         covariance: covariance of the effects, divided by the variance of the noise.
-        seeds: the seeds of each arm.
+        rows: number of the row in the table of known values, by arm and seed.
     """
 
     key: tuple[Hashable, ...]
     effects: dict[Hashable, float]
     covariance: Floats
-    seeds: dict[Hashable, frozenset[Hashable]]
+    rows: dict[Hashable, dict[Hashable, int]]
 
     def difference(self, arm: Hashable, baseline: Hashable) -> tuple[float, float]:
         """Difference of two effects (arm minus baseline), and its variance divided by that of the noise."""
@@ -89,13 +90,18 @@ def paired(
                 tuple(key),
                 dict(zip(arms[1], found[:n_arms].tolist(), strict=True)),
                 np.asarray(inverse[:n_arms, :n_arms], dtype=np.float64),
-                {each: frozenset(group.loc[group[arm] == each, pair]) for each in arms[1]},
+                {each: _places(group.loc[group[arm] == each, pair]) for each in arms[1]},
             )
         )
     if not any(dof):
         raise ValueError(f"table: too few runs to estimate the noise; two arms must share two of the same {pair}")
     sizes = _sizes(rows, strata, [each.key for each in fitted])
     return Paired(tuple(fitted), fit_noise(np.array(squares), np.array(dof, dtype=np.float64), sizes, noise))
+
+
+def _places(column: pd.Series[Any]) -> dict[Hashable, int]:
+    """Row numbers by value."""
+    return {value: int(place) for place, value in column.items()}  # type: ignore[call-overload]
 
 
 def _sizes(rows: pd.DataFrame, strata: Sequence[str], keys: Sequence[tuple[Hashable, ...]]) -> Floats | None:
