@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import pytest
 from command_line import run as run_command
 from small_runs import tiny, train
 
-from explore.data import TextSource
+from explore.data import Batch, TextSource
 from explore.evals import bits_per_byte, score_documents
 from explore.frontier import document_interval
 from explore.table import load_documents, load_runs
@@ -83,6 +85,29 @@ def test_evaluation_on_a_whole_split_records_documents(corpus: Path, tmp_path: P
     table = load_documents(tmp_path / "runs")
     assert table["run"].unique().tolist() == [second.path.name]
     assert table["nats"].sum() / math.log(2) / table["n_bytes"].sum() == pytest.approx(row["whole_test_bpb"])
+
+
+def test_a_run_that_is_evaluated_whole_reads_each_split_once_at_its_end(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, real = [], TextSource.eval_batches
+
+    def counted(self: TextSource, split: Literal["val", "test"], *args: Any, **more: Any) -> Iterator[Batch]:
+        read.append(split)
+        return real(self, split, *args, **more)
+
+    monkeypatch.setattr(TextSource, "eval_batches", counted)
+    folder = train(tiny(corpus, "-", train__tokens=256, train__eval_tokens=64, train__evaluation="whole"), tmp_path)
+    assert sorted(read) == ["test", "val"]
+    monkeypatch.undo()
+    model, source, result = load_model(folder), source_of(corpus), folder.result
+    assert result is not None
+    for split in ("val", "test"):
+        score = bits_per_byte(model, source.eval_batches(split, 4))
+        assert (result[f"{split}_bpb"], result[f"{split}_loss"]) == (
+            pytest.approx(score.bits_per_byte, rel=1e-6),
+            pytest.approx(score.loss, rel=1e-6),
+        )
 
 
 def test_the_command_scores_the_whole_of_a_run_and_adds_it_to_the_record(

@@ -36,7 +36,7 @@ from explore.train.judging import Judge, LearningCurve, first_reason, read_curve
 from explore.train.low_precision import LostElements
 from explore.train.memory import keep_freed_memory
 from explore.train.metrics import MetricsFile
-from explore.train.models import document_scores, evaluate
+from explore.train.models import evaluate_splits
 from explore.train.module import DataModule, DivergedError, LitLanguageModel
 from explore.train.objectives import build_objective
 from explore.train.parallel import StrategyName, ended_together, is_writer, lightning_strategy, wait_for_all
@@ -252,12 +252,10 @@ def _fit(
 def _scores(run: TrainingRun, trainer: Trainer, module: LitLanguageModel) -> dict[str, Any]:
     """Returns the scores of the trained model, or the error if it diverged in its last step."""
     model = module.model.to(trainer.strategy.root_device)
-    scores = evaluate(run.experiment, run.source, model)
+    scores, documents = evaluate_splits(run.experiment, run.source, model)
     result: dict[str, Any] = {**scores}
-    if run.experiment.train.evaluation == "whole":
-        documents = document_scores(run.experiment, run.source, model)
-        if documents is not None and run.writes:
-            write_json(run.folder.path / "evals.json", {**run.folder.evals, "documents": documents})
+    if documents is not None and run.writes:
+        write_json(run.folder.path / "evals.json", {**run.folder.evals, "documents": documents})
     if broken := [name for name, score in scores.items() if isinstance(score, float) and not math.isfinite(score)]:
         reason = f"{broken[0]} is {scores[broken[0]]} after the last step: the run diverged"
         result = {"status": "diverged", "reason": reason}

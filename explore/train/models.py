@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from explore.data import Batch, Source, TextSource
-from explore.evals import bits_per_byte, recall_score, score_documents
+from explore.evals import DocumentScores, bits_per_byte, recall_score, score_documents
 from explore.evals.ngram import EVALUATED
 from explore.experiment import Experiment
 from explore.model import LanguageModel, quantize_products
@@ -18,10 +18,17 @@ from explore.train.low_precision import set_step
 
 def evaluate(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
     """Scores of a model for `result.json`, with forward products in the precision of the end of training."""
+    return evaluate_splits(experiment, source, model)[0]
+
+
+def evaluate_splits(
+    experiment: Experiment, source: Source, model: LanguageModel
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The scores that `evaluate` gives, and those of documents if splits are read in full; reads each split once."""
     if experiment.train.quantizes:
         emulation = quantize_products(model, experiment.train.recipe, experiment.seed)
         set_step(emulation, experiment, experiment.n_steps)
-    return score(experiment, source, model)
+    return _score(experiment, source, model)
 
 
 def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any]:
@@ -30,19 +37,29 @@ def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[
     Returns:
         Numbers by name, None if not measured; `recall_by_pairs` if sequences differ in their number of pairs.
     """
+    return _score(experiment, source, model)[0]
+
+
+def _score(
+    experiment: Experiment, source: Source, model: LanguageModel
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     train, model = experiment.train, model.eval()
     device = model.embedding.weight.device
-    max_tokens = None if train.evaluation == "whole" else train.eval_tokens
+    documents = _by_document(experiment, source, model) if train.evaluation == "whole" else None
 
     def batches(split: Any) -> Iterator[Batch]:
+        max_tokens = None if train.evaluation == "whole" else train.eval_tokens
         for batch in source.eval_batches(split, train.batch_size, max_tokens):
             yield replace(batch, inputs=batch.inputs.to(device), targets=batch.targets.to(device))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=train.recipe.high == "bf16"):
-        val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
+        if documents is not None:
+            val, test = documents["val"].total, documents["test"].total
+        else:
+            val, test = bits_per_byte(model, batches("val")), bits_per_byte(model, batches("test"))
         recall = recall_score(model, batches("test")) if experiment.data.kind == "recall" else None
     by_pairs = {} if recall is None else recall.by_pairs
-    return {
+    scores = {
         "val_loss": val.loss,
         "val_bpb": val.bits_per_byte,
         "test_loss": test.loss,
@@ -50,6 +67,7 @@ def score(experiment: Experiment, source: Source, model: LanguageModel) -> dict[
         "recall": None if recall is None else recall.accuracy,
         **({"recall_by_pairs": {str(n): share for n, share in by_pairs.items()}} if len(by_pairs) > 1 else {}),
     }
+    return scores, None if documents is None else _records(documents)
 
 
 def document_scores(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, Any] | None:
@@ -58,10 +76,17 @@ def document_scores(experiment: Experiment, source: Source, model: LanguageModel
     Raises:
         ValueError: the tokenizer does not give the number of bytes per token.
     """
+    documents = _by_document(experiment, source, model.eval())
+    return None if documents is None else _records(documents)
+
+
+def _by_document(experiment: Experiment, source: Source, model: LanguageModel) -> dict[str, DocumentScores] | None:
     if not isinstance(source, TextSource):
         return None
-    model, device = model.eval(), model.embedding.weight.device
+    device = model.embedding.weight.device
     with torch.autocast(device.type, torch.bfloat16, enabled=experiment.train.recipe.high == "bf16"):
-        return {
-            split: score_documents(model, source, split, experiment.train.batch_size).to_record() for split in EVALUATED
-        }
+        return {split: score_documents(model, source, split, experiment.train.batch_size) for split in EVALUATED}
+
+
+def _records(documents: dict[str, DocumentScores]) -> dict[str, Any]:
+    return {split: each.to_record() for split, each in documents.items()}
