@@ -64,6 +64,30 @@ def write_sweep(
     return path
 
 
+GATED = {
+    'sampler = "random"': """sampler = "grid"
+seeds = 3
+gate = Gate(baseline=2, worse=(1,), trivial=(1,), effect=EFFECT, source="print", arm="n_layers", min_steps=1,
+            min_tokens=0.0, value="val_bpb", floor=FLOOR)""",
+    "from explore.study import": "from explore.frontier.gate import Gate\nfrom explore.study import",
+}
+
+
+def write_gated(folder: Path, floor: str = "0.1") -> Path:
+    """A sweep file with a gate on its number of layers, in a new folder.
+
+    Args:
+        floor: the floor of the gate, as code.
+    """
+    folder.mkdir()
+    replaced = {old: new.replace("EFFECT", "10.0").replace("FLOOR", floor) for old, new in GATED.items()}
+    replaced['grid = {"d_model": [32, 64], "n_layers": [1, 2], "lr": [0.002, 0.004]}'] = (
+        'grid = {"d_model": [64, 32], "n_layers": [2, 1], "lr": [0.002]}'
+    )
+    replaced['baselines = ({"d_model": 32, "n_layers": 2, "lr": 0.004},)'] = ""
+    return write_sweep(folder, replaced=replaced, tokens=256)
+
+
 def quiet() -> Console:
     return Console(quiet=True)
 

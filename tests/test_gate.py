@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run as run_command
-from small_sweeps import quiet, study_of, write_sweep
+from small_sweeps import quiet, study_of, write_gated
 
 from explore.frontier.floors import add_floors
-from explore.frontier.gate import Gate, gate_report
+from explore.frontier.gate import Gate, Target, gate_report
 from explore.records import pack_runs
 from explore.runs import find_runs
 from explore.study import load_sweep, run_gated
@@ -121,10 +122,12 @@ def test_a_control_that_other_documents_could_reverse_is_not_detected() -> None:
             rows += [(run.run, k, bits[k] * 1000 * np.log(2), 250, 1000) for k in range(10)]
         return pd.DataFrame(rows, columns=["run", "document", "nats", "n_targets", "n_bytes"])
 
-    assert GATE.check(runs, NO_CURVES, 5, documents(0.01)).passed
+    sound = GATE.check(runs, NO_CURVES, 5, documents(0.01))
+    assert sound.passed
+    assert sound.table().set_index("condition").loc["control squeezed", "found"].endswith("worse, over 10 documents")
     report = GATE.check(runs, NO_CURVES, 5, documents(0.2))
     assert report.reason.startswith("at d_model 48: control squeezed: +0.0")
-    assert "with documents [-0." in report.reason
+    assert "not resolved, over 10 documents" in report.reason
 
 
 def test_seeds_that_cannot_resolve_the_published_effect_fail() -> None:
@@ -167,9 +170,38 @@ def test_a_task_with_its_own_floor_needs_no_documents() -> None:
     assert list(failed(runs.assign(recall=runs["recall"] - 0.9), recall)) == ["base beats the floor"]
 
 
+def test_targets_bound_single_arms() -> None:
+    runs = study()
+    bounds = (Target("new", "test_bpb", below=1.95), Target("dense", "test_bpb", at_least=1.98))
+    gate = dataclasses.replace(GATE, trivial=(), targets=bounds)
+    assert gate.arms == ("base", "squeezed", "new", "dense")
+    assert failed(runs, gate) == {}
+    tighter = dataclasses.replace(gate, targets=(Target("new", "test_bpb", below=1.93), *bounds[1:]))
+    (found,) = failed(runs, tighter).items()
+    assert found == ("test bits per byte of new", "1.942")
+    missed = (Target("dense", "test_bpb", at_least=2.1), Target("gone", "recall", below=1))
+    higher = dataclasses.replace(gate, targets=missed)
+    assert list(failed(runs, higher).values()) == ["1.992", "not measured"]
+
+
+def test_what_a_gate_needs_is_known_before_any_run() -> None:
+    gate = dataclasses.replace(GATE, targets=(Target("new", "test_bpb", below=1.95),))
+    needs = gate.needs(5)
+    assert list(needs) == ["condition", "needed"]
+    found = gate.check(study(), NO_CURVES, 5).table()
+    assert needs["condition"].tolist() == found["condition"].tolist()
+    same = ~needs["condition"].isin(["base beats the floor"])  # what the n-gram scores is not known yet
+    assert needs.loc[same, "needed"].tolist() == found.loc[same, "needed"].tolist()
+    assert needs["needed"][0].startswith("below an n-gram model of the same tokens")
+
+
 def test_a_gate_without_controls_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gate.worse must name at least one arm in a tuple, got \(\)"):
         Gate(baseline="base", worse=(), trivial=("dense",), effect=0.01, source="print")
+    with pytest.raises(ValueError, match=r"gate\.trivial must name arms in a tuple, got 'dense'"):
+        Gate(baseline="base", worse=("a",), trivial="dense", effect=0.01, source="print")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="exactly one of at_least and below must be given for recall of new"):
+        Target("new", "recall")
     with pytest.raises(ValueError, match=r"gate\.effect must be positive, got 0"):
         Gate(baseline="base", worse=("a",), trivial=("dense",), effect=0, source="print")
     with pytest.raises(ValueError, match="gate: needs finished runs, got none"):
@@ -197,29 +229,10 @@ def test_the_old_latent_study_fails_with_a_reason() -> None:
     assert report.reason.startswith("at d_model 24: moe beats the floor: 2.699, needed below 2.268")
 
 
-SWEEP = {
-    'sampler = "random"': """sampler = "grid"
-seeds = 3
-gate = Gate(baseline=2, worse=(1,), trivial=(1,), effect=EFFECT, source="print", arm="n_layers", min_steps=1,
-            min_tokens=0.0, value="val_bpb", floor=FLOOR)""",
-    "from explore.study import": "from explore.frontier.gate import Gate\nfrom explore.study import",
-}
-
-
-def gated(folder: Path, floor: str = "0.1") -> Path:
-    folder.mkdir()
-    replaced = {old: new.replace("EFFECT", "10.0").replace("FLOOR", floor) for old, new in SWEEP.items()}
-    replaced['grid = {"d_model": [32, 64], "n_layers": [1, 2], "lr": [0.002, 0.004]}'] = (
-        'grid = {"d_model": [64, 32], "n_layers": [2, 1], "lr": [0.002]}'
-    )
-    replaced['baselines = ({"d_model": 32, "n_layers": 2, "lr": 0.004},)'] = ""
-    return write_sweep(folder, replaced=replaced, tokens=256)
-
-
 def test_a_sweep_runs_the_smallest_size_first_and_stops_if_its_gate_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path, runs = gated(tmp_path / "sweep"), tmp_path / "runs"
+    path, runs = write_gated(tmp_path / "sweep"), tmp_path / "runs"
     args = ("sweep", str(path), "--trials", "4", "--runs", str(runs), "--workers", "1")
     code, out, err = run_command(capsys, monkeypatch, *args)
     assert code == 1
@@ -241,21 +254,36 @@ def test_a_sweep_runs_the_smallest_size_first_and_stops_if_its_gate_fails(
 
 
 def test_a_gate_needs_a_grid_with_its_sizes(tmp_path: Path) -> None:
-    path = gated(tmp_path / "sweep")
+    path = write_gated(tmp_path / "sweep")
     path.write_text(path.read_text().replace('sampler = "grid"', 'sampler = "random"'))
-    with pytest.raises(ValueError, match="gate: must come with a grid that has 'd_model', whose smallest value runs"):
+    with pytest.raises(ValueError, match="gate: must come with sampler = 'grid', got 'random'"):
+        load_sweep(path)
+    path = write_gated(tmp_path / "other")
+    path.write_text(path.read_text().replace('arm="n_layers"', 'arm="kind", size="depth"'))
+    with pytest.raises(ValueError, match="gate: must come with a grid that has 'depth' or 'kind'"):
         load_sweep(path)
 
 
+def test_a_study_of_one_size_runs_the_arms_of_its_gate_first_and_baselines_once(tmp_path: Path) -> None:
+    path = write_gated(tmp_path / "sweep")
+    text = path.read_text().replace('"d_model": [64, 32], "n_layers": [2, 1]', '"d_model": [32], "n_layers": [3, 2, 1]')
+    path.write_text(text.replace('arm="n_layers"', 'arm="n_layers", size="seq_len"'))
+    sweep = load_sweep(path)
+    assert [point["n_layers"] for point in sweep.first] == [2, 1]
+    assert [each.model.n_layers for each in sweep.design] == [2, 1, 3]
+    path.write_text(path.read_text() + 'baselines = ({"d_model": 32, "n_layers": 1, "lr": 0.002},)\n')
+    assert [point["n_layers"] for point in load_sweep(path).first] == [2]
+
+
 def test_a_gate_may_change_under_its_study(tmp_path: Path) -> None:
-    path = gated(tmp_path / "sweep")
+    path = write_gated(tmp_path / "sweep")
     before = load_sweep(path).code
     path.write_text(path.read_text().replace('source="print"', 'source="elsewhere"'))
     assert load_sweep(path).code == before
 
 
 def test_floors_are_stored_with_runs_and_in_records_without_changing_keys(tmp_path: Path) -> None:
-    path, runs = gated(tmp_path / "sweep", floor="None"), tmp_path / "runs"
+    path, runs = write_gated(tmp_path / "sweep", floor="None"), tmp_path / "runs"
     _, report = run_gated(load_sweep(path), 2, runs, console=quiet())
     assert report is not None
     table = load_runs(runs)

@@ -18,7 +18,6 @@ import pandas as pd
 
 from explore.frontier.columns import check_columns, numbers
 from explore.frontier.comparisons import BETTER, WORSE, compare
-from explore.frontier.documents import document_interval
 from explore.frontier.intervals import resolvable
 from explore.quantities import quantity
 from explore.table import load_documents, load_metrics, load_params, load_runs, read_table
@@ -28,6 +27,7 @@ MIN_DOCUMENTS: Final = 5
 FLAT: Final = 0.1
 """Fraction at the end of a curve that must be flat or inside the decay."""
 ABSENT: Final = "not measured"
+ANY_FLOOR: Final = "an n-gram model of the same tokens: `explore eval RUN --ngram 3 --save` adds it"
 GATE_FILE: Final = "gate.csv"
 """File in a sweep's folder of runs with the latest result of its gate."""
 UNGATED: Final = "ungated"
@@ -81,6 +81,36 @@ class GateReport:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A bound on the mean of one arm over its seeds.
+
+    Attributes:
+        arm: the arm.
+        value: column of the score.
+        at_least: lower bound; None for none.
+        below: upper bound, excluded; None for none.
+    """
+
+    arm: Hashable
+    value: str
+    at_least: float | None = None
+    below: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.below is None):
+            raise ValueError(f"target: exactly one of at_least and below must be given for {self.value} of {self.arm}")
+
+    def check(self, rows: pd.DataFrame, arm: str) -> Condition:
+        """The condition on the rows of an arm, named by the column `arm`."""
+        own = rows[rows[arm] == self.arm]
+        mean = float(numbers(own, self.value).mean()) if len(own) and self.value in own else math.nan
+        holds = mean >= self.at_least if self.at_least is not None else mean < (self.below or 0.0)
+        words = f"at least {self.at_least:g}" if self.at_least is not None else f"below {self.below:g}"
+        found = f"{mean:.3f}" if math.isfinite(mean) else ABSENT
+        return Condition(f"{quantity(self.value).label.lower()} of {self.arm}", found, words, passed=bool(holds))
+
+
+@dataclass(frozen=True)
 class Gate:
     """A study's own declaration of what it needs in order to answer its question.
 
@@ -88,30 +118,32 @@ class Gate:
         baseline: the arm from which differences are computed.
         worse: positive controls: arms that must be resolved as worse than the baseline.
         trivial: dense or otherwise trivial arms, whose difference from the baseline must be resolved, with either sign.
-        effect: smallest published effect that the study addresses, in the unit of `value`.
-        source: publication of that effect.
+        effect: smallest effect that the study addresses, in the unit of `value`.
+        source: where that effect comes from, such as a publication.
         arm: column of the arms: a parameter of the trials, or a column of the table of runs.
-        size: column of the sizes; the smallest is checked.
+        size: column of the sizes; the smallest is checked. If it is not in the sweep's grid, all trials have one size.
         where: column values that select the runs of the gate.
         value: column of the score.
         floor: score that the baseline must beat; None takes that of an n-gram model of its own tokens.
+        targets: bounds on the means of single arms.
         n_sizes: sizes over which the primary claim is averaged.
         min_steps: minimum optimizer steps.
-        min_tokens: minimum training tokens per active parameter of the layers.
+        min_tokens: minimum training tokens per active parameter of the layers; 0 sets no condition.
         max_violation: limit, in every arm, on the load of the fullest expert divided by the mean load, minus 1.
         alike: columns in which all arms must agree.
     """
 
     baseline: Hashable
     worse: tuple[Hashable, ...]
-    trivial: tuple[Hashable, ...]
     effect: float
     source: str
+    trivial: tuple[Hashable, ...] = ()
     arm: str = "arm"
     size: str = "d_model"
     where: Mapping[str, Any] = field(default_factory=dict)
     value: str = "test_bpb"
     floor: float | None = None
+    targets: tuple[Target, ...] = ()
     n_sizes: int = 1
     min_steps: int = 3000
     min_tokens: float = 20.0
@@ -121,12 +153,19 @@ class Gate:
     def __post_init__(self) -> None:
         for name in ("worse", "trivial"):
             arms = getattr(self, name)
-            if isinstance(arms, str) or not arms:
-                raise ValueError(f"gate.{name} must name at least one arm in a tuple, got {arms!r}")
+            if isinstance(arms, str) or (name == "worse" and not arms):
+                least = "at least one arm" if name == "worse" else "arms"
+                raise ValueError(f"gate.{name} must name {least} in a tuple, got {arms!r}")
         if not (math.isfinite(self.effect) and self.effect > 0):
             raise ValueError(f"gate.effect must be positive, got {self.effect!r}")
         if self.n_sizes < 1:
             raise ValueError(f"gate.n_sizes must be at least 1, got {self.n_sizes}")
+
+    @property
+    def arms(self) -> tuple[Hashable, ...]:
+        """The arms that the gate examines one by one."""
+        named = (self.baseline, *self.worse, *self.trivial, *(each.arm for each in self.targets))
+        return tuple(dict.fromkeys(named))
 
     def smallest(self, runs: pd.DataFrame) -> pd.DataFrame:
         """The finished runs of the smallest size.
@@ -152,25 +191,37 @@ class Gate:
             runs: one row per run, as from `explore.table.load_runs`, with the columns `arm`, `size` and `where`.
             curves: learning curves, as from `explore.table.load_metrics`; used if runs have no decay.
             seeds: planned number of seeds per arm.
-            documents: scores by document, as from `explore.table.load_documents`; a control must then also be resolved
-                over documents.
+            documents: scores by document, as from `explore.table.load_documents`; the intervals of the controls then
+                include documents.
 
         Raises:
             ValueError: a column is missing, or no run is left.
         """
         rows = self.smallest(runs)
-        conditions = [
-            *self._floor(rows),
-            *self._controls(rows, seeds, documents),
-            *self._whole(rows),
-            *self._training(rows, curves),
-            *self._alike(rows),
-        ]
-        return GateReport(f"{self.size} {rows[self.size].iloc[0]}", tuple(conditions))
+        conditions = tuple(self._conditions(rows, curves, seeds, documents))
+        return GateReport(f"{self.size} {rows[self.size].iloc[0]}", conditions)
+
+    def needs(self, seeds: int) -> pd.DataFrame:
+        """The conditions before any run: columns condition and needed."""
+        counts = ["tokens", "n_steps", "max_violation", "params_active_no_embeddings"]
+        none = pd.DataFrame(columns=[self.arm, self.size, "seed", self.value, *counts], dtype="float64")
+        report = GateReport("", tuple(self._conditions(none, pd.DataFrame(), seeds, None)))
+        return report.table()[["condition", "needed"]]
+
+    def _conditions(
+        self, rows: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None
+    ) -> Iterator[Condition]:
+        yield from self._floor(rows)
+        yield from self._controls(rows, seeds, documents)
+        yield from (each.check(rows, self.arm) for each in self.targets)
+        yield from self._whole(rows)
+        yield from self._training(rows, curves)
+        yield from self._alike(rows)
 
     def _floor(self, rows: pd.DataFrame) -> Iterator[Condition]:
         own = rows[rows[self.arm] == self.baseline]
         name, sign = f"{self.baseline} beats the floor", quantity(self.value).sign
+        side = "below" if sign > 0 else "above"
         column = f"ngram_{self.value.removeprefix('whole_')}"
         floor, words = self.floor, ""
         if floor is None and column in own and own[column].notna().any():
@@ -178,18 +229,22 @@ class Gate:
         score = float(numbers(own, self.value).mean()) if len(own) else math.nan
         found = f"{score:.3f}" if math.isfinite(score) else ABSENT
         if floor is None:
-            yield Condition(name, found, "a floor: `explore eval RUN --ngram 3 --save` adds it", passed=False)
+            yield Condition(name, found, f"{side} {ANY_FLOOR}", passed=False)
             return
-        side = "below" if sign > 0 else "above"
         yield Condition(name, found, f"{side} {floor:.3f}{words}", passed=sign * score < sign * floor)
 
     def _controls(self, rows: pd.DataFrame, seeds: int, documents: pd.DataFrame | None) -> Iterator[Condition]:
         arms = [each for each in dict.fromkeys((*self.worse, *self.trivial)) if (rows[self.arm] == each).any()]
         why = None
+        scores = None if documents is None or documents.empty or not self.value.endswith("_bpb") else documents
         try:
-            found = compare(rows, self.arm, self.baseline, value=self.value, primary=arms).set_index(self.arm)
+            found, by_seed = (
+                compare(rows, self.arm, self.baseline, value=self.value, primary=arms, documents=each)
+                for each in (scores, None)
+            )
         except ValueError as error:
-            found, why = pd.DataFrame(), str(error)
+            found, by_seed, why = pd.DataFrame(columns=[self.arm]), pd.DataFrame(), str(error)
+        found = found.set_index(self.arm)
         for kind, wanted in (("worse", (WORSE,)), ("trivial", (BETTER, WORSE))):
             for each in getattr(self, kind):
                 words = "worse" if kind == "worse" else "resolved either way"
@@ -200,39 +255,26 @@ class Gate:
                 else:
                     row = found.loc[each]
                     text = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}] {row['verdict']}"
-                    holds, more = self._for_other_documents(rows, each, documents, wanted)
-                    yield Condition(f"control {each}", text + more, words, passed=holds and row["verdict"] in wanted)
+                    text += f", over {row['n_documents']} documents" if row["n_documents"] else ""
+                    yield Condition(f"control {each}", text, words, passed=row["verdict"] in wanted)
         needed = f"at most {self.effect:g} ({self.source})"
         if found.empty:
             yield Condition("resolvable difference", why or ABSENT, needed, passed=False)
             return
-        sd, dof = float(found["sd"].iloc[0]), float(found["dof"].iloc[0])
+        sd, dof = float(by_seed["sd"].iloc[0]), float(by_seed["dof"].iloc[0])
         least = resolvable(sd * math.sqrt(2 / seeds / self.n_sizes), dof)
         text = f"{least:.4f} by {seeds} seeds"
         if self.n_sizes > 1:
             text += f" and {self.n_sizes} sizes"
         yield Condition("resolvable difference", text, needed, passed=least <= self.effect)
 
-    def _for_other_documents(
-        self, rows: pd.DataFrame, arm: Hashable, documents: pd.DataFrame | None, wanted: tuple[str, ...]
-    ) -> tuple[bool, str]:
-        """Whether an arm's difference is resolved with documents as random draws, and its interval as text."""
-        if documents is None or documents.empty or not self.value.endswith("_bpb"):
-            return True, ""
-        scored = documents.merge(rows[["run", "seed", self.arm]], on="run")
-        if not {arm, self.baseline} <= set(scored[self.arm]):
-            return True, ""
-        found = document_interval(scored, arm, self.baseline, column=self.arm)
-        holds = found.low > 0 or (found.high < 0 and BETTER in wanted)
-        return holds, f", with documents [{found.low:+.4f}, {found.high:+.4f}]"
-
     def _whole(self, rows: pd.DataFrame) -> Iterator[Condition]:
-        if "corpus" in rows and rows["corpus"].isna().all():
+        if self.value.startswith("recall") or ("corpus" in rows and rows["corpus"].isna().all()):
             yield Condition("units of the score", "sequences drawn at random", "independent units", passed=True)
             return
         needed = f"the whole split, {MIN_DOCUMENTS} documents or more"
         n = numbers(rows, "test_documents") if "test_documents" in rows else np.full(len(rows), math.nan)
-        if np.isnan(n).any():
+        if not len(n) or np.isnan(n).any():
             yield Condition("units of the score", "windows from the beginning of the split", needed, passed=False)
             return
         least = int(n.min())
@@ -240,18 +282,20 @@ class Gate:
 
     def _training(self, rows: pd.DataFrame, curves: pd.DataFrame) -> Iterator[Condition]:
         per_parameter = numbers(rows, "tokens") / numbers(rows, "params_active_no_embeddings")
-        least, steps = float(per_parameter.min()), float(numbers(rows, "n_steps").min())
-        yield Condition(
-            "tokens per active parameter of the layers",
-            f"{least:.1f}" if math.isfinite(least) else ABSENT,
-            f"at least {self.min_tokens:g}",
-            passed=least >= self.min_tokens,
-        )
+        least = float(per_parameter.min(initial=math.inf))
+        steps = float(numbers(rows, "n_steps").min(initial=math.inf))
+        if self.min_tokens:
+            yield Condition(
+                "tokens per active parameter of the layers",
+                f"{least:.1f}" if math.isfinite(least) else ABSENT,
+                f"at least {self.min_tokens:g}",
+                passed=least >= self.min_tokens,
+            )
         found = f"{steps:,.0f}" if math.isfinite(steps) else ABSENT
         yield Condition("optimizer steps", found, f"at least {self.min_steps:,}", passed=steps >= self.min_steps)
         decay = numbers(rows, "decay") if "decay" in rows else np.full(len(rows), math.nan)
         needed = "inside the decay, or flat within noise"
-        if (decay >= FLAT).all():
+        if len(decay) and (decay >= FLAT).all():
             yield Condition("last tenth of the curve", f"inside a decay of {decay.min():.0%}", needed, passed=True)
             return
         change = _last_change(curves, rows["run"][decay < FLAT] if "run" in rows else [])
@@ -265,8 +309,9 @@ class Gate:
             label = quantity(column).label.lower()
             yield Condition(f"{label} of all arms", text if values else ABSENT, "equal", passed=len(values) == 1)
         loads = rows.groupby(self.arm)["max_violation"].mean() if "max_violation" in rows else pd.Series(dtype=float)
-        if loads.notna().any():
-            text, needed = f"{loads.max():.2f} ({loads.idxmax()})", f"below {self.max_violation:g} in every arm"
+        if loads.notna().any() or rows.empty:
+            text = f"{loads.max():.2f} ({loads.idxmax()})" if len(loads) else ABSENT
+            needed = f"below {self.max_violation:g} in every arm"
             yield Condition("max violation of routers", text, needed, passed=bool(loads.max() < self.max_violation))
         tuned = rows["tuned"].fillna(value=False).astype(bool) if "tuned" in rows else pd.Series([False])
         without = sorted({str(arm) for arm in rows.loc[~tuned, self.arm]}) if "tuned" in rows else ["all arms"]

@@ -35,10 +35,18 @@ def run_gated(
     if sweep.gate.floor is None:
         rows = sweep.gate.smallest(gate_runs(runs))
         add_floors(runs, names=rows.loc[rows[sweep.gate.arm] == sweep.gate.baseline, "run"])
-    report = gate_report(sweep.gate, sweep.seeds, runs)
-    save_table(report.table(), runs / GATE_FILE)
+    report = _checked(sweep, runs)
     if (report.passed or ungated) and n_trials > first:
         summary = run_sweep(sweep, n_trials, runs, records=records, **options)
+        report = _checked(sweep, runs)  # trials of the same size may have followed
     elif records is not None:
         pack_runs(records, runs)  # with the floors
     return summary, report
+
+
+def _checked(sweep: Sweep, runs: Path) -> GateReport:
+    """The report of a sweep's gate on its runs, which is also written beside them."""
+    assert sweep.gate is not None
+    report = gate_report(sweep.gate, sweep.seeds, runs)
+    save_table(report.table(), runs / GATE_FILE)
+    return report

@@ -57,8 +57,8 @@ class Sweep:
         learning_rates: learning-rate search within every trial.
         pruner: stops runs by their learning curves.
         merging: averages and scores checkpoints of runs without a learning-rate decay.
-        tables: function from the tables of runs, of minimal pairs and (if it takes three) of learning curves to result
-            tables by name.
+        tables: function from the tables of runs and of minimal pairs, and from those of `curves` and `documents` if it
+            has parameters of these names, to result tables by name.
         figure: function from the result tables to a figure.
         gate: condition that runs of the smallest size must meet before the sweep continues.
         parameters: values that replace those of parameters declared in the file.
@@ -89,21 +89,38 @@ class Sweep:
 
     @cached_property
     def first(self) -> Sequence[Mapping[str, Any]]:
-        """The grid points that the gate examines: those of the smallest size that are not rejected."""
+        """The grid points that the gate examines and that are no baselines: those of the smallest size.
+
+        If all points have one size, they are those of the gate's own arms.
+        """
         if self.gate is None or self.grid is None:
             return ()
         values: dict[str, list[Any]] = {name: list(each) for name, each in self.grid.items()}
         values |= {name: [value] for name, value in self.gate.where.items() if name in values}
-        values[self.gate.size] = [min(values[self.gate.size])]
-        found: dict[str, Mapping[str, Any]] = {}
+        if self.gate.size in values:
+            values[self.gate.size] = [min(values[self.gate.size])]
+        else:
+            values[self.gate.arm] = [each for each in self.gate.arms if each in values[self.gate.arm]]
+        points = self._points(values).values()
+        return tuple(params for params, _ in points if params not in [dict(each) for each in self.baselines])
+
+    @cached_property
+    def design(self) -> tuple[Experiment, ...]:
+        """All experiments of the grid, those of the gate first."""
+        points = self._points({name: list(each) for name, each in (self.grid or {}).items()}).values()
+        return tuple(experiment for _, experiment in sorted(points, key=lambda point: point[0] not in self.first))
+
+    def _points(self, values: Mapping[str, Sequence[Any]]) -> dict[str, tuple[dict[str, Any], Experiment]]:
+        """Parameters and experiments of the points of a grid that are not rejected, by key."""
+        found: dict[str, tuple[dict[str, Any], Experiment]] = {}
         for combination in itertools.product(*values.values()):
             params = dict(zip(values, combination, strict=True))
             try:
                 experiment = self.experiment(optuna.trial.FixedTrial(params))  # type: ignore[arg-type]
             except RejectedError:
                 continue
-            found.setdefault(experiment.key(), params)
-        return tuple(found.values())
+            found.setdefault(experiment.key(), (params, experiment))
+        return found
 
     @property
     def code(self) -> str:
@@ -168,12 +185,19 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} must be {words}, got {value!r}")
     if found.get("sampler") == "grid" and "grid" not in found:
         raise ValueError(f"{path}: grid: the sampler 'grid' needs a mapping from parameter to its values")
-    if "gate" in found and (found.get("sampler") != "grid" or found["gate"].size not in found.get("grid", ())):
-        size = found["gate"].size
-        raise ValueError(f"{path}: gate: must come with a grid that has {size!r}, whose smallest value runs first")
-    if "gate" in found and any(isinstance(values, PatternSpace) for values in found["grid"].values()):
-        raise ValueError(f"{path}: gate: must come with a grid of plain values, got one of patterns")
+    if "gate" in found:
+        _check_gated(path, found["gate"], found.get("sampler"), found.get("grid", {}))
     return found
+
+
+def _check_gated(path: Path, gate: Gate, sampler: str | None, grid: Grid) -> None:
+    """Checks that a sweep can train the trials first that its gate examines."""
+    if sampler != "grid":
+        raise ValueError(f"{path}: gate: must come with sampler = 'grid', got {sampler!r}")
+    if gate.size not in grid and gate.arm not in grid:
+        raise ValueError(f"{path}: gate: must come with a grid that has {gate.size!r} or {gate.arm!r}")
+    if any(isinstance(values, PatternSpace) for values in grid.values()):
+        raise ValueError(f"{path}: gate: must come with a grid of plain values, got one of patterns")
 
 
 def _run(path: Path, parameters: Mapping[str, Any]) -> ModuleType:
