@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
+from command_line import run as run_command
 from rich.console import Console
 from scipy import stats
+from small_sweeps import write_gated
 
 from explore import train
 from explore.cli import main
@@ -137,3 +140,20 @@ def test_a_dry_run_prints_and_leaves_nothing_behind(
         assert part in output
     assert len(timed) == 4
     assert {each.name for each in tmp_path.iterdir()} == before
+
+
+def test_a_dry_run_prints_the_question_the_design_and_the_gate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write_gated(tmp_path / "sweep")
+    path.write_text(path.read_text().replace('"""Does width help?"""', '"""Does width help?\n\nPrimary: width."""'))
+    args = ("sweep", str(path), "--trials", "20", "--runs", str(tmp_path / "runs"), "--workers", "1", "--dry-run")
+    code, out, _ = run_command(capsys, monkeypatch, *args)
+    assert code == 0
+    parts = ("Primary: width.", "design: 4 trials of 3 seeds", "gate of width", "2 beats the floor", "for 4 trials")
+    for part in parts:
+        assert part in out
+    record = json.loads(run_command(capsys, monkeypatch, *args, "--json")[1])
+    assert [each["n_steps"] for each in record["design"]] == [2] * 4
+    assert {"condition": "2 beats the floor", "needed": "below 0.100"} in record["gate"]
+    assert not (tmp_path / "runs").exists()

@@ -18,6 +18,11 @@ from explore.formatting import count, duration, flops
 from explore.quantities import quantity
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+    from explore.experiment import Experiment
     from explore.frontier.gate import GateReport
     from explore.study import Preview, Sweep
 
@@ -28,6 +33,9 @@ Storage = Annotated[
 
 EXAMPLE = ("family", "pattern", "d_model", "params_total", "params_active", "flops_run")
 """Columns of the examples in a preview."""
+
+DESIGN = ("name", "pattern", "tokens", "n_steps", "params_active", "params_total", "flops_run")
+"""Columns of the experiments of a study with a gate."""
 
 
 @app.command(
@@ -98,6 +106,8 @@ def sweep(
                 f"using {workers} workers of one thread each, faster for models this small (--workers 1 for one worker)"
             )
     if dry_run:
+        if loaded.gate is not None:
+            trials = min(trials, len(loaded.design))
         with err.status("probing the space and timing a few experiments"):
             previewed = preview(loaded, trials, folder, workers=workers, seed=seed or 0)
         _show(loaded, previewed, trials, workers, as_json)
@@ -158,18 +168,22 @@ def _options(texts: list[str] | None) -> dict[str, Any]:
 
 
 def _show(sweep: Sweep, preview: Preview, trials: int, workers: int, as_json: bool) -> None:
-    """Prints the preview of a sweep."""
+    """Prints the preview of a sweep; of one with a gate, also its whole question, its design and its gate."""
     from explore.train import slow_precision
 
     if as_json:
         record = dataclasses.asdict(preview)
         record["examples"] = [_example(each) for each in preview.examples]
+        if sweep.gate is not None:
+            record["design"] = [_example(each, DESIGN) for each in sweep.design]
+            record["gate"] = sweep.gate.needs(sweep.seeds).to_dict("records")
         if preview.noise is not None and math.isnan(preview.noise.bartlett_p):
             record["noise"]["bartlett_p"] = None
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         print(json.dumps(finite, indent=2))
         return
-    out.print(sweep.question.splitlines()[0], highlight=False)
+    question = sweep.question if sweep.gate is not None else sweep.question.splitlines()[0]
+    out.print(question, highlight=False, markup=False)
     if preview.continuous:
         size = f"infinite: {', '.join(preview.continuous)} {'is' if len(preview.continuous) == 1 else 'are'} continuous"
     elif preview.n_feasible_error > 0.005 * preview.n_feasible:
@@ -205,17 +219,36 @@ def _show(sweep: Sweep, preview: Preview, trials: int, workers: int, as_json: bo
     for name, text in lines.items():
         view.add_row(name, text)
     out.print(view, highlight=False)
-    examples = Table(box=None, padding=(0, 2, 0, 0), title="examples, cheapest first")
-    examples.title_justify = "left"
-    for name in EXAMPLE:
-        examples.add_column(quantity(name).header, justify="right" if quantity(name).is_number else "left")
-    for each in map(_example, preview.examples):
-        examples.add_row(*(quantity(name).text(value) for name, value in each.items()))
-    out.print(examples, highlight=False)
+    if sweep.gate is None:
+        out.print(_experiments("examples, cheapest first", preview.examples, EXAMPLE), highlight=False)
+        return
+    title = f"design: {len(sweep.design)} trials of {sweep.seeds} seeds, those of the gate first"
+    out.print(_experiments(title, sweep.design, DESIGN), highlight=False)
+    out.print(_plain(f"gate of {sweep.name}", sweep.gate.needs(sweep.seeds)))
 
 
-def _example(experiment: Any) -> dict[str, Any]:
+def _experiments(title: str, experiments: Sequence[Experiment], columns: Sequence[str]) -> Table:
+    view = Table(box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    for name in columns:
+        view.add_column(quantity(name).header, justify="right" if quantity(name).is_number else "left")
+    for each in experiments:
+        view.add_row(*(quantity(name).text(value) for name, value in _example(each, columns).items()))
+    return view
+
+
+def _plain(title: str, table: pd.DataFrame) -> Table:
+    """A table of texts."""
+    view = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in table:
+        view.add_column(str(column), overflow="fold")
+    for row in table.itertuples(index=False):
+        view.add_row(*map(Text, row))
+    return view
+
+
+def _example(experiment: Experiment, columns: Sequence[str] = EXAMPLE) -> dict[str, Any]:
     from explore.table import expected_row
 
-    row = expected_row(experiment)
-    return {name: row[name] for name in EXAMPLE}
+    n_steps = experiment.n_steps
+    row = expected_row(experiment) | {"n_steps": n_steps, "tokens": n_steps * experiment.batch_tokens}
+    return {name: row[name] for name in columns}

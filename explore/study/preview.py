@@ -9,6 +9,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from explore import train
+from explore.data import TextData, TextSource
+from explore.evals.ngram import EVALUATED
 from explore.experiment import Experiment
 from explore.frontier import fit_noise
 from explore.frontier.intervals import resolvable
@@ -221,7 +224,7 @@ def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment]
         with tempfile.TemporaryDirectory() as folder:
             for example in examples:
                 changes: dict[str, Any] = {"tokens": STEPS * example.batch_tokens, "flops": None, "val_every": None}
-                changes["eval_tokens"] = example.batch_tokens
+                changes |= {"eval_tokens": example.batch_tokens, "evaluation": "opening"}
                 short = example.model_copy(update={"train": example.train.model_copy(update=changes)})
                 began = time.perf_counter()
                 run = train.fit(short, folder, console=plain_console(quiet=True))
@@ -239,7 +242,21 @@ def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment]
 
 
 def _evaluation_flops(experiment: Experiment) -> float:
-    """Forward FLOPs of a run's evaluations: every validation, then both splits; 0 if `eval_tokens` is not set."""
+    """Forward FLOPs of a run's evaluations: every validation, then both splits.
+
+    Evaluations of unknown length count as 0: without `eval_tokens`, of splits that are not read in full.
+    """
     cost, training = experiment.model.cost(experiment.data.seq_len), experiment.train
     n_validations = experiment.n_steps // training.val_every if training.val_every else 0
-    return (n_validations + 2) * (training.eval_tokens or 0) * cost.flops_fwd
+    last = 2 * (training.eval_tokens or 0)
+    if training.evaluation == "whole" and isinstance(experiment.data, TextData):
+        last = _whole_targets(experiment.data)
+    return (n_validations * (training.eval_tokens or 0) + last) * cost.flops_fwd
+
+
+@cache
+def _whole_targets(data: TextData) -> int:
+    """Predicted tokens of both evaluation splits."""
+    source = data.open(0)
+    assert isinstance(source, TextSource)
+    return sum(source.n_targets(split) for split in EVALUATED)
