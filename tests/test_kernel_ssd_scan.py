@@ -212,15 +212,15 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"X": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, "dtype of X, B, C: torch.float64"),
-        ({"B": torch.zeros(1, 4, 1, 5, dtype=torch.bfloat16)}, "dtype of X, B, C: torch.float32, torch.bfloat16"),
+        ({"X": torch.zeros(1, 4, 2, 3, dtype=torch.float64)}, "X, B and C must all be .*, got torch.float64, "),
+        ({"B": torch.zeros(1, 4, 1, 5, dtype=torch.bfloat16)}, "must all be .*, got torch.float32, torch.bfloat16"),
         ({"chunk_size": 0}, "chunk_size must be from 1 to .*, got 0"),
         ({"B": torch.zeros(1, 4, 3, 5), "C": torch.zeros(1, 4, 3, 5)}, "n_groups must divide n_heads, .*, got 3"),
-        ({name: torch.zeros(1, 4, 1, 2**14) for name in "BC"}, "d_head x d_state: 3 x 16384"),
+        ({name: torch.zeros(1, 4, 1, 2**14) for name in "BC"}, "d_head x d_state must fit .*, got 3 x 16384"),
         (
             {name: torch.zeros(1, 0, 1, 5) for name in "BC"}
             | {"X": torch.zeros(1, 0, 2, 3), "dt": torch.zeros(1, 0, 2)},
-            "shape of X: .1, 0, 2, 3.",
+            r"X must not be empty, got shape \(1, 0, 2, 3\)",
         ),
     ],
 )
