@@ -64,6 +64,7 @@ class Distillation(Config):
         ce_weight: weight of the cross-entropy of the next token.
         hidden_weight: weight of 1 - cosine between layer outputs, averaged over `hidden_layers`.
         hidden_layers: pairs of student layer and teacher layer, counted from 0.
+        hidden_channels: channels of the teacher that the student has, ascending; None if it has all of them.
         teacher_precision: precision of the teacher's forward pass: `fp32`, or `bf16` for its matrix products.
     """
 
@@ -75,6 +76,7 @@ class Distillation(Config):
     hidden_weight: NonNegativeFloat = 0.0
     hidden_layers: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
     teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    hidden_channels: tuple[NonNegativeInt, ...] | None = added_later(None)
 
     @model_validator(mode="after")
     def _check(self) -> Distillation:
@@ -85,6 +87,8 @@ class Distillation(Config):
                 f"hidden_layers: must name layers if hidden_weight is above 0, and none otherwise, "
                 f"got {len(self.hidden_layers)} pairs and hidden_weight={self.hidden_weight:g}"
             )
+        if self.hidden_channels is not None and not self.hidden_layers:
+            raise ValueError("hidden_channels: must come with hidden_layers, whose channels they are, got no layers")
         return self
 
     def check_student(self, student: ModelConfig) -> None:
@@ -107,10 +111,12 @@ class Distillation(Config):
                     f"train.objective.hidden_layers: layers of the {whose} must be 0 to {model.n_layers - 1}, "
                     f"got {max(layers)}"
                 )
-        if self.hidden_layers and student.d_model != teacher.d_model:
+        every, kept = range(teacher.d_model), self.hidden_channels
+        valid = tuple(sorted({*every}.intersection(every if kept is None else kept)))
+        if self.hidden_layers and (len(valid) != student.d_model or kept not in (None, valid)):
             raise ValueError(
-                f"train.objective.hidden_layers: d_model must be that of the teacher, {teacher.d_model}, "
-                f"for hidden states to be compared, got {student.d_model}"
+                f"train.objective.hidden_channels: must be {student.d_model} channels of the teacher's "
+                f"{teacher.d_model}, ascending, one for each channel of the student, got {echo(kept)}"
             )
 
 

@@ -18,6 +18,7 @@ from explore.experiment import Distillation, Experiment, ParentWeights
 from explore.files import read_json, write_json
 from explore.runs import RunFolder
 from explore.train import child_experiment
+from explore.train.objectives import build_objective
 from explore.train.start import starting_model
 
 
@@ -63,6 +64,41 @@ def test_a_child_has_the_training_of_its_parent_at_a_fifth_of_the_learning_rate(
     other = child_experiment(plan, 640, parent=parent.path, overrides=overrides)
     assert isinstance(other.train.objective, Distillation)
     assert (other.train.lr, other.train.objective.temperature, other.seed) == (0.5, 2, 3)
+
+
+def test_hidden_states_of_a_narrower_child_are_compared_on_the_channels_that_it_keeps(
+    parent: RunFolder, plan: Path
+) -> None:
+    layers = ["train.objective.hidden_weight=2", "train.objective.hidden_layers=[[0, 0], [2, 3]]"]
+    one = child_experiment(plan, 640, parent=parent.path, overrides=layers)
+    assert isinstance(one.train.objective, Distillation)
+    assert one.train.objective.hidden_channels == tuple(range(32, 64)) == halved(parent).d_model
+    batch = one.data.open(one.seed).batch(0, one.train.batch_size)
+    child, teacher = starting_model(one), load_model(parent)
+    term = build_objective(one.train)(child, batch.inputs, batch.targets).terms["hidden_loss"]
+    x, y = child.embedding(batch.inputs), teacher.embedding(batch.inputs)
+    ours = [x := layer(x)[0] for layer in child.layers]
+    theirs = [y := layer(y)[0] for layer in teacher.layers]
+    cosines = [torch.cosine_similarity(ours[i], theirs[j][..., 32:], dim=-1).mean() for i, j in ((0, 0), (2, 3))]
+    assert float(term.value.detach()) == pytest.approx(float(1 - torch.stack(cosines).mean().detach()), rel=1e-5)
+    assert (term.weight, term.value.requires_grad) == (2, True)
+
+
+def test_channels_are_named_only_where_the_hidden_states_of_the_parent_are_compared(
+    parent: RunFolder, plan: Path
+) -> None:
+    plain = child_experiment(plan, 640, parent=parent.path)
+    assert "hidden_channels" not in plain.model_dump(mode="json")["train"]["objective"]
+    other = plan.parent / "other"
+    shutil.copytree(parent.path, other)  # its channels could be any
+    layers = ["train.objective.hidden_weight=1", "train.objective.hidden_layers=[[0, 0]]"]
+    with pytest.raises(ValueError, match=r"hidden_channels: must be 32 channels of the teacher's 64, .* got None"):
+        child_experiment(plan, 640, parent=parent.path, teacher=other, overrides=layers)
+    named = [*layers, f"train.objective.hidden_channels={list(range(32, 64))}"]
+    found = child_experiment(plan, 640, parent=parent.path, teacher=other, overrides=named).train.objective
+    assert found == child_experiment(plan, 640, parent=parent.path, overrides=layers).train.objective.replace(
+        teacher=str(other)
+    )
 
 
 def test_the_key_depends_on_the_kept_indices_and_the_record_has_the_plan(

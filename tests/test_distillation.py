@@ -271,8 +271,22 @@ def damaged(parent: RunFolder, tmp_path: Path) -> RunFolder:
         ),
         (
             {"objective__hidden_weight": 1, "objective__hidden_layers": [[0, 0]], "model__d_model": 128},
-            r"train\.objective\.hidden_layers: d_model must be that of the teacher, 64, .* got 128",
+            r"train\.objective\.hidden_channels: must be 128 channels of the teacher's 64, .* got None",
         ),
+        *(
+            (
+                {
+                    "objective__hidden_weight": 1,
+                    "objective__hidden_layers": [[0, 0]],
+                    "objective__hidden_channels": channels,
+                    "model__d_model": 4,
+                    "model__blocks": {"*": {"n_heads": 2, "n_kv_heads": 1, "d_head": 2}, "-": {"d_ff": 8}},
+                },
+                r"train\.objective\.hidden_channels: must be 4 channels of the teacher's 64, ascending, .* got \(",
+            )
+            for channels in ([0, 1, 2], [0, 2, 1, 3], [0, 1, 1, 2, 3], [61, 62, 63, 64])
+        ),
+        ({"objective__hidden_channels": [0]}, r"hidden_channels: must come with hidden_layers, .* got no layers"),
         ({"objective__hidden_weight": 1}, r"hidden_layers: must name layers .* got 0 pairs and hidden_weight=1"),
         ({"objective__kl_weight": 0}, r"one of kl_weight, ce_weight and hidden_weight must be above 0, got 0 for all"),
         ({"objective__temperature": 0}, r"temperature"),

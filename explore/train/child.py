@@ -30,6 +30,8 @@ def child_experiment(
 ) -> Experiment:
     """Returns the experiment that distils a plan's child on the parent's data, with a fifth of its learning rate.
 
+    If hidden states of a narrower child are compared with its parent's, they are on the channels that the plan keeps.
+
     Args:
         path: path of the plan.
         tokens: number of training tokens.
@@ -57,7 +59,18 @@ def child_experiment(
     }
     for override in overrides:
         set_field(content, override)
+    _name_channels(content, plan, folder)
     return Experiment.validated(content, path)
+
+
+def _name_channels(content: dict[str, Any], plan: Plan, parent: Path) -> None:
+    """Adds the channels that the child keeps to an objective that compares its hidden states with its parent's."""
+    train = content["train"]
+    objective = train.get("objective") if isinstance(train, dict) else None
+    if plan.d_model is None or not isinstance(objective, dict) or not objective.get("hidden_layers"):
+        return
+    if Path(str(objective.get("teacher"))).resolve() == parent.resolve():
+        objective.setdefault("hidden_channels", list(plan.d_model))
 
 
 def _experiment(folder: Path, data: str | Path | None) -> Experiment:

@@ -30,10 +30,11 @@ class Teacher:
         self.dtype = torch.bfloat16 if config.teacher_precision == "bf16" else torch.float32
         self._paths = paths_in_use("cpu")
         self._weight = self.model.head.weight.to(self.dtype)
+        self._channels = None if config.hidden_channels is None else torch.tensor(config.hidden_channels)
 
     @torch.no_grad()
     def __call__(self, tokens: Int[Tensor, "batch seq"]) -> tuple[TeacherOutput, dict[int, Tensor]]:
-        """Returns the teacher's predictions for a batch, and the outputs of the layers to compare."""
+        """Returns the teacher's predictions for a batch, and layer outputs to compare, on the student's channels."""
         device, config = tokens.device, self.config
         self.model, self._weight = self.model.to(device), self._weight.to(device)
         paths = self._paths if device.type == "cpu" else {}
@@ -41,6 +42,9 @@ class Teacher:
         precision = torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         with precision, forced_paths(**paths), outputs_of(self.model, layers) as outputs:
             hidden, _ = self.model.hidden(tokens)
+        if self._channels is not None:
+            self._channels = self._channels.to(device)
+            outputs = {layer: output[..., self._channels] for layer, output in outputs.items()}
         alone = config.ce_weight == 0
         return TeacherOutput(hidden.to(self.dtype), self._weight, config.temperature, alone), outputs
 
