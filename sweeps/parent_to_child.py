@@ -1,13 +1,15 @@
 """Is a model cut from a parent and distilled better than one of the same size trained from scratch?
 
 The parent is a hybrid of about a million parameters (`sweeps/examples/hybrid_parent.json`), trained on the embedded
-text. It is scored, then cut to half of its active parameters by width, by depth and, if the command exists, by
-`explore puzzle`. Each child is distilled, and a model of the same shape is trained from scratch on as many tokens.
+text. It is scored, then cut to half of its active parameters by width, by depth and by Puzzle. Each child is distilled,
+and a model of the same shape is trained from scratch on as many tokens. The shape of the Puzzle child is also trained
+from scratch for as many FLOPs as the child cost after the training of the parent: scores, library, teacher and its own
+training.
 
-Every step is a command of `explore`, printed before it runs. If the chain is stopped, the same call resumes it. At the
-end it prints one table: bits per byte on validation and test, and all FLOPs. `flops_before` holds the FLOPs of the
-parent, of its scores and of the candidates. There is one seed, so differences of a few thousandths of a bit per byte
-mean nothing.
+Every step is a command of `explore`, printed before it runs. If the chain is stopped, the same call resumes it. The
+three ways of cutting run at the same time, each with one thread, if there are cores for them. At the end it prints one
+table: bits per byte on validation and test, and all FLOPs. `flops_before` holds the FLOPs of the parent, of its scores
+and of the candidates. There is one seed, so differences of a few thousandths of a bit per byte mean nothing.
 
     python sweeps/parent_to_child.py --records sweeps/records/parent_to_child.csv
 """
@@ -16,23 +18,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from explore import Experiment, ModelConfig
+from explore import Experiment
 from explore.formatting import count, flops
 from explore.runs import RunFolder
+from explore.threads import n_cores
 
 PARENT = Path(__file__).parent / "examples" / "hybrid_parent.json"
 SHARE = 0.5
 """Share of the parent's active parameters that a child keeps."""
+ARMS = ("puzzle", "width", "depth")
+"""Ways to cut, the longest first, so that the others run beside it."""
+NARROW = ("--free", "d_model", "--free", "d_ff", "--free", "M.n_heads")
 COLUMNS = (
     "arm", "pattern", "layers", "d_model", "params_active", "tokens", "val_bpb", "test_bpb",
     "flops_run", "flops_teacher", "flops_before", "run",
@@ -41,47 +50,66 @@ COLUMNS = (
 console = Console(soft_wrap=True, highlight=False)
 
 
-def explore(*arguments: object) -> dict[str, Any]:
-    """Prints and runs a command of `explore`, and returns its JSON output."""
-    words = [str(each) for each in arguments]
-    console.print("$ explore", *words, style="bold", markup=False)
-    command = [sys.executable, "-c", "from explore.cli import main; main()", *words, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    content: dict[str, Any] = json.loads(done.stdout)
-    return content
+class Commands:
+    """Prints and runs commands of `explore`.
+
+    Attributes:
+        beside: whether other commands run at the same time; each then has one thread and draws no progress.
+    """
+
+    def __init__(self, *, beside: bool = False) -> None:
+        self.beside, self._failed = beside, Event()
+
+    def __call__(self, *arguments: object) -> dict[str, Any]:
+        """Returns the JSON output of a command. After one has failed, no other begins."""
+        if self._failed.is_set():
+            sys.exit(1)
+        words = [str(each) for each in arguments]
+        console.print("$ explore", *words, style="bold", markup=False)
+        command = [sys.executable, "-c", "from explore.cli import main; main()", *words, "--json"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"} if self.beside else None
+        errors = subprocess.PIPE if self.beside else None
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True, check=False)
+        if done.returncode:
+            self._failed.set()
+            sys.stderr.write(done.stderr or "")
+            sys.exit(done.returncode)
+        content: dict[str, Any] = json.loads(done.stdout)
+        return content
 
 
-def has_puzzle() -> bool:
-    """Whether this version has the command `explore puzzle`."""
-    command = [sys.executable, "-c", "from explore.cli import main; main()", "puzzle", "--help"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def plan(explore: Commands, arm: str, parent: RunFolder, *, quick: bool) -> Path:
+    """The plan that cuts the parent to half of its active parameters in one way."""
+    experiment = parent.load_experiment()
+    target = round(SHARE * experiment.model.cost(experiment.data.seq_len).params_active)
+    if arm == "puzzle":
+        found = explore("puzzle", parent.path, "--max", f"params_active={target}")
+    else:
+        free = NARROW if arm == "width" else ("--free", "depth=2:12")
+        budget = ("--target", f"params_active={target}", "--best", 1, "--score-at-most", 4 if quick else 32)
+        found = explore("cut", parent.path, *budget, "--tolerance", 0.02 if arm == "width" else 0.1, *free)
+    return Path(found["plan"])
 
 
-def plans(parent: Path, model: ModelConfig, seq_len: int, *, quick: bool) -> dict[str, Path]:
-    """A plan for each way to cut the parent to half of its active parameters."""
-    target = round(SHARE * model.cost(seq_len).params_active)
-    narrow = ["--free", "d_model", "--free", "d_ff", "--free", "M.n_heads"]
-    budget = ["--target", f"params_active={target}", "--best", 1, "--score-at-most", 4 if quick else 32]
-    found = {
-        "width": explore("cut", parent, *budget, "--tolerance", 0.02, *narrow),
-        "depth": explore("cut", parent, *budget, "--tolerance", 0.1, "--free", "depth=2:12"),
-    }
-    if has_puzzle():
-        found["puzzle"] = explore("puzzle", parent, "--max", f"params_active={target}")
-    return {arm: Path(each["plan"]) for arm, each in found.items()}
+def from_scratch(child: RunFolder, lr: float, folder: Path, name: str, budget: Mapping[str, float | None]) -> Path:
+    """An experiment with the shape of a child that starts from fresh weights and trains on text alone.
 
-
-def from_scratch(child: RunFolder, lr: float, folder: Path, arm: str) -> Path:
-    """An experiment with the shape of a child that starts from fresh weights and trains on text alone."""
+    Args:
+        budget: `tokens` or `flops` of its training; if empty, the tokens of the child.
+    """
     content = child.load_experiment().model_dump(mode="json")
     content["start"] = {"kind": "fresh"}
-    content["train"] |= {"objective": {"kind": "next_token"}, "lr": lr}
-    content["name"] = f"scratch-{arm}"
-    path = folder / f"scratch-{arm}.json"
+    content["train"] |= {"objective": {"kind": "next_token"}, "lr": lr, **budget}
+    content["name"] = name
+    path = folder / f"{name}.json"
     path.write_text(Experiment.model_validate(content).model_dump_json(indent=2), encoding="utf-8")
     return path
+
+
+def flops_after(parent: RunFolder, child: RunFolder) -> float:
+    """All FLOPs of a child except those of the parent's training."""
+    spent, record = (parent.result or {})["flops_run"], child.result or {}
+    return float(record["flops_run"] + record["flops_teacher"] + record["flops_before"] - spent)
 
 
 def row(arm: str, folder: RunFolder) -> dict[str, Any]:
@@ -91,28 +119,46 @@ def row(arm: str, folder: RunFolder) -> dict[str, Any]:
     return {**own, **{name: record.get(name) for name in COLUMNS if name not in own}}
 
 
-def study(runs: Path, parent_tokens: int | None, tokens: int, *, quick: bool = False) -> pd.DataFrame:
+def children(
+    explore: Commands, arm: str, parent: RunFolder, runs: Path, tokens: int, *, quick: bool
+) -> list[dict[str, Any]]:
+    """Cuts and distils a child, trains its shape from scratch, and returns their rows."""
+    path = plan(explore, arm, parent, quick=quick)
+    words = ("--tokens", tokens, "--parent", parent.path, "--runs", runs, "--set", f"name={arm}")
+    child = RunFolder(Path(explore("distil", path, *words)["run"]))
+    budgets: dict[str, Mapping[str, float | None]] = {"from scratch": {}}
+    if arm == "puzzle":
+        budgets["from scratch, equal FLOPs"] = {"tokens": None, "flops": flops_after(parent, child)}
+    rows = [row(f"{arm}, distilled", child)]
+    for what, budget in budgets.items():
+        name = f"scratch-{arm}" if not budget else f"scratch-{arm}-flops"
+        shape = from_scratch(child, parent.load_experiment().train.lr, runs, name, budget)
+        rows.append(row(f"{arm}, {what}", RunFolder(Path(explore("train", shape, "--runs", runs)["run"]))))
+    return rows
+
+
+def study(
+    runs: Path, parent_tokens: int | None, tokens: int, *, workers: int | None = None, quick: bool = False
+) -> pd.DataFrame:
     """Runs the whole chain and returns its table.
 
     Args:
         runs: folder of run folders.
         parent_tokens: training tokens of the parent; those in its file if absent.
-        tokens: training tokens of every child and of every model from scratch.
+        tokens: training tokens of every child and of every model from scratch that has as many.
+        workers: number of ways of cutting that run at the same time; the number of cores if absent.
         quick: score only a few candidates.
     """
     runs.mkdir(parents=True, exist_ok=True)
+    workers = min(len(ARMS), n_cores()) if workers is None else workers
     changes = [] if parent_tokens is None else ["--set", f"train.tokens={parent_tokens}"]
+    explore = Commands()
     parent = RunFolder(Path(explore("train", PARENT, *changes, "--runs", runs)["run"]))
-    experiment = parent.load_experiment()
     explore("score", parent.path)
-    rows = [row("parent", parent)]
-    for arm, plan in plans(parent.path, experiment.model, experiment.data.seq_len, quick=quick).items():
-        child = explore("distil", plan, "--tokens", tokens, "--parent", parent.path, "--runs", runs,
-                        "--set", f"name={arm}")  # fmt: skip
-        folder = RunFolder(Path(child["run"]))
-        rows.append(row(f"{arm}, distilled", folder))
-        scratch = explore("train", from_scratch(folder, experiment.train.lr, runs, arm), "--runs", runs)
-        rows.append(row(f"{arm}, from scratch", RunFolder(Path(scratch["run"]))))
+    beside = Commands(beside=workers > 1)
+    with ThreadPoolExecutor(workers) as pool:
+        found = {arm: pool.submit(children, beside, arm, parent, runs, tokens, quick=quick) for arm in ARMS}
+    rows = [row("parent", parent), *(each for arm in ("width", "depth", "puzzle") for each in found[arm].result())]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -142,10 +188,11 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("runs/parent-to-child"))
     parser.add_argument("--parent-tokens", type=int, help="training tokens of the parent (default: as in its file)")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of every child")
+    parser.add_argument("--workers", type=int, help="ways of cutting that run at the same time (default: one per core)")
     parser.add_argument("--records", type=Path, help="CSV file for the table")
     parser.add_argument("--quick", action="store_true", help="score only a few candidates, for a quick test")
     given = parser.parse_args()
-    found = study(given.runs, given.parent_tokens, given.tokens, quick=given.quick)
+    found = study(given.runs, given.parent_tokens, given.tokens, workers=given.workers, quick=given.quick)
     show(found)
     if given.records is not None:
         found.to_csv(given.records, index=False)
