@@ -1,7 +1,8 @@
 """Makes tables, figures and quoted numbers from the records of a study, reproducibly.
 
-A sweep file that defines `tables(runs, pairs)`, or `tables(runs, pairs, curves)`, and `figure(tables)`, and has records
-beside it in `records/<name>.parquet`, is a finding. A text that quotes it is a template, in which
+A sweep file that defines `tables(runs, pairs)` and `figure(tables)`, and has records beside it in
+`records/<name>.parquet`, is a finding. `tables` may also have the parameters `curves` and `documents`, for learning
+curves and for scores of test documents. A text that quotes it is a template, in which
 
     {{latent_or_not.differences[arm=acc4, d_model=48].difference:+.3f}}
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from explore.files import replacing
 from explore.frontier.gate import PASSED, UNGATED, GateReport, gate_report
 from explore.runs import PACKED, find_runs
 from explore.study import Sweep, load_sweep
-from explore.table import load_metrics, load_pairs, load_runs, read_table, save_table
+from explore.table import load_documents, load_metrics, load_pairs, load_runs, read_table, save_table
 
 TOLERANCE = 1e-6
 """Allowed relative difference between numbers of a table made on different machines."""
@@ -42,6 +43,9 @@ CANNOT = "Cannot be answered at these sizes"
 """First words of the answer of a study that does not pass a gate."""
 
 ANSWER = "**Answer.** "
+
+LOADERS: Mapping[str, Callable[[Path], pd.DataFrame]] = {"curves": load_metrics, "documents": load_documents}
+"""Tables that a study's `tables` gets, beyond runs and minimal pairs, as parameters of these names."""
 
 TABLE = re.compile(r"\{\{(\w+)\.(\w+)\}\}")
 CELL = re.compile(r"\{\{(\w+)\.(\w+)\[([^\]]*)\]\.(\w+)(?::([^}]*))?\}\}")
@@ -93,10 +97,11 @@ class Finding:
     def tables(self) -> Mapping[str, pd.DataFrame]:
         """The tables of the study by name, with numbers as in its files; without a passed gate each is marked."""
         assert self.sweep.tables is not None
-        given = [self.runs, load_pairs(self.records)]
-        if len(inspect.signature(self.sweep.tables).parameters) > len(given):
-            given.append(load_metrics(self.records))
-        found = dict(self.sweep.tables(*given))
+        more = list(inspect.signature(self.sweep.tables).parameters)[2:]
+        if unknown := [name for name in more if name not in LOADERS]:
+            raise ValueError(f"{self.sweep.path}: tables: {unknown[0]} must be one of {', '.join(LOADERS)}")
+        given = {name: LOADERS[name](self.records) for name in more}
+        found = dict(self.sweep.tables(self.runs, load_pairs(self.records), **given))
         if not self.is_gated:
             found = {name: table.assign(gate=UNGATED) for name, table in found.items()}
         return found | ({} if self.gate is None else {"gate": self.gate.table()})

@@ -154,7 +154,9 @@ NAMES = {
 }
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
     """Test bits per byte of every arm at every width, the differences from `moe`, and the results of the power laws."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
@@ -169,10 +171,10 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     beyond = runs.drop(whole.index).query("arm in @PRIMARY")
     predicted = [laws.predict(run.arm, run.flops_run).iloc[0] for run in beyond.itertuples()]
     arms = arms_table(whole, "arm", "moe", by=["d_model"])
-    differences = compare(whole, "arm", "moe", by=["d_model"], primary=named)
+    differences = compare(whole, "arm", "moe", by=["d_model"], primary=named, documents=documents)
     half = (differences["high"] - differences["low"]) / 2
     noise = differences.assign(half_width=half)[["d_model", "sd", "dof", "noise", "bartlett_p", "half_width"]]
-    averages = compare(whole, "arm", "moe", strata=["d_model"], primary=())
+    averages = compare(whole, "arm", "moe", strata=["d_model"], primary=(), documents=documents)
     shared = fit_power_laws(primary, "arm", loss="test_bpb", shared_exponent=True)
     common = fit_power_laws(primary.assign(law="all"), "law", loss="test_bpb", n_bootstrap=2)
     every = ["arm", "d_model", "seed", "flops_run", "test_bpb"]

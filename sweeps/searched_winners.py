@@ -60,7 +60,9 @@ def experiment(trial: optuna.Trial) -> Experiment:
     return run.load_experiment().model_copy(update={"name": arm, "seed": FIRST_SEED})
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
     """The model of every arm, its bits per byte in the search and on fresh seeds, and its difference from `hand1`."""
     runs = runs[runs["status"] == "finished"].drop(columns=["tuned", "lr_sensitivity"])
     rows = {arm: run.row() for arm, run in ranked().items()}
@@ -71,7 +73,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
     fresh = runs.drop(columns="search_val_bpb")
     return {
         "arms": models.merge(arms_table(fresh, "arm", "hand1"), on="arm"),
-        "differences": compare(runs, "arm", "hand1", primary=["found1"]),
+        "differences": compare(runs, "arm", "hand1", primary=["found1"], documents=documents),
         "pairs": pairs_table(runs, pairs, "arm", "hand1"),
     }
 
