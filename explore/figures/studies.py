@@ -19,6 +19,7 @@ from explore.quantities import quantity
 VERDICTS: Mapping[str, tuple[str, str, str]] = {
     "better": ("#0173b2", "o", "better"),
     "worse": ("#d55e00", "s", "worse"),
+    "equivalent": ("#029e73", "^", "equivalent"),
     "not resolved": ("0.45", "D", "not resolved"),
     "exploratory": ("0.45", "o", "not a primary comparison"),
 }
