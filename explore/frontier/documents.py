@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ def document_interval(
     return _interval(values, weights, level)
 
 
-def bits_of_runs(documents: pd.DataFrame, runs: Collection[Any]) -> tuple[Floats, Floats] | None:
+def bits_of_runs(documents: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) -> tuple[Floats, Floats] | None:
     """Bits per byte of each run on each document, and each document's share of the bytes.
 
     Args:

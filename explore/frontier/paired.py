@@ -101,7 +101,7 @@ def paired(
 
 def _places(column: pd.Series[Any]) -> dict[Hashable, int]:
     """Row numbers by value."""
-    return {value: int(place) for place, value in column.items()}  # type: ignore[call-overload]
+    return dict(zip(column.tolist(), column.index.tolist(), strict=True))
 
 
 def _sizes(rows: pd.DataFrame, strata: Sequence[str], keys: Sequence[tuple[Hashable, ...]]) -> Floats | None:
