@@ -31,6 +31,7 @@ from explore.frontier import (
     success_difference,
     success_fraction,
 )
+from explore.frontier.gate import Gate
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
@@ -58,6 +59,15 @@ sampler = "grid"
 grid = {"task": ("text", "recall"), "arm": tuple(ARMS), "d_model": WIDTHS}
 seeds = 3
 learning_rates = LearningRates(start=1.6e-2, high=0.256, share=0.5)
+gate = Gate(
+    baseline="25",
+    worse=("100",),  # in print a hybrid beats attention alone, arXiv 2406.07887
+    trivial=("0",),
+    where={"task": "text"},
+    effect=0.013,
+    source="1.2 times the compute",
+    n_sizes=2,
+)
 
 
 def content(arm: str, d_model: int, vocab_size: int) -> dict[str, Any]:
@@ -120,8 +130,15 @@ WINDOW = 20
 """Steps over which the training losses of curves are averaged."""
 
 
+<<<<<<< HEAD
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
     """Test bits per byte and successes in recall of every arm, and the differences from `25`, also during training.
+=======
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame, documents: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also along the runs.
+>>>>>>> ca1eca5 (Declare the gate of each study that makes claims)
 
     Raises:
         ValueError: `25` has no run on one of the tasks.
@@ -152,7 +169,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Map
         "curves": gaps.drop(columns="n_steps"),
         "crossing": crossing.reset_index(),
         "arms": arms_table(text, "arm", "25", by=["d_model"]),
-        "differences": compare(text, "arm", "25", by=["d_model"], primary=named),
+        "differences": compare(text, "arm", "25", by=["d_model"], primary=named, documents=documents),
         "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
         "counts": pd.DataFrame([{"text": len(text), "recall": len(recall)}]),
         "bands": seed_bands(text, ["arm", "d_model"], error="test_bpb"),

@@ -26,6 +26,7 @@ import pandas as pd
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
 from explore.frontier import arms_table, compare, seed_bands
+from explore.frontier.gate import Gate
 from explore.study import LearningRates, Merging
 
 WIDTHS = (32, 48)
@@ -39,6 +40,13 @@ grid = {"arm": ("decayed", "constant"), "d_model": WIDTHS}
 seeds = 5
 learning_rates = LearningRates(start=1.6e-2, high=0.256, share=0.5)
 merging = Merging(share=DECAY, last=8, shapes=("minus_sqrt", "flat"))
+gate = Gate(
+    baseline="decayed",
+    worse=("constant",),  # the last checkpoint of a constant rate, neither decayed nor averaged
+    effect=0.005,
+    source="largest difference of an average that counts as equal to the decay",
+    n_sizes=2,
+)
 
 
 def experiment(trial: optuna.Trial) -> Experiment:

@@ -21,6 +21,7 @@ import pandas as pd
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
 from explore.frontier import arms_table, compare, seed_bands
+from explore.frontier.gate import Gate
 from explore.study import LearningRates
 
 PATTERN, DEPTH = "MEM*EME", "*E"
@@ -35,6 +36,14 @@ sampler = "grid"
 grid = {"arm": tuple(WEIGHTS), "d_model": WIDTHS}
 seeds = 3
 learning_rates = LearningRates(start=1.6e-2, high=0.256, share=0.5)
+gate = Gate(
+    baseline="longer",
+    worse=("none",),  # the same model on fewer tokens
+    effect=0.013,
+    source="1.2 times the compute",
+    n_sizes=2,
+    alike=(),  # `longer` has more steps
+)
 
 
 def model(d_model: int, pattern: str) -> ModelConfig:
@@ -73,14 +82,16 @@ def experiment(trial: optuna.Trial) -> Experiment:
     )
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
     """Test bits per byte of every arm at every width, and the differences from `mtp`."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
     named = [(width, arm) for width in WIDTHS for arm in PRIMARY]
     return {
         "arms": arms_table(runs, "arm", "mtp", by=["d_model"]),
-        "differences": compare(runs, "arm", "mtp", by=["d_model"], primary=named),
+        "differences": compare(runs, "arm", "mtp", by=["d_model"], primary=named, documents=documents),
         "bands": seed_bands(runs, ["arm", "d_model"], error="test_bpb"),
     }
 

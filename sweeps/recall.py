@@ -38,6 +38,7 @@ import pandas as pd
 from explore import Experiment, ModelConfig, RecallData, TrainConfig
 from explore.figures import RunFigure, draw_seeds, stacked
 from explore.frontier import success_difference, success_fraction
+from explore.frontier.gate import Gate, Target
 from explore.study import LearningRates
 
 CONTROL, BASELINE, PRIMARY = "all-rope-conv", "none", "middle"
@@ -87,6 +88,18 @@ SOLVED = 0.9
 """Accuracy from which a run counts as a success."""
 BY_PAIRS = {f"recall_{n}_pairs": f"{n} pairs" for n in PAIRS}
 HARDEST = f"recall_{PAIRS[-1]}_pairs"
+gate = Gate(
+    baseline=CONTROL,
+    worse=(BASELINE,),
+    value="recall",
+    floor=SOLVED,
+    effect=1 - SOLVED,
+    source="from a share that counts as solved to all",
+    targets=(Target(BASELINE, HARDEST, below=SOLVED),),
+    min_steps=N_STEPS,
+    min_tokens=0,  # a run ends when it has solved the task
+    alike=("n_steps",),
+)
 NAMES = {
     "none": "none",
     "early": "one of four, first",
@@ -101,7 +114,7 @@ NAMES = {
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Results by arm and by seed, the successes compared with `none`, and the gate; arms may be missing."""
+    """Results by arm and by seed, the successes compared with `none`, and two checks; arms may be missing."""
     runs = runs[runs["status"].isin(["finished", "diverged"])].copy()
     runs["arm"] = runs["name"]
     runs["solved"] = runs[HARDEST].fillna(0.0) >= SOLVED
@@ -121,7 +134,7 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
         "arms": arms.reset_index(),
         "solved": pd.DataFrame(shares, index=arms.index)[["estimate", "low", "high"]].reset_index(),
         "differences": _differences(arms),
-        "gate": _gate(arms),
+        "checks": _gate(arms),
         "seeds": runs[["arm", "seed", "lr", "step", "steps_to_90", "recall_over_steps", *scores]].sort_values(
             ["arm", "seed"]
         ),
