@@ -1,0 +1,187 @@
+"""The sweep files that make claims: each declares a gate, and the arms of the new ones are what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from optuna.trial import FixedTrial
+
+from explore import MoEConfig
+from explore.frontier.gate import gate_report
+from explore.study import RejectedError, Sweep, load_sweep
+
+SWEEPS = Path(__file__).parent.parent / "sweeps"
+GATED = (
+    "attention_share", "latent_gated", "latent_or_not", "merge_or_decay", "mtp_auxiliary", "placement", "precision",
+    "recall",
+)  # fmt: skip
+NEW = ("latent_gated", "placement")
+
+
+@pytest.fixture(scope="module")
+def sweeps() -> dict[str, Sweep]:
+    return {name: load_sweep(SWEEPS / f"{name}.py") for name in GATED}
+
+
+def arm_of(sweep: Sweep, arm: str, d_model: int) -> Any:
+    return sweep.experiment(FixedTrial({"arm": arm, "d_model": d_model}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_study_that_makes_claims_declares_a_gate_of_its_own_arms(name: str, sweeps: dict[str, Sweep]) -> None:
+    gate, grid = sweeps[name].gate, sweeps[name].grid
+    assert gate is not None
+    assert grid is not None
+    assert set(gate.arms) <= {*grid["arm"], "dense"}  # `latent_or_not` has no dense arm, and so fails
+    assert gate.n_sizes == len(grid.get("d_model", [0])) or name == "latent_or_not"
+    assert "Primary, named beforehand: " in sweeps[name].question.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["attention_share", "latent_or_not", "merge_or_decay", "mtp_auxiliary"])
+def test_an_old_study_fails_its_gate_and_says_why(name: str, sweeps: dict[str, Sweep]) -> None:
+    sweep = sweeps[name]
+    assert sweep.gate is not None
+    report = gate_report(sweep.gate, sweep.seeds, SWEEPS / "records" / f"{name}.parquet")
+    failed = report.table().query("verdict == 'failed'")["condition"].tolist()
+    assert f"{sweep.gate.baseline} beats the floor" in failed
+    assert "optimizer steps" in failed
+    assert "units of the score" in failed
+
+
+def test_recall_needs_its_control_to_recall_and_no_attention_to_overflow(sweeps: dict[str, Sweep]) -> None:
+    sweep = sweeps["recall"]
+    assert sweep.gate is not None
+
+    def report(control: float, hardest: float) -> dict[str, str]:
+        rows = [
+            {"run": f"{arm}-{seed}", "status": "finished", "arm": arm, "d_model": 64, "seed": seed, "corpus": None,
+             "recall": recall + 0.001 * seed * (1 if arm == "none" else -1), "recall_32_pairs": hard,
+             "tokens": 1_000_000 * (seed + 1), "n_steps": 2000, "decay": 0.2, "tuned": True,
+             "params_active_no_embeddings": 100_000}
+            for arm, recall, hard in (("all-rope-conv", control, control), ("none", 0.6, hardest))
+            for seed in range(5)
+        ]  # fmt: skip
+        found = sweep.gate.check(pd.DataFrame(rows), pd.DataFrame(), sweep.seeds).table()  # type: ignore[union-attr]
+        return found.query("verdict == 'failed'").set_index("condition")["found"].to_dict()
+
+    assert report(0.99, 0.3) == {}
+    assert list(report(0.85, 0.3)) == ["all-rope-conv beats the floor"]
+    assert report(0.99, 0.95) == {"recall accuracy of 32 pairs of none": "0.950"}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_new_studies_train_and_score_as_their_gate_asks(name: str, sweeps: dict[str, Sweep]) -> None:
+    sweep = sweeps[name]
+    assert sweep.gate is not None
+    assert sweep.grid is not None
+    steps: dict[int, set[int]] = {}
+    for d_model in sweep.grid["d_model"]:
+        for arm in sweep.grid["arm"]:
+            try:
+                one = arm_of(sweep, str(arm), int(d_model))
+            except RejectedError:
+                assert d_model > min(sweep.grid["d_model"])
+                continue
+            layers = one.model.cost(one.data.seq_len).params_active_no_embeddings
+            assert one.n_steps * one.batch_tokens >= sweep.gate.min_tokens * layers
+            assert one.n_steps >= sweep.gate.min_steps
+            assert one.train.evaluation == "whole"
+            steps.setdefault(int(d_model), set()).add(one.n_steps)
+    assert all(len(each) == 1 for each in steps.values())
+
+
+def test_latent_arms_keep_the_parameters_of_the_standard_mixture_and_the_ratios_of_the_paper(
+    sweeps: dict[str, Sweep],
+) -> None:
+    sweep = sweeps["latent_gated"]
+    for d_model in (96, 128):
+        costs, blocks = {}, {}
+        for arm in ("moe", "acc4", "eff4"):
+            one = arm_of(sweep, arm, d_model)
+            costs[arm], blocks[arm] = one.model.cost(128), one.model.blocks["E"]
+        assert all(isinstance(each, MoEConfig) for each in blocks.values())
+        assert {arm: (each.n_experts, each.top_k, each.d_latent) for arm, each in blocks.items()} == {
+            "moe": (64, 6, None),
+            "acc4": (256, 22, d_model // 4),
+            "eff4": (256, 6, d_model // 4),
+        }
+        routed = {arm: each.n_experts * (each.d_latent or d_model) * each.d_expert for arm, each in blocks.items()}
+        assert len(set(routed.values())) == 1
+        assert costs["acc4"].params_active_no_router == pytest.approx(costs["moe"].params_active_no_router, rel=0.01)
+        assert costs["eff4"].params_active < 0.95 * costs["moe"].params_active
+    dense, squeezed, moe = (arm_of(sweep, arm, 96).model.cost(128) for arm in ("dense", "squeezed4", "moe"))
+    assert dense.params_active_no_router == pytest.approx(moe.params_active_no_router, rel=0.01)
+    assert squeezed.params_total < 0.8 * moe.params_total
+    assert arm_of(sweep, "acc4-norm", 96).model.blocks["E"].latent_norm == "combined"
+
+
+def test_arms_of_placement_have_the_mixers_of_recall_at_equal_flops(sweeps: dict[str, Sweep]) -> None:
+    arms = runpy.run_path(str(SWEEPS / "recall.py"))["ARMS"]
+    sweep = sweeps["placement"]
+    assert sweep.grid is not None
+    assert set(arms) < set(sweep.grid["arm"])
+    flops = arm_of(sweep, "none", 64).flops_run
+    for arm, (mixers, options) in arms.items():
+        model = arm_of(sweep, arm, 64).model
+        assert model.pattern == "".join(f"{mixer}-" for mixer in mixers)
+        assert arm_of(sweep, arm, 64).flops_run == pytest.approx(flops, rel=0.01)
+        attention = [each for letter, each in model.blocks.items() if letter == "*"]
+        assert all(getattr(each, name) == value for each in attention for name, value in options.items())
+    assert arm_of(sweep, "blind", 64).model.pattern == "----"
+    assert arm_of(sweep, "thin", 64).flops_run < 0.9 * flops
+
+
+def records(sweep: Sweep, widths: dict[int, tuple[str, ...]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs of these arms and their documents, the second arm better than the first by 0.05."""
+    rng, rows, documents = np.random.default_rng(0), [], []
+    for width, arms in widths.items():
+        for i, arm in enumerate(arms):
+            for seed in range(sweep.seeds):
+                bits = 2.0 - 0.05 * (i == 1) + 0.001 * rng.standard_normal(6)
+                name = f"{arm}-d{width}"
+                rows.append(
+                    {"run": f"{name}-{seed}", "name": name, "status": "finished", "d_model": width, "seed": seed,
+                     "test_bpb": bits.mean(), "val_bpb": 2.0, "ngram_test_bpb": 2.1, "flops_run": 1e13 * width,
+                     "flops_fwd": 10.0, "params_active": 90 + i, "params_total": 100, "tokens": 10, "n_steps": 5,
+                     "lr": 0.01, "tuned": True, "lr_sensitivity": 0.1}
+                )  # fmt: skip
+                scores = {"run": f"{name}-{seed}", "document": range(6), "nats": bits * 100 * np.log(2), "n_bytes": 100}
+                documents.append(pd.DataFrame(scores))
+    return pd.DataFrame(rows), pd.concat(documents)
+
+
+def test_the_primary_claims_are_means_over_both_widths_with_documents(
+    sweeps: dict[str, Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent, placement = (sweeps[name] for name in NEW)
+    runs, documents = records(latent, {96: ("moe", "acc4", "eff4", "squeezed4", "dense"), 128: ("moe", "acc4", "eff4")})
+    assert latent.tables is not None
+    assert latent.figure is not None
+    tables = latent.tables(runs, pd.DataFrame(), documents=documents)
+    averages = tables["averages"].set_index("arm")
+    assert averages["verdict"].to_dict() == {"acc4": "better", "eff4": "equivalent"}
+    assert set(averages["n_documents"]) == {6}
+    assert averages.loc["acc4", "n_pairs"] == 2 * latent.seeds
+    assert len(latent.figure(tables).axes) == 3
+    recall = pd.DataFrame({"arm": ["none", "middle"], "n_seeds": 5, "successes": [0, 5], "recall": [0.5, 0.99],
+                           "recall_32_pairs": [0.3, 0.98]})  # fmt: skip
+    monkeypatch.setitem(placement.experiment.__globals__, "recalled", lambda: recall)
+    runs, documents = records(placement, dict.fromkeys((64, 96), ("none", "middle", "half", "all-rope-conv")))
+    assert placement.tables is not None
+    assert placement.figure is not None
+    tables = placement.tables(runs, pd.DataFrame(), documents=documents)
+    (primary,) = tables["averages"].query("primary").to_dict("records")
+    assert (primary["arm"], primary["verdict"], primary["n_documents"]) == ("middle", "better", 6)
+    assert tables["both"].set_index("arm")["on_front"].to_dict() == {"none": False, "middle": True}
+    assert len(placement.figure(tables).axes) == 3
+
+
+def test_placement_reads_what_recall_found_so_far(sweeps: dict[str, Sweep]) -> None:
+    arms = sweeps["placement"].experiment.__globals__["recalled"]()
+    assert {"none", "all-rope-conv"} <= set(arms["arm"])
+    assert arms["recall_32_pairs"].between(0, 1).all()
