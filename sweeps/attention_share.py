@@ -130,15 +130,10 @@ WINDOW = 20
 """Steps over which the training losses of curves are averaged."""
 
 
-<<<<<<< HEAD
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also during training.
-=======
 def tables(
     runs: pd.DataFrame, pairs: pd.DataFrame, curves: pd.DataFrame, documents: pd.DataFrame | None = None
 ) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also along the runs.
->>>>>>> ca1eca5 (Declare the gate of each study that makes claims)
+    """Test bits per byte and successes in recall of every arm, and the differences from `25`, also during training.
 
     Raises:
         ValueError: `25` has no run on one of the tasks.
