@@ -105,9 +105,28 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
         assert cost == pytest.approx(12_000, rel=0.1)
 
 
+def test_a_share_of_the_parent_is_the_same_target_as_its_number(
+    finished: RunFolder, explore_: Any, scored: Path
+) -> None:
+    options = ["--free", "d_model=16:32:2", "--free", "depth", "--tolerance", "0.1", "--scores", str(scored), "--json"]
+    half = finished.load_experiment().model.cost(32).params_active / 2
+    found = []
+    for target in ("params_active=50%", f"params_active={half}"):
+        code, printed, _ = explore_("cut", str(finished.path), "--target", target, *options)
+        assert code == 0
+        found.append([each["costs"] for each in json.loads(printed)["candidates"]])
+    assert found[0] == found[1] != []
+    assert all(each["params_active"] == pytest.approx(half, rel=0.1) for each in found[0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            "--target params_active=half --free d_ff",
+            "--target must be of the form BUDGET=VALUE, such as params_active=1.5M or 50%, got 'params_active=half'",
+        ),
+        ("--target params_actve=50% --free d_ff", "target: 'params_actve' is unknown; did you mean 'params_active'?"),
         ("--keep d_ff", "--keep must be of the form SIZE=N, such as d_model=96, got 'd_ff'"),
         ("--keep d_ff=1.5", "--keep must be of the form SIZE=N"),
         ("--keep d_gg=3", "keep must be among d_model, M.n_groups"),

@@ -29,7 +29,9 @@ from explore.formatting import read_count
 
 if TYPE_CHECKING:
     from explore.compress import Cutter, Plan
+    from explore.compress.measures import Setting
     from explore.compress.zero_shot import Ranked, Validation
+    from explore.model import ModelConfig
     from explore.train.shortlist import Distilled
 
 SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
@@ -37,7 +39,7 @@ SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
 
 @app.command(
     rich_help_panel="Compress trained models",
-    epilog="Example: explore cut runs/my-run-0123abcd --target params_active=1M --free d_model --free depth",
+    epilog="Example: explore cut runs/my-run-0123abcd --target params_active=50% --free d_model --free depth",
 )
 def cut(
     parent: Annotated[
@@ -69,7 +71,10 @@ def cut(
     ] = False,
     target: Annotated[
         list[str] | None,
-        typer.Option(metavar="BUDGET=VALUE", help="Search for children that cost this, e.g. params_active=1.5M."),
+        typer.Option(
+            metavar="BUDGET=VALUE",
+            help="Search for children that cost this, e.g. params_active=1.5M, or 50% of the parent; repeatable.",
+        ),
     ] = None,
     free: Annotated[
         list[str] | None,
@@ -160,13 +165,13 @@ def cut(
         from explore.compress.candidates import candidates, free_size
         from explore.compress.zero_shot import spread
 
-        wanted = {name: float(value) for name, value in (_pair("--target", text) for text in target or [])}
         setting = Setting(
             context or validation.experiment.data.seq_len,
             batch_size,
             Dtypes(weight_dtype, kv_dtype, state_dtype),
             hardware,
         )
+        wanted = dict(_target(text, cutter.model, setting) for text in target or [])
         found = candidates(cutter, wanted, [free_size(cutter.model, text) for text in free or []], setting, tolerance)
         n_candidates = len(found)
         ranked = validation.rank(cutter, spread(found, score_at_most), drop_mtp=drop_mtp)[:best]
@@ -327,6 +332,14 @@ def _show(plan: Plan) -> None:
     out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
 
 
+def _target(text: str, parent: ModelConfig, setting: Setting) -> tuple[str, float]:
+    """Reads `params_active=1.5M`, or `params_active=50%` (a share of the parent's)."""
+    from explore.compress.measures import measure
+
+    name, value = _pair("--target", text.removesuffix("%"))
+    return name, value / 100 * measure(name, parent, setting) if text.endswith("%") else value
+
+
 def _pair(option: str, text: str) -> tuple[str, float]:
     """Reads `d_model=96` or `params_active=1.5M`."""
     name, _, value = text.partition("=")
@@ -335,6 +348,6 @@ def _pair(option: str, text: str) -> tuple[str, float]:
     except ValueError:
         number = -1
     if not name or number < 0 or (option == "--keep" and number != int(number)):
-        what = "SIZE=N, such as d_model=96" if option == "--keep" else "BUDGET=VALUE, such as params_active=1.5M"
+        what = "SIZE=N, such as d_model=96" if option == "--keep" else "BUDGET=VALUE, such as params_active=1.5M or 50%"
         raise ValueError(f"{option} must be of the form {what}, got {text!r}")
     return name, number
