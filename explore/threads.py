@@ -79,6 +79,16 @@ class CoreWatch:
         self._before = now
 
 
+def use_all_cores() -> None:
+    """Sets the number of torch's threads to that of a new process, however many cores are free.
+
+    For results whose last bits, which depend on the number of threads, must be the same whatever ran before or runs
+    beside. A number set by the user is kept.
+    """
+    if not _set_by_user():
+        _use(_limit(1), 1)
+
+
 def _set_by_user() -> bool:
     import torch
 

@@ -58,6 +58,19 @@ def test_there_are_as_many_threads_as_free_cores_and_at_least_one(
     assert threads.use_free_cores() == torch.get_num_threads() == expected
 
 
+def test_all_cores_are_used_again_after_a_busy_run(torch_threads: pytest.MonkeyPatch) -> None:
+    torch_threads.setattr(threads, "free_cores", lambda: 1)
+    assert threads.use_free_cores() == 1
+    threads.use_all_cores()
+    assert torch.get_num_threads() == 4
+    torch_threads.setenv(threads.SHARE, "2")
+    threads.use_all_cores()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(3)  # by the user
+    threads.use_all_cores()
+    assert torch.get_num_threads() == 3
+
+
 def test_threads_are_restored_when_a_neighbour_has_ended(torch_threads: pytest.MonkeyPatch) -> None:
     torch_threads.setattr(threads, "free_cores", lambda: 1)
     assert threads.use_free_cores() == 1

@@ -33,6 +33,7 @@ from explore.experiment import Experiment
 from explore.files import held, replacing
 from explore.model import LanguageModel
 from explore.runs import RunFolder
+from explore.threads import use_all_cores
 from explore.train.schedule import wsd
 from explore.weights import read_block, write_block
 
@@ -72,6 +73,7 @@ def block_library(run: RunFolder | str | Path, request: LibraryRequest | None = 
     folder, request = finished(run), request or LibraryRequest()
     experiment = folder.load_experiment()
     request.offer.check(experiment.model)
+    use_all_cores()  # a run that was trained in this process may have left fewer threads
     cutter = Cutter.of(folder, by=request.by)
     key = library_key(experiment, cutter.whole.parent, request)
     path = folder.path / f"library-{key[:8]}.json"
