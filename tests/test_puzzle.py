@@ -22,10 +22,11 @@ from explore.compress import Cutter, Library, LibraryRequest, Plan, puzzle
 from explore.compress.assembling import Children
 from explore.compress.measures import Setting, measure
 from explore.compress.puzzle import Limits, Puzzle
-from explore.compress.replacing import block_flops
+from explore.compress.replacing import block_flops, replace_one
 from explore.compress.variants import Offer, pooled, variants
+from explore.model import LanguageModel
 from explore.runs import RunFolder
-from explore.train import block_library, child_experiment, puzzle_rounds
+from explore.train import block_library, blockwise, child_experiment, puzzle_rounds
 from explore.train.blockwise import least_squares
 from explore.weights import block_path
 
@@ -218,6 +219,23 @@ def test_each_divergence_is_that_of_the_parent_with_one_replacement(
     assert [layer[-1].mse for layer in library.layers] == [1.0] * 4
 
 
+def test_replacements_are_measured_without_gradients(
+    parent: RunFolder, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients other implementations of ops run, which round differently."""
+    measured = []
+
+    def watched(model: LanguageModel, mixers: Any, batch: Any) -> Any:
+        for i, k, kl, error in replace_one(model, mixers, batch):
+            measured.append(kl.requires_grad or torch.is_grad_enabled() or not kl.is_inference())
+            yield i, k, kl, error
+
+    monkeypatch.setattr(blockwise, "replace_one", watched)
+    block_library(parent, REQUEST.model_copy(update={"tokens": 128, "val_tokens": 128}))
+    assert measured
+    assert not any(measured)
+
+
 def test_choosing_the_original_layers_gives_the_parent(parent: RunFolder, library: Library) -> None:
     model = load_model(parent)
     child = library.child(model, [0] * 4, parent.path)
@@ -258,7 +276,7 @@ blockwise.block_library(sys.argv[1], LibraryRequest.model_validate_json(sys.argv
 def test_a_killed_library_resumes_without_loss(parent: RunFolder, n_saves: int) -> None:
     """Saved after each of 11 steps, at the end of training, and after each of 3 batches of measuring.
 
-    All three processes are alike: one that has trained a run before may round otherwise.
+    All three processes are alike.
     """
     request = REQUEST.model_copy(update={"seed": 1})
     for path in parent.path.glob("library-*"):

@@ -79,9 +79,10 @@ Mixers = Sequence[Sequence[torch.nn.Module | None]]
 """Replacements of each layer; None removes the layer."""
 
 
-@torch.inference_mode()
 def replace_one(model: LanguageModel, mixers: Mixers, batch: Batch) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Evaluates one replacement at a time on one batch; a layer's own mixer is skipped.
+
+    The caller turns gradients off: a decorator would not reach the body of a generator that another decorator wraps.
 
     Yields:
         Layer, replacement index, divergence from the parent summed over targets in nats, and squared error

@@ -276,7 +276,7 @@ class _Maker:
         batches = list(self._held_out())
         with progress(f"replacements in {self.folder.path.name}", len(batches)) as report:
             for b, batch in enumerate(batches[begin:], start=begin):
-                with self._precision():
+                with torch.inference_mode(), self._precision():
                     for i, k, kl, error in replace_one(self.model, mixers, batch):
                         sums[i][:, k] += torch.stack([error.double(), kl.double()]).cpu()
                 n_targets += int((batch.targets != IGNORED).sum())
