@@ -34,6 +34,8 @@ from explore.files import held, replacing
 from explore.model import LanguageModel
 from explore.runs import RunFolder
 from explore.threads import use_all_cores
+from explore.train.block_training import Part, by_layer, compute_gradients, layer_inputs
+from explore.train.memory import keep_freed_memory
 from explore.train.schedule import wsd
 from explore.weights import read_block, write_block
 
@@ -49,7 +51,7 @@ DAMPING = 1e-3
 SAVE_EVERY_S = 20.0
 """Seconds between saves: the most training time that a kill can cost."""
 
-VERSION = 1
+VERSION = 2
 """Part of every key; raised when a change of the code can change the library that a request gives."""
 
 
@@ -85,14 +87,6 @@ def block_library(run: RunFolder | str | Path, request: LibraryRequest | None = 
     return library
 
 
-class _Part(nn.Module):
-    """One replacement while it is trained."""
-
-    def __init__(self, layer: int, variant: Variant, mixer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.variant, self.mixer = layer, variant, mixer
-
-
 @dataclass(eq=False)
 class _Maker:
     """Builds a library.
@@ -107,7 +101,7 @@ class _Maker:
     cutter: Cutter
     request: LibraryRequest
     key: str
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
 
     @cached_property
@@ -153,7 +147,7 @@ class _Maker:
             for variant in row:
                 if variant.is_trained:
                     assert variant.block is not None
-                    self.parts.append(_Part(i, variant, variant.block.build(self.experiment.model.d_model)))
+                    self.parts.append(Part(i, variant, variant.block.build(self.experiment.model.d_model)))
         self.digests = state.get("digests") or self._trained(state)
         for part, digest in zip(self.parts, self.digests, strict=True):
             part.mixer.load_state_dict(read_block(self.folder.path, digest))
@@ -184,6 +178,7 @@ class _Maker:
 
     def _trained(self, state: Mapping[str, Any]) -> list[str]:
         """Trains and saves all parts; returns their digests."""
+        keep_freed_memory()
         parts = nn.ModuleList(self.parts).to(self.device)
         if not state:
             self._begin()
@@ -196,13 +191,14 @@ class _Maker:
         if state:
             parts.load_state_dict(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
-        source, saved = self.experiment.data.open(self.request.seed), time.monotonic()
+        source, grouped, saved = self.experiment.data.open(self.request.seed), by_layer(self.parts), time.monotonic()
         with progress(f"library of {self.folder.path.name}", self.n_steps) as report:
             for step in range(state.get("step", 0), self.n_steps):
                 for group in optimizer.param_groups:
                     group["lr"] = lr * wsd(step, self.n_steps, train)
                 optimizer.zero_grad(set_to_none=True)
-                self._backward(source.batch(step, self.batch_size))
+                tokens = source.batch(step, self.batch_size).inputs.to(self.device)
+                compute_gradients(self.model, grouped, tokens, train.clip, bf16=self.bf16)
                 optimizer.step()
                 report(step + 1)
                 if time.monotonic() - saved > SAVE_EVERY_S and step + 1 < self.n_steps:
@@ -213,33 +209,10 @@ class _Maker:
         self._save({"digests": digests})
         return digests
 
-    def _backward(self, batch: Batch) -> None:
-        """Computes the gradients of every part and clips each part separately."""
-        parts: dict[int, list[_Part]] = {}
-        for part in self.parts:
-            parts.setdefault(part.layer, []).append(part)
-        for i, normed, wanted in self._inputs(batch):
-            scale = wanted.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            for part in parts.get(i, []):
-                with self._precision():
-                    y = part.mixer(normed)[0]
-                ((y.float() - wanted.float()).square().sum() / scale).backward()
-                nn.utils.clip_grad_norm_(part.parameters(), self.experiment.train.clip)
-
-    def _inputs(self, batch: Batch) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yields layer index, input and output of each of the parent's mixers, both (batch, seq, d_model)."""
-        with torch.no_grad():
-            x = self.model.embedding(batch.inputs.to(self.device))
-        for i, layer in enumerate(self.model.layers):
-            with torch.no_grad(), self._precision():
-                normed = layer.norm(x)  # type: ignore[operator]
-                y = layer.mixer(normed)[0]  # type: ignore[operator]
-                x = x + y
-            yield i, normed, y
-
-    def _precision(self) -> Any:
-        bf16 = self.experiment.train.recipe.high == "bf16"
-        return torch.autocast(self.device, torch.bfloat16, enabled=bf16)
+    @property
+    def bf16(self) -> bool:
+        """Whether matrix products are in bfloat16, as in the training of the parent."""
+        return self.experiment.train.recipe.high == "bf16"
 
     def _begin(self) -> None:
         """Initialises the weights of every part."""
@@ -250,7 +223,8 @@ class _Maker:
         d, source = self.experiment.model.d_model, self.experiment.data.open(self.request.seed)
         squares = {i: torch.zeros(2, d, d, dtype=torch.float64, device=self.device) for i in linear}
         for step in range(self.n_fit_steps):
-            for i, normed, wanted in self._inputs(source.batch(step, self.batch_size)):
+            tokens = source.batch(step, self.batch_size).inputs.to(self.device)
+            for i, normed, wanted in layer_inputs(self.model, tokens, bf16=self.bf16):
                 if i in linear:
                     x, y = normed.flatten(0, 1).double(), wanted.flatten(0, 1).double()
                     squares[i] += torch.stack([x.T @ x, y.T @ x])
@@ -276,7 +250,7 @@ class _Maker:
         batches = list(self._held_out())
         with progress(f"replacements in {self.folder.path.name}", len(batches)) as report:
             for b, batch in enumerate(batches[begin:], start=begin):
-                with torch.inference_mode(), self._precision():
+                with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
                     for i, k, kl, error in replace_one(self.model, mixers, batch):
                         sums[i][:, k] += torch.stack([error.double(), kl.double()]).cpu()
                 n_targets += int((batch.targets != IGNORED).sum())
