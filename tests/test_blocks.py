@@ -271,7 +271,7 @@ def test_counts_of_default_sizes_equal_those_of_the_built_module(kind: BlockKind
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in BLOCKS if kind.config.role in ("recurrent", "attention")], ids=lambda kind: kind.letter
+    "kind", [kind for kind in BLOCKS if "n_heads" in kind.config.model_fields], ids=lambda kind: kind.letter
 )
 def test_a_width_that_default_heads_do_not_divide_is_refused(kind: BlockKind) -> None:
     with pytest.raises(ValueError, match="d_model: must be a multiple of 16"):
