@@ -75,7 +75,7 @@ def test_without_documents_an_interval_claims_too_much_of_other_documents(way: s
         runs, _ = study(rng)
         shares.append(held(compare(runs, "arm", "base", **OPTIONS[way])))
     print(f"{way}: {np.mean(shares):.1%} of intervals hold the truth if documents are ignored")
-    assert np.mean(shares) < 0.75
+    assert np.mean(shares) < 0.8
 
 
 def test_of_two_arms_it_is_the_interval_of_documents() -> None:
