@@ -361,16 +361,24 @@ class Experiment(Config):
         """Number of warm-up steps."""
         return self.train.warmup_steps(self.n_steps)
 
-    def stable_key(self) -> str:
-        """Hash (64 hexadecimal digits) of everything that affects the stable phase; it ignores the budget."""
-        train = {name: value for name, value in self.train.fingerprint().items() if name not in UNTIL_DECAY}
-        # A change of precision happens after a fraction of all steps, so it depends on the budget.
-        n_steps = {} if self.train.recipe.until == Until() else {"n_steps": self.n_steps}
-        return self._hash(train | {"warmup_steps": self.warmup_steps} | n_steps)
+    def stable_key(self, step: int | None = None) -> str:
+        """Hash (64 hexadecimal digits) of everything that affects the stable phase; it ignores the budget.
+
+        Args:
+            step: only what affects the state after this many steps: before `since`, recipes count as bf16 or fp32.
+        """
+        recipe, train = self.train.recipe, self.train
+        length: dict[str, int] = {}
+        if step and step <= round(recipe.since * self.n_steps):
+            train = train.model_copy(update={"precision": recipe.high})
+        elif recipe.since or recipe.until != Until():  # the switch comes after a fraction of all steps
+            length = {"n_steps": self.n_steps}
+        content = {name: value for name, value in train.fingerprint().items() if name not in UNTIL_DECAY}
+        return self._hash(content | {"warmup_steps": self.warmup_steps} | length)
 
     def rung_key(self, step: int) -> str:
         """Key of the state after `step` steps; the step must be in the stable phase."""
-        return f"{self.stable_key()}-{step:06d}"
+        return f"{self.stable_key(step)}-{step:06d}"
 
     def _hash(self, train: dict[str, Any]) -> str:
         content = self.fingerprint() | {"numerics": NUMERICS_VERSION, "train": train}

@@ -11,7 +11,7 @@ from torch import Tensor
 from explore.blocks import BLOCKS, BlockKind
 from explore.model import LanguageModel, ModelConfig, quantizable_parts, quantize_products
 from explore.ops import Emulation, Quantizer, experts, hadamard, quantize, rounding_generator
-from explore.precision import OperandFormat, Recipe, Until, named, products_at, products_of
+from explore.precision import OperandFormat, Recipe, Until, is_before, named, products_at, products_of
 
 NVFP4 = named("nvfp4")
 PLAIN = NVFP4.model_copy(update={"stochastic": ()})
@@ -355,6 +355,14 @@ def test_until_switches_products_off_for_the_rest_of_the_run() -> None:
     assert products_at(recipe, 81, 100) == {"forward", *backward}
     assert products_at(recipe, 82, 100) == products_at(recipe, 100, 100) == backward
     assert products_at(NVFP4, 100, 100) == {"forward", *backward}
+    assert not is_before(NVFP4, 0, 100)
+
+
+def test_nothing_is_quantised_before_since() -> None:
+    recipe = NVFP4.model_copy(update={"since": 0.7})
+    assert products_at(recipe, 69, 100) == frozenset()
+    assert products_at(recipe, 70, 100) == products_at(recipe, 100, 100) == products_at(NVFP4, 0, 100)
+    assert [is_before(recipe, step, 100) for step in (0, 69, 70, 100)] == [True, True, False, False]
 
 
 def test_lost_elements_are_counted() -> None:

@@ -230,6 +230,8 @@ def test_json_may_start_from_a_named_recipe(tmp_path: Path) -> None:
         ({"rules": [{"format": "bf16", "last": 2}]}, "rules.0.last: input should be less than or equal to 1, got 2"),
         ({"stochastic": ["dw"]}, "stochastic.0: input should be 'x', 'w' or 'dy', got 'dw'"),
         ({"until": 1.5}, "until.forward: input should be less than or equal to 1, got 1.5"),
+        ({"since": 1}, "since: input should be less than 1, got 1"),
+        ({"since": 0.6, "until": {"backward": 0.6}}, "since: must be below until, 0.6, got 0.6"),
     ],
 )
 def test_bad_recipes_are_refused_by_the_path_of_the_field(fields: dict[str, Any], message: str) -> None:

@@ -178,6 +178,8 @@ def test_scores_are_those_of_quantised_forward_products(corpus: Path, through: R
         ({}, 1, 3),
         ({"until": {"backward": 0.5}}, 1, 2),
         ({"until": 0.5}, 0, 1.5),
+        ({"since": 0.5}, 1, 1.5),
+        ({"since": 0.25, "until": {"backward": 0.5}}, 1, 1.25),
         ({"forward": False}, 0, 2),
     ],
 )

@@ -238,6 +238,11 @@ class Linear(nn.Linear):
 
     quantizer: Quantizer | None = None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the quantiser makes the product at this step."""
+        return self.quantizer is not None and not self.quantizer.emulation.is_off
+
     def forward(self, x: Float[Tensor, "*dims d_in"]) -> Float[Tensor, "*dims d_out"]:
         if self.quantizer is not None:
             return self.quantizer.linear(x, self.weight, self.bias)

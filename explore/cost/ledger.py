@@ -311,13 +311,14 @@ class Ledger:
     def flops_quantized(self, rows: Iterable[Row]) -> dict[str, float]:
         """FLOPs per token of products with quantised operands; they need a recipe.
 
-        Those of training are a mean over the schedule, in which products may return to bf16.
+        Those of training are a mean over the schedule, of which products may be in bf16 at first or at last.
         """
         if (recipe := self.recipe) is None:
             return {}
         flops_fwd = sum(row.entry.flops_seq for row in rows if row.entry.is_quantized) / self.seq_len
         gradients, until = recipe.input_gradient + recipe.weight_gradient, recipe.until
-        n_products = recipe.forward * until.forward + gradients * until.backward
+        forward, backward = until.forward - recipe.since, until.backward - recipe.since
+        n_products = recipe.forward * forward + gradients * backward
         return {"flops_fwd_quantized": flops_fwd * recipe.forward, "flops_train_quantized": flops_fwd * n_products}
 
 

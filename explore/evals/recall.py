@@ -54,7 +54,7 @@ def score_recall(model: LanguageModel, batch: Batch) -> RecallScore:
     asked = batch.targets != IGNORED
     hidden, _ = model.hidden(batch.inputs)
     # A quantised head has scales that depend on all of its input.
-    logits = model.head(hidden[asked]) if model.head.quantizer is None else model.head(hidden)[asked]
+    logits = model.head(hidden)[asked] if model.head.is_quantized else model.head(hidden[asked])
     hits = (logits.argmax(-1) == batch.targets[asked]).tolist()
     rows = asked.nonzero()[:, 0].tolist()
     numbers = batch.n_pairs or (0,) * len(asked)

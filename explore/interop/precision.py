@@ -86,7 +86,7 @@ def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
 def _check_rounding(recipe: Recipe, format: str) -> None:
     """Rejects settings that Transformer Engine's recipe for a format lacks."""
     plain = Recipe()
-    for field in ("forward", "input_gradient", "weight_gradient", "until", "kv", "state"):
+    for field in ("forward", "input_gradient", "weight_gradient", "since", "until", "kv", "state"):
         if (value := getattr(recipe, field)) != (allowed := getattr(plain, field)):
             raise refuse(f"precision.{field}", _plain(value), MEGATRON, repr(_plain(allowed)))
     if format in UNQUANTIZED:

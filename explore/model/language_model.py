@@ -175,7 +175,7 @@ class LanguageModel(nn.Module):
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Returns the cross-entropy summed over targets other than -100."""
-        if self.head.quantizer is not None:
+        if self.head.is_quantized:
             logits = self.head(hidden).flatten(0, 1).float()
             return F.cross_entropy(logits, targets.flatten(), reduction="sum")
         return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
@@ -183,7 +183,7 @@ class LanguageModel(nn.Module):
     def _divergence(self, hidden: Tensor, targets: Tensor, teacher: TeacherOutput) -> Divergence:
         """Returns the divergence from a teacher summed over targets other than -100."""
         inputs = teacher.hidden.flatten(0, 1), teacher.weight, targets.flatten(), teacher.temperature
-        if self.head.quantizer is not None:
+        if self.head.is_quantized:
             return logits_kl(self.head(hidden).flatten(0, 1), *inputs)
         return linear_kl(hidden.flatten(0, 1), self.head.weight, *inputs)
 

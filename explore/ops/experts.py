@@ -69,7 +69,7 @@ def experts(
         quantizer: quantiser of the operands of all products.
         n_sequences: number of sequences of equal length in `x`; only the quantiser needs it.
     """
-    if quantizer is not None:
+    if quantizer is not None and not quantizer.emulation.is_off:
         mlp = _Experts(activation, up, gate, down, *(biases or (None, None, None)))
         return _quantized(x, chosen, weights, mlp, quantizer, n_sequences)
     # Autocast affects neither products with an `out` argument nor `embedding_bag`, so the cast is made here.

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from explore.ops.grouped import grouped_outer, grouped_product
 from explore.ops.hadamard import hadamard
+from explore.ops.linear import linear
 from explore.ops.paths import path_of, product_dtype
 from explore.ops.quantize import Blocks, count_lost, quantize_blocks, quantize_compiled
 from explore.ops.rounding import rounding_generator, rounding_noise
@@ -42,6 +43,7 @@ class Emulation:
         first: index of this process's first sequence in the whole batch.
         stride: distance between its sequences in the batch.
         reduce_max: takes a tensor's maximum over all processes, in place; None for a single process.
+        is_off: modules compute as if they had no quantiser, as before `Recipe.since`.
         lost: accumulated counts of `count_lost` by letter, component and operand; None disables counting.
     """
 
@@ -51,6 +53,7 @@ class Emulation:
     first: int = 0
     stride: int = 1
     reduce_max: Callable[[Tensor], None] | None = None
+    is_off: bool = False
     lost: dict[tuple[str, str, str], Tensor] | None = None
 
 
@@ -109,6 +112,8 @@ class Quantizer:
         bias: Float[Tensor, " d_out"] | None = None,
     ) -> Float[Tensor, "*dims d_out"]:
         """Returns x W^T + b; the last axis of `dims` counts the positions of a sequence."""
+        if self.emulation.is_off:
+            return linear(x, weight, bias)
         sequences = x.flatten(0, -3) if x.ndim > 2 else x.reshape(1, -1, x.shape[-1])
         n_sequences, length, _ = sequences.shape
         filled = length + -length % self.grain

@@ -2,7 +2,7 @@
 
 from explore.number_formats import ELEMENTS, FORMATS, UNQUANTIZED, Element, Format, FormatName, Scaling
 from explore.precision.named import RECIPES, TRAINED, NamedRecipe, named, read_recipe
-from explore.precision.products import OPERANDS, OperandFormat, Products, products_at, products_of
+from explore.precision.products import OPERANDS, OperandFormat, Products, is_before, products_at, products_of
 from explore.precision.recipe import HIGH, Operand, Place, Product, Recipe, Rule, Until, WeightFormat
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Scaling",
     "Until",
     "WeightFormat",
+    "is_before",
     "named",
     "products_at",
     "products_of",

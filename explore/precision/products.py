@@ -83,9 +83,19 @@ def _operand(recipe: Recipe, format: FormatName, product: Product, operand: Oper
 
 
 def products_at(recipe: Recipe, step: int, n_steps: int) -> frozenset[Product]:
-    """Returns the products that `until` allows to be quantised at a step, the state after the last step included."""
+    """Returns the products that `since` and `until` allow to be quantised at a step.
+
+    The state after the last step counts as a step.
+    """
+    if is_before(recipe, step, n_steps):
+        return frozenset()
     until = recipe.until
     shares: dict[Product, float] = {
         "forward": until.forward, "input_gradient": until.backward, "weight_gradient": until.backward
     }  # fmt: skip
     return frozenset(product for product, share in shares.items() if share == 1 or step < round(share * n_steps))
+
+
+def is_before(recipe: Recipe, step: int, n_steps: int) -> bool:
+    """Whether a step comes before `since`, so that nothing is quantised in it, nor in any step before it."""
+    return step < round(recipe.since * n_steps)

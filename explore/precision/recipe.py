@@ -133,6 +133,8 @@ class Recipe(_Brief):
         four_over_six: operands whose NVFP4 blocks use the better of two scales.
         scale_rounding: rounding of E4M3 scales of stochastically rounded operands; `up` avoids saturation, which
             keeps gradients unbiased.
+        since: fraction of the schedule before which the run is one in bf16, or in fp32 if that is the format. Runs that
+            differ after it alone share a trunk.
         until: fractions of the schedule after which products return to bf16; one number sets both.
         kv: format of keys and values in decoding; None is bf16.
         state: format of recurrent and convolution state in decoding; None is fp32.
@@ -152,6 +154,7 @@ class Recipe(_Brief):
     square_weights: bool = False
     four_over_six: tuple[Operand, ...] = ()
     scale_rounding: Literal["nearest", "up"] = "nearest"
+    since: float = Field(default=0, ge=0, lt=1)
     until: Until = Until()
     kv: StateFormat | None = None
     state: StateFormat | None = None
@@ -171,6 +174,13 @@ class Recipe(_Brief):
 
             data = {**named(data.pop("base"), "base").model_dump(), **data}
         return data
+
+    @model_validator(mode="after")
+    def _check_since(self) -> Recipe:
+        last = min(self.until.forward, self.until.backward)
+        if self.since and self.since >= last:
+            raise ValueError(f"since: must be below until, {last:g}, got {self.since:g}")
+        return self
 
     @property
     def high(self) -> WeightFormat:

@@ -14,7 +14,7 @@ from explore.checkpoints import Standing
 from explore.experiment import Experiment
 from explore.model import quantizable_parts
 from explore.ops import Emulation
-from explore.precision import products_at
+from explore.precision import is_before, products_at
 from explore.train.metrics import RowsFile
 from explore.train.parallel import whole
 
@@ -33,6 +33,7 @@ def set_step(emulation: Emulation, experiment: Experiment, step: int, rank: int 
     """
     emulation.step = step
     emulation.products = products_at(experiment.train.recipe, step, experiment.n_steps)
+    emulation.is_off = is_before(experiment.train.recipe, step, experiment.n_steps)
     emulation.first, emulation.stride = rank, world_size
     emulation.reduce_max = None if world_size == 1 else _reduce_max
 

@@ -66,9 +66,11 @@ def branch(runs: str | Path, experiment: Experiment, folder: Path) -> None:
     if checkpoint.exists() or not rungs.is_dir():
         return
     stable = stable_steps(experiment.n_steps, experiment.train)
-    found = (int(path.stem.rpartition("-")[2]) for path in rungs.glob(f"{experiment.stable_key()}-*.ckpt"))
+    found = {int(path.stem.rpartition("-")[2]) for path in rungs.glob("[!.]*-[0-9]*.ckpt")}
     for step in sorted((step for step in found if step in stable), reverse=True):
         rung = rung_path(runs, experiment, step)
+        if not rung.exists():  # of another past
+            continue
         try:
             check_whole(rung)
         except DamagedError:
