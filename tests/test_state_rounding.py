@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from explore.blocks import BLOCKS, RecurrentState, State
 from explore.model import LanguageModel, ModelConfig, generate, speculate
 from explore.ops import StateRounding, quantize
+from explore.quantizing import rounding_errors
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 STATES = [kind.letter for kind in BLOCKS if type(kind.example.new_state()) is not State]
@@ -148,3 +150,48 @@ def test_text_is_the_same_with_and_without_speculation_in_formats_of_keys_and_va
 def test_a_compiled_step_of_a_quantised_model_is_refused() -> None:
     with pytest.raises(ValueError, match="compiled must be False for a quantised model, got True"):
         generate(built("M", StateRounding(state="int8")), tokens(1, 3), 2, compiled=True)
+
+
+# When stochastic rounding of a recurrence wins
+
+
+def ratios(table: pd.DataFrame, format: str) -> list[float]:
+    """Stochastic error over that of nearest rounding, by decay."""
+    rows = table[table["format"] == format].sort_values("decay")
+    return (rows["stochastic"] / rows["nearest"]).tolist()
+
+
+def test_errors_of_updates_above_a_quantum_are_those_of_independent_roundings() -> None:
+    """Each rounding to a grid of q has variance q^2 / 12 to nearest, q^2 / 6 at random, and fades as the state does."""
+    decay, table = 0.9, rounding_errors((0.9,), (128,), ("int8",))
+    x = 2.8  # the largest of 128 Gaussian numbers is about so many standard deviations
+    per_step = x / 127 / 12**0.5
+    assert table["update"].iloc[0] > 5
+    # q is a share of the size of the state, and the error of a step fades as the state does.
+    size = (1 - decay**2) ** -0.5
+    assert table["nearest"].iloc[0] == pytest.approx(per_step * size, rel=0.2)
+    assert table["stochastic"].iloc[0] == pytest.approx(2**0.5 * per_step * size, rel=0.2)
+
+
+def test_stochastic_rounding_wins_below_half_a_quantum_and_loses_above() -> None:
+    table = rounding_errors((0.9, 0.99, 0.9999), (2048,), ("fp16", "fp8"))
+    fp8 = table[table["format"] == "fp8"]
+    assert fp8["better"].tolist() == ["nearest", "nearest", "stochastic"]
+    assert (fp8["update"] > 0.5).tolist() == [True, True, False]
+    assert ratios(table, "fp8")[:2] == pytest.approx([2**0.5] * 2, rel=0.2)
+    assert fp8["nearest"].iloc[2] > 2 > 1.5 > fp8["stochastic"].iloc[2]  # the state no longer fades
+    assert ratios(table, "fp16") == pytest.approx([2**0.5] * 3, rel=0.2)  # never that small here
+
+
+@pytest.mark.parametrize("format", ["fp16", "int8", "fp8"])
+def test_inputs_that_stay_the_same_make_stochastic_rounding_win_earlier(format: Any) -> None:
+    fresh, held = (rounding_errors((0.99, 0.999), (512,), (format,), hold=hold) for hold in (1, 128))
+    assert min(ratios(fresh, format)) > 1.1
+    assert max(ratios(held, format)) < 0.7
+
+
+def test_a_recurrence_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="hold must be at least 1, got 0"):
+        rounding_errors(hold=0)
+    with pytest.raises(ValueError, match="formats must be fp16, bf16, fp8 or int8, got 'nvfp4'"):
+        rounding_errors(formats=("nvfp4",))

@@ -36,7 +36,7 @@ from explore.ops.paths import (
     same_paths,
 )
 from explore.ops.quantize import quantize
-from explore.ops.rounding import rounding_generator
+from explore.ops.rounding import rounding_generator, value_spacing
 from explore.ops.ssd import ssd, ssd_chunked, ssd_recurrent
 from explore.ops.state_rounding import StateRounding
 from explore.ops.weight_scales import SCALES, Scales, quantize_weight
@@ -95,5 +95,6 @@ __all__ = [
     "ssd",
     "ssd_chunked",
     "ssd_recurrent",
+    "value_spacing",
     "visits",
 ]

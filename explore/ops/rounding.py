@@ -94,14 +94,14 @@ def _round(x: Tensor, element: str, to_integer: Callable[[Tensor], Tensor]) -> T
     """Rounds magnitudes as multiples of the step between neighbouring values; division and product are exact."""
     saturates, largest = element in SATURATING, ELEMENTS[element].largest
     magnitude = x.abs().clamp(max=largest if saturates else ELEMENTS["fp32"].largest)
-    step = _step(magnitude, element)
+    step = value_spacing(magnitude, element)
     rounded = to_integer(magnitude / step) * step
     if not saturates:
         rounded = torch.where(rounded > largest, torch.inf, rounded)
     return torch.copysign(rounded, x)
 
 
-def _step(magnitude: Tensor, element: str) -> Tensor:
+def value_spacing(magnitude: Float[Tensor, "*dims"], element: str) -> Float[Tensor, "*dims"]:
     """Distance from a magnitude to the next larger value of the element."""
     if element == "int8":
         return torch.ones_like(magnitude)
