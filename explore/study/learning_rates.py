@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from explore.experiment import Experiment
 from explore.quantities import objectives, unknown
@@ -40,6 +40,8 @@ class LearningRates:
         factor: ratio between neighbouring rates.
         share: tokens of a pilot as a fraction of the run's tokens.
         by: quantity that ranks the rates; default: validation bits per byte, or nats per token for synthetic tasks.
+        precision: precision of pilots; default: that of the run. Runs that differ in precision alone then share pilots
+            and rate.
     """
 
     low: float = 2.5e-4
@@ -48,6 +50,7 @@ class LearningRates:
     factor: float = 2.0
     share: float = 0.25
     by: str | None = None
+    precision: Literal["fp32", "bf16"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
@@ -69,6 +72,8 @@ class LearningRates:
         """A short run of an experiment at another learning rate, the same for every seed."""
         tokens = max(1, round(self.share * experiment.n_steps)) * experiment.batch_tokens
         changes: dict[str, Any] = {"lr": lr, "tokens": tokens, "flops": None}
+        if self.precision is not None:
+            changes["precision"] = self.precision
         if self.by is None and experiment.train.stop_recall is None:
             changes["val_every"] = None  # only a pilot's final score counts
         train = experiment.train.model_copy(update=changes)

@@ -70,7 +70,7 @@ class Preview:
         rejected: share of draws rejected before training.
         why: the most frequent reasons for rejection, with their counts.
         examples: example experiments, cheapest first.
-        flops: training FLOPs of all trials, all seeds included.
+        flops: training FLOPs of all trials, all seeds included; a trunk that runs share counts once.
         pilot_flops: training FLOPs of the learning-rate search, estimated with three pilots per trial.
         wall_s: expected seconds of the sweep on this machine; None if nothing was measured.
         noise: spread between seeds; None without runs of several seeds.
@@ -157,7 +157,7 @@ def preview(
     by_cost = sorted(found.values(), key=lambda each: each.flops_run)
     mean_flops = statistics.fmean(each.flops_run for each in by_cost)
     runs_each = n_trials * sweep.seeds
-    share = sweep.learning_rates.share if sweep.learning_rates else 0.0
+    own, pilots = 1 - _shared(sweep, by_cost), 3 * _pilots(sweep, by_cost)
     examples = _spread(by_cost, MEASURED)
     costs = (examples[0].flops_run, examples[-1].flops_run)
     noise = seed_noise(runs, costs) if runs.is_dir() else None
@@ -170,12 +170,32 @@ def preview(
         rejected=why.total() / PROBES,
         why=tuple(why.most_common(3)),
         examples=examples,
-        flops=mean_flops * runs_each,
-        pilot_flops=3 * share * mean_flops * n_trials,
-        wall_s=None if run_s is None else run_s * (runs_each + 3 * share * n_trials) / workers,
+        flops=mean_flops * own * runs_each,
+        pilot_flops=pilots * mean_flops * n_trials,
+        wall_s=None if run_s is None else run_s * (own * runs_each + pilots * n_trials) / workers,
         noise=noise,
         differences=None if noise is None else noise.resolvable(sweep.seeds),
     )
+
+
+def _shared(sweep: Sweep, population: Sequence[Experiment]) -> float:
+    """Fraction of the training FLOPs that branches do not spend, since another run has trained their trunk."""
+    trunks, shared = set[str](), 0.0
+    for each in population:
+        for rung in sorted(sweep.rungs, reverse=True):
+            step = round(rung * each.n_steps)
+            if (trunk := each.rung_key(step)) in trunks:
+                shared += each.flops_run * step / each.n_steps
+                break
+            trunks.add(trunk)
+    return shared / sum(each.flops_run for each in population)
+
+
+def _pilots(sweep: Sweep, population: Sequence[Experiment]) -> float:
+    """Training FLOPs of one pilot per trial, as a fraction of those of a run; trials may share pilots."""
+    if (rates := sweep.learning_rates) is None:
+        return 0.0
+    return rates.share * len({rates.pilot(each, rates.start).key() for each in population}) / len(population)
 
 
 def seed_noise(runs: Path, costs: tuple[float, float]) -> SeedNoise | None:

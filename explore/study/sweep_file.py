@@ -57,6 +57,8 @@ class Sweep:
         learning_rates: learning-rate search within every trial.
         pruner: stops runs by their learning curves.
         merging: averages and scores checkpoints of runs without a learning-rate decay.
+        rungs: fractions of the schedule, within the stable phase, at which every run saves its full state. Later
+            runs with the same past start from there.
         tables: function from the tables of runs and of minimal pairs, and from those of `curves` and `documents` if it
             has parameters of these names, to result tables by name.
         figure: function from the result tables to a figure.
@@ -77,6 +79,7 @@ class Sweep:
     learning_rates: LearningRates | None = None
     pruner: FrontPruner | None = None
     merging: Merging | None = None
+    rungs: Sequence[float] = ()
     tables: Callable[..., Mapping[str, pd.DataFrame]] | None = None
     figure: Callable[[Mapping[str, pd.DataFrame]], RunFigure] | None = None
     gate: Gate | None = None
@@ -173,6 +176,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         "learning_rates": (LearningRates, "explore.study.LearningRates"),
         "pruner": (FrontPruner, "explore.study.FrontPruner"),
         "merging": (Merging, "explore.study.Merging"),
+        "rungs": (tuple, "a tuple of fractions of the schedule"),
         "tables": (FunctionType, "a function from the tables of runs and of minimal pairs to tables by name"),
         "figure": (FunctionType, "a function from these tables to a figure"),
         "gate": (Gate, "explore.frontier.gate.Gate"),

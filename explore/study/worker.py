@@ -198,7 +198,7 @@ class Worker:
             checkpoint_every=self.options.checkpoint_every,
             wandb=self.options.wandb,
             group=self.study.study_name,
-            rungs=() if pruner is None else pruner.rungs,
+            rungs=(*self.sweep.rungs, *(() if pruner is None else pruner.rungs)),
             judge=None if pruner is None or judged is None else pruner.judge(self.study, judged),
         )
 
