@@ -1,0 +1,131 @@
+"""Which products, and which components, does low precision cost bits per byte: branches of one trunk.
+
+The affordable companion of `precision.py`. One LatentMoE hybrid, `ME*ME`. Each of four seeds trains one trunk in bf16
+for 80% of the schedule, at a constant rate. Every arm branches from it and has its own decay to zero. A branch is an
+experiment of its own whose recipe begins at `since`, and the runs of a seed share the rung at that point, so the trunk
+is trained once. Arms: bf16, the control; FP8 with a scale for each tensor; MXFP8; NVFP4 by its whole recipe, in the
+forward products only, and in those of both gradients only; NVFP4 in the latent projections only, whose sensitivity is
+not in print; and NVFP4 with stochastic rounding of activations and weights too, which diverges in print, so it must be
+worse. All arms have the learning rate of bf16, tuned once by short runs.
+
+Branches show what the precision of the end of training costs: the error of quantised weights and activations in the
+forward pass, and what the decay makes of noisy gradients. Arms of a seed share its noise up to the branch, so their
+paired differences should be less noisy than those of whole runs. Branches cannot show what builds up over a whole run:
+instabilities early in training, routers that settle otherwise, a bias of gradients that adds up, or a rate that suits
+low precision better. A difference here is not that of `precision.py`, and an equivalent arm here may differ in a whole
+run.
+
+Primary, named beforehand: FP8, NVFP4, NVFP4 forward only, NVFP4 backward only and the latent projections, each against
+bf16; an arm within 0.005 bits per byte is equivalent. MXFP8 is exploratory. Expected from print: FP8 equivalent, NVFP4
+worse by about 0.03, mostly from the forward pass. Budget: six hours of one core.
+
+    explore sweep sweeps/bits.py --trials 8 --workers 1 --records sweeps/records/bits.parquet
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+import pandas as pd
+
+from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.figures import RunFigure, draw_comparisons, stacked
+from explore.frontier import arms_table, compare
+from explore.frontier.gate import Gate
+from explore.study import LearningRates
+
+PATTERN, WIDTHS, SEQ_LEN, BATCH_SIZE, STEPS = "ME*ME", (64,), 256, 4, 3_000
+TRUNK = 0.8
+"""Fraction of the steps before the branch, where every decay begins."""
+LATENTS = [{"format": "nvfp4", "components": ["latent_down", "latent_up"]}]
+ARMS: Mapping[str, Any] = {
+    "bf16": {},
+    "stochastic": {"base": "nvfp4", "stochastic": ["x", "w", "dy"]},
+    "nvfp4": {"base": "nvfp4"},
+    "nvfp4-forward": {"base": "nvfp4", "input_gradient": False, "weight_gradient": False},
+    "nvfp4-backward": {"base": "nvfp4", "forward": False},
+    "latents": {"base": "nvfp4", "format": "bf16", "rules": LATENTS},
+    "fp8": {"base": "fp8"},
+    "mxfp8": {"base": "mxfp8"},
+}
+PRIMARY = ("fp8", "nvfp4", "nvfp4-forward", "nvfp4-backward", "latents")
+MARGIN = 0.005
+NAMES = {
+    "fp8": "FP8, a scale a tensor",
+    "mxfp8": "MXFP8",
+    "latents": "NVFP4, latents only",
+    "nvfp4-backward": "NVFP4, backward only",
+    "nvfp4-forward": "NVFP4, forward only",
+    "nvfp4": "NVFP4",
+    "stochastic": "NVFP4, all stochastic",
+}
+
+objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
+sampler = "grid"
+grid = {"d_model": WIDTHS, "arm": tuple(ARMS)}
+seeds = 4
+rungs = (TRUNK,)
+learning_rates = LearningRates(start=8e-3, share=0.25, precision="bf16")
+gate = Gate(
+    baseline="bf16",
+    worse=("stochastic",),
+    trivial=("stochastic",),
+    effect=0.004,
+    source="0.2% for NVFP4 in the backward pass alone, public runs of Quartet II",
+)
+
+
+def model(d_model: int) -> ModelConfig:
+    """The hybrid; every width is a multiple of 32, the longest block of these formats."""
+    blocks: dict[str, Any] = {
+        "M": {"d_head": d_model // 4, "n_heads": 8, "d_state": 16, "n_groups": 1, "chunk_size": 64},
+        "*": {"d_head": d_model // 4, "n_heads": 4, "n_kv_heads": 2},
+        "E": {
+            "n_experts": 16,
+            "top_k": 4,
+            "d_expert": d_model,
+            "d_latent": 32,
+            "d_shared": d_model,
+            "routed_scaling_factor": 1.0,
+            "bias_update_rate": 0.01,
+        },
+    }
+    return ModelConfig.model_validate({"d_model": d_model, "vocab_size": 2048, "pattern": PATTERN, "blocks": blocks})
+
+
+def experiment(trial: optuna.Trial) -> Experiment:
+    """One branch; only its precision after the trunk differs from the others."""
+    d_model = trial.suggest_categorical("d_model", WIDTHS)
+    arm = trial.suggest_categorical("arm", tuple(ARMS))
+    return Experiment(
+        name=f"{arm}-d{d_model}",
+        model=model(d_model),
+        data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=3),
+        train=TrainConfig(
+            tokens=STEPS * BATCH_SIZE * SEQ_LEN,
+            batch_size=BATCH_SIZE,
+            lr=8e-3,
+            decay=1 - TRUNK,
+            final_lr_ratio=0.0,
+            precision="bf16" if arm == "bf16" else {**ARMS[arm], "since": TRUNK},
+            eval_tokens=65_536,
+            evaluation="whole",
+        ),
+    )
+
+
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm, and the differences from bf16, also as shares of it."""
+    runs = runs[runs["status"] == "finished"].copy()
+    runs["arm"] = runs["name"].str.rpartition("-d")[0]
+    differences = compare(runs, "arm", "bf16", primary=PRIMARY, margin=MARGIN)
+    baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
+    shares = differences.assign(**{name: differences[name] / baseline for name in ("difference", "low", "high")})
+    return {"arms": arms_table(runs, "arm", "bf16"), "differences": differences, "shares": shares}
+
+
+def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
+    """What every branch loses to that in bf16."""
+    drawn, (panel,) = stacked([2.6], "What does low precision at the end of training cost?")
+    draw_comparisons(panel, tables["differences"], NAMES, "Test bits per byte, difference from bf16")
+    return drawn
