@@ -96,8 +96,8 @@ def joint_noise(values: Floats, weights: Floats) -> float:
     if n_seeds < MIN_UNITS:
         return 0.0
     noise = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
-    variance = float((noise**2).sum()) / ((n_seeds - 1) * (n_documents - 1))
-    return variance * float(np.square(weights).sum()) / n_seeds
+    variance = (noise**2).sum() / ((n_seeds - 1) * (n_documents - 1))
+    return float(variance * (weights @ weights) / n_seeds)
 
 
 def with_documents(error: float, dof: float, by_document: Floats, weights: Floats, joint: float) -> tuple[float, float]:
