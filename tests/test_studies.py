@@ -183,5 +183,5 @@ def test_the_primary_claims_are_means_over_both_widths_with_documents(
 
 def test_placement_reads_what_recall_found_so_far(sweeps: dict[str, Sweep]) -> None:
     arms = sweeps["placement"].experiment.__globals__["recalled"]()
-    assert {"none", "all-rope-conv"} <= set(arms["arm"])
+    assert "all-rope-conv" in set(arms["arm"])
     assert arms["recall_32_pairs"].between(0, 1).all()
