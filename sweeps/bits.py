@@ -8,16 +8,17 @@ forward products only, and in those of both gradients only; NVFP4 in the latent 
 not in print; and NVFP4 with stochastic rounding of activations and weights too, which diverges in print, so it must be
 worse. All arms have the learning rate of bf16, tuned once by short runs.
 
-Branches show what the precision of the end of training costs: the error of quantised weights and activations in the
-forward pass, and what the decay makes of noisy gradients. Arms of a seed share its noise up to the branch, so their
-paired differences should be less noisy than those of whole runs. Branches cannot show what builds up over a whole run:
-instabilities early in training, routers that settle otherwise, a bias of gradients that adds up, or a rate that suits
-low precision better. A difference here is not that of `precision.py`, and an equivalent arm here may differ in a whole
-run.
+Branches show what low precision at the end of training costs: the error of quantised weights and activations in the
+forward pass, and the effect of noisy gradients during the decay. The arms of a seed share its noise up to the branch,
+so their paired differences should be less noisy than those of whole runs. Branches cannot show what builds up over a
+whole run: instabilities early in training, routers that settle differently, a bias of gradients that adds up, or a
+learning rate that suits low precision better. So a difference here need not equal that of `precision.py`, and an arm
+that is equivalent here may differ in a whole run.
 
-Primary, named beforehand: FP8, NVFP4, NVFP4 forward only, NVFP4 backward only and the latent projections, each against
-bf16; an arm within 0.005 bits per byte is equivalent. MXFP8 is exploratory. Expected from print: FP8 equivalent, NVFP4
-worse by about 0.03, mostly from the forward pass. Budget: six hours of one core.
+Primary comparisons, fixed in advance: FP8, NVFP4, NVFP4 forward only, NVFP4 backward only and the latent projections,
+each against bf16. An arm within 0.005 bits per byte is equivalent. MXFP8 is exploratory. Published results suggest that
+FP8 is equivalent and that NVFP4 is worse by about 0.03, mostly because of the forward pass. Budget: six hours of one
+core.
 
     explore sweep sweeps/bits.py --trials 8 --workers 1 --records sweeps/records/bits.parquet
 """

@@ -10,10 +10,10 @@ Design: 1,300 training tokens for each d_model squared, 21 or more for each acti
 d_model 96, then `moe`, `acc4` and `eff4` at 128; four seeds; a search of the learning rate for each arm and width.
 Scores are of the whole test text, by document. The paper's vocabulary of 4096 is 2048 here.
 
-Primary, named beforehand: the mean over both widths of test bits per byte of `acc4` minus `moe`. Second, with the same
-correction: `eff4` is within 0.005 of `moe`. All other comparisons are exploratory. Gate: `moe` beats a trigram of the
-same tokens at d_model 96, `squeezed4` is resolved as worse and `dense` either way, routers are balanced, and four seeds
-at two widths resolve 0.013, what 1.2 times the compute is worth.
+Primary comparison, fixed in advance: the mean over both widths of test bits per byte of `acc4` minus `moe`. Second,
+with the same correction: `eff4` is within 0.005 of `moe`. All other comparisons are exploratory. Gate: `moe` beats a
+trigram of the same tokens at d_model 96, `squeezed4` is resolved as worse and `dense` either way, routers are balanced,
+and four seeds at two widths resolve 0.013, the gain from 1.2 times the compute.
 
     explore sweep sweeps/latent_gated.py --trials 9 --workers 2 --records sweeps/records/latent_gated.parquet
 """

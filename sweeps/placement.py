@@ -11,9 +11,9 @@ Design: 1,500 training tokens for each d_model squared, 3,000 steps at d_model 6
 of the whole test text, by document. An arm is on the front of both if no other has fewer bits per byte and answers more
 queries with 32 pairs; widths and MLPs differ between the tasks, so the front is exploratory.
 
-Primary, named beforehand: the mean over both widths of test bits per byte of `middle` minus `none`. Gate: `middle`
-beats a trigram of the same tokens at d_model 64, `thin` is resolved as worse and `blind` either way, and four seeds at
-two widths resolve 0.013, what 1.2 times the compute is worth. Recall has the gate of `recall.py`.
+Primary comparison, fixed in advance: the mean over both widths of test bits per byte of `middle` minus `none`. Gate:
+`middle` beats a trigram of the same tokens at d_model 64, `thin` is resolved as worse and `blind` either way, and four
+seeds at two widths resolve 0.013, the gain from 1.2 times the compute. Recall has the gate of `recall.py`.
 
     explore sweep sweeps/placement.py --trials 14 --workers 2 --records sweeps/records/placement.parquet
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_a_study_that_makes_claims_declares_a_gate_of_its_own_arms(name: str, sw
     assert grid is not None
     assert set(gate.arms) <= {*grid["arm"], "dense"}  # `latent_or_not` has no dense arm, and so fails
     assert gate.n_sizes == len(grid.get("d_model", [0])) or name == "latent_or_not"
-    assert "Primary, named beforehand: " in sweeps[name].question.replace("\n", " ")
+    assert re.search("Primary comparisons?, fixed in advance: ", sweeps[name].question.replace("\n", " "))
 
 
 @pytest.mark.parametrize("name", ["attention_share", "latent_or_not", "merge_or_decay", "mtp_auxiliary"])

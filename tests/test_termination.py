@@ -112,7 +112,7 @@ def test_a_signal_while_a_model_is_scored_ends_the_run_at_once(corpus: Path, tmp
     from explore.train import loop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "evaluate", lambda *_: [ask(), pytest.fail("went on")])
+        patch.setattr(loop, "evaluate_splits", lambda *_: [ask(), pytest.fail("went on")])
         with pytest.raises(TerminatedError):
             train(tiny(corpus, "-"), tmp_path)
     assert step_of(tmp_path) == STEPS
