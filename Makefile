@@ -1,7 +1,7 @@
 PYTHON ?= python3
 RUNS ?= runs/demo
 DOORS ?= runs/doors
-TRIALS ?= 16
+TRIALS ?= 12
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
