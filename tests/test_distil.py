@@ -14,8 +14,9 @@ from small_runs import STEPS, TOKENS, result, tiny, train, write_corpus
 
 from explore.checkpoints import load_model
 from explore.compress import LayerCut, Plan
-from explore.experiment import Distillation, Experiment, ParentWeights
+from explore.experiment import Experiment, ParentWeights
 from explore.files import read_json, write_json
+from explore.objective import Distillation
 from explore.runs import RunFolder
 from explore.train import child_experiment
 from explore.train.objectives import build_objective

@@ -17,10 +17,11 @@ from small_runs import EXPERTS, STEPS, TOKENS, kill_after_a_checkpoint, result, 
 from torch import Tensor
 
 from explore.data import TextSource
-from explore.experiment import Distillation, Experiment
+from explore.experiment import Experiment
 from explore.files import read_json, write_json
 from explore.interop import save_model_folder
 from explore.model import LanguageModel
+from explore.objective import Distillation
 from explore.ops import forced_paths, path_of
 from explore.runs import RunFolder
 from explore.table import load_runs

@@ -16,9 +16,10 @@ from explore.bench.training import in_a_process
 from explore.compress.observing import Observer
 from explore.compress.scores import SPARSE, TOKENS
 from explore.data import Batch
-from explore.experiment import Distillation, TrainConfig
+from explore.experiment import TrainConfig
 from explore.interop import save_model_folder
 from explore.model import ModelConfig
+from explore.objective import Distillation
 from explore.ops import forced_paths
 from explore.train import build_optimizer
 from explore.train.objectives import build_objective

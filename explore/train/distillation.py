@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.data import TextData, load_tokenizer
-from explore.experiment import Distillation, Experiment
+from explore.experiment import Experiment
 from explore.model import LanguageModel, TeacherOutput
+from explore.objective import Distillation
 from explore.ops import forced_paths, paths_in_use
 from explore.runs import RunFolder
 

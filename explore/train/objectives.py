@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from explore.blocks import RouterStats
-from explore.experiment import Distillation, TrainConfig
+from explore.experiment import TrainConfig
 from explore.model import LanguageModel, Loss
+from explore.objective import Distillation
 from explore.train.distillation import Teacher, cosine_distance, outputs_of
 
 
