@@ -35,6 +35,7 @@ def experiment(trial):
 '''
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_the_trunk_of_a_seed_once_and_its_pilots_once(tmp_path: Path) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("\n\n".join(f"Paragraph {i} tells of {i * i} sheep." for i in range(400)))

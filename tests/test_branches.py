@@ -46,6 +46,7 @@ def test_up_to_the_branch_a_recipe_has_the_key_of_bf16_and_after_it_its_own(corp
     assert longer.rung_key(11) != experiment(corpus, {"base": "nvfp4", "since": SINCE}, train__warmup=0).rung_key(11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["nvfp4", "fp8"])
 def test_a_branch_ends_as_a_run_that_trained_its_trunk_itself(corpus: Path, tmp_path: Path, base: str) -> None:
     recipe = {"base": base, "since": SINCE, "rules": [{"format": "fp32", "components": ["router", "head"]}]}

@@ -221,6 +221,7 @@ def test_a_view_with_fewer_layers_shares_weights_and_keeps_the_parent(trained: R
     assert view.embedding is model.embedding
 
 
+@pytest.mark.slow
 def test_the_command_cuts_one_layer_after_another(trained: RunFolder, explore_: Any) -> None:
     options = ("--drop-layers", "2", "--one-by-one", "--by", "magnitude", "--no-norm-scales", "--json")
     code, printed, _ = explore_("cut", trained.path, *options)

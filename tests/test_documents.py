@@ -151,6 +151,7 @@ def test_the_estimate_is_the_difference_of_bits_per_byte_of_the_whole() -> None:
         document_interval(table[table["seed"] == 0], "new", "base")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "by_seed", "by_document", "noise"),
     [(3, 0.004, 0.004, 0.001), (4, 0.001, 0.006, 0.001), (8, 0.004, 0.001, 0.001), (5, 0.0, 0.0, 0.004)],

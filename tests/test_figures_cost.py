@@ -439,6 +439,7 @@ def test_rows_of_nan_are_left_out(models, steps, name):
         figure.draw_without_rendering()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [COLUMN_WIDTH, README_WIDTH])
 @pytest.mark.parametrize("title", [None, "A title"])
 def test_no_text_overlaps_another_and_all_of_it_is_inside(steps, width, title):
@@ -466,6 +467,7 @@ def test_no_text_overlaps_another_and_all_of_it_is_inside(steps, width, title):
             assert box.y1 <= figure.bbox.y1 + 1, (name, text.get_text())
 
 
+@pytest.mark.slow
 def test_text_is_seven_to_nine_points_at_both_widths(models, steps):
     for width, size in [(COLUMN_WIDTH, 7.0), (README_WIDTH, 8.5)]:
         for figure in every_figure(models, steps, width=width).values():

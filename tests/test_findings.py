@@ -228,6 +228,7 @@ grid = {"d_model": [32, 64]}
 """
 
 
+@pytest.mark.slow
 def test_a_claim_of_a_study_without_a_passed_gate_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweeps: Path, tmp_path: Path
 ) -> None:

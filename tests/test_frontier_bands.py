@@ -76,6 +76,7 @@ def test_the_probability_of_the_front_equals_the_t_test_for_one_rival():
     assert bands["p_value"].tolist() == [1.0, pytest.approx(1 - p, abs=0.01)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tied", [2, 10])
 def test_tied_points_are_resolved_at_most_once_in_twenty(n_tied):
     rng, called = np.random.default_rng(2), []
@@ -99,6 +100,7 @@ def test_runs_without_noise_are_resolved():
     assert bands["standing"].tolist() == ["on the front", "on the front", "behind"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("means", LEVEL_FRONT.values(), ids=LEVEL_FRONT)
 def test_each_end_of_the_hypervolume_interval_misses_once_in_forty(means):
     rng, found = np.random.default_rng(3), []

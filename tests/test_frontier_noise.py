@@ -138,6 +138,7 @@ def test_two_one_sided_tests_equal_scipy_and_give_the_verdict_equivalent() -> No
         compare(table, "arm", "base", margin=0)
 
 
+@pytest.mark.slow
 def test_arms_at_the_margin_are_called_equivalent_once_in_twenty() -> None:
     rng = np.random.default_rng(2)
     called = [
@@ -148,6 +149,7 @@ def test_arms_at_the_margin_are_called_equivalent_once_in_twenty() -> None:
     assert np.mean(called) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["auto", "own", "power"])
 def test_95_percent_of_intervals_hold_the_truth_at_every_size(kind: Any) -> None:
     rng, held = np.random.default_rng(1), []

@@ -121,6 +121,7 @@ def test_a_batch_that_cannot_be_split_is_refused_before_anything_is_written(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_halves_is_recorded_and_resumes_in_halves_bit_for_bit(tmp_path: Path) -> None:
     one = tiny(write_corpus(tmp_path), "ME*")
     whole, split = train(one, tmp_path / "whole"), train(one, tmp_path / "split", split_batch=True)

@@ -99,6 +99,7 @@ def test_ops_are_classified_by_their_use_of_time() -> None:
     assert kind_of("Torch-Compiled Region: 0/0") == "passes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["hybrid LatentMoE", "attention + MLP"])
 def test_a_tiny_step_is_divided_into_all_its_parts(family: str) -> None:
     tokens = torch.randint(0, 1024, (4, 129), generator=torch.Generator().manual_seed(0))

@@ -190,6 +190,7 @@ def test_the_least_squares_fit_finds_a_linear_map_and_keeps_its_start_in_unseen_
 # Training and measurements of replacements
 
 
+@pytest.mark.slow
 def test_training_brings_every_kind_of_replacement_nearer_to_its_layer(parent: RunFolder, library: Library) -> None:
     begun = block_library(parent, REQUEST.model_copy(update={"tokens": 128}))
     trained = block_library(parent, REQUEST.model_copy(update={"tokens": 60 * 128}))

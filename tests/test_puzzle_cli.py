@@ -74,6 +74,7 @@ def test_puzzle_writes_the_plan_of_the_best_child_and_prints_its_scores(finished
     assert all(len(line) <= 80 for line in printed.splitlines()[:-1])
 
 
+@pytest.mark.slow
 def test_a_sweep_prints_and_draws_a_row_of_budgets(finished: RunFolder, explore_: Any, tmp_path: Path) -> None:
     options = ("--sweep", "params_active=70%:100%:4", *SMALL, "--figure", str(tmp_path / "one.png"))
     code, printed, _ = explore_("puzzle", finished.path, *options, "--json")

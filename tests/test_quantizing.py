@@ -110,6 +110,7 @@ def test_a_budget_that_nothing_fits_is_refused() -> None:
 # The child
 
 
+@pytest.mark.slow
 def test_a_child_meets_its_budget_and_records_its_cost(parent: RunFolder, child: RunFolder) -> None:
     record, cost = child.quantized, child.cost
     recipe = Recipe.model_validate(record["recipe"])

@@ -127,6 +127,7 @@ def built(device: str) -> LanguageModel:
     return ModelConfig.model_validate(content).build().to(device)
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_real_fp8_products_has_the_emulated_losses(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

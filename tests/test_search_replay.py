@@ -75,6 +75,7 @@ def test_a_table_that_is_not_a_grid_is_refused(table: pd.DataFrame, change: Any,
         space_of(change(table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SIMPLEST_FIRST if name != "gp"])
 def test_a_search_counts_repeated_draws_of_an_experiment(table: pd.DataFrame, name: str) -> None:
     found, repeats = search_table(table, space_of(table), name, 0, 20)
@@ -107,6 +108,7 @@ def test_an_exhaustive_search_has_no_regret(table: pd.DataFrame) -> None:
     assert row["repeats"] > len(table)
 
 
+@pytest.mark.slow
 def test_the_first_trials_of_a_search_are_those_of_a_shorter_one(table: pd.DataFrame) -> None:
     results = pd.DataFrame(sampler_regrets(table, ["random", "tpe"], [5, 12, 16], range(3)))
     shorter = pd.DataFrame(sampler_regrets(table, ["random", "tpe"], [12], range(3)))

@@ -68,6 +68,7 @@ def near(values: range, x: float) -> int:
     return min(values, key=lambda value: abs(value - x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["whole lattice", "descent"])
 @pytest.mark.parametrize(
     ("free", "targets"),
@@ -123,6 +124,7 @@ def test_the_budgets_of_a_known_model_are_met_again(seed: int) -> None:
         assert {n for path, n in solution.values.items() if path.endswith(name)} <= set(lattice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "vocab_size", "d_model", "d_latent", "moe"),
     [

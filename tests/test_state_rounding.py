@@ -173,6 +173,7 @@ def test_errors_of_updates_above_a_quantum_are_those_of_independent_roundings() 
     assert table["stochastic"].iloc[0] == pytest.approx(2**0.5 * per_step * size, rel=0.2)
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_wins_below_half_a_quantum_and_loses_above() -> None:
     table = rounding_errors((0.9, 0.99, 0.9999), (2048,), ("fp16", "fp8"))
     fp8 = table[table["format"] == "fp8"]

@@ -75,6 +75,7 @@ def test_recall_needs_its_control_to_recall_and_no_attention_to_overflow(sweeps:
     assert report(0.99, 0.95) == {"recall accuracy of 32 pairs of none": "0.950"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEW)
 def test_new_studies_train_and_score_as_their_gate_asks(name: str, sweeps: dict[str, Sweep]) -> None:
     sweep = sweeps[name]
@@ -121,6 +122,7 @@ def test_latent_arms_keep_the_parameters_of_the_standard_mixture_and_the_ratios_
     assert arm_of(sweep, "acc4-norm", 96).model.blocks["E"].latent_norm == "combined"
 
 
+@pytest.mark.slow
 def test_arms_of_placement_have_the_mixers_of_recall_at_equal_flops(sweeps: dict[str, Sweep]) -> None:
     arms = runpy.run_path(str(SWEEPS / "recall.py"))["ARMS"]
     sweep = sweeps["placement"]

@@ -92,6 +92,7 @@ def test_a_tied_budget_is_no_objective(tmp_path: Path, objective: str, budget: s
         load_sweep(path)
 
 
+@pytest.mark.slow
 def test_the_residuals_of_a_sweep_are_in_the_table_of_its_runs(tmp_path: Path) -> None:
     sweep = load_sweep(sweep_file(tmp_path, "flops_run"))
     assert run_sweep(sweep, 2, tmp_path / "runs", console=Console(quiet=True)).complete == 2
@@ -169,6 +170,7 @@ def test_a_sweep_tunes_each_architecture_once_for_all_seeds(tmp_path: Path) -> N
         assert (runs["tuned"] == (not at_edge)).all()
 
 
+@pytest.mark.slow
 def test_rates_are_searched_by_nats_if_tokens_have_no_bytes(tmp_path: Path) -> None:
     text = sweep_file(tmp_path, "flops_run").read_text()
     text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=4, vocab_size=64)", text)
@@ -186,6 +188,7 @@ def test_rates_are_searched_by_nats_if_tokens_have_no_bytes(tmp_path: Path) -> N
     assert pilots.to_dict() == {float(lr): score for lr, score in trial.user_attrs["lr_pilots"].items()}
 
 
+@pytest.mark.slow
 def test_rates_are_searched_by_the_quantity_that_the_sweep_names(tmp_path: Path) -> None:
     text = sweep_file(tmp_path, "flops_run", train="tokens=12_800, val_every=10").read_text()
     text = re.sub(r"TextData\(.*\)", "RecallData(seq_len=32, n_pairs=2, vocab_size=6)", text)
@@ -239,6 +242,7 @@ def merged_sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path]
     return sweep, folder / "runs"
 
 
+@pytest.mark.slow
 def test_runs_without_a_decay_are_merged_and_their_rate_is_searched_for_the_average(
     merged_sweep: tuple[Sweep, Path],
 ) -> None:

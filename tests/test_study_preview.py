@@ -58,6 +58,7 @@ def written(folder: Path, seeds: int = 1, lr: str = "lr = 1e-3") -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_number_of_feasible_experiments_is_estimated_without_bias(tmp_path: Path) -> None:
     seen = preview(load_sweep(written(tmp_path)), 10, tmp_path / "runs", measure=False)
     patterns = ["".join(letters) for n in (2, 3, 4) for letters in itertools.product("*-", repeat=n)]
@@ -67,6 +68,7 @@ def test_the_number_of_feasible_experiments_is_estimated_without_bias(tmp_path: 
     assert seen.why == (("too large", round(seen.rejected * 400)),)
 
 
+@pytest.mark.slow
 def test_a_continuous_parameter_is_named_and_nothing_is_counted(tmp_path: Path) -> None:
     path = written(tmp_path, lr='lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)')
     seen = preview(load_sweep(path), 10, tmp_path / "runs", measure=False)
@@ -122,6 +124,7 @@ def train_rows(runs: Path) -> list[dict[str, object]]:
     return [folder.row() for folder in find_runs(runs)]
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_and_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_dry_run_prints_and_leaves_nothing_behind(
     assert {each.name for each in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_question_the_design_and_the_gate(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -324,6 +324,7 @@ def assert_same_run(one: RunFolder, other: RunFolder) -> None:
     pd.testing.assert_frame_equal(metrics(one), metrics(other), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stops", [(3,), (13,), (8, 19)], ids=str)
 def test_a_stopped_run_resumes_to_the_same_result(

@@ -138,6 +138,7 @@ def through(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder
     return train(experiment(corpus, "nvfp4"), tmp_path_factory.mktemp("runs"))
 
 
+@pytest.mark.slow
 def test_a_run_in_low_precision_learns_and_records_lost_elements(corpus: Path, through: RunFolder) -> None:
     assert result(through)["status"] == "finished"
     row = through.row()

@@ -137,6 +137,7 @@ def test_model_data_and_seed_count_in_the_key_of_a_rung_and_the_name_does_not(co
 # Branching
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "changes"),
     [("MEM*", {}), ("ME", {"train__optimizer": "muon"}), ("*E/*-", {"train__precision": "bf16"})],
@@ -158,6 +159,7 @@ def test_a_run_branched_from_a_rung_equals_a_run_from_scratch(
     assert result(alone)["branched_from"] is None
 
 
+@pytest.mark.slow
 def test_a_longer_run_branches_from_the_last_step_before_a_decay(corpus: Path, tmp_path: Path) -> None:
     short = experiment(corpus, "E", train__val_every=4)
     long = sibling(short, 30)
@@ -203,6 +205,7 @@ def test_a_rung_is_written_once_and_whole(corpus: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "rungs").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_rungs_do_not_change_a_run(corpus: Path, tmp_path: Path) -> None:
     one = experiment(corpus, "ME", train__val_every=5)
     with_rungs, without = train(one, tmp_path / "with", rungs=(0.35, 0.5)), train(one, tmp_path / "without")
@@ -308,6 +311,7 @@ def test_a_run_that_a_judge_stops_is_recorded_as_pruned(corpus: Path, tmp_path: 
     assert not pareto_front(table).any()
 
 
+@pytest.mark.slow
 def test_a_pruned_run_stays_pruned_with_a_judge_and_resumes_without_one(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

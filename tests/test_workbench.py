@@ -61,6 +61,7 @@ def test_the_stops_of_every_slider_are_models_that_have_that_value(pattern: str)
         edit(bench, moved(bench, slider, slider["value"]))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.text(LETTERS, min_size=1, max_size=8), st.data())
 def test_sliders_moved_one_after_another_always_give_models(pattern: str, data: st.DataObject) -> None:
