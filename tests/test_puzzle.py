@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from block_variants import D_MODEL, VARIANTS
+from command_line import run
 from small_runs import result, tiny, train, write_corpus
 from torch import Tensor
 
@@ -317,6 +318,36 @@ def test_costs_of_layers_sum_to_the_cost_of_the_child(solver: Puzzle) -> None:
             child = solver.library.plan(options).model()
             added = sum(row[k] for row, k in zip(solver.costs(name), options, strict=True))
             assert measure(name, child, solver.setting) == pytest.approx(solver.parent_cost(name) + added, rel=1e-9)
+
+
+def test_show_names_what_replaces_each_layer_of_a_plan_and_of_its_child(
+    parent: RunFolder,
+    library: Library,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hows = ("pooled", "linear", "whole", "none")
+    pairs = zip(library.layers, hows, strict=True)
+    options = [next(k for k, each in enumerate(layer) if each.how == how) for layer, how in pairs]
+    plan = library.plan(options)
+    plan.save(tmp_path / "plan.json")
+    first, second = (str(library.layers[i][options[i]].digest)[:8] for i in (0, 1))
+    expected = [
+        f"layer 0 M: replaced by n_groups 2 -> 1, trained in the library (block {first})",
+        f"layer 1 *: replaced by linear_map, trained in the library (block {second})",
+        "layer 2 E: kept",
+        "layer 3 -: left out",
+        f"child: {plan.model().pattern}, {plan.model().cost(1).params_total:,} parameters",
+    ]
+    code, printed, _ = run(capsys, monkeypatch, "cut", tmp_path / "plan.json", "--show")
+    assert (code, printed.splitlines()) == (0, expected)
+    child = train(child_experiment(tmp_path / "plan.json", 128, parent=parent.path), tmp_path / "runs")
+    code, printed, _ = run(capsys, monkeypatch, "cut", child.path, "--show")
+    assert (code, printed.splitlines()[-5:]) == (0, expected)
+    assert printed.startswith(f"{child.path}: cut from ")
+    code, printed, _ = run(capsys, monkeypatch, "cut", child.path, "--drop-mtp", "--show")  # a cut of the child itself
+    assert (code, "replaced" in printed) == (0, False)
 
 
 def test_further_solutions_differ_and_get_worse(solver: Puzzle) -> None:

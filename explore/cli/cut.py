@@ -28,8 +28,10 @@ from explore.cli.options import (
 from explore.formatting import read_count
 
 if TYPE_CHECKING:
+    from explore.blocks import BlockConfig
     from explore.compress import Cutter, Plan
     from explore.compress.measures import Setting
+    from explore.compress.plan import LibraryBlock
     from explore.compress.zero_shot import Ranked, Validation
     from explore.model import ModelConfig
     from explore.train.shortlist import Distilled
@@ -46,7 +48,8 @@ def cut(
         str,
         typer.Argument(
             metavar="RUN",
-            help=f"A finished {OR_KEY[2:]}; an imported folder with --data; a preset with --like or --published.",
+            help=f"A finished {OR_KEY[2:]}; an imported folder with --data; a preset with --like or --published;"
+            " a plan with --show.",
         ),
     ],
     keep: Annotated[
@@ -121,7 +124,12 @@ def cut(
     output: Annotated[
         Path | None, typer.Option("--out", help="Where to write the plan (default: in the run's folder).")
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Print the cut of each layer; write nothing.")] = False,
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--show", help="Print the cut of each layer; write nothing. Without sizes, that of a plan or of a child."
+        ),
+    ] = False,
     figure: Annotated[
         Path | None, typer.Option(help="Draw the share of each layer that --like keeps, as PNG and SVG.")
     ] = None,
@@ -148,6 +156,8 @@ def cut(
         show_published_cut(parent, like, published, figure, as_json)
         return
     run = run_path(parent)
+    if show and not (keep or drop_layers or drop_layer or drop_mtp or target or free or like) and _show_own(run):
+        return
     if figure is not None and like is None:
         raise ValueError("--figure: must come with --like, the model to draw")
     if drop_layers and drop_layer:
@@ -308,7 +318,7 @@ def _print(record: dict[str, Any]) -> None:
 
 
 def _show(plan: Plan) -> None:
-    """Prints the indices cut from each layer, as ranges."""
+    """Prints the indices cut from each layer, as ranges, and the library blocks that replace layers."""
     from explore.compress.surgery import complete
 
     whole = plan.parent_model
@@ -316,8 +326,9 @@ def _show(plan: Plan) -> None:
         gone = [i for i in range(whole.d_model) if i not in set(plan.d_model)]
         out.print(f"d_model {whole.d_model} -> {len(plan.d_model)}, cut: {ranges(gone)}", highlight=False, markup=False)
     for i, (letter, block, layer) in enumerate(zip(whole.pattern, whole.layers, plan.layers, strict=True)):
-        if layer.drop:
-            out.print(f"layer {i} {letter}: left out", highlight=False, markup=False)
+        if layer.drop or layer.block is not None:
+            what = "left out" if layer.block is None else _replacement(block, layer.block)
+            out.print(f"layer {i} {letter}: {what}", highlight=False, markup=False)
             continue
         kept, parts = complete(block.axes(), layer.keep), []
         for axis in block.axes():
@@ -338,6 +349,32 @@ def _target(text: str, parent: ModelConfig, setting: Setting) -> tuple[str, floa
 
     name, value = _pair("--target", text.removesuffix("%"))
     return name, value / 100 * measure(name, parent, setting) if text.endswith("%") else value
+
+
+def _show_own(path: Path) -> bool:
+    """Prints the plan in a file, or the plan by which a run was cut from its parent; returns whether there is one."""
+    from explore.compress import Plan
+    from explore.experiment import ParentWeights
+    from explore.runs import RunFolder
+    from explore.train.start import plan_of
+
+    if path.suffix == ".json":
+        _show(Plan.load(path))
+        return True
+    start = RunFolder(path).load_experiment().start if RunFolder(path).key else None
+    if not isinstance(start, ParentWeights) or (plan := plan_of(start)) is None:
+        return False
+    out.print(f"{path}: cut from {start.parent.path}", highlight=False, markup=False)
+    _show(plan)
+    return True
+
+
+def _replacement(block: BlockConfig, by: LibraryBlock) -> str:
+    """The sizes in which a library block differs from the layer that it replaces, or its kind if that is another."""
+    before, after = (each.model_dump(mode="json") for each in (block, by.config))
+    sizes = [f"{name} {before[name]} -> {n}" for name, n in after.items() if name in before and n != before[name]]
+    what = ", ".join(sizes) if by.config.kind == block.kind else by.config.kind
+    return f"replaced by {what}, trained in the library (block {by.digest[:8]})"
 
 
 def _pair(option: str, text: str) -> tuple[str, float]:
