@@ -20,7 +20,7 @@ from explore.bench import (
     time_text,
     time_trials,
 )
-from explore.bench.compress import BATCH_SIZE, SEQ_LEN, time_distillation, time_scores
+from explore.bench.compress import BATCH_SIZE, SEQ_LEN, time_distillation, time_library, time_scores
 from explore.bench.text import FORMS
 from explore.bench.worker import train_step
 from explore.blocks import KINDS
@@ -157,3 +157,10 @@ def test_scores_and_distillation_are_timed_on_a_parent_of_three_million_paramete
     found = time_distillation(0.1)
     assert found["distil_s"] > found["teacher_s"] > 0
     assert found["ratio"] == pytest.approx((found["distil_s"] - found["teacher_s"]) / found["own_s"])
+
+
+@pytest.mark.slow
+def test_a_library_is_timed_beside_its_parent() -> None:
+    found = time_library(0.1)
+    assert found["n_parts"] == 5 * 7 + 5 * 3 + 3  # of Mamba, MLP and attention
+    assert found["ratio"] == pytest.approx(found["library_s"] / found["own_s"])

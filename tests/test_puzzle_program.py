@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from explore.bench.compress import random_program
 from explore.compress.program import Budget, NoSolutionError, Row, Same, solve
 
 
@@ -97,15 +98,12 @@ def test_a_bound_is_met_exactly() -> None:
 
 
 def test_a_model_of_88_layers_with_60_variants_each_takes_seconds() -> None:
-    rng = random.Random(0)
-    shares = [[1.0, *sorted((rng.random() for _ in range(58)), reverse=True), 0.0] for _ in range(88)]
-    scale = [rng.choice([4e6, 9e6, 2e7]) for _ in shares]
-    costs = [[share * n for share in row] for row, n in zip(shares, scale, strict=True)]
-    memory = [[share * rng.uniform(0.5, 1) for share in row] for row in shares]
-    values = [[(1 - share) ** 2 * rng.lognormvariate(-3, 1.5) for share in row] for row in shares]
-    budgets = [Budget(costs, 0.5 * sum(scale)), Budget(memory, 0.4 * sum(max(row) for row in memory))]
+    program = random_program(0)
+    assert {len(row) for row in program["values"]} == {60}
+    assert len(program["values"]) == 88
     start = time.process_time()
-    found = solve(values, costs, budgets)
+    found = solve(**program)
     assert time.process_time() - start < 20  # 2 s are the aim on an idle machine
-    assert sum(row[option] for row, option in zip(costs, found.options, strict=True)) <= budgets[0].most
+    for costs, most in program["budgets"]:
+        assert sum(row[option] for row, option in zip(costs, found.options, strict=True)) <= most
     assert "Optimal" in found.status

@@ -1,27 +1,32 @@
-"""Cost of compression: time of scores, and time and memory of a distillation step."""
+"""Cost of compression: scores, a distillation step, the library of a puzzle and its integer program."""
 
 from __future__ import annotations
 
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from explore.bench.training import in_a_process
 from explore.compress.observing import Observer
+from explore.compress.program import Budget, solve
 from explore.compress.scores import SPARSE, TOKENS
+from explore.compress.variants import Offer, variants
 from explore.data import Batch
 from explore.experiment import TrainConfig
 from explore.interop import save_model_folder
 from explore.model import ModelConfig
 from explore.objective import Distillation
 from explore.ops import forced_paths
-from explore.train import build_optimizer
+from explore.train import build_optimizer, keep_freed_memory
+from explore.train.block_training import Part, by_layer, compute_gradients
 from explore.train.objectives import build_objective
 
 SEQ_LEN, BATCH_SIZE, VOCAB_SIZE = 256, 8, 8192
@@ -29,6 +34,12 @@ SEQ_LEN, BATCH_SIZE, VOCAB_SIZE = 256, 8, 8192
 
 SCORE_S, STEP_RATIO = 30.0, 1.55
 """Bounds: seconds of scores on two cores; and ratio of a distillation step without the teacher to a plain step."""
+
+LIBRARY_RATIO, PROGRAM_S = 4.0, 2.0
+"""Bounds: ratio of a training step of a whole library to one of its parent; seconds of an integer program."""
+
+N_LAYERS, N_VARIANTS, N_PROGRAMS = 88, 60, 5
+"""Size of the integer programs, and their number; the slowest counts."""
 
 
 def parent_model(vocab_size: int = VOCAB_SIZE, d_model: int = 192) -> ModelConfig:
@@ -44,10 +55,10 @@ def parent_model(vocab_size: int = VOCAB_SIZE, d_model: int = 192) -> ModelConfi
 
 
 def compare_compression(seconds: float = 10) -> Iterator[dict[str, Any]]:
-    """Measures scores and distillation, each in its own process.
+    """Measures scores, distillation, a library and integer programs, each in its own process.
 
     Args:
-        seconds: duration of the timing of distillation steps.
+        seconds: duration of the timing of distillation steps, and of steps of a library.
 
     Yields:
         Records of what, value, bound, unit, and whether it `holds`. Time bounds are for two idle cores.
@@ -63,6 +74,11 @@ def compare_compression(seconds: float = 10) -> Iterator[dict[str, Any]]:
     both = 2 * BATCH_SIZE * SEQ_LEN * VOCAB_SIZE * 4
     saved = whole["peak_bytes"] - sliced["peak_bytes"]
     yield {**_record("memory that no logits of either side save", saved, both, "bytes"), "holds": saved >= both}
+    library = in_a_process(what="library", seconds=seconds)
+    what = f"training step of a library of {library['n_parts']} replacements, over one of the parent"
+    yield _record(what, library["ratio"], LIBRARY_RATIO, "times")
+    what = f"integer program of {N_LAYERS} layers with {N_VARIANTS} variants"
+    yield _record(what, in_a_process(what="program")["seconds"], PROGRAM_S, "s")
 
 
 def _record(what: str, value: float, bound: float, unit: str) -> dict[str, Any]:
@@ -99,15 +115,46 @@ def time_distillation(seconds: float) -> dict[str, Any]:
             "teacher_s": lambda tokens, _targets: teacher(tokens),
             "distil_s": _step(TrainConfig(tokens=1, objective=config)),
         }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    batch = _batch(parent_model())
-    while len(times["own_s"]) < 4 or sum(map(sum, times.values())) < seconds:
-        for name, work in works.items():  # in turn, since the machine may be busy at times
-            began = time.perf_counter()
-            work(*batch)
-            times[name].append(time.perf_counter() - began)
-    found = {name: statistics.median(each[1:]) for name, each in times.items()}
+    found = _medians(works, _batch(parent_model()), seconds)
     return {**found, "ratio": (found["distil_s"] - found["teacher_s"]) / found["own_s"]}
+
+
+def time_library(seconds: float) -> dict[str, Any]:
+    """Median times of a parent's training step and of a step that trains all replacements of its layers, in turn.
+
+    Returns:
+        Their seconds, `n_parts`, the number of replacements, and `ratio`, of the second to the first.
+    """
+    keep_freed_memory()
+    config = parent_model(VOCAB_SIZE // 4)
+    parts = _parts(config)
+    works = {"own_s": _step(TrainConfig(tokens=1), config), "library_s": _library_step(config, parts)}
+    found = _medians(works, _batch(config), seconds)
+    return {**found, "n_parts": len(parts), "ratio": found["library_s"] / found["own_s"]}
+
+
+def time_program() -> dict[str, Any]:
+    """Seconds of the slowest of several integer programs."""
+    times = []
+    for seed in range(N_PROGRAMS):
+        program = random_program(seed)
+        began = time.perf_counter()
+        solve(**program)
+        times.append(time.perf_counter() - began)
+    return {"seconds": max(times)}
+
+
+def random_program(seed: int, n_layers: int = N_LAYERS, n_variants: int = N_VARIANTS) -> dict[str, Any]:
+    """Arguments of `solve` as in a puzzle: each layer is offered smaller and smaller variants, under two budgets."""
+    rng = random.Random(seed)
+    middle = range(n_variants - 2)
+    shares = [[1.0, *sorted((rng.random() for _ in middle), reverse=True), 0.0] for _ in range(n_layers)]
+    scale = [rng.choice([4e6, 9e6, 2e7]) for _ in shares]
+    costs = [[share * n for share in row] for row, n in zip(shares, scale, strict=True)]
+    memory = [[share * rng.uniform(0.5, 1) for share in row] for row in shares]
+    values = [[(1 - share) ** 2 * rng.lognormvariate(-3, 1.5) for share in row] for row in shares]
+    budgets = [Budget(costs, 0.5 * sum(scale)), Budget(memory, 0.4 * sum(max(row) for row in memory))]
+    return {"values": values, "ties": costs, "budgets": budgets}
 
 
 def distillation_peak(path: str, peak: Callable[..., int]) -> dict[str, Any]:
@@ -132,10 +179,49 @@ def _distillation(folder: Path) -> Distillation:
     return Distillation.model_validate({"kind": "distillation", "teacher": str(folder / "parent")})
 
 
-def _step(train: TrainConfig) -> Callable[[Tensor, Tensor], float]:
-    """Forward, backward, clip and optimizer step of a student of half the parent's width."""
+def _medians(
+    works: Mapping[str, Callable[[Tensor, Tensor], object]], batch: tuple[Tensor, Tensor], seconds: float
+) -> dict[str, float]:
+    """Median seconds of each work on a batch; the first round does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    while min(map(len, times.values())) < 4 or sum(map(sum, times.values())) < seconds:
+        for name, work in works.items():  # in turn, since the machine may be busy at times
+            began = time.perf_counter()
+            work(*batch)
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+def _parts(config: ModelConfig) -> list[Part]:
+    """All replacements with weights of their own that `explore puzzle` offers, with random weights."""
+    torch.manual_seed(2)
+    parts = []
+    for i, (letter, block) in enumerate(zip(config.pattern, config.layers, strict=True)):
+        for variant in variants(letter, block, Offer()):
+            if variant.is_trained and variant.block is not None:
+                mixer = variant.block.build(config.d_model)
+                mixer.init_weights(0.02, 0.02)
+                parts.append(Part(i, variant, mixer))
+    return parts
+
+
+def _library_step(config: ModelConfig, parts: list[Part]) -> Callable[[Tensor, Tensor], object]:
+    """Gradients, clip and optimizer step of all parts."""
+    model, grouped = config.build().requires_grad_(False), by_layer(parts)
+    optimizer = AdamW([weight for part in parts for weight in part.parameters()], lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step(tokens: Tensor, _targets: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        compute_gradients(model, grouped, tokens, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _step(train: TrainConfig, config: ModelConfig | None = None) -> Callable[[Tensor, Tensor], float]:
+    """Forward, backward, clip and optimizer step of a model; by default a student of half the parent's width."""
     torch.manual_seed(1)
-    student = parent_model(d_model=96).build()
+    student = (config or parent_model(d_model=96)).build()
     optimizer, objective = build_optimizer(student, train), build_objective(train)
 
     def step(tokens: Tensor, targets: Tensor) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.profiler import record_function
 
-from explore.bench.compress import distillation_peak, time_distillation, time_scores
+from explore.bench.compress import distillation_peak, time_distillation, time_library, time_program, time_scores
 from explore.bench.families import SHAPES, VOCAB_SIZE, families, size_of
 from explore.bench.ops import timed
 from explore.bench.profile import OPTIMIZER, profiled
@@ -348,6 +348,8 @@ if __name__ == "__main__":
         "scores": time_scores,
         "distil": time_distillation,
         "distil_memory": partial(distillation_peak, peak=peak_bytes),
+        "library": time_library,
+        "program": time_program,
     }
     with tempfile.TemporaryDirectory() as cache:  # so that nothing is compiled already
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache

@@ -43,7 +43,8 @@ def bench(
             "curves: losses against the reference. trials: a sweep's overhead before a trial's first step. "
             "regions: gain and cost of compiling an op. neighbours: a run beside busy processes. "
             "sharing: one run on all cores against one run per core. text: splitting, tokenizing and caching. "
-            "precision: emulated FP8 and NVFP4 against bf16. compress: scoring a parent and distilling a child."
+            "precision: emulated FP8 and NVFP4 against bf16. "
+            "compress: scores, distillation, a library of replacements and its integer program."
         ),
     ] = "train",
     shape: Annotated[
