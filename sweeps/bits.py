@@ -115,11 +115,11 @@ def experiment(trial: optuna.Trial) -> Experiment:
     )
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
+def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
     """Test bits per byte of every arm, and the differences from bf16, also as shares of it."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
-    differences = compare(runs, "arm", "bf16", primary=PRIMARY, margin=MARGIN)
+    differences = compare(runs, "arm", "bf16", primary=PRIMARY, margin=MARGIN, documents=documents)
     baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
     shares = differences.assign(**{name: differences[name] / baseline for name in ("difference", "low", "high")})
     return {"arms": arms_table(runs, "arm", "bf16"), "differences": differences, "shares": shares}
