@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from explore.experiment import Experiment
-    from explore.frontier.gate import GateReport
     from explore.study import Preview, Sweep
 
 Storage = Annotated[
@@ -134,7 +133,7 @@ def sweep(
         print(json.dumps({"runs": str(folder), **numbers, **gate}))
     else:
         if report is not None:
-            out.print(_gate_table(loaded.name, report))
+            out.print(_gate_table(f"gate of {loaded.name}, at {report.size}", report.table()))
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
     if report is not None and not report.passed:
@@ -144,16 +143,6 @@ def sweep(
             raise typer.Exit(1)
     if summary.failed and not (summary.complete or summary.pruned):
         raise typer.Exit(1)
-
-
-def _gate_table(name: str, report: GateReport) -> Table:
-    """A table of a gate's conditions with the values found, the values needed and the verdicts."""
-    view = Table(title=f"gate of {name}, at {report.size}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("condition", "found", "needed", "verdict"):
-        view.add_column(column, overflow="fold")
-    for each in report.conditions:
-        view.add_row(each.name, each.found, each.needed, Text("passed") if each.passed else Text("failed", "red"))
-    return view
 
 
 def _options(texts: list[str] | None) -> dict[str, Any]:
@@ -224,7 +213,7 @@ def _show(sweep: Sweep, preview: Preview, trials: int, workers: int, as_json: bo
         return
     title = f"design: {len(sweep.design)} trials of {sweep.seeds} seeds, those of the gate first"
     out.print(_experiments(title, sweep.design, DESIGN), highlight=False)
-    out.print(_plain(f"gate of {sweep.name}", sweep.gate.needs(sweep.seeds)))
+    out.print(_gate_table(f"gate of {sweep.name}", sweep.gate.needs(sweep.seeds)))
 
 
 def _experiments(title: str, experiments: Sequence[Experiment], columns: Sequence[str]) -> Table:
@@ -236,13 +225,15 @@ def _experiments(title: str, experiments: Sequence[Experiment], columns: Sequenc
     return view
 
 
-def _plain(title: str, table: pd.DataFrame) -> Table:
-    """A table of texts."""
+def _gate_table(title: str, conditions: pd.DataFrame) -> Table:
+    """A table of a gate's conditions; verdicts that fail are red."""
+    from explore.frontier.gate import FAILED
+
     view = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in table:
+    for column in conditions:
         view.add_column(str(column), overflow="fold")
-    for row in table.itertuples(index=False):
-        view.add_row(*map(Text, row))
+    for row in conditions.itertuples(index=False):
+        view.add_row(*(Text(cell, "red" if cell == FAILED else "") for cell in row))
     return view
 
 
