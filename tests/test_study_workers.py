@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import signal
 import threading
 import time
 from contextlib import ExitStack
@@ -339,7 +340,7 @@ def test_a_process_that_ends_gives_its_trial_back_with_its_draws(
         assert done_by_key(study) == done_by_key(study_of(tmp_path / "undisturbed"))
 
 
-def test_ctrl_c_is_restored_after_lightning_turned_it_into_an_exit(
+def test_ctrl_c_is_restored_after_lightning_turned_it_into_an_exit_and_the_next_one_is_not_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = load_sweep(write_sweep(tmp_path))
@@ -348,8 +349,10 @@ def test_ctrl_c_is_restored_after_lightning_turned_it_into_an_exit(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(LitLanguageModel, "training_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, 1, tmp_path / "runs", options=TrialOptions(notes=False), console=quiet())
+    assert signal.getsignal(signal.SIGINT) is before
     assert study_of(tmp_path / "runs").trials[0].user_attrs["outcome"] == RELEASED
 
 

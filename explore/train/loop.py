@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def _fit(
     run: TrainingRun, trainer: Trainer, module: LitLanguageModel, resumed_at: int, requests: Requests
 ) -> DivergedError | None:
     """Trains the remaining steps; returns the error if the run diverged."""
-    diverged = None
+    diverged, on_interrupt = None, signal.getsignal(signal.SIGINT)
     try:
         with falling_back() if run.compiled else nullcontext():
             trainer.fit(
@@ -235,7 +236,8 @@ def _fit(
     except DivergedError as error:
         diverged = error
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turned it into an exit
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turned it into an exit, and ignores the next
+            signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
