@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +36,32 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def c_output_discarded() -> Iterator[None]:
+    """Discards what C code writes to standard output in the block, so that it does not end up in JSON or tables.
+
+    HiGHS, the integer program's solver, prints a line of its own for some programs, and no option prevents it.
+    """
+    import ctypes  # no command needs it to start
+
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    try:
+        sys.stdout.flush()
+        flush(None)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 BARS = " ▁▂▃▄▅▆▇█"

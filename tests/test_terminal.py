@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import io
 import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
 
 from explore.cli import main
-from explore.terminal import plain_console, replace_unprintable
+from explore.solve import solve
+from explore.terminal import c_output_discarded, plain_console, replace_unprintable
 from explore.train.callbacks import ProgressBar, Throughput
 
 PACKAGE = Path(__file__).parents[1] / "explore"
@@ -66,6 +70,7 @@ def test_a_terminal_shows_question_marks_for_unsupported_characters(
     assert screen.getvalue().decode(encoding) == "? front ?\n"
 
 
+@pytest.mark.slow
 def test_commands_print_in_ascii() -> None:
     code = "import sys; sys.argv = ['explore', 'solve', '-', '--target', 'params_total=1M', '--free', 'd_ff', "
     code += "'--vocab-size', '300']; from explore.cli import main; main()"
@@ -101,3 +106,33 @@ def test_a_table_shows_names_and_folders_with_every_letter(
     assert not end.value.code
     assert NAME in shown
     assert f"wrote {root}/all :rocket:.csv" in shown
+
+
+def test_lines_that_a_c_library_prints_do_not_reach_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    c = ctypes.CDLL(None)
+    print("before")
+    with c_output_discarded():
+        c.puts(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();")
+    print("after")
+    c.puts(b"not discarded")
+    c.fflush(None)
+    assert capfd.readouterr().out.splitlines() == ["before", "after", "not discarded"]
+
+
+@pytest.mark.parametrize("use", ["compress.program", "solve.search"])
+def test_the_integer_program_prints_nothing(use: str, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    module = import_module(f"explore.{use}")
+    real = module.milp
+
+    def chatty(*args: Any, **options: Any) -> Any:
+        ctypes.CDLL(None).puts(b"noise")
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "milp", chatty)
+    if use == "compress.program":
+        assert module.solve([[2.0, 1.0]], [[0.0, 0.0]]).options == (1,)
+    else:
+        experts = {"E": {"n_experts": 32}}
+        model = {"vocab_size": 512, "pattern": "MEM*E-", "d_model": 128, "blocks": experts}
+        solve(model, {"params_total": 2e6, "params_active": 1e6}, ["d_ff", "d_expert", "d_shared"])
+    assert capfd.readouterr().out == ""

@@ -13,14 +13,19 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_array, vstack
+
+from explore.terminal import c_output_discarded
 
 RESOLUTION = 10**7
 """Integer to which the largest value, and the largest tie-breaker, are scaled."""
 
 STEPS = 10**4
 """Largest coefficient of a bound after scaling; the solver meets bounds to 1e-6."""
+
+SLACK = RESOLUTION * 1e-6
+"""Allowed error of the linear relaxation: an option is ruled out only if it costs more than this above the optimum."""
 
 ROUNDING = 1e-12
 """Relative error of a cost sum that is ignored."""
@@ -103,10 +108,14 @@ def solve(
     program = _Program(values, budgets, rows, same)
     whole, second = program.whole(values), program.whole(ties)
     while True:
+        program.allow(np.ones(program.n))
         best, status, gap = program.minimum(whole, [])
+        program.allow(program.possible(whole, best))
         tied = [program.at_most(whole, best)]
-        chosen, _, _ = program.minimum(second, tied)
-        chosen = program.first(chosen, [*tied, program.at_most(second, chosen)])
+        chosen = best
+        if program.has_other(best, tied):
+            chosen, _, _ = program.minimum(second, tied)
+            chosen = program.first(chosen, [*tied, program.at_most(second, chosen)])
         if program.fits(chosen):
             break
         program.fixed.append(program.other_than(chosen))  # the solver meets bounds only to its tolerance
@@ -128,6 +137,11 @@ class _Program:
         for row in rows:
             self.fixed.append(self._constraint({(0, self._column(*at)): w for at, w in row.weights.items()}, *row[1:]))
         self._add_same(same)
+        self.allow(np.ones(self.n))
+
+    def allow(self, options: np.ndarray) -> None:
+        """Restricts the choice to options marked 1; the others are marked 0."""
+        self.upper = np.concatenate([options, np.ones(self.n_shared)])
 
     def _add_same(self, same: Sequence[Same]) -> None:
         """Ties the options of a group's items to the group's variables."""
@@ -173,11 +187,17 @@ class _Program:
     def options(self, chosen: np.ndarray) -> tuple[int, ...]:
         return tuple(int(chosen[start:end].argmax()) for start, end in pairwise(self.starts))
 
-    def first(self, chosen: np.ndarray, ties: list[LinearConstraint]) -> np.ndarray:
-        """Returns the first of equally good choices in the order of the options, item by item."""
+    def has_other(self, chosen: np.ndarray, ties: list[LinearConstraint]) -> bool:
+        """Whether another choice meets the same bounds."""
         try:
             self.minimum(np.zeros(self.n), [*ties, self.other_than(chosen)])
         except NoSolutionError:
+            return False
+        return True
+
+    def first(self, chosen: np.ndarray, ties: list[LinearConstraint]) -> np.ndarray:
+        """Returns the first of equally good choices in the order of the options, item by item."""
+        if not self.has_other(chosen, ties):
             return chosen
         for i, size in enumerate(self.sizes):
             order = np.zeros(self.n)
@@ -185,6 +205,28 @@ class _Program:
             chosen, _, _ = self.minimum(order, ties)
             ties = [*ties, self._constraint({(0, self._column(i, self.options(chosen)[i])): 1.0}, 1, 1)]
         return chosen
+
+    def possible(self, objective: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Marks the options that a choice as good as the given one can contain: few, so ties are quick to break.
+
+        The optimum of the linear relaxation plus an option's reduced cost is a lower bound on every choice with it.
+        """
+        every = [*self.fixed, *self._fits()]
+        rows = vstack([csr_array(each.A) for each in every])  # type: ignore[arg-type]
+        low, high = np.concatenate([each.lb for each in every]), np.concatenate([each.ub for each in every])
+        above, below = np.isfinite(low), np.isfinite(high)
+        with c_output_discarded():
+            found = linprog(
+                self._padded(objective),
+                A_ub=vstack([rows[below], -rows[above]]),
+                b_ub=np.concatenate([high[below], -low[above]]),
+                bounds=(0, 1),
+            )
+        if found.fun is None:
+            return np.ones(self.n)
+        bound = found.fun + found.lower.marginals[: self.n]
+        marked: np.ndarray = bound <= objective @ chosen + SLACK
+        return marked.astype(float)
 
     def other_than(self, chosen: np.ndarray) -> LinearConstraint:
         """Returns a constraint that excludes a choice."""
@@ -197,6 +239,20 @@ class _Program:
         Raises:
             NoSolutionError: there is none.
         """
+        with c_output_discarded():
+            found = milp(
+                self._padded(objective),
+                integrality=np.ones(self.n + self.n_shared, dtype=int),
+                bounds=Bounds(0, self.upper),
+                constraints=[*self.fixed, *self._fits(), *ties],
+                options={"mip_rel_gap": 0},
+            )
+        if found.x is None:
+            raise NoSolutionError(f"the integer program has no solution: {found.message}")
+        return np.round(found.x[: self.n]), str(found.message), float(found.mip_gap or 0)
+
+    def _fits(self) -> list[LinearConstraint]:
+        """The budgets, each counted from the least that its items can cost, in units that suit the solver."""
         fits = []
         for costs, most in self.budgets:
             least = np.concatenate(
@@ -205,16 +261,7 @@ class _Program:
             unit = max(float((costs - least).max()), np.finfo(float).tiny) / STEPS
             room = most - least[self.starts[:-1]].sum()
             fits.append(LinearConstraint(self._padded(costs - least) / unit, -np.inf, room / unit))
-        found = milp(
-            self._padded(objective),
-            integrality=np.ones(self.n + self.n_shared, dtype=int),
-            bounds=Bounds(0, 1),
-            constraints=[*self.fixed, *fits, *ties],
-            options={"mip_rel_gap": 0},
-        )
-        if found.x is None:
-            raise NoSolutionError(f"the integer program has no solution: {found.message}")
-        return np.round(found.x[: self.n]), str(found.message), float(found.mip_gap or 0)
+        return fits
 
 
 def flat(rows: Rows) -> np.ndarray:

@@ -18,6 +18,7 @@ from explore.config import explain
 from explore.foreign import echo
 from explore.model import ModelConfig
 from explore.solve.budgets import RANGES, Free, off
+from explore.terminal import c_output_discarded
 
 SMOOTH = RANGES.keys() - {"d_model"}
 """Fields in which every budget is smooth and non-decreasing; `d_model` is not, since the number of heads jumps."""
@@ -198,7 +199,8 @@ class Search:
         error, ones = np.array(here) / targets - 1, np.ones((len(targets), 1))
         both = LinearConstraint(np.block([[slopes, -ones], [-slopes, -ones]]), -np.inf, np.append(-error, error))
         whole, bounds = np.array([1] * n + [0]), Bounds([*below, 0], [*above, np.inf])
-        found = milp(np.eye(n + 1)[n], integrality=whole, bounds=bounds, constraints=both)
+        with c_output_discarded():
+            found = milp(np.eye(n + 1)[n], integrality=whole, bounds=bounds, constraints=both)
         moves = [0] * n if found.x is None else np.round(found.x[:n]).astype(int).tolist()
         return tuple(value + by * each.step for each, value, by in zip(self.free, point, moves, strict=True))
 
