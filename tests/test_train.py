@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from small_runs import EXPERTS, STEPS, TOKENS, kill_after_a_checkpoint, result, tiny, train, write_corpus
+from torch import nn
 from torch.optim import Muon
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,6 +34,7 @@ from explore.train import (
     slow_precision,
     wsd,
 )
+from explore.train.optimizer import Float32Muon
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +136,8 @@ def test_a_learning_rate_set_on_the_joint_optimizer_reaches_its_members() -> Non
     assert [group["lr"] for member in optimizer.members.values() for group in member.param_groups] == [0.25] * 3
 
 
-def test_a_joint_step_is_a_step_of_each_member() -> None:
+def test_a_joint_step_is_a_step_of_each_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explore.train.optimizer.multiplies_bf16", lambda: True)
     config = TrainConfig(tokens=1, optimizer="muon")
     joint_model, plain_model = model("*-"), model("*-")
     steps(joint_model, build_optimizer(joint_model, config), range(3))
@@ -150,6 +153,29 @@ def test_a_joint_step_is_a_step_of_each_member() -> None:
         muon.step()
     for ours, theirs in zip(joint_model.parameters(), plain_model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_muon_in_fp32_takes_the_steps_of_muon_up_to_the_rounding_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("explore.train.optimizer.multiplies_bf16", lambda: False)
+    weights = [torch.randn(each, generator=torch.Generator().manual_seed(0)) for each in ((6, 40), (40, 6), (16, 16))]
+    ours, theirs = ([nn.Parameter(each.clone()) for each in weights] for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = Float32Muon(ours, **options), Muon(theirs, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, start in zip(ours, theirs, weights, strict=True):
+        assert (one - other).norm() < 0.01 * (one - start).norm()
+    for i in range(len(weights)):
+        assert torch.equal(*(each.state[each.param_groups[0]["params"][i]]["momentum_buffer"] for each in optimizers))
+    lm = model("*-")
+    built = build_optimizer(lm, TrainConfig(tokens=1, optimizer="muon"))
+    assert isinstance(built, JointOptimizer)
+    assert type(built.members["muon"]) is Float32Muon
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 from explore.experiment import TrainConfig
 from explore.model import LanguageModel
+from explore.train.environment import multiplies_bf16
 
 
 def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
@@ -37,8 +40,54 @@ def build_optimizer(model: LanguageModel, config: TrainConfig) -> Optimizer:
     )
     if not matrices:
         return adamw
-    muon = Muon(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    kind = Muon if multiplies_bf16() else Float32Muon
+    muon = kind(matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return JointOptimizer(muon=muon, adamw=adamw)
+
+
+class Float32Muon(Muon):
+    """Muon with its Newton-Schulz iteration in fp32.
+
+    Torch's own iteration is in bf16. A processor that does not multiply bf16 takes many times as long for it, more than
+    for the rest of a training step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = _loss(closure)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight.grad))
+                momentum.lerp_(weight.grad, 1 - group["momentum"])
+                update = _orthogonalized(
+                    weight.grad.lerp(momentum, group["momentum"]), group["ns_coefficients"], group["ns_steps"]
+                )
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-0.2 * group["lr"] * math.sqrt(max(weight.shape)))  # "match_rms_adamw"
+        return loss
+
+
+def _loss(closure: Callable[[], Any] | None) -> Any:
+    """The loss that a closure computes with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _orthogonalized(
+    x: Float[Tensor, "rows columns"], coefficients: tuple[float, float, float], n_steps: int
+) -> Float[Tensor, "rows columns"]:
+    """A matrix with the singular vectors of x and singular values near 1, by Newton-Schulz iteration."""
+    a, b, c = coefficients
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    wide = wide / wide.norm().clamp(min=torch.finfo(x.dtype).tiny)
+    for _ in range(n_steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if x.shape[0] > x.shape[1] else wide
 
 
 class JointOptimizer(Optimizer):
@@ -55,10 +104,7 @@ class JointOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss(closure)
         for member in self.members.values():
             member.step()
         return loss
