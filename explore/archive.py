@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from explore.machine import is_passing
+from explore.terminal import plain_console
+
 BROKEN = (
     *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
     *(RuntimeError, NotImplementedError, ValueError, LookupError, OverflowError),
@@ -65,6 +68,35 @@ def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise ValueError(f"{path}: must be a checkpoint, with a state_dict")
     return content
+
+
+def read_partial(path: Path, key: str) -> dict[str, Any]:
+    """Returns the work that an earlier process saved under this key; empty if there is none.
+
+    A damaged file is removed with a note on stderr, so that the work starts over.
+
+    Args:
+        path: a file of `torch.save` that holds a dictionary, with the key under `key`.
+
+    Raises:
+        OSError: the file cannot be read.
+        RuntimeError: it does not fit into memory.
+    """
+    if not path.exists():
+        return {}
+    try:
+        check_whole(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *BROKEN) as error:
+        if is_passing(error):
+            raise
+        found = " ".join(str(error).split())
+        line = found if isinstance(error, DamagedError) else f"{path}: is damaged ({found[:100]})"
+        path.unlink(missing_ok=True)
+        note = f"note: {line}; it is removed, and the work starts over"
+        plain_console().print(note, highlight=False, soft_wrap=True)
+        return {}
+    return content if isinstance(content, dict) and content.get("key") == key else {}
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:

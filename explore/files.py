@@ -218,12 +218,13 @@ class _Expanded(io.RawIOBase):
         super().close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object from a file.
 
     Raises:
         ValueError: the file is missing or not a JSON object.
     """
+    path = Path(path)
     try:
         check_regular(path)
         with path.open("rb") as file:

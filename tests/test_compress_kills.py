@@ -41,7 +41,9 @@ COMMANDS = {
         *("cut", "PARENT", "--target", "params_active=12k", "--tolerance", "0.1", "--best", "3"),
         *("--free", "d_model=16:32:2", "--free", "depth", "--distil-tokens", "1280"),
     ),
-    "puzzle, rounds": ("puzzle", "PARENT", "--max", "params_active=70%", "--rounds", "2", *SIZES),
+    "puzzle, rounds": (
+        *("puzzle", "PARENT", "--max", "params_active=70%", "--rounds", "2", "--round-tokens", "1280", *SIZES),
+    ),
     "distil": ("distil", "PLAN", "--tokens", "1280", "--parent", "PARENT", "--runs", "RUNS"),
 }
 TIMES = ("train_s", "tokens_per_s", "finished_at")

@@ -78,6 +78,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path: Path, suffix: str) -> None
     assert peaks[48] < peaks[8] + 16 * MIB
 
 
+@pytest.mark.slow
 def test_a_bomb_of_two_gigabytes_is_refused_without_filling_memory(tmp_path: Path) -> None:
     path = tmp_path / "bomb.txt.gz"
     path.write_bytes(gzip.compress(bytes(16 * MIB)) * 128)  # members of one file

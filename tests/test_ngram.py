@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,6 +138,34 @@ def test_scores_are_kept_by_the_content_of_the_texts(corpus: Path, monkeypatch: 
     assert ngram_scores(opened(corpus), 3) == first
     with pytest.raises(TypeError):
         ngram_scores(opened(corpus), 4)
+
+
+def digit_changed(text: str) -> str:
+    """Another first digit of the first number."""
+    return re.sub(r"\d", lambda found: str(9 - int(found[0])), text, count=1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:20],
+        lambda text: "\0" * len(text),
+        lambda text: text.replace("n_targets", "n_tokens"),
+        lambda text: "{}",
+        digit_changed,
+    ],
+    ids=["cut", "zeroed", "renamed", "empty", "digit"],
+)
+def test_damaged_scores_in_the_cache_are_computed_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[str], str]
+) -> None:
+    monkeypatch.setenv("EXPLORE_CACHE", str(tmp_path))
+    first = ngram_scores(opened(corpus), 2)
+    (path,) = (tmp_path / "ngrams").iterdir()
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert ngram_scores(opened(corpus), 2) == first
+    assert path.read_text() == text
 
 
 def test_commands_show_the_floor_and_keep_it_in_the_record(corpus: Path, tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Integer
 
 from explore.data import TextSource
-from explore.data.cache import cache_folder
+from explore.data.cache import cache_folder, sealed
 from explore.evals.bits_per_byte import Score
 from explore.files import read_json, replacing
 
@@ -173,9 +174,8 @@ def ngram_scores(
     for array in (ids, begins, *texts.values()):
         digest.update(hashlib.sha256(np.ascontiguousarray(array).data).digest())
     path = cache_folder("ngrams") / f"{digest.hexdigest()[:32]}.json"
-    if path.exists():
-        kept = read_json(path)
-        return {split: Score(**kept[split]) for split in EVALUATED}
+    if (kept := _kept_scores(path)) is not None:
+        return kept
     model = NgramModel(ids, source.vocab_size, order, begins)
     table = source.tokenizer.token_bytes
     scores = {
@@ -187,5 +187,17 @@ def ngram_scores(
         for split, text in texts.items()
     }
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps({split: asdict(score) for split, score in scores.items()}))
+        content: dict[str, Any] = {split: asdict(score) for split, score in scores.items()}
+        temporary.write_text(json.dumps(sealed(content, hashlib.sha256())), encoding="utf-8")
     return scores
+
+
+def _kept_scores(path: Path) -> dict[Literal["val", "test"], Score] | None:
+    """The cached scores; None if the file is missing, damaged, or of a version without digests."""
+    try:
+        content = read_json(path)
+        if sealed(content, hashlib.sha256()) != content:
+            return None
+        return {split: Score(**content[split]) for split in EVALUATED}
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from explore.archive import read_partial
 from explore.checkpoints import load_model
 from explore.compress.cutting import Cutter
 from explore.compress.library import Library, LibraryRequest, Replacement
@@ -287,12 +288,8 @@ class _Maker:
             torch.save({"key": self.key, **content}, temporary)
 
     def _saved(self) -> dict[str, Any]:
-        """The saved state of an earlier process; empty if there is none."""
-        try:
-            state: dict[str, Any] = torch.load(self.partial, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError, ValueError):  # missing, or truncated
-            return {}
-        return state if state.get("key") == self.key else {}
+        """The saved state of an earlier process; empty if there is none, or a damaged one, which is removed."""
+        return read_partial(self.partial, self.key)
 
 
 def least_squares(xx: Tensor, yx: Tensor, start: Tensor) -> Tensor:
