@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+from typing import Any
+
 import jaxtyping
 import pytest
+import torch
+from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +31,10 @@ from explore.cost import (
     visible_keys,
 )
 from explore.model import ModelConfig, MTPConfig
+from explore.number_formats import ELEMENTS, FORMATS, SCALE_BITS
+from explore.ops import StateRounding, state_rounding
 from explore.presets import preset
+from explore.roofline import Deployment, hardware
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 LETTERS = "".join(EXAMPLES)
@@ -226,3 +235,108 @@ def test_a_step_moves_state_both_ways_and_keys_and_values_once() -> None:
 def test_bytes_sent_to_experts_equal_bytes_returned() -> None:
     cost = preset("nemotron-3-super").cost(4096, activation_dtype="float8")
     assert cost.all_to_all_bytes == 40 * 2 * 22 * 1024
+
+
+@pytest.mark.parametrize("command", ["cost", "roofline"])
+@pytest.mark.parametrize(
+    ("recipe", "option", "dtype"),
+    [
+        ("nvfp4", "--weight-dtype", "float8"),
+        ("bf16", "--weight-dtype", "bfloat16"),
+        ("fp8-ptq", "--kv-dtype", "bfloat16"),
+        ("fp8-ptq", "--state-dtype", "bfloat16"),
+    ],
+)
+def test_a_dtype_that_the_recipe_sets_is_refused(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    recipe: str,
+    option: str,
+    dtype: str,
+) -> None:
+    code, out, err = run(capsys, monkeypatch, command, "ME*", "--precision", recipe, option, dtype)
+    assert (code, out) == (2, "")
+    assert err == f"error: {option}: must not be combined with --precision, whose recipe sets it\n"
+
+
+def test_a_dtype_that_the_recipe_leaves_open_is_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--precision", "nvfp4", "--kv-dtype", "float8", "--state-dtype", "bfloat16")
+    plain, narrow = (
+        json.loads(run(capsys, monkeypatch, "cost", "ME*", *options, "--json")[1]) for options in ((), given)
+    )
+    for name in ("kv_bytes", "ssm_state_bytes", "conv_state_bytes"):
+        assert narrow[name] == plain[name] / 2
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("cost", "--list"),
+        ("cost", "--published"),
+        ("cost", "ME*", "--saved"),
+        ("cost", "ME*", "--saved", "--json"),
+        ("cost", "ME*", "--diff", "exact,megatron"),
+        ("roofline", "--published"),
+    ],
+)
+@pytest.mark.parametrize("recipe", ["nvfp4", "nonsense"])
+def test_a_recipe_that_an_answer_does_not_use_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], recipe: str
+) -> None:
+    code, out, err = run(capsys, monkeypatch, *args, "--precision", recipe)
+    (option,) = (arg for arg in args if arg in ("--list", "--published", "--saved", "--diff"))
+    assert (code, out, err) == (2, "", f"error: --precision: must not be combined with {option}\n")
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8-blocks", "mxfp8", "nvfp4", "fp8", "bf16"])
+def test_the_scales_of_state_are_those_with_which_it_is_rounded(monkeypatch: pytest.MonkeyPatch, format: Any) -> None:
+    """Counts the blocks of every tensor that a state rounds, in blocks that do and do not fill the width."""
+    sizes: dict[str, Any] = {
+        "M": {"n_heads": 2, "d_head": 16, "d_state": 48, "n_groups": 1},
+        "G": {"n_heads": 2, "n_key_heads": 1, "d_k": 40, "d_v": 16},
+        "*": {"n_heads": 2, "n_kv_heads": 1, "d_head": 160},
+        "L": {"n_heads": 2, "kv_rank": 72, "d_nope": 16, "d_rope": 16, "d_v": 16},
+    }
+    rows: list[int] = []
+    real = state_rounding._rounded
+
+    def counted(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        rows.extend([x.shape[-1]] * (x.numel() // x.shape[-1]))
+        return real(x, *more)
+
+    monkeypatch.setattr(state_rounding, "_rounded", counted)
+    for letter, block in sizes.items():
+        content = {"d_model": 32, "vocab_size": 12, "pattern": letter, "blocks": {letter: block}}
+        config, seq_len = ModelConfig.model_validate(content), 9
+        model = config.build().eval()
+        model.state_rounding = StateRounding(kv=format, state=format)
+        rows.clear()
+        with torch.inference_mode():
+            model(torch.zeros(1, seq_len, dtype=torch.int64), model.new_state())
+        ledger, dtypes = config.ledger(seq_len), Dtypes(kv=format, state=format)
+        cost = Cost.of(ledger, dtypes)
+        entry = FORMATS[format]
+        bits = sum(width * ELEMENTS[entry.element].bits for width in rows)
+        bits += sum(SCALE_BITS[entry.scaling] * math.ceil(width / entry.block) for width in rows if entry.block)
+        assert cost.kv_bytes + cost.ssm_state_bytes + cost.conv_state_bytes == bits / 8, letter
+        for name in ("kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes"):
+            assert sum(record[name] for record in ledger.to_records(dtypes)) == pytest.approx(getattr(cost, name))
+        assert Deployment(config, hardware("H100"), dtypes).state_bytes(seq_len) == bits / 8
+
+
+def test_scales_of_narrow_keys_and_wide_keys() -> None:
+    """An int8 head of 16 elements has one fp32 scale, and one of 256 elements has two."""
+
+    def kv_bytes(d_head: int, format: Any) -> float:
+        blocks = {"*": AttentionConfig(n_heads=1, n_kv_heads=1, d_head=d_head)}
+        model = ModelConfig(d_model=32, vocab_size=12, pattern="*", blocks=blocks)
+        return Cost.of(model.ledger(8), Dtypes(kv=format)).kv_bytes_per_token
+
+    for format in ("int8", "fp8-blocks"):
+        assert kv_bytes(16, format) == 2 * (16 + 4)
+        assert kv_bytes(256, format) == 2 * (256 + 2 * 4)
+    assert kv_bytes(16, "mxfp8") == 2 * (16 + 1)
+    assert kv_bytes(48, "mxfp8") == 2 * (48 + 2)

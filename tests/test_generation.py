@@ -20,7 +20,7 @@ from explore.model import (
     speculate,
 )
 from explore.model.generation import _Drafter
-from explore.ops import forced_paths
+from explore.ops import StateRounding, forced_paths
 
 EXAMPLES = {kind.letter: kind.example for kind in BLOCKS}
 WITH_MTP = ["M*/*E/*E", "ME*L-/M/M/M", "*E/*-", "M/L*/L*"]
@@ -135,6 +135,23 @@ def test_speculation_stops_at_the_end_of_the_text() -> None:
     assert speculate(model, tokens, 40, eot_id=eot_id).tokens == plain[: plain.index(eot_id) + 1]
 
 
+@pytest.mark.parametrize("letter", ["M", "G"])
+def test_speculation_with_a_rounded_recurrent_state_is_refused(letter: str) -> None:
+    """Speculation reads several tokens at once, and recurrent state is rounded once per read."""
+    model, tokens = built(f"{letter}*/*"), torch.randint(0, 12, (7,))
+    model.state_rounding = StateRounding(kv="int8", state="int8")
+    with torch.inference_mode():
+        whole, parts = model.new_state(), model.new_state()
+        model(tokens[None], whole)
+        for token in tokens.view(7, 1, 1):
+            model(token, parts)
+    assert not torch.allclose(vars(whole[0])["recurrent"], vars(parts[0])["recurrent"])
+    with pytest.raises(ValueError, match=r"state: recurrent state must be in fp32 for speculation, .*, got 'int8'"):
+        speculate(model, tokens, 3)
+    model.state_rounding = StateRounding(kv="int8", state="fp32")
+    assert speculate(model, tokens, 20).tokens == generate(model, tokens[None], 20)[0].tolist()
+
+
 @pytest.mark.parametrize("pattern", WITH_MTP)
 def test_drafts_equal_multi_token_prediction_over_the_whole_text(pattern: str) -> None:
     model, n = built(pattern, shared=False), 9
@@ -157,7 +174,7 @@ def test_drafts_equal_multi_token_prediction_over_the_whole_text(pattern: str) -
 
 @pytest.mark.slow
 def test_sampled_text_has_the_same_distribution_with_and_without_speculation() -> None:
-    vocab, length, n_draws = 3, 3, 2000
+    vocab, length, n_draws = 3, 3, 600
     model, prompt = built("M*/*E/*E", vocab), torch.tensor([0, 2, 1])
     sampling = Sampling(temperature=1.5)
     texts = list(itertools.product(range(vocab), repeat=length))

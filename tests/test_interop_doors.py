@@ -92,6 +92,7 @@ def test_import_notes_where_transformers_would_clamp(
     assert "transformers clamps it at 0.001" in out
 
 
+@pytest.mark.slow
 def test_parity_names_the_worst_cases(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, _ = run(capsys, monkeypatch, "parity", "--cases", 4)
     assert code == 0

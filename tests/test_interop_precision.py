@@ -92,12 +92,37 @@ def test_the_matchers_give_every_module_the_format_of_the_ledger(model: ModelCon
             {"base": "nvfp4", "rules": [{"format": "bf16", "components": ["k_proj"]}]},
             "precision of k_proj in layer 2: 'bf16' cannot be .*; only 'nvfp4', as of all that is in self_att",
         ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "nvfp4", "components": ["embedding"]}]},
+            "precision of embedding: 'nvfp4' cannot be written for Megatron-LM; only bf16 can",
+        ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp32", "components": ["conv1d"]}]},
+            "precision of conv1d: 'fp32' cannot be written for Megatron-LM; only bf16 can",
+        ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp16", "components": ["input norm"]}]},
+            "precision of input norm: 'fp16' cannot be written for Megatron-LM; only bf16 can",
+        ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp32", "components": ["head"]}]},
+            "precision of head: 'fp32' cannot be written for Megatron-LM; only bf16 can",
+        ),
     ],
     ids=lambda each: str(each)[:40],
 )
 def test_features_that_megatron_lacks_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         te_quant(SMALL, recipe(**fields))
+
+
+def test_routers_in_fp32_and_blocks_without_modules_in_bf16_are_written() -> None:
+    router = {"format": "fp32", "components": ["router"]}
+    assert te_quant(SMALL, recipe(base="nvfp4", rules=[router])) == te_quant(SMALL, named("nvfp4"))
+    delta = ModelConfig.model_validate({"d_model": 64, "vocab_size": 256, "pattern": "GM"})
+    rule = {"format": "bf16", "letters": "G"}
+    matchers = te_quant(delta, recipe(base="nvfp4", rules=[rule]))["matchers"]
+    assert set(matchers) == {"mixer.in_proj", "mixer.out_proj", "others"}
 
 
 def test_one_format_for_all_linear_layers_has_a_name_in_model_optimizer() -> None:
@@ -115,6 +140,14 @@ def test_one_format_for_all_linear_layers_has_a_name_in_model_optimizer() -> Non
         (recipe(format="nvfp4", four_over_six=["w"]), r"precision.four_over_six: \('w',\) cannot .*; only \(\) can"),
         (recipe(format="nvfp4", state="fp8"), "precision.state: 'fp8' cannot .*; only None can"),
         (recipe(format="nvfp4", kv="int8"), "precision.kv: 'int8' cannot .*; only fp8, nvfp4 can"),
+        (
+            recipe(format="fp8", rules=[{"format": "fp16", "components": ["head"]}]),
+            "precision.rules.0: .*'fp16'.* cannot be written for Model-Optimizer",
+        ),
+        (
+            recipe(format="fp8", rules=[{"format": "fp32", "components": ["router", "head"]}]),
+            "precision.rules.0: .*'fp32'.* cannot be written for Model-Optimizer",
+        ),
     ],
     ids=lambda each: str(each)[:20],
 )
@@ -135,3 +168,22 @@ def test_export_prints_the_recipe_of_a_run(
     code, out, err = export("model-optimizer")
     assert (code, out) == (2, "")
     assert err.startswith("error: precision.stochastic: ('dy',) cannot be written for Model-Optimizer")
+
+
+def test_export_prints_the_formats_of_a_quantised_child_and_not_those_of_its_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = tiny(write_corpus(tmp_path), "M-", train__precision="bf16")
+    write_json(tmp_path / "experiment.json", {"key": one.key(), "experiment": one.model_dump(mode="json")})
+    write_json(tmp_path / "quantized.json", {"recipe": named("fp8").model_dump(mode="json")})
+    export = partial(run, capsys, monkeypatch, "export", tmp_path, "--to")
+    code, out, _ = export("te-quant")
+    assert (code, json.loads(out)) == (0, te_quant(one.model, named("fp8")))
+    code, out, _ = export("model-optimizer")
+    assert (code, out.split()) == (0, list(model_optimizer_names(named("fp8"))))
+
+    write_json(tmp_path / "quantized.json", {"recipe": named("fp8").model_dump(mode="json"), "scales": "mse"})
+    for to, system in (("te-quant", "Megatron-LM"), ("model-optimizer", "Model-Optimizer")):
+        code, out, err = export(to)
+        assert (code, out) == (2, "")
+        assert err == f"error: scales: 'mse' cannot be written for {system}; only 'max' can\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import nn
 from explore.blocks import BLOCKS, BlockKind
 from explore.config import explain
 from explore.cost import DTYPES, Cost, Dtypes, Ledger, bytes_of, formats_of, in_formats, storage
+from explore.cost.formats import COMPONENTS
 from explore.model import ModelConfig
-from explore.precision import FORMATS, RECIPES, Place, Recipe, Rule, Until, named, read_recipe
+from explore.precision import FORMATS, RECIPES, Place, Recipe, Rule, Until, named, read_recipe, unused_setting
 from explore.presets import preset
 from explore.roofline import Deployment, hardware
 
@@ -189,6 +191,12 @@ def test_published_recipes_after_training_have_the_published_formats() -> None:
     assert found == fp8 | {("experts", "nvfp4")}
 
 
+def test_nano_ptq_keeps_the_mamba_layers_before_attention_of_any_pattern() -> None:
+    under = in_formats(ledger(pattern="M*MEMM*M-M/M*"), named("nano-ptq"))
+    assert formats(under)["M", "in_proj"] == ["bf16", "fp8", "fp8", "bf16", "fp8", "fp8"]
+    assert formats(under)["/", "in_proj"] == ["bf16"]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_named_recipes_are_data(name: str) -> None:
     entry = RECIPES[name]
@@ -226,11 +234,20 @@ def test_json_may_start_from_a_named_recipe(tmp_path: Path) -> None:
     [
         ({"format": "nvfp5"}, "format: input should be 'fp32', .* or 'nvfp4', got 'nvfp5'"),
         ({"base": "nvpf4"}, "base must be one of .*, got 'nvpf4'; did you mean 'nvfp4'?"),
-        ({"rules": [{"format": "bf16"}]}, "rules.0: layers, first, last, letters or components must be given"),
-        ({"rules": [{"format": "bf16", "last": 2}]}, "rules.0.last: input should be less than or equal to 1, got 2"),
+        ({"base": 3}, "^base must be one of fp32, .*, got 3$"),
+        ({"base": ["nvfp4"]}, r"^base must be one of fp32, .*, got \['nvfp4'\]$"),
+        ({"base": None}, "^base must be one of fp32, .*, got None$"),
+        ({"base": {}}, "^base must be one of fp32, .*, got {}$"),
+        ({"rules": [{"format": "bf16"}]}, "rules.0: layers, first, last, letters, before or components must be given"),
+        ({"rules": [{"format": "bf16", "last": 2}]}, "rules.0.last: must be at most 1, got 2"),
         ({"stochastic": ["dw"]}, "stochastic.0: input should be 'x', 'w' or 'dy', got 'dw'"),
-        ({"until": 1.5}, "until.forward: input should be less than or equal to 1, got 1.5"),
-        ({"since": 1}, "since: input should be less than 1, got 1"),
+        ({"stochastic": ["dy", "dy"]}, "^stochastic: must not contain a value twice, got dy, dy$"),
+        (
+            {"base": "nvfp4", "forward": False, "input_gradient": False, "weight_gradient": False},
+            "^forward: must be true if input_gradient and weight_gradient are false, got false$",
+        ),
+        ({"until": 1.5}, "until.forward: must be at most 1, got 1.5"),
+        ({"since": 1}, "since: must be below 1, got 1"),
         ({"since": 0.6, "until": {"backward": 0.6}}, "since: must be below until, 0.6, got 0.6"),
     ],
 )
@@ -263,9 +280,88 @@ def test_rules_that_no_model_can_satisfy_are_refused(rules: dict[str, Any], mess
         in_formats(ledger(), recipe(format="nvfp4", rules=[{"format": "fp8", **rules}]))
 
 
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([{"layers": [0, 99]}], "precision.rules.0.layers must all match a component .*, got 99; it has layers 0 to 3"),
+        ([{"layers": [0, -5]}], "precision.rules.0.layers must all match a component of the model, got -5"),
+        ([{"layers": [3, 9], "last": 0.5}], "precision.rules.0.layers must all match a component of the model, got 9"),
+        ([{"letters": "Mm"}], "precision.rules.0.letters must all match .*, got 'm'; it has .* and letters ME"),
+        ([{"letters": "M", "before": "E*"}], "precision.rules.0.before must all match a component .*, got '[*]'"),
+        (
+            [{"letters": "M", "components": ["in_proj", "experts"]}],
+            "precision.rules.0.components must all match a component of the model, got 'experts'",
+        ),
+        (
+            [{"letters": "M*"}, {"letters": "E"}, {"layers": [0], "components": ["in_proj"]}],
+            r"precision.rules.2 must match a component that no earlier rule matches, or be optional, got layers \[0\]",
+        ),
+    ],
+)
+def test_rules_that_decide_nothing_are_refused_unless_optional(rules: list[dict[str, Any]], message: str) -> None:
+    given = [{"format": "fp8", **rule} for rule in rules]
+    with pytest.raises(ValueError, match=message):
+        in_formats(ledger(), recipe(rules=given))
+    in_formats(ledger(), recipe(rules=[*given[:-1], {**given[-1], "optional": True}]))
+
+
 def test_an_optional_rule_may_match_nothing() -> None:
     rule = {"format": "fp8", "letters": "L", "components": ["kv_up"], "optional": True}
     assert formats(in_formats(ledger(), recipe(rules=[rule]))) == formats(in_formats(ledger(), named("bf16")))
+    message = "precision.rules.0.components must be components of some block, got 'in_porj'; did you mean 'in_proj'?"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        in_formats(ledger(), recipe(rules=[{**rule, "components": ["in_porj"]}]))
+
+
+def test_optional_rules_may_name_the_components_of_all_blocks() -> None:
+    rng, found = random.Random(0), {row.entry.component for row in ledger() if row.entry.params}
+    for kind in BLOCKS:
+        for block in (kind.example, *(kind.config.random_example(rng) for _ in range(64))):
+            found |= {entry.component for entry in block.entries(40, 16) if entry.params}
+    assert set(COMPONENTS) == found
+
+
+@pytest.mark.parametrize(
+    ("fields", "unused"),
+    [
+        ({"base": "nvfp4", "format": "bf16"}, 'stochastic: must be [], since no product in bf16 uses it, got ["dy"]'),
+        ({"hadamard": ["forward"]}, 'hadamard: must be [], since no product in bf16 uses it, got ["forward"]'),
+        ({"forward": False}, "forward: must be true, since no product in bf16 uses it, got false"),
+        ({"base": "fp8", "hadamard_size": 128}, "hadamard_size: must be 16, since no product in fp8 uses it, got 128"),
+        (
+            {"base": "fp8", "square_weights": True},
+            "square_weights: must be false, since no product in fp8 uses it, got true",
+        ),
+        (
+            {"base": "mxfp8", "four_over_six": ["w"]},
+            'four_over_six: must be [], since no product in mxfp8 uses it, got ["w"]',
+        ),
+        (
+            {"stochastic": ["dy"], "rules": [{"format": "mxfp8", "components": ["out_proj"]}]},
+            'stochastic: must be [], since no product in bf16 or mxfp8 uses it, got ["dy"]',
+        ),
+        (
+            {"format": "nvfp4", "scale_rounding": "up"},
+            'scale_rounding: must be "nearest", since no product in nvfp4 uses it, got "up"',
+        ),
+        ({"base": "nvfp4", "hadamard_size": 128, "scale_rounding": "up", "four_over_six": ["x"]}, None),
+        ({"base": "nvfp4", "forward": False}, None),
+        ({"base": "nvfp4", "input_gradient": False, "weight_gradient": False}, None),
+        ({"base": "nvfp4", "format": "bf16", "rules": [{"format": "nvfp4", "components": ["latent_down"]}]}, None),
+        ({"format": "fp32", "forward": False, "rules": [{"format": "bf16", "letters": "M"}]}, None),
+        ({"since": 0.5}, None),  # a control for branches
+        *(({"base": name}, None) for name in RECIPES),
+    ],
+)
+def test_settings_that_no_format_uses_are_found(fields: dict[str, Any], unused: str | None, tmp_path: Path) -> None:
+    assert unused_setting(recipe(**fields)) == unused
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(fields))
+    if unused is None:
+        assert read_recipe(str(path)) == recipe(**fields)
+    else:
+        with pytest.raises(ValueError, match=re.escape(f"{path}: {unused}")):
+            read_recipe(str(path))
 
 
 @pytest.mark.parametrize(
@@ -333,8 +429,19 @@ def test_cost_shows_the_format_of_every_line(
     assert (found["precision"], found["kv_dtype"], found["state_dtype"]) == ("ultra-ptq", "fp8", "fp16")
     code, out, _ = run(capsys, monkeypatch, "cost", "nemotron-3-ultra", "--precision", "ultra-ptq")
     assert code == 0
-    assert "ultra-ptq: 5.03 bits per element, scales included; 328 GiB of weights, MTP included" in out
+    summary = "ultra-ptq: 5.03 bits per element, scales included; 328 GiB of weights, MTP included"
+    assert summary in " ".join(out.split())
     assert "quantised" in out
+
+
+def test_the_table_of_formats_names_all_layers_of_interleaved_formats(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, "cost", "nemotron-3-nano", "--precision", "nano-ptq")
+    assert code == 0
+    rows = [line.split() for line in out[out.index("in formats") :].splitlines()]
+    (high,) = (row for row in rows if row[:3] == ["M", "in_proj", "bf16"])
+    assert high[3:-1] == ["4", "11", "18", "25", "32", "41"]
 
 
 def test_mistakes_of_precision_are_one_line(

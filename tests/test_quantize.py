@@ -99,6 +99,7 @@ def test_the_fast_quantiser_equals_the_plain_one(name: str, stochastic: bool, sq
         assert same(found, expected), (shape, axis, options)
 
 
+@pytest.mark.slow
 def test_a_thousand_tensors_in_mx_formats_equal_torchao() -> None:
     from torchao.prototype.mx_formats.config import ScaleCalculationMode
     from torchao.prototype.mx_formats.mx_tensor import MXTensor
@@ -110,6 +111,24 @@ def test_a_thousand_tensors_in_mx_formats_equal_torchao() -> None:
         for x in tensors:
             expected = MXTensor.to_mx(x, dtype, 32, ScaleCalculationMode.RCEIL).dequantize(torch.float32)
             assert same(quantize(x, name), expected)
+
+
+def test_a_thousand_tensors_in_fp8_equal_torchao() -> None:
+    """Scales of a tensor in both elements; scales of rows and squares of 128, which are powers of two."""
+    from torchao.float8.float8_utils import amax_to_scale, to_fp8_saturated
+
+    def theirs(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn, *, is_power: bool = False) -> Tensor:
+        scale = amax_to_scale(x.abs().max(), dtype, is_power)
+        return to_fp8_saturated(x * scale, dtype).float() / scale
+
+    for seed in range(1000):
+        x = spread(seed, 3, 200).float() * 2.0 ** (seed % 40 - 20)
+        assert same(quantize(x, "fp8"), theirs(x))
+        assert same(quantize(x, "fp8-e5m2"), theirs(x, torch.float8_e5m2))
+        in_rows = [theirs(block, is_power=True) for row in x for block in row.split(128)]
+        assert same(quantize(x, "fp8-blocks"), torch.cat(in_rows).view_as(x))
+        in_squares = [theirs(block, is_power=True) for block in x.split(128, dim=1)]
+        assert same(quantize(x, "fp8-blocks", square=True), torch.cat(in_squares, dim=1))
 
 
 def test_nvfp4_equals_torchao_on_a_thousand_tensors_with_power_of_two_scales() -> None:
@@ -203,6 +222,15 @@ def test_four_over_six_takes_the_better_scale() -> None:
     assert same(quantize(x, "nvfp4", four_over_six=True), x)
     six = quantize(x * 1.75, "nvfp4")  # whose tensor bound is 448, so S is 1 as well
     assert not same(six[1], x[1] * 1.75)
+
+
+def test_four_over_six_divides_by_six_before_it_multiplies_as_in_transformer_engine() -> None:
+    x = torch.zeros(2, 16)
+    x[0, 0] = 7.0
+    S = torch.tensor(1536.0) / 7
+    x[1, :2] = torch.tensor([0.08544921875, 12 / float(S)])  # 18.75 / 6 is a tie of 3 and 3.25, and 3 is even
+    assert float(x[1, 0] * (S * (1 / 6))) > 3.125
+    assert same(quantize(x, "nvfp4", four_over_six=True)[1, :2], torch.tensor([18.0, 12.0]) / S)
 
 
 @pytest.mark.parametrize("name", BLOCKED)

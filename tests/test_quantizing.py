@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.checkpoints import load_model
+from explore.cli.quantize import _request
 from explore.cost import in_formats, storage
 from explore.experiment import Experiment
 from explore.figures import bits_table, plot_bits
@@ -315,7 +316,7 @@ def test_the_command_prints_json_and_tables_of_80_columns(
     ("options", "message"),
     [
         (["--bits", "4.3"], "bits must be at least 4.7"),
-        (["--bits", "0"], "bits: input should be greater than 0, got 0"),
+        (["--bits", "0"], "bits: must be above 0, got 0"),
         (["--bits", "nan"], "bits: input should be a finite number"),
         (["--bits", "6", "--calibration-tokens", "1000000"], "calibration_tokens must be at most"),
         (["--bits", "6", "--precision", "fp8"], "--bits, --precision: exactly one of them is required"),
@@ -379,3 +380,14 @@ def test_the_figure_draws_children_by_scales_and_the_parent(parent: RunFolder, c
 
 def test_the_figure_survives_a_run_without_children(parent: RunFolder) -> None:
     assert plot_bits(load_runs(parent.path), parent.path.name).axes
+
+
+@pytest.mark.parametrize(
+    ("bits", "precision", "scales"),
+    [(None, "super-ptq", "mse"), (None, "ultra-ptq", "four_over_six"), (None, "fp8-ptq", "max"), (5.0, None, "mse")],
+)
+def test_weight_scales_are_those_of_the_published_recipe_unless_given(
+    bits: float | None, precision: str | None, scales: str
+) -> None:
+    assert _request(bits, precision, "nvfp4,fp8", None, {}, (8192, 0, 0)).scales == scales
+    assert _request(bits, precision, "nvfp4,fp8", "max", {}, (8192, 0, 0)).scales == "max"

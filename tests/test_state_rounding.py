@@ -164,7 +164,7 @@ def ratios(table: pd.DataFrame, format: str) -> list[float]:
 def test_errors_of_updates_above_a_quantum_are_those_of_independent_roundings() -> None:
     """Each rounding to a grid of q has variance q^2 / 12 to nearest, q^2 / 6 at random, and fades as the state does."""
     decay, table = 0.9, rounding_errors((0.9,), (128,), ("int8",))
-    x = 2.8  # the largest of 128 Gaussian numbers is about so many standard deviations
+    x = 2.8  # about the largest of 128 Gaussian numbers, in standard deviations
     per_step = x / 127 / 12**0.5
     assert table["update"].iloc[0] > 5
     # q is a share of the size of the state, and the error of a step fades as the state does.
@@ -184,6 +184,7 @@ def test_stochastic_rounding_wins_below_half_a_quantum_and_loses_above() -> None
     assert ratios(table, "fp16") == pytest.approx([2**0.5] * 3, rel=0.2)  # never that small here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["fp16", "int8", "fp8"])
 def test_inputs_that_stay_the_same_make_stochastic_rounding_win_earlier(format: Any) -> None:
     fresh, held = (rounding_errors((0.99, 0.999), (512,), (format,), hold=hold) for hold in (1, 128))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,18 @@ import torch
 from pydantic import ValidationError
 from small_runs import STEPS, TOKENS, kill_after_a_checkpoint, result, tiny, train, write_corpus
 
+from explore.blocks import BLOCKS, BlockKind
 from explore.cli import main
 from explore.config import explain
 from explore.cost import in_formats, storage
 from explore.experiment import Experiment, TrainConfig
-from explore.precision import Recipe, named, products_of
+from explore.model import ModelConfig, quantizable_parts
+from explore.precision import TRAINED, Recipe, named, products_of
 from explore.quantities import read
 from explore.runs import RunFolder
 from explore.train import LitLanguageModel, cost_record, read_weights
 
+SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
 COST = ("weight_bytes", "bits_per_element", "flops_fwd_quantized", "flops_train_quantized")
 LATENT = {"n_experts": 4, "top_k": 2, "d_expert": 16, "d_shared": 16, "d_latent": 32}
 
@@ -95,6 +99,25 @@ def test_the_stable_phase_of_a_recipe_with_a_switch_depends_on_the_number_of_ste
             {"format": "nvfp4", "rules": [{"format": "bf16", "letters": "L"}]},
             "train.precision.rules.0 must match a component of the model, got letters 'L'",
         ),
+        ({"base": 3}, "train.precision: base must be one of fp32, .*, got 3$"),
+        ({"base": "ultra-ptq"}, 'train.precision.kv: must be null in training, .*`explore quantize`.*, got "fp8"'),
+        ({"base": "nvfp4", "state": "int8"}, 'train.precision.state: must be null in training, .*, got "int8"'),
+        ({"base": "nvfp4", "kv_rounding": "stochastic"}, 'train.precision.kv_rounding: must be "nearest" in training'),
+        ({"base": "nvfp4", "state_rounding": "stochastic"}, 'train.precision.state_rounding: must be "nearest" in '),
+        ({"base": "fp8", "square_weights": True}, "train.precision.square_weights: must be false, since no product in"),
+        ({"stochastic": ["dy", "dy"]}, "train.precision.stochastic: must not contain a value twice, got dy, dy"),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp32", "components": ["norm"]}]},
+            "train.precision: norm must be in bf16 in training, where rules apply only to linear layers and .*'fp32'$",
+        ),
+        (
+            {"format": "fp32", "rules": [{"format": "bf16", "components": ["conv1d", "in_proj"]}]},
+            "train.precision: conv1d must be in fp32 in training, .*, got 'bf16'$",
+        ),
+        (
+            {"base": "nvfp4", "rules": [{"format": "fp32", "components": ["embedding"]}]},
+            "train.precision: embedding must be in bf16 in training, .*, got 'fp32'$",
+        ),
         (
             "fp8-blocks",
             "train.precision: fp8-blocks needs widths that are multiples of 128, got 64 in in_proj of layer 0 .M.; 128",
@@ -107,6 +130,37 @@ def test_bad_precision_is_refused_by_the_path_of_the_field(corpus: Path, precisi
         experiment(corpus, precision)
     assert re.match(message, explain(error.value)), explain(error.value)
     assert len(explain(error.value)) < 400
+
+
+def test_a_rule_cannot_give_the_shared_head_another_format_in_multi_token_prediction_only(corpus: Path) -> None:
+    rule = {"format": "nvfp4", "components": ["head"]}
+    with pytest.raises(ValidationError, match=r"head must be in bf16 in multi-token prediction too, .*, got 'nvfp4'"):
+        experiment(corpus, {"rules": [{**rule, "letters": "/"}]}, "M/*")
+    assert experiment(corpus, {"rules": [rule]}, "M/*").train.quantizes
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.letter)
+def test_training_quantises_every_component_that_is_not_refused(kind: BlockKind) -> None:
+    """A rule on a component without products to quantise is refused, so all others must have a module."""
+    blocks = {each.letter: each.example for each in BLOCKS if each.letter in (kind.letter, "*")}
+    config = ModelConfig.model_validate(
+        {"d_model": 40, "vocab_size": 64, "pattern": f"{kind.letter}*/{kind.letter}", "blocks": blocks}
+    )
+    rows = [(row.layer, row.letter, row.entry.component) for row in config.ledger(16) if row.entry.sums_over]
+    with torch.device("meta"):
+        modules = {(part.layer, part.letter, part.component) for part in quantizable_parts(config.build())}
+    assert set(rows) == modules | {(None, "/", "head")}  # the same module as the head of the model
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_named_recipes_stay_valid_as_a_base(name: str) -> None:
+    assert TrainConfig(tokens=1, precision={"base": name}).precision == name
+
+
+def test_recipes_of_sweeps_stay_valid() -> None:
+    bits, whole = (runpy.run_path(str(SWEEPS / f"{name}.py"))["ARMS"].values() for name in ("bits", "precision"))
+    recipes = [*whole, *({**arm, "since": 0.8} for arm in bits)]
+    assert len({TrainConfig(tokens=1, precision=each).recipe for each in recipes}) == len(recipes)
 
 
 def test_the_command_line_takes_a_recipe_and_refuses_in_one_line(

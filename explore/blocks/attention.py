@@ -102,6 +102,10 @@ class AttentionConfig(BlockConfig):
         return self
 
     @property
+    def orders_tokens(self) -> bool:
+        return self.rope_theta is not None or self.d_conv is not None
+
+    @property
     def d_conv_channels(self) -> int:
         """Channels of the convolution: queries, keys and values; 0 without one."""
         return 0 if self.d_conv is None else (self.n_heads + 2 * self.n_kv_heads) * self.d_head
@@ -166,6 +170,7 @@ class AttentionConfig(BlockConfig):
                 flops_step=2 * 2 * d_q * seen,
                 kv_numel=2 * d_kv,
                 kv_numel_seq=2 * d_kv * seen,
+                state_rows=(self.d_head,),
             ),
             matrix("o_proj", d_q, d_model, seq_len, bias=o_bias),
         )

@@ -174,6 +174,11 @@ class BlockConfig(Config, ABC):
         """Forward FLOPs of one sequence by convention and component, where they differ from the general rule."""
         return {}
 
+    @property
+    def orders_tokens(self) -> bool:
+        """Whether the output depends on the order of the earlier tokens."""
+        return self.role == "recurrent"
+
     def routing(self) -> tuple[int, int]:
         """Number of routed experts and number of experts per token; (0, 0) without experts."""
         return 0, 0

@@ -153,7 +153,8 @@ class GatedDeltaNetConfig(BlockConfig):
         products = chunked_flops(seq_len, self.n_heads, self.n_key_heads, self.d_k, self.d_v, self.chunk_size)
         step = step_flops(self.n_heads, self.d_k, self.d_v)
         rule = [Entry(f"delta {name}", flops_seq=n, flops_step=step.get(name, 0)) for name, n in products.items()]
-        rule[-1] = rule[-1]._replace(ssm_numel=self.d_values * self.d_k)  # written by the last product
+        kept = self.d_values * self.d_k  # written by the last product
+        rule[-1] = rule[-1]._replace(ssm_numel=kept, state_rows=(self.d_k,))
         return (
             matrix("in_proj", d_model, self.d_in_proj, seq_len),
             convolution("conv1d", self.d_conv_channels, self.d_conv, seq_len),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from explore.blocks.moe import MoEConfig
 from explore.foreign import check_type
 from explore.ops import is_gated
@@ -11,6 +13,8 @@ def _alpha(standard: MoEConfig, d_model: int, d_latent: int) -> int:
     check_type(standard, MoEConfig, "standard must be an explore.MoEConfig")
     if standard.d_latent is not None:
         raise ValueError(f"standard must have no d_latent, got d_latent={standard.d_latent}")
+    check_type(d_model, Integral, "d_model must be a whole number")
+    check_type(d_latent, Integral, "d_latent must be a whole number")
     if d_latent < 1 or d_model % d_latent:
         raise ValueError(f"d_latent must divide d_model={d_model}, got {d_latent}")
     return d_model // d_latent

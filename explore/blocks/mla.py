@@ -73,6 +73,10 @@ class MLAConfig(BlockConfig):
             raise ValueError(f"d_rope: must be even, got {self.d_rope}")
         return self
 
+    @property
+    def orders_tokens(self) -> bool:
+        return True
+
     @classmethod
     def default(cls, d_model: int) -> MLAConfig:
         d_head = head_width(d_model, (128, 64, 32, 16), at_least=4)
@@ -123,6 +127,7 @@ class MLAConfig(BlockConfig):
                 flops_step=2 * h * (kept + self.kv_rank) * seq_len,
                 kv_numel=kept,
                 kv_numel_seq=kept * seq_len,
+                state_rows=(self.kv_rank, self.d_rope),
             ),
             matrix("o_proj", h * self.d_v, d_model, seq_len),
         )

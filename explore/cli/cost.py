@@ -21,20 +21,21 @@ from explore.cli.options import (
     ActivationDtype,
     DModel,
     Json,
-    KVDtype,
+    OwnKVDtype,
+    OwnStateDtype,
+    OwnWeightDtype,
     Precision,
     SeqLen,
     SetOptions,
-    StateDtype,
     Target,
     VocabSize,
-    WeightDtype,
+    dtypes_of,
     recipe_of,
 )
 from explore.cli.tables import fits, plain_table, print_fitting
 from explore.cost import SEQ_LEN, By, ConventionName
 from explore.foreign import echo
-from explore.formatting import count, flops, size
+from explore.formatting import count, flops, ranges, size
 from explore.quantities import Quantity, quantity
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def cost(
         str | None,
         typer.Option(metavar="ONE,OTHER", help="Show the components that two conventions count differently."),
     ] = None,
-    weight_dtype: WeightDtype = "bfloat16",
-    kv_dtype: KVDtype = "bfloat16",
-    state_dtype: StateDtype = "float32",
+    weight_dtype: OwnWeightDtype = None,
+    kv_dtype: OwnKVDtype = None,
+    state_dtype: OwnStateDtype = None,
     activation_dtype: ActivationDtype = "bfloat16",
     precision: Precision = None,
     as_json: Json = False,
@@ -86,7 +87,7 @@ def cost(
     blocks.LETTER.FIELD=VALUE. Forward and training FLOPs are per token, averaged over a sequence. With --precision,
     weight bytes follow the recipe's formats and include scales and multi-token prediction.
     """
-    from explore.cost import CONVENTIONS, Cost, Dtypes, flops_train, in_formats, storage
+    from explore.cost import CONVENTIONS, Cost, flops_train, in_formats, storage
     from explore.model import saved_table
 
     if as_csv and as_json:
@@ -94,15 +95,20 @@ def cost(
     for option, chosen in (("--list", list_), ("--published", published), ("--patterns", patterns)):
         if chosen and target is not None:
             raise ValueError(f"{option}: must not be combined with a TARGET, got {echo(target)}")
+    other = {"--list": list_, "--published": published, "--patterns": patterns, "--diff": diff, "--saved": saved}
+    for option, chosen in other.items():
+        if chosen and precision is not None:
+            raise ValueError(f"--precision: must not be combined with {option}")
     if list_:
         _list_presets(as_json)
         return
     if published:
         _published(as_json)
         return
-    dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
+    recipe = recipe_of(precision)
+    dtypes = dtypes_of(weight_dtype, kv_dtype, state_dtype, activation_dtype, recipe)
     if patterns is not None:
-        for option, given in (("--diff", diff), ("--saved", saved), ("--precision", precision)):
+        for option, given in (("--diff", diff), ("--saved", saved)):
             if given:
                 raise ValueError(f"{option}: must not be combined with --patterns")
         models = load_models(read_targets(patterns), d_model, vocab_size, set_ or [])
@@ -112,8 +118,8 @@ def cost(
         raise ValueError("TARGET: a pattern, preset or path is required, or --list, --patterns or --published")
     model = load_model(target, d_model, vocab_size, set_ or [])
     ledger = model.ledger(seq_len)
-    if (recipe := recipe_of(precision)) is not None:
-        ledger, dtypes = in_formats(ledger, recipe), dtypes.under(recipe)
+    if recipe is not None:
+        ledger = in_formats(ledger, recipe)
     if diff is not None:
         _diff(model, ledger, diff, as_json)
         return
@@ -201,14 +207,14 @@ def _formats(ledger: Ledger) -> Table:
     from explore.cost import formats_of
 
     table = plain_table("in formats")
-    for name in ("letter", "component", "format", "layers"):
+    for name in ("letter", "component", "format"):
         table.add_column(name, no_wrap=True)
+    table.add_column("layers")
     table.add_column("params", justify="right", no_wrap=True)
     for record in formats_of(ledger):
         layers = record["layers"]
-        where = f"{len(layers)} ({layers[0]} to {layers[-1]})" if layers else ""
         table.add_row(
-            record["letter"] or "model", record["component"], record["format"], where, count(record["params"])
+            record["letter"] or "model", record["component"], record["format"], ranges(layers), count(record["params"])
         )
     return table
 
@@ -233,8 +239,8 @@ def _summary(totals: dict[str, Any]) -> None:
     out.print(
         f"FLOPs per token: {flops(totals['flops_fwd'])} forward, {flops(totals['flops_train'])} training, "
         f"{flops(totals['flops_decode'])} decode; prefill {flops(totals['flops_prefill'])}\n"
-        f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']}); "
-        f"{size(totals['ssm_state_bytes'])} of recurrent and {size(totals['conv_state_bytes'])} of conv state "
+        f"state: {size(totals['kv_bytes_per_token'])} of KV per token ({totals['kv_dtype']});\n"
+        f"  {size(totals['ssm_state_bytes'])} of recurrent and {size(totals['conv_state_bytes'])} of conv state "
         f"per sequence ({totals['state_dtype']})\n"
         f"a decoding step of one sequence moves {size(totals['decode_bytes'])} "
         f"(weights in {totals['weight_dtype'] or totals['precision']})",
@@ -242,9 +248,10 @@ def _summary(totals: dict[str, Any]) -> None:
     )
     if "bits_per_element" in totals:
         out.print(
-            f"{totals['precision']}: {totals['bits_per_element']:.2f} bits per element, scales included; "
-            f"{size(totals['weight_bytes'])} of weights, MTP included; "
-            f"{totals['flops_train_quantized'] / totals['flops_train']:.1%} of training FLOPs with quantised operands",
+            f"{totals['precision']}: {totals['bits_per_element']:.2f} bits per element, scales included;\n"
+            f"  {size(totals['weight_bytes'])} of weights, MTP included;\n"
+            f"  {totals['flops_train_quantized'] / totals['flops_train']:.1%} of training FLOPs "
+            "with quantised operands",
             highlight=False,
         )
 

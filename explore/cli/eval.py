@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,18 +131,23 @@ def _results(
     """The requested results of one run, by kind: minimal-pair accuracy, bits per byte, acceptance lengths."""
     from explore.evals import acceptance_length, bits_per_byte, minimal_pair_accuracy
     from explore.model import GREEDY, Sampling
+    from explore.runs import RunFolder
+    from explore.train.models import autocast_of
 
     model, tokenizer, data = open_run(run)
+    autocast = nullcontext() if data is None else autocast_of(RunFolder(run), model)
     results: dict[str, Any] = {}
     if pairs:
-        results["pairs"] = {name: minimal_pair_accuracy(model, tokenizer, some) for name, some in pairs.items()}
+        with autocast:
+            results["pairs"] = {name: minimal_pair_accuracy(model, tokenizer, some) for name, some in pairs.items()}
     if (corpora or acceptance) and data is None:
         option = "--corpus" if corpora else "--acceptance"
         raise ValueError(f"{option} must have a run, whose data it reads; {run} is not one")
     if corpora:
         assert data is not None
         other = {name: data.model_copy(update={"corpus": name, "n_shards": None}).open(0) for name in corpora}
-        scores = {name: bits_per_byte(model, each.eval_batches("test", 16, tokens)) for name, each in other.items()}
+        with autocast:
+            scores = {name: bits_per_byte(model, each.eval_batches("test", 16, tokens)) for name, each in other.items()}
         results["bpb"] = {name: score.bits_per_byte for name, score in scores.items()}
     if acceptance is not None:
         assert data is not None
@@ -156,11 +162,12 @@ def _results(
 def _documents(run: Path) -> dict[str, Any]:
     """Scores of the documents of both splits, for `evals.json`."""
     from explore.runs import RunFolder
-    from explore.train import document_scores, load_model
+    from explore.train import document_scores
+    from explore.train.models import load_trained
 
     experiment = RunFolder(run).load_experiment()
     source = experiment.data.open(experiment.seed)
-    scores = document_scores(experiment, source, load_model(RunFolder(run)))
+    scores = document_scores(experiment, source, load_trained(RunFolder(run)))
     if scores is None:
         raise ValueError(f"--whole: {run} must be trained on text, got {experiment.data.kind}")
     return scores

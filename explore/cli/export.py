@@ -51,6 +51,7 @@ def export(
         if (source / "tokenizer.json").exists():
             tokenizer = load_tokenizer(str(source / "tokenizer.json"))
     else:
+        _check_trained(source)
         experiment, model, record = load_run(source)
         if experiment.data.kind == "text":
             tokenizer = load_tokenizer(experiment.data.tokenizer)
@@ -60,6 +61,17 @@ def export(
         out.print("no tokenizer: the model was not trained on text", highlight=False)
     if model.config.mtp is not None:
         out.print("multi-token prediction is stored under mtp.*; transformers ignores it", highlight=False)
+
+
+def _check_trained(source: Path) -> None:
+    """Rejects a quantised run, whose formats transformers would drop."""
+    from explore.runs import RunFolder
+
+    if quantized := RunFolder(source).quantized:
+        raise ValueError(
+            f"{source}: must be a trained run with --to hf, got a quantised one, whose formats of activations, keys "
+            f"and values, and state cannot be written for transformers; export its parent, {quantized['parent']['run']}"
+        )
 
 
 def _print_arguments(source: Path) -> None:
@@ -80,10 +92,15 @@ def _print_arguments(source: Path) -> None:
 
 def _print_recipe(source: Path, to: Format) -> None:
     from explore.interop import model_optimizer_names, te_quant
+    from explore.interop.precision import MEGATRON, MODEL_OPTIMIZER, check_scales
+    from explore.precision import Recipe
     from explore.runs import RunFolder
 
-    experiment = RunFolder(source).load_experiment()
+    run = RunFolder(source)
+    experiment, quantized = run.load_experiment(), run.quantized
+    check_scales(quantized.get("scales", "max"), MEGATRON if to == "te-quant" else MODEL_OPTIMIZER)
+    recipe = Recipe.model_validate(quantized["recipe"]) if quantized else experiment.train.recipe
     if to == "te-quant":
-        print(json.dumps(te_quant(experiment.model, experiment.train.recipe), indent=2))
+        print(json.dumps(te_quant(experiment.model, recipe), indent=2))
     else:
-        print("\n".join(model_optimizer_names(experiment.train.recipe)))
+        print("\n".join(model_optimizer_names(recipe)))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from explore.cost import D_MODEL, VOCAB_SIZE, Dtype
+from explore.cli.opening import run_option
+from explore.cost import D_MODEL, DTYPES, VOCAB_SIZE, Dtype, Dtypes
 from explore.formatting import read_whole_count
 
 
@@ -32,7 +33,7 @@ DecodeBatch = Annotated[int, typer.Option(min=1, help="Sequences decoded at once
 DecodeHardware = Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")]
 DataOf = Annotated[
     Path | None,
-    typer.Option(help="Run or experiment (JSON) whose data to use with an imported checkpoint."),
+    run_option("Run or experiment (JSON) whose data to use with an imported checkpoint."),
 ]
 SetOptions = Annotated[
     list[str] | None,
@@ -56,9 +57,15 @@ Precision = Annotated[
     str | None,
     typer.Option(metavar="RECIPE", help="Number formats of the components: a recipe's name, or its JSON file."),
 ]
-WeightDtype = Annotated[Dtype, typer.Option(help="Dtype of weights, and of matrix products if the device supports it.")]
-KVDtype = Annotated[Dtype, typer.Option(help="Dtype of keys and values.")]
-StateDtype = Annotated[Dtype, typer.Option(help="Dtype of recurrent and convolution state.")]
+WEIGHTS = "Dtype of weights, and of matrix products if the device supports it"
+KV, STATE = "Dtype of keys and values", "Dtype of recurrent and convolution state"
+WeightDtype = Annotated[Dtype, typer.Option(help=f"{WEIGHTS}.")]
+KVDtype = Annotated[Dtype, typer.Option(help=f"{KV}.")]
+StateDtype = Annotated[Dtype, typer.Option(help=f"{STATE}.")]
+OwnWeightDtype = Annotated[Dtype | None, typer.Option(help=f"{WEIGHTS} (default: {DTYPES.weight}).")]
+OwnKVDtype = Annotated[Dtype | None, typer.Option(help=f"{KV} (default: {DTYPES.kv}).")]
+OwnStateDtype = Annotated[Dtype | None, typer.Option(help=f"{STATE} (default: {DTYPES.state}).")]
+"""Options of commands with --precision, whose recipe may set these dtypes instead; None is the default."""
 ActivationDtype = Annotated[Dtype, typer.Option(help="Dtype of the activations sent to experts.")]
 Target = Annotated[
     str | None,
@@ -120,3 +127,21 @@ def recipe_of(precision: str | None) -> Recipe | None:
     for warning in recipe.warnings:
         print(f"warning: precision.stochastic: {warning}", file=sys.stderr)
     return recipe
+
+
+def dtypes_of(
+    weight: Dtype | None, kv: Dtype | None, state: Dtype | None, activation: Dtype, recipe: Recipe | None
+) -> Dtypes:
+    """The dtypes of a command's options and its recipe.
+
+    Raises:
+        ValueError: an option is given whose dtype the recipe sets.
+    """
+    given = {"weight": weight, "kv": kv, "state": state}
+    chosen = Dtypes(**{name: dtype for name, dtype in given.items() if dtype is not None}, activation=activation)
+    if recipe is None:
+        return chosen
+    for name, format in (("weight", recipe.format), ("kv", recipe.kv), ("state", recipe.state)):
+        if given[name] is not None and format is not None:
+            raise ValueError(f"--{name}-dtype: must not be combined with --precision, whose recipe sets it")
+    return chosen.under(recipe)

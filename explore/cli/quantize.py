@@ -12,7 +12,7 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.opening import Run
-from explore.cli.options import Json, recipe_of
+from explore.cli.options import Json, only_with, recipe_of
 from explore.formatting import count
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 StateName = Literal["fp32", "bf16", "fp16", "fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4", "int8"]
 RoundingName = Literal["nearest", "stochastic"]
+FORMATS = "nvfp4,fp8"
 
 
 @app.command(
@@ -35,7 +36,9 @@ def quantize(
     precision: Annotated[
         str | None, typer.Option(metavar="RECIPE", help="Formats of a recipe: its name, or its JSON file.")
     ] = None,
-    formats: Annotated[str, typer.Option(help="Formats that --bits may choose, besides bf16.")] = "nvfp4,fp8",
+    formats: Annotated[
+        str | None, typer.Option(help=f"Formats that --bits may choose, besides bf16 (default: {FORMATS}).")
+    ] = None,
     scales: Annotated[
         Literal["max", "mse", "four_over_six"] | None,
         typer.Option(
@@ -59,7 +62,7 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
     name: Annotated[str | None, typer.Option(help="Suffix of the child's name, after the parent's name.")] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Draw bits against bits per byte of all children, as PNG and SVG.")
+        Path | None, typer.Option(help="Draw bits against quality of all children, as PNG and SVG.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -74,10 +77,17 @@ def quantize(
 
     if (bits is None) == (precision is None):
         raise ValueError("--bits, --precision: exactly one of them is required")
+    only_with("--formats", formats, "--bits", bits)
     decoding = {"kv": kv, "state": state, "kv_rounding": kv_rounding, "state_rounding": state_rounding}
-    request = _request(bits, precision, formats, scales, decoding, (calibration_tokens, calibration_seed, seed))
+    request = _request(
+        bits, precision, formats or FORMATS, scales, decoding, (calibration_tokens, calibration_seed, seed)
+    )
     suffix = name or "-".join([f"{bits:g}-bits" if bits is not None else Path(str(precision)).stem, request.scales])
+    only_with("--kv-rounding", kv_rounding, "--kv", request.recipe.kv)
+    only_with("--state-rounding", state_rounding, "--state", request.recipe.state)
     parent = RunFolder(run)
+    if kv or state:
+        _check_decoding(parent, kv, state)
     with err.status("reading the run") as status:
         child = quantize_run(parent, request, name=suffix, report=status.update)
     record = _record(parent, child)
@@ -97,14 +107,16 @@ def _request(
     decoding: Mapping[str, str | None],
     numbers: tuple[int, int, int],
 ) -> Quantization:
-    from explore.precision import Recipe
+    from explore.precision import RECIPES, Recipe
     from explore.quantizing import Quantization
 
     recipe = recipe_of(precision) or Recipe()
     if scales is None:
-        scales = "mse" if bits is not None else "four_over_six" if "w" in recipe.four_over_six else "max"
+        published = RECIPES[precision].scales if precision is not None and precision in RECIPES else "max"
+        scales = "mse" if bits is not None else "four_over_six" if "w" in recipe.four_over_six else published
     content = recipe.model_dump() | {field: value for field, value in decoding.items() if value is not None}
-    content["four_over_six"] = ("w",) if scales == "four_over_six" else ()
+    others = tuple(operand for operand in recipe.four_over_six if operand != "w")
+    content["four_over_six"] = (*others, "w") if scales == "four_over_six" else others
     return Quantization.model_validate(
         {
             "recipe": content,
@@ -116,6 +128,15 @@ def _request(
             "seed": numbers[2],
         }
     )
+
+
+def _check_decoding(parent: RunFolder, kv: str | None, state: str | None) -> None:
+    """Rejects formats of decoding state that the model does not keep."""
+    entries = [row.entry for row in parent.load_experiment().model.ledger(1) if row.layer is not None]
+    if kv and not any(entry.kv_numel for entry in entries):
+        raise ValueError(f"--kv: must come with a model that has attention, got {kv} for {parent.path}")
+    if state and not any(entry.ssm_numel or entry.conv_numel for entry in entries):
+        raise ValueError(f"--state: must come with a model that has recurrent layers, got {state} for {parent.path}")
 
 
 SCORES = ("val_bpb", "test_bpb", "val_loss", "test_loss", "recall", "kl", "kl_decoded", "losses_by_position")

@@ -1,5 +1,6 @@
 """Closed-form accounting: the ledger, its totals, and FLOP conventions. Does not import torch."""
 
+from explore.cost.components import attended_keys, convolution, matrix, product, vector, visible_keys
 from explore.cost.conventions import CONVENTIONS, Convention, diff, flops_train
 from explore.cost.defaults import D_MODEL, HARDWARE, SEQ_LEN, VOCAB_SIZE
 from explore.cost.formats import formats_of, in_formats, storage
@@ -16,15 +17,10 @@ from explore.cost.ledger import (
     Part,
     Row,
     Stored,
-    attended_keys,
     bytes_of,
-    convolution,
     decode_bytes,
-    matrix,
     params_touched,
-    product,
-    vector,
-    visible_keys,
+    state_bytes,
     weight_bytes,
 )
 from explore.cost.saved import SAVED_GROUPS, Cut, Saved, linear_input, saved_bytes
@@ -66,6 +62,7 @@ __all__ = [
     "params_touched",
     "product",
     "saved_bytes",
+    "state_bytes",
     "storage",
     "vector",
     "visible_keys",

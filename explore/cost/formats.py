@@ -14,6 +14,14 @@ from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
 if TYPE_CHECKING:
     from explore.precision import Place, Recipe, Rule
 
+COMPONENTS = (
+    "embedding", "input norm", "in_proj", "conv1d", "A_log, D, dt_bias", "A_log, dt_bias", "norm", "out_proj", "q_proj",
+    "k_proj", "v_proj", "gate_proj", "qk_norm", "sinks", "o_proj", "q_down", "q_norm", "q_up", "kv_down", "kv_norm",
+    "kv_up", "up", "gate", "down", "router", "latent_down", "latent_norm", "experts", "latent_up", "shared",
+    "shared_gate", "map", "head", "embedding norm, hidden norm", "eh_proj",
+)  # fmt: skip
+"""Components with weights of all block kinds: optional rules may name those that a model lacks."""
+
 FIRST_VARIANT = 0xE000
 """First of the private code points used as letters for layers of one letter whose formats differ."""
 
@@ -24,12 +32,20 @@ def in_formats(ledger: Ledger, recipe: Recipe) -> Ledger:
     A format's blocks must divide the widths that products sum over. Other widths are padded with zeros.
 
     Raises:
-        ValueError: a rule with an unknown component, or that matches nothing; a format that a component cannot have; a
-            width that a block does not divide.
+        ValueError: a rule with an unknown component, or that matches or decides nothing, also in a part; a format that
+            a component cannot have; a width that a block does not divide.
     """
-    rows = list(ledger)
+    places = [(row, _place(row, ledger)) for row in ledger] if recipe.rules else []
+    decided = set[int]()
     for i, rule in enumerate(recipe.rules):
-        _check_rule(rule, f"precision.rules.{i}", ledger, rows)
+        found = {k for k, (_, place) in enumerate(places) if rule.matches(place)}
+        _check_rule(rule, f"precision.rules.{i}", ledger, places, found)
+        if found and found <= decided and not rule.optional:
+            raise ValueError(
+                f"precision.rules.{i} must match a component that no earlier rule matches, or be optional, "
+                f"got {_conditions(rule)}"
+            )
+        decided |= found
     pattern, blocks = "", dict[str, Part]()
     for layer, letter in enumerate(ledger.pattern):
         part = _in_formats(ledger.blocks[letter], layer, ledger, recipe)
@@ -60,31 +76,52 @@ def _in_formats(part: Part, layer: int | None, ledger: Ledger, recipe: Recipe) -
 def _place(row: Row, ledger: Ledger) -> Place:
     from explore.precision import Place
 
-    return Place(row.layer, len(ledger.pattern), row.letter, row.entry.component, bool(row.entry.sums_over))
+    following = "" if row.layer is None else ledger.pattern[row.layer + 1 : row.layer + 2]
+    after = ledger.blocks[following].letter if following else ""
+    return Place(row.layer, len(ledger.pattern), row.letter, row.entry.component, bool(row.entry.sums_over), after)
 
 
-def _check_rule(rule: Rule, field: str, ledger: Ledger, rows: list[Row]) -> None:
-    known = dict.fromkeys(row.entry.component for row in rows)
+def _check_rule(rule: Rule, field: str, ledger: Ledger, places: list[tuple[Row, Place]], found: set[int]) -> None:
+    """Rejects a rule that matches nothing, or has a layer, a letter or a component that does, or an unfit format."""
+    known = dict.fromkeys(row.entry.component for row, _ in places)
     for component in rule.components:
         if component not in known and not rule.optional:
             hint = did_you_mean(component, known)
             names = f"{hint}choose from {', '.join(known)}"
             raise ValueError(f"{field}.components must be components of the model, got {component!r}; {names}")
-    found = [row for row in rows if rule.matches(_place(row, ledger))]
-    if not found and not rule.optional:
-        letters = "".join(dict.fromkeys(row.letter for row in rows))
-        given = rule.model_dump(exclude_defaults=True, exclude={"format"}, mode="json")
-        what = ", ".join(f"{name} {value!r}" for name, value in given.items())
-        raise ValueError(
-            f"{field} must match a component of the model, got {what}; "
-            f"it has layers 0 to {len(ledger.pattern) - 1} and letters {letters}"
-        )
-    for row in found:
+        if component not in known and component not in COMPONENTS:
+            hint = did_you_mean(component, COMPONENTS).strip() or f"choose from {', '.join(COMPONENTS)}"
+            raise ValueError(f"{field}.components must be components of some block, got {component!r}; {hint}")
+    if not rule.optional:
+        letters = "".join(dict.fromkeys(row.letter for row, _ in places))
+        has = f"has layers 0 to {len(ledger.pattern) - 1} and letters {letters}"
+        if not found:
+            raise ValueError(f"{field} must match a component of the model, got {_conditions(rule)}; it {has}")
+        for name, value, alone in _parts(rule):
+            if not any(alone.matches(places[k][1]) for k in found):
+                raise ValueError(f"{field}.{name} must all match a component of the model, got {value!r}; it {has}")
+    for row in (places[k][0] for k in found):
         if rule.format not in UNQUANTIZED and not row.entry.blocks_along:
             raise ValueError(
                 f"{field}.format must be one of {', '.join(sorted(UNQUANTIZED))} for {row.entry.component}, "
                 f"which is neither a linear layer nor an embedding, got {rule.format!r}"
             )
+
+
+def _conditions(rule: Rule) -> str:
+    given = rule.model_dump(exclude_defaults=True, exclude={"format"}, mode="json")
+    return ", ".join(f"{name} {value!r}" for name, value in given.items())
+
+
+def _parts(rule: Rule) -> Iterator[tuple[str, int | str, Rule]]:
+    """Yields every listed layer, letter and component, with its field and the rule with that value alone."""
+    for layer in rule.layers:
+        yield "layers", layer, rule.model_copy(update={"layers": (layer,), "first": 0, "last": 0})
+    for name in ("letters", "before"):
+        for letter in getattr(rule, name):
+            yield name, letter, rule.model_copy(update={name: letter})
+    for component in rule.components:
+        yield "components", component, rule.model_copy(update={"components": (component,)})
 
 
 def _check_widths(row: Row) -> None:

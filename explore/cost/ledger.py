@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from explore.foreign import shorten
-from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
+from explore.number_formats import ELEMENTS, FORMATS, SCALE_BITS, UNQUANTIZED, FormatName
 
 if TYPE_CHECKING:
     from explore.precision import Recipe
@@ -26,10 +26,11 @@ By = Literal["letter", "layer", "component"]
 ConventionName = Literal["exact", "megatron", "palm", "6nd"]
 Dtype = Literal["float32", "bfloat16", "float16", "float8", "float4", "mxfp8", "mxfp4", "nvfp4", "int8"]
 Stored = Dtype | FormatName
+StateNumber = Literal["kv_numel", "kv_numel_seq", "ssm_numel", "conv_numel"]
 BITS: Mapping[str, float] = {"float32": 32, "bfloat16": 16, "float16": 16, "float8": 8, "float4": 4} | {
     name: entry.bits_per_element for name, entry in FORMATS.items()
 }
-"""Bits per element; block formats include their scales."""
+"""Bits per element of a weight; block formats include their scales."""
 
 MTP_LETTER = "/"
 
@@ -52,6 +53,7 @@ class Entry(NamedTuple):
         sums_over: widths that forward products with these weights sum over; empty unless a linear layer uses them.
         row: width of one row, if these weights are an embedding.
         weight: format of the weights, if a precision recipe sets one.
+        state_rows: widths of the rows that make up its state; blocks of a format lie along a row.
     """
 
     component: str
@@ -68,11 +70,12 @@ class Entry(NamedTuple):
     sums_over: tuple[int, ...] = ()
     row: int = 0
     weight: FormatName | None = None
+    state_rows: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The fields that can be summed."""
-        numbers: tuple[int, ...] = self[1:-3]
+        numbers: tuple[int, ...] = self[1:-4]
         return numbers
 
     @property
@@ -99,7 +102,7 @@ def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
 def _added_up(component: str, rows: Iterable[Iterable[int]]) -> Entry:
     """Returns an entry whose numbers are column sums."""
     columns = list(zip(*rows, strict=True))
-    return Entry._make((component, *map(sum, columns), *Entry(component)[-3:])) if columns else Entry(component)
+    return Entry._make((component, *map(sum, columns), *Entry(component)[-4:])) if columns else Entry(component)
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,15 @@ class Ledger:
         """Bytes of the weights, without multi-token prediction."""
         return sum(n * weight_bytes(entry, dtypes) for n, part in self.counted() for entry in part.entries)
 
+    def state_bytes(self, dtype: Stored, *numbers: StateNumber) -> float:
+        """Bytes of one sequence's decoding state: of these numbers of elements, in one dtype."""
+        return sum(
+            n * state_bytes(entry, getattr(entry, number), dtype)
+            for n, part in self.counted()
+            for entry in part.entries
+            for number in numbers
+        )
+
     def decode_bytes(self, dtypes: Dtypes, batch_size: float = 1) -> float:
         """Bytes read and written by one decoding step of a batch."""
         return sum(n * decode_bytes(e, dtypes, batch_size) for n, part in self.counted() for e in part.entries)
@@ -301,9 +313,9 @@ class Ledger:
             "flops_prefill": sum(row.entry.flops_prefill for row in rows if row.letter != MTP_LETTER),
             "flops_decode": entry.flops_step,
             "weight_bytes": sum(weight_bytes(row.entry, dtypes) for row in rows),
-            "kv_bytes": bytes_of(entry.kv_numel_seq, dtypes.kv),
-            "ssm_state_bytes": bytes_of(entry.ssm_numel, dtypes.state),
-            "conv_state_bytes": bytes_of(entry.conv_numel, dtypes.state),
+            "kv_bytes": sum(state_bytes(row.entry, row.entry.kv_numel_seq, dtypes.kv) for row in rows),
+            "ssm_state_bytes": sum(state_bytes(row.entry, row.entry.ssm_numel, dtypes.state) for row in rows),
+            "conv_state_bytes": sum(state_bytes(row.entry, row.entry.conv_numel, dtypes.state) for row in rows),
             "decode_bytes": sum(decode_bytes(row.entry, dtypes) for row in rows),
             "all_to_all_bytes": bytes_of(entry.all_to_all_numel, dtypes.activation),
         } | self.flops_quantized(rows)
@@ -311,7 +323,7 @@ class Ledger:
     def flops_quantized(self, rows: Iterable[Row]) -> dict[str, float]:
         """FLOPs per token of products with quantised operands; they need a recipe.
 
-        Those of training are a mean over the schedule, of which products may be in bf16 at first or at last.
+        In training they are a mean over the schedule, since products may be in bf16 at its beginning or end.
         """
         if (recipe := self.recipe) is None:
             return {}
@@ -323,8 +335,20 @@ class Ledger:
 
 
 def bytes_of(numel: float, dtype: Stored) -> float:
-    """Bytes of `numel` elements, including the scales of a block format."""
+    """Bytes of `numel` elements, including the scales of a block format as weights have them."""
     return numel * BITS[dtype] / 8
+
+
+def state_bytes(entry: Entry, numel: float, dtype: Stored) -> float:
+    """Bytes of `numel` elements of a component's decoding state, including their scales.
+
+    Every row has scales of its own: one per block, and one for the rest of the row that is shorter than a block.
+    """
+    format = FORMATS.get(dtype)
+    if format is None or not format.block or not entry.state_rows:
+        return bytes_of(numel, dtype)
+    n_scales = sum(-(-width // format.block) for width in entry.state_rows) * numel / sum(entry.state_rows)
+    return (numel * ELEMENTS[format.element].bits + n_scales * SCALE_BITS[format.scaling]) / 8
 
 
 def weight_bytes(entry: Entry, dtypes: Dtypes) -> float:
@@ -354,47 +378,6 @@ def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: 
     state = 2 * (entry.ssm_numel + entry.conv_numel)
     return (
         bytes_of(params_touched(entry, batch_size * n_shares) / n_shares, entry.weight or dtypes.weight)
-        + batch_size * bytes_of(entry.kv_numel_seq, dtypes.kv)
-        + batch_size * bytes_of(state, dtypes.state)
+        + batch_size * state_bytes(entry, entry.kv_numel_seq, dtypes.kv)
+        + batch_size * state_bytes(entry, state, dtypes.state)
     )
-
-
-def product(component: str, params: int, seq_len: int, sums_over: tuple[int, ...]) -> Entry:
-    """Entry of weights that each take part in one multiply-add per token.
-
-    Args:
-        sums_over: widths that the products sum over.
-    """
-    flops = 2 * params
-    return Entry(component, params, params, params, flops_seq=flops * seq_len, flops_step=flops, sums_over=sums_over)
-
-
-def matrix(component: str, d_in: int, d_out: int, seq_len: int, *, bias: bool = False) -> Entry:
-    """Entry of a linear layer that every token passes through."""
-    entry = product(component, d_in * d_out, seq_len, (d_in,))
-    params = entry.params + (d_out if bias else 0)
-    return entry._replace(params=params, params_active=params, params_read=params)
-
-
-def convolution(component: str, channels: int, width: int, seq_len: int, *, bias: bool = False) -> Entry:
-    """Entry of a causal convolution with a filter of `width` per channel; decoding keeps `width` - 1 inputs."""
-    weights = channels * width
-    params, flops = weights + (channels if bias else 0), 2 * weights
-    return Entry(component, params, params, params, flops * seq_len, flops, conv_numel=weights - channels)
-
-
-def vector(component: str, numel: int) -> Entry:
-    """Entry of parameters outside matrix products: norms, biases, per-head scalars."""
-    return Entry(component, numel, numel, numel)
-
-
-def attended_keys(seq_len: int, window: int | None) -> int:
-    """Query-key pairs of a causal sequence; a query sees its own key and the `window` - 1 before it."""
-    if window is None or window >= seq_len:
-        return seq_len * (seq_len + 1) // 2
-    return window * (window + 1) // 2 + (seq_len - window) * window
-
-
-def visible_keys(seq_len: int, window: int | None) -> int:
-    """Keys visible to the last query of a sequence, which are those the cache holds."""
-    return seq_len if window is None else min(seq_len, window)

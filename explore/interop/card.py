@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from explore.data import CORPORA, Tokenizer
+from explore.formatting.markdown import inline
 from explore.model import LanguageModel
 from explore.quantities import Quantity, headlines, quantity
 
@@ -45,14 +44,14 @@ def model_card(model: LanguageModel, tokenizer: Tokenizer | None, record: Mappin
         "tags: [nemotron_h]",
         "---",
         "",
-        f"# {_inline(str(record.get('name') or config.family))}",
+        f"# {inline(str(record.get('name') or config.family))}",
         "",
         "M is a Mamba-2 layer, `*` attention, `-` an MLP, E a mixture of experts. FLOPs count every matrix product.",
         "Exported by hybrid-frontier.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_inline(label)} | {text if label == 'pattern' else _inline(text)} |" for label, text in facts),
+        *(f"| {inline(label)} | {text if label == 'pattern' else inline(text)} |" for label, text in facts),
         "",
         "## How to load it",
         "",
@@ -85,12 +84,6 @@ def _exact(each: Quantity, value: Any) -> str:
     if isinstance(value, str):
         return value
     return format(value, each.spec or (",.0f" if value == round(value) and value < 1e12 else ".4g"))
-
-
-def _inline(text: str) -> str:
-    """Escapes any text to one literal line of Markdown: no HTML, no links, no new table cells."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`\[\]|])", r"\\\1", escaped)
 
 
 def _notes(model: LanguageModel, tokenizer: Tokenizer | None) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from explore.cost import HARDWARE
 from explore.interop.megatron_layout import FP8_RECIPES
 from explore.model import ModelConfig
 from explore.pattern import MTP_MARK, PIPELINE_MARK, canonical, split_mtp
@@ -21,7 +22,7 @@ NOT_READ = (
 """Arguments that affect memory but have no counterpart here."""
 
 
-def read_arguments(content: Mapping[str, Any], n_gpus: int, device: str = "H100") -> Plan:
+def read_arguments(content: Mapping[str, Any], n_gpus: int, device: str = HARDWARE) -> Plan:
     """Returns the plan of a run described by Megatron-LM arguments.
 
     Args:

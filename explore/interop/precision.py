@@ -48,6 +48,19 @@ DEFAULTS = {
 KV = {"fp8": "FP8_KV_CFG", "nvfp4": "NVFP4_KV_CFG"}
 """Formats and Model-Optimizer's recipe names for all linear layers, and for keys and values."""
 
+ROUTER = ("router", "fp32")
+"""Component that may have this wide format: both systems compute routers apart from quantised layers."""
+
+
+def check_scales(scales: str, target: str) -> None:
+    """Rejects scales of a quantised run's weights that the target does not choose itself.
+
+    Raises:
+        ValueError: the criterion is not `max`.
+    """
+    if scales != "max":
+        raise refuse("scales", scales, target, "'max'")
+
 
 def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
     """Returns the content of a `--te-precision-config-file` for Megatron-LM, as JSON, which is valid YAML.
@@ -62,7 +75,9 @@ def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
     formats: dict[str, dict[int, str]] = defaultdict(dict)
     for row in in_formats(model.ledger(1), recipe):
         component, weight = row.entry.component, row.entry.weight or "bf16"
-        if not row.entry.sums_over or (component in HIGH and weight in UNQUANTIZED):
+        if not row.entry.sums_over or component in HIGH:
+            if weight != "bf16" and (component, weight) != ROUTER:
+                raise refuse(f"precision of {component}", weight, MEGATRON, "bf16")
             continue
         if weight not in ENGINE:
             raise refuse(f"precision of {component}", weight, MEGATRON, ", ".join(ENGINE))
@@ -72,7 +87,7 @@ def te_quant(model: ModelConfig, recipe: Recipe) -> dict[str, Any]:
         else:
             block = model.blocks[row.letter] if row.letter else None
             modules = MODULES.get(type(block), {}).get(component, ()) if block is not None else ()
-        if not modules:
+        if not modules and weight != "bf16":
             raise refuse(f"precision of {component}", weight, MEGATRON, "bf16")
         for module in modules:
             layer = -1 if row.layer is None else row.layer
@@ -148,8 +163,12 @@ def model_optimizer_names(recipe: Recipe) -> tuple[str, ...]:
     if recipe.format not in DEFAULTS:
         raise refuse("precision.format", recipe.format, MODEL_OPTIMIZER, ", ".join(DEFAULTS))
     for i, rule in enumerate(recipe.rules):
-        if rule.format not in UNQUANTIZED or not rule.components or not HIGH.issuperset(rule.components):
-            raise refuse(f"precision.rules.{i}", rule.model_dump(), MODEL_OPTIMIZER, "one format for all linear layers")
+        stays = [(rule.format == "bf16" and each in HIGH) or (each, rule.format) == ROUTER for each in rule.components]
+        if not (stays and all(stays)):
+            allowed = (
+                "one format for all linear layers, with bf16 for embedding, head and routers, or fp32 for routers,"
+            )
+            raise refuse(f"precision.rules.{i}", rule.model_dump(), MODEL_OPTIMIZER, allowed)
     plain = Recipe()
     for field in Recipe.model_fields:
         value = getattr(recipe, field)

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from explore.blocks import State
+from explore.blocks import RecurrentState, State
+from explore.foreign import check_type
 from explore.model.language_model import LanguageModel
 from explore.model.low_precision import quantizable_parts
 from explore.ops import compiled_step, forced_paths, paths_that
@@ -102,9 +103,13 @@ def generate(
         The new tokens.
 
     Raises:
-        ValueError: the prompt is empty, no new tokens are requested, or a compiled step is not on a CPU.
+        TypeError: the model is not a language model, or the prompt no tensor of tokens.
+        ValueError: the prompt is empty or has other axes, no new tokens are requested, or a compiled step is not on a
+            CPU.
         CompilerError: the step cannot be compiled here.
     """
+    check_type(model, LanguageModel, "model must be an explore.LanguageModel")
+    check_type(tokens, Tensor, "tokens must be a tensor of token ids; explore.load(run).generate takes text")
     _checked(tokens, max_new_tokens)
     if compiled and tokens.device.type != "cpu":
         raise ValueError(f"compiled must be False on {tokens.device.type}, got True: steps are compiled only on a CPU")
@@ -181,14 +186,16 @@ def speculate(
 ) -> Speculation:
     """Continues one prompt speculatively: multi-token prediction drafts, one pass of the main model checks all drafts.
 
-    Tokens have the same distribution as in `generate`, and are identical at temperature 0. A drafted token x is kept
-    with probability min(1, p(x) / q(x)); otherwise a token is drawn from max(0, p - q), normalised.
+    Tokens have the same distribution as in `generate`, and are identical at temperature 0, if products do not depend on
+    the tokens that are read at once; products quantised with one scale per tensor do. A drafted token x is kept with
+    probability min(1, p(x) / q(x)); otherwise a token is drawn from max(0, p - q), normalised.
 
     Args:
         eot_id: token that ends the continuation; None never stops early.
 
     Raises:
-        ValueError: the model has no multi-token prediction.
+        ValueError: the model has no multi-token prediction, or rounds its recurrent state. That is rounded once per
+            call that reads tokens, so the text would not be that of `generate`.
 
     Source: speculative sampling, arXiv 2211.17192, algorithm 1.
     """
@@ -197,10 +204,11 @@ def speculate(
             "model.mtp: must be set for speculation, which drafts tokens by multi-token prediction, got None"
         )
     _checked(tokens[None], max_new_tokens)
+    state = model.new_state()
+    _check_state(state)
     generator = torch.Generator(tokens.device).manual_seed(sampling.seed)
     drafter = _Drafter(model, tokens)
     result = Speculation()
-    state = model.new_state()
     unread: list[int] = tokens.tolist()  # known tokens that `state` has not read
     drafts: list[int] = []
     q = torch.empty(0)
@@ -292,7 +300,19 @@ def _draw(probabilities: Float[Tensor, "batch vocab"], generator: torch.Generato
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
+def _check_state(state: list[State]) -> None:
+    for layer in state:
+        format = layer.rounding.state if isinstance(layer, RecurrentState) and layer.rounding is not None else None
+        if format not in (None, "fp32"):
+            raise ValueError(
+                f"state: recurrent state must be in fp32 for speculation, which reads several tokens at once and would "
+                f"round it less often, got {format!r}"
+            )
+
+
 def _checked(tokens: Tensor, max_new_tokens: int) -> None:
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have the axes batch and prompt, got {tokens.ndim}")
     if tokens.shape[1] == 0:
         raise ValueError("prompt: must have at least 1 token, got 0")
     if max_new_tokens < 1:

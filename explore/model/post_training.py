@@ -22,7 +22,7 @@ from explore.ops import (
     quantize_weight,
     rounding_generator,
 )
-from explore.precision import UNQUANTIZED, FormatName, Recipe
+from explore.precision import UNQUANTIZED, FormatName, OperandFormat, Recipe, products_of
 
 Amax = Mapping[str, Mapping[str, Sequence[float]]]
 """Largest input magnitudes of products, by module, weight and expert."""
@@ -59,7 +59,7 @@ class QuantizedModel:
 
         Args:
             scales: criterion for the scales of weights.
-            square_weights: share one weight scale per square block.
+            square_weights: as in a recipe, for `put`; `apply` follows its recipe.
             amax: input magnitudes from `calibrate`; without them only weights are quantised.
         """
         self.model, self.scales, self.square_weights, self.amax = model, scales, square_weights, amax
@@ -77,13 +77,8 @@ class QuantizedModel:
             format: target format; None restores the trained weights.
             seed: seed of stochastic rounding of weights; None rounds to nearest.
         """
-        weights = list(self._weights(component))
-        kept = self._trained.setdefault(component, [weight.detach().clone() for weight, _, _ in weights])
-        for (weight, axis, name), trained in zip(weights, kept, strict=True):
-            new = trained if format is None else self._quantized(trained, format, axis, f"{component} {name}", seed)
-            weight.data.copy_(new)
-        for part in self.components[component]:
-            part.module.quantizer = None if format is None else self._quantizer(part, format)
+        recipe = Recipe(square_weights=self.square_weights)
+        self._put(component, OperandFormat() if format is None else weight_operand(recipe, format), seed)
 
     def restore(self) -> None:
         """Restores all trained weights."""
@@ -93,8 +88,9 @@ class QuantizedModel:
     def apply(self, recipe: Recipe, seed: int = 0) -> None:
         """Quantises the whole model by a recipe, permanently.
 
-        Weights without a format of their own, such as those of norms, are rounded to the recipe's high format. Decoding
-        state is rounded to `recipe.kv` and `recipe.state`.
+        Weights share scales and are rounded as in training. Those outside linear layers, such as norms, have the wide
+        format of a rule that names them, else the recipe's high format; so have biases. Decoding state is rounded to
+        `recipe.kv` and `recipe.state`.
 
         Raises:
             ValueError: the recipe does not fit the model, or is for training only.
@@ -103,10 +99,18 @@ class QuantizedModel:
         formats = formats_of_components(self.model, recipe)
         in_components = {id(weight) for component in self.components for weight, _, _ in self._weights(component)}
         for component in self.components:
-            self.put(component, formats[component], seed=seed if "w" in recipe.stochastic else None)
-        for parameter in self.model.parameters():
+            how = weight_operand(recipe, formats[component])
+            self._put(component, how, seed if how.stochastic else None)
+        # A ledger component may hold several parameters: "A_log, D, dt_bias".
+        by_parameter = {
+            component._replace(name=name.replace(" ", "_")): format
+            for component, format in formats.items()
+            for name in component.name.split(", ")
+        }
+        for name, parameter in self.model.named_parameters():
             if id(parameter) not in in_components:
-                parameter.data.copy_(quantize(parameter, recipe.high))
+                format = by_parameter.get(self._place(name), recipe.high)
+                parameter.data.copy_(quantize(parameter, format if format in UNQUANTIZED else recipe.high))
         self._trained.clear()
         if recipe.kv is not None or recipe.state is not None:
             self.model.state_rounding = StateRounding(
@@ -116,6 +120,29 @@ class QuantizedModel:
                 recipe.state_rounding == "stochastic",
                 seed,
             )
+
+    def _put(self, component: Component, how: OperandFormat, seed: int | None) -> None:
+        """Quantises one component; a format of None restores its trained weights."""
+        weights = list(self._weights(component))
+        kept = self._trained.setdefault(component, [weight.detach().clone() for weight, _, _ in weights])
+        for (weight, axis, name), trained in zip(weights, kept, strict=True):
+            new = trained if how.format is None else self._quantized(trained, how, axis, f"{component} {name}", seed)
+            weight.data.copy_(new)
+        for part in self.components[component]:
+            part.module.quantizer = None if how.format is None else self._quantizer(part, how.format)
+
+    def _place(self, parameter: str) -> Component:
+        """Returns layer, letter and name of the part of the model that has a parameter."""
+        match parameter.split("."):
+            case ["layers", i, *path]:
+                return Component(int(i), self.model.config.pattern[int(i)], _part_of(path))
+            case ["mtp", _, "layers", _, *path]:
+                return Component(None, MTP_LETTER, _part_of(path))
+            case ["mtp", _, part, *_]:
+                return Component(None, MTP_LETTER, part)
+            case [part, *_]:
+                return Component(None, "", part)
+        raise AssertionError(parameter)
 
     def _weights(self, component: Component) -> Iterator[tuple[Tensor, int, str]]:
         """Yields a component's matrices, the axis that products sum over, and a name."""
@@ -129,14 +156,15 @@ class QuantizedModel:
             else:
                 yield part.module.weight, -1, part.name
 
-    def _quantized(self, weight: Tensor, format: FormatName, axis: int, name: str, seed: int | None) -> Tensor:
+    def _quantized(self, weight: Tensor, how: OperandFormat, axis: int, name: str, seed: int | None) -> Tensor:
+        assert how.format is not None
         generator = None if seed is None else rounding_generator(seed, 0, name, "w", weight.device)
         return quantize_weight(
             weight,
-            format,
+            how.format,
             self.scales,
             block_axis=axis,
-            square=self.square_weights,
+            square=how.square,
             per_expert=weight.ndim == 3,
             generator=generator,
         )
@@ -152,7 +180,7 @@ def check_after_training(recipe: Recipe) -> None:
     """Rejects recipes that only make sense in training.
 
     Raises:
-        ValueError: no forward product is quantised, or its operands are rotated.
+        ValueError: no forward product is quantised, or a field has no effect on a trained model.
     """
     if not recipe.forward:
         raise ValueError("precision.forward must be true for a trained model, which has no other products, got false")
@@ -160,6 +188,23 @@ def check_after_training(recipe: Recipe) -> None:
         raise ValueError("precision.hadamard must not name forward for a trained model, got 'forward'")
     if "x" in recipe.stochastic:
         raise ValueError("precision.stochastic must be w for a trained model, got 'x'")
+    if "x" in recipe.four_over_six:
+        raise ValueError("precision.four_over_six must be w for a trained model, got 'x'")
+    if "w" in recipe.stochastic and recipe.scale_rounding != "nearest":
+        raise ValueError(
+            "precision.scale_rounding must be nearest for a trained model whose weights round stochastically, "
+            f"got {recipe.scale_rounding!r}"
+        )
+    if recipe.since:
+        raise ValueError(f"precision.since must be 0 for a trained model, got {recipe.since:g}")
+    for name, share in recipe.until:
+        if share != 1:
+            raise ValueError(f"precision.until.{name} must be 1 for a trained model, got {share:g}")
+
+
+def weight_operand(recipe: Recipe, format: FormatName) -> OperandFormat:
+    """Returns how weights in a format are quantised: as in the forward products of training."""
+    return products_of(recipe, format)["forward"][1]
 
 
 def formats_of_components(model: LanguageModel, recipe: Recipe) -> dict[Component, FormatName]:
@@ -202,6 +247,11 @@ def calibrate(
         _name(part): {name: torch.where(amax > 0, amax, amax.max()).tolist() for name, amax in observer.amax.items()}
         for part, observer in zip(parts, observers, strict=True)
     }
+
+
+def _part_of(path: list[str]) -> str:
+    """Returns the part that has a layer's parameter, such as `conv1d`; the norm before the mixer is `input_norm`."""
+    return "input_norm" if path[0] == "norm" else path[min(1, len(path) - 1)]
 
 
 def _name(part: QuantizablePart) -> str:

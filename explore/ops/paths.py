@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 
 class OpPath(NamedTuple):
@@ -77,7 +76,9 @@ def path_of(op: str, device: str = "cpu") -> str:
     return _forced.get().get(op) or _default(op, device)
 
 
-assume_constant_result(path_of)  # marks it, since a context variable would break a compiled graph
+# The context variable would break a compiled graph without this mark. `torch.compiler.assume_constant_result` sets the
+# same attribute, but imports the compiler, which takes a second or two.
+path_of.__dict__["_dynamo_marked_constant"] = True
 
 
 def is_forced(op: str) -> bool:

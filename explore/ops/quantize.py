@@ -15,6 +15,7 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from explore.foreign import check_type
 from explore.ops.compilation import compiled
 from explore.ops.paths import OpPath, declare
 from explore.ops.rounding import power_of_two_below, round_nearest, round_stochastic, round_up, rounding_noise
@@ -90,12 +91,14 @@ def quantize(
             up to 1/16, so stochastic rounding keeps the mean of the tensor only with `up`.
 
     Raises:
+        TypeError: `x` is not a tensor.
         ValueError: an unknown format or rounding, stochastic rounding without a generator, or blocks that do not fit
             the axes of `x`.
 
     Source: NVFP4, arXiv 2509.25149 and Transformer Engine; four over six, arXiv 2512.02010; MX formats, OCP
     microscaling 1.0 with scales rounded up; blocks of fp8, arXiv 2412.19437, section 3.3.
     """
+    check_type(x, Tensor, "x must be a tensor")
     entry = _check(x, format, rounding, generator, block_axis, square, per_expert, four_over_six)
     if x.numel() == 0:
         return x.float()
@@ -251,7 +254,8 @@ def _two_scales(x: Tensor, amax: Tensor, S: Tensor, four_over_six: tuple[int, ..
     Args:
         four_over_six: axes within a block if each block takes the better of two scales; else empty.
     """
-    wanted = amax * (S * (1 / 6))  # one rounding: (amax / 6) * S differs for some blocks
+    # Each in Transformer Engine's order of operations; the other order gives some blocks another scale.
+    wanted = amax / 6 * S if four_over_six else amax * (S * (1 / 6))
     s_b = _block_scale(wanted, scale_rounding)
     if four_over_six:
         larger = _block_scale(wanted * 1.5, scale_rounding)

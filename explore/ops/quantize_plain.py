@@ -78,7 +78,7 @@ def _block(
     S = np.minimum(bound / amax_tensor, FLOAT_MAX)
     if amax_tensor == 0 or S == 0:
         S = ONE
-    wanted = amax * (S * np.float32(1 / 6))
+    wanted = amax / np.float32(6) * S if four else amax * (S * np.float32(1 / 6))
     rounded = [_block_scale(wanted, scale), _block_scale(wanted * np.float32(1.5), scale)]
 
     def dequantized(s_b: np.float32, uniform: npt.NDArray[np.float64] | None) -> Array:

@@ -1,7 +1,9 @@
 """Decoding state in narrow formats: the state is rounded when it is written.
 
 If a format has a scale for a whole tensor, here each sequence has its own scale; for keys and values each position of a
-sequence has one. So the stored state depends neither on other batch rows nor on how the prompt was split.
+sequence has one. So the stored state does not depend on other batch rows. Keys, values and inputs of a convolution are
+rounded by position, so they do not depend on how the text is split among calls either. Recurrent state is rounded once
+at the end of each call, so it does.
 """
 
 from __future__ import annotations

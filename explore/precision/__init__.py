@@ -2,7 +2,15 @@
 
 from explore.number_formats import ELEMENTS, FORMATS, UNQUANTIZED, Element, Format, FormatName, Scaling
 from explore.precision.named import RECIPES, TRAINED, NamedRecipe, named, read_recipe
-from explore.precision.products import OPERANDS, OperandFormat, Products, is_before, products_at, products_of
+from explore.precision.products import (
+    OPERANDS,
+    OperandFormat,
+    Products,
+    is_before,
+    products_at,
+    products_of,
+    unused_setting,
+)
 from explore.precision.recipe import HIGH, Operand, Place, Product, Recipe, Rule, Until, WeightFormat
 
 __all__ = [
@@ -32,4 +40,5 @@ __all__ = [
     "products_at",
     "products_of",
     "read_recipe",
+    "unused_setting",
 ]

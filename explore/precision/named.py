@@ -6,9 +6,11 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from explore.files import read_json
+from explore.foreign import echo
+from explore.precision.products import unused_setting
 from explore.precision.recipe import Recipe, Rule
 
 
@@ -17,11 +19,13 @@ class NamedRecipe(NamedTuple):
 
     Attributes:
         trains: the recipe is for training, not for a trained model.
+        scales: how a trained model's weight scales are chosen, as in `explore quantize --scales`.
     """
 
     recipe: Recipe
     source: str
     trains: bool = True
+    scales: Literal["max", "mse", "four_over_six"] = "max"
 
 
 def _rule(format: str, **conditions: Any) -> Rule:
@@ -39,8 +43,6 @@ NEMOTRON_3 = (
     _rule("bf16", components=(*ATTENTION, "latent_down", "latent_up")),
     _rule("mxfp8", letters="M", components=("out_proj",)),
 )
-BEFORE_ATTENTION = (4, 11, 18, 25, 32, 41)
-"""Mamba layers of Nemotron 3 Nano that feed attention layers."""
 ULTRA = "Nemotron 3 Ultra, released checkpoint: routers in fp32, MTP in bf16"
 
 RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
@@ -86,11 +88,12 @@ RECIPES: Mapping[str, NamedRecipe] = MappingProxyType(
             "Nemotron 3 Super, arXiv 2604.12374, released checkpoint in NVFP4: routed experts in NVFP4, shared experts "
             "and Mamba projections in FP8; the scales of its weights are by squared error",
             trains=False,
+            scales="mse",
         ),
         "nano-ptq": NamedRecipe(
             Recipe(
                 rules=(
-                    _rule("bf16", letters="M", layers=BEFORE_ATTENTION),
+                    _rule("bf16", letters="M", before="*"),
                     _rule("fp8", letters="E", components=("experts", "shared")),
                     MAMBA,
                 ),
@@ -115,19 +118,20 @@ TRAINED: Mapping[str, Recipe] = MappingProxyType({name: each.recipe for name, ea
 """The recipes for training."""
 
 
-def named(name: str, field: str = "precision", allowed: Collection[str] = RECIPES.keys()) -> Recipe:
+def named(name: object, field: str = "precision", allowed: Collection[str] = RECIPES.keys()) -> Recipe:
     """Returns the recipe with this name.
 
     Args:
         field: field name at the start of an error.
-        allowed: allowed names; None allows all.
+        allowed: allowed names.
 
     Raises:
         ValueError: no allowed recipe has this name.
     """
-    if name not in allowed:
-        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, allowed, 1))
-        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {name!r}{hint}")
+    if not isinstance(name, str) or name not in allowed:  # JSON may hold anything, also what cannot be hashed
+        nearest = get_close_matches(name, allowed, 1) if isinstance(name, str) else []
+        hint = "".join(f"; did you mean {near!r}?" for near in nearest)
+        raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {echo(name)}{hint}")
     return RECIPES[name].recipe
 
 
@@ -135,8 +139,11 @@ def read_recipe(name: str) -> Recipe:
     """Returns the recipe with this name or from a JSON file.
 
     Raises:
-        ValueError: neither exists, or the file has an invalid field.
+        ValueError: neither exists, or the file has an invalid field, or one without effect.
     """
     if not (name.endswith(".json") or Path(name).is_file()):
         return named(name)
-    return Recipe.validated(read_json(Path(name)), name)
+    recipe = Recipe.validated(read_json(Path(name)), name)
+    if unused := unused_setting(recipe):
+        raise ValueError(f"{name}: {unused}")
+    return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from math import lcm
 from typing import Literal, NamedTuple
@@ -80,6 +81,33 @@ def _operand(recipe: Recipe, format: FormatName, product: Product, operand: Oper
         entry.scaling == "e4m3" and operand in recipe.four_over_six,
         recipe.scale_rounding if stochastic else "nearest",
     )
+
+
+ROUNDING = ("stochastic", "hadamard", "hadamard_size", "square_weights", "four_over_six", "scale_rounding")
+"""Fields of a recipe that say how operands are quantised."""
+
+
+def unused_setting(recipe: Recipe) -> str | None:
+    """Describes a setting that the recipe's formats cannot use; None if there is none.
+
+    A setting of a product that is switched off counts as used, since it may come from the recipe's `base`.
+    """
+    formats = tuple(dict.fromkeys((recipe.format, *(rule.format for rule in recipe.rules))))
+    whole, plain = recipe.model_copy(update=dict.fromkeys(OPERANDS, True)), Recipe()
+
+    def products(one: Recipe) -> list[Products]:
+        return [products_of(one, each) for each in formats]
+
+    for field in (*OPERANDS, *ROUNDING):
+        value, default = getattr(recipe, field), getattr(plain, field)
+        if field in OPERANDS:
+            is_used = any(format != recipe.high for format in formats)
+        else:
+            is_used = value == default or products(whole) != products(whole.model_copy(update={field: default}))
+        if value != default and not is_used:
+            where = f"no product in {' or '.join(formats)} uses it"
+            return f"{field}: must be {json.dumps(default)}, since {where}, got {json.dumps(value)}"
+    return None
 
 
 def products_at(recipe: Recipe, step: int, n_steps: int) -> frozenset[Product]:

@@ -29,6 +29,7 @@ class Place(NamedTuple):
         letter: as in the ledger: a pattern letter, empty outside the layers, `/` for multi-token prediction.
         component: name in the ledger.
         quantizable: whether it is a matrix of a linear layer.
+        next_letter: letter of the next layer; empty for the last one and outside the layers.
     """
 
     layer: int | None
@@ -36,6 +37,7 @@ class Place(NamedTuple):
     letter: str
     component: str
     quantizable: bool
+    next_letter: str = ""
 
 
 class _Brief(Config):
@@ -56,9 +58,10 @@ class Rule(_Brief):
         first: fraction of the layers, from the first on.
         last: fraction of the layers, up to the last. A layer need only be in one of `layers`, `first` and `last`.
         letters: pattern letters; `/` is multi-token prediction.
+        before: pattern letters of the next layer: `"letters": "M", "before": "*"` is every M directly before a *.
         components: ledger components. A rule applies to embedding, head, router, norms and convolutions
             only if it names them.
-        optional: the rule may match nothing in a model.
+        optional: the rule, or a part of it, may match nothing in a model.
     """
 
     format: WeightFormat
@@ -66,13 +69,16 @@ class Rule(_Brief):
     first: float = Field(default=0, ge=0, le=1)
     last: float = Field(default=0, ge=0, le=1)
     letters: str = ""
+    before: str = ""
     components: tuple[str, ...] = ()
     optional: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Rule:
-        if not (self._places_layers or self.letters or self.components):
-            raise ValueError("layers, first, last, letters or components must be given: a rule needs a condition")
+        if not (self._places_layers or self.letters or self.before or self.components):
+            raise ValueError(
+                "layers, first, last, letters, before or components must be given: a rule needs a condition"
+            )
         return self
 
     @property
@@ -84,6 +90,8 @@ class Rule(_Brief):
         if self._places_layers and not self._has_layer(place):
             return False
         if self.letters and (not place.letter or place.letter not in self.letters):
+            return False
+        if self.before and (not place.next_letter or place.next_letter not in self.before):
             return False
         if self.components:
             return place.component in self.components
@@ -176,7 +184,13 @@ class Recipe(_Brief):
         return data
 
     @model_validator(mode="after")
-    def _check_since(self) -> Recipe:
+    def _check(self) -> Recipe:
+        if not (self.forward or self.input_gradient or self.weight_gradient):
+            raise ValueError("forward: must be true if input_gradient and weight_gradient are false, got false")
+        for field in ("stochastic", "hadamard", "four_over_six"):
+            given: tuple[str, ...] = getattr(self, field)
+            if len(set(given)) < len(given):
+                raise ValueError(f"{field}: must not contain a value twice, got {', '.join(given)}")
         last = min(self.until.forward, self.until.backward)
         if self.since and self.since >= last:
             raise ValueError(f"since: must be below until, {last:g}, got {self.since:g}")

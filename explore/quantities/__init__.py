@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from explore.foreign import did_you_mean, echo
-from explore.quantities.declared import EVAL_DATA, METRICS, QUANTITIES
+from explore.quantities.declared import EVAL_DATA, METRICS, PARENTS, QUANTITIES
 from explore.quantities.quantity import Family, Quantity, Records
 
 __all__ = [
     "EVAL_DATA",
     "METRICS",
+    "PARENTS",
     "QUANTITIES",
     "Family",
     "Quantity",

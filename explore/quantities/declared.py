@@ -18,6 +18,9 @@ BITS, NATS = "bits per byte", "nats per token"
 EVAL_DATA = "eval_data"
 """Column that distinguishes runs evaluated on different data."""
 
+PARENTS = ("parent", "quantized_from", "teacher")
+"""Columns with the `run` of another run, from which or with which this run was trained."""
+
 
 def _layers(pattern: Any) -> str:
     """Letters of the main model: `/` begins multi-token prediction, `|` separates pipeline stages."""
@@ -105,6 +108,14 @@ def _numbers_of(values: Any) -> list[float]:
 def _folder_name(path: Any) -> str | None:
     """The last part of a path: the column `run` of another run."""
     return PurePath(path).name if isinstance(path, str) else None
+
+
+def _flops_with_parent(result: Any) -> float | None:
+    """FLOPs of a run, its teacher, and all that came before it; None if the FLOPs of a parent are unknown."""
+    if not isinstance(result, Mapping):
+        return None
+    parts = [result.get("flops_run"), *(result[name] for name in ("flops_teacher", "flops_before") if name in result)]
+    return sum(parts) if all(isinstance(part, int | float) for part in parts) else None
 
 
 def _about(name: str, label: str, *source: str, **more: Any) -> Quantity:
@@ -195,6 +206,10 @@ _DECLARED: tuple[Quantity | Family, ...] = (
     _result("flops_spent", "Training FLOPs without those of a shared trunk", "FLOPs", better="lower", log=True),
     _result("flops_teacher", "Forward passes of the teacher", "FLOPs", better="lower", log=True),
     _result("flops_before", "FLOPs of parent, teacher and compression search", "FLOPs", better="lower", log=True),
+    Quantity(
+        "flops_with_parent", "Training FLOPs, with those of parent, teacher and compression search", ("result",),
+        take=_flops_with_parent, unit="FLOPs", better="lower", log=True,
+    ),
     _result("tokens", "Training tokens", "tokens", dtype="Int64", better="lower", log=True),
     _loss("val_bpb", "Validation bits per byte", BITS, short="val bpb", headline=True),
     _loss("test_bpb", "Test bits per byte", BITS, short="test bpb", headline=True),

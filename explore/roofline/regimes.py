@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from explore.cost import DTYPES, Dtypes, Entry, Ledger, Stored, bytes_of, decode_bytes, in_formats, params_touched
+from explore.cost import (
+    DTYPES,
+    HARDWARE,
+    Dtypes,
+    Entry,
+    Ledger,
+    Stored,
+    bytes_of,
+    decode_bytes,
+    in_formats,
+    params_touched,
+    state_bytes,
+)
 from explore.model import ModelConfig
 from explore.precision import Recipe
 from explore.roofline.hardware import Hardware
@@ -83,9 +95,9 @@ class Deployment:
 
     def state_bytes(self, context: int) -> float:
         """Bytes of state of one sequence after `context` tokens."""
-        main = self.model.ledger(_positive("context", context)).main
-        fixed = bytes_of(main.ssm_numel + main.conv_numel, self.dtypes.state)
-        return fixed + bytes_of(main.kv_numel_seq, self.dtypes.kv)
+        ledger = self.model.ledger(_positive("context", context))
+        fixed = ledger.state_bytes(self.dtypes.state, "ssm_numel", "conv_numel")
+        return fixed + ledger.state_bytes(self.dtypes.kv, "kv_numel_seq")
 
     def largest_batch(self, context: int) -> int:
         """Number of sequences of `context` tokens that fit in memory with the weights.
@@ -121,8 +133,8 @@ class Deployment:
         for n, entry in components(self._ledger(_positive("context", context))):
             flops = batch_size * entry.flops_prefill
             weights = bytes_of(params_touched(entry, batch_size * context), entry.weight or self.dtypes.weight)
-            written = bytes_of(entry.kv_numel_seq, self.dtypes.kv) + bytes_of(
-                entry.ssm_numel + entry.conv_numel, self.dtypes.state
+            written = state_bytes(entry, entry.kv_numel_seq, self.dtypes.kv) + state_bytes(
+                entry, entry.ssm_numel + entry.conv_numel, self.dtypes.state
             )
             seconds += n * max(flops / self._peak(entry), (weights + batch_size * written) / self.bandwidth)
         return seconds + self.all_to_all_s(batch_size * context)
@@ -171,7 +183,7 @@ def components(ledger: Ledger) -> Iterator[tuple[int, Entry]]:
 
 def decode_table(
     models: Mapping[str, ModelConfig],
-    hardware: str = "H100",
+    hardware: str = HARDWARE,
     context: int = 65_536,
     batch_sizes: Sequence[int] = (1, 4, 16, 64, 256),
     **deployment: Any,

@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from explore.checkpoints import load_model
 from explore.data import TextData, Tokenizer, load_tokenizer
 from explore.evals import bits_per_byte
 from explore.experiment import Experiment
@@ -17,7 +16,7 @@ from explore.foreign import check_type
 from explore.interop import is_model_folder, load_model_folder
 from explore.model import LanguageModel, ModelConfig, Sampling, generate
 from explore.runs import RunFolder, resolve_run
-from explore.train.models import evaluate, score
+from explore.train.models import autocast_of, load_trained, score
 
 
 def load(run: str | Path | RunFolder, runs: str | Path = "runs") -> LoadedRun:
@@ -86,12 +85,12 @@ class LoadedRun:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """The trained model, in evaluation mode.
+        """The trained model, in evaluation mode. A run in low precision has the products of the end of its training.
 
         Raises:
             ValueError: the checkpoint is missing or damaged.
         """
-        return load_model_folder(self.path) if self.is_imported else load_model(self.folder)
+        return load_model_folder(self.path) if self.is_imported else load_trained(self.folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -164,11 +163,11 @@ class LoadedRun:
             ValueError: the model was imported, or other corpora are given and the run was not trained on text.
         """
         experiment = self.experiment
-        measure = score if self.folder.quantized else evaluate  # a quantised model already has its formats
-        scores = measure(experiment, experiment.data.open(experiment.seed), self.model)
+        scores = score(experiment, experiment.data.open(experiment.seed), self.model)
         for name in corpora:
             other = self._text.model_copy(update={"corpus": name, "n_shards": None}).open(0)
-            found = bits_per_byte(self.model, other.eval_batches("test", experiment.train.batch_size, tokens))
+            with autocast_of(self.folder, self.model):
+                found = bits_per_byte(self.model, other.eval_batches("test", experiment.train.batch_size, tokens))
             scores[f"{Path(name).name}_bpb"] = found.bits_per_byte
         return scores
 
