@@ -2,12 +2,12 @@
 
 The parent is a hybrid of about a million parameters (`sweeps/examples/hybrid_parent.json`), trained on the embedded
 text. It is scored, then cut to half of its active parameters by width, by depth and by Puzzle. Each child is distilled,
-and a model of the same shape is trained from scratch on as many tokens. The shape of the Puzzle child is also trained
-from scratch for as many FLOPs as the child cost after the training of the parent: scores, library, teacher and its own
-training.
+and a model of the same shape is trained from scratch on as many tokens. With `--equal-flops` the shape of the Puzzle
+child is also trained from scratch for as many FLOPs as the child cost after the training of the parent: scores,
+library, teacher and its own training.
 
 Every step is a command of `explore`, printed before it runs. If the chain is stopped, the same call resumes it. The
-three ways of cutting run at the same time, each with one thread, if there are cores for them. At the end it prints one
+commands for the children run at the same time, one per core, each with one thread. At the end it prints one
 table: bits per byte on validation and test, and all FLOPs. `flops_before` holds the FLOPs of the parent, of its scores
 and of the candidates. There is one seed, so differences of a few thousandths of a bit per byte mean nothing.
 
@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -40,7 +40,7 @@ PARENT = Path(__file__).parent / "examples" / "hybrid_parent.json"
 SHARE = 0.5
 """Share of the parent's active parameters that a child keeps."""
 ARMS = ("puzzle", "width", "depth")
-"""Ways to cut, the longest first, so that the others run beside it."""
+"""Ways to cut, in the order in which they begin."""
 NARROW = ("--free", "d_model", "--free", "d_ff", "--free", "M.n_heads")
 COLUMNS = (
     "arm", "pattern", "layers", "d_model", "params_active", "tokens", "val_bpb", "test_bpb",
@@ -119,26 +119,29 @@ def row(arm: str, folder: RunFolder) -> dict[str, Any]:
     return {**own, **{name: record.get(name) for name in COLUMNS if name not in own}}
 
 
-def children(
-    explore: Commands, arm: str, parent: RunFolder, runs: Path, tokens: int, *, quick: bool
-) -> list[dict[str, Any]]:
-    """Cuts and distils a child, trains its shape from scratch, and returns their rows."""
+def distilled(explore: Commands, arm: str, parent: RunFolder, runs: Path, tokens: int, *, quick: bool) -> RunFolder:
+    """Cuts the parent in one way and distils the child."""
     path = plan(explore, arm, parent, quick=quick)
     words = ("--tokens", tokens, "--parent", parent.path, "--runs", runs, "--set", f"name={arm}")
-    child = RunFolder(Path(explore("distil", path, *words)["run"]))
-    budgets: dict[str, Mapping[str, float | None]] = {"from scratch": {}}
-    if arm == "puzzle":
-        budgets["from scratch, equal FLOPs"] = {"tokens": None, "flops": flops_after(parent, child)}
-    rows = [row(f"{arm}, distilled", child)]
-    for what, budget in budgets.items():
-        name = f"scratch-{arm}" if not budget else f"scratch-{arm}-flops"
-        shape = from_scratch(child, parent.load_experiment().train.lr, runs, name, budget)
-        rows.append(row(f"{arm}, {what}", RunFolder(Path(explore("train", shape, "--runs", runs)["run"]))))
-    return rows
+    return RunFolder(Path(explore("distil", path, *words)["run"]))
+
+
+def scratch(
+    explore: Commands, child: RunFolder, parent: RunFolder, runs: Path, name: str, budget: Mapping[str, float | None]
+) -> RunFolder:
+    """Trains the shape of a child from scratch, for the tokens of the child or another budget."""
+    shape = from_scratch(child, parent.load_experiment().train.lr, runs, name, budget)
+    return RunFolder(Path(explore("train", shape, "--runs", runs)["run"]))
 
 
 def study(
-    runs: Path, parent_tokens: int | None, tokens: int, *, workers: int | None = None, quick: bool = False
+    runs: Path,
+    parent_tokens: int | None,
+    tokens: int,
+    *,
+    workers: int | None = None,
+    equal_flops: bool = False,
+    quick: bool = False,
 ) -> pd.DataFrame:
     """Runs the whole chain and returns its table.
 
@@ -146,20 +149,33 @@ def study(
         runs: folder of run folders.
         parent_tokens: training tokens of the parent; those in its file if absent.
         tokens: training tokens of every child and of every model from scratch that has as many.
-        workers: number of ways of cutting that run at the same time; the number of cores if absent.
+        workers: number of commands that run at the same time; the number of cores if absent.
+        equal_flops: also train the shape of the Puzzle child from scratch for as many FLOPs as it cost.
         quick: score only a few candidates.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    workers = min(len(ARMS), n_cores()) if workers is None else workers
+    workers = n_cores() if workers is None else workers
     changes = [] if parent_tokens is None else ["--set", f"train.tokens={parent_tokens}"]
     explore = Commands()
     parent = RunFolder(Path(explore("train", PARENT, *changes, "--runs", runs)["run"]))
     explore("score", parent.path)
     beside = Commands(beside=workers > 1)
     with ThreadPoolExecutor(workers) as pool:
-        found = {arm: pool.submit(children, beside, arm, parent, runs, tokens, quick=quick) for arm in ARMS}
-    rows = [row("parent", parent), *(each for arm in ("width", "depth", "puzzle") for each in found[arm].result())]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+        cut = {arm: pool.submit(distilled, beside, arm, parent, runs, tokens, quick=quick) for arm in ARMS}
+        trained: dict[str, Future[RunFolder]] = {}
+        for arm in ARMS:  # in the order in which they begin; the rest of the children is distilled meanwhile
+            child = cut[arm].result()
+            if equal_flops and arm == "puzzle":
+                budget = {"tokens": None, "flops": flops_after(parent, child)}
+                name = "scratch-puzzle-flops"
+                trained["puzzle, from scratch, equal FLOPs"] = pool.submit(
+                    scratch, beside, child, parent, runs, name, budget
+                )
+            trained[f"{arm}, from scratch"] = pool.submit(scratch, beside, child, parent, runs, f"scratch-{arm}", {})
+    found = {f"{arm}, distilled": each.result() for arm, each in cut.items()}
+    found |= {arm: each.result() for arm, each in trained.items()}
+    order = sorted(found, key=lambda name: (("width", "depth", "puzzle").index(name.split(",")[0]), len(name)))
+    return pd.DataFrame([row("parent", parent), *(row(arm, found[arm]) for arm in order)], columns=list(COLUMNS))
 
 
 def show(table: pd.DataFrame) -> None:
@@ -188,11 +204,21 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("runs/parent-to-child"))
     parser.add_argument("--parent-tokens", type=int, help="training tokens of the parent (default: as in its file)")
     parser.add_argument("--tokens", type=int, default=2_000_000, help="training tokens of every child")
-    parser.add_argument("--workers", type=int, help="ways of cutting that run at the same time (default: one per core)")
+    parser.add_argument("--workers", type=int, help="commands that run at the same time (default: one per core)")
+    parser.add_argument(
+        "--equal-flops", action="store_true", help="also train the Puzzle child's shape for as many FLOPs as it cost"
+    )
     parser.add_argument("--records", type=Path, help="CSV file for the table")
     parser.add_argument("--quick", action="store_true", help="score only a few candidates, for a quick test")
     given = parser.parse_args()
-    found = study(given.runs, given.parent_tokens, given.tokens, workers=given.workers, quick=given.quick)
+    found = study(
+        given.runs,
+        given.parent_tokens,
+        given.tokens,
+        workers=given.workers,
+        equal_flops=given.equal_flops,
+        quick=given.quick,
+    )
     show(found)
     if given.records is not None:
         found.to_csv(given.records, index=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ from command_line import run
 from small_runs import tiny, train, write_corpus
 
 import explore.cli.cut
-import explore.cli.score  # noqa: F401  (adds its command)
-from explore.cli.cut import ranges
-from explore.compress import Plan, Scores
+import explore.cli.puzzle
+import explore.cli.score  # noqa: F401
+from explore.compress import Cutter, Plan, Scores
+from explore.compress.candidates import shape
+from explore.compress.measures import Setting, measure
+from explore.cost import Dtypes
 from explore.figures import draw_layers, draw_scores, layers_table, plot_scores, scores_table
+from explore.formatting import ranges
 from explore.runs import RunFolder
 from explore.weights import read_weights
 
@@ -33,6 +38,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return train(tiny(corpus, "M-E-", **model), tmp_path_factory.mktemp("runs"))
 
 
+@pytest.fixture(scope="module")
+def unscored(finished: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A copy of the run without scores and plans."""
+    copy = tmp_path_factory.mktemp("unscored") / finished.path.name
+    shutil.copytree(finished.path, copy, ignore=shutil.ignore_patterns("scores-*", "plans"))
+    return RunFolder(copy)
+
+
 @pytest.fixture
 def explore_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     return partial(run, capsys, monkeypatch)
@@ -42,7 +55,9 @@ def explore_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 def scored(finished: RunFolder, explore_: Any) -> Path:
     code, printed, _ = explore_("score", str(finished.path), "--tokens", "512", "--json")
     assert code == 0
-    return Path(json.loads(printed)["scores"])
+    record = json.loads(printed)
+    assert record["key"] == Scores.load(record["scores"]).key
+    return Path(record["scores"])
 
 
 def test_score_prints_its_file_and_key(finished: RunFolder, explore_: Any, scored: Path, tmp_path: Path) -> None:
@@ -105,6 +120,37 @@ def test_targets_give_the_best_children_first_and_a_plan_of_each(
         assert cost == pytest.approx(12_000, rel=0.1)
 
 
+def test_targets_hold_together_at_a_context_a_batch_dtypes_and_hardware(
+    finished: RunFolder, explore_: Any, scored: Path
+) -> None:
+    options = ["--context", "1000", "--batch-size", "4", "--weight-dtype", "float8", "--hardware", "A100"]
+    options += ["--free", "d_model=16:32:8", "--free", "d_ff=8:24:8", "--tolerance", "0.2", "--scores", str(scored)]
+    model = finished.load_experiment().model
+    setting = Setting(1000, 4, Dtypes(weight="float8"), "A100")
+    names = ("memory_bytes", "decode_s")
+    targets = [word for name in names for word in ("--target", f"{name}={0.8 * measure(name, model, setting)}")]
+    code, printed, _ = explore_("cut", str(finished.path), *targets, *options, "--json")
+    assert code == 0
+    for each in json.loads(printed)["candidates"]:
+        child = Plan.load(each["plan"]).model()
+        assert each["costs"] == {name: measure(name, child, setting) for name in names}
+
+
+def test_a_target_that_only_the_least_important_layer_meets_is_met(
+    finished: RunFolder, explore_: Any, scored: Path
+) -> None:
+    """Before the parent is scored, another layer may count as the least important."""
+    model = finished.load_experiment().model
+    cutter = Cutter.of(finished, scores=Scores.load(scored))
+    target = measure("params_active", shape(cutter, {}, 1), Setting(32))
+    options = ("--target", f"params_active={target}", "--free", "depth=3:3", "--tolerance", "0.001")
+    code, printed, err = explore_("cut", str(finished.path), *options, "--scores", str(scored), "--json")
+    assert code == 0, err
+    (found,) = json.loads(printed)["candidates"]
+    assert found["costs"] == {"params_active": target}
+    assert len(found["pattern"]) == model.n_layers - 1
+
+
 def test_a_share_of_the_parent_is_the_same_target_as_its_number(
     finished: RunFolder, explore_: Any, scored: Path
 ) -> None:
@@ -126,12 +172,14 @@ def test_a_share_of_the_parent_is_the_same_target_as_its_number(
             "--target params_active=half --free d_ff",
             "--target must be of the form BUDGET=VALUE, such as params_active=1.5M or 50%, got 'params_active=half'",
         ),
-        ("--target params_actve=50% --free d_ff", "target: 'params_actve' is unknown; did you mean 'params_active'?"),
+        ("--target params_actve=50% --free d_ff", "--target: 'params_actve' is unknown; did you mean 'params_active'?"),
         ("--keep d_ff", "--keep must be of the form SIZE=N, such as d_model=96, got 'd_ff'"),
         ("--keep d_ff=1.5", "--keep must be of the form SIZE=N"),
         ("--keep d_gg=3", "keep must be among d_model, M.n_groups"),
         ("--keep d_ff=25", "layers.1: d_ff: must be from 1 to 24, got 25"),
         ("--keep d_model=0", "d_model: must be from 1 to 32, got 0"),
+        ("--keep n_experts=0", "layers.2: n_experts: must be from 1 to 6, got 0"),
+        ("--keep 9.d_ff=8", "keep must be among d_model, M.n_groups"),
         ("--keep n_experts=1", "layers.2: top_k: must be at most n_experts=1, got 2"),
         ("--keep M.n_heads=3", "layers.0: n_heads: must be a multiple of n_groups, 2, got 3"),
         ("--drop-layer 4", "drop: a layer must be from 0 to 3, got 4"),
@@ -151,20 +199,21 @@ def test_a_share_of_the_parent_is_the_same_target_as_its_number(
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
-    finished: RunFolder, explore_: Any, scored: Path, options: str, message: str
+    unscored: RunFolder, explore_: Any, options: str, message: str
 ) -> None:
-    given = options.split() if "--scores" in options else [*options.split(), "--scores", str(scored)]
-    code, _, printed = explore_("cut", str(finished.path), *given)
+    before = sorted(unscored.path.rglob("*"))
+    code, _, printed = explore_("cut", str(unscored.path), *options.split())
     assert (code, len(printed.splitlines())) == (2, 1)
     assert printed.startswith(f"error: {message}")
     assert len(printed) < 400
+    assert sorted(unscored.path.rglob("*")) == before
 
 
 def test_a_run_that_has_not_finished_is_refused(explore_: Any, finished: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "experiment.json").write_text((finished.path / "experiment.json").read_text())
     (tmp_path / "result.json").write_text('{"status": "diverged"}')
-    for command in ("score", "cut"):
-        code, _, printed = explore_(command, str(tmp_path))
+    for command, *options in (("score",), ("cut",), ("puzzle", "--max", "params_active=50%")):
+        code, _, printed = explore_(command, str(tmp_path), *options)
         assert code == 2
         assert printed == f"error: {tmp_path}: must be a finished run, and is diverged; train it to its end first\n"
 
@@ -214,6 +263,7 @@ def test_the_figure_survives_empty_tables() -> None:
 # After a short distillation
 
 
+@pytest.mark.slow
 def test_candidates_are_ranked_again_after_a_short_distillation(
     finished: RunFolder, explore_: Any, scored: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

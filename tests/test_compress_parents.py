@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
+from damage import DAMAGE
 from small_runs import tiny, train, write_corpus
 
 import explore.compress.depth as depth
@@ -25,6 +26,7 @@ from explore.compress.observing import Observer
 from explore.compress.parent import open_parent
 from explore.data import train_bpe
 from explore.files import read_json
+from explore.model import ModelConfig
 from explore.runs import RunFolder
 from explore.weights import TrainedModel
 
@@ -143,13 +145,25 @@ def test_a_child_of_several_widths_is_refused_by_name(trained: RunFolder, tmp_pa
         megatron_arguments(child.config)
 
 
+def test_a_child_with_a_linear_map_in_place_of_a_layer_is_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from explore.interop import megatron_arguments, save_hf
+
+    model = {"d_model": 32, "vocab_size": 64, "pattern": "MP-", "blocks": {"-": {"d_ff": 48}}}
+    child = ModelConfig.model_validate(model).build()
+    for write in (lambda: save_hf(child, tmp_path / "child"), lambda: megatron_arguments(child.config)):
+        with pytest.raises(ValueError, match=r"'P'|linear_map|\bP\b"):
+            write()
+    assert not (tmp_path / "child").exists()
+
+
 def test_an_imported_checkpoint_needs_data_and_a_run_has_its_own(
     imported: Path, trained: RunFolder, experiment: Path, explore_: Any
 ) -> None:
     for arguments, message in (
         (("score", imported), f"{imported}: is an imported checkpoint without data; name a run or an experiment"),
         (("score", trained.path, "--data", experiment), f"data: {trained.path} is a run and has data of its own"),
-        (("cut", imported, "--data", trained.path / "nowhere"), f"{trained.path / 'nowhere'}: must be a run folder"),
+        (("cut", imported, "--data", trained.path / "nowhere"), "run must be a run folder, the start of its name"),
     ):
         code, _, err = explore_(*arguments)
         assert (code, len(err.splitlines())) == (2, 1)
@@ -208,10 +222,31 @@ def test_rounds_are_saved_and_can_be_continued(trained: RunFolder, monkeypatch: 
     whole = one_by_one(trained, 3, **how)
     (path,) = [each for each in trained.path.glob("depth-*.json") if read_json(each)["about"]["seed"] == 7]
     content = read_json(path)
+    del content["sha256"]  # which older versions did not write
     path.write_text(json.dumps({**content, "rounds": content["rounds"][:1]}))  # as a kill after one round leaves it
     assert one_by_one(trained, 3, **how) == whole
     monkeypatch.setattr(depth, "_shorter", None)  # nothing is measured again
     assert one_by_one(trained, 2, **how).layers == whole.layers[:2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "no rounds", "no effect", "a layer twice", "digit", "other key"])
+def test_damaged_rounds_are_measured_again(trained: RunFolder, damage: str) -> None:
+    how: dict[str, Any] = {"tokens": 128, "batch_size": 4, "seed": 8}
+    whole = one_by_one(trained, 2, **how)
+    (path,) = [each for each in trained.path.glob("depth-*.json") if read_json(each)["about"]["seed"] == 8]
+    text, content = path.read_text(), read_json(path)
+    first, second = content["rounds"]
+    rewritten: dict[str, Any] = {
+        "no rounds": {name: value for name, value in content.items() if name != "rounds"},
+        "no effect": {"key": content["key"], "rounds": [{"layer": 0, "flops": 1.0}]},
+        "a layer twice": {"key": content["key"], "rounds": [first, first]},
+        "digit": {**content, "rounds": [first, {**second, "effect": 2 * second["effect"]}]},
+        "other key": {"key": "0" * 64, "rounds": [second, first]},
+    }
+    raw = DAMAGE[damage](text.encode()) if damage in DAMAGE else json.dumps(rewritten[damage]).encode()
+    path.write_bytes(raw)
+    assert one_by_one(trained, 2, **how) == whole
+    assert path.read_text() == text
 
 
 def test_a_view_with_fewer_layers_shares_weights_and_keeps_the_parent(trained: RunFolder) -> None:

@@ -189,6 +189,7 @@ def test_puzzle_has_54_variants_per_block() -> None:
 # The command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", CASES)
 def test_the_command_shows_a_published_cut(parent: str, explore_: Any, tmp_path: Path) -> None:
     code, printed, _ = explore_("cut", parent, "--like", CASES[parent], "--show", "--figure", tmp_path / "cut.png")
@@ -200,6 +201,7 @@ def test_the_command_shows_a_published_cut(parent: str, explore_: Any, tmp_path:
     assert (code, len(json.loads(printed)["layers"])) == (0, preset(parent).n_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", CASES)
 def test_the_command_shows_a_published_search(parent: str, explore_: Any) -> None:
     code, printed, _ = explore_("cut", parent, "--published")

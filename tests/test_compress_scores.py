@@ -6,8 +6,11 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import command_line
+import pandas as pd
 import pytest
 import torch
+from damage import DAMAGE
 from small_runs import tiny, train, write_corpus
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +25,7 @@ from explore.compress.ranking import ByMagnitude, ByScores
 from explore.compress.zero_shot import Validation
 from explore.data import Batch
 from explore.model import LanguageModel
-from explore.runs import RunFolder
+from explore.runs import DIGEST, RunFolder
 
 BLOCKS = {
     "M": {"n_heads": 4, "d_head": 8, "d_state": 8, "n_groups": 2, "chunk_size": 16},
@@ -186,12 +189,8 @@ def test_scores_record_their_inputs_and_are_reused(
     assert about["flops"] > TOKENS * run.load_experiment().model.cost(32).flops_fwd
 
 
-def test_a_killed_scoring_resumes_with_the_same_scores(
-    run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scoring, "SAVE_EVERY_S", 0.0)
-    path = score(run, tokens=TOKENS)[1]
-    path.unlink()
+def interrupt(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Leaves the sums of two of four batches, as a kill does; returns their file."""
     observe, counter = Observer.observe, itertools.count()
 
     def killed(self: Observer, batch: Batch, *, effects: bool = True) -> None:
@@ -199,15 +198,97 @@ def test_a_killed_scoring_resumes_with_the_same_scores(
             raise KeyboardInterrupt
         observe(self, batch, effects=effects)
 
-    monkeypatch.setattr(Observer, "observe", killed)
-    with pytest.raises(KeyboardInterrupt):
-        score(run, tokens=TOKENS)
-    seen: list[int] = []
+    score(run, tokens=TOKENS)[1].unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "SAVE_EVERY_S", 0.0)
+        patch.setattr(Observer, "observe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score(run, tokens=TOKENS)
+    (partial,) = run.path.glob("*.partial")
+    return partial
+
+
+def test_a_killed_scoring_resumes_with_the_same_scores(
+    run: RunFolder, found: Scores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(run, monkeypatch)
+    observe, seen = Observer.observe, list[int]()
     monkeypatch.setattr(Observer, "observe", lambda *given, **how: (seen.append(1), observe(*given, **how))[1])
-    again, path = score(run, tokens=TOKENS)
+    again, _ = score(run, tokens=TOKENS)
     assert len(seen) == 2
     assert again.table.equals(found.table)
     assert not list(run.path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_sums_of_a_killed_scoring_are_dropped_with_one_note(
+    run: RunFolder,
+    found: Scores,
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    partial = interrupt(run, monkeypatch)
+    partial.write_bytes(DAMAGE[damage](partial.read_bytes()))
+    capsys.readouterr()
+    again, _ = score(run, tokens=TOKENS)
+    assert again.table.equals(found.table)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {partial}: is damaged (")
+    assert line.endswith("; it is removed, and the work starts over")
+    assert not partial.exists()
+
+
+def test_no_flipped_bit_of_a_file_of_scores_changes_a_score(found: Scores, tmp_path: Path) -> None:
+    path = tmp_path / "scores.parquet"
+    found.save(path)
+    content, refused = path.read_bytes(), 0
+    places = range(0, len(content), max(1, len(content) // 200))
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
+        try:
+            again = Scores.load(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert again.table.equals(found.table)
+            assert again.about == found.about
+    assert refused > len(places) / 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "one score"])
+def test_a_damaged_file_of_scores_is_one_error_line(
+    run: RunFolder,
+    found: Scores,
+    damage: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = score(run, tokens=TOKENS)[1]
+    content = path.read_bytes()
+    if damage == "one score":
+        table = pd.read_parquet(path)
+        table.loc[3, "score"] *= 2
+        table.to_parquet(path, index=False)
+    else:
+        path.write_bytes(DAMAGE[damage](content))
+    options = ("--tokens", str(TOKENS), "--json")
+    code, printed, errors = command_line.run(capsys, monkeypatch, "score", run.path, *options)
+    path.write_bytes(content)
+    assert (code, printed, len(errors.splitlines())) == (2, "", 1)
+    assert errors.startswith(f"error: {path}: is ")
+    assert command_line.run(capsys, monkeypatch, "score", run.path, *options)[0] == 0
+
+
+def test_a_file_of_scores_without_a_digest_is_read(found: Scores, tmp_path: Path) -> None:
+    """Older versions wrote none."""
+    found.save(tmp_path / "scores.parquet")
+    table = pd.read_parquet(tmp_path / "scores.parquet")
+    del table.attrs[DIGEST]
+    table.to_parquet(tmp_path / "scores.parquet", index=False)
+    again = Scores.load(tmp_path / "scores.parquet")
+    assert again.table.equals(found.table)
+    assert again.about == found.about
 
 
 def test_layers_are_scored_on_part_of_a_long_text(

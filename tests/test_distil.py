@@ -17,6 +17,7 @@ from explore.compress import LayerCut, Plan
 from explore.experiment import Experiment, ParentWeights
 from explore.files import read_json, write_json
 from explore.objective import Distillation
+from explore.records import pack_runs, unpack_runs
 from explore.runs import RunFolder
 from explore.train import child_experiment
 from explore.train.objectives import build_objective
@@ -122,6 +123,16 @@ def test_the_key_depends_on_the_kept_indices_and_the_record_has_the_plan(
     assert json.loads(text)["start"]["plan"]["layers"][2]["drop"] is True
 
 
+def test_a_table_of_records_holds_the_plan_of_a_child(parent: RunFolder, plan: Path, tmp_path: Path) -> None:
+    child = train(child_experiment(plan, 256, parent=parent.path), tmp_path / "runs")
+    assert pack_runs(tmp_path / "records.parquet", tmp_path / "runs") == 1
+    unpack_runs(tmp_path / "records.parquet", tmp_path / "again")
+    (again,) = (tmp_path / "again").iterdir()
+    start = RunFolder(again).load_experiment().start
+    assert start == child.load_experiment().start
+    assert Plan.model_validate(start.plan).key() == Plan.load(plan).key()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("n_model", [64, 48])
 def test_a_model_other_than_that_of_the_plan_is_refused(parent: RunFolder, plan: Path, n_model: int) -> None:
     one = child_experiment(plan, 640, parent=parent.path)
@@ -161,6 +172,11 @@ def test_distil_trains_a_child_and_prints_its_cost(
         capsys, monkeypatch, "distil", plan, "--tokens", "2560", "--runs", root, "--teacher", parent.path
     )
     assert (code, child.path.name in out) == (0, True)  # the same run, which is not trained again
+    code, out, _ = run(capsys, monkeypatch, "plot", root, "--count-parent", "--out", root / "whole.png")
+    assert (code, (root / "whole.png").exists()) == (0, True)
+    assert "with those of parent" in (root / "whole.svg").read_text()
+    code, _, err = run(capsys, monkeypatch, "plot", root, "--count-parent", "--x", "params_active")
+    assert (code, "--count-parent: must not be combined" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

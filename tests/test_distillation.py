@@ -238,6 +238,8 @@ def test_the_passes_of_the_teacher_and_all_that_was_trained_before_are_counted_o
     rows = load_runs(tmp_path).set_index("run").loc[grandchild.path.name]
     assert (rows["parent"], rows["teacher"]) == (child.path.name, parent.path.name)
     assert rows["flops_before"] == result(grandchild)["flops_before"]
+    parts = ("flops_run", "flops_teacher", "flops_before")
+    assert rows["flops_with_parent"] == sum(result(grandchild)[name] for name in parts)
     assert not {"flops_teacher", "flops_before", "before"} & result(parent).keys()
 
 
@@ -247,6 +249,7 @@ def test_the_training_cost_of_an_imported_model_is_unknown(corpus: Path, parent:
     found = result(train(tiny(corpus, "*-*-", start=start, train__tokens=TOKENS), tmp_path / "runs"))
     assert found["flops_before"] is None
     assert found["flops_teacher"] == 0
+    assert load_runs(tmp_path / "runs")["flops_with_parent"].isna().all()
 
 
 # Refusals
@@ -402,6 +405,7 @@ def stopping(corpus: Path, parent: RunFolder, **changes: Any) -> Experiment:
     return student(corpus, parent, "*E", objective__ce_weight=0.3, train__val_every=4, **layers, **blocks, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 13])
 def test_a_stopped_student_resumes_to_the_same_result(
     corpus: Path, parent: RunFolder, tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch

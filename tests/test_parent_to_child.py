@@ -80,7 +80,7 @@ def test_every_arm_is_cut_distilled_and_trained_from_scratch(
         return {"run": str(runs.get(words[0])), "plan": str(tmp_path / f"{words[0]}.json")}
 
     monkeypatch.setattr(chain.Commands, "__call__", explore)
-    table = chain.study(tmp_path, None, 384, workers=workers)
+    table = chain.study(tmp_path, None, 384, workers=workers, equal_flops=True)
     assert table["arm"].to_list() == [
         "parent",
         *(f"{arm}, {what}" for arm in ("width", "depth", "puzzle") for what in ("distilled", "from scratch")),

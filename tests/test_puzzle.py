@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from block_variants import D_MODEL, VARIANTS
 from command_line import run
+from damage import DAMAGE
 from small_runs import result, tiny, train, write_corpus
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from explore.compress.measures import Setting, measure
 from explore.compress.puzzle import Limits, Puzzle
 from explore.compress.replacing import block_flops, replace_one
 from explore.compress.variants import Offer, pooled, variants
-from explore.model import LanguageModel
+from explore.model import LanguageModel, ModelConfig
 from explore.runs import RunFolder
 from explore.train import block_library, blockwise, child_experiment, puzzle_rounds
 from explore.train.blockwise import least_squares
@@ -298,6 +300,34 @@ def test_a_killed_library_resumes_without_loss(parent: RunFolder, n_saves: int) 
     assert path.read_text() == resumed
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_damaged_state_of_a_killed_library_is_dropped_with_one_note(
+    parent: RunFolder, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offer = Offer(shares=(0.5,), vary=("d_ff",), replacements=("cut",))
+    request = REQUEST.model_copy(update={"offer": offer, "tokens": 4 * 128, "val_tokens": 128})
+    whole, save = block_library(parent, request), blockwise._Maker._save
+    (path,) = parent.path.glob(f"library-{whole.key[:8]}.json")
+    path.unlink()
+
+    def killed(self: Any, content: Any) -> None:
+        save(self, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise, "SAVE_EVERY_S", -1.0)
+        patch.setattr(blockwise._Maker, "_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            block_library(parent, request)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(DAMAGE[damage](partial.read_bytes()))
+    capsys.readouterr()
+    assert block_library(parent, request) == whole
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"note: {partial}: is damaged (")
+    assert line.endswith("; it is removed, and the work starts over")
+
+
 # Choices
 
 
@@ -320,6 +350,7 @@ def test_costs_of_layers_sum_to_the_cost_of_the_child(solver: Puzzle) -> None:
             assert measure(name, child, solver.setting) == pytest.approx(solver.parent_cost(name) + added, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_show_names_what_replaces_each_layer_of_a_plan_and_of_its_child(
     parent: RunFolder,
     library: Library,
@@ -374,6 +405,49 @@ def test_baselines_meet_the_budgets_and_predict_no_better(solver: Puzzle) -> Non
     sizes = [each.costs["params_total"] for each in fitting_choices(solver, limits, "params_total")]
     largest = solver.library.plan(found["most parameters"].options).model()
     assert solver.cost_of(largest, "params_total") == max(sizes)
+
+
+def test_a_layer_of_one_letter_replaced_like_all_others_is_the_best_such_child() -> None:
+    model = ModelConfig.model_validate({"d_model": 32, "vocab_size": 64, "pattern": "M*M-E-", "blocks": BLOCKS})
+    sketch, rng = Library.sketch(model, REQUEST.offer), random.Random(0)
+    layers = [[each.model_copy(update={"kl": rng.random()}) for each in layer] for layer in sketch.layers]
+    layers = [[layer[0].model_copy(update={"kl": 0.0}), *layer[1:]] for layer in layers]
+    solver = Puzzle(Library.model_validate({**sketch.model_dump(), "layers": layers}), Setting(32))
+    for share in (0.4, 0.6, 0.8):
+        limits = Limits({"params_active": share * solver.parent_cost("params_active")}, same=True)
+        (found,) = solver.solve(limits)
+        alike = [each for each in fitting_choices(solver, limits) if is_homogeneous(solver.library, each.options)]
+        assert found.options == min(alike, key=lambda each: each.predicted).options
+        kept = {letter: {found.options[i] for i in at} for letter, at in (("M", (0, 2)), ("-", (3, 5)))}
+        nothing = {letter: len(solver.library.layers[i]) - 1 for letter, i in (("M", 0), ("-", 3))}
+        assert all(len(options - {nothing[letter]}) <= 1 for letter, options in kept.items())
+
+
+def is_homogeneous(library: Library, options: tuple[int, ...]) -> bool:
+    """Whether all kept layers of a letter have the same replacement."""
+    kept: dict[str, set[int]] = {}
+    for letter, layer, k in zip(library.parent_model.pattern, library.layers, options, strict=True):
+        if layer[k].how != "none":
+            kept.setdefault(letter, set()).add(k)
+    return all(len(each) == 1 for each in kept.values())
+
+
+def test_budgets_that_only_conflict_together_are_named_with_the_least_of_each(solver: Puzzle) -> None:
+    names = ("params_active", "state_bytes")
+    least = {name: min(each.costs[name] for each in fitting_choices(solver, Limits({}), name)) for name in names}
+    message = str(solver._unmet(Limits({name: value + 1000.0 for name, value in least.items()})))
+    assert message == (
+        f"no child meets params_active={least['params_active'] + 1000:,.0f}, state_bytes=1,000 together; "
+        f"the least of each alone is params_active={least['params_active']:,.0f}, state_bytes=0"
+    )
+
+
+def test_the_message_and_the_gap_of_the_solver_are_in_the_plan(solver: Puzzle) -> None:
+    limits = Limits({"params_active": 22_000})
+    (choice,) = solver.solve(limits)
+    origin = solver.plan(choice, limits).origin
+    assert "Optimal" in str(origin["status"])
+    assert origin["gap"] == 0
 
 
 def test_dropping_the_only_attention_layer_is_noted(solver: Puzzle, children: Children, library: Library) -> None:

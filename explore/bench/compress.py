@@ -69,11 +69,13 @@ def compare_compression(seconds: float = 10) -> Iterator[dict[str, Any]]:
         f"scores of {millions:.1f}M parameters on {scored['tokens']:,} tokens", scored["seconds"], SCORE_S, "s"
     )
     step = in_a_process(what="distil", seconds=seconds)
-    yield _record("distillation step without the teacher, over the student's own", step["ratio"], STEP_RATIO, "times")
+    yield _record(
+        "distillation step minus the teacher's pass, relative to a plain step", step["ratio"], STEP_RATIO, "times"
+    )
     sliced, whole = (in_a_process(what="distil_memory", path=path) for path in ("sliced", "whole"))
     both = 2 * BATCH_SIZE * SEQ_LEN * VOCAB_SIZE * 4
     saved = whole["peak_bytes"] - sliced["peak_bytes"]
-    yield {**_record("memory that no logits of either side save", saved, both, "bytes"), "holds": saved >= both}
+    yield {**_record("memory saved because no logits exist in full", saved, both, "bytes"), "holds": saved >= both}
     library = in_a_process(what="library", seconds=seconds)
     what = f"training step of a library of {library['n_parts']} replacements, over one of the parent"
     yield _record(what, library["ratio"], LIBRARY_RATIO, "times")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from explore.cli.app import app, out
-from explore.cli.cut_tables import ranges, show_published_cut
+from explore.cli.app import app, note, out
+from explore.cli.cut_tables import show_published_cut
 from explore.cli.opening import OR_KEY, run_path
 from explore.cli.options import (
     Context,
@@ -25,15 +26,17 @@ from explore.cli.options import (
     only_with,
     whole_count,
 )
-from explore.formatting import read_count
+from explore.cost import HARDWARE
+from explore.formatting import ranges, read_count
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from explore.blocks import BlockConfig
     from explore.compress import Cutter, Plan
-    from explore.compress.measures import Setting
+    from explore.compress.candidates import Candidate
     from explore.compress.plan import LibraryBlock
     from explore.compress.zero_shot import Ranked, Validation
-    from explore.model import ModelConfig
     from explore.train.shortlist import Distilled
 
 SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
@@ -111,7 +114,7 @@ def cut(
     data: DataOf = None,
     context: Context = None,
     batch_size: DecodeBatch = 1,
-    hardware: DecodeHardware = "H100",
+    hardware: DecodeHardware = HARDWARE,
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
@@ -127,7 +130,7 @@ def cut(
     show: Annotated[
         bool,
         typer.Option(
-            "--show", help="Print the cut of each layer; write nothing. Without sizes, that of a plan or of a child."
+            "--show", help="Print the cut of each layer; write no plan. Without sizes, that of a plan or of a child."
         ),
     ] = False,
     figure: Annotated[
@@ -143,8 +146,8 @@ def cut(
     these after a short distillation, which is kept in the run's folder.
     """
     from explore.compress import Cutter, Scores
-    from explore.compress.measures import Setting
-    from explore.compress.zero_shot import Validation
+    from explore.compress.measures import Setting, measure, read_budget
+    from explore.compress.zero_shot import Validation, spread
     from explore.cost import Dtypes
     from explore.presets import PRESETS
 
@@ -164,16 +167,17 @@ def cut(
         raise ValueError("--drop-layers: must not be combined with --drop-layer")
     only_with("--distil-tokens", distil_tokens, "--target", target)
     only_with("--one-by-one", one_by_one, "--drop-layers", drop_layers)
-    sizes = dict(_pair("--keep", text) for text in keep or [])
+    sizes = dict(_size(text) for text in keep or [])
     given = None if scores is None else Scores.load(scores)
     how: dict[str, Any] = {"by": by, "effect": effect, "seed": seed, "norm_scales": norm_scales, "principal": principal}
-    cutter = Cutter.of(run, **how, scores=given, data=data)
+    drop: int | list[int] = drop_layer or drop_layers
     validation = Validation(run, val_tokens, data)
-    ranked: list[Ranked] = []
-    n_candidates = 0
+    # Scores take time and are written, so mistakes are looked for first, with an arbitrary ranking.
+    unscored = Cutter.of(run, by="random", norm_scales=False, data=data)
+    search: Callable[[Cutter], list[Candidate]] | None = None
+    found: list[Candidate] = []
     if target or free:
-        from explore.compress.candidates import candidates, free_size
-        from explore.compress.zero_shot import spread
+        from explore.compress.candidates import DEPTH, candidates, check_search, free_size
 
         setting = Setting(
             context or validation.experiment.data.seq_len,
@@ -181,20 +185,31 @@ def cut(
             Dtypes(weight_dtype, kv_dtype, state_dtype),
             hardware,
         )
-        wanted = dict(_target(text, cutter.model, setting) for text in target or [])
-        found = candidates(cutter, wanted, [free_size(cutter.model, text) for text in free or []], setting, tolerance)
+        parent_has = partial(measure, model=unscored.model, setting=setting)
+        wanted = dict(read_budget("--target", text, parent_has) for text in target or [])
+        sizes_free = [free_size(unscored.model, text) for text in free or []]
+        search = partial(candidates, targets=wanted, free=sizes_free, setting=setting, tolerance=tolerance)
+        check_search(unscored.model, wanted, sizes_free, setting, tolerance)
+        if all(size.name != DEPTH for size in sizes_free):  # otherwise the ranking says which layers go
+            found = search(unscored)
+    elif like is not None:
+        _like(unscored, like, drop_mtp=drop_mtp)
+    else:
+        unscored.plan(sizes, drop, drop_mtp=drop_mtp)
+    cutter = Cutter.of(run, **how, scores=given, data=data)
+    ranked: list[Ranked] = []
+    n_candidates = 0
+    if search is not None:
+        found = found or search(cutter)
         n_candidates = len(found)
         ranked = validation.rank(cutter, spread(found, score_at_most), drop_mtp=drop_mtp)[:best]
         plan = ranked[0].plan
     elif like is not None:
-        plan = _like(cutter, like, figure, run.resolve().name, drop_mtp=drop_mtp)
+        plan = _like(cutter, like, drop_mtp=drop_mtp, figure=figure)
+    elif one_by_one:
+        plan = cutter.one_by_one(run, sizes, drop_layers, effect=effect, seed=seed, data=data, drop_mtp=drop_mtp)
     else:
-        drop: int | list[int] = drop_layer or drop_layers
-        widths = {name: int(n) for name, n in sizes.items()}
-        if one_by_one:
-            plan = cutter.one_by_one(run, widths, drop_layers, effect=effect, seed=seed, data=data, drop_mtp=drop_mtp)
-        else:
-            plan = cutter.plan(widths, drop, drop_mtp=drop_mtp)
+        plan = cutter.plan(sizes, drop, drop_mtp=drop_mtp)
     if show:
         _show(plan)
         return
@@ -218,7 +233,7 @@ def cut(
     _print(record)
 
 
-def _like(cutter: Cutter, like: str, figure: Path | None, run: str, *, drop_mtp: bool) -> Plan:
+def _like(cutter: Cutter, like: str, *, drop_mtp: bool, figure: Path | None = None) -> Plan:
     """The plan that cuts a parent to the sizes of another model; also draws the cut if `figure` is given."""
     from explore.cli.models import load_model
     from explore.compress.alignment import align
@@ -228,7 +243,7 @@ def _like(cutter: Cutter, like: str, figure: Path | None, run: str, *, drop_mtp:
     if figure is not None:
         from explore.figures import plot_cut, save_figure
 
-        save_figure(plot_cut(alignment, run, Path(like).name), figure)
+        save_figure(plot_cut(alignment, str(cutter.whole.origin["run"]), Path(like).name), figure)
     return plan
 
 
@@ -247,6 +262,7 @@ def _record(
     n_candidates: int,
     distilled: list[Distilled],
 ) -> dict[str, Any]:
+    from explore.compress.notes import notes
     from explore.train.shortlist import rankings_agree
 
     child, seq_len = plan.model(), validation.experiment.data.seq_len
@@ -277,6 +293,7 @@ def _record(
         if distilled
         else None,
         "flops": plan.flops,
+        "notes": notes(plan, is_recall=validation.experiment.data.kind == "recall"),
         "zero_shot": {**quality._asdict(), "parent_val_loss": parent.val_loss, "parent_val_bpb": parent.val_bpb},
     }
 
@@ -314,6 +331,8 @@ def _print(record: dict[str, Any]) -> None:
         if quality[name] is not None:
             table.add_row(f"{name}, not trained further", f"{quality[f'parent_{name}']:.4f}", f"{quality[name]:.4f}")
     out.print(table, highlight=False)
+    for text in record["notes"]:
+        note(text)
     out.print(f"{record['config']['pattern']}, plan: {record['plan']}", highlight=False, markup=False)
 
 
@@ -343,14 +362,6 @@ def _show(plan: Plan) -> None:
     out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
 
 
-def _target(text: str, parent: ModelConfig, setting: Setting) -> tuple[str, float]:
-    """Reads `params_active=1.5M`, or `params_active=50%` (a share of the parent's)."""
-    from explore.compress.measures import measure
-
-    name, value = _pair("--target", text.removesuffix("%"))
-    return name, value / 100 * measure(name, parent, setting) if text.endswith("%") else value
-
-
 def _show_own(path: Path) -> bool:
     """Prints the plan in a file, or the plan by which a run was cut from its parent; returns whether there is one."""
     from explore.compress import Plan
@@ -377,14 +388,13 @@ def _replacement(block: BlockConfig, by: LibraryBlock) -> str:
     return f"replaced by {what}, trained in the library (block {by.digest[:8]})"
 
 
-def _pair(option: str, text: str) -> tuple[str, float]:
-    """Reads `d_model=96` or `params_active=1.5M`."""
+def _size(text: str) -> tuple[str, int]:
+    """Reads `d_model=96`."""
     name, _, value = text.partition("=")
     try:
         number = read_count(value)
     except ValueError:
         number = -1
-    if not name or number < 0 or (option == "--keep" and number != int(number)):
-        what = "SIZE=N, such as d_model=96" if option == "--keep" else "BUDGET=VALUE, such as params_active=1.5M or 50%"
-        raise ValueError(f"{option} must be of the form {what}, got {text!r}")
-    return name, number
+    if not name or number < 0 or number != int(number):
+        raise ValueError(f"--keep must be of the form SIZE=N, such as d_model=96, got {text!r}")
+    return name, int(number)

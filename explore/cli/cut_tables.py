@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Callable, Iterable
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from explore.cli.app import out
-from explore.formatting import count, flops
+from explore.formatting import count, flops, ranges
 
 if TYPE_CHECKING:
     from explore.compress.alignment import Alignment
@@ -198,13 +197,6 @@ def _show_blocks(search: BlockSearch, as_json: bool) -> None:
     out.print(table, highlight=False)
     n = blocks.groupby(["attention", "d_ff"]).ngroups
     _say(f"{search.child} uses {n} of these pairs. explore cut {search.parent} --like {search.child} shows the layers.")
-
-
-def ranges(indices: Iterable[int]) -> str:
-    """Increasing numbers as ranges, such as `0-3 7 9-10`."""
-    runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
-    ends = ((run[0][1], run[-1][1]) for run in runs)
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def _sizes(block: Any) -> list[int]:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
+from explore.cli.opening import OR_KEY, run_argument
 from explore.cli.options import (
     Context,
     DecodeBatch,
@@ -21,7 +22,7 @@ from explore.cli.options import (
     only_with,
     whole_count,
 )
-from explore.formatting import read_count
+from explore.cost import HARDWARE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ MOST_BUDGETS = 100
     epilog="Example: explore puzzle runs/my-run-0123abcd --max params_active=1M --max state_bytes=50%",
 )
 def puzzle(
-    run: Annotated[Path, typer.Argument(help="A finished run.")],
+    run: Annotated[Path, run_argument(f"a finished {OR_KEY[2:]}")],
     most: Annotated[
         list[str] | None,
         typer.Option("--max", metavar="BUDGET=VALUE", help="At most this, e.g. params_active=1M or 50%; repeatable."),
@@ -55,7 +56,8 @@ def puzzle(
     solutions: Annotated[int, typer.Option(min=1, help="Save this many solutions, the best first.")] = 1,
     differ: Annotated[int, typer.Option(min=1, help="Minimum number of layers in which two solutions differ.")] = 1,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Compare with simpler methods under the same budgets.")
+        bool,
+        typer.Option("--baselines", help="Compare with simpler methods under the same budgets; writes their plans."),
     ] = False,
     shares: Annotated[str, typer.Option(help="Sizes to offer, as shares of the parent's sizes.")] = "0.5,0.25",
     vary: Annotated[
@@ -89,7 +91,7 @@ def puzzle(
     ] = 524_288,
     context: Context = None,
     batch_size: DecodeBatch = 1,
-    hardware: DecodeHardware = "H100",
+    hardware: DecodeHardware = HARDWARE,
     weight_dtype: WeightDtype = "bfloat16",
     kv_dtype: KVDtype = "bfloat16",
     state_dtype: StateDtype = "float32",
@@ -179,20 +181,16 @@ def _listed(text: str) -> list[str]:
 
 
 def _limits(solver: Puzzle, most: list[str], same: bool, drop: int | None) -> Limits:
-    """Reads `params_active=1M`, or `state_bytes=50%` (a share of the parent's)."""
+    from explore.compress.measures import read_budget
     from explore.compress.puzzle import Limits
 
-    bounds = {}
-    for text in most:
-        name, _, value = text.partition("=")
-        if not name or not value:
-            raise ValueError(f"--max must be of the form BUDGET=VALUE, such as params_active=1M, got {text!r}")
-        bounds[name] = _value(solver, name, value, f"--max {text}")
-    return Limits(bounds, same, drop)
+    return Limits(dict(read_budget("--max", text, solver.parent_cost) for text in most), same, drop)
 
 
 def _budgets(solver: Puzzle, text: str) -> list[tuple[str, float]]:
     """Reads `state_bytes=10k:50k:8` as geometrically spaced values, both ends included."""
+    from explore.compress.measures import read_budget
+
     name, _, rest = text.partition("=")
     parts = rest.split(":")
     if not name or len(parts) != 3 or not parts[2].isdecimal() or not 2 <= int(parts[2]) <= MOST_BUDGETS:
@@ -200,23 +198,11 @@ def _budgets(solver: Puzzle, text: str) -> list[tuple[str, float]]:
             f"--sweep must be of the form BUDGET=LOW:HIGH:N with N from 2 to {MOST_BUDGETS}, "
             f"such as state_bytes=20%:80%:7, got {text!r}"
         )
-    low, high = (_value(solver, name, part, f"--sweep {text}") for part in parts[:2])
+    low, high = (read_budget("--sweep", f"{name}={part}", solver.parent_cost)[1] for part in parts[:2])
     if not 0 < low < high:
         raise ValueError(f"--sweep {text}: LOW must be above 0 and below HIGH")
     n = int(parts[2])
     return [(name, low * (high / low) ** (i / (n - 1))) for i in range(n)]
-
-
-def _value(solver: Puzzle, name: str, text: str, option: str) -> float:
-    from explore.compress.measures import check_measure
-
-    check_measure(name)
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100 * solver.parent_cost(name)
-        return read_count(text)
-    except ValueError:
-        raise ValueError(f"{option}: the value must be a number or a share, such as 1M or 50%, got {text!r}") from None
 
 
 def _record(
@@ -230,8 +216,10 @@ def _record(
     """The record that `--json` prints; also writes the plans."""
     rows = [_row(solver, children, choice) for choice in found]
     compared = [{"method": name, **_row(solver, children, choice)} for name, choice in others.items()]
-    for i, (row, choice) in enumerate(zip(rows, found, strict=True)):
-        plan = solver.plan(choice, limits, flops=solver.library.flops + children.flops)
+    flops = solver.library.flops + children.flops
+    choices = zip((*rows, *compared), (*found, *others.values()), strict=True)
+    for i, (row, choice) in enumerate(choices):
+        plan = solver.plan(choice, limits, flops=flops)
         path = output if output and not i else children.folder.path / "plans" / f"{plan.key()[:8]}.json"
         plan.save(path)
         row["plan"] = str(path)
@@ -246,7 +234,7 @@ def _record(
         "cost": {name: pair[1] for name, pair in measures.items()},
         "parent_cost": {name: pair[0] for name, pair in measures.items()},
         "parent": children.parent._asdict(),
-        "flops": solver.library.flops + children.flops,
+        "flops": flops,
         "notes": children.notes(found[0]),
         "solutions": rows,
         "baselines": compared,
@@ -287,6 +275,7 @@ def _print(record: dict[str, Any]) -> None:
         scores.add_row(name, *(f"{number:.4f}" for number in numbers))
     out.print(scores, highlight=False)
     out.print("predicted: sum of each replacement's KL when used alone, nats per token", style="dim", highlight=False)
+    out.print(f"program: {record['status']}, gap {record['gap']:g}", style="dim", highlight=False, markup=False)
     for text in record["notes"]:
         note(text)
     out.print(f"{record['config']['pattern']}, plan: {record['plan']}", highlight=False, markup=False)

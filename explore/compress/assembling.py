@@ -11,13 +11,11 @@ import pandas as pd
 
 from explore.checkpoints import load_model
 from explore.compress.library import Library
+from explore.compress.notes import notes
 from explore.compress.puzzle import Choice, Limits, Puzzle
 from explore.compress.replacing import HeldOut, Measured
 from explore.data.progress import progress
 from explore.runs import RunFolder
-
-ATTENTION = "attention"
-"""Role of blocks that can look up any earlier position."""
 
 
 class Children:
@@ -49,12 +47,8 @@ class Children:
         return self.text.measure(child)
 
     def notes(self, choice: Choice) -> list[str]:
-        """Returns warnings about a child that bits per byte does not show."""
-        before, after = self.model.config.layers, self.library.plan(choice.options).model().layers
-        looks_up = [any(block.role == ATTENTION for block in blocks) for blocks in (before, after)]
-        if looks_up == [True, False] and not self.text.is_recall:
-            return ["the child has no attention layer left; bits per byte does not show what it can recall"]
-        return []
+        """Returns what a child lost and bits per byte does not show."""
+        return notes(self.library.plan(choice.options), is_recall=self.text.is_recall)
 
 
 def sweep(puzzle: Puzzle, children: Children, limits: Limits, budgets: Sequence[tuple[str, float]]) -> pd.DataFrame:
@@ -65,14 +59,14 @@ def sweep(puzzle: Puzzle, children: Children, limits: Limits, budgets: Sequence[
         budgets: bounds, all on the same named measure.
 
     Returns:
-        Columns `budget`; the measure, by name, with the child's cost; predicted, kl, val_loss, val_bpb, recall,
-        pattern, and `layers`, the names of the replacements.
+        Columns `budget`; the measure, by name, with the child's cost; predicted, gap (of the integer program), kl,
+        val_loss, val_bpb, recall, pattern, and `layers`, the names of the replacements.
     """
     rows: list[dict[str, Any]] = []
     with progress("children", len(budgets)) as report:
         for i, (name, most) in enumerate(budgets):
             (choice,) = puzzle.solve(limits.with_budget(name, most))
-            row = {"budget": most, name: choice.costs[name], "predicted": choice.predicted}
+            row = {"budget": most, name: choice.costs[name], "predicted": choice.predicted, "gap": choice.gap}
             names, pattern = puzzle.library.names(choice.options), puzzle.library.plan(choice.options).model().pattern
             rows.append({**row, **children.measure(choice)._asdict(), "pattern": pattern, "layers": names})
             report(i + 1)

@@ -125,24 +125,13 @@ def candidates(
     Raises:
         ValueError: a target exceeds the parent's cost, there are too many combinations, or none meets the targets.
     """
-    if not (targets and free):
-        raise ValueError(f"{'free' if targets else 'target'}: at least one is required")
-    if len({size.name for size in free}) < len(free):
-        raise ValueError(f"free: each size must be named once, got {', '.join(size.name for size in free)}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be above 0, got {tolerance}")
-    for name, target in targets.items():
-        check_measure(name)
-        whole = measure(name, cutter.model, setting)
-        if not 0 < target <= whole * (1 + tolerance):
-            raise ValueError(f"{name}: must be above 0 and at most the parent's {_text(whole)}, got {_text(target)}")
-    if (n := math.prod(len(size.values) for size in free)) > LARGEST:
-        raise ValueError(f"free: at most {LARGEST:,} combinations can be looked at, got {n:,}; give larger steps")
+    check_search(cutter.model, targets, free, setting, tolerance)
     points = [each for each in _points(cutter, targets, free, setting) if each.off < math.inf]
     found = [each for each in points if each.off <= tolerance]
     if found:
         return found
     if not points:
+        n = math.prod(len(size.values) for size in free)
         raise ValueError(f"free: none of the {n:,} combinations of sizes is a model")
     best = min(points, key=lambda each: each.off)
     worst = max(targets, key=lambda name: _off(best.values[name], targets[name]))
@@ -151,6 +140,29 @@ def candidates(
         f"{worst}: no child comes within {tolerance:.1%} of {_text(targets[worst])}; "
         f"the nearest has {_text(best.values[worst])}, with {sizes}"
     )
+
+
+def check_search(
+    model: ModelConfig, targets: Mapping[str, float], free: Sequence[Size], setting: Setting, tolerance: float
+) -> None:
+    """Checks a search for candidates against the parent's config, before anything is enumerated.
+
+    Raises:
+        ValueError: a target exceeds the parent's cost, there are too many combinations, or something is missing.
+    """
+    if not (targets and free):
+        raise ValueError(f"{'free' if targets else 'target'}: at least one is required")
+    if len({size.name for size in free}) < len(free):
+        raise ValueError(f"free: each size must be named once, got {', '.join(size.name for size in free)}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}")
+    for name, target in targets.items():
+        check_measure(name)
+        whole = measure(name, model, setting)
+        if not 0 < target <= whole * (1 + tolerance):
+            raise ValueError(f"{name}: must be above 0 and at most the parent's {_text(whole)}, got {_text(target)}")
+    if (n := math.prod(len(size.values) for size in free)) > LARGEST:
+        raise ValueError(f"free: at most {LARGEST:,} combinations can be looked at, got {n:,}; give larger steps")
 
 
 def _points(

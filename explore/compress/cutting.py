@@ -13,6 +13,7 @@ from torch import Tensor
 from explore.blocks import Axis
 from explore.compress.choosing import choose, highest
 from explore.compress.depth import one_by_one
+from explore.compress.observing import EFFECTS
 from explore.compress.parent import open_parent
 from explore.compress.plan import LayerCut, Plan
 from explore.compress.ranking import METHODS, SCORED, Ranking, ranking
@@ -61,10 +62,13 @@ class Cutter:
             data: run or experiment whose data an imported checkpoint is scored on.
 
         Raises:
-            ValueError: the run is not finished, the scores belong to another parent, or the method is unknown.
+            ValueError: the run is not finished, the scores belong to another parent, or the method or the effect is
+                unknown.
         """
         if by not in METHODS:
             raise ValueError(f"by must be one of {', '.join(METHODS)}, got {by!r}")
+        if effect not in EFFECTS:
+            raise ValueError(f"effect must be one of {', '.join(EFFECTS)}, got {effect!r}")
         parent = open_parent(run, data)
         model = parent.model
         weights = model.state_dict()

@@ -14,8 +14,9 @@ from torch import nn
 
 from explore.compress.observing import EFFECTS, Observer
 from explore.compress.parent import open_parent
+from explore.data.cache import sealed
 from explore.data.progress import progress
-from explore.files import exists, read_json, write_json
+from explore.files import read_json, write_json
 from explore.model import LanguageModel
 from explore.runs import RunFolder
 from explore.weights import weights_digest
@@ -82,7 +83,7 @@ def one_by_one(
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     path = parent.path / f"depth-{key[:8]}.json"
-    rounds: list[dict[str, Any]] = read_json(path)["rounds"] if exists(path) else []
+    rounds = _kept_rounds(path, key, n_layers)
     source = parent.experiment.data.open(seed)
     with progress("leaving out layers", n) as report:
         while len(rounds) < n:
@@ -95,11 +96,28 @@ def one_by_one(
             least = min(range(len(left)), key=lambda k: (values[k], k))
             flops = about["tokens"] * _flops_of_round(model, left, seq_len)
             rounds.append({"layer": left[least], "effect": values[least], "flops": flops})
-            write_json(path, {"key": key, "about": about, "rounds": rounds})
+            write_json(path, sealed({"key": key, "about": about, "rounds": rounds}, hashlib.sha256()))
             report(len(rounds))
     used = rounds[:n]
     layers, effects = (tuple(each[name] for each in used) for name in ("layer", "effect"))
     return Order(layers, effects, float(sum(each["flops"] for each in used)))
+
+
+def _kept_rounds(path: Path, key: str, n_layers: int) -> list[dict[str, Any]]:
+    """The stored rounds; none if the file is missing, damaged or of another key. Older versions stored no digest."""
+    try:
+        content = read_json(path)
+        is_whole = "sha256" not in content or sealed(content, hashlib.sha256()) == content
+        if content["key"] != key or not is_whole:
+            return []
+        rounds = [
+            {"layer": int(each["layer"]), "effect": float(each["effect"]), "flops": float(each["flops"])}
+            for each in content["rounds"]
+        ]
+    except (ValueError, LookupError, TypeError, ArithmeticError):
+        return []
+    layers = [each["layer"] for each in rounds]
+    return rounds if len(set(layers)) == len(layers) and set(layers) < set(range(n_layers)) else []
 
 
 def _shorter(model: LanguageModel, layers: list[int]) -> LanguageModel:

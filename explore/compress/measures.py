@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
-from explore.cost import DTYPES, Cost, Dtypes
+from explore.cost import DTYPES, HARDWARE, Cost, Dtypes
 from explore.foreign import did_you_mean, echo
+from explore.formatting import read_count
 from explore.model import ModelConfig
 from explore.roofline import Deployment, hardware
 
@@ -25,7 +26,7 @@ class Setting:
     context: int
     batch_size: int = 1
     dtypes: Dtypes = DTYPES
-    device: str = "H100"
+    device: str = HARDWARE
 
 
 def _decode_s(model: ModelConfig, setting: Setting) -> float:
@@ -70,8 +71,32 @@ def measure(name: str, model: ModelConfig, setting: Setting) -> float:
     return float(getattr(Cost.of(model.ledger(setting.context), setting.dtypes), name))
 
 
-def check_measure(name: str) -> None:
-    """Checks the name of a measure.
+def read_budget(option: str, text: str, of_parent: Callable[[str], float]) -> tuple[str, float]:
+    """Reads `params_active=1.5M`, or `params_active=50%`, a share of what the parent has.
+
+    Args:
+        option: the option that the text was given to, for errors.
+        text: the text.
+        of_parent: returns a measure of the parent by its name.
+
+    Raises:
+        ValueError: the text is not of this form, or there is no such measure.
+    """
+    name, _, value = text.partition("=")
+    try:
+        number = read_count(value.removesuffix("%"))
+    except ValueError:
+        number = -1
+    if not name or number < 0:
+        raise ValueError(
+            f"{option} must be of the form BUDGET=VALUE, such as params_active=1.5M or 50%, got {echo(text)}"
+        )
+    check_measure(name, option)
+    return name, number / 100 * of_parent(name) if value.endswith("%") else number
+
+
+def check_measure(name: str, where: str = "target") -> None:
+    """Checks the name of a measure; `where` is the field or option that named it, for the error.
 
     Raises:
         ValueError: there is no such measure.
@@ -79,6 +104,6 @@ def check_measure(name: str) -> None:
     if name not in MEASURES:
         hint = did_you_mean(name, MEASURES)
         raise ValueError(
-            f"target: {echo(name)} is unknown; {hint}choose from params_total, params_active, flops_train, "
+            f"{where}: {echo(name)} is unknown; {hint}choose from params_total, params_active, flops_train, "
             "decode_bytes, weight_bytes, kv_bytes, state_bytes, memory_bytes, decode_s and other totals of explore cost"
         )

@@ -34,7 +34,7 @@ class Parent:
 
     @cached_property
     def model(self) -> LanguageModel:
-        """Loads the model with its weights, in evaluation mode."""
+        """Loads the model with its weights, in evaluation mode. Low precision of its training is not emulated."""
         return load_model(self.path) if self.is_run else TrainedModel.model_validate(self.path).load()
 
 
@@ -78,13 +78,18 @@ def finished(run: RunFolder | str | Path) -> RunFolder:
     """Opens a finished run.
 
     Raises:
-        ValueError: it is not a run, or not finished.
+        ValueError: it is not a run, not finished, or quantised after training, so without weights of its own.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     if folder.key is None:
         raise ValueError(f"{folder.path}: must be a run folder, with an experiment.json that can be read")
     if folder.status != "finished":
         raise ValueError(f"{folder.path}: must be a finished run, and is {folder.status}; train it to its end first")
+    if quantized := folder.quantized:
+        raise ValueError(
+            f"{folder.path}: must be a trained run, got a quantised one, without weights of its own; "
+            f"name its parent, {quantized['parent']['run']}"
+        )
     return folder
 
 

@@ -117,9 +117,11 @@ class Puzzle:
         return ModelConfig.model_validate({**content, "pattern": pattern, "blocks": blocks})
 
     def plan(self, choice: Choice, limits: Limits, **origin: float) -> Plan:
-        """Returns the plan of a choice."""
+        """Returns the plan of a choice; its origin holds the limits, and the solver's message and gap."""
         asked = tuple(f"{name}={value:g}" for name, value in limits.most.items())
-        about = {"same": limits.same} if limits.same else {}
+        about: dict[str, bool | float | str] = {"same": limits.same} if limits.same else {}
+        if choice.gap is not None:
+            about |= {"status": choice.status, "gap": choice.gap}
         return self.library.plan(choice.options, most=asked, predicted=choice.predicted, **about, **origin)
 
     def solve(self, limits: Limits, *, solutions: int = 1, differ: int = 1) -> list[Choice]:
@@ -213,10 +215,9 @@ class Puzzle:
         return [Same(at, frozenset(free[letter])) for letter, at in groups.items()]
 
     def _unmet(self, limits: Limits) -> ValueError:
-        """Returns an error that names the unreachable budget and its minimum."""
-        alone = [Limits({name: most}, limits.same, limits.drop) for name, most in limits.most.items()]
-        for one in alone:
-            (name, most), bare = next(iter(one.most.items())), Limits({}, limits.same, limits.drop)
+        """Returns an error that names the unreachable budget and its minimum, or the minimum of every budget alone."""
+        bare, alone = Limits({}, limits.same, limits.drop), dict[str, float]()
+        for name, most in limits.most.items():
             others = {other: value for other, value in limits.most.items() if other != name}
             for given in (bare, Limits(others, limits.same, limits.drop)):
                 try:
@@ -227,7 +228,10 @@ class Puzzle:
                 if least > most:
                     with_others = " with the other budgets" if given.most else ""
                     return ValueError(f"{name}: must be at least {_text(least)}{with_others}, got {_text(most)}")
-        return ValueError("no choice of replacements meets all budgets together")
+                alone.setdefault(name, least)
+        given_text = ", ".join(f"{name}={_text(most)}" for name, most in limits.most.items())
+        least_text = ", ".join(f"{name}={_text(least)}" for name, least in alone.items())
+        return ValueError(f"no child meets {given_text} together; the least of each alone is {least_text}")
 
     # Baselines
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from explore.blocks import Axis
-from explore.compress.observing import EFFECTS, owners
+from explore.compress.observing import owners
 from explore.compress.scores import Scores
 from explore.compress.surgery import Indices
 from explore.model import ModelConfig
@@ -48,8 +48,6 @@ class ByScores(Ranking):
     """Ranks by scores on a text, or in reverse."""
 
     def __init__(self, model: ModelConfig, scores: Scores, by: str, effect: str) -> None:
-        if effect not in EFFECTS:
-            raise ValueError(f"effect must be one of {', '.join(EFFECTS)}, got {effect!r}")
         self.model, self.scores, self.effect = model, scores, effect
         self.what, self.sign = ("frequency" if by == "frequency" else "activation"), (-1.0 if by == "reverse" else 1.0)
 

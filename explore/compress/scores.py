@@ -15,14 +15,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from explore.archive import read_partial
 from explore.blocks import Axis, BlockConfig
 from explore.compress.observing import CHANNELS, EFFECTS, EXPERTS, Observer
 from explore.compress.parent import finished, open_parent
 from explore.compress.surgery import Indices
 from explore.data.progress import progress
 from explore.files import replacing
+from explore.foreign import echo
 from explore.model import ModelConfig
-from explore.runs import RunFolder
+from explore.runs import DIGEST, UNREADABLE_TABLE, RunFolder
 from explore.weights import weights_digest
 
 __all__ = ["Scores", "finished", "flops_of_scoring", "score", "weak_halves"]
@@ -40,6 +42,7 @@ VERSION = 1
 """Part of every key; increase it when the same text may give different scores."""
 
 COLUMNS = ("what", "layer", "axis", "index", "inner", "score")
+TEXTS = ("what", "axis")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,26 +105,31 @@ class Scores:
         return [float(value) for value in rows.sort_values("layer")["score"]]
 
     def save(self, path: str | Path) -> None:
-        """Writes the table as parquet, with `about` in its metadata."""
+        """Writes the table as parquet, with `about` and a digest of both in its metadata."""
         table = self.table.copy()
-        table.attrs.update(self.about)
+        table.attrs.update({**self.about, DIGEST: _digest(self.table, self.about)})
         with replacing(path) as temporary:
             table.to_parquet(temporary, index=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """Reads a file that `save` wrote.
+        """Reads a file that `save` wrote; files of older versions have no digest.
 
         Raises:
-            ValueError: the file cannot be read or is not a table of scores.
+            ValueError: the file cannot be read, is not a table of scores, or is damaged.
         """
         try:
             table = pd.read_parquet(path)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: is not a table of scores ({' '.join(str(error).split())})") from None
-        if tuple(table.columns) != COLUMNS or "key" not in table.attrs:
+            about = {str(name): value for name, value in table.attrs.items() if name != DIGEST}
+            is_scores = tuple(table.columns) == COLUMNS and "key" in about
+            is_whole = not is_scores or table.attrs.get(DIGEST) in (None, _digest(table, about))
+        except UNREADABLE_TABLE as error:
+            raise ValueError(f"{path}: is not a table of scores ({echo(' '.join(str(error).split()))})") from None
+        if not is_scores:
             raise ValueError(f"{path}: is not a table of scores; its columns must be {', '.join(COLUMNS)}")
-        return cls(table, {str(name): value for name, value in table.attrs.items()})
+        if not is_whole:
+            raise ValueError(f"{path}: is damaged, since {DIGEST} does not match its scores; delete it and score again")
+        return cls(table, about)
 
 
 def score(
@@ -216,13 +224,18 @@ def flops_of_scoring(model: ModelConfig, seq_len: int, about: Mapping[str, Any])
     return float(about["tokens"] * (sum(layers) + head) + about["layer_tokens"] * without)
 
 
+def _digest(table: pd.DataFrame, about: Mapping[str, Any]) -> str:
+    """SHA-256 of scores and what they are about, which is kept in the metadata of their file."""
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name in COLUMNS:
+        column = table[name]
+        digest.update("\n".join(column).encode() if name in TEXTS else column.to_numpy("float64").tobytes())
+    return digest.hexdigest()
+
+
 def _resume(observer: Observer, partial: Path, key: str) -> int:
     """Loads the sums of an earlier process; returns the next batch."""
-    try:
-        state = torch.load(partial, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError):  # none, or cut off
-        return 0
-    if state.get("key") != key:
+    if not (state := read_partial(partial, key)):
         return 0
     observer.sums = dict(state["sums"])
     return int(state["step"])
