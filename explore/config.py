@@ -30,6 +30,13 @@ LARGEST = 2**63 - 1
 TAGGED = ("data", "objective", "start")
 """Names of fields that hold a discriminated union."""
 
+_BOUNDS = {
+    "greater than or equal to": "at least", "greater than": "above",
+    "less than or equal to": "at most", "less than": "below",
+}  # fmt: skip
+"""Words for the bound of a number, by those of pydantic; the longer ones first."""
+_BOUND = re.compile(f"Input should be ({'|'.join(_BOUNDS)}) ")
+
 
 class Config(BaseModel):
     """Base of every config: immutable, hashable, unknown keys rejected, JSON in and out.
@@ -241,8 +248,14 @@ def _reason(title: str, problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind == "value_error":
         return message
-    message = message[0].lower() + message[1:]
+    message = bound(message) or message[0].lower() + message[1:]
     return message if isinstance(value, Mapping | BaseModel) else f"{message}, got {echo(value)}"
+
+
+def bound(message: str) -> str | None:
+    """Pydantic's message about a number out of range in our words, `must be at least 1`; None for other messages."""
+    found = _BOUND.match(message)
+    return None if found is None else f"must be {_BOUNDS[found[1]]} {message[found.end() :]}"
 
 
 def nearest_fields(title: str, loc: list[str], *, is_mapping: bool = False) -> list[str]:

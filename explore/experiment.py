@@ -21,21 +21,24 @@ from pydantic import (
 )
 
 from explore.config import Config, FrozenJson, added_later, explain, set_field
-from explore.cost import in_formats
+from explore.cost import MTP_LETTER, Ledger, in_formats
 from explore.data import DataConfig, Source
 from explore.files import read_json
-from explore.foreign import echo, shorten
+from explore.foreign import check_type, echo, shorten
 from explore.formatting import count
 from explore.formatting.html import block, line
 from explore.model import ModelConfig, check_overrides
 from explore.objective import Distillation, NextToken, Objective
-from explore.precision import TRAINED, UNQUANTIZED, Recipe, Until, named
+from explore.precision import TRAINED, UNQUANTIZED, Recipe, Until, named, unused_setting
 from explore.weights import TrainedModel
 
 UNTIL_DECAY = frozenset(
     {"tokens", "flops", "warmup", "decay", "decay_shape", "final_lr_ratio", "val_every", "eval_tokens", "evaluation"}
 )
 """Fields of `TrainConfig` without effect before the decay; the warm-up counts by its steps instead."""
+
+AFTER_TRAINING = ("kv", "state", "kv_rounding", "state_rounding")
+"""Fields of a recipe that apply to decoding only."""
 
 MOST_TOKENS = 10**15
 """Most training tokens: twenty times the longest published training."""
@@ -70,7 +73,7 @@ class ParentWeights(Config):
     @field_validator("plan", mode="before")
     @classmethod
     def _look_up(cls, plan: Any) -> Any:
-        return read_json(Path(plan)) if isinstance(plan, str | Path) else plan
+        return read_json(plan) if isinstance(plan, str | Path) else plan
 
     def fingerprint(self) -> dict[str, Any]:
         """Omits how the plan was made, which does not affect the result."""
@@ -121,8 +124,8 @@ class TrainConfig(Config):
             weights and optimizer state in fp32; other recipes also quantise operands of some products.
         val_every: steps between validations; None validates only at the end.
         eval_tokens: tokens per evaluation of a split; None reads all.
-        evaluation: `opening` reads the first `eval_tokens` of a split. `whole` samples them from the whole split
-            during training; at the end it reads both splits in full and scores by document.
+        evaluation: `opening` reads the first `eval_tokens` of a split. `sampled` spreads them over the whole split.
+            `whole` does so during training; at the end it reads both splits in full and scores by document.
         objective: training objective.
         stop_recall: end the run early at this validation recall, checked every `val_every` steps.
     """
@@ -145,7 +148,7 @@ class TrainConfig(Config):
     eval_tokens: PositiveInt | None = None
     objective: Objective = added_later(NextToken())
     stop_recall: Annotated[float, Field(gt=0, le=1)] | None = added_later(None)
-    evaluation: Literal["opening", "whole"] = added_later("opening")
+    evaluation: Literal["opening", "sampled", "whole"] = added_later("opening")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -157,6 +160,15 @@ class TrainConfig(Config):
             raise ValueError(f"warmup: must be at most 1 - decay={1 - self.decay:g}, got {self.warmup}")
         if "fp16" in (self.recipe.format, *(rule.format for rule in self.recipe.rules)):
             raise ValueError("precision: formats must not be fp16, whose gradients would need loss scaling, got 'fp16'")
+        for field in AFTER_TRAINING:
+            value, default = getattr(self.recipe, field), Recipe.model_fields[field].default
+            if value != default:
+                raise ValueError(
+                    f"precision.{field}: must be {json.dumps(default)} in training, since it applies to decoding after "
+                    f"training (`explore quantize`), got {json.dumps(value)}"
+                )
+        if self.quantizes and (unused := unused_setting(self.recipe)):
+            raise ValueError(f"precision.{unused}")
         if self.stop_recall is not None and self.val_every is None:
             raise ValueError(f"val_every: must be given with stop_recall={self.stop_recall}, which validations decide")
         return self
@@ -185,6 +197,28 @@ class TrainConfig(Config):
         return round(self.warmup * n_steps)
 
 
+def _check_trainable(ledger: Ledger, recipe: Recipe) -> None:
+    """Rejects formats that training would not use: it quantises products of linear layers and experts only."""
+    (head,) = (row.entry.weight for row in ledger if (row.letter, row.entry.component) == ("", "head"))
+    for row in ledger:
+        component, weight = row.entry.component, row.entry.weight
+        if row.entry.row and weight not in UNQUANTIZED:
+            raise ValueError(
+                f"train.precision: {component} must be in bf16 or fp32 in training, which quantises products only, "
+                f"got {weight!r}"
+            )
+        if not row.entry.sums_over and weight != recipe.high:
+            raise ValueError(
+                f"train.precision: {component} must be in {recipe.high} in training, where rules apply only to linear "
+                f"layers and routed experts, got {weight!r}"
+            )
+        if row.letter == MTP_LETTER and component == "head" and weight != head:
+            raise ValueError(
+                f"train.precision: head must be in {head} in multi-token prediction too, which uses the same weights, "
+                f"got {weight!r}"
+            )
+
+
 class Experiment(Config):
     """One training run: model, data, training settings, seed and initial weights."""
 
@@ -209,12 +243,7 @@ class Experiment(Config):
                 ledger = in_formats(self.model.ledger(self.data.seq_len), self.train.recipe)
             except ValueError as error:
                 raise ValueError(f"train.{error}") from None
-            for row in ledger:
-                if row.entry.row and row.entry.weight not in UNQUANTIZED:
-                    raise ValueError(
-                        f"train.precision: {row.entry.component} must be in bf16 or fp32 in training, which "
-                        f"quantises products only, got {row.entry.weight!r}"
-                    )
+            _check_trainable(ledger, self.train.recipe)
         if isinstance(self.train.objective, Distillation):
             self.train.objective.check_student(self.model)
         if self.train.stop_recall is not None and self.data.kind != "recall":
@@ -311,15 +340,17 @@ class Experiment(Config):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @classmethod
-    def load(cls, path: Path, overrides: Iterable[str] = ()) -> Experiment:
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         """Reads an experiment from JSON.
 
         Args:
             overrides: `path.to.field=value`, the value as JSON or as bare text.
 
         Raises:
+            TypeError: `path` is not a path.
             ValueError: no such file, not JSON, or an invalid field, named by its path.
         """
+        check_type(path, (str, Path), "path must be the path of an experiment in JSON")
         content = read_json(path)
         if isinstance(content.get("experiment"), dict):  # the record of a run
             content = content["experiment"]

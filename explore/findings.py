@@ -156,7 +156,7 @@ def load_finding(path: Path) -> Finding:
     Raises:
         ValueError: the file is not a sweep, defines no tables or figure, or has no records beside it.
     """
-    sweep, records = load_sweep(path), path.parent / "records" / f"{path.stem}{PACKED}"
+    sweep, records = load_sweep(path, or_script=True), path.parent / "records" / f"{path.stem}{PACKED}"
     for name in ("tables", "figure"):
         if getattr(sweep, name) is None:
             raise ValueError(f"{path}: must define a function {name} to be a finding")
@@ -203,14 +203,16 @@ def studies_table(findings: Sequence[Finding]) -> pd.DataFrame:
 def ungated_claims(template: str, findings: Sequence[Finding]) -> list[str]:
     """Finds claims based on studies that do not pass a gate, and gates that are not shown, one line each.
 
-    A section is about the studies whose files it names as `sweeps/NAME.py`.
+    A section is about the studies whose files it names as `sweeps/NAME.py`, or whose tables it quotes. An answer must
+    be about one that has records.
     """
     found = []
     for section in re.split(r"^## ", template, flags=re.MULTILINE)[1:]:
         title, answer = section.partition("\n")[0], section.partition(ANSWER)[2]
-        for finding in findings:
-            if f"sweeps/{finding.name}.py" not in section:
-                continue
+        named = [each for each in findings if re.search(rf"sweeps/{each.name}\.py|\{{\{{{each.name}\.", section)]
+        if answer and not named:
+            found.append(f"{title!r}: its answer must name a study with records, as sweeps/NAME.py")
+        for finding in named:
             if finding.gate is not None and f"{{{{{finding.name}.gate}}}}" not in section:
                 found.append(f"{title!r}: must show the gate of its study as {{{{{finding.name}.gate}}}}")
             if not (finding.is_gated or answer.startswith(CANNOT)):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from command_line import run
+from small_runs import tiny, write_corpus
 from written_runs import RESULT, make_run
 
-from explore import ModelConfig, preset
+from explore import Experiment, ModelConfig, preset
 from explore.files import write_json
 from explore.roofline import Deployment, costs_table, hardware
 
@@ -39,16 +40,31 @@ def test_a_file_of_patterns_gives_one_row_each(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "patterns.txt"
-    file.write_text("# two patterns and a preset\nMEM*E\n\n*-*-*-\nnemotron-3-nano\n")
+    monkeypatch.chdir(tmp_path)
+    one = Path("one.json")
+    one.write_text(tiny(write_corpus(tmp_path), "M*").model_dump_json())
+    file.write_text(f"# two patterns, a preset and an experiment\nMEM*E\n\n*-*-*-\nnemotron-3-nano\n{one}\n")
     printed = json.loads(run(capsys, monkeypatch, "cost", "--patterns", file, "--json")[1])
-    assert [each["model"] for each in printed] == [*PATTERNS, "nemotron-3-nano"]
-    expected = [model("MEM*E"), model("*-*-*-"), preset("nemotron-3-nano")]
+    assert [each["model"] for each in printed] == [*PATTERNS, "nemotron-3-nano", str(one)]
+    expected = [model("MEM*E"), model("*-*-*-"), preset("nemotron-3-nano"), Experiment.load(one).model]
     assert [each["flops_train"] for each in printed] == [each.cost(4096).flops_train for each in expected]
     monkeypatch.setattr("sys.stdin", io.StringIO(file.read_text()))
     rows = list(csv.DictReader(io.StringIO(run(capsys, monkeypatch, "cost", "--patterns", "-", "--csv")[1])))
     assert [int(row["params_total"]) for row in rows] == [each["params_total"] for each in printed]
     code, out, _ = run(capsys, monkeypatch, "cost", "--patterns", file)
     assert (code, max(map(len, out.splitlines())) <= 80) == (0, True)
+
+
+@pytest.mark.parametrize("place", ["file", "standard input"])
+def test_a_byte_order_mark_before_the_first_pattern_is_skipped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
+) -> None:
+    file = tmp_path / "patterns.txt"
+    file.write_text("\ufeffMEM*E\n*-*-*-\n", encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO(file.read_text(encoding="utf-8")))
+    code, out, _ = run(capsys, monkeypatch, "cost", "--patterns", file if place == "file" else "-", "--json")
+    assert code == 0
+    assert [each["model"] for each in json.loads(out)] == [*PATTERNS]
 
 
 @pytest.mark.parametrize(

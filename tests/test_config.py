@@ -53,7 +53,7 @@ def test_json_is_an_identity(pattern: str, tied: bool) -> None:
             {"blocks": {"E": {"n_shared": 0, "shared_gate": True}}},
             "model.blocks.E: shared_gate must be False with n_shared=0, got True",
         ),
-        ({"blocks": {"-": {"d_ff": -1}}}, "model.blocks.-.d_ff: input should be greater than 0, got -1"),
+        ({"blocks": {"-": {"d_ff": -1}}}, "model.blocks.-.d_ff: must be above 0, got -1"),
         ({"blocks": {"M": {"kind": "mamba2"}}}, "model.blocks.M.n_heads: field required (and 2 more)"),
         ({"blocks": {"M": {"kind": "mamba3"}}}, "model.blocks.M.kind: must be mamba2, "),
         ({"pattern": "MX"}, "model.pattern: unknown letter 'X' at position 2 of 'MX'"),

@@ -87,6 +87,21 @@ def test_evaluation_on_a_whole_split_records_documents(corpus: Path, tmp_path: P
     assert table["nats"].sum() / math.log(2) / table["n_bytes"].sum() == pytest.approx(row["whole_test_bpb"])
 
 
+def test_a_sampled_evaluation_reads_windows_of_the_whole_split_at_the_end_too(corpus: Path, tmp_path: Path) -> None:
+    settings = {"train__tokens": 512, "train__eval_tokens": 64, "train__val_every": 2, "train__evaluation": "sampled"}
+    folder = train(tiny(corpus, "-", **settings), tmp_path)
+    assert folder.evals == {}
+    model, source, result = load_model(folder), source_of(corpus), folder.result
+    assert result is not None
+    for split in ("val", "test"):
+        expected, opening = (
+            bits_per_byte(model, read(split, 4, 64)).bits_per_byte
+            for read in (source.sampled_batches, source.eval_batches)
+        )
+        assert result[f"{split}_bpb"] == pytest.approx(expected, rel=1e-6)
+        assert result[f"{split}_bpb"] != pytest.approx(opening, rel=1e-3)
+
+
 def test_a_run_that_is_evaluated_whole_reads_each_split_once_at_its_end(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +180,7 @@ def test_95_percent_of_intervals_hold_the_truth_for_other_documents_and_seeds(
         interval = document_interval(scores(rng, seeds, 0.01, by_seed, by_document, noise), "new", "base")
         held.append(interval.low <= 0.01 <= interval.high)
     print(f"{seeds} seeds: {np.mean(held):.1%} of 300 intervals hold the truth")
-    assert 0.9 <= np.mean(held) <= 0.985
+    assert 0.9 <= np.mean(held) <= 0.98
 
 
 def test_seeds_alone_claim_too_much_of_other_documents() -> None:

@@ -14,6 +14,7 @@ from explore.figures import (
     COLUMN_HEIGHT,
     COLUMN_WIDTH,
     FAMILIES,
+    bits_table,
     curves_table,
     draw_frontier,
     family_styles,
@@ -25,6 +26,7 @@ from explore.figures import (
 from explore.figures.labels import point_labels
 from explore.frontier import seed_means
 from explore.pattern import families
+from explore.quantities import PARENTS
 
 ATTENTION, MAMBA, MOE, LATENT = FAMILIES[:4]
 ROWS = [
@@ -133,6 +135,13 @@ def test_missing_columns_and_equal_axes_are_refused(runs):
         frontier_table(runs, x="val_bpb")
 
 
+def test_the_figure_of_bits_names_all_missing_columns(runs):
+    with pytest.raises(
+        ValueError, match="got none named 'quantized_from', 'scales' and 'bits_per_element'; its columns"
+    ):
+        bits_table(runs, "r0", "val_bpb")
+
+
 def test_any_table_with_both_columns_is_drawn():
     table = frontier_table(pd.DataFrame({"cost": [1.0, 2.0], "loss": [3, 2]}, index=["a", "b"]), "cost", "loss")
     assert table[["run", "family", "cost", "loss", "on_front"]].values.tolist() == [
@@ -151,6 +160,26 @@ def test_runs_of_several_seeds_are_a_mean_with_its_interval(runs):
     bars = [segment for bar in ax.containers for line in bar[2] for segment in line.get_segments()]
     assert sorted(high - low for (_, low), (_, high) in bars) == pytest.approx(sorted(2 * table["half_width"]))
     assert len(frontier_table(seeds, by_seed=True)) == 3 * len(table)
+
+
+def test_a_dashed_line_joins_a_child_with_its_parent(runs):
+    parents = {"r1": ("r0", None, "r2"), "r2": (None, "r3", None), "r3": ("absent", None, None)}
+    family = runs.assign(
+        **{name: [parents.get(run, (None,) * 3)[i] for run in runs["run"]] for i, name in enumerate(PARENTS)}
+    )
+    table = frontier_table(family).set_index("run")
+    assert table["parent"].dropna().to_dict() == {"r1": "r0", "r2": "r3"}
+    ends = [line.get_xydata().tolist() for line in axes(plot_frontier(family)).lines if line.get_linestyle() == "--"]
+    point = table[["flops_run", "val_bpb"]].T.to_dict("list")
+    assert sorted(ends) == sorted([[point["r0"], point["r1"]], [point["r3"], point["r2"]]])
+    assert "parent" not in frontier_table(runs)
+
+
+def test_children_of_several_seeds_are_joined_with_the_mean_of_their_parents(runs):
+    parent = ["s0 r0" if run == "r1" else None for run in runs["run"]]
+    both = [runs.assign(seed=seed, run=f"s{seed} " + runs["run"], parent=parent) for seed in range(2)]
+    table = frontier_table(pd.concat(both)).set_index("run")
+    assert table["parent"].dropna().to_dict() == {"s0 r1": "s0 r0"}
 
 
 @pytest.mark.parametrize(
@@ -277,6 +306,21 @@ def test_labels_hide_neither_each_other_nor_a_point_and_stay_inside(crowd, width
     assert not any(box.contains(*point) for box in boxes for point in points)
 
 
+@pytest.mark.parametrize("line", ["parent", "floor"])
+def test_no_label_lies_on_a_dashed_or_a_dotted_line(line):
+    rows = [("child", 1e12, 3.0), ("middle", 3.3e12, 2.52), ("parent", 1e13, 2.0)]
+    runs = pd.DataFrame(rows, columns=["run", "flops_run", "val_bpb"]).assign(pattern=["M*M-", "MEM*E", "M-M*M-"])
+    more = {"parent": ["parent", None, None]} if line == "parent" else {"ngram_val_bpb": [2.95, 2.45, 1.95]}
+    figure = plot_frontier(runs.assign(**more))
+    figure.draw_without_rendering()
+    ax = axes(figure)
+    (thin,) = (each for each in ax.lines if each.get_linestyle() in ("--", ":"))
+    pixels = thin.get_transform().transform_path(thin.get_path())
+    crossed = {text.get_text(): pixels.intersects_bbox(text.get_window_extent(), filled=False) for text in labels(ax)}
+    assert crossed == dict.fromkeys(runs["pattern"], False)
+
+
+@pytest.mark.slow
 def test_text_is_seven_to_nine_points_at_both_widths(crowd):
     for width, size in [(COLUMN_WIDTH, 7.0), (6.5, 8.5)]:
         figure = plot_frontier(crowd, width=width)
@@ -357,6 +401,7 @@ def test_a_figure_is_saved_as_png_and_svg_with_its_metadata(runs, tmp_path):
     assert "4 runs: r1, r2, r0, r3" in texts
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     one = save_figure(plot_frontier(runs), tmp_path / "one.png")
     two = save_figure(plot_frontier(runs), tmp_path / "two.png")

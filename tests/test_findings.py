@@ -87,6 +87,16 @@ def test_a_finding_just_written_has_not_drifted(finding: Finding, tmp_path: Path
     assert finding.drift(tmp_path / "out") == []
 
 
+def test_a_script_without_experiments_is_a_finding_too(sweeps: Path) -> None:
+    path = sweeps / "pays.py"
+    start, end = SWEEP.index("objectives ="), SWEEP.index("def tables")
+    path.write_text(SWEEP[:start] + SWEEP[end:])
+    assert set(load_finding(path).tables) == {"differences", "arms", "pairs"}
+    with pytest.raises(ValueError, match=r"if it is a script, run it with python .*pays\.py$"):
+        load_sweep(path)
+
+
+@pytest.mark.slow
 def test_a_finding_is_written_twice_with_the_same_bytes(sweeps: Path, tmp_path: Path) -> None:
     for place in ("one", "two"):
         load_finding(sweeps / "pays.py").write(tmp_path / place)
@@ -94,6 +104,7 @@ def test_a_finding_is_written_twice_with_the_same_bytes(sweeps: Path, tmp_path: 
     assert one == two
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png"])
 def test_every_file_names_its_runs_commit_data_and_convention(finding: Finding, tmp_path: Path, suffix: str) -> None:
     finding.write(tmp_path)
@@ -182,6 +193,7 @@ def test_reporting_functions_may_change_during_a_study(sweeps: Path) -> None:
     assert load_sweep(path).code != before
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_checks_and_exits_with_1_after_a_drift(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, sweeps: Path, tmp_path: Path
 ) -> None:
@@ -214,10 +226,6 @@ CLAIM = """# Findings
 **Design.** `sweeps/pays.py`.
 
 **Answer.** {answer}{gate}
-
-## Another question
-
-**Answer.** Yes, of another study.
 """
 GATE = """
 from explore.frontier.gate import Gate
@@ -263,6 +271,13 @@ def test_a_study_that_passes_its_gate_may_make_claims(sweeps: Path, monkeypatch:
     (sweeps / "pays.py").write_text(SWEEP + GATE)
     (finding,) = find_findings(sweeps)
     assert ungated_claims(CLAIM.format(answer="Yes. ", gate="{{pays.gate}}"), [finding]) == []
+    nameless = CLAIM.format(answer="Yes. ", gate="").replace("sweeps/pays.py", "sweeps/unknown.py")
+    (line,) = ungated_claims(nameless, [finding])
+    assert line == "'Does an arm pay?': its answer must name a study with records, as sweeps/NAME.py"
+    quoting = nameless.replace("Yes. ", "Yes, {{pays.arms[arm=wide].test_bpb}}. ")
+    assert ungated_claims(quoting, [finding]) == [
+        "'Does an arm pay?': must show the gate of its study as {{pays.gate}}"
+    ]
     assert "gate" not in finding.tables["differences"]
     assert finding.figure().get_suptitle() == ""
 

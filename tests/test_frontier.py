@@ -49,9 +49,11 @@ def test_an_empty_table_has_an_empty_front_and_no_hypervolume():
     assert hypervolume(table([]), (10.0, 3.0)) == 0.0
 
 
-def test_a_missing_column_is_named():
-    with pytest.raises(ValueError, match=r"column 'test_bpb' is not in the table; it has flops_run, val_bpb"):
-        pareto_front(table([]), error="test_bpb")
+def test_all_missing_columns_are_named():
+    message = "table must have the columns 'cost' and 'test_bpb', got none named 'cost' and 'test_bpb'; its columns: "
+    for function in (pareto_front, lambda *args: hypervolume(args[0], (10.0, 3.0), *args[1:])):
+        with pytest.raises(ValueError, match=f"^{message}flops_run, val_bpb$"):
+            function(table([]), "cost", "test_bpb")
 
 
 def test_hypervolume_of_a_staircase_equals_the_hand_count():

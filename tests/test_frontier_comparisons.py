@@ -69,6 +69,7 @@ def test_a_difference_over_strata_is_the_mean_of_theirs():
     assert over["n_pairs"].tolist() == [6, 6, 6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", [["d_model"], []], ids=["by size", "over sizes"])
 def test_95_percent_of_intervals_hold_the_difference_and_holm_errs_one_time_in_twenty(by):
     rng, held, wrong, alone = np.random.default_rng(1), [], [], []
@@ -123,6 +124,8 @@ def test_invalid_comparisons_are_refused_by_name():
         compare(table, "arm", "base", primary=["e"])
     with pytest.raises(ValueError, match="arm: must have an arm other than the baseline"):
         compare(table.assign(d_model=(table["arm"] == "base")), "arm", "base", by=["d_model"])
+    with pytest.raises(ValueError, match="got none named 'size' and 'recall'; its columns: "):
+        compare(table, "arm", "base", by=["size"], value="recall")
 
 
 def test_the_number_of_pairs_is_the_least_whose_interval_is_narrow_enough():
@@ -135,6 +138,7 @@ def test_the_number_of_pairs_is_the_least_whose_interval_is_narrow_enough():
         n_for_half_width(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_clusters", "a", "b"), [(67, 4, 2), (23, 4, 2), (12, 8, 1)])
 def test_95_percent_of_cluster_intervals_hold_the_mean_over_paradigms(n_clusters, a, b):
     rng, held, narrow = np.random.default_rng(1), [], []
@@ -149,6 +153,7 @@ def test_95_percent_of_cluster_intervals_hold_the_mean_over_paradigms(n_clusters
     assert np.mean(narrow) < 0.6  # the value if sentences were independent
 
 
+@pytest.mark.slow
 def test_a_paired_difference_by_paradigm_holds_the_truth_and_is_narrower():
     rng, held = np.random.default_rng(2), []
     for i in range(300):

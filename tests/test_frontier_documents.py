@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", OPTIONS)
 @pytest.mark.parametrize(
     ("by_seed", "by_document", "noise"),
@@ -103,7 +104,7 @@ def test_the_whole_text_counts_where_a_run_was_scored_on_its_opening() -> None:
 
 
 @pytest.mark.parametrize("loss", ["a run", "a document", "another text"])
-def test_scores_of_some_runs_only_are_not_used(loss: str) -> None:
+def test_scores_of_some_runs_only_are_refused(loss: str) -> None:
     runs, documents = study(np.random.default_rng(0))
     own = documents["run"] == "b-128-1"
     match loss:
@@ -113,8 +114,13 @@ def test_scores_of_some_runs_only_are_not_used(loss: str) -> None:
             less = documents[~(own & (documents["document"] == 3))]
         case _:
             less = documents.assign(n_bytes=documents["n_bytes"] + own * 7)
+    with pytest.raises(ValueError, match="must have scores of the same documents, got none or others of b-128-1; `ex"):
+        compare(runs, "arm", "base", by=["d_model"], documents=less)
+
+
+def test_without_scores_of_any_run_the_interval_is_that_of_seeds() -> None:
+    runs, documents = study(np.random.default_rng(0))
     seeds = compare(runs, "arm", "base", by=["d_model"])
-    pd.testing.assert_frame_equal(compare(runs, "arm", "base", by=["d_model"], documents=less), seeds)
     empty = pd.DataFrame(columns=documents.columns)
     pd.testing.assert_frame_equal(compare(runs, "arm", "base", by=["d_model"], documents=empty), seeds)
     assert set(seeds["n_documents"]) == {0}
@@ -135,7 +141,7 @@ def test_a_missing_run_leaves_its_seed_out_of_the_documents() -> None:
 
 def test_documents_are_of_bits_per_byte() -> None:
     runs, documents = study(np.random.default_rng(0))
-    with pytest.raises(ValueError, match="documents: value must be bits per byte, got 'recall'"):
+    with pytest.raises(ValueError, match="value must be bits per byte if documents are given, got 'recall'"):
         compare(runs.assign(recall=0.5), "arm", "base", value="recall", by=["d_model"], documents=documents)
-    with pytest.raises(ValueError, match="column 'run' is not in the table"):
+    with pytest.raises(ValueError, match="got none named 'run'; its columns: "):
         compare(runs.drop(columns="run"), "arm", "base", by=["d_model"], documents=documents)

@@ -49,6 +49,7 @@ def test_the_interval_of_tau_covers_the_truth_even_for_close_arms(apart):
     assert np.mean(width) < 0.45 or apart < 0.03  # two sizes have separate noise
 
 
+@pytest.mark.slow
 def test_an_order_is_wrongly_resolved_for_any_pair_one_time_in_twenty_at_most():
     rng, wrong = np.random.default_rng(2), []
     for _ in range(200):  # far apart at one size and level at the other, where the errors are most

@@ -163,6 +163,7 @@ def test_95_percent_of_intervals_hold_the_truth_at_every_size(kind: Any) -> None
     assert 0.93 <= share.mean() <= 0.97
 
 
+@pytest.mark.slow
 def test_bands_of_falling_noise_cover_the_truth_and_one_pool_does_not() -> None:
     rng, held = np.random.default_rng(1), []
     for _ in range(200):
@@ -172,7 +173,7 @@ def test_bands_of_falling_noise_cover_the_truth_and_one_pool_does_not() -> None:
         true = 2.0 + 0.1 * (bands["arm"] == "a") - bands["d_model"] / 1000
         held.append(((bands["low"] <= true) & (true <= bands["high"])).groupby(bands["d_model"]).mean())
     share = pd.concat(held, axis=1).mean(axis=1)
-    assert share.between(0.9, 0.985).all(), share
+    assert share.between(0.9, 0.98).all(), share
 
 
 def law_runs(rng: np.random.Generator, seeds: int = 3, ratio: float = 0.9, trunk_sd: float = 0.0) -> pd.DataFrame:
@@ -229,7 +230,7 @@ def offsets_held(n: int, seeds: int, trunk_sd: float, trunk: str | None) -> floa
 def test_95_percent_of_offsets_hold_the_truth() -> None:
     share = offsets_held(200, seeds=3, trunk_sd=0.0, trunk=None)
     print(f"offset of a shared-exponent law: {share:.1%} of 200 intervals hold the truth")
-    assert 0.9 <= share <= 0.985
+    assert 0.9 <= share <= 0.98
 
 
 @pytest.mark.slow
@@ -237,7 +238,7 @@ def test_points_of_one_trunk_are_resampled_together_or_the_interval_is_too_narro
     together = offsets_held(150, seeds=4, trunk_sd=0.01, trunk="seed")
     alone = offsets_held(150, seeds=4, trunk_sd=0.01, trunk=None)
     print(f"offset over rungs of a trunk: {together:.1%} by trunk, {alone:.1%} by point")
-    assert 0.9 <= together <= 0.985
+    assert 0.9 <= together <= 0.98
     assert alone < 0.85
 
 

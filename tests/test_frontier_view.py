@@ -94,13 +94,37 @@ def test_unfinished_runs_and_infinite_values_are_omitted() -> None:
     [
         ({"x": "flops_rnu"}, "x must be a quantity with numbers, got 'flops_rnu'; did you mean 'flops_run'"),
         ({"y": "sotu_bpb"}, "y must be a quantity with numbers, got 'sotu_bpb'"),
-        ({"runs": table(4).drop(columns=["family", "pattern"])}, "got none named family, pattern"),
+        (
+            {"x": "energy", "y": "joules"},
+            "runs must have the columns 'energy' and 'joules', got none named 'energy' and 'joules'; its columns: ",
+        ),
         ({"runs": table(4).assign(status="unfinished")}, "x must be a quantity with numbers, got 'flops_run'"),
     ],
 )
 def test_a_frontier_without_drawable_runs_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         frontier_data(**{"runs": table(4), **change})
+
+
+def test_any_table_with_two_columns_of_numbers_is_shown(tmp_path: Path) -> None:
+    data = frontier_data(pd.DataFrame({"energy": [1.0, 20.0, 300.0], "error": [3, 2, 1]}), "energy", "error")
+    assert [row["run"] for row in data["rows"]] == ["0", "1", "2"]
+    assert [row["values"]["energy"] for row in data["rows"]] == [1.0, 20.0, 300.0]
+    assert [row["point"] for row in data["rows"]] == [0, 1, 2]
+    assert {row["family"] for row in data["rows"]} == set(data["families"]) == {"other"}
+    kinds = {name: (axis["kind"], axis["log"]) for name, axis in data["axes"].items()}
+    assert kinds == {"energy": ("Other", True), "error": ("Other", False)}
+
+
+def test_the_command_shows_a_table_without_names_and_a_column_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = table(4).assign(energy=[1.0, 2.0, 3.0, 4.0]).drop(columns=["run", "family"])
+    own.to_csv(tmp_path / "own.csv", index=False)
+    page, grid = tmp_path / "front.html", Path(__file__).parents[1] / "sweeps" / "records" / "pattern_grid.csv"
+    for arguments in ((tmp_path / "own.csv", "--x", "energy"), (grid, "--x", "val_bpb_at_20")):
+        assert run(capsys, monkeypatch, "plot", *arguments, "--html", page) == (0, f"wrote {page}\n", "")
+        assert f'"start":{{"x":"{arguments[2]}","y":"val_bpb"}}' in page.read_text()
 
 
 def test_the_page_is_self_contained_and_names_are_escaped(tmp_path: Path) -> None:
@@ -188,7 +212,7 @@ def centre(page: Any, at: int) -> tuple[float, float]:
 def test_in_a_browser_axes_families_and_seeds_change_the_drawn_points(page: Any) -> None:
     runs = table()
     assert (count(page, "points"), count(page, "front")) == (24, int(pareto_front(runs).sum()))
-    page.locator("[data-axis=y]").select_option("recall")  # of which more is better
+    page.locator("[data-axis=y]").select_option("recall")  # higher is better
     page.locator("[data-axis=x]").select_option("params_active")
     assert count(page, "front") == int(pareto_front(runs, "params_active", "recall").sum())
     page.locator("[data-toggle='Mamba hybrid']").click()

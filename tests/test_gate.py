@@ -10,15 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from command_line import run as run_command
+from small_runs import STEPS, result, tiny, train, write_corpus
 from small_sweeps import quiet, study_of, write_gated
 
 from explore.frontier.floors import add_floors
 from explore.frontier.gate import Gate, Target, gate_report
-from explore.records import pack_runs
 from explore.runs import find_runs
 from explore.study import load_sweep, run_gated
 from explore.study.mirroring import draw_frontier
 from explore.table import load_runs
+from explore.train import LitLanguageModel
+from explore.train.module import KEPT_LOAD
 
 ROOT = Path(__file__).resolve().parent.parent
 GATE = Gate(baseline="base", worse=("squeezed",), trivial=("dense",), effect=0.01, source="print")
@@ -79,7 +81,7 @@ def test_a_sound_study_passes() -> None:
     [
         ({"ngram_test_bpb": 1.9}, "base beats the floor", "1.95"),
         ({"ngram_test_bpb": float("nan")}, "base beats the floor", "1.95"),
-        ({"test_documents": float("nan")}, "units of the score", "windows from the beginning of the split"),
+        ({"test_documents": float("nan")}, "units of the score", "a part of the split"),
         ({"test_documents": 4}, "units of the score", "whole split, 4 documents"),
         ({"tokens": 1_900_000}, "tokens per active parameter of the layers", "19.0"),
         ({"n_steps": 2999}, "optimizer steps", "2,999"),
@@ -108,6 +110,48 @@ def test_an_undetected_positive_control_fails() -> None:
     without = study()
     without = without[(without["arm"] != "dense") | (without["d_model"] != 48)]
     assert failed(without) == {"control dense": "no run at this size"}
+
+
+def test_arms_that_the_gate_does_not_examine_change_no_control() -> None:
+    def controls(runs: pd.DataFrame) -> pd.DataFrame:
+        table = GATE.check(runs, NO_CURVES, 5).table()
+        return table[table["condition"].str.startswith("control") | (table["condition"] == "resolvable difference")]
+
+    runs = study()
+    own = runs[runs["arm"] != "new"]
+    bimodal = runs.assign(test_bpb=runs["test_bpb"] + 0.5 * ((runs["arm"] == "new") & (runs["seed"] % 2)))
+    few = runs[(runs["arm"] != "new") | (runs["seed"] == 0)]
+    for each in (runs, bimodal, few):
+        pd.testing.assert_frame_equal(controls(each), controls(own))
+    assert (controls(own)["verdict"] == "passed").all()
+
+
+@pytest.mark.parametrize(
+    ("diverged", "others", "passes", "words"),
+    [
+        (5, 0.0, True, "5 of 5 runs diverged, which counts as worse"),
+        (2, 0.05, True, "2 of 5 runs diverged and the rest are worse than every run of the baseline"),
+        (2, -0.05, False, "2 of 5 runs diverged, but not all others are worse"),
+    ],
+)
+@pytest.mark.parametrize("control", ["squeezed", "dense"])
+def test_a_control_that_diverges_counts_as_worse(
+    control: str, diverged: int, others: float, passes: bool, words: str
+) -> None:
+    runs = study(effects=EFFECTS | {control: others})
+    broken = (runs["arm"] == control) & (runs["seed"] < diverged) & (runs["d_model"] == 48)
+    runs.loc[broken, ["status", "test_bpb"]] = ["diverged", float("nan")]
+    report = GATE.check(runs, NO_CURVES, 5)
+    row = report.table().set_index("condition").loc[f"control {control}"]
+    assert row["found"].startswith(words)
+    assert report.passed == passes == (row["verdict"] == "passed")
+
+
+def test_a_control_does_not_count_as_worse_if_the_baseline_diverges_too() -> None:
+    runs = study()
+    broken = ((runs["arm"] == "squeezed") | (runs["arm"] == "base") & (runs["seed"] == 4)) & (runs["d_model"] == 48)
+    runs.loc[broken, ["status", "test_bpb"]] = ["diverged", float("nan")]
+    assert failed(runs) == {"control squeezed": "5 of 5 runs diverged, but so did 1 of the baseline"}
 
 
 def test_a_control_that_other_documents_could_reverse_is_not_detected() -> None:
@@ -229,6 +273,7 @@ def test_the_old_latent_study_fails_with_a_reason() -> None:
     assert report.reason.startswith("at d_model 24: moe beats the floor: 2.699, needed below 2.268")
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_the_smallest_size_first_and_stops_if_its_gate_fails(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -271,6 +316,8 @@ def test_a_study_of_one_size_runs_the_arms_of_its_gate_first_and_baselines_once(
     sweep = load_sweep(path)
     assert [point["n_layers"] for point in sweep.first] == [2, 1]
     assert [each.model.n_layers for each in sweep.design] == [2, 1, 3]
+    path.write_text(path.read_text().replace('size="seq_len"', 'size="d_model"'))  # a size of the grid, with one value
+    assert [point["n_layers"] for point in load_sweep(path).first] == [2, 1]
     path.write_text(path.read_text() + 'baselines = ({"d_model": 32, "n_layers": 1, "lr": 0.002},)\n')
     assert [point["n_layers"] for point in load_sweep(path).first] == [2]
 
@@ -283,16 +330,46 @@ def test_a_gate_may_change_under_its_study(tmp_path: Path) -> None:
 
 
 def test_floors_are_stored_with_runs_and_in_records_without_changing_keys(tmp_path: Path) -> None:
-    path, runs = write_gated(tmp_path / "sweep", floor="None"), tmp_path / "runs"
-    _, report = run_gated(load_sweep(path), 2, runs, console=quiet())
+    path, runs, records = write_gated(tmp_path / "sweep", floor="None"), tmp_path / "runs", tmp_path / "records.parquet"
+    _, report = run_gated(load_sweep(path), 4, runs, ungated=True, records=records, console=quiet())
     assert report is not None
-    table = load_runs(runs)
-    assert table["ngram_test_bpb"].notna().tolist() == (table["n_layers"] == 2).tolist()  # of the baseline alone
-    records = tmp_path / "records.parquet"
-    pack_runs(records, runs)
+    for table in (load_runs(runs), load_runs(records)):
+        assert set(table["d_model"]) == {32, 64}
+        assert table["ngram_test_bpb"].notna().tolist() == (table["n_layers"] == 2).tolist()  # the baseline's alone
     keys = [each.key for each in find_runs(records)]
-    assert add_floors(records) == 3
+    assert add_floors(records) == 6
     again = load_runs(records)
     assert again["ngram_test_bpb"].notna().all()
     assert [each.key for each in find_runs(records)] == keys
     assert add_floors(records) == 0
+
+
+def test_max_violation_averages_the_loads_of_many_steps_also_over_a_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, balance = tiny(write_corpus(tmp_path), "E"), LitLanguageModel._balance
+    loads, stops = list[np.ndarray](), [InterruptedError()]
+
+    def stopping(self: LitLanguageModel) -> None:
+        if len(loads) == 10 and stops:
+            raise stops.pop()  # after the checkpoint of step 10
+        loads.append(self._load[0].double().numpy().copy())
+        balance(self)
+
+    monkeypatch.setattr(LitLanguageModel, "_balance", stopping)
+    with pytest.raises(InterruptedError):
+        train(one, tmp_path / "runs", checkpoint_every=5)
+    folder = train(one, tmp_path / "runs", checkpoint_every=5)
+    assert len(loads) == STEPS
+    weights = KEPT_LOAD ** np.arange(STEPS)[::-1]
+    mean = weights @ np.array(loads)
+    assert result(folder)["max_violation"] == pytest.approx(mean.max() / mean.mean() - 1, rel=1e-5)
+    assert loads[-1].max() / loads[-1].mean() > mean.max() / mean.mean()
+
+
+def test_random_routing_has_less_than_the_allowed_violation_if_loads_are_averaged() -> None:
+    rng = np.random.default_rng(0)
+    loads = rng.multinomial(2048 * 6, np.full(256, 1 / 256), size=500)
+    mean = KEPT_LOAD ** np.arange(500)[::-1] @ loads
+    assert mean.max() / mean.mean() - 1 < 0.1 * GATE.max_violation
+    assert (loads.max(axis=1) / loads.mean(axis=1) - 1).mean() > 0.8 * GATE.max_violation

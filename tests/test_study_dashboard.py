@@ -22,7 +22,9 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
+from explore.files import write_json
 from explore.formatting import count, flops
+from explore.formatting.markdown import code
 from explore.runs import RunFolder
 from explore.study import dashboard
 from explore.study.dashboard import annotate, describe_study, trial_note
@@ -166,6 +168,30 @@ def test_the_note_of_a_rejected_trial_does_not_call_it_pruned(tmp_path: Path) ->
     assert optuna_dashboard.get_note(trial) == (
         "**rejected before training**, not pruned: params_total is 3% above its budget\n"
     )
+
+
+NAME = "a|b\n# c <script>alert(1)</script> [x](javascript:y) `code`"
+ESCAPED = r"a\|b # c &lt;script&gt;alert(1)&lt;/script&gt; \[x\](javascript:y) \`code\`"
+
+
+def test_names_and_reasons_in_notes_are_escaped(tmp_path: Path) -> None:
+    study = new_study(tmp_path)
+    trial = study.ask()
+    trial.set_user_attr("reason", NAME)
+    folder = tmp_path / "run"
+    write_json(folder / "experiment.json", {"key": "0" * 64, "experiment": {"name": NAME, "seed": 1}})
+    write_json(folder / "result.json", {"status": "failed"})
+    note = trial_note(trial._cached_frozen_trial, RunFolder(folder), None)
+    assert note.startswith(f"**failed**: {ESCAPED}\n")
+    assert f"| name | {ESCAPED} |\n" in note
+    dashboard.note_rejection(study, trial._cached_frozen_trial, NAME)
+    assert optuna_dashboard.get_note(trial) == f"**rejected before training**, not pruned: {ESCAPED}\n"
+
+
+def test_a_name_without_markup_is_code() -> None:
+    assert code("M-|*E") == r"`M-\|*E`"
+    assert code("a\nb") == "`a b`"
+    assert code(NAME) == ESCAPED
 
 
 def test_files_that_cannot_be_written_are_warnings_of_one_line(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_every_pattern_meets_a_tied_budget_within_a_hundredth(budget: str, patte
     assert abs(trial.user_attrs["residuals"][budget]) <= 0.01
 
 
+@pytest.mark.slow
 def test_residuals_of_compared_budgets_are_recorded_and_infeasible_ones_rejected() -> None:
     trial = FixedTrial({})
     budgets = Budgets({"params_total": 600_000}, ["d_model=64:256:32", "d_ff"], 128, compare={"flops_train": 1e6})
@@ -137,6 +138,8 @@ def test_a_pilot_is_the_same_for_every_seed_and_shorter() -> None:
     rates = LearningRates(share=0.25)
     assert rates.pilot(first, 1e-3).key() == rates.pilot(second, 1e-3).key() != rates.pilot(first, 2e-3).key()
     assert rates.pilot(first, 1e-3).n_steps == first.n_steps // 4
+    scored = first.model_copy(update={"train": first.train.model_copy(update={"evaluation": "whole"})})
+    assert rates.pilot(scored, 1e-3).train.evaluation == "sampled"  # splits are not read in full
 
 
 @pytest.mark.parametrize(

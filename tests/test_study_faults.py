@@ -19,7 +19,7 @@ from rich.console import Console
 from small_sweeps import done_by_key, quiet, study_of, write_sweep
 
 from explore import train
-from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, processes, run_sweep
+from explore.study import Sweep, SweepSummary, TrialOptions, load_sweep, needs, processes, run_sweep
 from explore.study.faults import FaultError, fault_of
 from explore.study.lease import RELEASED
 from explore.study.needs import check_needs
@@ -98,6 +98,21 @@ def test_a_model_that_does_not_fit_into_memory_is_found_before_the_first_trial(
         check_needs(sweep.examples, runs, elsewhere=True)
     assert not runs.exists()
     assert run(sweep, 1, runs).complete == 1
+
+
+def test_memory_without_room_for_all_workers_is_found_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, runs = load_sweep(write_sweep(tmp_path)), tmp_path / "runs"
+    largest = max(capacity.needs(each).total for each in sweep.examples)
+    for module in (capacity, needs):
+        monkeypatch.setattr(module, "memory_bytes", lambda: (1 << 40, 3 * largest - 1))
+    message = r"^memory: training with 3 workers needs at least .* for each\) and .* are free; workers=2 would fit$"
+    with pytest.raises(FaultError, match=message):
+        run(sweep, 2, runs, workers=3)
+    assert not runs.exists()
+    check_needs(sweep.examples, runs, 2)
+    check_needs(sweep.examples, runs, 3, elsewhere=True)
 
 
 @pytest.mark.parametrize("total", [2000, 1 << 40])

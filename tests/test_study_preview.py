@@ -17,6 +17,8 @@ from small_sweeps import write_gated
 
 from explore import train
 from explore.cli import main
+from explore.experiment import Experiment
+from explore.runs import RunFolder, walk_runs
 from explore.study import load_sweep, preview, run_sweep
 from explore.study.preview import seed_noise
 
@@ -122,6 +124,44 @@ def train_rows(runs: Path) -> list[dict[str, object]]:
     from explore.runs import find_runs
 
     return [folder.row() for folder in find_runs(runs)]
+
+
+def test_runs_that_stop_at_a_recall_are_timed_without_validations(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    text = path.read_text().replace("TextData(", "RecallData(n_pairs=2, vocab_size=64, n_eval=8, fewer_pairs=(1,))  # ")
+    text = text.replace("import Experiment, ", "import RecallData, Experiment, ").replace("seq_len=32", "")
+    text = text.replace("eval_tokens=128", "val_every=2, stop_recall=0.9")
+    path.write_text(text)
+    timed = preview(load_sweep(path), 2, tmp_path / "runs")
+    assert timed.wall_s is not None
+    assert 0 < timed.wall_s < 600
+
+
+@pytest.mark.parametrize("exists", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_examples_are_timed_beside_the_runs_and_appear_in_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    """On the disk that the sweep will use; the checkpoints of a dry run that was killed are removed."""
+    sweep, runs, places = load_sweep(written(tmp_path)), tmp_path / "disk" / "sweeps" / "runs", list[Path]()
+    expected = runs.parent if exists else tmp_path / "disk"
+    (runs if exists else expected).mkdir(parents=True)
+    left = expected / ".0123abcd.tmp"
+    (left / "pilots" / "s-0123abcd").mkdir(parents=True)
+    real = train.fit
+
+    def watched(experiment: Experiment, folder: Path, **options: object) -> RunFolder:
+        run = real(experiment, folder, **options)  # type: ignore[arg-type]
+        places.append(run.path)
+        assert list(walk_runs(tmp_path)) == []
+        return run
+
+    monkeypatch.setattr(train, "fit", watched)
+    before = {path for path in tmp_path.rglob("*") if left not in (path, *path.parents)}
+    timed = preview(sweep, 2, runs)
+    assert timed.wall_s is not None
+    assert timed.wall_s > 0
+    assert [place.parents[2] for place in places] == [expected] * 4
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.slow

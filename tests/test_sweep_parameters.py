@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import optuna
 import pytest
+from command_line import run
 from small_runs import write_corpus
 
+from explore.runs import find_runs
 from explore.study import load_sweep
 from explore.study.identity import open_study
 from explore.study.parameters import read_parameters
@@ -77,3 +80,14 @@ def test_a_file_without_plain_parameters_is_refused(file: Path) -> None:
     file.write_text('"""A question."""\n')
     with pytest.raises(ValueError, match="declares no parameters"):
         read_parameters(file, ["tokens=1"])
+
+
+def test_the_command_searches_with_the_values_that_are_set(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = ("--set", "tokens=512", "--set", "widths=[64]", "--trials", "1", "--runs", tmp_path / "runs", "--json")
+    code, out, err = run(capsys, monkeypatch, "sweep", file, *options, "--workers", "1", "--no-notes")
+    assert (code, json.loads(out)["complete"]) == (0, 1), err
+    (one,) = find_runs(tmp_path / "runs")
+    assert one.load_experiment() == load_sweep(file, {"tokens": 512, "widths": [64]}).examples[0]
+    assert (one.load_experiment().train.tokens, one.load_experiment().model.d_model) == (512, 64)

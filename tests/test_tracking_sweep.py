@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from explore.cli import main
 from explore.figures import family_styles
 from explore.files import write_json
 from explore.runs import RunFolder
-from explore.study.mirroring import front_markdown, frontier_axes, runs_of, send_sweep, study_pages
+from explore.study.mirroring import _notes, front_markdown, frontier_axes, runs_of, send_sweep, study_pages
+from explore.table import load_runs
 from explore.tracking import Pages
 from explore.train import fit
 
@@ -113,6 +115,7 @@ def study(runs: Path) -> optuna.Study:
     )
 
 
+@pytest.mark.slow
 def test_a_trial_is_mirrored_in_the_group_of_its_study(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "-E", wandb="offline", group="experts")
     run, config, values = read_mirror(folder.path)
@@ -226,6 +229,30 @@ def test_the_report_states_the_question_the_front_and_its_limits(study: optuna.S
     assert [grid["name"] for grid in grids] == ["trials", "sweep", "families"]
     assert [bool(grid["grouping"]) for grid in grids] == [False, False, True]
     assert "Media Browser" in text
+
+
+NAME = "a|b\n# c <script>alert(1)</script> [x](javascript:y) `code`"
+ESCAPED = r"a\|b # c &lt;script&gt;alert(1)&lt;/script&gt; \[x\](javascript:y) \`code\`"
+
+
+def test_names_in_the_report_are_escaped(runs: Path) -> None:
+    table = load_runs(runs).assign(family=NAME, run=NAME, pattern=NAME, corpus=NAME)
+    header, _, *rows = front_markdown(table, "flops_run", "val_bpb").splitlines()
+    assert rows
+    for row in rows:
+        assert row.startswith(f"| {ESCAPED} | {ESCAPED} | ")
+        assert row.endswith(f" | {ESCAPED} |")
+        assert len(re.findall(r"(?<!\\)\|", row)) == header.count("|")
+    (first, *_) = _notes(table.assign(corpus="texts/" + NAME.replace("/", "")))
+    assert first.endswith(f"; corpus: {ESCAPED.replace('/', '')}.")
+
+
+def test_a_study_without_a_question_is_named_literally() -> None:
+    pages = Pages(name='a [x](y) """', project="p")  # the package refuses names with other marks
+    blocks = pages.specs()["report"]["spec"]["blocks"]
+    assert all("[x]" not in block["content"] for block in blocks if block["type"] == "markdown-block")
+    assert any(block["type"] == "paragraph" and block["children"][0]["text"] == pages.name for block in blocks)
+    compile(pages.script(), "script.py", "exec")
 
 
 def without_ids(spec: Any) -> Any:

@@ -225,6 +225,7 @@ def test_a_rung_outside_of_the_stable_phase_is_refused(corpus: Path, tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "stops"),
     [

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from explore.figures.axes import LINE, legend
 from explore.figures.base import COLOR_ORDER, MARKERS, README_HEIGHT, README_WIDTH, RunFigure
 from explore.figures.runs import dress_runs, finished, one_axes
+from explore.frontier.columns import check_columns
 
 X = "bits_per_element"
 
@@ -28,11 +29,20 @@ def bits_table(runs: pd.DataFrame, parent: str, y: str = "test_bpb") -> pd.DataF
     Raises:
         ValueError: a column is missing.
     """
+    check_columns(runs, ["run", "quantized_from", "scales", X, y], "runs")
     table = finished(runs[runs["quantized_from"].eq(parent).fillna(False).astype(bool)], X, y)
     table["scales"] = table["run"].map(runs.drop_duplicates("run").set_index("run")["scales"]).astype("str")
     trained = runs.loc[runs["run"] == parent, y]
     table["parent"] = float(trained.iloc[0]) if len(trained) else float("nan")
     return table.sort_values([X, y, "run"], ignore_index=True)
+
+
+def _quality(runs: pd.DataFrame, parent: str) -> str:
+    """The quality column of a run and its children."""
+    check_columns(runs, ["run", "quantized_from"], "runs")
+    shown = runs[(runs["run"] == parent) | runs["quantized_from"].eq(parent).fillna(False).astype(bool)]
+    has = [y for y in ("test_bpb", "recall") if y in shown and shown[y].notna().any()]
+    return has[0] if has else "test_bpb"
 
 
 def draw_bits(table: pd.DataFrame, ax: Axes, y: str = "test_bpb", *, font_pt: float = 8.0) -> None:
@@ -60,7 +70,7 @@ def draw_bits(table: pd.DataFrame, ax: Axes, y: str = "test_bpb", *, font_pt: fl
 def plot_bits(
     runs: pd.DataFrame,
     parent: str,
-    y: str = "test_bpb",
+    y: str | None = None,
     *,
     width: float = README_WIDTH,
     height: float = README_HEIGHT,
@@ -70,10 +80,12 @@ def plot_bits(
 
     Args:
         parent: folder name of the run that was quantised.
+        y: the quality column; None chooses bits per byte, or recall if the runs have only that.
         width: inches.
         height: inches.
         title: drawn above the axes if given.
     """
+    y = y or _quality(runs, parent)
     table = bits_table(runs, parent, y)
     figure, ax, font_pt = one_axes(table, X, y, width, height, title)
     draw_bits(table, ax, y, font_pt=font_pt)

@@ -23,6 +23,7 @@ from explore.figures.axes import (
 from explore.figures.base import README_HEIGHT, README_WIDTH, Color, RunFigure, text_pt
 from explore.figures.panels import line_styles
 from explore.formatting import milliseconds, plain, size, tokens
+from explore.frontier.columns import check_columns
 
 if TYPE_CHECKING:
     from explore.model import ModelConfig
@@ -102,9 +103,7 @@ def latency_table(table: pd.DataFrame) -> pd.DataFrame:
         ValueError: a column is missing.
     """
     numbers = ["batch_size", "context", "step_s", "tokens_per_s"]
-    if missing := [column for column in ("model", *numbers) if column not in table]:
-        have = ", ".join(map(str, table.columns)) or "none"
-        raise ValueError(f"column {missing[0]!r} is not in the table of decoding steps; its columns: {have}")
+    check_columns(table, ["model", *numbers])
     values = {column: pd.to_numeric(table[column], errors="coerce").astype("float64") for column in numbers}
     fits = table["fits"].ne(False).astype(bool) if "fits" in table else True
     known = _positive(pd.DataFrame({"model": table["model"].astype("str"), **values, "fits": fits}), *numbers)

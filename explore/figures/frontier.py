@@ -10,8 +10,8 @@ from explore.figures.axes import LINE, legend
 from explore.figures.base import EVEN, README_HEIGHT, README_WIDTH, RunFigure, family_styles
 from explore.figures.labels import LABELLING, label_front, label_room, point_labels
 from explore.figures.runs import check_table, dress_runs, finished, is_log_x, named, one_axes
-from explore.frontier import HALF_WIDTH, pareto_front, seed_means
-from explore.quantities import quantity
+from explore.frontier import HALF_WIDTH, pareto_front, seed_groups, seed_means
+from explore.quantities import PARENTS, quantity
 
 
 def frontier_table(
@@ -28,20 +28,25 @@ def frontier_table(
 
     Returns:
         Columns run, family, pattern, `x`, `y`, `label` and on_front; `half_width` of the 95% interval of a mean, if
-        there are several seeds; and `floor`, the score of an n-gram model of the same tokens, if `runs` has it.
+        there are several seeds; `floor`, the score of an n-gram model of the same tokens, if `runs` has it; and
+        `parent`, the `run` of the row from which this one was cut, quantised or distilled, if there is one.
 
     Raises:
         ValueError: a column is missing.
     """
     half, floor = HALF_WIDTH.format(y), f"ngram_{y}"
     check_table(runs, x, y)
-    if not by_seed:
-        runs = seed_means(named(runs))
-    table = finished(runs, x, y, (*LABELLING, half, floor))
+    runs = named(runs).reset_index(drop=True)
+    # The row in which each run is drawn: its own, or that of the first run of its group.
+    row_of = runs["run"] if by_seed else runs["run"].groupby(seed_groups(runs)).transform("first")
+    drawn_in = dict(zip(runs["run"], row_of, strict=True))
+    table = finished(runs if by_seed else seed_means(runs), x, y, (*LABELLING, half, floor, *PARENTS))
+    parent = table.reindex(columns=list(PARENTS)).bfill(axis="columns").iloc[:, 0].map(drawn_in)
+    table["parent"] = parent.where(parent.isin(table["run"]))
     table["on_front"] = pareto_front(table, x, y)
     table["label"] = point_labels(table[table["on_front"]]).reindex(table.index).fillna(table["pattern"])
     table = table.rename(columns={half: "half_width", floor: "floor"})
-    kept = [name for name in ("half_width", "floor") if name in table and table[name].notna().any()]
+    kept = [name for name in ("half_width", "floor", "parent") if name in table and table[name].notna().any()]
     table = table[["run", "family", "pattern", x, y, "label", *kept, "on_front"]]
     order = table.assign(cost=quantity(x).sign * table[x], error=quantity(y).sign * table[y])
     return table.loc[order.sort_values(["cost", "error", "run"]).index].reset_index(drop=True)
@@ -85,6 +90,12 @@ def draw_frontier(table: pd.DataFrame, ax: Axes, x: str, y: str, *, font_pt: flo
                     capsize=0.2 * font_pt, zorder=2.5,
                 )  # fmt: skip
         handles.append(Line2D([], [], marker=style.marker, ls="", ms=size, color=style.color, label=family))
+    if "parent" in table:
+        drawn_at = table.set_index("run")[[x, y]]
+        for child in table.dropna(subset="parent").itertuples():
+            pair = drawn_at.loc[[child.parent, child.run]]
+            ax.plot(pair[x], pair[y], color=LINE, lw=0.08 * font_pt, ls="--", alpha=0.6, zorder=1.5)
+        handles.append(Line2D([], [], color=LINE, lw=0.08 * font_pt, ls="--", alpha=0.6, label="parent and child"))
     if len(front) > 1:
         handles.append(Line2D([], [], color=LINE, lw=0.11 * font_pt, label="Pareto front"))
     if len(floor):

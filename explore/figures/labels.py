@@ -89,10 +89,11 @@ def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int,
         for cost, error, each in zip(table[x], table[y], half, strict=True)
         if each
     ]
+    lines = bars + _thin_lines(ax, table, x, y)
     arranged: list[dict[int, tuple[float, float]]] = []
     for order in (range(len(texts)), reversed(range(len(texts)))):
         crowd = _Crowd(ax.get_window_extent(), ax.transData.transform(table[columns]), corners, 0.4 * font_pt * pixel)
-        crowd.lines += bars
+        crowd.lines += lines
         places = {i: crowd.place(corners[i], sizes[i], unit) for i in order}
         arranged.append({i: place for i, place in places.items() if place is not None})
     best = max(arranged, key=lambda places: (len(places), -sum(map(_PLACES.index, places.values()))))
@@ -113,8 +114,19 @@ def label_front(ax: Axes, table: pd.DataFrame, x: str, y: str, signs: tuple[int,
             line.set_in_layout(False)
 
 
+def _thin_lines(ax: Axes, table: pd.DataFrame, x: str, y: str) -> list[Path]:
+    """The dashed lines between parents and children and the dotted line of n-gram models, in pixels."""
+    lines: list[pd.DataFrame] = []
+    if "parent" in table:
+        drawn_at = table.set_index("run")[[x, y]]
+        lines = [drawn_at.loc[list(pair)] for pair in table.dropna(subset="parent")[["parent", "run"]].to_numpy()]
+    if "floor" in table:
+        lines.append(table.dropna(subset="floor")[[x, "floor"]])
+    return [Path(ax.transData.transform(line.to_numpy(dtype=np.float64))) for line in lines if len(line) > 1]
+
+
 class _Crowd:
-    """Obstacles for labels, in pixels: points, the step line of the front, and labels placed so far."""
+    """Obstacles for labels, in pixels: points, lines, and labels placed so far."""
 
     def __init__(self, frame: BboxBase, points: Floats, front: Floats, radius: float) -> None:
         self.frame, self.radius = frame, radius

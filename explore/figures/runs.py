@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from explore.figures.axes import draw_message, dress, is_log, log_axis, power_of_ten, span
 from explore.figures.base import RunFigure, text_pt
 from explore.foreign import check_type, echo
+from explore.frontier.columns import check_columns
 from explore.quantities import EVAL_DATA, quantity
 
 NARROW = 1.5
@@ -31,10 +32,7 @@ def check_table(table: pd.DataFrame, x: str, y: str) -> None:
     check_type(table, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
     if x == y:
         raise ValueError(f"y: must be another column than x, got {y!r}")
-    if missing := [column for column in (x, y) if column not in table]:
-        have = ", ".join(map(str, table.columns)) or "none"
-        needed = " and ".join(map(repr, missing))
-        raise ValueError(f"runs must have the columns {x!r} and {y!r}, got none named {needed}; its columns: {have}")
+    check_columns(table, (x, y), "runs")
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:

@@ -24,6 +24,8 @@ VERDICTS: Mapping[str, tuple[str, str, str]] = {
     "exploratory": ("0.45", "o", "not a primary comparison"),
 }
 """Colour, marker and legend of each verdict of `explore.frontier.compare`; exploratory ones are hollow."""
+UNCORRECTED = "verdicts are corrected, intervals are not"
+"""Words on why a verdict may be `not resolved` although its interval leaves out zero."""
 
 
 def stacked(heights: Sequence[float], title: str, width: float = COLUMN_WIDTH) -> tuple[RunFigure, list[Axes]]:
@@ -47,6 +49,9 @@ def draw_comparisons(
 ) -> None:
     """Draws differences from a baseline: a row per arm, with interval, coloured by verdict; zero is the baseline.
 
+    Intervals are of one comparison each, while verdicts are corrected for the number of comparisons. The label of the
+    axis says so if a verdict is shown.
+
     Args:
         table: from `explore.frontier.compare`.
         names: the arms to draw, from the top, and their labels.
@@ -68,6 +73,8 @@ def draw_comparisons(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     rows_of_names(ax, [names[each] for each in shown])
     present = [verdict for verdict in VERDICTS if verdict in set(rows.loc[shown, "verdict"])]
+    if present != ["exploratory"]:
+        ax.set_xlabel(f"{label}\n({UNCORRECTED})")
     legend(ax, [_verdict_handle(verdict, font_pt) for verdict in present], font_pt)
 
 
@@ -169,9 +176,12 @@ def draw_floor(ax: Axes, floors: pd.DataFrame, cost: str = "flops_run", font_pt:
     """Draws the score of an n-gram model of the same tokens at each cost: a model above it has learned too little.
 
     Args:
-        floors: columns `cost` and ngram_test_bpb, as `explore.frontier.arms_table` gives them.
+        floors: columns `cost` and ngram_test_bpb, as `explore.frontier.arms_table` gives them. Costs without a floor
+            are left out; without any floor, nothing is drawn.
     """
-    rows = floors.groupby(cost)["ngram_test_bpb"].mean()
+    if "ngram_test_bpb" not in floors or floors["ngram_test_bpb"].isna().all():
+        return
+    rows = floors.groupby(cost)["ngram_test_bpb"].mean().dropna()
     ax.plot(rows.index, rows, ls="", marker="_", ms=2 * font_pt, mew=0.2 * font_pt, color="0.2", label="trigram")
     place = (rows.index[len(rows) // 2], rows.iloc[len(rows) // 2])
     look: dict[str, Any] = {"fontsize": font_pt - 0.5, "color": "0.2", "ha": "center"}
@@ -203,6 +213,37 @@ def draw_levels(
         ax.vlines(rows["x"] + beside, rows["low"], rows["high"], color=styles[each].color, lw=0.14 * font_pt)
         ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=joined))
     handles = [Line2D([], [], **styles[each].look(font_pt, line=joined), label=name) for each, name in names.items()]
+    legend(ax, handles, font_pt)
+
+
+def draw_scatter(
+    ax: Axes,
+    points: pd.DataFrame,
+    names: Mapping[str, str],
+    x_label: str,
+    y_label: str,
+    *,
+    arm: str = "arm",
+    floor: float | None = None,
+    font_pt: float = 7.0,
+) -> None:
+    """Draws each arm of a study at its two scores, with the intervals of both.
+
+    Args:
+        points: columns `arm`, x, x_low, x_high, y, y_low and y_high.
+        names: the arms to draw, and their labels.
+        floor: score of an n-gram model on the x axis, drawn as a line; None or NaN draws none.
+    """
+    dress(ax, x_label, y_label, font_pt)
+    styles, handles = line_styles(names), []
+    for each, name in names.items():
+        rows, look = points[points[arm] == each], styles[each].look(font_pt, line=False)
+        ax.hlines(rows["y"], rows["x_low"], rows["x_high"], color=styles[each].color, lw=0.14 * font_pt)
+        ax.vlines(rows["x"], rows["y_low"], rows["y_high"], color=styles[each].color, lw=0.14 * font_pt)
+        ax.plot(rows["x"], rows["y"], **look)
+        handles.append(Line2D([], [], **look, label=name))
+    if floor is not None and np.isfinite(floor):
+        handles.append(ax.axvline(floor, color="0.2", ls=":", lw=0.14 * font_pt, zorder=1, label="trigram"))
     legend(ax, handles, font_pt)
 
 

@@ -13,7 +13,7 @@ from explore.frontier.laws import PowerLaws, fit_power_laws, reducible_ratio
 from explore.frontier.multipliers import Crossover, EffectiveCompute, crossover, effective_compute
 from explore.frontier.noise import Noise, bartlett, fit_noise
 from explore.frontier.scores import cluster_interval, success_difference, success_fraction
-from explore.frontier.seeds import HALF_WIDTH, seed_means
+from explore.frontier.seeds import HALF_WIDTH, seed_groups, seed_means
 from explore.frontier.volumes import hypervolume_difference, hypervolume_interval
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "rank_correlation",
     "reducible_ratio",
     "seed_bands",
+    "seed_groups",
     "seed_means",
     "success_difference",
     "success_fraction",

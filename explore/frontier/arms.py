@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from explore.frontier.columns import check_columns
 from explore.frontier.scores import cluster_interval
 from explore.quantities import headlines
 
@@ -35,8 +36,7 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
         ValueError: a column is missing, or the baseline has no run in one of the combinations.
     """
     keys = [*by, arm]
-    if missing := [column for column in (*keys, *BUDGETS, *SETTINGS) if column not in table]:
-        raise ValueError(f"column {missing[0]!r} is not in the table; it has {', '.join(map(str, table.columns))}")
+    check_columns(table, [*keys, *BUDGETS, *SETTINGS])
     groups = table.groupby(keys, observed=True, sort=False)
     found = groups[["tokens", "n_steps", "lr", "lr_sensitivity", *BUDGETS]].first().reset_index()
     found.insert(len(keys), "n_seeds", groups.size().to_numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,29 @@ from explore.quantities import quantity
 Floats = npt.NDArray[np.float64]
 
 
-def check_columns(table: pd.DataFrame, columns: Iterable[str]) -> None:
-    """Raises an error if a table lacks a column.
+def check_columns(table: pd.DataFrame, columns: Iterable[str], name: str = "table") -> None:
+    """Raises an error that names every missing column.
+
+    Args:
+        name: what the error calls the table.
 
     Raises:
+        TypeError: it is not a table.
         ValueError: a column is missing.
     """
-    check_type(table, pd.DataFrame, "table must be a table of runs, as explore.load_runs gives it")
-    for column in columns:
-        if column not in table:
-            raise ValueError(f"column {column!r} is not in the table; it has {', '.join(map(str, table.columns))}")
+    check_type(table, pd.DataFrame, f"{name} must be a table of runs, as explore.load_runs gives it")
+    needed = list(dict.fromkeys(columns))
+    if missing := [column for column in needed if column not in table]:
+        have = ", ".join(map(str, table.columns)) or "none"
+        raise ValueError(
+            f"{name} must have the column{'s' * (len(needed) > 1)} {_listed(needed)}, got none named "
+            f"{_listed(missing)}; its columns: {have}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """`'a', 'b' and 'c'`."""
+    return " and ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
 
 
 def numbers(table: pd.DataFrame, column: str) -> Floats:
@@ -65,7 +78,7 @@ def known_rows(table: pd.DataFrame, labels: Iterable[str], *values: str) -> pd.D
         ValueError: a column is missing, or no row is left.
     """
     labels = list(labels)
-    check_columns(table, labels)
+    check_columns(table, [*labels, *values])
     rows = table[labels].assign(**{value: numbers(table, value) for value in values})
     rows = rows[np.isfinite(rows[list(values)].to_numpy(dtype=np.float64)).all(axis=1)]
     if rows.empty:

@@ -85,6 +85,7 @@ def compare(
     check_level(level)
     if margin is not None and not (math.isfinite(margin) and margin > 0):
         raise ValueError(f"margin must be positive, got {margin!r}")
+    check_columns(table, [*by, *strata, arm, pair, value, *([] if documents is None else ["run"])])
     better = better or quantity(value).better or "lower"
     if better not in ("lower", "higher"):
         raise ValueError(f"better must be 'lower' or 'higher', got {better!r}")
@@ -126,8 +127,7 @@ def _of_documents(
     Without documents of all runs, the table as it was, and None.
     """
     if not value.endswith("_bpb"):
-        raise ValueError(f"documents: value must be bits per byte, got {value!r}")
-    check_columns(table, ["run"])
+        raise ValueError(f"value must be bits per byte if documents are given, got {value!r}")
     known = table[np.isfinite(numbers(table, value))].reset_index(drop=True)
     scores = bits_of_runs(documents, known["run"])
     if scores is None:

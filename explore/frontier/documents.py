@@ -63,11 +63,12 @@ def bits_of_runs(documents: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) 
         runs: names of runs, each once.
 
     Returns:
-        Bits per byte (runs, documents), in the order of `runs`, and shares (documents); None unless all runs have
-        scores of the same documents, of which there are at least two.
+        Bits per byte (runs, documents), in the order of `runs`, and shares (documents); None if no run has scores by
+        document, or if there are fewer than two documents.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing; or only some runs have scores, or scores of other documents, so that intervals
+            would ignore documents although they are known.
     """
     check_columns(documents, ["run", "document", "nats", "n_bytes"])
     names = pd.Index(runs)
@@ -76,8 +77,15 @@ def bits_of_runs(documents: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) 
         rows.pivot(index="run", columns="document", values=each).astype("float64").reindex(names)
         for each in ("nats", "n_bytes")
     )
-    if n_bytes.shape[1] < MIN_UNITS or n_bytes.isna().any(axis=None) or (n_bytes.nunique() > 1).any():
+    if n_bytes.shape[1] < MIN_UNITS:
         return None
+    if n_bytes.isna().any(axis=None) or (n_bytes.nunique() > 1).any():
+        wrong = list(names[(n_bytes != n_bytes.mode().iloc[0]).any(axis=1).to_numpy()])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"documents: all runs or none must have scores of the same documents, got none or others of "
+            f"{', '.join(map(str, wrong[:3]))}{more}; `explore eval RUN --whole --save` adds them"
+        )
     sizes = np.asarray(n_bytes.to_numpy()[0], dtype=np.float64)
     return np.asarray(nats.to_numpy() / math.log(2) / sizes, dtype=np.float64), sizes / sizes.sum()
 

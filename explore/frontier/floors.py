@@ -19,7 +19,7 @@ FLOOR_ORDER = 3
 def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
     """Bits per byte of an n-gram model of a run's training tokens, for its `evals.json`.
 
-    It is scored on the same part of each split as the run.
+    It is scored on the same part of each split as the run, and on the whole if windows of the run are sampled.
 
     Raises:
         ValueError: the run was not trained on text, or the order is not allowed.
@@ -29,7 +29,7 @@ def ngram_floor(run: RunFolder, order: int = FLOOR_ORDER) -> dict[str, Any]:
     if not isinstance(source, TextSource):
         raise ValueError(f"{run.path}: must be trained on text for an n-gram model, got {experiment.data.kind}")
     train = experiment.train
-    whole = train.evaluation == "whole" or "documents" in run.evals  # the text on which the run is scored
+    whole = train.evaluation != "opening" or "documents" in run.evals  # windows of the run are of the whole split
     max_tokens = None if whole else train.eval_tokens
     scores = ngram_scores(source, order, experiment.n_steps * train.batch_size, max_tokens)
     return {"order": order, **{f"{split}_bpb": score.bits_per_byte for split, score in scores.items()}}

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from explore.frontier.columns import Floats, numbers, oriented, oriented_reference
+from explore.frontier.columns import Floats, check_columns, numbers, oriented, oriented_reference
 from explore.quantities import EVAL_DATA, quantity
 
 
@@ -28,6 +28,7 @@ def pareto_front(table: pd.DataFrame, cost: str = "flops_run", error: str = "val
     Raises:
         ValueError: a column is missing.
     """
+    check_columns(table, [cost, error])
     x, y = oriented(table, cost), oriented(table, error)
     known = np.isfinite(x) & np.isfinite(y)
     front = np.zeros(len(table), dtype=bool)
@@ -73,6 +74,7 @@ def hypervolume(
     Raises:
         ValueError: a column is missing, higher costs are better, or a cost or the reference cost is not positive.
     """
+    check_columns(table, [cost, error])
     limit_cost, limit = oriented_reference(reference, cost, error)
     if not (np.isfinite(limit_cost) and limit_cost > 0 and np.isfinite(limit)):
         raise ValueError(f"reference: must be finite with a positive {cost}, got {reference!r}")

@@ -8,6 +8,7 @@ sweep nor a finding continues if a condition fails.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ MIN_DOCUMENTS: Final = 5
 FLAT: Final = 0.1
 """Fraction at the end of a curve that must be flat or inside the decay."""
 ABSENT: Final = "not measured"
+Counts = Mapping[Hashable, int]
+"""Number of diverged runs of each arm that has one."""
 ANY_FLOOR: Final = "an n-gram model of the same tokens: `explore eval RUN --ngram 3 --save` adds it"
 GATE_FILE: Final = "gate.csv"
 """File in a sweep's folder of runs with the latest result of its gate."""
@@ -116,7 +119,7 @@ class Gate:
 
     Attributes:
         baseline: the arm from which differences are computed.
-        worse: positive controls: arms that must be resolved as worse than the baseline.
+        worse: positive controls: arms that must be resolved as worse than the baseline, or diverge while it does not.
         trivial: dense or otherwise trivial arms, whose difference from the baseline must be resolved, with either sign.
         effect: smallest effect that the study addresses, in the unit of `value`.
         source: where that effect comes from, such as a publication.
@@ -129,7 +132,8 @@ class Gate:
         n_sizes: sizes over which the primary claim is averaged.
         min_steps: minimum optimizer steps.
         min_tokens: minimum training tokens per active parameter of the layers; 0 sets no condition.
-        max_violation: limit, in every arm, on the load of the fullest expert divided by the mean load, minus 1.
+        max_violation: limit, in every arm, on the load of the fullest expert divided by the mean load, minus 1. Loads
+            are averages over about 100 steps; records of earlier versions have the load of the last step alone.
         alike: columns in which all arms must agree.
     """
 
@@ -173,14 +177,23 @@ class Gate:
         Raises:
             ValueError: a column is missing, or no run is left.
         """
-        check_columns(runs, [self.arm, self.size, *self.where])
-        chosen = runs[runs["status"] == "finished"] if "status" in runs else runs
-        for column, allowed in self.where.items():
-            chosen = chosen[chosen[column] == allowed]
+        chosen = self.selected(runs)
         if chosen.empty:
             only = "".join(f" with {column}={allowed}" for column, allowed in self.where.items())
             raise ValueError(f"gate: needs finished runs{only}, got none")
         return pd.DataFrame(chosen[chosen[self.size] == chosen[self.size].min()])
+
+    def selected(self, runs: pd.DataFrame, status: str = "finished") -> pd.DataFrame:
+        """The runs of all sizes that `where` selects and that have this status.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        check_columns(runs, [self.arm, self.size, *self.where])
+        chosen = runs[runs["status"] == status] if "status" in runs else runs[[status == "finished"] * len(runs)]
+        for column, allowed in self.where.items():
+            chosen = chosen[chosen[column] == allowed]
+        return pd.DataFrame(chosen)
 
     def check(
         self, runs: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None = None
@@ -197,22 +210,23 @@ class Gate:
         Raises:
             ValueError: a column is missing, or no run is left.
         """
-        rows = self.smallest(runs)
-        conditions = tuple(self._conditions(rows, curves, seeds, documents))
+        rows, diverged = self.smallest(runs), self.selected(runs, "diverged")
+        diverged = diverged[diverged[self.size] == rows[self.size].iloc[0]]
+        conditions = tuple(self._conditions(rows, curves, seeds, documents, Counter(diverged[self.arm])))
         return GateReport(f"{self.size} {rows[self.size].iloc[0]}", conditions)
 
     def needs(self, seeds: int) -> pd.DataFrame:
         """The conditions before any run: columns condition and needed."""
         counts = ["tokens", "n_steps", "max_violation", "params_active_no_embeddings"]
         none = pd.DataFrame(columns=[self.arm, self.size, "seed", self.value, *counts], dtype="float64")
-        report = GateReport("", tuple(self._conditions(none, pd.DataFrame(), seeds, None)))
+        report = GateReport("", tuple(self._conditions(none, pd.DataFrame(), seeds, None, {})))
         return report.table()[["condition", "needed"]]
 
     def _conditions(
-        self, rows: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None
+        self, rows: pd.DataFrame, curves: pd.DataFrame, seeds: int, documents: pd.DataFrame | None, diverged: Counts
     ) -> Iterator[Condition]:
         yield from self._floor(rows)
-        yield from self._controls(rows, seeds, documents)
+        yield from self._controls(rows, seeds, documents, diverged)
         yield from (each.check(rows, self.arm) for each in self.targets)
         yield from self._whole(rows)
         yield from self._training(rows, curves)
@@ -233,13 +247,18 @@ class Gate:
             return
         yield Condition(name, found, f"{side} {floor:.3f}{words}", passed=sign * score < sign * floor)
 
-    def _controls(self, rows: pd.DataFrame, seeds: int, documents: pd.DataFrame | None) -> Iterator[Condition]:
-        arms = [each for each in dict.fromkeys((*self.worse, *self.trivial)) if (rows[self.arm] == each).any()]
+    def _controls(
+        self, rows: pd.DataFrame, seeds: int, documents: pd.DataFrame | None, diverged: Counts
+    ) -> Iterator[Condition]:
+        """Conditions on the controls; the noise is that of the baseline and of controls without diverged runs."""
+        controls = dict.fromkeys((*self.worse, *self.trivial))
+        arms = [each for each in controls if each not in diverged and (rows[self.arm] == each).any()]
         why = None
         scores = None if documents is None or documents.empty or not self.value.endswith("_bpb") else documents
+        pool = rows[rows[self.arm].isin([self.baseline, *arms])] if arms or diverged else rows  # without any control
         try:
             found, by_seed = (
-                compare(rows, self.arm, self.baseline, value=self.value, primary=arms, documents=each)
+                compare(pool, self.arm, self.baseline, value=self.value, primary=arms, documents=each)
                 for each in (scores, None)
             )
         except ValueError as error:
@@ -248,7 +267,10 @@ class Gate:
         for kind, wanted in (("worse", (WORSE,)), ("trivial", (BETTER, WORSE))):
             for each in getattr(self, kind):
                 words = "worse" if kind == "worse" else "resolved either way"
-                if each not in arms:
+                if each in diverged:
+                    text, holds = self._diverged(rows, each, diverged)
+                    yield Condition(f"control {each}", text, words, holds)
+                elif each not in arms:
                     yield Condition(f"control {each}", "no run at this size", words, passed=False)
                 elif each not in found.index:
                     yield Condition(f"control {each}", why or ABSENT, words, passed=False)
@@ -268,6 +290,19 @@ class Gate:
             text += f" and {self.n_sizes} sizes"
         yield Condition("resolvable difference", text, needed, passed=least <= self.effect)
 
+    def _diverged(self, rows: pd.DataFrame, arm: Hashable, diverged: Counts) -> tuple[str, bool]:
+        """Whether a control with diverged runs counts as worse, in words; its other runs must all be worse."""
+        sign = quantity(self.value).sign
+        own, base = (sign * numbers(rows[rows[self.arm] == each], self.value) for each in (arm, self.baseline))
+        text = f"{diverged[arm]} of {diverged[arm] + len(own)} runs diverged"
+        if self.baseline in diverged:
+            return f"{text}, but so did {diverged[self.baseline]} of the baseline", False
+        if not len(own):
+            return f"{text}, which counts as worse", True
+        if len(base) and own.min() > base.max():
+            return f"{text} and the rest are worse than every run of the baseline, which counts as worse", True
+        return f"{text}, but not all others are worse than every run of the baseline", False
+
     def _whole(self, rows: pd.DataFrame) -> Iterator[Condition]:
         if self.value.startswith("recall") or ("corpus" in rows and rows["corpus"].isna().all()):
             yield Condition("units of the score", "sequences drawn at random", "independent units", passed=True)
@@ -275,7 +310,7 @@ class Gate:
         needed = f"the whole split, {MIN_DOCUMENTS} documents or more"
         n = numbers(rows, "test_documents") if "test_documents" in rows else np.full(len(rows), math.nan)
         if not len(n) or np.isnan(n).any():
-            yield Condition("units of the score", "windows from the beginning of the split", needed, passed=False)
+            yield Condition("units of the score", "a part of the split", needed, passed=False)
             return
         least = int(n.min())
         yield Condition("units of the score", f"whole split, {least} documents", needed, least >= MIN_DOCUMENTS)

@@ -9,12 +9,9 @@ import numpy as np
 import pandas as pd
 
 from explore.frontier.intervals import t_quantile
-from explore.quantities import EVAL_DATA, columns, quantity
+from explore.quantities import EVAL_DATA, PARENTS, columns, quantity
 
-SAME = (
-    "name", "family", "pattern", "status", "parent", "quantized_from", "teacher", "corpus", EVAL_DATA, "flops_run",
-    "tokens",
-)  # fmt: skip
+SAME = ("name", "family", "pattern", "status", *PARENTS, "corpus", EVAL_DATA, "flops_run", "tokens")
 """Columns that runs of one group share, besides all settings and costs."""
 
 POOL = (EVAL_DATA, "d_model")
@@ -42,11 +39,11 @@ def seed_means(runs: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """
     table = runs.reset_index(drop=True)
     known = [each for each in columns(table.columns) if each.name in table]
-    keys = [each.name for each in known if (each.is_known or each.name in SAME) and each.name != "seed"]
-    if table.empty or "seed" not in table or not keys:
+    keys = _keys(table)
+    if not keys:
         alone = table.assign(**{N_SEEDS: 1, SEEDS: table["seed"].astype("str") if "seed" in table else ""})
         return alone.assign(**{HALF_WIDTH.format(each.name): np.nan for each in known if each.is_quality})
-    group = table.groupby(keys, dropna=False, sort=False).ngroup()
+    group = seed_groups(table)
     groups = table.groupby(group, sort=True)
     first = groups.head(1)
     found = first.set_axis(group[first.index], axis="index").sort_index()
@@ -59,6 +56,21 @@ def seed_means(runs: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
             if each.is_quality:
                 found[HALF_WIDTH.format(each.name)] = _half_widths(table, values, group, level)
     return found.reset_index(drop=True)
+
+
+def seed_groups(runs: pd.DataFrame) -> pd.Series[int]:
+    """The number of each run's group. Runs of one group differ only in their seed."""
+    if keys := _keys(runs):
+        return runs.groupby(keys, dropna=False, sort=False).ngroup()
+    return pd.Series(range(len(runs)), index=runs.index)
+
+
+def _keys(runs: pd.DataFrame) -> list[str]:
+    """Columns that runs of one group share; none if nothing can be grouped."""
+    if runs.empty or "seed" not in runs:
+        return []
+    known = [each for each in columns(runs.columns) if each.name in runs]
+    return [each.name for each in known if (each.is_known or each.name in SAME) and each.name != "seed"]
 
 
 def grouped(name: str, row: dict[str, object]) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import optuna
 from optuna.trial import TrialState
 from rich.console import Console
 
+from explore.foreign import check_type
 from explore.records import pack_runs, unpack_runs
 from explore.search.samplers import make_sampler
 from explore.study.dashboard import describe_study
@@ -57,7 +59,7 @@ class SweepSummary:
 def run_sweep(
     sweep: Sweep,
     n_trials: int,
-    runs: Path,
+    runs: str | Path,
     *,
     sampler: str | None = None,
     seed: int | None = None,
@@ -66,7 +68,7 @@ def run_sweep(
     workers: int = 1,
     cluster: Cluster | None = None,
     cluster_options: Mapping[str, Any] | None = None,
-    records: Path | None = None,
+    records: str | Path | None = None,
     options: TrialOptions | None = None,
     console: Console | None = None,
 ) -> SweepSummary:
@@ -89,9 +91,14 @@ def run_sweep(
             every hour and at the end.
 
     Raises:
+        TypeError: `sweep` is not a sweep, or `runs` not a folder.
         ValueError: the sampler is unknown, the storage does not open, the study belongs to another file, or
             (`FaultError`) a fault of the machine stopped the sweep.
     """
+    check_type(sweep, Sweep, "sweep must be a sweep, as explore.load_sweep gives it")
+    check_type(n_trials, Integral, "n_trials must be a whole number")
+    check_type(runs, (str, Path), "runs must be the folder of the runs")
+    runs = Path(runs)
     console, options = console or plain_console(), options or TrialOptions()
     say = partial(console.print, highlight=False, soft_wrap=True)
     # Find user mistakes in the sampler, the storage and the study before a worker starts.
@@ -102,7 +109,7 @@ def run_sweep(
     study.set_user_attr(N_TRIALS, n_trials)
     if options.notes:
         describe_study(study, sweep.question)
-    with _kept(records, runs, say), SweepTable(study, n_trials, console) as table:
+    with _kept(None if records is None else Path(records), runs, say), SweepTable(study, n_trials, console) as table:
         frontier = GrowingFrontier(study, runs, say)
 
         def refresh() -> None:

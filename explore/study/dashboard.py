@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from explore.experiment import Experiment
 from explore.figures import COLUMN_HEIGHT, COLUMN_WIDTH, RunFigure, plot_curves, plot_receipts, receipts_table
 from explore.formatting import count, flops
+from explore.formatting.markdown import code, inline
 from explore.quantities import headlines, quantity
 from explore.runs import RunFolder
 from explore.study.storage import objectives_of
@@ -43,7 +44,7 @@ def describe_study(study: optuna.Study, question: str) -> None:
         return
     better = {"minimize": "lower", "maximize": "higher"}
     objectives = ", ".join(
-        f"`{name}`: {quantity(name).axis_label} ({better.get(direction, '?')} is better)"
+        f"{code(name)}: {inline(quantity(name).axis_label)} ({better.get(direction, '?')} is better)"
         for name, direction in objectives_of(study).items()
     )
     _save_note(study, None, f"{inspect.cleandoc(question)}\n\n**Objectives:** {objectives}\n")
@@ -83,7 +84,7 @@ def note_rejection(study: optuna.Study, trial: FrozenTrial, why: str | None, say
 
     There may be hundreds of such trials, so existing notes are not read first, unlike in `_save_note`.
     """
-    text = f"**rejected before training**, not pruned: {why or 'no reason was given'}\n"[:PIECE]
+    text = f"**rejected before training**, not pruned: {inline(why or 'no reason was given')}\n"[:PIECE]
     try:
         for name, value in (("note_str:0", text), ("note_ver", 1)):
             study._storage.set_study_system_attr(study._study_id, f"{_prefix(trial)}{name}", value)
@@ -100,24 +101,24 @@ def trial_note(trial: FrozenTrial, folder: RunFolder, experiment: Experiment | N
     scores = [f"{each.name} {each.text(row[each.name])}" for each in shown]
     if _is_number(result.get("stopped_val_bpb")):
         scores = [f"val_bpb {result['stopped_val_bpb']:.4f} when it was stopped"]
-    outcome = " · ".join([f"**{row['status']}**", *scores])
+    outcome = " · ".join([f"**{inline(str(row['status']))}**", *scores])
     reason = about.get("reason") or row["reason"]
     texts = {name: quantity(name).text(value) or "?" for name, value in row.items()}
     lines = {
         "name": _code(row["name"]),
         "pattern": _code(row["pattern"]),
-        "family": row["family"],
+        "family": None if row["family"] is None else inline(str(row["family"])),
         "parameters": f"{texts['params_total']}, of which {texts['params_active']} are active",
         "training FLOPs": f"{texts['flops_run']}, {texts['flops_train']} per token",
         "learning rate": _learning_rate(
             row["lr"], about, about.get("lr_by") or ("val_loss" if _is_number(row["recall"]) else "val_bpb")
         ),
         "training": f"{texts['tokens']} tokens in {texts['train_s']}" if row["train_s"] else None,
-        "seed": row["seed"],
+        "seed": None if row["seed"] is None else inline(str(row["seed"])),
         "run": _code(str(folder.path)),
     }
     table = [f"| {name} | {text} |" for name, text in lines.items() if text is not None]
-    parts = [outcome + (f": {reason}" if reason else ""), "\n".join(["| | |", "|---|---|", *table])]
+    parts = [outcome + (f": {inline(str(reason))}" if reason else ""), "\n".join(["| | |", "|---|---|", *table])]
     if experiment is not None:
         parts.append(_components(experiment))
         if row["status"] == "finished":
@@ -136,7 +137,7 @@ def _components(experiment: Experiment) -> str:
     rows += ["| component | parameters | forward FLOPs per token | share |", "|---|--:|--:|--:|"]
     for group, params, fwd in by_group[list(quantities)].itertuples():
         if params or fwd:
-            rows.append(f"| {group} | {count(params) if params else ''} | {flops(fwd)} | {fwd / total:.1%} |")
+            rows.append(f"| {inline(group)} | {count(params) if params else ''} | {flops(fwd)} | {fwd / total:.1%} |")
     rows.append(f"| **total** | {count(by_group['params_total'].sum())} | {flops(total)} | |")
     return "\n".join(rows)
 
@@ -208,8 +209,8 @@ def _prefix(trial: FrozenTrial | None) -> str:
 
 
 def _code(text: Any) -> str | None:
-    """Text as inline code in a Markdown table."""
-    return None if text is None else "`" + str(text).replace("|", "\\|") + "`"
+    """A name as inline code in a table; None if it is unknown."""
+    return None if text is None else code(str(text))
 
 
 def _is_number(value: Any) -> bool:

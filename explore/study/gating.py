@@ -32,21 +32,21 @@ def run_gated(
     summary = run_sweep(sweep, min(n_trials, first), runs, records=records, **options)
     if n_trials < first:
         return summary, None
-    if sweep.gate.floor is None:
-        rows = sweep.gate.smallest(gate_runs(runs))
-        add_floors(runs, names=rows.loc[rows[sweep.gate.arm] == sweep.gate.baseline, "run"])
     report = _checked(sweep, runs)
     if (report.passed or ungated) and n_trials > first:
         summary = run_sweep(sweep, n_trials, runs, records=records, **options)
         report = _checked(sweep, runs)  # trials of the same size may have followed
-    elif records is not None:
+    if records is not None:
         pack_runs(records, runs)  # with the floors
     return summary, report
 
 
 def _checked(sweep: Sweep, runs: Path) -> GateReport:
-    """The report of a sweep's gate on its runs, which is also written beside them."""
+    """The report of a sweep's gate, also written beside its runs; the baseline first gets its floor at every size."""
     assert sweep.gate is not None
+    if sweep.gate.floor is None:
+        rows = sweep.gate.selected(gate_runs(runs))
+        add_floors(runs, names=rows.loc[rows[sweep.gate.arm] == sweep.gate.baseline, "run"])
     report = gate_report(sweep.gate, sweep.seeds, runs)
     save_table(report.table(), runs / GATE_FILE)
     return report

@@ -31,7 +31,8 @@ class Tuned:
 class LearningRates:
     """A learning-rate search within a trial: short runs (pilots) on a geometric grid, until the best rate is interior.
 
-    Pilots are separate experiments: they are found by their keys, and all seeds of an architecture share them.
+    Pilots are separate experiments: they are found by their keys, and all seeds of an architecture share them. Where
+    runs are scored on whole splits, pilots are scored on windows sampled from them.
 
     Attributes:
         low: lowest rate of the grid.
@@ -76,6 +77,8 @@ class LearningRates:
             changes["precision"] = self.precision
         if self.by is None and experiment.train.stop_recall is None:
             changes["val_every"] = None  # only a pilot's final score counts
+        if experiment.train.evaluation == "whole":
+            changes["evaluation"] = "sampled"  # both splits in full would cost more than the pilot
         train = experiment.train.model_copy(update=changes)
         return experiment.model_copy(update={"name": f"pilot-{experiment.name}", "train": train, "seed": 0})
 

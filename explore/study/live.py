@@ -86,7 +86,10 @@ class SweepTable:
         known, heads = self._known(), self._header()
         rows = [self._row(trial, front) for trial in (trials if whole else trials[-max(4, self.console.height - 12) :])]
         shown = [i for i in range(len(heads)) if any(row[i] for row in rows)]  # skip empty columns
-        spare = [heads.index(name) for name in ("model", *(each.header for each in reversed(known)), "time", "state")]
+        spare = [
+            heads.index(name)
+            for name in ("model", *(each.header for each in reversed(known)), "time", "state", "curve")
+        ]
         while True:
             table = Table(
                 box=None,

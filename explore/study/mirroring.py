@@ -11,6 +11,7 @@ import pandas as pd
 from optuna.trial import TrialState
 
 from explore.figures import family_styles, frontier_table, mark, plot_frontier, save_figure
+from explore.formatting.markdown import code, inline
 from explore.frontier.gate import UNGATED, is_ungated
 from explore.quantities import quantity
 from explore.runs import find_runs
@@ -145,7 +146,8 @@ def front_markdown(table: pd.DataFrame, cost: str, quality: str) -> str:
     lines = [f"| family | pattern | {x.axis_label} | {y.axis_label} | run |", "|---|---|--:|--:|---|"]
     for row in front.to_dict("records"):
         numbers = f"{x.text(row[cost])} | {y.text(row[quality])}"
-        lines.append(f"| {row['family']} | `{row['pattern']}` | {numbers} | {row['run']} |")
+        family, pattern, run = (str(row[name]) for name in ("family", "pattern", "run"))
+        lines.append(f"| {inline(family)} | {code(pattern)} | {numbers} | {inline(run)} |")
     return "\n".join(lines)
 
 
@@ -157,7 +159,9 @@ def _notes(table: pd.DataFrame) -> list[str]:
     n_seeds = table["seed"].nunique()
     corpora = ", ".join(sorted(set(table["corpus"].dropna().map(lambda corpus: Path(corpus).name)))) or "unknown"
     return [
-        "Runs: " + ", ".join(f"{n} {name}" for name, n in sorted(status.items())) + f"; corpus: {corpora}.",
+        "Runs: "
+        + ", ".join(f"{n} {inline(name)}" for name, n in sorted(status.items()))
+        + f"; corpus: {inline(corpora)}.",
         "One seed per point: differences within the spread between seeds are not resolved."
         if n_seeds == 1
         else f"{n_seeds} seeds, each drawn as a separate point.",

@@ -10,9 +10,11 @@ import torch
 
 from explore.experiment import Experiment
 from explore.formatting import size
+from explore.machine import memory_bytes
 from explore.study.faults import FaultError
 from explore.study.identity import read_data
 from explore.train import check_capacity
+from explore.train.capacity import needs
 
 CHECKPOINTS = 2
 """Checkpoints of a run on disk at once: the last one stays until the next is complete."""
@@ -33,7 +35,7 @@ def check_needs(experiments: Sequence[Experiment], runs: Path, workers: int = 1,
     for experiment in experiments:
         read_data(experiment)
         if not elsewhere:
-            _check_memory(experiment)
+            _check_memory(experiment, workers)
     needed = max(map(_checkpoint_bytes, experiments), default=0) * CHECKPOINTS * workers
     if needed > (free := _free_bytes(runs)):
         raise FaultError(
@@ -42,11 +44,19 @@ def check_needs(experiments: Sequence[Experiment], runs: Path, workers: int = 1,
         )
 
 
-def _check_memory(experiment: Experiment) -> None:
+def _check_memory(experiment: Experiment, workers: int) -> None:
+    is_cuda = torch.cuda.is_available()
     try:
-        check_capacity(experiment, device="cuda" if torch.cuda.is_available() else "cpu")
+        check_capacity(experiment, device="cuda" if is_cuda else "cpu")
     except ValueError as error:
         raise FaultError(str(error)) from error
+    each = needs(experiment).total
+    free = torch.cuda.mem_get_info()[0] if is_cuda else memory_bytes()[1]
+    if workers > 1 and workers * each > free:
+        raise FaultError(
+            f"memory: training with {workers} workers needs at least {size(workers * each)} ({size(each)} for each) "
+            f"and {size(free)} are free; workers={max(1, int(free / each))} would fit"
+        )
 
 
 def _checkpoint_bytes(experiment: Experiment) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -22,9 +21,10 @@ from explore import train
 from explore.data import TextData, TextSource
 from explore.evals.ngram import EVALUATED
 from explore.experiment import Experiment
+from explore.files import temporary_beside
 from explore.frontier import fit_noise
 from explore.frontier.intervals import resolvable
-from explore.runs import RunFolder, find_runs
+from explore.runs import PILOTS, RunFolder, find_runs
 from explore.search.spaces import PatternSpace
 from explore.study.budgets import RejectedError
 from explore.study.sweep_file import Sweep
@@ -133,10 +133,10 @@ class _Prober(optuna.samplers.RandomSampler):
 def preview(
     sweep: Sweep, n_trials: int, runs: Path, *, workers: int = 1, measure: bool = True, seed: int = 0
 ) -> Preview:
-    """Probes the space of a sweep and times a few of its experiments in a temporary folder.
+    """Probes the space of a sweep and times a few of its experiments in a temporary folder beside that of its runs.
 
     Args:
-        runs: folder of runs from which the spread between seeds is estimated.
+        runs: folder of the sweep's runs, which need not exist yet; the spread between seeds is estimated from them.
         workers: number of processes that would share the cores.
         measure: time experiments; without it, `wall_s` is None.
     """
@@ -161,7 +161,7 @@ def preview(
     examples = _spread(by_cost, MEASURED)
     costs = (examples[0].flops_run, examples[-1].flops_run)
     noise = seed_noise(runs, costs) if runs.is_dir() else None
-    run_s = _measured_s(examples, by_cost, workers) if measure else None
+    run_s = _measured_s(examples, by_cost, workers, runs) if measure else None
     infinite = bool(prober.continuous)
     return Preview(
         n_feasible=math.inf if infinite else statistics.fmean(leaves),
@@ -233,21 +233,28 @@ def _spread(by_cost: Sequence[Experiment], n: int) -> tuple[Experiment, ...]:
     return tuple(by_cost[round(i * (len(by_cost) - 1) / (n - 1))] for i in range(n))
 
 
-def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment], workers: int) -> float:
-    """Mean seconds per run, estimated from a few steps of some experiments with a worker's number of threads."""
+def _measured_s(examples: Sequence[Experiment], population: Sequence[Experiment], workers: int, runs: Path) -> float:
+    """Mean seconds per run, estimated from a few steps of some experiments with a worker's number of threads.
+
+    Checkpoints are written to the disk that the sweep will use. They count as pilots, so that no table of runs shows
+    them; the next dry run removes those of a killed one.
+    """
     import torch
 
+    place = runs.absolute()
+    while not place.parent.is_dir():
+        place = place.parent
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     per_flop, overhead = [], []
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_beside(place, folder=True) as folder:
             for example in examples:
-                changes: dict[str, Any] = {"tokens": STEPS * example.batch_tokens, "flops": None, "val_every": None}
-                changes |= {"eval_tokens": example.batch_tokens, "evaluation": "opening"}
+                changes: dict[str, Any] = {"tokens": STEPS * example.batch_tokens, "eval_tokens": example.batch_tokens}
+                changes |= {"flops": None, "val_every": None, "stop_recall": None, "evaluation": "opening"}
                 short = example.model_copy(update={"train": example.train.model_copy(update=changes)})
                 began = time.perf_counter()
-                run = train.fit(short, folder, console=plain_console(quiet=True))
+                run = train.fit(short, folder / PILOTS, console=plain_console(quiet=True))
                 took = time.perf_counter() - began
                 result = run.result or {}
                 if (train_s := result.get("train_s")) and result.get("status") == "finished":

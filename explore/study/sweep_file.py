@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from explore.config import explain
 from explore.experiment import Experiment
+from explore.foreign import check_type
 from explore.frontier.gate import Gate
 from explore.quantities import objectives as allowed_objectives
 from explore.quantities import unknown
@@ -86,6 +87,10 @@ class Sweep:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     examples: Sequence[Experiment] = ()
 
+    def __repr__(self) -> str:
+        objectives = ", ".join(f"{name} {direction}d" for name, direction in self.objectives.items())
+        return f"Sweep({self.path}, {objectives})"
+
     @property
     def name(self) -> str:
         return self.path.stem
@@ -94,15 +99,15 @@ class Sweep:
     def first(self) -> Sequence[Mapping[str, Any]]:
         """The grid points that the gate examines and that are no baselines: those of the smallest size.
 
-        If all points have one size, they are those of the gate's own arms.
+        If all points have one size, they are those of the gate's own arms, if the grid has the arms.
         """
         if self.gate is None or self.grid is None:
             return ()
         values: dict[str, list[Any]] = {name: list(each) for name, each in self.grid.items()}
         values |= {name: [value] for name, value in self.gate.where.items() if name in values}
-        if self.gate.size in values:
-            values[self.gate.size] = [min(values[self.gate.size])]
-        else:
+        if len(sizes := values.get(self.gate.size, [])) > 1:
+            values[self.gate.size] = [min(sizes)]
+        elif self.gate.arm in values:
             values[self.gate.arm] = [each for each in self.gate.arms if each in values[self.gate.arm]]
         points = self._points(values).values()
         return tuple(params for params, _ in points if params not in [dict(each) for each in self.baselines])
@@ -136,16 +141,21 @@ class Sweep:
         return own_modules(sweep_tree(self.path))
 
 
-def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep:
+def load_sweep(path: str | Path, parameters: Mapping[str, Any] | None = None, *, or_script: bool = False) -> Sweep:
     """Runs a sweep file and checks it by sampling one experiment, before anything is created.
 
     Args:
         parameters: values that replace those of parameters declared in the file; they make another study.
+        or_script: accept a script that trains in its own way. It has no `experiment`, and only what makes its tables
+            and figure is loaded.
 
     Raises:
+        TypeError: `path` is not a path.
         ValueError: the file does not exist, fails (the message has the line), or lacks a name or has one of the wrong
             type.
     """
+    check_type(path, (str, Path), "path must be the path of a sweep file")
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such sweep file")
     module = _run(path, parameters or {})
@@ -153,8 +163,12 @@ def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep
     if not question:
         raise ValueError(f"{path}: a docstring that states the question is missing")
     experiment = getattr(module, "experiment", None)
+    if experiment is None and or_script:
+        names = ("seeds", "tables", "figure", "gate")
+        return Sweep(path, question, _nothing, {}, **_options(path, module, names))
     if not callable(experiment):
-        raise ValueError(f"{path}: a function experiment(trial) -> Experiment is missing")
+        script = f"; if it is a script, run it with python {path}" if hasattr(module, "tables") else ""
+        raise ValueError(f"{path}: a function experiment(trial) -> Experiment is missing{script}")
     sweep = Sweep(path, question, experiment, _objectives(path, module), **_options(path, module))
     sweep = dataclasses.replace(sweep, parameters=dict(parameters or {}))
     if sweep.pruner is not None:
@@ -165,8 +179,16 @@ def load_sweep(path: Path, parameters: Mapping[str, Any] | None = None) -> Sweep
     return dataclasses.replace(sweep, examples=_examples(sweep))
 
 
-def _options(path: Path, module: ModuleType) -> dict[str, Any]:
-    """The optional definitions that a sweep file has, checked."""
+def _nothing(trial: optuna.Trial) -> Experiment:
+    raise RejectedError("a script trains in its own way")
+
+
+def _options(path: Path, module: ModuleType, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The optional definitions that a sweep file has, checked.
+
+    Args:
+        names: which of them; None for all.
+    """
     allowed: Mapping[str, tuple[type | tuple[type, ...], str]] = {
         "baselines": (Sequence, "a sequence of mappings from parameter to value"),
         "sampler": (str, f"one of {', '.join(SAMPLERS)}"),
@@ -181,7 +203,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
         "figure": (FunctionType, "a function from these tables to a figure"),
         "gate": (Gate, "explore.frontier.gate.Gate"),
     }
-    found = {name: getattr(module, name) for name in allowed if hasattr(module, name)}
+    found = {name: getattr(module, name) for name in names or allowed if hasattr(module, name)}
     for name, value in found.items():
         kind, words = allowed[name]
         wrong = not isinstance(value, kind)
@@ -189,7 +211,7 @@ def _options(path: Path, module: ModuleType) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} must be {words}, got {value!r}")
     if found.get("sampler") == "grid" and "grid" not in found:
         raise ValueError(f"{path}: grid: the sampler 'grid' needs a mapping from parameter to its values")
-    if "gate" in found:
+    if "gate" in found and names is None:
         _check_gated(path, found["gate"], found.get("sampler"), found.get("grid", {}))
     return found
 

@@ -7,6 +7,7 @@ Frontiers never group runs: W&B would show one point, the mean, for every group.
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Pages:
         """A Python script that builds and saves both pages; it needs only wandb-workspaces."""
         sources = [inspect.getsource(inspect.unwrap(build)) for build in (build_workspace, build_report)]
         page = "\n".join(f"    {name!r}: {value!r}," for name, value in self._arguments.items())
-        return SCRIPT.format(title=self.name, page=page, sources="\n\n".join(sources))
+        title = json.dumps(self.name)  # on one line, and without quotes that would end the docstring
+        return SCRIPT.format(title=title, page=page, sources="\n\n".join(sources))
 
     def save(self) -> tuple[str, str]:
         """Saves both pages on the server, as new pages.
@@ -209,7 +211,7 @@ def build_report(
         width="fluid",
         blocks=[
             wr.H1("Question"),
-            wr.MarkdownBlock(question.strip() or name),
+            wr.MarkdownBlock(question.strip()) if question.strip() else wr.P(name),
             wr.H1("Frontier"),
             wr.PanelGrid(runsets=[runs("trials", "trial", run_settings=coloured)], panels=[frontier]),
             wr.H1("Runs on the front"),

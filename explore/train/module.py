@@ -32,6 +32,10 @@ Tensors = dict[str, Any]
 WORST = 20
 """A run has diverged if its loss exceeds this many times that of a uniform guess, even if it is finite."""
 
+KEPT_LOAD = 0.99
+"""Factor by which the loads of earlier steps count less after each step. Loads are thus averages over about 100 steps:
+one batch is too few tokens, since even random routing of 2,048 tokens to 6 of 256 experts has a violation near 0.5."""
+
 
 class DivergedError(RuntimeError):
     """The loss is not finite, or far above that of a uniform guess."""
@@ -55,7 +59,9 @@ class LitLanguageModel(LightningModule):
         key: key of the run, saved in its checkpoints.
 
     Attributes:
-        max_violation: the largest imbalance of a router in the last step.
+        max_violation: over all routers, the largest load of an expert divided by the mean load, minus 1. Loads are
+            averages over about the last 100 steps (`KEPT_LOAD`). The metrics and the result of a run hold this number;
+            in those of earlier versions, loads are of one step.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class LitLanguageModel(LightningModule):
         self._asked = False
         self.max_violation: Tensor | None = None
         self._load: dict[int, Tensor] = {}
+        self._recent_load: dict[int, Tensor] = {}
         self._score, self._recall = Score(), RecallScore()
 
     def configure_model(self) -> None:
@@ -165,7 +172,10 @@ class LitLanguageModel(LightningModule):
         for i, moe in self.model.moe_layers().items():
             load = self.trainer.strategy.reduce(self._load.pop(i), reduce_op="sum")
             moe.update_bias(load)
-            violations.append(load.max() / load.mean() - 1)
+            before = self._recent_load.get(i)
+            recent = load.float() if before is None else KEPT_LOAD * before.to(load.device) + load
+            self._recent_load[i] = recent
+            violations.append(recent.max() / recent.mean() - 1)
         if violations:
             self.max_violation = torch.stack(violations).max()
             self.log("max_violation", self.max_violation)
@@ -175,9 +185,11 @@ class LitLanguageModel(LightningModule):
             checkpoint["key"] = self.key
         if self.max_violation is not None:
             checkpoint["max_violation"] = self.max_violation.cpu()
+            checkpoint["recent_load"] = {i: load.cpu() for i, load in self._recent_load.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.max_violation = checkpoint.get("max_violation")
+        self._recent_load = dict(checkpoint.get("recent_load", {}))  # absent in checkpoints of earlier versions
 
     def on_validation_epoch_start(self) -> None:
         self._score, self._recall = Score(), RecallScore()
@@ -219,7 +231,7 @@ class DataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Tensors]:
         train = self.experiment.train
         read = self.source.eval_batches
-        if train.evaluation == "whole" and isinstance(self.source, TextSource):
+        if train.evaluation != "opening" and isinstance(self.source, TextSource):
             read = self.source.sampled_batches
         batches = read("val", train.batch_size, train.eval_tokens)
         return DataLoader([_tensors(batch) for batch in batches], batch_size=None)  # type: ignore[arg-type]
