@@ -4,6 +4,7 @@ Small models are trained on the embedded text, all on the same number of tokens 
 parameters. The baselines are four hand-made models, one of each family, in the style of the Nemotron hybrids.
 
     explore sweep sweeps/first_frontier.py --trials 24
+    explore sweep sweeps/first_frontier.py --trials 24 --set tokens=1M
 """
 
 import optuna
@@ -12,7 +13,7 @@ from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.study import RejectedError
 
 MAX_PARAMS = 4_000_000
-TOKENS = 250_000
+parameters = {"tokens": 114_688}
 
 objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 
@@ -72,5 +73,5 @@ def experiment(trial: optuna.Trial) -> Experiment:
         name=f"{model.pattern}-d{d_model}",
         model=model,
         data=data,
-        train=TrainConfig(tokens=TOKENS, batch_size=8, lr=4e-3, val_every=50, eval_tokens=65_536),
+        train=TrainConfig(tokens=parameters["tokens"], batch_size=8, lr=4e-3, val_every=28, eval_tokens=16_384),
     )

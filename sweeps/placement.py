@@ -9,11 +9,13 @@ it sees one token.
 Design: 1,500 training tokens for each d_model squared, 3,000 steps at d_model 64; all arms at that width, then `none`,
 `middle`, `half` and `all-rope-conv` at 96; four seeds; a search of the learning rate for each arm and width. Scores are
 of the whole test text, by document. An arm is on the front of both if no other has fewer bits per byte and answers more
-queries with 32 pairs; widths and MLPs differ between the tasks, so the front is exploratory.
+queries with 32 pairs; widths and MLPs differ between the tasks, so the front is exploratory. The figure shows the
+primary result of `recall.py` on that axis: the share of seeds that succeed.
 
 Primary comparison, fixed in advance: the mean over both widths of test bits per byte of `middle` minus `none`. Gate:
 `middle` beats a trigram of the same tokens at d_model 64, `thin` is resolved as worse and `blind` either way, and four
-seeds at two widths resolve 0.013, the gain from 1.2 times the compute. Recall has the gate of `recall.py`.
+seeds at two widths resolve 0.013, the gain from 1.2 times the compute. Recall has the gate of `recall.py`,
+and no table is made before the records of that study are complete and pass it.
 
     explore sweep sweeps/placement.py --trials 14 --workers 2 --records sweeps/records/placement.parquet
 """
@@ -27,14 +29,16 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig, load_runs, pareto_front
-from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
-from explore.frontier import arms_table, compare
-from explore.frontier.gate import Gate
+from explore.figures import RunFigure, draw_comparisons, stacked
+from explore.figures.studies import draw_scatter
+from explore.frontier import arms_table, compare, seed_bands
+from explore.frontier.gate import Gate, gate_report
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
 
 FOLDER = Path(__file__).parent
 RECALL = runpy.run_path(str(FOLDER / "recall.py"))
+HARDEST = RECALL["HARDEST"]
 PRIMARY = ("middle", "none", "half", "all-rope-conv")
 CONTROLS = ("thin", "blind")
 WIDTHS = (64, 96)
@@ -99,17 +103,25 @@ NAMES = RECALL["NAMES"] | {"thin": "one of four, thin MLPs", "blind": "no mixers
 
 
 def recalled() -> pd.DataFrame:
-    """The arms of `recall.py`, from its records, complete or not.
+    """The arms of `recall.py` from its records, with the interval of the share of seeds that succeed.
 
     Raises:
-        ValueError: it has no records.
+        ValueError: there are no records, an arm lacks runs, or the study does not pass its gate.
     """
-    places = [FOLDER / "records" / "recall.parquet", FOLDER / "records" / "partial" / "recall.parquet"]
-    for records in places:
-        if records.is_file():
-            arms: pd.DataFrame = RECALL["tables"](load_runs(records), pd.DataFrame())["arms"]
-            return arms
-    raise ValueError(f"{places[0]}: is missing; `explore sweep sweeps/recall.py --records {places[0]}` makes it")
+    records = FOLDER / "records" / "recall.parquet"
+    how = f"`explore sweep sweeps/recall.py --records {records}` completes it"
+    if not records.is_file():
+        raise ValueError(f"{records}: is missing; {how}")
+    found = RECALL["tables"](load_runs(records), pd.DataFrame())
+    counts = found["arms"].set_index("arm")["n_seeds"]
+    if lacking := [arm for arm in RECALL["ARMS"] if counts.get(arm, 0) < RECALL["seeds"]]:
+        raise ValueError(f"{records}: must have {RECALL['seeds']} ended runs of every arm, not of {lacking}; {how}")
+    report = gate_report(RECALL["gate"], RECALL["seeds"], records)
+    if not report.passed:
+        raise ValueError(f"{records}: the gate of recall.py fails {report.reason}")
+    solved = found["solved"].rename(columns={"estimate": "solved", "low": "solved_low", "high": "solved_high"})
+    arms: pd.DataFrame = found["arms"].merge(solved, on="arm")
+    return arms
 
 
 def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
@@ -118,24 +130,28 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> 
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
     arms = arms_table(runs, "arm", "none", by=["d_model"])
     primary = runs[runs["arm"].isin(PRIMARY)]
-    both = arms[arms["d_model"] == WIDTHS[0]][["arm", "test_bpb"]].merge(
-        recalled()[["arm", "n_seeds", "successes", "recall", RECALL["HARDEST"]]], on="arm"
-    )
+    shared = runs[runs["arm"].isin(RECALL["ARMS"]) & (runs["d_model"] == WIDTHS[0])]
+    bands = seed_bands(shared, ["arm"], error="test_bpb")
+    columns = ["arm", "n_seeds", "successes", "recall", HARDEST, "solved", "solved_low", "solved_high"]
+    both = bands[["arm", "test_bpb", "low", "high"]].merge(recalled()[columns], on="arm")
     return {
         "arms": arms,
         "averages": compare(primary, "arm", "none", strata=["d_model"], primary=("middle",), documents=documents),
         "differences": compare(runs, "arm", "none", by=["d_model"], primary=(), documents=documents),
-        "both": both.assign(on_front=pareto_front(both, "test_bpb", RECALL["HARDEST"])),
+        "both": both.assign(on_front=pareto_front(both, "test_bpb", HARDEST)),
     }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     """Recall against loss, the mean differences over both widths, and all differences at the smaller width."""
     drawn, (above, middle, below) = stacked([2.6, 1.4, 2.6], "Where does attention belong?")
-    both = tables["both"].assign(x=tables["both"]["test_bpb"], series=tables["both"]["arm"])
-    both = both.assign(**dict.fromkeys(("estimate", "low", "high"), both[RECALL["HARDEST"]]))
+    columns = {"test_bpb": "x", "low": "x_low", "high": "x_high", "solved": "y", "solved_low": "y_low"}
+    both = tables["both"].rename(columns=columns | {"solved_high": "y_high"})
     names = {arm: name for arm, name in NAMES.items() if arm in set(both["arm"])}
-    draw_levels(above, both, names, f"Test bits per byte (d_model {WIDTHS[0]})", "Recall accuracy of 32 pairs")
+    arms = tables["arms"][(tables["arms"]["d_model"] == WIDTHS[0]) & (tables["arms"]["arm"] == gate.baseline)]
+    floor = float(arms["ngram_test_bpb"].mean()) if "ngram_test_bpb" in arms else None
+    y_label = "Share of seeds that recall\n32 pairs"
+    draw_scatter(above, both, names, f"Test bits per byte (d_model {WIDTHS[0]})", y_label, floor=floor)
     words = "Test bits per byte,\ndifference from none"
     draw_comparisons(middle, tables["averages"], NAMES, f"{words} (mean of widths)")
     at = tables["differences"][tables["differences"]["d_model"] == WIDTHS[0]]

@@ -6,9 +6,9 @@ forward products only, and NVFP4 in the products of both gradients only. All arm
 published work. Published results suggest that FP8 stays within the noise, that NVFP4 is 1 to 2.5% worse, and that the
 forward products cause most of that.
 
-Primary comparisons, fixed in advance: FP8, MXFP8 and NVFP4 against bf16, with four seeds. The gate fails as the file
-stands, because only the beginning of the test text is scored and the learning rate is not tuned here. Budget: a step in
-emulated precision takes up to three times as long, so run it on a GPU or overnight.
+Primary comparisons, fixed in advance: FP8, MXFP8 and NVFP4 against bf16, with four seeds. Scores are of the whole test
+text, by document. The learning rate is that of bf16, searched once by short runs in bf16 on seed 0. Budget: 24 runs of
+19 million tokens; on a CPU a step in emulated precision takes up to three times as long, so run it on a GPU.
 
     explore sweep sweeps/precision.py --trials 6 --workers 2 --records sweeps/records/precision.parquet
 """
@@ -23,6 +23,7 @@ from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import RunFigure, draw_comparisons, stacked
 from explore.frontier import arms_table, compare
 from explore.frontier.gate import Gate
+from explore.study import LearningRates
 
 PATTERN, D_MODEL, SEQ_LEN = "MEM*EME", 128, 256
 TOKENS_PER_PARAMETER = 20
@@ -47,6 +48,7 @@ objectives = {"val_bpb": "minimize", "flops_run": "minimize"}
 sampler = "grid"
 grid = {"arm": tuple(ARMS)}
 seeds = 4
+learning_rates = LearningRates(start=6.5e-3, share=0.25, precision="bf16")
 gate = Gate(
     baseline="bf16",
     worse=("nvfp4",),  # the whole recipe, which costs something in print
@@ -82,10 +84,11 @@ def experiment(trial: optuna.Trial) -> Experiment:
         data=TextData(corpus="gutenberg", tokenizer="austen-bpe-2048", seq_len=SEQ_LEN, n_shards=3),
         train=TrainConfig(
             tokens=TOKENS_PER_PARAMETER * hybrid.cost(SEQ_LEN).params_active_no_input_embedding,
-            batch_size=32,
+            batch_size=24,  # 3,164 steps
             lr=6.5e-3,
             precision=ARMS[arm],
-            eval_tokens=262_144,
+            eval_tokens=65_536,
+            evaluation="whole",
         ),
     )
 

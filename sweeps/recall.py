@@ -17,14 +17,24 @@ is at least 0.9. Results are the share of seeds that succeed, accuracy by number
 validation, which is measured every 20 steps.
 
 Primary comparison, fixed in advance: the share of successes of `middle` minus that of `none`. All other comparisons are
-exploratory. The gate has two conditions. The control, `all-rope-conv`, answers at least 0.9 of all queries in the mean
-over its seeds, as attention does throughout the literature; and `none` stays below 0.9 at 32 pairs.
+exploratory. The gate asks two things of the arms: the control, `all-rope-conv`, answers at least 0.9 of all queries in
+the mean over its seeds, as attention does throughout the literature; and `none` stays below 0.9 at 32 pairs and is
+resolved as worse than the control. Its other conditions are those of every gate, such as rates interior to their grid.
 
-Why one matrix: in a pilot at a learning rate of 0.003, the control answered 0.996 of 960 queries by step 300 with it.
-With a separate head it answered 0.002 by step 475, and its loss was close to that of a uniform guess among the values.
-The same loss was seen at step 836 with embeddings whose initial standard deviation was 1. The first grid of rates ended
-at 0.03, where the control was best, so it was extended to 0.3. Training FLOPs are counted as everywhere, with a head at
-every position, although only the logits of the queries are computed.
+Departures from what the gate usually asks. A run has 2,000 steps and not 8,000, because arms that solve the task do so
+much earlier: the control answers 0.99 of the validation queries by step 140 in all five runs at its rate, and `middle`
+by step 600 in pilots at rates of 0.003 and 0.0095. A failure therefore means "not within 2,000 steps". The limit on
+steps is the length of the schedule, which every run has, so this condition cannot fail, and neither can that on the
+decay, before which a run that solves the task ends; that the control solves the task shows that its steps are enough.
+There is no trivial arm, because `none` is already the simplest one.
+
+Why one matrix and this grid: with one matrix for embedding and head, as in the literature, a pilot of the control at a
+rate of 0.003 answered 0.997 of the test queries at step 280. The grid of rates goes to 0.3, so that 0.03, the best rate
+in the control's pilots, is not at its end. Training FLOPs are counted as everywhere, with a head at every position,
+although only the logits of the queries are computed.
+
+Budget: a full run is 16.4 million tokens, or 0.4 core hours at 12,000 tokens/s, the speed of one core of an AVX2
+machine. The 40 runs take at most 15 core hours and the pilots about 6; runs that solve the task end earlier.
 
     explore sweep sweeps/recall.py --trials 8 --workers 1 --records sweeps/records/partial/recall.parquet
 """
@@ -59,7 +69,6 @@ SEQ_LEN, BATCH_SIZE, N_STEPS = 128, 64, 2000
 objectives = {"recall": "maximize", "recall_over_steps": "maximize"}
 sampler = "grid"
 grid = {"arm": tuple(ARMS)}
-baselines = tuple({"arm": arm} for arm in ARMS)
 seeds = 5
 learning_rates = LearningRates(low=3e-4, high=0.31, start=9.49e-3, factor=10**0.5, share=0.5, by="recall_over_steps")
 
@@ -96,7 +105,7 @@ gate = Gate(
     effect=1 - SOLVED,
     source="from a share that counts as solved to all",
     targets=(Target(BASELINE, HARDEST, below=SOLVED),),
-    min_steps=N_STEPS,
+    min_steps=N_STEPS,  # the schedule of every run, so this cannot fail; the control shows that it is enough
     min_tokens=0,  # a run ends when it has solved the task
     alike=("n_steps",),
 )
@@ -153,7 +162,7 @@ def _differences(arms: pd.DataFrame) -> pd.DataFrame:
 
 
 def _gate(arms: pd.DataFrame) -> pd.DataFrame:
-    """The two checks without which nothing follows from the other arms; what has not run yet has not passed."""
+    """The two checks of means without which nothing follows from the other arms; what has not run has not passed."""
     rows = [
         ("the control recalls", CONTROL, "recall", "at least", lambda value: value >= SOLVED),
         ("no attention overflows", BASELINE, HARDEST, "below", lambda value: value < SOLVED),

@@ -12,14 +12,15 @@ import pandas as pd
 import pytest
 from optuna.trial import FixedTrial
 
-from explore import MoEConfig
-from explore.frontier.gate import gate_report
+from explore import MoEConfig, TextData
+from explore.figures import draw_comparisons, draw_floor, stacked
+from explore.frontier.gate import GateReport, gate_report
 from explore.study import RejectedError, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 GATED = (
-    "attention_share", "latent_gated", "latent_or_not", "merge_or_decay", "mtp_auxiliary", "placement", "precision",
-    "recall",
+    "attention_share", "bits", "latent_gated", "latent_or_not", "merge_or_decay", "mtp_auxiliary", "placement",
+    "precision", "recall",
 )  # fmt: skip
 NEW = ("latent_gated", "placement")
 
@@ -40,6 +41,7 @@ def test_a_study_that_makes_claims_declares_a_gate_of_its_own_arms(name: str, sw
     assert grid is not None
     assert set(gate.arms) <= {*grid["arm"], "dense"}  # `latent_or_not` has no dense arm, and so fails
     assert gate.n_sizes == len(grid.get("d_model", [0])) or name == "latent_or_not"
+    assert not set(gate.worse) & set(gate.trivial)
     assert re.search("Primary comparisons?, fixed in advance: ", sweeps[name].question.replace("\n", " "))
 
 
@@ -76,7 +78,7 @@ def test_recall_needs_its_control_to_recall_and_no_attention_to_overflow(sweeps:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [*NEW, "bits"])
 def test_new_studies_train_and_score_as_their_gate_asks(name: str, sweeps: dict[str, Sweep]) -> None:
     sweep = sweeps[name]
     assert sweep.gate is not None
@@ -172,7 +174,8 @@ def test_the_primary_claims_are_means_over_both_widths_with_documents(
     assert averages.loc["acc4", "n_pairs"] == 2 * latent.seeds
     assert len(latent.figure(tables).axes) == 3
     recall = pd.DataFrame({"arm": ["none", "middle"], "n_seeds": 5, "successes": [0, 5], "recall": [0.5, 0.99],
-                           "recall_32_pairs": [0.3, 0.98]})  # fmt: skip
+                           "recall_32_pairs": [0.3, 0.98], "solved": [0.0, 1.0], "solved_low": [0.0, 0.57],
+                           "solved_high": [0.43, 1.0]})  # fmt: skip
     monkeypatch.setitem(placement.experiment.__globals__, "recalled", lambda: recall)
     runs, documents = records(placement, dict.fromkeys((64, 96), ("none", "middle", "half", "all-rope-conv")))
     assert placement.tables is not None
@@ -181,10 +184,100 @@ def test_the_primary_claims_are_means_over_both_widths_with_documents(
     (primary,) = tables["averages"].query("primary").to_dict("records")
     assert (primary["arm"], primary["verdict"], primary["n_documents"]) == ("middle", "better", 6)
     assert tables["both"].set_index("arm")["on_front"].to_dict() == {"none": False, "middle": True}
-    assert len(placement.figure(tables).axes) == 3
+    drawn = placement.figure(tables).axes
+    assert len(drawn) == 3
+    dots = {line.get_xydata()[0].tolist()[0]: line for line in drawn[0].get_lines() if len(line.get_xydata()) == 1}
+    for row in tables["both"].itertuples():  # no dot is shifted, and both intervals are drawn
+        assert dots[row.test_bpb].get_ydata()[0] == row.solved
+        ends = [each.tolist() for lines in drawn[0].collections for each in lines.get_segments()]
+        assert [[row.low, row.solved], [row.high, row.solved]] in ends
+        assert [[row.test_bpb, row.solved_low], [row.test_bpb, row.solved_high]] in ends
+    assert [line.get_xdata()[0] for line in drawn[0].get_lines() if line.get_label() == "trigram"] == [2.1]
 
 
-def test_placement_reads_what_recall_found_so_far(sweeps: dict[str, Sweep]) -> None:
-    arms = sweeps["placement"].experiment.__globals__["recalled"]()
-    assert "all-rope-conv" in set(arms["arm"])
-    assert arms["recall_32_pairs"].between(0, 1).all()
+def test_placement_reads_recall_only_if_it_is_complete_and_passes_its_gate(
+    sweeps: dict[str, Sweep], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = sweeps["placement"].experiment.__globals__
+    monkeypatch.setitem(names, "FOLDER", tmp_path)
+    with pytest.raises(ValueError, match=r"recall\.parquet: is missing; `explore sweep"):
+        names["recalled"]()
+    (tmp_path / "records").mkdir()
+    complete = tmp_path / "records" / "recall.parquet"
+    complete.write_bytes((SWEEPS / "records" / "partial" / "recall.parquet").read_bytes())
+    with pytest.raises(ValueError, match=r"must have 5 ended runs of every arm, not of .*'none', 'middle'"):
+        names["recalled"]()
+    arms = list(names["RECALL"]["ARMS"])
+    scores = dict.fromkeys(("recall", *names["RECALL"]["BY_PAIRS"]), 0.95)
+    columns = {"status": "finished", "pattern": "M", "lr": 0.1, "tuned": True, "params_active_no_embeddings": 1,
+               "state_bytes": 1, "flops_fwd": 1, "step": 5, "steps_to_90": 4, "recall_over_steps": 0.5}  # fmt: skip
+    runs = pd.DataFrame([{"name": arm, "seed": seed, **columns, **scores} for arm in arms for seed in range(5)])
+    monkeypatch.setitem(names, "load_runs", lambda _: runs)
+    with pytest.raises(ValueError, match=r"the gate of recall\.py fails at d_model 64: .*control none: no run at"):
+        names["recalled"]()
+    monkeypatch.setitem(names, "gate_report", lambda *_: GateReport("d_model 64", ()))
+    found = names["recalled"]().set_index("arm")
+    assert set(found.index) == set(arms)
+    assert (found["solved"] == 1).all()
+    assert (found["solved_low"] > 0.4).all()
+
+
+def test_the_arms_of_a_gate_run_before_the_others(sweeps: dict[str, Sweep], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TextData, "fingerprint", lambda self: {})  # of a corpus that need not be here
+    assert [each["arm"] for each in sweeps["recall"].first] == ["all-rope-conv", "none"]
+    assert not sweeps["recall"].baselines
+    assert [each["arm"] for each in sweeps["bits"].first] == ["bf16", "stochastic", "plain"]
+
+
+def test_arms_of_bits_are_the_whole_recipe_without_one_ingredient_or_for_one_product(sweeps: dict[str, Sweep]) -> None:
+    def recipe(arm: str) -> dict[str, Any]:
+        return dict(arm_of(sweeps["bits"], arm, 64).train.recipe)
+
+    whole = recipe("nvfp4")
+    for arm, ingredient in (
+        ("no-rotation", "hadamard"),
+        ("no-stochastic", "stochastic"),
+        ("no-squares", "square_weights"),
+    ):
+        own = recipe(arm)
+        assert whole[ingredient]
+        assert not own[ingredient]
+        assert {name for name in whole if own[name] != whole[name]} == {ingredient}
+    products = ("forward", "input_gradient", "weight_gradient")
+    for arm, kept in (
+        ("forward", "forward"),
+        ("input-gradient", "input_gradient"),
+        ("weight-gradient", "weight_gradient"),
+    ):
+        own = recipe(f"nvfp4-{arm}")
+        assert [name for name in products if own[name]] == [kept]
+    assert (recipe("plain")["format"], recipe("plain")["hadamard"], recipe("plain")["stochastic"]) == ("mxfp4", (), ())
+
+
+def test_tables_of_bits_leave_out_an_arm_of_which_a_run_diverged(sweeps: dict[str, Sweep]) -> None:
+    sweep = sweeps["bits"]
+    assert sweep.tables is not None
+    assert sweep.grid is not None
+    runs, documents = records(sweep, {64: tuple(map(str, sweep.grid["arm"]))})
+    broken = (runs["name"] == "stochastic-d64") & (runs["seed"] < 2)
+    runs.loc[broken, ["status", "test_bpb"]] = ["diverged", float("nan")]
+    tables = sweep.tables(runs, pd.DataFrame(), documents=documents[~documents["run"].isin(runs.loc[broken, "run"])])
+    assert tables["diverged"].to_dict("records") == [{"arm": "stochastic", "n_diverged": 2}]
+    assert set(tables["differences"]["arm"]) == set(sweep.grid["arm"]) - {"bf16", "stochastic"}
+    assert set(tables["differences"]["n_documents"]) == {6}
+
+
+def test_figures_say_that_verdicts_are_corrected_and_leave_out_floors_that_are_missing() -> None:
+    table = pd.DataFrame({"arm": ["a", "b"], "difference": [0.1, 0.2], "low": [0.05, 0.1], "high": [0.2, 0.3],
+                          "verdict": ["not resolved", "exploratory"]})  # fmt: skip
+    _, (above, middle, below) = stacked([1.0, 1.0, 1.0], "A study")
+    draw_comparisons(above, table, {"a": "A", "b": "B"}, "Difference")
+    assert above.get_xlabel() == "Difference\n(verdicts are corrected, intervals are not)"
+    draw_comparisons(middle, table, {"b": "B"}, "Difference")
+    assert middle.get_xlabel() == "Difference"
+    floors = pd.DataFrame({"flops_run": [1.0, 2.0, 3.0], "ngram_test_bpb": [2.5, float("nan"), float("nan")]})
+    draw_floor(below, floors)
+    draw_floor(below, floors.iloc[1:])
+    draw_floor(below, floors[["flops_run"]])
+    (label,) = below.texts
+    assert label.xy == (1.0, 2.5)
