@@ -15,7 +15,7 @@ from explore.runs import RunFolder
 from explore.train import read_weights
 
 SINCE = 0.5
-"""Of 20 steps, the last four of which are the decay."""
+"""Share of the 20 steps after which a branch begins; the last four steps are the decay."""
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,10 @@ def test_cost_tables_show_every_group(
         (["cost", "nemotron-3-nan"], "preset: 'nemotron-3-nan' is unknown; the nearest are nemotron-3-nano"),
         (["cost"], "TARGET: a pattern, preset or path is required"),
         (["cost", "M", "--seq-len", "0"], "Invalid value for '--seq-len'"),
+        (["cost", "M", "--d-model", "0"], "error: --d-model must be at least 1, got 0"),
+        (["train", "no_such.json", "--devices", "0"], "error: --devices must be at least 1, got 0"),
+        (["watch", "no_such", "--every", "0.05"], "error: --every must be at least 0.1, got 0.05"),
+        (["proxy", "wandb.me", "--port", "70000"], "error: --port must be at most 65535, got 70000"),
         (["cost", "M", "--kv-dtype", "int3"], "'int3' is not one of 'float32'"),
         (["cost", "M", "--diff", "exact"], "--diff must be of the form ONE,OTHER, such as exact,megatron, got 'exact'"),
         (["cost", "M", "--diff", "exact,flame"], "convention must be one of exact, megatron"),
@@ -250,6 +254,7 @@ def run_with_mtp(
     return str(json.loads(run(capsys, monkeypatch, *args, *blocks, "--json")[1])["run"])
 
 
+@pytest.mark.slow
 def test_a_run_generates_text_with_and_without_drafts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run_with_mtp: str
 ) -> None:

@@ -91,17 +91,28 @@ def lines(*args: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--precision", "nvfp4"), ("--d-model", "8192", "--vocab-size", "128k")])
 @pytest.mark.parametrize("by", ["letter", "component"])
-def test_tables_of_costs_lose_no_column_and_cut_no_word_at_80_columns(by: str) -> None:
-    table = lines("cost", "MEM*E", "--by", by)
-    table = table[: next(i for i, line in enumerate(table) if line.startswith("parameters:"))]
+def test_tables_and_totals_of_costs_lose_no_column_and_cut_no_word_at_80_columns(
+    by: str, options: tuple[str, ...]
+) -> None:
+    table = lines("cost", "MEM*E", "--by", by, *options)
     heads = " ".join(line for line in table if line.startswith("letter"))
     for name in ("params", "active", "forward", "training", "prefill", "decode", "share", "weights", "moved"):
         assert f" {name} " in heads
     assert not [line for line in table if "…" in line or len(line) > COLUMNS]
 
 
+@pytest.mark.slow
 def test_each_preset_has_one_line_at_80_columns() -> None:
     listed = lines("cost", "--list")
     assert len(listed) == 1 + len(PRESETS)
     assert not [line for line in listed if "…" in line or len(line) > COLUMNS]
+
+
+@pytest.mark.slow
+def test_published_speed_ups_have_lines_of_at_most_80_columns() -> None:
+    printed = lines("roofline", "--published")
+    assert "Why prediction and publication differ:" in printed
+    assert not [line for line in printed if "…" in line or len(line) > COLUMNS]

@@ -139,6 +139,7 @@ def test_the_stable_phase_ends_before_the_first_decayed_step(n_steps: int, warmu
     assert [*stable_steps(n_steps, config)] == expected
 
 
+@pytest.mark.slow
 def test_keeping_checkpoints_does_not_change_the_run(finished: RunFolder, corpus: Path, tmp_path: Path) -> None:
     names = {path.name for path in (finished.path / "checkpoints").iterdir()}
     assert names == {"last.ckpt", *(f"step-{step:06d}.ckpt" for step in range(3, STEPS + 1, 3))}
@@ -149,6 +150,7 @@ def test_keeping_checkpoints_does_not_change_the_run(finished: RunFolder, corpus
     assert plain.result["val_loss"] == finished.result["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_kept_checkpoint_holds_the_model_of_its_step_also_after_a_stop(
     finished: RunFolder, corpus: Path, tmp_path: Path
 ) -> None:

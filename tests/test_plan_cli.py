@@ -145,6 +145,7 @@ def test_a_run_that_does_not_fit_gets_suggestions(explore: Any) -> None:
     assert "makes it fit" in out or "fits with" in out
 
 
+@pytest.mark.slow
 def test_published_numbers_are_shown_with_their_differences(explore: Any) -> None:
     code, out, _ = explore("plan", "--published", "--json")
     rows = json.loads(out)
@@ -297,6 +298,7 @@ def test_a_model_that_fits_nowhere_gets_the_missing_memory_and_suggestions(explo
     assert "may make it fit" in err
 
 
+@pytest.mark.slow
 def test_figures_draw_the_table_exactly(tmp_path: Path) -> None:
     found = search(preset("nemotron-3-nano"), Cluster.named("H100x16"), Run(global_batch=64), {"etp": 1})
     fixed = Plan.of(preset("nemotron-3-nano"), Run(global_batch=64), Layout(pp=4, ep=4), Cluster.named("H100x16"))

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 import transformers
@@ -360,6 +361,19 @@ def test_the_language_model_of_a_vision_language_model_is_read(wrapper: str) -> 
     wrapped[wrapper] = content | {"model_type": "llama"}
     with pytest.raises(ValueError, match="model_type must be 'nemotron_h', got 'Nano_VL'"):
         from_released(wrapped)
+
+
+def test_a_note_says_which_part_of_a_wrapper_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "mlp"], "hidden_size": 256}
+    place, printed = tmp_path / "config.json", []
+    for record in (content, {"model_type": "Nano_VL", "llm_config": content}):
+        place.write_text(json.dumps(record))
+        printed.append(command_line.run(capsys, monkeypatch, "cost", place, "--json"))
+    (_, plain, silence), (code, wrapped, note) = printed
+    assert (code, wrapped, silence) == (0, plain, "")
+    assert note == f"note: {place} is a wrapper; its llm_config is read\n"
 
 
 def test_a_byte_order_mark_before_a_configuration_is_skipped(tmp_path: Path) -> None:

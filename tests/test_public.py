@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_runs import result, tiny, train, write_corpus
+from small_sweeps import write_sweep
 
 import explore
 from explore.interop import save_model_folder
@@ -39,12 +40,25 @@ WRONG = {
     "explore.from_hf(model)": "source must be a folder, or a model of transformers, got a ModelConfig",
     "explore.latent_eff(model, 64, 16)": "standard must be an explore.MoEConfig, got a ModelConfig",
     "explore.Workbench(3)": "pattern must be a pattern, a model, or a run, got 3",
+    "explore.load_sweep(3)": "path must be the path of a sweep file, got 3",
+    "explore.run_sweep('x.py', 4, 'runs')": "sweep must be a sweep, as explore.load_sweep gives it, got 'x.py'",
+    "explore.Experiment.load(3)": "path must be the path of an experiment in JSON, got 3",
+    "explore.generate(model, 'It was', 5)": "model must be an explore.LanguageModel, got a ModelConfig",
+    "explore.generate(small, 'It was', 5)": (
+        "tokens must be a tensor of token ids; explore.load(run).generate takes text, got 'It was'"
+    ),
+    "explore.quantize([1.0], 'nvfp4')": "x must be a tensor, got a list",
+    "explore.load_metrics({})": "runs must be a folder that holds runs, got a dict",
+    "explore.latent_acc(model, 64, 16)": "standard must be an explore.MoEConfig, got a ModelConfig",
+    "explore.latent_acc(model.blocks['E'], '64', 16)": "d_model must be a whole number, got '64'",
 }
 
 
 def test_a_wrong_type_gives_a_one_sentence_error() -> None:
     """Runs in a process without the shape checks of the tests, which would refuse the types first."""
-    program = "import explore\nmodel = explore.preset('nemotron-3-nano')\nfor call in " + repr(list(WRONG)) + ":\n"
+    program = "import explore\nmodel = explore.preset('nemotron-3-nano')\n"
+    program += "small = explore.LanguageModel(explore.ModelConfig(d_model=64, vocab_size=257, pattern='-'))\n"
+    program += "for call in " + repr(list(WRONG)) + ":\n"
     program += "    try: eval(call)\n    except TypeError as error: print(error)\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == list(WRONG.values())
@@ -117,3 +131,13 @@ def test_in_a_notebook_training_shows_its_progress(
     assert "10 of 20 steps · loss " in shown[10]
     assert "&lt;shown&gt;" in shown[10]
     assert ("20 of 20 steps" in shown[-1]) is (group is None)
+
+
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    sweep = explore.load_sweep(str(write_sweep(tmp_path)))
+    assert sweep.path == tmp_path / "width.py"
+    assert repr(sweep) == f"Sweep({tmp_path}/width.py, val_bpb minimized, flops_run minimized)"
+    assert explore.run_sweep(sweep, 1, str(tmp_path / "runs"), console=plain_console(quiet=True)).complete == 1
+    assert len(explore.load_runs(str(tmp_path / "runs"))) == 1
+    (tmp_path / "one.json").write_text(sweep.examples[0].model_dump_json())
+    assert explore.Experiment.load(str(tmp_path / "one.json")) == sweep.examples[0]

@@ -30,9 +30,9 @@ def test_a_row_has_the_values_of_the_records_in_a_stable_order(tmp_path):
     assert row.dropna().to_dict() == {
         "run": "run-01234567", "key": KEY, "name": "a name", "family": "hybrid LatentMoE", "pattern": "ME|M*E/*E",
         "seed": 3, "status": "finished", "params_total": 900_000, "params_active": 400_000, "flops_fwd": 4.9e6,
-        "flops_train": 1.47e7, "flops_run": 1.2e13, "tokens": 819200, "val_bpb": 2.31, "test_bpb": 2.29,
-        "val_loss": 5.1, "lr": 1e-3, "tuned": True, "train_s": 21.0, "tokens_per_s": 39000.0, "d_model": 128,
-        "n_layers": 5, "n_experts": 16, "top_k": 2, "d_latent": 32, "kv_bytes_per_token": 512.0,
+        "flops_train": 1.47e7, "flops_run": 1.2e13, "flops_with_parent": 1.2e13, "tokens": 819200, "val_bpb": 2.31,
+        "test_bpb": 2.29, "val_loss": 5.1, "lr": 1e-3, "tuned": True, "train_s": 21.0, "tokens_per_s": 39000.0,
+        "d_model": 128, "n_layers": 5, "n_experts": 16, "top_k": 2, "d_latent": 32, "kv_bytes_per_token": 512.0,
         "ssm_state_bytes": 65536.0, "corpus": "austen", "commit": "c0ffee", "finished_at": "2026-01-02T03:04:05+00:00",
         "step": 400, "max_violation": 0.4, "device": "cpu", "precision": "bf16", "n_steps": 400, "seq_len": 128,
             "eval_data": "4f53cda1",

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import run
@@ -13,17 +14,23 @@ from small_runs import result, tiny, train, write_corpus
 from typer.main import get_command
 from written_runs import make_run
 
+import explore.figures
 from explore.cli import app
+from explore.figures import RunFigure
 from explore.files import write_json
+from explore.interop import save_model_folder
 from explore.runs import RunFolder, find_runs
+from explore.train import load
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_RUN = {
     "score": (), "cut": ("--keep", "d_model=32", "--show"), "quantize": ("--precision", "fp8"), "merge": (),
     "generate": ("--prompt", "It", "--max-new-tokens", "2"), "eval": ("--ngram", "2"), "export": ("--to", "megatron"),
-    "cost": (), "roofline": (), "train": (),
+    "cost": (), "roofline": (), "train": (), "puzzle": ("--drop", "2"),
 }  # fmt: skip
-"""Commands that take a run, and arguments with which they do something quick with it; parity and puzzle are slow."""
+"""Commands that take a run, and arguments with which they do something quick with it; parity is slow."""
+REFUSED = {"merge": "checkpoints that RUN kept", "puzzle": "drop: must be from 0 to 1 of 2 layers, got 2"}
+"""Commands that refuse this run after they have opened it, and their messages."""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def test_every_command_that_takes_a_run_is_tried_below() -> None:
         for name, command in COMMANDS.items()
         if any(each.param_type_name == "argument" and each.metavar == "RUN" for each in command.params)
     }
-    assert found == {*WITH_RUN, "parity", "puzzle"} - {"cost", "roofline", "train"}
+    assert found == {*WITH_RUN, "parity"} - {"cost", "roofline", "train"}
 
 
 @pytest.mark.parametrize("command", WITH_RUN)
@@ -53,7 +60,48 @@ def test_a_command_takes_the_first_characters_of_a_key(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: RunFolder
 ) -> None:
     code, _, err = run(capsys, monkeypatch, command, str(trained.key)[:8], *WITH_RUN[command])
-    assert code == 0 or (command == "merge" and f"checkpoints that {trained.path} kept" in err)
+    if command in REFUSED:
+        assert REFUSED[command].replace("RUN", str(trained.path)) in err
+    else:
+        assert (code, err.startswith("error")) == (0, False)
+
+
+@pytest.mark.parametrize("command", ["score", "cut", "distil"])
+def test_the_data_of_an_imported_model_may_be_those_of_a_run_named_by_its_key(
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    trained: RunFolder,
+    tmp_path: Path,
+) -> None:
+    imported, key = tmp_path / "imported", str(trained.key)[:8]
+    save_model_folder(load(trained).model, imported)
+    given: tuple[Any, ...] = ("score", imported, "--tokens", "256")
+    if command != "score":
+        given = ("cut", imported, "--keep", "d_ff=64", "--by", "magnitude", "--out", tmp_path / "plan.json")
+    if command == "distil":
+        assert run(capsys, monkeypatch, *given, "--data", trained.path)[0] == 0
+        given = ("distil", tmp_path / "plan.json", "--tokens", "256", "--parent", imported)
+        given += ("--teacher", trained.path, "--runs", tmp_path)
+    assert run(capsys, monkeypatch, *given, "--data", key)[0] == 0
+
+
+def test_curves_of_a_run_are_drawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, trained: RunFolder, tmp_path: Path
+) -> None:
+    figures: list[RunFigure] = []
+    save = explore.figures.save_figure
+
+    def keep(figure: RunFigure, path: Path) -> tuple[Path, ...]:
+        figures.append(figure)
+        return save(figure, path)
+
+    monkeypatch.setattr("explore.figures.save_figure", keep)
+    options = ("--curves", "--x", "tokens", "--y", "loss", "--out", tmp_path / "curves.png")
+    code, out, _ = run(capsys, monkeypatch, "plot", str(trained.key)[:8], *options)
+    assert (code, out) == (0, "".join(f"wrote {tmp_path}/curves.{suffix}\n" for suffix in ("png", "svg")))
+    (line,) = (each for each in figures[0].axes[0].lines if len(each.get_xdata()))
+    assert line.get_xydata().tolist() == trained.metrics[["tokens", "loss"]].dropna().to_numpy().tolist()
 
 
 def test_a_folder_a_name_and_the_first_characters_of_a_key_are_the_same_run(

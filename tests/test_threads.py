@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from small_runs import TOKENS, tiny, train, write_corpus
 
 from explore import threads
+from explore.bench import neighbours
 
+LINUX = hasattr(os, "sched_getaffinity")
 FREE = {name: value for name, value in os.environ.items() if name not in (*threads.COUNTS, *threads.OWN)}
 SAY = "import os; print({name: os.environ[name] for name in ('GOMP_SPINCOUNT', 'KMP_BLOCKTIME') if name in os.environ})"
 
@@ -135,3 +141,42 @@ def test_all_cores_are_free_if_the_load_is_unknown(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="needs /proc/stat")
 def test_idle_time_is_at_most_wall_time() -> None:
     assert 0 <= threads.free_cores(0.1) <= threads.n_cores() + 1
+
+
+def test_the_record_of_a_run_has_its_cores_and_how_its_threads_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in threads.OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "123")
+    monkeypatch.setenv("KMP_BLOCKTIME", "4")
+    (tmp_path / "text").mkdir()
+    run = train(tiny(write_corpus(tmp_path / "text"), "-", train__tokens=TOKENS), tmp_path / "runs")
+    assert run.environment["cores"] == (len(os.sched_getaffinity(0)) if LINUX else os.cpu_count())
+    assert run.environment["waiting"] == {"GOMP_SPINCOUNT": "123", "KMP_BLOCKTIME": "4"}
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_run_beside_a_busy_process_keeps_30_percent_of_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only ours is measured: torch's own choice takes most of the time beside a busy process."""
+    measured = neighbours._run
+
+    def ours(shape: str, seconds: float, variables: dict[str, str]) -> dict[str, Any]:
+        return {"tokens_per_s": 100.0} if variables else measured(shape, seconds, variables)
+
+    monkeypatch.setattr(neighbours, "_run", ours)
+    records: Any = neighbours.time_neighbours("tiny", 0.5)
+    with contextlib.closing(records):
+        alone, beside = itertools.islice(records, 2)
+    numbers = ("tokens_per_s", "of_idle", "torch_tokens_per_s", "torch_of_idle")
+    for n, record in enumerate((alone, beside)):
+        assert record.keys() == {"neighbours", "threads", *numbers}
+        assert record["neighbours"] == n
+        assert 1 <= record["threads"] <= threads.n_cores()
+        assert all(record[name] > 0 for name in numbers)
+        for kind in ("", "torch_"):
+            ratio = record[f"{kind}tokens_per_s"] / alone[f"{kind}tokens_per_s"]
+            assert record[f"{kind}of_idle"] == pytest.approx(ratio)
+    assert alone["of_idle"] == alone["torch_of_idle"] == 1
+    assert beside["of_idle"] > 0.3

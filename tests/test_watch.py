@@ -155,8 +155,11 @@ def test_a_finished_study_is_printed_whole(runs: Path, is_terminal: bool) -> Non
     assert all(f" {'E' * (i + 1)} " in screen.getvalue() for i in range(40))
 
 
-@pytest.mark.parametrize(("width", "missing"), [(100, []), (60, ["model"]), (40, ["params", "model"])])
-def test_columns_without_room_are_left_out_and_curves_stay(runs: Path, width: int, missing: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("width", "missing"),
+    [(100, []), (60, ["model"]), (40, ["params", "model", "state"]), (30, ["params", "model", "state", "curve"])],
+)
+def test_columns_that_do_not_fit_are_left_out_the_curves_last(runs: Path, width: int, missing: list[str]) -> None:
     study, screen = find_study(str(runs)).study, io.StringIO()
     trial = study.ask()
     trial.set_user_attr("curve", [[step, 3 - step / 10] for step in range(10)])
@@ -164,9 +167,10 @@ def test_columns_without_room_are_left_out_and_curves_stay(runs: Path, width: in
     watch(study, Console(file=screen, width=width), once=True)
     shown = screen.getvalue()
     assert "…" not in shown
-    assert "█▇▆▆▅▄▃▃▂▁" in shown
+    assert ("█▇▆▆▅▄▃▃▂▁" in shown) == ("curve" not in missing)
     heads = shown.splitlines()[1]
-    assert [name for name in ("params", "model") if name not in heads] == missing
+    assert [name for name in ("params", "model", "state", "curve") if name not in heads] == missing
+    assert max(map(len, shown.splitlines())) <= width
 
 
 def test_without_a_terminal_each_ended_trial_is_one_line(runs: Path) -> None:

@@ -171,7 +171,7 @@ def test_blocks_and_multi_token_prediction_may_be_configs() -> None:
         ({"pattern": "M/E/-"}, "pattern: all depths after '/' must be alike, got 'E' and '-'"),
         ({"d_model": 100}, "d_model: must be a multiple of 16"),
         ({"d_modle": 64}, "d_modle: unknown field"),
-        ({"vocab_size": 0}, "vocab_size: input should be greater than 0, got 0"),
+        ({"vocab_size": 0}, "vocab_size: must be above 0, got 0"),
     ],
 )
 def test_an_invalid_state_gives_one_line_and_keeps_the_last_readout(change: dict[str, Any], message: str) -> None:
@@ -190,7 +190,7 @@ def test_an_invalid_state_gives_one_line_and_keeps_the_last_readout(change: dict
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seq_len": 0}, "seq_len: input should be greater than 0, got 0"),
+        ({"seq_len": 0}, "seq_len: must be above 0, got 0"),
         ({"batch_size": 1.5}, "batch_size: input should be a valid integer"),
         ({"hardware": "H20"}, "hardware must be one of .*, got 'H20'; the nearest are H200"),
         ({"contxt": 3}, "contxt: unknown field"),
@@ -249,6 +249,8 @@ def test_a_preset_can_be_chosen_and_a_config_can_be_set() -> None:
     assert {entry["letter"] for entry in bench.view["letters"]} >= {"W", "*", "E"}
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("pattern", ["MEM*E", "nemotron-3-nano", "llama-nemotron-ultra-253b"])
 def test_a_change_is_evaluated_well_within_a_tenth_of_a_second(pattern: str) -> None:
     bench = Workbench(pattern)

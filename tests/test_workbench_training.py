@@ -81,7 +81,7 @@ def test_a_button_sets_the_best_layout() -> None:
     ("training", "message"),
     [
         ({"gpu": "H10"}, "training.gpu: must be one of "),
-        ({"n_gpus": 0}, "training.n_gpus: input should be greater than 0, got 0"),
+        ({"n_gpus": 0}, "training.n_gpus: must be above 0, got 0"),
         ({"gpus": 4}, "training.gpus: unknown field"),
     ],
 )

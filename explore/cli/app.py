@@ -118,6 +118,8 @@ def main() -> None:
             _report_end("terminated")
         raise
     except typer.TyperException as error:  # wrong arguments; without any arguments, help has been shown
+        if line := _out_of_range(error):
+            _refuse(ValueError(line))
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
     except Exception as error:
@@ -130,6 +132,20 @@ def main() -> None:
 def _report_end(how: str) -> None:
     resumes = len(sys.argv) > 1 and sys.argv[1] in RESUMED
     print(f"{how}; run the same command to resume" if resumes else how, file=sys.stderr)
+
+
+def _out_of_range(error: Exception) -> str:
+    """`--devices must be at least 1, got 0` for an option whose number is out of range; empty for other errors."""
+    from pydantic import ValidationError
+
+    from explore.config import bound
+
+    cause = error.__cause__
+    if not (isinstance(error, typer.BadParameter) and isinstance(cause, ValidationError) and error.param is not None):
+        return ""
+    problem = cause.errors()[0]
+    words = bound(problem["msg"])
+    return f"{error.param.opts[0]} {words}, got {shorten(str(problem['input']))}" if words else ""
 
 
 def _refuse(error: Exception) -> NoReturn:

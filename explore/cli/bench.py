@@ -321,7 +321,7 @@ def _show(records: list[dict[str, Any]], as_json: bool, names: tuple[str, ...], 
         return
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=name != "what")  # a sentence, which may take several lines
     for name in columns:
         table.add_column(name, justify="right")
     for record in records:

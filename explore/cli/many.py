@@ -32,14 +32,15 @@ SHOWN = (
 def read_targets(source: str) -> list[tuple[str, str]]:
     """Patterns, presets, runs or paths, one per line, each with the place it was read from; `-` is standard input.
 
-    Empty lines and lines that begin with `#` are skipped.
+    Empty lines, lines that begin with `#` and a byte-order mark are skipped.
     """
     if source == "-":
-        name, lines = "standard input", sys.stdin.read().splitlines()
+        name, text = "standard input", sys.stdin.read()
     elif not Path(source).is_file():
         raise ValueError(f"--patterns must be a file of patterns, or - for standard input, got {source!r}")
     else:
-        name, lines = source, Path(source).read_text(encoding="utf-8").splitlines()
+        name, text = source, Path(source).read_text(encoding="utf-8")
+    lines = text.removeprefix("\ufeff").splitlines()
     found = [(line.strip(), f"{name}, line {i}") for i, line in enumerate(lines, start=1)]
     targets = [(text, where) for text, where in found if text and not text.startswith("#")]
     if not targets:

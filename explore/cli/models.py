@@ -40,6 +40,7 @@ def model_content(target: str, d_model: int | None, vocab_size: int | None, over
 
     if (path := find_file(target)) is not None:
         content = _read_model(path)
+        _note_formats(path)
     elif not is_pattern(target):
         content = preset(target).model_dump(mode="json")
     else:
@@ -89,6 +90,20 @@ def _run_file(target: str) -> Path | None:
     from explore.runs import match_runs, resolve_run
 
     return resolve_run(target).path / IN_FOLDERS[0] if match_runs(target) else None
+
+
+def _note_formats(path: Path) -> None:
+    """Prints the size of a quantised run if the model's file is its experiment, which lacks the formats."""
+    from explore.formatting import size
+    from explore.runs import RunFolder
+
+    run = RunFolder(path.parent)
+    if path.name == IN_FOLDERS[0] and run.quantized and "bits_per_element" in run.cost:
+        bits, n_bytes = run.cost["bits_per_element"], run.cost["weight_bytes"]
+        note(
+            f"{run.path} is quantised, to {bits:.3f} bits per parameter and {size(n_bytes)} of weights; "
+            "counts here are those of its model without formats"
+        )
 
 
 def _read_model(path: Path) -> dict[str, Any]:

@@ -67,22 +67,25 @@ RunOrModel = Annotated[Path, run_argument(f"{OR_KEY}, or a folder written by exp
 
 
 def open_run(run: Path) -> tuple[LanguageModel, Tokenizer, TextData | None]:
-    """The model, tokenizer and data of a run; a folder written by import has no data (None)."""
+    """The model, tokenizer and data of a run; a folder written by import has no data (None).
+
+    The products of a run in low precision have the formats of the end of training.
+    """
     from explore.data import TextData, load_tokenizer
     from explore.interop import is_model_folder, load_model_folder
     from explore.runs import RunFolder
-    from explore.train import load_model
+    from explore.train.models import load_trained
 
     if is_model_folder(run):
         return load_model_folder(run), load_tokenizer(str(run / "tokenizer.json")), None
     data = RunFolder(run).load_experiment().data
     if not isinstance(data, TextData):
         raise ValueError(f"{run}: must be trained on text, got {data.kind}")
-    return load_model(RunFolder(run)), load_tokenizer(data.tokenizer), data
+    return load_trained(RunFolder(run)), load_tokenizer(data.tokenizer), data
 
 
 def load_run(folder: Path) -> tuple[Experiment, LanguageModel, dict[str, Any]]:
-    """The experiment of a run, its trained model, and its row in the table of runs."""
+    """The experiment of a run, its trained weights in a model for export, and its row in the table of runs."""
     from explore.runs import RunFolder
     from explore.train import load_model
 

@@ -63,13 +63,22 @@ def plot(
     by_seed: Annotated[
         bool, typer.Option("--by-seed", help="Draw a point for each run, not a mean over seeds.")
     ] = False,
+    count_parent: Annotated[
+        bool,
+        typer.Option(
+            "--count-parent",
+            help="Add the FLOPs of a child's parent, teacher and compression search to its own: "
+            "--x flops_with_parent in place of flops_run.",
+        ),
+    ] = False,
     where: Where = None,
     corpus: Annotated[str | None, typer.Option(help="Draw only runs trained on this corpus.")] = None,
 ) -> None:
     """Draw the accuracy-per-FLOP frontier, any quantity against any other, or learning curves.
 
     Each family has a colour and a marker. Runs that differ only in their seed are drawn as a mean with its 95%
-    interval. Runs on the front are labelled by pattern, or by name or settings where patterns repeat.
+    interval. Runs on the front are labelled by pattern, or by name or settings where patterns repeat. A dashed line
+    joins a parent with each child that was cut, quantised or distilled from it.
     """
     from explore.figures import frontier_table, plot_frontier, save_figure
     from explore.table import load_table
@@ -80,6 +89,10 @@ def plot(
     if corpus is not None:
         known = sorted(runs["corpus"].dropna().unique()) if "corpus" in runs else []
         runs = runs[runs["corpus"] == choose(corpus, known, "--corpus", "a corpus")]
+    if count_parent:
+        if curves or x not in (None, "flops_run"):
+            raise ValueError("--count-parent: must not be combined with --curves, or with an --x other than flops_run")
+        x = "flops_with_parent"
     if curves and html is not None:
         raise ValueError("--html: must not be combined with --curves")
     if curves:

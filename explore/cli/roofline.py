@@ -16,14 +16,15 @@ from explore.cli.options import (
     ActivationDtype,
     DModel,
     Json,
-    KVDtype,
+    OwnKVDtype,
+    OwnStateDtype,
+    OwnWeightDtype,
     Precision,
     SeqLen,
     SetOptions,
-    StateDtype,
     Target,
     VocabSize,
-    WeightDtype,
+    dtypes_of,
     recipe_of,
 )
 from explore.cost import HARDWARE, SEQ_LEN, Dtype
@@ -32,6 +33,13 @@ from explore.formatting import flops, read_whole_count, seconds, size
 
 if TYPE_CHECKING:
     from explore.roofline import Deployment
+
+WIDTH = 80
+"""Columns of text below a table."""
+SETTING = (
+    "Setting: devices, tokens in / out. Both models run the largest batch that fits, or the published one. A roofline "
+    "runs both models at the hardware's peak: it compares their work, not two serving stacks."
+)
 
 
 @app.command(
@@ -45,9 +53,9 @@ def roofline(
     ] = HARDWARE,
     context: SeqLen = SEQ_LEN,
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes of decoding, in sequences.")] = "1,4,16,64,256",
-    weight_dtype: WeightDtype = "bfloat16",
-    kv_dtype: KVDtype = "bfloat16",
-    state_dtype: StateDtype = "float32",
+    weight_dtype: OwnWeightDtype = None,
+    kv_dtype: OwnKVDtype = None,
+    state_dtype: OwnStateDtype = None,
     activation_dtype: ActivationDtype = "bfloat16",
     precision: Precision = None,
     compute_dtype: Annotated[
@@ -68,18 +76,18 @@ def roofline(
     scheduling, communication between tensor-parallel devices, and imbalance between experts.
     """
     if published:
+        if precision is not None:
+            raise ValueError("--precision: must not be combined with --published")
         _published(as_json)
         return
     if target is None:
         raise ValueError("TARGET: a pattern, preset or path is required, or --published")
-    from explore.cost import Dtypes
     from explore.roofline import Deployment, decode_table
     from explore.roofline import hardware as device_named
 
     model, device = load_model(target, d_model, vocab_size, set_ or []), device_named(hardware)
-    dtypes = Dtypes(weight_dtype, kv_dtype, state_dtype, activation_dtype)
-    if (recipe := recipe_of(precision)) is not None:
-        dtypes = dtypes.under(recipe)
+    recipe = recipe_of(precision)
+    dtypes = dtypes_of(weight_dtype, kv_dtype, state_dtype, activation_dtype, recipe)
     deployed = Deployment(model, device, dtypes, compute_dtype, tensor_parallel, expert_parallel, recipe=recipe)
     ridges = {dtype: device.ridge(dtype) for dtype in device.flops_per_s}
     largest = deployed.largest_batch(context)
@@ -173,18 +181,14 @@ def _published(as_json: bool) -> None:
         numbers = [f"{row[name]:.1f}" for name in ("published", "predicted")]
         view.add_row(row["model"], row["baseline"], setting, *numbers)
     out.print(view)
-    out.print(
-        "Setting: devices, tokens in / out. Both models run the largest batch that fits, or the published one.\n"
-        "A roofline runs both models at the hardware's peak: it compares their work, not two serving stacks.\n"
-        "Why prediction and publication differ:",
-        highlight=False,
-    )
+    out.print(textwrap.fill(SETTING, WIDTH), highlight=False)
+    out.print("Why prediction and publication differ:", highlight=False)
     for row in speedups:
         reason = (
             f"{row['model']} / {row['baseline']}: batches {row['batch_size']:,} and {row['baseline_batch_size']:,}; "
             f"{row['predicted_at_its_batch']:.1f} at the baseline's batch; {row['why']}"
         )
-        out.print(textwrap.fill(reason, 110, initial_indent="  ", subsequent_indent="    "), highlight=False)
+        out.print(textwrap.fill(reason, WIDTH, initial_indent="  ", subsequent_indent="    "), highlight=False)
 
 
 def _integers(option: str, text: str) -> list[int]:

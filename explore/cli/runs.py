@@ -48,7 +48,7 @@ def runs(
     ] = None,
     remove: Annotated[
         bool, typer.Option("--remove", help="Delete the run and its checkpoints, after confirmation.")
-    ] = (False),
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without confirmation.")] = False,
     as_json: Json = False,
 ) -> None:

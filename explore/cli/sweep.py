@@ -133,7 +133,7 @@ def sweep(
         print(json.dumps({"runs": str(folder), **numbers, **gate}))
     else:
         if report is not None:
-            out.print(_gate_table(f"gate of {loaded.name}, at {report.size}", report.table()))
+            out.print(gate_table(f"gate of {loaded.name}, at {report.size}", report.table()))
         del numbers["study"]
         out.print(f"{folder}: " + ", ".join(f"{n} {name}" for name, n in numbers.items()), highlight=False)
     if report is not None and not report.passed:
@@ -213,7 +213,7 @@ def _show(sweep: Sweep, preview: Preview, trials: int, workers: int, as_json: bo
         return
     title = f"design: {len(sweep.design)} trials of {sweep.seeds} seeds, those of the gate first"
     out.print(_experiments(title, sweep.design, DESIGN), highlight=False)
-    out.print(_gate_table(f"gate of {sweep.name}", sweep.gate.needs(sweep.seeds)))
+    out.print(gate_table(f"gate of {sweep.name}", sweep.gate.needs(sweep.seeds)))
 
 
 def _experiments(title: str, experiments: Sequence[Experiment], columns: Sequence[str]) -> Table:
@@ -225,7 +225,7 @@ def _experiments(title: str, experiments: Sequence[Experiment], columns: Sequenc
     return view
 
 
-def _gate_table(title: str, conditions: pd.DataFrame) -> Table:
+def gate_table(title: str, conditions: pd.DataFrame) -> Table:
     """A table of a gate's conditions; verdicts that fail are red."""
     from explore.frontier.gate import FAILED
 

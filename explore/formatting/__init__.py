@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from itertools import groupby
 from numbers import Real
 from typing import Any
 
@@ -36,6 +38,13 @@ def flops(value: float | None) -> str:
 def size(value: float | None) -> str:
     """Formats bytes with three digits in binary units; a missing value as ""."""
     return _prefixed(value, 1024, _BYTES, " ")
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """Increasing numbers as ranges, such as `0-3 7 9-10`."""
+    runs = (list(run) for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]))
+    ends = ((run[0][1], run[-1][1]) for run in runs)
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
 
 
 def seconds(value: float) -> str:

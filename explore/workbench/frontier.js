@@ -291,7 +291,7 @@ function render({ model, el }) {
     return h("section", { class: "fr-card", "data-run": row.run },
       h("div", { class: "fr-head" }, h("code", {}, row.run), copy,
         h("button", { type: "button", title: "close", "aria-label": "close", onclick: () => unselect(row.run) }, "✕")),
-      strip(row.pattern), h("div", { class: "fr-soft" }, `${row.family}, ${countsOf(row.pattern)}${row.seed === null ? "" : `, seed ${row.seed}`}`),
+      strip(row.pattern), h("div", { class: "fr-soft" }, `${row.family}${row.pattern && `, ${countsOf(row.pattern)}`}${row.seed === null ? "" : `, seed ${row.seed}`}`),
       table(names), ...parents, related("children", children.get(row.run).map(([, run]) => run)), related("other seeds", twins.map((other) => other.run)),
       more.length ? h("details", {}, h("summary", {}, `${more.length} more quantities`), table(more)) : null);
   }

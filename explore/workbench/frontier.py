@@ -17,13 +17,15 @@ import traitlets
 from explore.blocks import STANDARD_LETTERS
 from explore.cost import MTP_LETTER
 from explore.figures import family_styles
+from explore.figures.runs import named
 from explore.files import replacing
 from explore.foreign import check_type
 from explore.formatting.html import paint
+from explore.frontier.columns import check_columns
 from explore.frontier.intervals import t_quantile
 from explore.frontier.repeats import repeats
 from explore.model.display import letter_paints
-from explore.quantities import EVAL_DATA, Quantity, choose, columns, headlines, quantity
+from explore.quantities import EVAL_DATA, PARENTS, Quantity, choose, columns, headlines, quantity
 from explore.runs import RunFolder, find_runs, resolve_run
 from explore.table import load_runs
 from explore.workbench.widget import Workbench
@@ -32,19 +34,20 @@ _FOLDER = Path(__file__).parent
 SCRIPTS = ("kit.js", "scales.js", "frontier.js")
 LEVEL = 0.95
 """Confidence of the intervals of means over seeds."""
-POINT = ("family", "pattern", "parent", "quantized_from", "teacher", "corpus", EVAL_DATA, "tokens", "flops_run")
+POINT = ("family", "pattern", *PARENTS, "corpus", EVAL_DATA, "tokens", "flops_run")
 """Columns that distinguish points, together with all settings known before training except the seed."""
-PARENTS = ("parent", "quantized_from", "teacher")
-"""Columns with the name of another run that this run was trained from or with."""
 KINDS = {"loss": "Quality", "score": "Quality", "cost": "Cost", "setting": "Setting", "training": "Training"}
 """Headings in the menu of quantities, by role."""
+UNDECLARED = "Other"
+"""Heading of numeric columns that `explore.quantities` does not declare."""
 
 
 def frontier_data(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") -> dict[str, Any]:
     """Returns the data of an interactive frontier, as JSON.
 
     Args:
-        runs: a table from `load_runs`; if it has a column `status`, only finished runs are shown.
+        runs: a table from `load_runs`, or any with two columns of numbers; if it has a column `status`, only finished
+            runs are shown, and if it has no `run`, rows are named by their index.
         x: initial quantity of the horizontal axis.
         y: initial quantity of the vertical axis.
 
@@ -61,19 +64,15 @@ def frontier_data(runs: pd.DataFrame, x: str = "flops_run", y: str = "val_bpb") 
         ValueError: a column is missing, or no finished run has both quantities.
     """
     check_type(runs, pd.DataFrame, "runs must be a table, as explore.load_runs gives it")
-    if missing := [name for name in ("run", "family", "pattern") if name not in runs]:
-        raise ValueError(f"runs must have the columns run, family and pattern, got none named {', '.join(missing)}")
-    if "status" in runs:
-        runs = runs[runs["status"].eq("finished").fillna(False).astype(bool)]
-    runs = runs.reset_index(drop=True)
+    runs = _with_names(runs)
     axes = _axes(runs)
-    x, y = choose(x, axes, "x"), choose(y, axes, "y")
+    x, y = _chosen(runs, axes, x, y)
     if not (_numbers(runs[x]).notna() & _numbers(runs[y]).notna()).any():
         raise ValueError(f"x, y: a finished run must have both {x} and {y}, got none among {len(runs)} runs")
     points = _points(runs)
     return {
         "start": {"x": x, "y": y},
-        "axes": {name: _axis(each, runs, points) for name, each in axes.items()},
+        "axes": {name: _axis(each, runs, points, x) for name, each in axes.items()},
         "shown": [each.name for each in headlines(runs.columns) if each.name in axes],
         "rows": _rows(runs, list(axes), points),
         "families": {
@@ -223,22 +222,47 @@ def _style(*, page: bool) -> str:
     return "\n".join((_FOLDER / name).read_text(encoding="utf-8") for name in names)
 
 
+def _with_names(runs: pd.DataFrame) -> pd.DataFrame:
+    """The finished runs, with the columns run, family and pattern."""
+    missing = {"family": "other", "pattern": ""}
+    shown = named(runs).rename(columns=str)
+    if "run" not in runs:
+        shown = shown.assign(run=shown["run"].map(str))
+    return shown.reset_index(drop=True).assign(**{name: value for name, value in missing.items() if name not in runs})
+
+
 def _axes(runs: pd.DataFrame) -> dict[str, Quantity]:
-    """Numeric quantities that some run has, quality first."""
-    known = [each for each in columns(runs.columns) if each.is_number and each.name in runs and each.role in KINDS]
-    some = [each for each in known if _numbers(runs[each.name]).notna().any()]
-    order = list(dict.fromkeys(KINDS.values()))
-    return {each.name: each for each in sorted(some, key=lambda each: order.index(KINDS[each.role]))}
+    """Quantities that some run has as numbers, quality first and undeclared ones last."""
+    declared = columns(runs.columns)
+    found = [each for each in declared if each.is_number and each.name in runs and each.role in KINDS]
+    rest = runs.drop(columns=[each.name for each in declared], errors="ignore").select_dtypes("number")
+    found += [quantity(name) for name in rest.columns]
+    order = [*dict.fromkeys(KINDS.values()), UNDECLARED]
+    some = [each for each in found if _numbers(runs[each.name]).notna().any()]
+    return {each.name: each for each in sorted(some, key=lambda each: order.index(_kind(each)))}
 
 
-def _axis(each: Quantity, runs: pd.DataFrame, points: pd.Series[int]) -> dict[str, Any]:
+def _kind(each: Quantity) -> str:
+    """The heading of a quantity in the menu."""
+    return UNDECLARED if each == Quantity(each.name, each.name, log=None) else KINDS[each.role]
+
+
+def _chosen(runs: pd.DataFrame, axes: Mapping[str, Quantity], x: str, y: str) -> tuple[str, str]:
+    """The names of both axes; if neither is a column, one error names both."""
+    words = [sorted(name.split("_")) for name in (x, y)]
+    if not any(sorted(str(each).split("_")) in words for each in runs.columns):
+        check_columns(runs, (x, y), "runs")
+    return choose(x, axes, "x"), choose(y, axes, "y")
+
+
+def _axis(each: Quantity, runs: pd.DataFrame, points: pd.Series[int], x: str) -> dict[str, Any]:
     return {
         "label": each.label,
         "unit": each.unit,
-        "kind": KINDS[each.role],
+        "kind": _kind(each),
         "sign": each.sign,
         "better": each.better or "",
-        "log": each.log is not False,
+        "log": each.name == x if each.log is None else each.log,
         "own": each.is_on_own_data,
         "half": _half_widths(runs, each.name, points),
     }
@@ -265,9 +289,11 @@ def _half_widths(runs: pd.DataFrame, name: str, points: pd.Series[int]) -> list[
 
 
 def _points(runs: pd.DataFrame) -> pd.Series[int]:
-    """Index of the point of every run. Runs of one point differ only in their seed."""
+    """Index of the point of every run. Runs of one point differ only in their seed; without seeds each is a point."""
     settings = [each.name for each in columns(runs.columns) if each.is_known and each.name != "seed"]
     by = [name for name in dict.fromkeys([*POINT, *settings]) if name in runs]
+    if "seed" not in runs:
+        return pd.Series(range(len(runs)), index=runs.index)
     groups = runs[by].astype("str").fillna("").groupby(by, sort=False, dropna=False)
     return groups.ngroup()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from explore.cost import Cost, bytes_of, decode_bytes, params_touched
+from explore.cost import Cost, bytes_of, decode_bytes, params_touched, state_bytes
 from explore.figures.base import Color
 from explore.figures.cost import MTP, group_colors, group_of
 from explore.formatting.html import paint
@@ -89,7 +89,7 @@ def decode_by_bound(deployed: Deployment, context: int, batch_size: int) -> dict
             seconds["flops"] += n * flops_s
             continue
         weights = bytes_of(params_touched(entry, batch_size), deployed.dtypes.weight)
-        kv = batch_size * bytes_of(entry.kv_numel_seq, deployed.dtypes.kv)
+        kv = batch_size * state_bytes(entry, entry.kv_numel_seq, deployed.dtypes.kv)
         for name, part in (("weights", weights), ("kv", kv), ("state", moved - weights - kv)):
             seconds[name] += n * part / deployed.bandwidth
     return {name: value for name, value in seconds.items() if value > 0}
