@@ -11,7 +11,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 .DELETE_ON_ERROR:
 .PHONY: help demo doors test test-slow lint docs lab venv constraints clean
 
-help: ## say what the targets do
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS='	' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.installed ## train a first sweep on the embedded text, with its frontier so far, then its table and frontier
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed ## train a first sweep on the embedded text, with its f
 	$(BIN)/explore table $(RUNS)
 	$(BIN)/explore plot $(RUNS)
 
-doors: $(VENV)/.installed-dev ## train a LatentMoE with multi-token prediction, and let transformers write what it writes
+doors: $(VENV)/.installed-dev ## train a LatentMoE with multi-token prediction, and generate the same text with transformers
 	$(BIN)/explore train sweeps/examples/latent_moe_mtp.json --runs $(DOORS)
 	$(BIN)/explore parity $(DOORS)/latent-moe-mtp-*
 	$(BIN)/explore eval $(DOORS)/latent-moe-mtp-* --acceptance 8
@@ -29,10 +29,10 @@ test: $(VENV)/.installed-dev ## run the fast tests
 	$(PYTEST) -n 2
 
 test-slow: $(VENV)/.installed-dev ## run the slow tests, and the GPU tests where there is a GPU
-	$(PYTEST) -n 2 -m "(slow or gpu) and not alone"
-	$(PYTEST) -m alone
+	UNCHECKED=1 $(PYTEST) -n 2 --dist worksteal -m "(slow or gpu) and not alone"
+	UNCHECKED=1 $(PYTEST) -m alone
 
-lint: $(VENV)/.installed-dev ## check format, style, types, floors of imports, stripped notebooks, and figures against their records
+lint: $(VENV)/.installed-dev ## check format, style, types, imports between packages, stripped notebooks, and figures against their records
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
@@ -49,7 +49,7 @@ lab: $(VENV)/.installed ## open the notebooks in JupyterLab
 
 venv: $(VENV)/.installed-dev ## make the environment with all that tests and pages need
 
-constraints: ## write constraints.txt anew from a fresh environment, keeping the torch it names
+constraints: ## write constraints.txt from a fresh environment, keeping the torch it names
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && set -e && \
 	$(PYTHON) -m venv "$$fresh" && \
 	"$$fresh/bin/python" -m pip install "$$(grep '^torch==' constraints.txt)" -e '.[dev,docs]' && \

@@ -1,6 +1,7 @@
 """Settings of all tests: checked shapes, a private cache, one thread, no network and no screen."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, slowly, by Triton's own interpreter
 
+# Under nohup, or in the background of a script, these are ignored, and processes that tests stop would ignore them too.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
+
+SHAPED = (
+    "blocks", "data", "evals", "model", "ops", "plan", "quantizing",
+    "train.distillation", "train.objectives", "train.optimizer",
+)  # fmt: skip
+"""Where annotations have shapes; elsewhere mypy checks types."""
+
 typechecker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as for mypy
-install_import_hook("explore", f"{__name__}.typechecker")
+if os.environ.get("UNCHECKED") != "1":  # the slow tests train for minutes; shapes are checked by the fast ones
+    install_import_hook([f"explore.{name}" for name in SHAPED], f"{__name__}.typechecker")
 
 settings.register_profile("explore", derandomize=True, deadline=None)
 settings.load_profile("explore")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from explore.bench import (
     compare_decoding,
     compare_precisions,
     families,
+    gpu,
     precision,
     time_ops,
     time_text,
@@ -73,6 +76,7 @@ def test_emulated_precisions_are_timed_beside_bf16_with_the_regions_that_a_long_
     assert ["quantize" in task["paths"] for task in tasks] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_timed_step_in_emulated_precision_uses_its_recipe() -> None:
     tokens = torch.randint(0, 1024, (4, 129), generator=torch.Generator().manual_seed(0))
     losses = {
@@ -99,23 +103,24 @@ def test_a_trial_is_timed_up_to_its_first_step() -> None:
 )
 def test_fast_paths_train_like_the_reference(family: str, bound: float) -> None:
     """The last bit can change a router's choice of expert, so with routers the losses diverge earlier."""
-    for record in compare_curves("tiny", 100, names=[family]):
-        assert record["n_steps"] == 100
+    for record in compare_curves("tiny", 30, names=[family]):
+        assert record["n_steps"] == 30
         assert 0 < record["mean"] < (bound if record["precision"] == "fp32" else 0.01)
 
 
-BOUNDS = {"attention + MLP": 0.6, "Mamba + MLP": 1.0, "hybrid MoE": 0.9, "hybrid LatentMoE": 1.0}
-"""Least tokens per second over those of transformers: generous, for machines are noisy and products bound fp32."""
+BOUNDS = {"attention + MLP": 0.8, "hybrid LatentMoE": 1.3}
+"""Minimum ratio to the tokens per second of transformers. The first family gains least; the second has every kind of
+op. The least ratios measured on three kinds of processor are 1.14 and 2.06; other tests run beside this one."""
 
 
 @pytest.mark.slow
 def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
-    records = {record["family"]: record for record in compare("small", 3.0, 1e12)}
+    records = {record["family"]: record for record in compare("small", 2.0, 1e12, names=[*BOUNDS])}
     assert {family: record["ratio"] for family, record in records.items() if record["ratio"] < BOUNDS[family]} == {}
     assert {
         family: record["peak_bytes"] / record["baseline_peak_bytes"]
         for family, record in records.items()
-        if record["peak_bytes"] > 1.15 * record["baseline_peak_bytes"]
+        if record["peak_bytes"] > record["baseline_peak_bytes"]
     } == {}
     record = records["hybrid LatentMoE"]
     assert record["ratio"] == pytest.approx(record["tokens_per_s"] / record["baseline_tokens_per_s"])
@@ -127,6 +132,28 @@ def test_training_and_decoding_do_not_fall_behind_the_baseline() -> None:
     (decoded,) = compare_decoding("tiny", 16, ["hybrid LatentMoE"])
     assert decoded["ratio"] > 1.0
     assert math.isfinite(decoded["tokens_per_s"])
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_gpu_benchmark_writes_its_table_and_leaves_out_what_has_no_time(tmp_path: Path) -> None:
+    assert gpu.main([str(tmp_path), "--rehearse", "--within", "1", "--seconds", "0.5"]) == 0
+    first, *others = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert first["tokens_per_s"] > 0
+    assert first["mfu"] > 0
+    assert len(others) == 2 * 4 * 2 - 1  # shapes, families and sides
+    assert {each.get("error") for each in others} == {"left out: no time was left"}
+    written = (tmp_path / "training.md").read_text()
+    assert f"| {first['family']} | {first['d_model']} |" in written
+    assert "hybrid LatentMoE, d128, transformers: left out" in written
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_without_a_gpu_says_how_to_rehearse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert gpu.main([str(tmp_path / "none")]) == 2
+    assert "--rehearse" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

@@ -121,7 +121,7 @@ def test_only_the_loads_of_the_experts_break_the_graph(unchecked: None) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("default")
 def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
-    lm = model("M*-EL")
+    lm = model("M*L")
     plain = logits_and_gradients(lm, lm)
     with forced_paths(experts="dense"):
         compiled = logits_and_gradients(lm, torch.compile(lm, fullgraph=True))
@@ -251,7 +251,7 @@ def test_a_compiled_rotation_gives_the_same_bits(unchecked: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pattern", "batch"), [("ME*", 2), ("L-*", 2), ("ME-*", 6), ("G*-", 2)])
+@pytest.mark.parametrize(("pattern", "batch"), [("ME*", 2), ("L*", 2), ("E*", 6), ("G*", 2)])
 def test_a_step_compiled_once_gives_the_same_tokens_also_after_the_weights_have_changed(
     unchecked: None, pattern: str, batch: int
 ) -> None:
@@ -276,6 +276,7 @@ def traced(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     compiled_step.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "n_prompt", "n_graphs"),
     [
@@ -296,6 +297,7 @@ def test_a_step_is_compiled_once_however_long_the_context_gets(
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_texts_of_similar_length_share_one_compiled_step(traced: None) -> None:
     lm = model("M*E", init_std=0.3).eval()
     lengths = [(20, 20), (9, 30), (33, 31), (1, 12)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pkgutil
 import re
 import shutil
 from dataclasses import fields
@@ -16,6 +17,7 @@ from command_line import run
 from pages import PAGES, ROOT, Block, blocks, mentioned
 from small_runs import write_corpus
 
+import explore
 from explore.cli import app
 from explore.experiment import Experiment
 from explore.presets import published_table
@@ -25,19 +27,23 @@ CHEAP = {"compare", "cost", "data", "roofline"}
 """Commands that take less than a second and need no run."""
 SMALL = {
     "tokens=200_000": "tokens=4_096, eval_tokens=4_096",
-    "train.tokens=200000": "train.tokens=4096",
     "tokens=20_000": "tokens=2_048",
-    "TOKENS = 250_000": "TOKENS = 4_096",
+    '"tokens": 114_688': '"tokens": 4_096',
     "eval_tokens=65_536": "eval_tokens=4_096",
 }
 """Budgets that the tests make smaller, in files and code."""
-SMALL_OPTIONS = {"--trials": "2", "--tokens": "4096", "--train-bpe": "512"}
+SMALL_OPTIONS = {"--trials": "2", "--tokens": "4096", "--train-bpe": "512", "--cases": "5"}
 """And on the command line."""
 RUNNABLE = [
     name
     for name, path in PAGES.items()
     if name.startswith(("README", "docs")) and any(block.is_run for block in blocks(path))
 ]
+
+
+def test_every_budget_that_is_made_smaller_is_in_a_file() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (*PAGES.values(), *(ROOT / "sweeps").glob("*.py"))]
+    assert [large for large in SMALL if not any(large in text for text in texts)] == []
 
 
 def smaller(text: str) -> str:
@@ -80,6 +86,13 @@ def test_pages_include_every_generated_table(tables: ModuleType) -> None:
     texts = [path.read_text(encoding="utf-8") for name, path in PAGES.items() if name.startswith("docs")]
     asked = re.findall(r"^<!-- table: (\S+) -->$", "\n".join(texts), flags=re.MULTILINE)
     assert set(asked) == set(tables.TABLES)
+
+
+def test_the_page_of_python_names_all_exports_and_what_load_returns(tables: ModuleType) -> None:
+    named = re.findall(r"^::: (\S+)$", tables.python_page(), flags=re.MULTILINE)
+    others = {"explore.train.LoadedRun", "explore.roofline.costs_table"}
+    assert set(named) == {f"explore.{name}" for name in explore.__all__ if name != "__version__"} | others
+    assert all(pkgutil.resolve_name(name).__doc__ for name in named)
 
 
 def test_the_table_of_published_counts_shows_every_one_of_them(tables: ModuleType) -> None:
@@ -168,7 +181,9 @@ def test_all_commands_of_a_page_run_in_order(
             ]
             for option in SMALL_OPTIONS.keys() & given if given[0] != "plan" else ():
                 given[given.index(option) + 1] = SMALL_OPTIONS[option]
-            if given[0] == "train" and not any(each.startswith("train.tokens") for each in given):
-                given += ["--set", "train.tokens=4096", "--set", "train.eval_tokens=4096"]
+            if given[0] == "train":
+                given += [word for name in ("tokens", "eval_tokens") for word in ("--set", f"train.{name}=4096")]
+            if given[0] == "quantize":
+                given += ["--calibration-tokens", "512"]
             code, _, err = run(capsys, monkeypatch, *given)
             assert code == 0, f"explore {' '.join(given)}: {err}"

@@ -142,6 +142,7 @@ def test_no_unwritten_memory_is_read_or_returned(dtype: torch.dtype, tiling: Non
     assert all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_to_the_bit_every_time(tiling: None) -> None:
     first, second = (loss_and_gradients(linear_cross_entropy, *draw(65, 257, 24), 1.0) for _ in range(2))
     for a, b in zip(first, second, strict=True):

@@ -129,6 +129,7 @@ def test_bf16_is_close_to_the_recurrence_of_the_same_rounded_inputs(seq: int) ->
     assert_close(found, truth_of(tensors), BF16_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs", [1, 20, 10_000])
 def test_heads_split_among_programs_sum_to_the_same(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "_programs_wanted", lambda device: programs)
@@ -136,6 +137,7 @@ def test_heads_split_among_programs_sum_to_the_same(programs: int, monkeypatch: 
     assert_close(outputs_and_gradients(ssd_scan, tensors, 16), truth_of(tensors), FP32_TOLERANCE)
 
 
+@pytest.mark.slow
 def test_unwritten_memory_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = made(2, 40, 4, 3, 2, 5)
     results = []

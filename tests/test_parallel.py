@@ -215,6 +215,7 @@ def test_an_invalid_parallel_run_is_refused_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_recomputation_gives_the_same_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     step = LitLanguageModel.training_step
