@@ -1,4 +1,4 @@
-"""The gallery: every figure is drawn at the build by the code that stands above it."""
+"""The gallery: every figure is drawn at the build by the code that the page shows below it."""
 
 from __future__ import annotations
 

@@ -187,6 +187,10 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 
 
+ALSO = ("train.LoadedRun", "roofline.costs_table")
+"""What the page of Python has besides: what `explore.load` returns, and the table of `explore cost --patterns`."""
+
+
 def python_page() -> str:
     """The page of all that `explore` exports."""
     lines = [
@@ -196,4 +200,5 @@ def python_page() -> str:
         "",
     ]
     lines += [f"::: explore.{name}\n" for name in explore.__all__ if name != "__version__"]
+    lines += [f"::: explore.{name}\n" for name in ALSO]
     return "\n".join(lines)
