@@ -154,7 +154,7 @@ def _loop(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
     """Runs one expert after another over rows sorted by expert, without padding."""
     row_of, load = _sorted(chosen, len(mlp.up))  # t k, e
     loads = load.tolist()
-    expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load)  # t*k: the expert of each row
+    expert_of = torch.arange(len(load), device=x.device).repeat_interleave(load, output_size=chosen.numel())  # t*k
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y: Tensor = _Grouped.apply(rows, weight, loads)  # type: ignore[no-untyped-call]
@@ -241,7 +241,8 @@ def _padded(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor
     # From rows of the sorted list, which has no gaps, to padded rows: subtract the first row of the expert in that
     # list, which gives the place within the expert, and add the first padded row of the expert. `capacity` and its sums
     # are in the order of `by_load`; scatter_ puts the first rows back in the order of the experts.
-    capacity = torch.tensor(capacities, device=x.device).repeat_interleave(torch.tensor(sizes, device=x.device))  # e
+    capacity = torch.tensor(capacities, device=x.device)  # batches
+    capacity = capacity.repeat_interleave(torch.tensor(sizes, device=x.device), output_size=n_experts)  # e
     first_row = torch.empty_like(load).scatter_(0, by_load, capacity.cumsum(0) - capacity)  # e
     row_of = sorted_row_of + (first_row - (load.cumsum(0) - load))[chosen]  # t k
 

@@ -75,7 +75,7 @@ class Layout:
     def expert_of(self, device: torch.device) -> Tensor:
         """The expert of each row."""
         loads = torch.tensor(self.loads, device=device)
-        return torch.arange(len(loads), device=device).repeat_interleave(loads)
+        return torch.arange(len(loads), device=device).repeat_interleave(loads, output_size=sum(self.loads))
 
 
 @dataclass(eq=False)
