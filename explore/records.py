@@ -15,6 +15,16 @@ from explore.files import json_text, replacing
 from explore.runs import DIGEST, ENDED, FILES, PACKED, RunFolder, packed_digest, read_packed, walk_runs
 
 
+def check_packed_name(path: Path) -> None:
+    """Checks the name of a table of records.
+
+    Raises:
+        ValueError: its suffix is not .parquet.
+    """
+    if path.suffix != PACKED:
+        raise ValueError(f"records: the suffix must be {PACKED}, got {str(path)!r}")
+
+
 def pack_runs(path: str | Path, *roots: str | Path) -> int:
     """Writes the records of all ended runs below the roots, including pilots, as one table; no checkpoints.
 
@@ -28,8 +38,7 @@ def pack_runs(path: str | Path, *roots: str | Path) -> int:
         ValueError: the suffix is not .parquet, or the existing file is not a table of records.
     """
     path = Path(path)
-    if path.suffix != PACKED:
-        raise ValueError(f"records: the suffix must be {PACKED}, got {str(path)!r}")
+    check_packed_name(path)
     with _only_writer(path.parent):
         rows = {str(run.path.relative_to(path)): run for run in (read_packed(path) if path.exists() else ())}
         before = packed_digest(_table(rows)) if path.exists() else None

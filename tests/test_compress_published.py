@@ -215,7 +215,7 @@ def test_the_command_shows_a_published_search(parent: str, explore_: Any) -> Non
     [
         (["llama-3.1-70b"], "llama-3.1-70b: has no weights to cut; add --like MODEL to show a cut"),
         (["qwen3-8b", "--published"], "published: must be one of nemotron-nano-2-12b, nemotron-h-56b, llama-3.1-70b"),
-        (["llama-3.1-70b", "--published", "--figure", "a.png"], "--figure: must come with --like, the model to draw"),
+        (["llama-3.1-70b", "--published", "--figure", "a.png"], "--figure: must not be combined with --published"),
         (["llama-3.1-70b", "--like", "llama-3.1-8"], "preset: 'llama-3.1-8' is unknown; the nearest are llama-3.1-8b"),
     ],
 )

@@ -183,7 +183,7 @@ def test_distil_trains_a_child_and_prints_its_cost(
     ("arguments", "message"),
     [
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
-        (["--tokens", "many"], "count must be a number"),
+        (["--tokens", "many"], "must be a whole number"),
         (["--tokens", "1k", "--runs", "nowhere"], "a run below nowhere must have the parent's weights (digest "),
         (["--tokens", "1k", "--parent", "nowhere"], "run must be a run folder"),
         (

@@ -105,7 +105,7 @@ def test_a_sweep_prints_and_draws_a_row_of_budgets(finished: RunFolder, explore_
         ("--max params_active=1k", "params_active: must be at least 16,896, got 1,000"),
         ("--drop 4", "drop: must be from 0 to 3 of 4 layers, got 4"),
         ("--drop 1 --replacements cut", "drop: must be 0 if replacements do not include none, got 1"),
-        ("--drop 1 --baselines", "--baselines: must not be combined with --same or --drop"),
+        ("--drop 1 --baselines", "--baselines: must not be combined with --drop"),
         ("--drop 1 --shares 1.5", "offer.shares.0: must be below 1, got '1.5'"),
         ("--drop 1 --vary d_gg", "vary must be a size of this parent, got 'd_gg'; choose from M.n_groups"),
         (

@@ -14,6 +14,9 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from explore.cli.errors import cut_values, plain
+from explore.cli.rules import CheckedCommand, Rule, option_name
+from explore.cli.values import integer, path
 from explore.foreign import hide_passwords, shorten
 from explore.machine import is_passing
 from explore.terminal import plain_console, replace_unprintable
@@ -29,11 +32,12 @@ class App(typer.Typer):
     """A Typer application whose help fits 80 columns.
 
     Docstrings are reflowed; Typer would keep the line breaks of the source. An option's type is one short word, which
-    leaves room for its help; its choices are listed in the help. Each example is on a separate line.
+    leaves room for its help; its choices are listed in the help. Each example is on a separate line. All integers may
+    have a suffix, such as 128k, and no path may be empty.
     """
 
-    def command(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """Registers a command; takes the arguments of `typer.Typer.command`."""
+    def command(self, *args: Any, rules: tuple[Rule, ...] = (), **options: Any) -> Callable[..., Any]:
+        """Registers a command; takes the arguments of `typer.Typer.command`, and the rules of its options."""
 
         def add(function: Callable[..., Any]) -> Callable[..., Any]:
             options.setdefault("help", reflow(function.__doc__ or ""))
@@ -42,7 +46,8 @@ class App(typer.Typer):
             annotations = inspect.get_annotations(function, eval_str=True)
             inspect.unwrap(function).__annotations__ = annotations  # Typer reads them from here
             for name, annotation in annotations.items():
-                _shorten(name, annotation)
+                _complete(name, annotation)
+            options.setdefault("cls", type("Command", (CheckedCommand,), {"rules": rules}))
             return super(App, self).command(*args, **options)(function)
 
         return add
@@ -52,14 +57,16 @@ _TYPES = {bool: "", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 """The word that help shows for the type of an option; a flag takes no value."""
 
 
-def _shorten(name: str, annotation: Any) -> None:
-    """Sets a short type word on an option that has none, and lists its choices in its help."""
+def _complete(name: str, annotation: Any) -> None:
+    """Sets a short type word on an option that has none, lists its choices in its help, and sets its parser."""
     if get_origin(annotation) is not Annotated:
         return
     kind, *metadata = get_args(annotation)
     while get_origin(kind) in (Union, UnionType, list):
         kind = next(each for each in get_args(kind) if each is not NoneType)
     for each in metadata:
+        if isinstance(each, ArgumentInfo | OptionInfo) and each.parser is None:
+            each.parser = {int: integer(each.min, each.max), Path: path}.get(kind)
         if isinstance(each, ArgumentInfo):
             each.metavar = each.metavar or name.upper()
         elif isinstance(each, OptionInfo) and each.metavar is None:
@@ -118,7 +125,7 @@ def main() -> None:
             _report_end("terminated")
         raise
     except typer.TyperException as error:  # wrong arguments; without any arguments, help has been shown
-        if line := _out_of_range(error):
+        if line := _named(error):
             _refuse(ValueError(line))
         message = error.format_message().replace("Value error, ", "").rstrip(".")
         _refuse(ValueError(f"{message}; see --help")) if message else sys.exit(2)
@@ -134,30 +141,25 @@ def _report_end(how: str) -> None:
     print(f"{how}; run the same command to resume" if resumes else how, file=sys.stderr)
 
 
-def _out_of_range(error: Exception) -> str:
-    """`--devices must be at least 1, got 0` for an option whose number is out of range; empty for other errors."""
+def _named(error: Exception) -> str:
+    """`--devices must be at least 1, got 0` for a value that an option refuses; empty for other errors."""
     from pydantic import ValidationError
 
     from explore.config import bound
 
-    cause = error.__cause__
-    if not (isinstance(error, typer.BadParameter) and isinstance(cause, ValidationError) and error.param is not None):
+    if not (isinstance(error, typer.BadParameter) and error.param is not None):
         return ""
-    problem = cause.errors()[0]
-    words = bound(problem["msg"])
-    return f"{error.param.opts[0]} {words}, got {shorten(str(problem['input']))}" if words else ""
+    words = error.message
+    if isinstance(cause := error.__cause__, ValidationError):
+        problem = cause.errors()[0]
+        found = bound(problem["msg"])
+        words = f"{found}, got {shorten(str(problem['input']))}" if found else ""
+    return f"{option_name(error.param)} {words}" if words.startswith("must ") else ""
 
 
 def _refuse(error: Exception) -> NoReturn:
-    from pydantic import ValidationError
-
-    from explore.config import explain
-
-    message = explain(error) if isinstance(error, ValidationError) else str(error) or type(error).__name__
-    if isinstance(error, OverflowError):
-        message = f"a number is too large ({error})"
-    line = hide_passwords(" ".join(message.split()))
-    print(f"error: {shorten(line, LONGEST_ERROR)}", file=sys.stderr)
+    line = hide_passwords(" ".join(plain(error).split()))
+    print(f"error: {shorten(cut_values(line), LONGEST_ERROR)}", file=sys.stderr)
     sys.exit(2)
 
 

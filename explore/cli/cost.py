@@ -32,9 +32,9 @@ from explore.cli.options import (
     dtypes_of,
     recipe_of,
 )
+from explore.cli.rules import Apart, Only
 from explore.cli.tables import fits, plain_table, print_fitting
 from explore.cost import SEQ_LEN, By, ConventionName
-from explore.foreign import echo
 from explore.formatting import count, flops, ranges, size
 from explore.quantities import Quantity, quantity
 
@@ -44,9 +44,26 @@ if TYPE_CHECKING:
     from explore.presets import Preset
 
 
+MODEL = "TARGET --d-model --vocab-size --seq-len --set"
+"""Options that choose a model and its context."""
+
+
 @app.command(
     rich_help_panel="Count",
     epilog='Example: explore cost "MEM*E" --d-model 256 --set blocks.E.d_latent=64 --by component',
+    rules=(
+        Only("--list", takes="--json"),
+        Only("--published", takes="--json"),
+        Only(
+            "--patterns",
+            takes="--d-model --vocab-size --seq-len --set --weight-dtype --kv-dtype --state-dtype --activation-dtype "
+            "--json --csv",
+        ),
+        Only("--diff", takes=f"{MODEL} --json"),
+        Only("--saved", takes=f"{MODEL} --json"),
+        Apart("--csv", "--json --by --convention"),
+        Apart("--json", "--by"),
+    ),
 )
 def cost(
     target: Target = None,
@@ -90,15 +107,6 @@ def cost(
     from explore.cost import CONVENTIONS, Cost, flops_train, in_formats, storage
     from explore.model import saved_table
 
-    if as_csv and as_json:
-        raise ValueError("--csv: must not be combined with --json")
-    for option, chosen in (("--list", list_), ("--published", published), ("--patterns", patterns)):
-        if chosen and target is not None:
-            raise ValueError(f"{option}: must not be combined with a TARGET, got {echo(target)}")
-    other = {"--list": list_, "--published": published, "--patterns": patterns, "--diff": diff, "--saved": saved}
-    for option, chosen in other.items():
-        if chosen and precision is not None:
-            raise ValueError(f"--precision: must not be combined with {option}")
     if list_:
         _list_presets(as_json)
         return
@@ -108,9 +116,6 @@ def cost(
     recipe = recipe_of(precision)
     dtypes = dtypes_of(weight_dtype, kv_dtype, state_dtype, activation_dtype, recipe)
     if patterns is not None:
-        for option, given in (("--diff", diff), ("--saved", saved)):
-            if given:
-                raise ValueError(f"{option}: must not be combined with --patterns")
         models = load_models(read_targets(patterns), d_model, vocab_size, set_ or [])
         print_costs(models, seq_len, dtypes, as_json=as_json, as_csv=as_csv)
         return

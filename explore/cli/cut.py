@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
-from explore.cli.cut_tables import show_published_cut
+from explore.cli.cut_tables import show_own_plan, show_plan, show_published_cut
 from explore.cli.opening import OR_KEY, run_path
 from explore.cli.options import (
     Context,
@@ -23,30 +23,44 @@ from explore.cli.options import (
     KVDtype,
     StateDtype,
     WeightDtype,
-    only_with,
-    whole_count,
 )
+from explore.cli.rules import Apart, Needs, Only, refuse_others
 from explore.cost import HARDWARE
-from explore.formatting import ranges, read_count
+from explore.formatting import read_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from explore.blocks import BlockConfig
     from explore.compress import Cutter, Plan
     from explore.compress.candidates import Candidate
-    from explore.compress.plan import LibraryBlock
     from explore.compress.zero_shot import Ranked, Validation
     from explore.train.shortlist import Distilled
 
+SEARCH = "--tolerance --score-at-most --best --context --batch-size --hardware --weight-dtype --kv-dtype --state-dtype"
+"""Options of a search for children."""
 SHOWN = ("params_total", "params_active", "flops_train", "state_bytes")
 
 
 @app.command(
     rich_help_panel="Compress trained models",
     epilog="Example: explore cut runs/my-run-0123abcd --target params_active=50% --free d_model --free depth",
+    rules=(
+        Only("--published", takes="RUN --json"),
+        Apart("--show", "--json --out --distil-tokens"),
+        Apart("--drop-layers", "--drop-layer"),
+        Apart("--like", "--keep --drop-layers --drop-layer"),
+        Apart("--target", "--keep --drop-layers --drop-layer --like"),
+        Needs(f"--free --distil-tokens {SEARCH}", "--target"),
+        Needs("--one-by-one", "--drop-layers"),
+        Needs("--figure", "--like"),
+        Needs("--by", "--keep --drop-layers --like --target"),
+        Needs("--principal", "--keep --like --target"),
+        Needs("--effect", "--drop-layers --free=depth"),
+        Needs("--seed", "--by=random --one-by-one"),
+    ),
 )
 def cut(
+    ctx: typer.Context,
     parent: Annotated[
         str,
         typer.Argument(
@@ -65,7 +79,7 @@ def cut(
         typer.Option("--one-by-one", help="Rescore the remaining layers after each layer that --drop-layers removes."),
     ] = False,
     drop_layer: Annotated[
-        list[int] | None, typer.Option(metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
+        list[int] | None, typer.Option(min=0, metavar="INDEX", help="Leave out this layer, counted from 0; repeatable.")
     ] = None,
     drop_mtp: Annotated[bool, typer.Option("--drop-mtp", help="Leave out multi-token prediction.")] = False,
     like: Annotated[
@@ -94,7 +108,7 @@ def cut(
     distil_tokens: Annotated[
         int | None,
         typer.Option(
-            parser=whole_count,
+            min=1,
             metavar="COUNT",
             help="Distil the listed candidates on this many tokens and rank them by the resulting loss.",
         ),
@@ -120,9 +134,7 @@ def cut(
     state_dtype: StateDtype = "float32",
     val_tokens: Annotated[
         int | None,
-        typer.Option(
-            parser=whole_count, metavar="COUNT", help="Validation tokens to score on (default: as in training)."
-        ),
+        typer.Option(min=1, metavar="COUNT", help="Validation tokens to score on (default: as in training)."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--out", help="Where to write the plan (default: in the run's folder).")
@@ -151,22 +163,16 @@ def cut(
     from explore.cost import Dtypes
     from explore.presets import PRESETS
 
-    if (target or free) and (keep or drop_layers or drop_layer or like):
-        raise ValueError("--target, --free: must not be combined with --keep, --drop-layers, --drop-layer or --like")
-    if like is not None and (keep or drop_layers or drop_layer):
-        raise ValueError("--like: must not be combined with --keep, --drop-layers or --drop-layer")
+    if not published and parent in PRESETS and not Path(parent).exists():
+        refuse_others(ctx, "a preset", "RUN --like --show --figure --json")
     if published or (parent in PRESETS and not Path(parent).exists()):
         show_published_cut(parent, like, published, figure, as_json)
         return
     run = run_path(parent)
-    if show and not (keep or drop_layers or drop_layer or drop_mtp or target or free or like) and _show_own(run):
-        return
-    if figure is not None and like is None:
-        raise ValueError("--figure: must come with --like, the model to draw")
-    if drop_layers and drop_layer:
-        raise ValueError("--drop-layers: must not be combined with --drop-layer")
-    only_with("--distil-tokens", distil_tokens, "--target", target)
-    only_with("--one-by-one", one_by_one, "--drop-layers", drop_layers)
+    if show and not (keep or drop_layers or drop_layer or drop_mtp or target or like):
+        refuse_others(ctx, "--show without sizes", "RUN --show --data")
+        if show_own_plan(run):
+            return
     sizes = dict(_size(text) for text in keep or [])
     given = None if scores is None else Scores.load(scores)
     how: dict[str, Any] = {"by": by, "effect": effect, "seed": seed, "norm_scales": norm_scales, "principal": principal}
@@ -211,7 +217,7 @@ def cut(
     else:
         plan = cutter.plan(sizes, drop, drop_mtp=drop_mtp)
     if show:
-        _show(plan)
+        show_plan(plan)
         return
     paths = [_save(each.plan, run, None) for each in ranked]
     distilled: list[Distilled] = []
@@ -334,58 +340,6 @@ def _print(record: dict[str, Any]) -> None:
     for text in record["notes"]:
         note(text)
     out.print(f"{record['config']['pattern']}, plan: {record['plan']}", highlight=False, markup=False)
-
-
-def _show(plan: Plan) -> None:
-    """Prints the indices cut from each layer, as ranges, and the library blocks that replace layers."""
-    from explore.compress.surgery import complete
-
-    whole = plan.parent_model
-    if plan.d_model is not None:
-        gone = [i for i in range(whole.d_model) if i not in set(plan.d_model)]
-        out.print(f"d_model {whole.d_model} -> {len(plan.d_model)}, cut: {ranges(gone)}", highlight=False, markup=False)
-    for i, (letter, block, layer) in enumerate(zip(whole.pattern, whole.layers, plan.layers, strict=True)):
-        if layer.drop or layer.block is not None:
-            what = "left out" if layer.block is None else _replacement(block, layer.block)
-            out.print(f"layer {i} {letter}: {what}", highlight=False, markup=False)
-            continue
-        kept, parts = complete(block.axes(), layer.keep), []
-        for axis in block.axes():
-            if len(kept[axis.name]) < axis.size:
-                gone = sorted(set(range(axis.size)) - set(kept[axis.name]))
-                how = "rotated" if axis.name in layer.rotate else f"cut: {ranges(gone)}"
-                parts.append(f"{axis.name} {axis.size} -> {len(kept[axis.name])}, {how}")
-        out.print(f"layer {i} {letter}: {'; '.join(parts) or 'kept'}", highlight=False, markup=False)
-    if plan.drop_mtp and whole.mtp is not None:
-        out.print("multi-token prediction: left out", highlight=False)
-    child = plan.model()
-    out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
-
-
-def _show_own(path: Path) -> bool:
-    """Prints the plan in a file, or the plan by which a run was cut from its parent; returns whether there is one."""
-    from explore.compress import Plan
-    from explore.experiment import ParentWeights
-    from explore.runs import RunFolder
-    from explore.train.start import plan_of
-
-    if path.suffix == ".json":
-        _show(Plan.load(path))
-        return True
-    start = RunFolder(path).load_experiment().start if RunFolder(path).key else None
-    if not isinstance(start, ParentWeights) or (plan := plan_of(start)) is None:
-        return False
-    out.print(f"{path}: cut from {start.parent.path}", highlight=False, markup=False)
-    _show(plan)
-    return True
-
-
-def _replacement(block: BlockConfig, by: LibraryBlock) -> str:
-    """The sizes in which a library block differs from the layer that it replaces, or its kind if that is another."""
-    before, after = (each.model_dump(mode="json") for each in (block, by.config))
-    sizes = [f"{name} {before[name]} -> {n}" for name, n in after.items() if name in before and n != before[name]]
-    what = ", ".join(sizes) if by.config.kind == block.kind else by.config.kind
-    return f"replaced by {what}, trained in the library (block {by.digest[:8]})"
 
 
 def _size(text: str) -> tuple[str, int]:

@@ -14,7 +14,10 @@ from explore.cli.app import out
 from explore.formatting import count, flops, ranges
 
 if TYPE_CHECKING:
+    from explore.blocks import BlockConfig
+    from explore.compress import Plan
     from explore.compress.alignment import Alignment
+    from explore.compress.plan import LibraryBlock
     from explore.compress.published import BlockSearch, BudgetSearch
 
 WIDTH = 100
@@ -25,7 +28,7 @@ def show_published_cut(parent: str, like: str | None, published: bool, figure: P
     """Prints a preset as a cut of another (`like`), or the published search that found such a child.
 
     Raises:
-        ValueError: neither `like` nor `published` is given, or a figure is asked for without `like`.
+        ValueError: neither `like` nor `published` is given.
     """
     from explore.cli.models import load_model
     from explore.compress.alignment import align
@@ -40,8 +43,6 @@ def show_published_cut(parent: str, like: str | None, published: bool, figure: P
         raise ValueError(
             f"{parent}: has no weights to cut; add --like MODEL to show a cut, or --published to show the search"
         )
-    if figure is not None:
-        raise ValueError("--figure: must come with --like, the model to draw")
     search = search_of(parent)
     if isinstance(search, BlockSearch):
         _show_blocks(search, as_json)
@@ -207,3 +208,55 @@ def _sizes(block: Any) -> list[int]:
 
 def _say(text: str) -> None:
     out.print(textwrap.fill(text, WIDTH, break_on_hyphens=False), highlight=False, markup=False)
+
+
+def show_plan(plan: Plan) -> None:
+    """Prints the indices cut from each layer, as ranges, and the library blocks that replace layers."""
+    from explore.compress.surgery import complete
+
+    whole = plan.parent_model
+    if plan.d_model is not None:
+        gone = [i for i in range(whole.d_model) if i not in set(plan.d_model)]
+        out.print(f"d_model {whole.d_model} -> {len(plan.d_model)}, cut: {ranges(gone)}", highlight=False, markup=False)
+    for i, (letter, block, layer) in enumerate(zip(whole.pattern, whole.layers, plan.layers, strict=True)):
+        if layer.drop or layer.block is not None:
+            what = "left out" if layer.block is None else _replacement(block, layer.block)
+            out.print(f"layer {i} {letter}: {what}", highlight=False, markup=False)
+            continue
+        kept, parts = complete(block.axes(), layer.keep), []
+        for axis in block.axes():
+            if len(kept[axis.name]) < axis.size:
+                gone = sorted(set(range(axis.size)) - set(kept[axis.name]))
+                how = "rotated" if axis.name in layer.rotate else f"cut: {ranges(gone)}"
+                parts.append(f"{axis.name} {axis.size} -> {len(kept[axis.name])}, {how}")
+        out.print(f"layer {i} {letter}: {'; '.join(parts) or 'kept'}", highlight=False, markup=False)
+    if plan.drop_mtp and whole.mtp is not None:
+        out.print("multi-token prediction: left out", highlight=False)
+    child = plan.model()
+    out.print(f"child: {child.pattern}, {child.cost(1).params_total:,} parameters", highlight=False, markup=False)
+
+
+def show_own_plan(path: Path) -> bool:
+    """Prints the plan in a file, or the plan by which a run was cut from its parent; returns whether there is one."""
+    from explore.compress import Plan
+    from explore.experiment import ParentWeights
+    from explore.runs import RunFolder
+    from explore.train.start import plan_of
+
+    if path.suffix == ".json":
+        show_plan(Plan.load(path))
+        return True
+    start = RunFolder(path).load_experiment().start if RunFolder(path).key else None
+    if not isinstance(start, ParentWeights) or (plan := plan_of(start)) is None:
+        return False
+    out.print(f"{path}: cut from {start.parent.path}", highlight=False, markup=False)
+    show_plan(plan)
+    return True
+
+
+def _replacement(block: BlockConfig, by: LibraryBlock) -> str:
+    """The sizes in which a library block differs from the layer that it replaces, or its kind if that is another."""
+    before, after = (each.model_dump(mode="json") for each in (block, by.config))
+    sizes = [f"{name} {before[name]} -> {n}" for name, n in after.items() if name in before and n != before[name]]
+    what = ", ".join(sizes) if by.config.kind == block.kind else by.config.kind
+    return f"replaced by {what}, trained in the library (block {by.digest[:8]})"

@@ -11,13 +11,19 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
-from explore.cli.options import Json, only_with
+from explore.cli.options import Json
+from explore.cli.rules import Apart, Needs
 
 
 @app.command(
     rich_help_panel="Train and search",
     epilog="Example: explore data ../books --tokenizer bytes; explore data ../books --train-bpe 4096 --out bpe.json; "
     "explore data austen --ngram 3",
+    rules=(
+        Needs("--tokenizer --shards --train-bpe --ngram --out", "CORPUS"),
+        Needs("--out", "--train-bpe"),
+        Apart("--train-bpe", "--tokenizer --ngram"),
+    ),
 )
 def data(
     corpus: Annotated[
@@ -28,7 +34,10 @@ def data(
     ] = "austen-bpe-2048",
     shards: Annotated[int | None, typer.Option(min=1, help="Use only the first training files.")] = None,
     train_bpe: Annotated[
-        int | None, typer.Option(min=257, help="Train a byte-level BPE of this many entries on the training text.")
+        int | None,
+        typer.Option(
+            min=257, metavar="COUNT", help="Train a byte-level BPE of this many entries on the training text."
+        ),
     ] = None,
     ngram: Annotated[
         int | None,
@@ -40,7 +49,6 @@ def data(
     """Show the documents, bytes and tokens of each split of a corpus; without a corpus, list the known ones."""
     from explore import data as texts
 
-    only_with("--out", output, "--train-bpe", train_bpe)
     if corpus is None:
         if as_json:
             known = {name: {"source": known.source, "licence": known.licence} for name, known in texts.CORPORA.items()}
@@ -53,7 +61,7 @@ def data(
         out.print(f"tokenizers: {', '.join(texts.TOKENIZERS)}", highlight=False)
         return
     if train_bpe is not None:
-        _train_bpe(corpus, shards, train_bpe, output)
+        _train_bpe(corpus, shards, train_bpe, output, as_json=as_json)
         return
     loaded = texts.load_tokenizer(tokenizer)
     opened = texts.load_corpus(corpus, shards)
@@ -100,7 +108,7 @@ def data(
     out.print(view)
 
 
-def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | None) -> None:
+def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | None, *, as_json: bool) -> None:
     """Trains a BPE tokenizer on the training text and writes it; the output path is checked before training."""
     from explore import data as texts
     from explore.files import replacing
@@ -119,4 +127,9 @@ def _train_bpe(corpus: str, shards: int | None, vocab_size: int, output: Path | 
     trained = texts.train_bpe(pieces, vocab_size)
     with replacing(output) as temporary:
         trained.save(str(temporary))
+    if as_json:
+        print(
+            json.dumps({"corpus": corpus, "tokenizer": str(output), "vocab_size": trained.get_vocab_size()}, indent=2)
+        )
+        return
     out.print(f"wrote {output}", highlight=False)

@@ -11,13 +11,12 @@ from explore.cli.app import app
 from explore.cli.opening import run_option
 from explore.cli.options import CheckpointEvery, DataOf, Json, Paths, SetOptions, Wandb
 from explore.cli.train import Devices, Strategy, train_and_show
-from explore.formatting import read_count
 
 
 @app.command(rich_help_panel="Train and search", epilog="Example: explore distil plan.json --tokens 5M")
 def distil(
     plan: Annotated[Path, typer.Argument(help="A plan that cuts a trained run, in JSON.")],
-    tokens: Annotated[str, typer.Option(metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
+    tokens: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Tokens to train on, as 5e6 or 5M.")],
     teacher: Annotated[
         Path | None, run_option("A run, or a folder written by explore import (default: the parent).")
     ] = None,
@@ -38,10 +37,8 @@ def distil(
     """
     from explore.train import child_experiment
 
-    if (n_tokens := read_count(tokens)) < 1:
-        raise ValueError(f"--tokens must be at least 1, got {tokens}")
     experiment = child_experiment(
-        plan, round(n_tokens), runs=runs, parent=parent, teacher=teacher, data=data, overrides=set_ or []
+        plan, tokens, runs=runs, parent=parent, teacher=teacher, data=data, overrides=set_ or []
     )
     train_and_show(
         experiment,

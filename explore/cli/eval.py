@@ -14,7 +14,8 @@ from rich.table import Table
 
 from explore.cli.app import app, out
 from explore.cli.opening import open_run, run_argument
-from explore.cli.options import Json, only_with, whole_count
+from explore.cli.options import Json
+from explore.cli.rules import Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ PROMPT_TOKENS = 64
     "eval",
     rich_help_panel="Use trained models",
     epilog="Example: explore eval runs/my-run-0123abcd --pairs blimp.jsonl.gz --corpus sotu",
+    rules=(Needs("--limit", "--pairs"), Needs("--tokens", "--corpus")),
 )
 def evaluate(
     runs: Annotated[
@@ -46,7 +48,7 @@ def evaluate(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Read only this many tokens of --corpus, e.g. 200k."),
+        typer.Option(min=1, metavar="COUNT", help="Read only this many tokens of --corpus, e.g. 200k."),
     ] = None,
     acceptance: Annotated[
         int | None,
@@ -70,8 +72,6 @@ def evaluate(
 
     if not (pairs or corpus or acceptance or ngram or whole):
         raise ValueError("--pairs, --corpus, --acceptance, --ngram, --whole: at least one of them is required")
-    only_with("--limit", limit, "--pairs", pairs)
-    only_with("--tokens", tokens, "--corpus", corpus)
     suites: dict[str, Path] = {}
     for path in pairs or []:
         suite = path.resolve().name.partition(".")[0]
@@ -79,13 +79,12 @@ def evaluate(
             raise ValueError(f"--pairs: suites must have different names, got {suites[suite]} and {path}")
         suites[suite] = path
     read = {suite: read_minimal_pairs(path, limit) for suite, path in suites.items()}
-    found = {}
+    found, added = {}, dict[str, dict[str, int]]()
     for run in runs:
         if run.suffix == PACKED:
             if ngram is None or not save or pairs or corpus or acceptance or whole:
                 raise ValueError(f"{run}: records have no weights; only --ngram with --save accepts them")
-            n = add_floors(run, ngram)
-            out.print(f"{run}: added the score of a {ngram}-gram model on the same tokens to {n} runs", highlight=False)
+            added[str(run)] = {"ngram_added": add_floors(run, ngram)}
             continue
         found[str(run)] = results = _results(run, read, corpus or [], tokens, acceptance)
         if whole:
@@ -99,11 +98,13 @@ def evaluate(
                 {name: kept.get(name, {}) | each for name, each in results.items()}
                 | {name: each for name, each in kept.items() if name not in results},
             )
-    if not found:
-        return
     if as_json:
-        print(json.dumps(found if len(runs) > 1 else found[str(runs[0])], indent=2))
+        every = found | added
+        print(json.dumps(every if len(runs) > 1 else every[str(runs[0])], indent=2))
         return
+    for name, counts in added.items():
+        n = counts["ngram_added"]
+        out.print(f"{name}: added the score of a {ngram}-gram model on the same tokens to {n} runs", highlight=False)
     for name, results in found.items():
         view = Table("", "", title=name, title_justify="left", show_header=False)
         for suite, shares in results.get("pairs", {}).items():

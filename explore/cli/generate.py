@@ -12,6 +12,7 @@ from rich.text import Text
 from explore.cli.app import app, err, out
 from explore.cli.opening import RunOrModel, open_run
 from explore.cli.options import Json
+from explore.cli.rules import Apart
 
 if TYPE_CHECKING:
     from explore.model import LanguageModel
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
 @app.command(
     rich_help_panel="Use trained models",
     epilog='Example: explore generate runs/my-run-0123abcd --prompt "It was" --temperature 0.8 --top-p 0.95',
+    rules=(Apart("--compile", "--speculate"),),
 )
 def generate(
     run: RunOrModel,
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="COUNT", help="Maximum number of tokens to generate.")
+    ] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the most probable tokens.")] = None,
     top_p: Annotated[
@@ -45,8 +49,6 @@ def generate(
     """Continue prompts with a trained run; prompts of equal length are decoded as one batch."""
     from explore.model import Sampling
 
-    if compiled and speculate:
-        raise ValueError("--compile: must not be combined with --speculate; only one-token steps are compiled")
     if compiled:
         from explore.ops import check_compiler
         from explore.train import keep_compiled

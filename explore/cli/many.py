@@ -12,6 +12,7 @@ from rich.table import Table
 from explore.cli.app import out
 from explore.cli.models import is_pattern, load_model
 from explore.cli.tables import plain_table, print_fitting
+from explore.foreign import echo
 from explore.quantities import quantity
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SHOWN = (
     "params_total", "params_active", "flops_fwd", "flops_train", "flops_prefill", "flops_decode", "weight_bytes",
-    "kv_bytes", "ssm_state_bytes", "decode_bytes",
+    "kv_bytes", "ssm_state_bytes", "conv_state_bytes", "decode_bytes", "all_to_all_bytes",
 )  # fmt: skip
 """Columns of the table of many models; CSV and JSON have every column."""
 
@@ -57,7 +58,14 @@ def load_models(
         targets: pairs of a name and the place it was read from, which begins an error message.
     """
     models: dict[str, ModelConfig] = {}
+    for option, value in (("d_model", d_model), ("vocab_size", vocab_size)):
+        if value is not None and not any(is_pattern(target) for target, _ in targets):
+            flag = f"--{option.replace('_', '-')}"
+            got = ", ".join(target for target, _ in targets)
+            raise ValueError(f"{flag}: must come with a pattern, got {echo(got)}; use --set {option}={value}")
     for target, where in targets:
+        if target in models:
+            raise ValueError(f"{where}: every model must be named once, got {echo(target)} twice")
         sizes = (d_model, vocab_size) if is_pattern(target) else (None, None)
         try:
             models[target] = load_model(target, *sizes, overrides)

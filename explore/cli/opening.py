@@ -40,6 +40,8 @@ def place_path(text: str) -> Path:
     from explore.files import exists
     from explore.runs import match_runs
 
+    if not text:  # which would be the current folder
+        raise typer.BadParameter("must be a folder, a table or the first characters of a key, got ''")
     if exists(path := Path(text)) or not match_runs(path):
         return path
     return run_path(text)

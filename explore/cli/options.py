@@ -10,16 +10,6 @@ import typer
 
 from explore.cli.opening import run_option
 from explore.cost import D_MODEL, DTYPES, VOCAB_SIZE, Dtype, Dtypes
-from explore.formatting import read_whole_count
-
-
-def whole_count(text: str | int) -> int:
-    """Reads a count given as an option, with or without k, M or B."""
-    try:
-        return read_whole_count(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
 
 if TYPE_CHECKING:
     from explore.precision import Recipe
@@ -27,7 +17,7 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Context = Annotated[
     int | None,
-    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
+    typer.Option(min=1, metavar="COUNT", help="Tokens of context (default: a sequence of the run)."),
 ]
 DecodeBatch = Annotated[int, typer.Option(min=1, help="Sequences decoded at once, for memory and time.")]
 DecodeHardware = Annotated[str, typer.Option(help="Hardware of decode_s and prefill_s.")]
@@ -74,14 +64,16 @@ Target = Annotated[
         "JSON file with an experiment, a model or a nemotron_h config."
     ),
 ]
-DModel = Annotated[int | None, typer.Option(min=1, help=f"Width of a pattern's model (default: {D_MODEL}).")]
+DModel = Annotated[
+    int | None, typer.Option(min=1, metavar="COUNT", help=f"Width of a pattern's model (default: {D_MODEL}).")
+]
 VocabSize = Annotated[
     int | None,
-    typer.Option(parser=whole_count, metavar="COUNT", help=f"Vocabulary of a pattern's model (default: {VOCAB_SIZE})."),
+    typer.Option(min=1, metavar="COUNT", help=f"Vocabulary of a pattern's model (default: {VOCAB_SIZE})."),
 ]
 SeqLen = Annotated[
     int,
-    typer.Option(parser=whole_count, metavar="COUNT", help="Tokens per sequence and of context; 128k is 128,000."),
+    typer.Option(min=1, metavar="COUNT", help="Tokens per sequence and of context; 128k is 128,000."),
 ]
 WandbMode = Literal["offline", "online"]
 Wandb = Annotated[WandbMode | None, typer.Option(help="Mirror to Weights & Biases (default: off).")]
@@ -94,12 +86,6 @@ StudyStorage = Annotated[
 StudyName = Annotated[
     str | None, typer.Option("--study", help="Study to use if the journal has several (default: the newest).")
 ]
-
-
-def only_with(option: str, given: object, other: str, needed: object) -> None:
-    """Rejects an option that has no effect without another one."""
-    if given and not needed:
-        raise ValueError(f"{option}: must come with {other}")
 
 
 def forced(paths: list[str] | None) -> dict[str, str]:

@@ -14,12 +14,17 @@ from rich.progress import track
 from explore.cli.app import app, err, out
 from explore.cli.opening import load_run, run_argument
 from explore.cli.options import Json
+from explore.cli.rules import Apart, Needs
 
 if TYPE_CHECKING:
     from explore.interop import Case
 
 
-@app.command(rich_help_panel="Prove", epilog="Example: explore parity --cases 50; explore parity runs/mtp-0123abcd")
+@app.command(
+    rich_help_panel="Prove",
+    epilog="Example: explore parity --cases 50; explore parity runs/mtp-0123abcd",
+    rules=(Needs("--prompt --max-new-tokens", "RUN"), Apart("--cases", "RUN"), Apart("--seed", "RUN")),
+)
 def parity(
     run: Annotated[
         Path | None, run_argument("a run trained on text: compare its greedy text instead of random models")
@@ -27,7 +32,7 @@ def parity(
     cases: Annotated[int, typer.Option(min=1, help="Number of random models.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random models.")] = 0,
     prompt: Annotated[str, typer.Option(help="Text that the run continues.")] = "It was",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Number of tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Number of tokens to generate.")] = 64,
     as_json: Json = False,
 ) -> None:
     """Compare random models with transformers' nemotron_h: logits and the gradients of all parameters, in fp32.

@@ -16,8 +16,9 @@ from explore.cli.app import app, out
 from explore.cli.models import load_model
 from explore.cli.options import DModel, Json, SeqLen, SetOptions, VocabSize
 from explore.cli.plan_tables import print_plan, print_published, print_side_by_side, row_of
+from explore.cli.rules import Apart, Needs, Only, Options
 from explore.cost import SEQ_LEN
-from explore.formatting import read_count
+from explore.foreign import echo
 
 if TYPE_CHECKING:
     from explore.plan import Found, Plan, Run
@@ -31,14 +32,26 @@ AllToAll = Literal["naive", "rank", "node"]
     rich_help_panel="Count",
     epilog="Example: explore plan nemotron-3-super --cluster GB200x256 --seq-len 8192 --global-batch 3072 "
     "--precision mxfp8 --tokens 25T",
+    rules=(
+        Only("--published", takes="--json --csv"),
+        Only("--megatron-args", takes="--world-size --cluster --tokens --megatron --figure --json --csv"),
+        Apart("--csv", "--json"),
+        Apart("--megatron", "--json --csv --tokens --top"),
+        Apart("--largest", "--objective --top"),
+        Apart("--micro-batch", "--largest=batch"),
+        Apart("--seq-len", "--largest=context"),
+        Needs("--world-size", "--megatron-args"),
+        Needs("--free", "--largest=model"),
+    ),
 )
 def plan(
+    context: typer.Context,
     targets: Annotated[list[str] | None, typer.Argument(metavar="MODEL", help="Patterns, presets or paths.")] = None,
     cluster: Annotated[
         str, typer.Option(metavar="GPUxN", help="GPU (a known name or a JSON file) and number of GPUs.")
     ] = "GB200x256",
     seq_len: SeqLen = SEQ_LEN,
-    global_batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1024,
+    global_batch: Annotated[int, typer.Option(min=1, metavar="COUNT", help="Sequences per step.")] = 1024,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Sequences per micro-batch.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks.")] = None,
     cp: Annotated[int | None, typer.Option(min=1, help="Context-parallel ranks.")] = None,
@@ -75,7 +88,7 @@ def plan(
     ] = None,
     objective: Annotated[Objective, typer.Option(help="What the search optimizes.")] = "tokens_per_s",
     tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Training tokens, e.g. 25T; adds days and GPU-hours.")
+        int | None, typer.Option(min=1, metavar="COUNT", help="Training tokens, e.g. 25T; adds days and GPU-hours.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of layouts to show.")] = 8,
     largest: Annotated[
@@ -121,12 +134,20 @@ def plan(
 
         if world_size is None:
             raise ValueError("--world-size: required with --megatron-args")
-        device = cluster.rpartition("x")[0] or cluster
+        device, _, n_gpus = cluster.rpartition("x")
+        if "--cluster" in Options(context).given and device and n_gpus != str(world_size):
+            raise ValueError(f"--cluster must have the GPUs of --world-size {world_size}, got {echo(cluster)}")
+        device = device or cluster
         plans = {str(megatron_args): read_arguments(read_json(megatron_args), world_size, device)}
         _show(plans, {}, tokens, as_json, as_csv, megatron, figure)
         return
     if not targets:
         raise ValueError("MODEL: a pattern, preset or path is required, or --published, or --megatron-args")
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"MODEL must be different models, got {echo(' '.join(targets))}")
+    if _is_one_layout(fixed, pipeline_layout):
+        for name in {"--objective", "--top"} & set(Options(context).given):
+            raise ValueError(f"{name}: must come with a search, got one layout: all degrees and --micro-batch are set")
     run = Run.model_validate(
         {
             "seq_len": seq_len, "global_batch": global_batch, "precision": precision, "moments": moments,
@@ -173,14 +194,18 @@ def _write_csv(rows: list[dict[str, Any]]) -> None:
     writer.writerows(rows)
 
 
+def _is_one_layout(fixed: dict[str, int], pipeline: str | None) -> bool:
+    """Whether all degrees are given, so that there is nothing to search."""
+    return {"tp", "cp", "pp", "ep", "micro_batch"} | (set() if pipeline else {"vpp"}) <= set(fixed)
+
+
 def _planned(
     model: Any, run: Run, on: Any, fixed: dict[str, int], pipeline: str | None, objective: Objective, top: int
 ) -> tuple[Plan, Found | None]:
     """The given layout if all degrees are given, else the best layout and the search that found it."""
     from explore.plan import Layout, Plan, search
 
-    needed = {"tp", "cp", "pp", "ep", "micro_batch"} | (set() if pipeline else {"vpp"})
-    if needed <= set(fixed):
+    if _is_one_layout(fixed, pipeline):
         return Plan.of(model, run, Layout(**fixed, pipeline=pipeline), on), None
     found = search(model, on, run, fixed, objective=objective, pipeline=pipeline, n=top)
     if not found.plans:
@@ -191,7 +216,7 @@ def _planned(
 def _show(
     plans: dict[str, Plan],
     found: dict[str, Any],
-    tokens: str | None,
+    tokens: int | None,
     as_json: bool,
     as_csv: bool,
     megatron: bool,
@@ -199,7 +224,6 @@ def _show(
 ) -> None:
     from explore.plan import Found
 
-    budget = None if tokens is None else _tokens(tokens)
     searches = {name: value for name, value in found.items() if isinstance(value, Found)}
     if figure is not None:
         from explore.figures import plot_plans, save_figure
@@ -209,14 +233,14 @@ def _show(
         _arguments(plans)
     elif as_csv:
         shown = {name: searches[name].plans if name in searches else (plan,) for name, plan in plans.items()}
-        _write_csv([row_of(name, plan, budget) for name, several in shown.items() for plan in several])
+        _write_csv([row_of(name, plan, tokens) for name, several in shown.items() for plan in several])
     elif as_json:
         records = []
         for name, plan in plans.items():
-            record = {"model": name} | plan.to_dict(budget)
+            record = {"model": name} | plan.to_dict(tokens)
             if name in searches:
                 record |= {
-                    "alternatives": [other.to_dict(budget) for other in searches[name].plans[1:]],
+                    "alternatives": [other.to_dict(tokens) for other in searches[name].plans[1:]],
                     "walls": [wall._asdict() for wall in searches[name].walls],
                     "n_layouts": searches[name].n_legal,
                     "n_fitting": searches[name].n_fitting,
@@ -227,9 +251,9 @@ def _show(
         print(json.dumps(records[0] if len(records) == 1 else {"plans": records}, indent=2))
     else:
         for name, plan in plans.items():
-            print_plan(name, plan, searches.get(name), budget)
+            print_plan(name, plan, searches.get(name), tokens)
         if len(plans) > 1:
-            print_side_by_side(plans, budget)
+            print_side_by_side(plans, tokens)
 
 
 def _arguments(plans: dict[str, Plan]) -> None:
@@ -251,12 +275,5 @@ def _groups(text: str | None) -> tuple[int, int] | None:
         return None
     n, colon, chosen = text.partition(":")
     if not colon or not n.isdigit() or not chosen.isdigit():
-        raise ValueError(f"--expert-groups must be GROUPS:CHOSEN, such as 8:4, got {text[:60]!r}")
+        raise ValueError(f"--expert-groups must be GROUPS:CHOSEN, such as 8:4, got {echo(text)}")
     return int(n), int(chosen)
-
-
-def _tokens(text: str) -> float:
-    tokens = read_count(text)
-    if tokens <= 0:
-        raise ValueError(f"--tokens must be a positive number such as 25T, got {text[:60]!r}")
-    return tokens

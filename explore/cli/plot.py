@@ -10,6 +10,8 @@ import typer
 from explore.cli.app import app, out
 from explore.cli.opening import Places
 from explore.cli.options import Where
+from explore.cli.rules import Apart
+from explore.foreign import echo
 from explore.quantities import QUANTITIES, Family, choose, columns
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ QUALITIES = ", ".join(
     rich_help_panel="Train and search",
     epilog="Example: explore plot runs/ --out frontier.png --x flops_decode --y sotu_bpb; "
     "explore plot runs/ --curves --x tokens --where d_model=64",
+    rules=(
+        Apart("--count-parent", "--curves"),
+        Apart("--by-seed", "--curves"),
+        Apart("--by-seed", "--html", unless="--out"),
+        Apart("--html", "--curves"),
+    ),
 )
 def plot(
     roots: Places,
@@ -90,11 +98,9 @@ def plot(
         known = sorted(runs["corpus"].dropna().unique()) if "corpus" in runs else []
         runs = runs[runs["corpus"] == choose(corpus, known, "--corpus", "a corpus")]
     if count_parent:
-        if curves or x not in (None, "flops_run"):
-            raise ValueError("--count-parent: must not be combined with --curves, or with an --x other than flops_run")
+        if x not in (None, "flops_run"):
+            raise ValueError(f"--count-parent: must not be combined with an --x other than flops_run, got {echo(x)}")
         x = "flops_with_parent"
-    if curves and html is not None:
-        raise ValueError("--html: must not be combined with --curves")
     if curves:
         figure = _curves(roots, runs, x, y)
     else:

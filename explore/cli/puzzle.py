@@ -19,9 +19,8 @@ from explore.cli.options import (
     KVDtype,
     StateDtype,
     WeightDtype,
-    only_with,
-    whole_count,
 )
+from explore.cli.rules import Apart, Needs
 from explore.cost import HARDWARE
 
 if TYPE_CHECKING:
@@ -38,6 +37,13 @@ MOST_BUDGETS = 100
 @app.command(
     rich_help_panel="Compress trained models",
     epilog="Example: explore puzzle runs/my-run-0123abcd --max params_active=1M --max state_bytes=50%",
+    rules=(
+        Apart("--baselines", "--same --drop"),
+        Apart("--sweep", "--solutions --baselines --rounds --out"),
+        Needs("--figure", "--sweep"),
+        Needs("--differ", "--solutions"),
+        Needs("--round-tokens", "--rounds"),
+    ),
 )
 def puzzle(
     run: Annotated[Path, run_argument(f"a finished {OR_KEY[2:]}")],
@@ -70,16 +76,14 @@ def puzzle(
     ] = "cut,pooled,linear,none",
     tokens: Annotated[
         int,
-        typer.Option(parser=whole_count, metavar="COUNT", help="Training tokens for each replacement."),
+        typer.Option(min=1, metavar="COUNT", help="Training tokens for each replacement."),
     ] = 524_288,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of replacements (default: a fifth of the parent's).")
     ] = None,
     val_tokens: Annotated[
         int,
-        typer.Option(
-            parser=whole_count, metavar="COUNT", help="Validation tokens on which to measure each replacement."
-        ),
+        typer.Option(min=1, metavar="COUNT", help="Validation tokens on which to measure each replacement."),
     ] = 16_384,
     by: Annotated[str, typer.Option(help="What ranks indices, as in explore cut.")] = "activation",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the data order and of random choices.")] = 0,
@@ -87,7 +91,7 @@ def puzzle(
         int, typer.Option(min=1, help="Reach the budgets in this many rounds, with a distillation between rounds.")
     ] = 1,
     round_tokens: Annotated[
-        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of each distillation between rounds.")
+        int, typer.Option(min=1, metavar="COUNT", help="Tokens of each distillation between rounds.")
     ] = 524_288,
     context: Context = None,
     batch_size: DecodeBatch = 1,
@@ -119,11 +123,6 @@ def puzzle(
 
     if not (most or sweep or drop):
         raise ValueError("--max: at least one of --max, --sweep and --drop is required, such as --max params_active=1M")
-    if baselines and (same or drop is not None):
-        raise ValueError("--baselines: must not be combined with --same or --drop")
-    if sweep and (solutions > 1 or baselines or rounds > 1 or output):
-        raise ValueError("--sweep: must not be combined with --solutions, --baselines, --rounds or --out")
-    only_with("--figure", figure, "--sweep", sweep)
     request = _request(shares, vary, at_once, replacements, tokens, lr, val_tokens, by, seed)
     folder = finished(run)
     experiment = folder.load_experiment()

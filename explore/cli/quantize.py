@@ -12,7 +12,8 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.opening import Run
-from explore.cli.options import Json, only_with, recipe_of
+from explore.cli.options import Json, recipe_of
+from explore.cli.rules import Needs, Options
 from explore.formatting import count
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ FORMATS = "nvfp4,fp8"
 @app.command(
     rich_help_panel="Use trained models",
     epilog="Example: explore quantize runs/my-run-0123abcd --bits 4.75 --kv fp8 --state fp16",
+    rules=(Needs("--formats", "--bits"),),
 )
 def quantize(
+    context: typer.Context,
     run: Run,
     bits: Annotated[
         float | None, typer.Option(help="Choose formats within this many bits per parameter, scales included.")
@@ -56,7 +59,7 @@ def quantize(
     kv_rounding: Annotated[RoundingName | None, typer.Option(help="Rounding of keys and values.")] = None,
     state_rounding: Annotated[RoundingName | None, typer.Option(help="Rounding of state.")] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the training split to calibrate on.")
+        int, typer.Option(min=1, metavar="COUNT", help="Tokens of the training split to calibrate on.")
     ] = 8192,
     calibration_seed: Annotated[int, typer.Option(min=0, help="Seed that draws the calibration tokens.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of stochastic rounding.")] = 0,
@@ -77,14 +80,21 @@ def quantize(
 
     if (bits is None) == (precision is None):
         raise ValueError("--bits, --precision: exactly one of them is required")
-    only_with("--formats", formats, "--bits", bits)
     decoding = {"kv": kv, "state": state, "kv_rounding": kv_rounding, "state_rounding": state_rounding}
     request = _request(
         bits, precision, formats or FORMATS, scales, decoding, (calibration_tokens, calibration_seed, seed)
     )
     suffix = name or "-".join([f"{bits:g}-bits" if bits is not None else Path(str(precision)).stem, request.scales])
-    only_with("--kv-rounding", kv_rounding, "--kv", request.recipe.kv)
-    only_with("--state-rounding", state_rounding, "--state", request.recipe.state)
+    for option, rounding, format in (
+        ("--kv", kv_rounding, request.recipe.kv),
+        ("--state", state_rounding, request.recipe.state),
+    ):
+        if rounding and not format:
+            raise ValueError(f"{option}-rounding: must come with {option}")
+    recipe = request.recipe
+    is_random = "stochastic" in (recipe.kv_rounding, recipe.state_rounding) or {"x", "w"} & {*recipe.stochastic}
+    if "--seed" in Options(context).given and not is_random:
+        raise ValueError("--seed: must come with stochastic rounding, such as --state-rounding stochastic")
     parent = RunFolder(run)
     if kv or state:
         _check_decoding(parent, kv, state)

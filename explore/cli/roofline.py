@@ -27,6 +27,7 @@ from explore.cli.options import (
     dtypes_of,
     recipe_of,
 )
+from explore.cli.rules import Needs, Only
 from explore.cost import HARDWARE, SEQ_LEN, Dtype
 from explore.foreign import echo
 from explore.formatting import flops, read_whole_count, seconds, size
@@ -45,6 +46,7 @@ SETTING = (
 @app.command(
     rich_help_panel="Count",
     epilog="Example: explore roofline nemotron-3-nano --hardware H200 --context 65536 --weight-dtype float8",
+    rules=(Only("--published", takes="--json"), Needs("--activation-dtype", "--expert-parallel")),
 )
 def roofline(
     target: Target = None,
@@ -76,8 +78,6 @@ def roofline(
     scheduling, communication between tensor-parallel devices, and imbalance between experts.
     """
     if published:
-        if precision is not None:
-            raise ValueError("--precision: must not be combined with --published")
         _published(as_json)
         return
     if target is None:

@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from explore.cli.app import app, note, out
-from explore.cli.options import Json, only_with
+from explore.cli.options import Json
+from explore.cli.rules import Apart, Needs
 from explore.cli.tables import plain_table, print_fitting
 from explore.quantities import columns, quantity
 
@@ -36,6 +37,7 @@ CURVE_WIDTH, CURVE_HEIGHT = 60, 8
     rich_help_panel="Train and search",
     epilog="Example: explore runs; explore runs 3f2a; explore runs d128 --runs runs/first_frontier; "
     "explore runs 3f2a --remove",
+    rules=(Needs("--yes", "--remove"), Apart("--json", "--remove")),
 )
 def runs(
     text: Annotated[
@@ -59,7 +61,6 @@ def runs(
     """
     from explore.runs import RUNS, find_runs
 
-    only_with("--yes", yes, "--remove", remove)
     if remove and text is None:
         raise ValueError("TEXT: --remove needs the run to delete, such as the first characters of its key")
     found = find_runs(*(roots or [Path(RUNS)]))

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from explore.cli.app import app, out
 from explore.cli.opening import OR_KEY, run_argument
-from explore.cli.options import DataOf, Json, whole_count
+from explore.cli.options import DataOf, Json
 
 if TYPE_CHECKING:
     from explore.compress import Scores
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def score(
     run: Annotated[Path, run_argument(f"{OR_KEY}, or with --data a folder written by explore import")],
     tokens: Annotated[
-        int, typer.Option(parser=whole_count, metavar="COUNT", help="Tokens of the training split to read, e.g. 128k.")
+        int, typer.Option(min=1, metavar="COUNT", help="Tokens of the training split to read, e.g. 128k.")
     ] = 131_072,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order of reading.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences to read at once.")] = 8,

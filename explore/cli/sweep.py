@@ -14,6 +14,7 @@ from rich.text import Text
 
 from explore.cli.app import app, err, note, out
 from explore.cli.options import CheckpointEvery, Json, Wandb
+from explore.cli.rules import Needs
 from explore.formatting import count, duration, flops
 from explore.quantities import quantity
 
@@ -40,6 +41,7 @@ DESIGN = ("name", "pattern", "tokens", "n_steps", "params_active", "params_total
 @app.command(
     rich_help_panel="Train and search",
     epilog="Example: explore sweep sweeps/first_frontier.py --trials 40 --workers 2, after a look with --dry-run",
+    rules=(Needs("--cluster-option", "--cluster"),),
 )
 def sweep(
     file: Annotated[Path, typer.Argument(help="A sweep file: docstring, experiment(trial), objectives.")],
@@ -93,7 +95,7 @@ def sweep(
     A sweep file may declare parameters = {"tokens": 2_000_000}, which --set changes; different values make a different
     study. Run the same command in any number of terminals or hosts with one storage to work on one study.
     """
-    from explore.study import TrialOptions, choose_workers, load_sweep, preview, run_gated
+    from explore.study import TrialOptions, check_request, choose_workers, load_sweep, preview, run_gated
     from explore.study.parameters import read_parameters
 
     loaded = load_sweep(file, read_parameters(file, set_ or []))
@@ -104,7 +106,14 @@ def sweep(
             note(
                 f"using {workers} workers of one thread each, faster for models this small (--workers 1 for one worker)"
             )
+    if ungated and loaded.gate is None:
+        raise ValueError(f"--ungated: must come with a sweep file that has a gate, got {file}")
+    asked: dict[str, Any] = {
+        "sampler": sampler, "seed": seed, "storage": storage, "new_study": new_study, "cluster": cluster,
+        "cluster_options": _options(cluster_option), "records": records,
+    }  # fmt: skip
     if dry_run:
+        check_request(loaded, folder, **asked)
         if loaded.gate is not None:
             trials = min(trials, len(loaded.design))
         with err.status("probing the space and timing a few experiments"):
@@ -116,14 +125,8 @@ def sweep(
         trials,
         folder,
         ungated=ungated,
-        sampler=sampler,
-        seed=seed,
-        storage=storage,
-        new_study=new_study,
+        **asked,
         workers=workers,
-        cluster=cluster,
-        cluster_options=_options(cluster_option),
-        records=records,
         options=TrialOptions(checkpoint_every=checkpoint_every, wandb=wandb, prune=prune, notes=notes),
         console=err,
     )

@@ -62,6 +62,7 @@ def train(
     loaded = Experiment.load(experiment / "experiment.json" if experiment.is_dir() else experiment, set_ or [])
     if dry_run:
         forced(path)
+        _check_training(loaded, devices, strategy, split_batch=split_batch)
         _show_plan(loaded, runs, as_json, recompute=recompute, devices=devices, strategy=strategy)
         return
     train_and_show(
@@ -77,6 +78,18 @@ def train(
         devices=devices,
         strategy=strategy,
     )
+
+
+def _check_training(experiment: Experiment, devices: int, strategy: StrategyName, *, split_batch: bool) -> None:
+    """Checks the options of a dry run as training would."""
+    from torch.cuda import is_available
+
+    from explore.train.halves import check_halves
+    from explore.train.parallel import check_parallel
+
+    check_parallel(experiment.train, devices, strategy)
+    if split_batch:
+        check_halves(experiment, devices, "cuda" if is_available() else "cpu")
 
 
 def _show_plan(

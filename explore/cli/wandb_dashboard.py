@@ -10,12 +10,14 @@ import typer
 
 from explore.cli.app import app, out
 from explore.cli.options import StudyName, StudyStorage
+from explore.cli.rules import Apart
 
 
 @app.command(
     "wandb-dashboard",
     rich_help_panel="Train and search",
     epilog="Example: explore wandb-dashboard runs/first_frontier --entity my-team --save",
+    rules=(Apart("--study", "--storage"),),
 )
 def wandb_dashboard(
     place: Annotated[str, typer.Argument(metavar="STUDY_OR_RUNS", help="A folder of runs, or a journal file.")],
@@ -46,6 +48,8 @@ def wandb_dashboard(
         raise ValueError(f"--out must be a script (.py) or a specification (.json), got {str(output)!r}")
     path = Path(place)
     if storage is None and path.is_dir() and not (path / JOURNAL).exists():
+        if name is not None:
+            raise ValueError(f"--study: must come with a folder that has a {JOURNAL}, got {str(path)!r}")
         pages, folder = runs_pages(path, project, entity), path
     else:
         study, runs = find_study(place, storage, name)

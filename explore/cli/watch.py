@@ -8,10 +8,13 @@ import typer
 
 from explore.cli.app import app, out
 from explore.cli.options import StudyName, StudyStorage
+from explore.cli.rules import Apart
 
 
 @app.command(
-    rich_help_panel="Train and search", epilog="Example: explore watch runs/first_frontier, while a sweep works on it"
+    rich_help_panel="Train and search",
+    epilog="Example: explore watch runs/first_frontier, while a sweep works on it",
+    rules=(Apart("--once", "--every"), Apart("--study", "--storage")),
 )
 def watch(
     study: Annotated[str, typer.Argument(metavar="STUDY", help="A folder of runs, or a journal file.")],

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from explore.foreign import did_you_mean, echo, shorten
+from explore.formatting import read_count
 from explore.model import ModelConfig
 from explore.quantities import budgets
 
@@ -70,7 +71,7 @@ class Free:
         low, high, step = RANGES.get(field.rpartition(".")[2], (1, 1_024, 1))
         if equals:
             try:
-                low, high, *rest = (int(number) for number in bounds.split(":"))
+                low, high, *rest = (_whole(number) for number in bounds.split(":"))
                 [step] = rest or [step]
             except ValueError:
                 field = ""
@@ -88,6 +89,16 @@ class Free:
             return list(values)
         spaced = np.geomspace(values[0], values[-1], n).tolist()
         return sorted({values[round((value - values[0]) / self.step)] for value in spaced})
+
+
+def _whole(text: str) -> int:
+    """Reads a whole number, with or without a suffix: `64`, `4k`."""
+    if text.strip().removeprefix("-").isdecimal():
+        return int(text)
+    value = read_count(text)
+    if value != int(value):
+        raise ValueError(f"must be a whole number, got {echo(text)}")
+    return int(value)
 
 
 class Residual(NamedTuple):

@@ -7,6 +7,7 @@ from explore.study.gating import run_gated
 from explore.study.learning_rates import LearningRates
 from explore.study.preview import Preview, preview
 from explore.study.pruning import FrontPruner
+from explore.study.request import check_request
 from explore.study.sharing import choose_workers
 from explore.study.storage import serve_storage
 from explore.study.sweep_file import Sweep, load_sweep
@@ -22,6 +23,7 @@ __all__ = [
     "Sweep",
     "SweepSummary",
     "TrialOptions",
+    "check_request",
     "choose_workers",
     "load_sweep",
     "preview",

@@ -100,13 +100,23 @@ def _await_whole(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: i
         time.sleep(0.1)
 
 
-def _check(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+def check_choices(study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+    """Checks that a sampler and a seed, if given, are those of a study.
+
+    Raises:
+        ValueError: they differ.
+    """
     was: Mapping[str, Any] = study.user_attrs
     for name, now in (("sampler", sampler), ("seed", seed)):
-        if now is not None and now != was[name]:
+        if now is not None and now != was.get(name, now):
             raise ValueError(
                 f"--{name} must be {was[name]}, that of the study {study.study_name!r}, got {now}; see --new-study"
             )
+
+
+def _check(sweep: Sweep, study: optuna.Study, sampler: str | None, seed: int | None) -> None:
+    was: Mapping[str, Any] = study.user_attrs
+    check_choices(study, sampler, seed)
     modules = sweep.modules
     if "modules" not in was:  # an older version made the study
         study.set_user_attr("modules", modules)

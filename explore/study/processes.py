@@ -199,6 +199,33 @@ def _share(workers: int) -> Iterator[None]:
             os.environ[SHARE] = before
 
 
+def cluster_executor(folder: Path, cluster: Cluster, options: Mapping[str, Any]) -> Any:
+    """Returns submitit's executor with these parameters; submits nothing.
+
+    Raises:
+        ValueError: submitit is missing, there is no such cluster here, or a parameter is unknown.
+    """
+    try:
+        import submitit
+    except ModuleNotFoundError:
+        raise ValueError("--cluster: the package submitit is missing: pip install 'hybrid-frontier[cluster]'") from None
+    with _rejections(cluster):
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**options)
+    return executor
+
+
+@contextlib.contextmanager
+def _rejections(cluster: Cluster) -> Iterator[None]:
+    """Turns the errors of submitit into errors of one line."""
+    from submitit.core.utils import FailedSubmissionError
+
+    try:
+        yield
+    except (NameError, TypeError, ValueError, RuntimeError, FailedSubmissionError) as error:
+        raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
+
+
 def work_on_cluster(
     post: Post,
     study: optuna.Study,
@@ -212,21 +239,15 @@ def work_on_cluster(
     Raises:
         ValueError: submitit is missing or rejects the jobs, or a job failed and the study lacks trials.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise ValueError("--cluster: the package submitit is missing: pip install 'hybrid-frontier[cluster]'") from None
     folder = post.runs / "cluster"
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)  # the pickled arguments include the storage URL, perhaps with a password
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-    try:
-        executor.update_parameters(name=post.study, **options)
+    with _rejections(cluster):
+        executor = cluster_executor(folder, cluster, options)
+        executor.update_parameters(name=post.study)
         # SLURM gives each job its own cores. A batch is one job array, submitted when its block ends.
         with _share(workers) if cluster == "local" else contextlib.nullcontext(), executor.batch():
             jobs = [executor.submit(work_at, post) for _ in range(workers)]
-    except (NameError, TypeError, ValueError, RuntimeError, submitit.core.utils.FailedSubmissionError) as error:
-        raise ValueError(f"--cluster: {cluster}: {' '.join(str(error).split())}") from None
     # Lost jobs are not replaced here: other jobs take over their trials, and the same call submits new jobs.
     try:
         while not all(job.done() for job in jobs):

@@ -54,10 +54,21 @@ def open_storage(
     return patient(_opened(url, "--storage", say, patience_s), say)
 
 
-def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
+def check_storage(url: str) -> None:
+    """Checks the URL of a storage and imports what it needs; connects to nothing and writes nothing.
+
+    Raises:
+        ValueError: it is not the URL of a storage, or a required package is missing.
+    """
+    _opened(url, "--storage", lambda line: None, 0.0, _check_url)
+
+
+def _opened(
+    url: str, option: str, say: Say, patience_s: float, open_: Callable[[str], Any] | None = None
+) -> BaseStorage:
     """Opens the storage at a URL; any failure becomes a one-line error without the password."""
     try:
-        opened: BaseStorage = wait_for(lambda: _remote(url), say, patience_s)
+        opened: BaseStorage = wait_for(lambda: (open_ or _remote)(url), say, patience_s)
         return opened
     except ImportError as error:
         package = str(getattr(error.__cause__ or error, "name", None))
@@ -68,14 +79,26 @@ def _opened(url: str, option: str, say: Say, patience_s: float) -> BaseStorage:
     raise ValueError(f"{option}: {without_password(url)} cannot be opened: {why}")
 
 
-def _remote(url: str) -> BaseStorage:
-    scheme, _, rest = url.partition("://")
-    if scheme == "grpc":
-        host, _, port = rest.rstrip("/").rpartition(":")
-        if not (host and port.isdigit()) or "@" in host:
-            raise ValueError("a gRPC proxy is named as grpc://host:port, without user and password")
-        import_module("grpc")  # Optuna would report it later and at greater length
+def _host_and_port(url: str) -> tuple[str, str]:
+    host, _, port = url.partition("://")[2].rstrip("/").rpartition(":")
+    if not (host and port.isdigit()) or "@" in host:
+        raise ValueError("a gRPC proxy is named as grpc://host:port, without user and password")
+    import_module("grpc")  # Optuna would report it later and at greater length
+    return host, port
 
+
+def _check_url(url: str) -> None:
+    from sqlalchemy import create_engine
+
+    if url.startswith("grpc://"):
+        _host_and_port(url)
+    else:
+        create_engine(_with_driver(url))
+
+
+def _remote(url: str) -> BaseStorage:
+    if url.startswith("grpc://"):
+        host, port = _host_and_port(url)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             storage: BaseStorage = optuna.storages.GrpcStorageProxy(host=host, port=int(port))
@@ -85,10 +108,9 @@ def _remote(url: str) -> BaseStorage:
     return storage
 
 
-def _relational(url: str) -> RDBStorage:
-    """Optuna's relational storage. Retries: of processes that create tables at once, all but one fail."""
+def _with_driver(url: str) -> str:
     from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, IntegrityError, ProgrammingError
+    from sqlalchemy.exc import ArgumentError
 
     scheme, mark, rest = url.partition("://")
     url = f"{DRIVERS.get(scheme, scheme)}{mark}{rest}"
@@ -96,6 +118,14 @@ def _relational(url: str) -> RDBStorage:
         make_url(url)
     except (ArgumentError, ValueError):  # its message may contain part of the password
         raise ValueError("it is not a URL; in a password, write @ as %40, : as %3A and / as %2F") from None
+    return url
+
+
+def _relational(url: str) -> RDBStorage:
+    """Optuna's relational storage. Retries: of processes that create tables at once, all but one fail."""
+    from sqlalchemy.exc import IntegrityError, ProgrammingError
+
+    url = _with_driver(url)
     for attempt in range(ATTEMPTS):
         try:
             storage = RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
