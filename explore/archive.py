@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from explore.files import check_regular
 from explore.machine import is_passing
 from explore.terminal import plain_console
 
@@ -37,8 +38,10 @@ def check_whole(path: Path) -> None:
 
     Raises:
         DamagedError: a checksum differs, or the file is truncated, empty or not a checkpoint.
+        ValueError: it is a FIFO, a socket or a device.
         OSError: the file cannot be read.
     """
+    check_regular(path)
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -59,15 +62,18 @@ def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
         mmap: whether to map the file; otherwise it is read into writable memory.
 
     Raises:
-        ValueError: the file is not a checkpoint.
+        ValueError: the file is not a checkpoint, or lacks weights or the step.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: must hold tensors and plain values only; other objects are never read") from None
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path}: must be a checkpoint, with a state_dict")
-    return content
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
+        raise ValueError(f"{path}: must be a checkpoint, with tensors in state_dict")
+    if type(step := content.get("global_step")) is not int or step < 0:
+        raise ValueError(f"{path}: must be a checkpoint, with the number of optimizer steps in global_step")
+    return dict(content)
 
 
 def read_partial(path: Path, key: str) -> dict[str, Any]:

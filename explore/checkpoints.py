@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from explore.archive import DamagedError, check_whole, load_checkpoint, weights_in
 from explore.files import read_json
 from explore.precision import Recipe
@@ -13,10 +15,13 @@ from explore.runs import RunFolder, find_run
 from explore.weights import weights_digest
 
 if TYPE_CHECKING:
-    from explore.model import LanguageModel
+    from explore.model import LanguageModel, ModelConfig
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """Checkpoint files from which a run resumes: the last one, and the previous one until the run ends."""
+
+RESUMED = ("optimizer_states", "loops", "pytorch-lightning_version")
+"""What Lightning needs in a checkpoint to resume, besides weights and step."""
 
 BRANCH = "branch.json"
 """File of a run folder that names the rung from which the run branched."""
@@ -59,20 +64,24 @@ def last_whole(folder: Path) -> tuple[Path | None, str | None]:
     return None, None
 
 
-def standing(path: Path, key: str, folder: Path) -> Standing:
+def standing(path: Path, key: str, folder: Path, config: ModelConfig) -> Standing:
     """Reads the state of the run with this key from a checked checkpoint; a missing one means the start.
 
     Args:
         folder: folder of the run.
+        config: model of the run.
 
     Raises:
-        ValueError: the checkpoint belongs to another experiment.
+        ValueError: the checkpoint belongs to another experiment or model, or lacks what a resumed run needs.
     """
     if not path.exists():
         return Standing(0, {})
     content = load_checkpoint(path)
     is_own = check_owner(path, content, key, folder)
-    return Standing(int(content["global_step"]), content.get("files") if is_own else {})
+    check_weights(path, content, config)
+    if missing := [name for name in RESUMED if name not in content]:
+        raise ValueError(f"{path}: must have all that a resumed run needs, but {missing[0]} is missing")
+    return Standing(content["global_step"], content.get("files") if is_own else {})
 
 
 def load_model(run: RunFolder | str | Path) -> LanguageModel:
@@ -94,9 +103,32 @@ def load_model(run: RunFolder | str | Path) -> LanguageModel:
         raise DamagedError(f"{error}; delete it and result.json, and train the run again") from None
     content = load_checkpoint(path)
     check_owner(path, content, folder.key, folder.path)
-    model = folder.load_experiment().model.build()
+    config = folder.load_experiment().model
+    check_weights(path, content, config)
+    model = config.build()
     model.load_state_dict(weights_in(content))
     return model.eval()
+
+
+def check_weights(path: Path, content: Mapping[str, Any], config: ModelConfig) -> None:
+    """Compares names and shapes of the weights in a checkpoint with those of the run's model.
+
+    Raises:
+        ValueError: they differ.
+    """
+    with torch.device("meta"):
+        needed = {name: tuple(weight.shape) for name, weight in config.build().state_dict().items()}
+    found = {name: tuple(weight.shape) for name, weight in weights_in(content).items()}
+    if wrong := sorted(needed.items() ^ found.items()):
+        name = wrong[0][0]
+        raise ValueError(
+            f"{path}: must have the weights of the run's model: {name} must be "
+            f"{_shape(needed.get(name))}, got {_shape(found.get(name))}"
+        )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder: Path) -> bool:

@@ -12,12 +12,12 @@ ECHO_CHARS = 80
 GAP = "..."
 
 _PASSWORDS = re.compile(
-    r"""((?:postgres|mysql|mariadb|oracle|mssql|grpc|redis|https?)[\w+]*:/{1,3}[^\s/:@'"[]*)  # scheme and user
-        :(?:[^\s'"]+(?=@)|(?!\d+\b)[^\s'"]+)  # up to the last @; or, if it was forgotten, anything but a port
-      | ([?&]\w*(?:pass|pwd|secret|token)\w*)=[^&\s'"]+""",
+    r"""(\b[A-Za-z][\w+.-]+:/{1,3}[^\s/:@'"[]*)  # scheme and user
+        :(?:[^\s'"]+(?=@)|(?!\d+\b)(?:[^'"\n]+(?=@)|[^\s'"]+))  # to the last @; without one, anything but a port
+      | ([?&]\w*(?:pass|pwd|secret|token|key)\w*)=[^&\s'"]+""",
     re.VERBOSE,
 )
-"""Passwords in the addresses of databases, before their host or in their query."""
+"""Passwords in addresses of any scheme, before their host or in their query."""
 
 
 def echo(value: object) -> str:

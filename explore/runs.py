@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pyarrow.lib import ArrowException
 
-from explore.files import safe_name, try_lock
+from explore.files import check_regular, safe_name, try_lock
 from explore.foreign import check_type, echo, parse_json
 from explore.quantities import headlines, read
 
@@ -95,8 +95,9 @@ class RunFolder:
         """The text of one of `FILES`, or None if it is missing."""
         if self.packed is not None:
             return self.packed.get(name)
+        path = self.path / name
         try:
-            return (self.path / name).read_text(encoding="utf-8", errors="surrogateescape")
+            return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else None
         except OSError:
             return None
 
@@ -159,7 +160,10 @@ class RunFolder:
 
     @property
     def lost(self) -> pd.DataFrame:
-        """`precision.csv` of a run in low precision: shares of elements lost, by step, component and operand."""
+        """`precision.csv` of a run in low precision: shares of elements lost, by step, component and operand.
+
+        `explore.train.low_precision.LostElements` describes its columns.
+        """
         return _csv(self.text("precision.csv"))
 
     @property
@@ -333,6 +337,7 @@ def read_packed(path: str | Path) -> list[RunFolder]:
         ValueError: the file is not such a table.
     """
     path = Path(path)
+    check_regular(path)
     try:
         table = pd.read_parquet(path)
         names, rows = table["run"].tolist(), _packed_rows(table)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from explore.files import replacing
+from explore.files import check_regular, replacing
 from explore.foreign import echo
 from explore.formatting import read_count
 from explore.quantities import Quantity, choose, columns, read
@@ -230,10 +230,15 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """Reads a table that `save_table` wrote.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, not a regular file, or not a table.
+        OSError: the file cannot be read.
     """
     path = _checked(path)
-    return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    check_regular(path)
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: must be a table ({' '.join(str(error).split())})") from None
 
 
 def model_label(name: str, family: str, pattern: str) -> str:

@@ -19,6 +19,8 @@ from explore.model import LanguageModel, ModelConfig
 
 RUN, CHECKPOINT, RESULT = "experiment.json", "checkpoints/last.ckpt", "result.json"
 MODEL, WEIGHTS = "model.json", "model.safetensors"
+DIGEST = "digest"
+"""Field of the metadata of a safetensors file."""
 BLOCKS = "blocks"
 """Subfolder of a run for blocks trained to replace its layers, named by the digests of their weights."""
 
@@ -86,6 +88,20 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_digest(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Compares weights read from a safetensors file with the digest that `explore import` stored in it, if it did.
+
+    Raises:
+        ValueError: they differ, so the file is damaged.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get(DIGEST)
+    if digest is not None and digest != weights_digest(weights):
+        raise ValueError(f"{path}: is damaged (digest of the weights)")
 
 
 def block_path(folder: Path, digest: str) -> Path:
@@ -171,6 +187,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if file.name != WEIGHTS:
             return read_weights(file)
         weights = _read_safetensors(file)
+        check_digest(file, weights)
         if _read_config(path).tie_embeddings:
             weights["head.weight"] = weights["embedding.weight"]
         return weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from explore.checkpoints import LAST, PREVIOUS
 from explore.experiment import Experiment
 from explore.machine import is_passing
 from explore.runs import RunFolder
+from explore.table import load_runs
 from explore.train import LitLanguageModel, load_model, merge_window
 from explore.train.saving import WholeCheckpointIO
 
@@ -196,6 +198,47 @@ def test_a_checkpoint_of_an_earlier_version_can_be_resumed(
     assert {"key", "files", "max_violation"} <= content.keys()
     torch.save({name: part for name, part in content.items() if name not in ("key", "files")}, path)
     assert_ends_as(through, stopped, one)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": 5}, "must be a checkpoint, with tensors in state_dict"),
+        ({"state_dict": {"model.x": 5}}, "must be a checkpoint, with tensors in state_dict"),
+        ({"state_dict": {"model.x": torch.ones(2)}}, "must have the weights of the run's model: .* must be of shape"),
+        ({"global_step": "x"}, "must be a checkpoint, with the number of optimizer steps in global_step"),
+    ],
+)
+def test_a_whole_file_with_other_content_than_a_checkpoint_is_refused(
+    one: Experiment, stopped: RunFolder, content: dict[str, Any], message: str
+) -> None:
+    path = stopped.path / "checkpoints" / LAST
+    torch.save(load_checkpoint(path, mmap=False) | content, path)
+    for use in (lambda: load_model(stopped), lambda: train(one, stopped.path.parent)):
+        with pytest.raises(ValueError, match=rf"last\.ckpt: {message}"):
+            use()
+
+
+def test_a_checkpoint_with_weights_alone_cannot_be_resumed(one: Experiment, stopped: RunFolder) -> None:
+    path = stopped.path / "checkpoints" / LAST
+    content = load_checkpoint(path, mmap=False)
+    torch.save({"state_dict": content["state_dict"], "global_step": 10}, path)
+    load_model(stopped)
+    with pytest.raises(ValueError, match=r"last\.ckpt: must have all that a resumed run needs, but optimizer_states is"):
+        train(one, stopped.path.parent)
+
+
+def test_a_fifo_in_a_run_folder_is_not_waited_for(one: Experiment, through: RunFolder, stopped: RunFolder) -> None:
+    for name in ("metrics.csv", f"checkpoints/{LAST}"):
+        path = stopped.path / name
+        path.unlink()
+        os.mkfifo(path)
+    os.mkfifo(stopped.path / "result.json")
+    assert load_runs(stopped.path.parent).empty
+    with pytest.raises(ValueError, match=r"last\.ckpt: must be a file, got a FIFO"):
+        load_model(stopped)
+    with pytest.raises(ValueError, match=r"last\.ckpt: must be a file, got a FIFO"):
+        train(one, stopped.path.parent)
 
 
 def test_a_damaged_rung_is_not_used(one: Experiment, tmp_path: Path) -> None:

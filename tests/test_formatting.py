@@ -27,6 +27,7 @@ from explore import formatting
         (4e21, "4000E", "4000E"),
         (None, "", ""),
         (math.nan, "", ""),
+        (math.inf, "inf", "inf"),
     ],
 )
 def test_a_billion_is_B_for_counts_and_G_for_flops(value: float | None, count: str, flops: str) -> None:

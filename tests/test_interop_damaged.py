@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -158,12 +159,26 @@ def test_a_tied_head_that_is_not_the_embedding_is_refused() -> None:
         from_hf(theirs)
 
 
-@pytest.mark.parametrize("damage", [truncate, as_pickle("model.pt"), tensors(lambda t: t.pop("norm.weight"))])
+def flip(folder: Path) -> None:
+    """Flips one bit of a weight."""
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 0x40
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def as_fifo(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "damage", [truncate, flip, as_fifo, as_pickle("model.pt"), tensors(lambda t: t.pop("norm.weight"))]
+)
 def test_a_broken_folder_of_our_own_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:
     save_model_folder(drawn(config()), tmp_path / "own")
     damage(tmp_path / "own")
     with pytest.raises(
-        ValueError, match=r"not a whole safetensors file|is a pickle|tensor norm.weight has the shape None"
+        ValueError, match=r"not a whole|is damaged|got a FIFO|is a pickle|tensor norm.weight has the shape None"
     ):
         load_model_folder(tmp_path / "own")
 

@@ -6,8 +6,10 @@ import contextlib
 import copy
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -16,12 +18,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pytest
 import typer
 
 from explore import figures, solve, train  # noqa: F401 - loaded before a command is timed
 from explore.cli import app, main
 from explore.data import train_bpe
+from explore.table import save_table
 
 N = {
     "patterns": 250,
@@ -32,6 +36,8 @@ N = {
     "options": 110,
     "texts": 100,
     "long": 60,
+    "sweeps": 80,
+    "tables": 60,
 }
 """Mutated inputs of each test."""
 HANG_S = 20
@@ -70,38 +76,14 @@ RECORDS: dict[str, Any] = {
 
 NUMBERS = [0, -1, 1, 2, 3, 7, 63, 64, 10**4, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e300, 1e308, -1e308]
 WORDS = ["", " ", "x", "M", "e", "E", "64", "5M", "128k", "1e400", "nan", "Infinity", "-3", "moe", "mamba2", "text"]
-WORDS += [
-    "[red]",
-    "[/]",
-    ":rocket:",
-    "é☃",
-    "\udcff",
-    "a\nb",
-    "../..",
-    "~",
-    "x" * 300,
-    "9" * 5000,
-    "M" * 300,
-    "\\",
-    "%s{}",
-]
+WORDS += ["[red]", "[/]", ":rocket:", "é☃", "\udcff", "a\nb", "../..", "~", "x" * 300, "9" * 5000, "M" * 300]
+WORDS += ["\\", "%s{}"]
 NESTED = [None, True, [], [1, 2], ["x"], {}, {"a": 1}, {"kind": "moe"}, {"kind": []}, [[[[[[[[1]]]]]]]], [None] * 1000]
 CHOICES = ["layer", "component", "megatron", "6nd", "exact,palm", "float4", "H200", "ddp", "offline", "1,2", "val_bpb"]
 VALUES = [*NUMBERS, *WORDS, *NESTED]
 LETTERS = "MGWLE*-|/ "
-PLACES = [
-    "missing",
-    "folder",
-    "fifo.json",
-    "/dev/zero",
-    "text.txt",
-    "broken.json",
-    "x" * 300,
-    "a\udcff",
-    "",
-    ".",
-    "[/].json",
-]
+PLACES = ["missing", "folder", "fifo.json", "/dev/zero", "text.txt", "broken.json"]
+PLACES += ["x" * 300, "a\udcff", "", ".", "[/].json"]
 
 
 class StoppedError(ValueError):
@@ -179,7 +161,7 @@ def check(place: Path, n: int, draw: Callable[[random.Random], list[str]], expec
         answer = ask(args)
         codes.add(answer.code)
         if "would be trained" in answer.err:
-            shutil.rmtree(place / "runs")
+            shutil.rmtree(place / "runs", ignore_errors=True)
         left = "" if (after := snapshot(place)) == between else f"left {sorted(after ^ between)}"
         if answer.wrong or left:
             wrong.append(f"{seed}: explore {' '.join(map(repr, args))[:600]}\n{answer.wrong}{left}")
@@ -433,6 +415,75 @@ def test_texts(place: Path) -> None:
         return [*args, "--tokenizer", tokenizer, "--", name]
 
     check(place, N["texts"], draw)
+
+
+SWEEP = '''"""Does the width matter?"""
+from explore import Experiment, ModelConfig, RecallData, TrainConfig
+parameters = {"tokens": 1024, "widths": [32, 64], "tie": False}
+objectives = {"recall": "maximize", "flops_run": "minimize"}
+sampler = "grid"
+grid = {"d_model": (32, 64)}
+seeds = 2
+def experiment(trial):
+    width = trial.suggest_categorical("d_model", parameters["widths"])
+    model = ModelConfig(d_model=width, vocab_size=64, pattern="*-", tie_embeddings=parameters["tie"])
+    data = RecallData(seq_len=32, n_pairs=2, vocab_size=64)
+    return Experiment(name="a", model=model, data=data, train=TrainConfig(tokens=parameters["tokens"], batch_size=4))
+'''
+
+
+@pytest.mark.slow
+def test_sweep_files(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise StoppedError("would be trained")
+
+    for name in ("run_gated", "preview"):
+        monkeypatch.setattr(f"explore.study.{name}", stop)
+    file = place / "space.py"
+    file.touch()
+
+    def draw(rng: random.Random) -> list[str]:
+        code = SWEEP
+        for _ in range(rng.randint(0, 2)):
+            part = rng.choice(re.findall(r"\w+|[^\w\s]", code))
+            other = repr(rng.choice(VALUES)).replace("inf", "1e999") if rng.random() < 0.6 else rng.choice("([{,:#x ")
+            code = code.replace(part, other, 1)
+        raw = code.encode(errors="surrogatepass")
+        i = rng.randrange(len(raw))
+        damage = [raw[:i], raw[:i] + b"\0" + raw[i:], raw[:i] + b"\xff" + raw[i:], b"\xef\xbb\xbf" + raw, b""]
+        file.write_bytes(rng.choice(damage) if rng.random() < 0.2 else raw)
+        names = [*["tokens", "tie", "widths"] * 3, *WORDS[:4]]
+        values = ["2k", "true", "[96]", *map(str, NUMBERS), *WORDS]
+        sets = [f"{rng.choice(names)}={rng.choice(values)}" for _ in range(rng.choice([0, 0, 1, 2]))]
+        options = with_options(rng, "sweep", [], most=1) if rng.random() < 0.4 else ["sweep"]
+        return [*options, *(part for each in sets for part in ("--set", each)), "--", str(file)]
+
+    check(place, N["sweeps"], draw, {2})
+
+
+@pytest.mark.slow
+def test_tables_of_any_bytes(place: Path) -> None:
+    runs = pd.DataFrame({"run": ["a", "b"], "family": "M", "pattern": "M-", "status": "finished"})
+    runs = runs.assign(flops_run=[1e9, 2e9], val_bpb=[2.0, 1.9], params_total=[10, 20], recall=[math.nan, 0.5])
+    files = [place / name for name in ("frontier.png", "frontier.svg", "runs.csv", "runs.parquet")]
+    for file in files:
+        file.touch()
+
+    def draw(rng: random.Random) -> list[str]:
+        table = runs.copy()
+        for column in rng.sample(list(table), rng.choice([0, 0, 1, 2])):
+            table[column] = [rng.choice([*NUMBERS[:10], math.inf]) for _ in range(2)] if rng.random() < 0.7 else "x"
+        file = rng.choice(files[2:])
+        save_table(table.drop(columns=rng.sample(list(table), rng.choice([0, 0, 1, 3]))), file)
+        raw = file.read_bytes()
+        i = rng.randrange(len(raw))
+        flipped = raw[:i] + bytes([rng.randrange(256)]) + raw[i + 1 :]
+        damage = [raw[:i], flipped, b"", raw.decode("latin1").encode("utf-16")]
+        file.write_bytes(rng.choice(damage) if rng.random() < 0.5 else raw)
+        name = rng.choices(["table", "plot", "replay-pruning", "replay-samplers"], [8, 1, 2, 2])[0]
+        return [*with_options(rng, name, [], most=1), "--", str(file)]
+
+    check(place, N["tables"], draw)
 
 
 def test_there_are_a_thousand() -> None:

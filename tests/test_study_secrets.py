@@ -66,6 +66,10 @@ def test_an_invalid_storage_url_is_refused_without_its_password() -> None:
         ("'postgresql+psycopg:/me:1234@host/db' does not exist", "'postgresql+psycopg:/me@host/db' does not exist"),
         ("mysql://me:s3cret/db: cannot be read", "mysql://me cannot be read"),
         ("mysql://host/db?user=me&password=s3cret: no", "mysql://host/db?user=me&password no"),
+        ("cockroachdb:/me:s3cret@h/db: no such sweep file", "cockroachdb:/me@h/db: no such sweep file"),
+        ("snowflake://me:s3 cret@h/db: no", "snowflake://me@h/db: no"),
+        ("postgresql://h/db?sslkey=s3cret", "postgresql://h/db?sslkey"),
+        ("see https://x.org/a: write to me@x.org", "see https://x.org/a: write to me@x.org"),
         (
             "grpc://host:1 and grpc://host:1/x and 'grpc://[::1]:5'",
             "grpc://host:1 and grpc://host:1/x and 'grpc://[::1]:5'",

@@ -13,6 +13,7 @@ from rich.table import Table
 from explore.cli.app import app, out
 from explore.cli.opening import Places
 from explore.cli.options import Json, Where
+from explore.cli.rules import Apart, Options
 from explore.cli.tables import plain_table, print_fitting
 from explore.quantities import EVAL_DATA, choose, headlines, quantity, unknown
 
@@ -30,8 +31,10 @@ RUN_SETTINGS = ("tokens", "seed", "corpus", "d_model")
     rich_help_panel="Train and search",
     epilog='Example: explore table runs/ --out runs.csv; explore table runs/ --where "d_model>=64" --sort test_bpb; '
     "explore table sweeps/records/latent_or_not.parquet --columns name,seed,val_bpb --by-seed",
+    rules=(Apart("--json", "--columns --by-seed"),),
 )
 def table(
+    context: typer.Context,
     roots: Places,
     output: Annotated[Path | None, typer.Option("--out", help="Write the whole table as .csv or .parquet.")] = None,
     sort: Annotated[str, typer.Option(help="Column to sort by.")] = "val_bpb",
@@ -55,6 +58,9 @@ def table(
     runs = rows_where(load_table(*roots, unfinished=unfinished), *(where or []))
     if sort not in runs:
         raise unknown(sort, list(runs.columns), "--sort", "a column")
+    if "--sort" in Options(context).given and len(runs) and runs[sort].isna().all():
+        with_values = [str(name) for name in runs.columns if runs[name].notna().any()]
+        raise unknown(sort, with_values, "--sort", "a column with values")
     ascending = quantity(sort).better != "higher"
     runs = runs.sort_values(sort, ascending=ascending, ignore_index=True, kind="stable")
     asked = [
@@ -75,7 +81,7 @@ def table(
     shown = asked or _shown(view, is_grouped)
     rows: list[dict[str, Any]] = view.astype(object).where(view.notna(), None).to_dict("records")  # type: ignore[assignment]
     same = {} if asked else _same(rows, shown)
-    fields = [name for name in shown if name not in same and any(_cell(name, row) for row in rows)]
+    fields = asked or [name for name in shown if name not in same and any(_cell(name, row) for row in rows)]
     print_fitting(out, partial(_table, rows), "", fields or shown)
     out.print(_caption(view, rows, same, is_grouped, len(runs)), style="italic", highlight=False)
     if output is not None:
@@ -103,7 +109,7 @@ def _cell(name: str, row: dict[str, Any]) -> str:
     from explore.table import cell, model_label
 
     if name == "model":
-        return model_label(*(row.get(each) or "" for each in ("name", "family", "pattern")))
+        return model_label(*(str(row.get(each) or "") for each in ("name", "family", "pattern")))
     if row.get("status") not in ("finished", None) and not quantity(name).is_known and quantity(name).is_number:
         return str(row["status"]) if name == "val_bpb" else ""
     return grouped(name, row) if quantity(name).is_quality else cell(quantity(name), row)

@@ -153,6 +153,8 @@ def read_whole_count(text: str | int) -> int:
 def _prefixed(value: float | None, base: int, units: tuple[str, ...], space: str = "") -> str:
     if value is None or _is_missing(value):
         return ""
+    if math.isinf(value):
+        return str(value)
     size = abs(value)
     power = _power(size, base, len(units))
     if power + 1 < len(units) and size >= 0.9995 * base ** (power + 1):  # three digits would round it up

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from explore.data import Tokenizer, tokenizer_json
-from explore.files import read_json, temporary_beside
+from explore.files import check_regular, read_json, temporary_beside
 from explore.interop.card import model_card
 from explore.interop.extra import needs_extra
 from explore.interop.hf import hf_config, with_weights
@@ -20,6 +20,7 @@ from explore.interop.names import Shape, as_released, read_checkpoint, to_theirs
 from explore.interop.nemotron_h import model_config
 from explore.interop.tokenizer import tokenizer_files
 from explore.model import LanguageModel, ModelConfig
+from explore.weights import DIGEST, check_digest, weights_digest
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL, TOKENIZER = "model.json", "tokenizer.json"
@@ -93,7 +94,8 @@ def save_model_folder(model: LanguageModel, folder: str | Path, tokenizer: str |
     with new_folder(folder) as temporary:
         text = json.dumps(model.config.model_dump(mode="json"), indent=2, ensure_ascii=False)
         (temporary / MODEL).write_text(text + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary / WEIGHTS)
+        weights = {name: tensor.contiguous() for name, tensor in state.items()}
+        save_file(weights, temporary / WEIGHTS, metadata={DIGEST: weights_digest(weights)})
         if tokenizer is not None:
             (temporary / TOKENIZER).write_text(tokenizer, encoding="utf-8")
 
@@ -118,6 +120,7 @@ def load_model_folder(folder: str | Path) -> LanguageModel:
                 f"{folder / WEIGHTS}: tensor {name} has the shape {shapes.get(name)}; {expected.get(name)} is needed"
             )
         state = {name: handles[name].get_tensor(name) for name in expected}
+    check_digest(folder / WEIGHTS, state)
     if config.tie_embeddings:
         state["head.weight"] = state["embedding.weight"]
     return with_weights(config, state)
@@ -206,6 +209,7 @@ def _tensors(paths: list[Path]) -> Iterator[tuple[dict[str, Shape], dict[str, An
     handles: dict[str, Any] = {}
     with ExitStack() as stack:
         for path in paths:
+            check_regular(path)
             try:
                 file = stack.enter_context(safe_open(path, "pt"))
                 found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -204,12 +204,18 @@ def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: 
     # Layers after a slash belong to multi-token prediction.
     main = {field: canonical(pattern.partition(MTP_MARK)[0]) for field, pattern in found.items()}
     if len(set(main.values())) > 1:
-        counts = " and ".join(f"{len(pattern)} in {field}" for field, pattern in main.items())
-        raise ValueError(f"{as_list}: must have the layers of {as_letters}, got {counts}, which differ")
+        ours, theirs = main[as_list], main[as_letters]
+        layer = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+        difference = (
+            f"{len(ours)} layers and {len(theirs)}"
+            if layer is None
+            else f"{ours[layer]} and {theirs[layer]} as layer {layer}"
+        )
+        raise ValueError(f"{as_list}: must have the layers of {as_letters}, got {difference}")
     n_layers = content.get("num_hidden_layers") if absent is None else None
     if n_layers is not None and n_layers != len(main[next(iter(main))]):
         field, pattern = next(iter(main.items()))
         raise ValueError(
-            f"num_hidden_layers: must be the number of layers in {field}, {len(pattern)}, got {echo(n_layers)}"
+            f"num_hidden_layers: must be the number of layers in {field}, the integer {len(pattern)}, got {echo(n_layers)}"
         )
     return found.get(as_letters, found[next(iter(found))])

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from explore.study.parameters import set_parameters
+from explore.study.parameters import parse_file, set_parameters
 
 REPORTING = ("tables", "figure", "gate")
 """Names in a sweep file that affect only how results are reported; they may change during a study."""
@@ -29,8 +29,7 @@ def sweep_tree(path: Path, parameters: Mapping[str, Any] = MappingProxyType({}))
     Args:
         parameters: values that replace those in the file.
     """
-    # Bytes, not text: the file may begin with a byte-order mark or declare its encoding.
-    tree = set_parameters(ast.parse(path.read_bytes()), path, parameters)
+    tree = set_parameters(parse_file(path), path, parameters)
     tree.body = [each for each in tree.body if not _only_reports(each)]
     return tree
 
@@ -47,7 +46,7 @@ def own_modules(tree: ast.Module) -> dict[str, str]:
         module = sys.modules.get(name)
         if name in found or module is None or (path := _own_file(name, module)) is None:
             continue
-        content = ast.parse(path.read_bytes())
+        content = parse_file(path)
         found[name] = ast.unparse(_without_docstring(content))
         names += sorted(_imported(content, name if hasattr(module, "__path__") else name.rpartition(".")[0]))
     return dict(sorted(found.items()))

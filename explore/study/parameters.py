@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,22 @@ NAME = "parameters"
 """Name, in a sweep file, of the mapping from parameters to values."""
 
 
+def parse_file(path: Path) -> ast.Module:
+    """The syntax tree of a Python file, read as bytes: it may begin with a byte-order mark or declare its encoding.
+
+    Raises:
+        ValueError: it is not Python; the message is one line and has the line number.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of strange escapes; they appear when the code is compiled
+            return ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        line = "" if error.lineno is None else f"line {error.lineno}: "
+        raise ValueError(f"{path}: {line}{error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL byte; too many brackets in one another
+        raise ValueError(f"{path}: must be Python code ({str(error) or 'it is nested too deeply'})") from None
+
+
 def declared_parameters(tree: ast.Module, path: Path) -> dict[str, Any]:
     """The parameters that a sweep file declares, with their values; empty if it declares none.
 
@@ -26,7 +43,7 @@ def declared_parameters(tree: ast.Module, path: Path) -> dict[str, Any]:
         return {}
     try:
         found = ast.literal_eval(statement.value)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError, MemoryError):
         found = None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(
@@ -66,14 +83,14 @@ def read_parameters(path: Path, texts: Sequence[str]) -> dict[str, Any]:
         return {}
     if not path.is_file():
         raise ValueError(f"{path}: no such sweep file")
-    tree = ast.parse(path.read_bytes())
+    tree = parse_file(path)
     pairs = [text.partition("=") for text in texts]
     for name, equals, value in pairs:
         if not (name and equals and value):
             raise ValueError(f"--set must be NAME=VALUE, such as tokens=2M, got {echo(name + equals + value)}")
     given = {name: value for name, _, value in pairs}
     set_parameters(tree, path, given)
-    declared = declared_parameters(ast.parse(path.read_bytes()), path)
+    declared = declared_parameters(parse_file(path), path)
     return {name: _like(declared[name], value, name) for name, value in given.items()}
 
 
@@ -94,9 +111,9 @@ def _like(default: Any, text: str, name: str) -> Any:
         value = json.loads(text)
     except ValueError:
         value = None
-    if isinstance(value, kind):
-        return value
-    raise ValueError(f"--set: {name} must be of the kind of {json.dumps(default)}, got {echo(text)}")
+    if isinstance(value, list if kind is tuple else kind):
+        return kind(value) if kind is tuple else value
+    raise ValueError(f"--set: {name} must be of the kind of {json.dumps(default, default=repr)}, got {echo(text)}")
 
 
 def _statement(tree: ast.Module) -> Any:

@@ -30,7 +30,7 @@ from explore.study.averages import Merging
 from explore.study.budgets import Budgets, RejectedError, check_not_tied
 from explore.study.code import own_modules, sweep_tree
 from explore.study.learning_rates import LearningRates
-from explore.study.parameters import set_parameters
+from explore.study.parameters import parse_file, set_parameters
 from explore.study.pruning import FrontPruner, check_prunable
 
 if TYPE_CHECKING:
@@ -233,9 +233,10 @@ def _run(path: Path, parameters: Mapping[str, Any]) -> ModuleType:
     module = ModuleType(f"sweep_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}")
     module.__file__ = str(path.absolute())
     sys.modules[module.__name__] = module
+    tree = parse_file(path)
+    if parameters:
+        tree = set_parameters(tree, path, parameters)
     try:
-        code = path.read_bytes()
-        tree = set_parameters(ast.parse(code), path, parameters) if parameters else code
         exec(compile(tree, path, "exec", dont_inherit=True), vars(module))
     except Exception as error:
         raise ValueError(f"{path}: {reason(error, path)}") from error

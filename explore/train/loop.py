@@ -116,7 +116,7 @@ def train_run(run: TrainingRun) -> None:
     Raises:
         TerminatedError: a signal asked this process to end; the run can resume from its last step.
     """
-    begun = standing(run.checkpoint, run.key, run.folder.path)
+    begun = standing(run.checkpoint, run.key, run.folder.path, run.experiment.model)
     throughput = Throughput(run.experiment.batch_tokens)
     with termination_handled() as requests, quiet(), _mirrored(run) as mirror:
         tables = _tables(run, begun)  # before the learning curve is read from them

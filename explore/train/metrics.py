@@ -96,7 +96,7 @@ class MetricsFile(Callback):
 
 def _read(path: Path) -> list[dict[str, str]]:
     """The complete rows of a CSV file; none if the file is missing."""
-    if not path.exists():
+    if not path.is_file():
         return []
     return _rows(path.read_text(encoding="utf-8", errors="replace").replace("\0", ""))
 
