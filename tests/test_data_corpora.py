@@ -277,6 +277,10 @@ NOVEL = "\n\n".join(
     f"Paragraph {i} tells of {i * i} sheep on {i % 7} hills and a shepherd.\nHe sleeps." for i in range(400)
 )
 
+ONE_LINE = " ".join(NOVEL.split())
+SHORT_LINES = "\n".join(f"{i} sheep, {i * i} hills" for i in range(4000))
+CHINESE = "\n".join("".join(random.Random(i).choices("天地玄黃宇宙洪荒日月盈昃辰宿列張", k=40)) for i in range(400))
+
 
 @pytest.mark.parametrize(
     ("files", "message"),
@@ -286,10 +290,16 @@ NOVEL = "\n\n".join(
         ({"train": NOVEL, "val": NOVEL, "test": "other"}, r"train \(train.txt\) and val \(val.txt\)"),
         ({"train": "other " * 99, "val": NOVEL, "test": NOVEL}, r"val \(val.txt\) and test \(test.txt\)"),
         ({"train": NOVEL, "val": "\ufeff" + NOVEL}, r"train \(train.txt\) and val \(val.txt\)"),
-        ({"train": NOVEL, "val": NOVEL + "\n"}, "100% of the lines of val.txt are in the training text; val must be"),
-        ({"train": NOVEL.replace("\n", "\r\n"), "val": NOVEL}, "100% of the lines of val.txt are in the training text"),
-        ({"train": NOVEL, "test": NOVEL[-3000:]}, "100% of the lines of test.txt are in the training text"),
-        ({"train-0": "other " * 99, "train-1": NOVEL, "val": NOVEL[:3000]}, "of the lines of val.txt are in the train"),
+        ({"train": NOVEL, "val": NOVEL + "\n"}, "100% of val.txt is in the training text; val must be"),
+        ({"train": NOVEL.replace("\n", "\r\n"), "val": NOVEL}, "100% of val.txt is in the training text"),
+        ({"train": NOVEL, "test": NOVEL[-3000:]}, r"\d+% of test.txt is in the training text; test must"),
+        ({"train-0": "other " * 99, "train-1": NOVEL, "val": NOVEL[:3000]}, "of val.txt is in the training text"),
+        ({"train": ONE_LINE, "val": ONE_LINE + "\n"}, "100% of val.txt is in the training text"),
+        ({"train": ONE_LINE, "val": ONE_LINE[len(ONE_LINE) // 2 :]}, "of val.txt is in the training text"),
+        ({"train": SHORT_LINES, "val": SHORT_LINES + "\nx"}, "100% of val.txt is in the training text"),
+        ({"train": NOVEL, "val": NOVEL.replace(" ", "  ")}, "100% of val.txt is in the training text"),
+        ({"train": NOVEL, "val": NOVEL.replace(" on ", "\non ")}, "100% of val.txt is in the training text"),
+        ({"train": CHINESE, "val": CHINESE[5000:]}, "of val.txt is in the training text"),
     ],
 )
 def test_training_text_as_text_of_an_evaluation_is_refused(folder: Path, files: dict[str, str], message: str) -> None:
@@ -304,16 +314,16 @@ def test_splits_with_many_common_lines_are_noted(folder: Path) -> None:
     for name, text in {"train": NOVEL, "val": own[:6000] + NOVEL[:6000], "test": own[6000:]}.items():
         (folder / f"{name}.txt").write_text(text)
     (note,) = load_corpus(str(folder)).notes
-    assert re.fullmatch(r"(49|50|51)% of the lines of val.txt are in the training text: scores on val .*", note)
+    assert re.fullmatch(r"(4[5-9]|5[0-5])% of val.txt is in the training text: scores on val .*", note)
     (folder / "val.txt").write_text(own[:6000])
     assert load_corpus(str(folder)).notes == ()
 
 
-def test_lines_of_long_texts_are_sampled_consistently_across_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passages_of_long_texts_are_sampled_consistently_across_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "SAMPLE", 100)
     lines = [f"line {i} of a text that has very many of them" for i in range(10_000)]
-    whole, mask = overlap.sample_lines([(True, "\n".join(lines))])
-    part, part_mask = overlap.sample_lines([(i == 0, f"{line}\n") for i, line in enumerate(lines[:2000])])
+    whole, mask = overlap.sample_passages([(True, "\n".join(lines))])
+    part, part_mask = overlap.sample_passages([(i == 0, f"{line}\n") for i, line in enumerate(lines[:2000])])
     assert len(whole) <= 100
     assert mask > part_mask > 0
     common = part[part & np.uint64(mask) == 0]
