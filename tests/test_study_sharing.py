@@ -124,6 +124,21 @@ def test_the_command_chooses_the_number_of_workers_by_default(
     assert asked == [expected]
 
 
+def test_a_dry_run_predicts_with_the_chosen_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def preview(*_: Any, workers: int, **options: Any) -> Any:
+        asked.append(workers)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(study, "preview", preview)
+    monkeypatch.setattr(study, "choose_workers", lambda examples, n_trials: 3)
+    monkeypatch.setattr(sys, "argv", ["explore", "sweep", str(write_sweep(tmp_path)), "--dry-run"])
+    with pytest.raises(SystemExit):
+        main()
+    assert asked == [3]
+
+
 def test_a_sweep_draws_its_frontier_early_rarely_and_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

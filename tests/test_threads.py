@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import subprocess
@@ -13,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from small_runs import TOKENS, tiny, train, write_corpus
 
 from explore import threads
 from explore.bench import neighbours
+from explore.train import fitting
 
 LINUX = hasattr(os, "sched_getaffinity")
 FREE = {name: value for name, value in os.environ.items() if name not in (*threads.COUNTS, *threads.OWN)}
@@ -154,6 +157,19 @@ def test_the_record_of_a_run_has_its_cores_and_how_its_threads_wait(
     run = train(tiny(write_corpus(tmp_path / "text"), "-", train__tokens=TOKENS), tmp_path / "runs")
     assert run.environment["cores"] == (len(os.sched_getaffinity(0)) if LINUX else os.cpu_count())
     assert run.environment["waiting"] == {"GOMP_SPINCOUNT": "123", "KMP_BLOCKTIME": "4"}
+
+
+def test_a_run_beside_busy_processes_says_and_records_its_threads(
+    torch_threads: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch_threads.setattr(threads, "free_cores", lambda: 2)
+    torch_threads.setattr(fitting, "n_cores", lambda: 4)
+    (tmp_path / "text").mkdir()
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    one = tiny(write_corpus(tmp_path / "text"), "-", train__tokens=TOKENS)
+    run = train(one, tmp_path / "runs", console=console)
+    assert "threads: 2 of 4, as other processes are busy\n" in console.file.getvalue()
+    assert run.environment["threads"] == 2
 
 
 @pytest.mark.slow
