@@ -22,12 +22,14 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, RecallData, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_gaps, draw_levels, stacked
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_gaps, draw_levels, stacked
 from explore.frontier import (
     arms_table,
     compare,
+    paired_curves,
     rank_correlation,
     seed_bands,
+    seeds_table,
     success_difference,
     success_fraction,
 )
@@ -150,20 +152,14 @@ def tables(
     against = pd.DataFrame(
         [vars(success_difference(each.successes, each.n, of.successes, of.n)) for each in solved.itertuples()]
     )
-    along = curves.drop(columns=["family", "pattern", "flops_run"], errors="ignore").merge(
-        primary[["run", "arm", "d_model", "n_steps", "flops_run"]], on="run"
-    )
-    along["step"] = ((along["step"] - 1) // WINDOW + 1) * WINDOW
-    losses = along.pivot_table(index=["d_model", "step"], columns="arm", values="loss")
-    gaps = losses.sub(losses["25"], axis=0).drop(columns="25").stack().rename("difference").reset_index()
-    gaps = gaps.merge(primary.groupby(["d_model", "arm"])[["n_steps", "flops_run"]].mean().reset_index())
-    gaps["flops_run"] *= gaps["step"] / gaps["n_steps"]
+    gaps = paired_curves(primary, curves, "arm", "25", WINDOW, by=["d_model"])
     leads = gaps[(gaps["arm"] == "100") & (gaps["difference"] < 0)].groupby("d_model")["step"].max()
     crossing = gaps.groupby("d_model")["step"].max().rename("last_step").to_frame().join(leads.rename("last_lead"))
     return {
-        "curves": gaps.drop(columns="n_steps"),
+        "curves": gaps,
         "crossing": crossing.reset_index(),
         "arms": arms_table(text, "arm", "25", by=["d_model"]),
+        "seeds": seeds_table(text, "arm", "25", by=["d_model"]),
         "differences": compare(text, "arm", "25", by=["d_model"], primary=named, documents=documents),
         "ranks": rank_correlation(primary, "arm", "d_model", error="test_bpb"),
         "counts": pd.DataFrame([{"text": len(text), "recall": len(recall)}]),
@@ -175,22 +171,29 @@ def tables(
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     """Loss against the share of attention, recall by the first mixer, and all differences from one layer in four."""
-    heights = [1.7, 1.5, 1.5, 1.7, 2.1]
+    heights = [2.0, 1.5, 1.5, 1.7, 2.4]
     drawn, (above, steps, flops, middle, below) = stacked(heights, "How much attention does a Mamba hybrid need?")
-    draw_gaps(steps, tables["curves"][tables["curves"]["arm"] == "100"], "step", WIDTHS)
-    draw_gaps(flops, tables["curves"][tables["curves"]["arm"] == "100"], "flops_run", WIDTHS)
-    for panel in (steps, flops):
-        panel.set_ylabel("Training loss (nats),\nall minus one in four")
+    curves = tables["curves"][tables["curves"]["arm"] == "100"]
+    for panel, x in ((steps, "step"), (flops, "flops_run")):
+        draw_gaps(panel, curves, x, WIDTHS, label="Training loss (nats),\nall minus one in four")
     bands = tables["bands"].rename(columns={"test_bpb": "estimate"})
     bands = bands[bands["arm"].isin(SHARES)]
     bands = bands.assign(x=bands["arm"].map(SHARES), series=bands["d_model"])
     label = "Mixers that are attention (%)"
-    draw_levels(above, bands, {width: f"d_model {width}" for width in WIDTHS}, label, "Test bits per byte", joined=True)
+    widths = {width: f"d_model {width}" for width in WIDTHS}
+    seeds = tables["seeds"][tables["seeds"]["arm"].isin(SHARES)]
+    dots = seeds.assign(x=seeds["arm"].map(SHARES), series=seeds["d_model"], estimate=seeds["test_bpb"])
+    draw_levels(above, bands, widths, label, "Test bits per byte", joined=True, seeds=dots)
+    floors = tables["arms"].assign(x=tables["arms"]["arm"].map(SHARES)).dropna(subset="x")
+    for width, words in widths.items():
+        draw_floor(above, floors[floors["d_model"] == width], "x", label=f"trigram, {words}")
     shares = SHARES | {"25-early": 25}
     recall = tables["recall"][tables["recall"]["arm"].isin(shares)]
     recall = recall.assign(x=recall["arm"].map(shares), series=[ARMS[arm][0] for arm in recall["arm"]])
     first = {"M": "Mamba-2 first", "*": "attention first"}
     draw_levels(middle, recall, first, label, f"Share of seeds that recall\n(d_model {RECALL_WIDTH})", joined=True)
     at = tables["differences"][tables["differences"]["d_model"] == SECONDARY_WIDTH]
-    draw_comparisons(below, at, NAMES, f"Test bits per byte,\ndifference from one in four (d_model {SECONDARY_WIDTH})")
+    words = f"Test bits per byte,\ndifference from one in four (d_model {SECONDARY_WIDTH})"
+    own = tables["seeds"][tables["seeds"]["d_model"] == SECONDARY_WIDTH]
+    draw_comparisons(below, at, NAMES, words, seeds=own)
     return drawn

@@ -37,14 +37,16 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, stacked
-from explore.frontier import arms_table, compare
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_levels, draw_seeds, stacked
+from explore.frontier import arms_table, compare, paired_curves, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates
 
 PATTERN, WIDTHS, SEQ_LEN, BATCH_SIZE, STEPS = "ME*ME", (64,), 256, 4, 3_000
 TRUNK = 0.8
 """Fraction of the steps before the branch, where every decay begins."""
+WINDOW = 50
+"""Steps over which the training losses of curves are averaged."""
 LATENTS = [{"format": "nvfp4", "components": ["latent_down", "latent_up"]}]
 ARMS: Mapping[str, Any] = {
     "bf16": {},
@@ -134,21 +136,44 @@ def experiment(trial: optuna.Trial) -> Experiment:
     )
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm, and the differences from bf16, also as shares of it; arms that diverge apart."""
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame, curves: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm and seed, and differences from bf16, also as shares and along the branches.
+
+    Arms of which a run diverged are only in `seeds`, without the scores of those runs, and in `diverged`.
+    """
+    runs = runs[runs["status"].isin(["finished", "diverged"])]
     runs = runs.assign(arm=runs["name"].str.rpartition("-d")[0])
+    runs["test_bpb"] = runs["test_bpb"].where(runs["status"] == "finished")
     diverged = runs[runs["status"] == "diverged"].groupby("arm").size().rename("n_diverged").reset_index()
-    runs = runs[(runs["status"] == "finished") & ~runs["arm"].isin(diverged["arm"])]
+    whole = runs[~runs["arm"].isin(diverged["arm"])]
     primary = [arm for arm in PRIMARY if arm not in set(diverged["arm"])]
-    differences = compare(runs, "arm", "bf16", primary=primary, margin=MARGIN, documents=documents)
-    baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
+    differences = compare(whole, "arm", "bf16", primary=primary, margin=MARGIN, documents=documents)
+    baseline = whole.loc[whole["arm"] == "bf16", "test_bpb"].mean()
     shares = differences.assign(**{name: differences[name] / baseline for name in ("difference", "low", "high")})
-    arms = arms_table(runs, "arm", "bf16")
-    return {"arms": arms, "differences": differences, "shares": shares, "diverged": diverged}
+    along = paired_curves(whole, pd.DataFrame() if curves is None else curves, "arm", "bf16", WINDOW)
+    return {
+        "arms": arms_table(whole, "arm", "bf16"),
+        "seeds": seeds_table(runs, "arm", "bf16"),
+        "differences": differences,
+        "shares": shares,
+        "diverged": diverged,
+        "curves": along[along["step"] > TRUNK * STEPS].reset_index(drop=True),
+    }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """What every branch loses to that in bf16."""
-    drawn, (panel,) = stacked([3.6], "What does low precision at the end of training cost?")
-    draw_comparisons(panel, tables["differences"], NAMES, "Test bits per byte, difference from bf16")
+    """Every seed with the floor, what every branch loses to that in bf16, and the primary ones along the branch."""
+    curves, seeds = tables["curves"], tables["seeds"]
+    heights = [3.6, 3.6, 1.9][: 3 if len(curves) else 2]
+    drawn, (above, middle, *below) = stacked(heights, "What does low precision at the end of training cost?")
+    missing = (float(seeds["test_bpb"].max()), "diverged") if seeds["test_bpb"].isna().any() else None
+    draw_seeds(above, seeds, {"bf16": "bf16"} | NAMES, {"test_bpb": "a seed"}, "Test bits per byte", missing=missing)
+    draw_floor(above, tables["arms"], across=True)
+    draw_comparisons(middle, tables["differences"], NAMES, "Test bits per byte, difference from bf16", seeds=seeds)
+    for panel in below:
+        levels = curves.rename(columns={"arm": "series", "step": "x", "difference": "estimate"})
+        names = {arm: NAMES[arm] for arm in PRIMARY if arm in set(curves["arm"])}
+        draw_levels(panel, levels, names, "Step", "Training loss (nats),\nminus that of bf16", joined=True)
     return drawn

@@ -25,8 +25,8 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, MoEConfig, TextData, TrainConfig, latent_acc, latent_eff
-from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_laws, stacked
-from explore.frontier import arms_table, compare, seed_bands
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_gaps, draw_laws, stacked
+from explore.frontier import arms_table, compare, paired_curves, seed_bands, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates
 from explore.study.budgets import RejectedError
@@ -109,8 +109,14 @@ NAMES = {
 }
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm at every width, differences from `moe`, and their means over both widths."""
+WINDOW = 200
+"""Steps over which the training losses of curves are averaged."""
+
+
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame, curves: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm, width and seed, differences from `moe`, also along training, and their means."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
     primary = runs[runs["arm"].isin(PRIMARY)]
@@ -121,18 +127,33 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> 
         "arms": arms_table(runs, "arm", "moe", by=["d_model"]),
         "averages": averages,
         "differences": compare(runs, "arm", "moe", by=["d_model"], primary=(), documents=documents),
+        "seeds": seeds_table(runs, "arm", "moe", by=["d_model"]),
+        "curves": paired_curves(
+            primary, pd.DataFrame() if curves is None else curves, "arm", "moe", WINDOW, by=["d_model"]
+        ),
         "bands": seed_bands(primary, ["arm", "d_model"], error="test_bpb"),
     }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss and its floor, the two named comparisons, and all differences at the smaller width."""
-    drawn, (above, middle, below) = stacked([1.9, 1.4, 2.2], "Does a latent pay?")
+    """Loss and its floor, the two named comparisons, also along training, and all differences at the smaller width."""
+    drawn, (above, middle, steps, flops, below) = stacked([1.9, 1.5, 1.9, 1.9, 2.6], "Does a latent pay?")
     none = pd.DataFrame(columns=["arm", "compute", "loss", "low", "high"], dtype="float64")
-    draw_laws(above, tables["bands"], none, {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]})
-    draw_floor(above, tables["arms"][tables["arms"]["arm"] == "moe"])
+    arms, seeds = tables["arms"], tables["seeds"]
     words = "Test bits per byte,\ndifference from MoE"
-    draw_comparisons(middle, tables["averages"], NAMES, f"{words} (mean of widths)")
-    at = tables["differences"][tables["differences"]["d_model"] == WIDTHS[0]]
-    draw_comparisons(below, at, NAMES, f"{words} (d_model {WIDTHS[0]})")
+    at, own = (each[each["d_model"] == WIDTHS[0]] for each in (tables["differences"], seeds))
+    # First, as its long names set the width of all.
+    draw_comparisons(below, at, NAMES, f"{words} (d_model {WIDTHS[0]})", seeds=own)
+    costs = arms[["arm", "d_model", "flops_run"]]
+    names = {"moe": "standard MoE", "acc4": NAMES["acc4"], "eff4": NAMES["eff4"]}
+    draw_laws(above, tables["bands"], none, names, seeds=seeds.merge(costs))
+    draw_floor(above, arms[arms["arm"] == "moe"])
+    means = seeds[seeds["arm"].isin(PRIMARY)].groupby(["arm", "seed"])["difference"].agg(["size", "mean"])
+    means = means[means["size"] == len(WIDTHS)].rename(columns={"mean": "difference"}).reset_index()
+    draw_comparisons(middle, tables["averages"], NAMES, f"{words} (mean of widths)", seeds=means)
+    lines = {arm: NAMES[arm] for arm in PRIMARY[1:]}
+    for panel, x in ((steps, "step"), (flops, "flops_run")):
+        draw_gaps(
+            panel, tables["curves"], x, WIDTHS, arm="arm", names=lines, label="Training loss (nats),\nminus that of MoE"
+        )
     return drawn

@@ -24,8 +24,8 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
-from explore.frontier import arms_table, compare, seed_bands
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_levels, stacked
+from explore.frontier import arms_table, compare, seed_bands, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates, Merging
 
@@ -97,23 +97,30 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame) -> Mapping[str, pd.DataFrame
         for arm, both in zip(others, each, strict=True)
     ]
     bands = [seed_bands(one, ["arm", "d_model"], error="test_bpb") for one in (decayed, *others.values())]
+    every = pd.concat([decayed, *others.values()])
     return {
-        "arms": arms_table(pd.concat([decayed, *others.values()]), "arm", "decayed", by=["d_model"]),
+        "arms": arms_table(every, "arm", "decayed", by=["d_model"]),
+        "seeds": seeds_table(every, "arm", "decayed", by=["d_model"]),
         "differences": pd.concat(differences, ignore_index=True),
         "bands": pd.concat(bands, ignore_index=True)[["arm", "d_model", "test_bpb", "low", "high", "n_seeds"]],
     }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss of the decay, both averages and the last checkpoint, and the differences of the averages from the decay."""
-    drawn, (above, below) = stacked([2.0, 1.7], "Is an average of checkpoints as good as a decay?")
+    """Loss of the decay, both averages and the last checkpoint with its floor, and the differences of the averages."""
+    drawn, (above, below) = stacked([2.2, 2.0], "Is an average of checkpoints as good as a decay?")
     arms = {"decayed": "decay", "minus_sqrt": "average, minus sqrt", "flat": "average, flat", "constant": "neither"}
     bands = tables["bands"].rename(columns={"test_bpb": "estimate", "d_model": "x", "arm": "series"})
-    draw_levels(above, bands, arms, "d_model", "Test bits per byte")
+    seeds = tables["seeds"].rename(columns={"test_bpb": "estimate"})
+    dots = seeds.assign(x=seeds["d_model"], series=seeds["arm"])
+    draw_levels(above, bands, arms, "d_model", "Test bits per byte", seeds=dots)
+    draw_floor(above, tables["arms"][tables["arms"]["arm"] == "decayed"], "d_model")
     above.set_xticks(WIDTHS)
     differences = tables["differences"]
     rows = differences.assign(row=differences["arm"] + differences["d_model"].astype("str"))
     shown = ("minus_sqrt", "flat")
     names = {f"{arm}{width}": f"{arms[arm].split(', ')[1]} (d {width})" for arm in shown for width in WIDTHS}
-    draw_comparisons(below, rows, names, "Test bits per byte of the average,\ndifference from the decay", arm="row")
+    dots = seeds.assign(row=seeds["arm"] + seeds["d_model"].astype("str"))
+    words = "Test bits per byte of the average,\ndifference from the decay"
+    draw_comparisons(below, rows, names, words, arm="row", seeds=dots)
     return drawn

@@ -19,8 +19,8 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, draw_levels, stacked
-from explore.frontier import arms_table, compare, seed_bands
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_levels, stacked
+from explore.frontier import arms_table, compare, seed_bands, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates
 
@@ -91,21 +91,27 @@ def tables(
     named = [(width, arm) for width in WIDTHS for arm in PRIMARY]
     return {
         "arms": arms_table(runs, "arm", "mtp", by=["d_model"]),
+        "seeds": seeds_table(runs, "arm", "mtp", by=["d_model"]),
         "differences": compare(runs, "arm", "mtp", by=["d_model"], primary=named, documents=documents),
         "bands": seed_bands(runs, ["arm", "d_model"], error="test_bpb"),
     }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Loss against training FLOPs, and the differences of the other arms from `mtp`."""
-    drawn, (above, below) = stacked([2.0, 2.2], "Does multi-token prediction improve the loss of the next token?")
+    """Loss against training FLOPs with its floor, and the differences of the other arms from `mtp`."""
+    drawn, (above, below) = stacked([2.2, 2.7], "Does multi-token prediction improve the loss of the next token?")
     arms = {"none": "none", "longer": "none, longer", "mtp": "weight 0.1", "heavy": "weight 0.3"}
     bands = tables["bands"].rename(columns={"test_bpb": "estimate", "arm": "series"})
     bands = bands.assign(x=bands["flops_run"] / 1e9)
-    draw_levels(above, bands, arms, "Training FLOPs (billions)", "Test bits per byte")
+    floors = tables["arms"].assign(x=tables["arms"]["flops_run"] / 1e9)
+    seeds = tables["seeds"].merge(floors[["arm", "d_model", "x"]]).rename(columns={"test_bpb": "estimate"})
+    dots = seeds.assign(series=seeds["arm"])
+    draw_levels(above, bands, arms, "Training FLOPs (billions)", "Test bits per byte", seeds=dots)
+    draw_floor(above, floors, "x")
     words = {"none": "none, equal tokens", "longer": "none, equal FLOPs", "heavy": "weight 0.3"}
     differences = tables["differences"]
     rows = differences.assign(row=differences["arm"] + differences["d_model"].astype("str"))
+    dots = seeds.assign(row=seeds["arm"] + seeds["d_model"].astype("str"))
     names = {f"{arm}{width}": f"{text} (d {width})" for arm, text in words.items() for width in WIDTHS}
-    draw_comparisons(below, rows, names, "Test bits per byte,\ndifference from weight 0.1", arm="row")
+    draw_comparisons(below, rows, names, "Test bits per byte,\ndifference from weight 0.1", arm="row", seeds=dots)
     return drawn

@@ -29,9 +29,9 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig, load_runs, pareto_front
-from explore.figures import RunFigure, draw_comparisons, stacked
+from explore.figures import RunFigure, draw_comparisons, draw_gaps, stacked
 from explore.figures.studies import draw_scatter
-from explore.frontier import arms_table, compare, seed_bands
+from explore.frontier import arms_table, compare, paired_curves, seed_bands, seeds_table
 from explore.frontier.gate import Gate, gate_report
 from explore.study import Budgets, LearningRates
 from explore.study.budgets import RejectedError
@@ -124,8 +124,14 @@ def recalled() -> pd.DataFrame:
     return arms
 
 
-def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm, differences from `none`, and both scores of every arm at the smaller width."""
+WINDOW = 200
+"""Steps over which the training losses of curves are averaged."""
+
+
+def tables(
+    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame, curves: pd.DataFrame | None = None
+) -> Mapping[str, pd.DataFrame]:
+    """Test bits per byte of every arm and seed, differences from `none`, also along training, and both scores."""
     runs = runs[runs["status"] == "finished"].copy()
     runs["arm"] = runs["name"].str.rpartition("-d")[0]
     arms = arms_table(runs, "arm", "none", by=["d_model"])
@@ -138,13 +144,22 @@ def tables(runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame) -> 
         "arms": arms,
         "averages": compare(primary, "arm", "none", strata=["d_model"], primary=("middle",), documents=documents),
         "differences": compare(runs, "arm", "none", by=["d_model"], primary=(), documents=documents),
+        "seeds": seeds_table(runs, "arm", "none", by=["d_model"]),
+        "curves": paired_curves(
+            primary, pd.DataFrame() if curves is None else curves, "arm", "none", WINDOW, by=["d_model"]
+        ),
         "both": both.assign(on_front=pareto_front(both, "test_bpb", HARDEST)),
     }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """Recall against loss, the mean differences over both widths, and all differences at the smaller width."""
-    drawn, (above, middle, below) = stacked([2.6, 1.4, 2.6], "Where does attention belong?")
+    """Recall against loss, the mean differences, the named one along training, and all at the smaller width."""
+    heights = [2.6, 1.6, 1.6, 1.6, 3.2]
+    drawn, (above, middle, steps, flops, below) = stacked(heights, "Where does attention belong?")
+    words, seeds = "Test bits per byte,\ndifference from none", tables["seeds"]
+    at, own = (each[each["d_model"] == WIDTHS[0]] for each in (tables["differences"], seeds))
+    # First, as its long names set the width of all.
+    draw_comparisons(below, at, NAMES, f"{words} (d_model {WIDTHS[0]})", seeds=own)
     columns = {"test_bpb": "x", "low": "x_low", "high": "x_high", "solved": "y", "solved_low": "y_low"}
     both = tables["both"].rename(columns=columns | {"solved_high": "y_high"})
     names = {arm: name for arm, name in NAMES.items() if arm in set(both["arm"])}
@@ -152,8 +167,10 @@ def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
     floor = float(arms["ngram_test_bpb"].mean()) if "ngram_test_bpb" in arms else None
     y_label = "Share of seeds that recall\n32 pairs"
     draw_scatter(above, both, names, f"Test bits per byte (d_model {WIDTHS[0]})", y_label, floor=floor)
-    words = "Test bits per byte,\ndifference from none"
-    draw_comparisons(middle, tables["averages"], NAMES, f"{words} (mean of widths)")
-    at = tables["differences"][tables["differences"]["d_model"] == WIDTHS[0]]
-    draw_comparisons(below, at, NAMES, f"{words} (d_model {WIDTHS[0]})")
+    means = seeds[seeds["arm"].isin(PRIMARY)].groupby(["arm", "seed"])["difference"].agg(["size", "mean"])
+    means = means[means["size"] == len(WIDTHS)].rename(columns={"mean": "difference"}).reset_index()
+    draw_comparisons(middle, tables["averages"], NAMES, f"{words} (mean of widths)", seeds=means)
+    named = tables["curves"][tables["curves"]["arm"] == gate.baseline]
+    for panel, x in ((steps, "step"), (flops, "flops_run")):
+        draw_gaps(panel, named, x, WIDTHS, label="Training loss (nats),\none in four minus none")
     return drawn

@@ -20,8 +20,8 @@ import optuna
 import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
-from explore.figures import RunFigure, draw_comparisons, stacked
-from explore.frontier import arms_table, compare
+from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_levels, draw_seeds, stacked
+from explore.frontier import arms_table, compare, paired_curves, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates
 
@@ -35,6 +35,8 @@ ARMS: Mapping[str, Any] = {
     "nvfp4-forward": {"base": "nvfp4", "input_gradient": False, "weight_gradient": False},
     "nvfp4-backward": {"base": "nvfp4", "forward": False},
 }
+WINDOW = 200
+"""Steps over which the training losses of curves are averaged."""
 PRIMARY = ("fp8", "mxfp8", "nvfp4")
 NAMES = {
     "fp8": "FP8, a scale a tensor",
@@ -94,19 +96,47 @@ def experiment(trial: optuna.Trial) -> Experiment:
 
 
 def tables(
-    runs: pd.DataFrame, pairs: pd.DataFrame, documents: pd.DataFrame | None = None
+    runs: pd.DataFrame,
+    pairs: pd.DataFrame,
+    documents: pd.DataFrame | None = None,
+    curves: pd.DataFrame | None = None,
 ) -> Mapping[str, pd.DataFrame]:
-    """Test bits per byte of every arm, and the differences from bf16, absolute and relative."""
-    runs = runs[runs["status"] == "finished"].assign(arm=lambda table: table["name"])
-    differences = compare(runs, "arm", "bf16", primary=PRIMARY, documents=documents)
-    baseline = runs.loc[runs["arm"] == "bf16", "test_bpb"].mean()
+    """Test bits per byte of every arm and seed, and differences from bf16, also as shares of it and along training.
+
+    Arms of which a run diverged are only in `seeds`, without the scores of those runs, and in `diverged`.
+    """
+    runs = runs[runs["status"].isin(["finished", "diverged"])].assign(arm=lambda table: table["name"])
+    runs["test_bpb"] = runs["test_bpb"].where(runs["status"] == "finished")
+    diverged = runs[runs["status"] == "diverged"].groupby("arm").size().rename("n_diverged").reset_index()
+    whole = runs[~runs["arm"].isin(diverged["arm"])]
+    primary = [arm for arm in PRIMARY if arm not in set(diverged["arm"])]
+    differences = compare(whole, "arm", "bf16", primary=primary, documents=documents)
+    baseline = whole.loc[whole["arm"] == "bf16", "test_bpb"].mean()
     shares = differences.assign(**{name: differences[name] / baseline for name in ("difference", "low", "high")})
-    return {"arms": arms_table(runs, "arm", "bf16"), "differences": differences, "shares": shares}
+    return {
+        "arms": arms_table(whole, "arm", "bf16"),
+        "seeds": seeds_table(runs, "arm", "bf16"),
+        "differences": differences,
+        "shares": shares,
+        "diverged": diverged,
+        "curves": paired_curves(whole, pd.DataFrame() if curves is None else curves, "arm", "bf16", WINDOW),
+    }
 
 
 def figure(tables: Mapping[str, pd.DataFrame]) -> RunFigure:
-    """The relative difference of every arm from bf16, in percent."""
-    drawn, (panel,) = stacked([2.2], "What does training in low precision cost?")
+    """Every seed with the floor, the relative difference of every arm from bf16, and the difference along training."""
+    curves, seeds = tables["curves"], tables["seeds"]
+    heights = [2.2, 2.2, 1.9][: 3 if len(curves) else 2]
+    drawn, (above, middle, *below) = stacked(heights, "What does training in low precision cost?")
+    missing = (float(seeds["test_bpb"].max()), "diverged") if seeds["test_bpb"].isna().any() else None
+    draw_seeds(above, seeds, {"bf16": "bf16"} | NAMES, {"test_bpb": "a seed"}, "Test bits per byte", missing=missing)
+    draw_floor(above, tables["arms"], across=True)
     percent = tables["shares"].assign(**{name: 100 * tables["shares"][name] for name in ("difference", "low", "high")})
-    draw_comparisons(panel, percent, NAMES, "Test bits per byte, difference from bf16 (%)")
+    bf16 = seeds.loc[seeds["arm"] == "bf16", "test_bpb"].mean()
+    own = seeds.assign(difference=100 * seeds["difference"] / bf16)
+    draw_comparisons(middle, percent, NAMES, "Test bits per byte, difference from bf16 (%)", seeds=own)
+    for panel in below:
+        levels = curves.rename(columns={"arm": "series", "step": "x", "difference": "estimate"})
+        names = {arm: name for arm, name in NAMES.items() if arm in set(curves["arm"])}
+        draw_levels(panel, levels, names, "Step", "Training loss (nats),\nminus that of bf16", joined=True)
     return drawn

@@ -22,6 +22,10 @@ from explore.table import load_pairs, load_runs
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 
 
+FLOORS = {32: 1.5, 48: 1.4}
+"""Bits per byte of the n-gram model, by width."""
+
+
 def pack(path: Path, rows: list[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Writes a table of records, and reads the inputs of a study's tables."""
     texts = [{name: text if name == "run" else json.dumps(text) for name, text in row.items()} for row in rows]
@@ -38,8 +42,9 @@ def run_of(name: str, seed: int, bpb: float, d_model: int = 48, **files: Any) ->
         "cost.json": {"params_total": 100, "params_active": 90, "flops_fwd": 10.0},
         "trial.json": {"tuned": True, "lr_sensitivity": 0.1},
         "result.json": {
-            "status": "finished", "tokens": 10, "val_bpb": bpb, "test_bpb": bpb, "flops_run": 3e11 * len(name)
+            "status": "finished", "tokens": 10, "val_bpb": bpb, "test_bpb": bpb, "flops_run": 6e9 * d_model * len(name)
         },
+        "evals.json": {"ngram": {"order": 3, "val_bpb": 1.4, "test_bpb": FLOORS[d_model]}},
         **files,
     }  # fmt: skip
 
@@ -47,6 +52,21 @@ def run_of(name: str, seed: int, bpb: float, d_model: int = 48, **files: Any) ->
 def wobble(*cause: int) -> float:
     """Reproducible noise."""
     return 0.002 * (hash(cause) % 7 - 3)
+
+
+def dots(axes: Any) -> list[float]:
+    """Values of the dots of single seeds, on the axis of the score."""
+    lines = [line for line in axes.lines if line.get_alpha() == 0.6]
+    along = "get_xdata" if labels(axes)[:1] and not labels(axes)[0][:1].isdigit() else "get_ydata"
+    return sorted(value for line in lines for value in getattr(line, along)())
+
+
+def floors(axes: Any) -> list[float]:
+    """Scores of the n-gram models that are drawn, each once; their label lies inside the axes."""
+    axes.figure.draw_without_rendering()
+    for text in axes.texts:
+        assert axes.get_window_extent().y0 < text.get_window_extent().y0
+    return sorted({value for line in axes.lines if line.get_marker() == "_" for value in line.get_ydata()})
 
 
 def labels(axes: Any) -> list[str]:
@@ -77,6 +97,10 @@ def test_multi_token_prediction_is_compared_at_equal_tokens_and_at_equal_flops(t
     above, below = sweep.figure(tables).axes
     assert labels(below)[:3] == ["none, equal tokens (d 32)", "none, equal tokens (d 48)", "none, equal FLOPs (d 32)"]
     assert above.get_xlabel() == "Training FLOPs (billions)"
+    assert floors(above) == pytest.approx(sorted(FLOORS.values()))
+    assert dots(above) == sorted(bpb.values())
+    gaps = [bpb[run] - bpb[f"mtp-{run.split('-', 1)[1]}"] for run in bpb if not run.startswith("mtp")]
+    assert dots(below) == pytest.approx(sorted(gaps))
 
 
 def test_longer_has_the_flops_of_mtp_and_every_run_has_enough_tokens() -> None:
@@ -126,7 +150,11 @@ def test_each_average_of_checkpoints_is_compared_with_the_decay_alone(tmp_path: 
     pd.testing.assert_frame_equal(noisy.loc[["minus_sqrt"]], differences.loc[["minus_sqrt"]])
     assert (noisy.loc["flat", "sd"] > 2 * differences.loc["flat", "sd"]).all()
     assert sweep.figure is not None
-    _, below = sweep.figure(tables).axes
+    above, below = sweep.figure(tables).axes
+    assert floors(above) == pytest.approx(sorted(FLOORS.values()))
+    assert dots(above) == sorted(tables["seeds"]["test_bpb"])
+    shown = tables["seeds"][tables["seeds"]["arm"].isin(["minus_sqrt", "flat"])]
+    assert dots(below) == sorted(shown["difference"])
     assert labels(below) == ["minus sqrt (d 32)", "minus sqrt (d 48)", "flat (d 32)", "flat (d 48)"]
 
 

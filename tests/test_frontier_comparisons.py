@@ -10,6 +10,8 @@ from explore.frontier import (
     compare,
     holm,
     n_for_half_width,
+    paired_curves,
+    seeds_table,
     success_difference,
     success_fraction,
 )
@@ -200,3 +202,28 @@ def test_intervals_of_few_successes_hold_the_truth_19_times_in_20(n, p, q):
 def test_more_successes_than_runs_are_refused():
     with pytest.raises(ValueError, match="successes: must lie between 0 and n, and n above 0, got 4 of 3"):
         success_fraction(4, 3)
+
+
+def test_seeds_and_curves_are_paired_with_the_run_of_the_same_seed_and_size():
+    keys = [(width, arm, seed) for width in (32, 48) for arm in ("a", "b") for seed in (0, 1)]
+    runs = pd.DataFrame(keys, columns=["d_model", "arm", "seed"]).assign(run=lambda table: table.index)
+    runs["test_bpb"] = [3.0, 3.1, 2.5, 2.7, 2.0, 2.1, 1.9, 2.3]
+    found = seeds_table(runs, "arm", "a", by=["d_model"]).set_index(["d_model", "arm", "seed"])["difference"]
+    assert found.loc[(slice(None), "b")].tolist() == pytest.approx([-0.5, -0.4, -0.1, 0.2])
+    assert (found.loc[(slice(None), "a")] == 0).all()
+    lone = seeds_table(runs.drop(index=0), "arm", "a", by=["d_model"]).set_index(["d_model", "arm", "seed"])
+    assert np.isnan(lone.loc[(32, "b", 0), "difference"])
+    steps = np.arange(1, 6)
+    curves = pd.concat(
+        pd.DataFrame({"run": row.run, "step": steps[: 5 if row.d_model == 48 else 3], "flops_run": 10.0 * row.d_model})
+        for row in runs.itertuples()
+    ).merge(runs)
+    curves["flops_run"] *= curves["step"]
+    curves["loss"] = curves["test_bpb"] * curves["step"]
+    along = paired_curves(runs, curves[["run", "step", "flops_run", "loss"]], "arm", "a", 2, by=["d_model"])
+    assert along[["d_model", "step"]].to_numpy().tolist() == [[32, 2], [32, 3], [48, 2], [48, 4], [48, 5]]
+    assert along["flops_run"].tolist() == pytest.approx([640, 960, 960, 1920, 2400])  # at the end of the window
+    middle = np.array([1.5, 3, 1.5, 3.5, 5])  # mean step of each window
+    assert along["difference"].tolist() == pytest.approx(middle * [-0.45, -0.45, 0.05, 0.05, 0.05])
+    assert along["low"].tolist() == pytest.approx(middle * [-0.5, -0.5, -0.1, -0.1, -0.1])
+    assert along["high"].tolist() == pytest.approx(middle * [-0.4, -0.4, 0.2, 0.2, 0.2])

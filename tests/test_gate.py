@@ -14,7 +14,7 @@ from small_runs import STEPS, result, tiny, train, write_corpus
 from small_sweeps import quiet, study_of, write_gated
 
 from explore.frontier.floors import add_floors
-from explore.frontier.gate import Gate, Target, gate_report
+from explore.frontier.gate import Gate, Target, gate_report, gate_runs
 from explore.runs import find_runs
 from explore.study import load_sweep, run_gated
 from explore.study.mirroring import draw_frontier
@@ -42,6 +42,7 @@ def study(sd: float = 0.001, effects: dict[str, float] = EFFECTS, **columns: Any
                     "seed": seed,
                     "test_bpb": 2.0 - size / 1000 + effect + sd * rng.standard_normal(),
                     "ngram_test_bpb": 2.1,
+                    "ngram_order": 3,
                     "corpus": "gutenberg",
                     "test_documents": 10,
                     "tokens": 4_000_000,
@@ -241,6 +242,14 @@ def test_what_a_gate_needs_is_known_before_any_run() -> None:
     assert needs["needed"][0].startswith("below an n-gram model of the same tokens")
 
 
+def test_a_bigram_is_no_floor() -> None:
+    assert failed(study(ngram_order=3)) == {}
+    assert failed(study(ngram_order={"base": 4})) == {}
+    found = failed(study(ngram_order={"base": 2}))
+    assert list(found) == ["base beats the floor"]
+    assert found["base beats the floor"].endswith("compared with a model of order 2")
+
+
 def test_a_gate_without_controls_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gate.worse must name at least one arm in a tuple, got \(\)"):
         Gate(baseline="base", worse=(), trivial=("dense",), effect=0.01, source="print")
@@ -336,6 +345,7 @@ def test_floors_are_stored_with_runs_and_in_records_without_changing_keys(tmp_pa
     for table in (load_runs(runs), load_runs(records)):
         assert set(table["d_model"]) == {32, 64}
         assert table["ngram_test_bpb"].notna().tolist() == (table["n_layers"] == 2).tolist()  # the baseline's alone
+    assert gate_runs(records)["ngram_order"].notna().tolist() == load_runs(records)["ngram_test_bpb"].notna().tolist()
     keys = [each.key for each in find_runs(records)]
     assert add_floors(records) == 6
     again = load_runs(records)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,25 @@ from explore.runs import find_runs
 from explore.table import load_runs
 
 VOCAB = 16
+
+FIT = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from explore.evals import NgramModel
+
+def peak() -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+n, vocab_size, order = map(int, sys.argv[1:])
+shares = 1 / np.arange(1, vocab_size + 1)
+ids = np.random.default_rng(0).choice(vocab_size, n, p=shares / shares.sum()).astype(np.uint16)
+before, start = peak(), time.process_time()
+model = NgramModel(ids, vocab_size, order)
+model.log_probs(ids[: 1 << 21])
+print(json.dumps([time.process_time() - start, (peak() - before) / n]))
+"""
+"""Fits tokens of Zipf's law and scores two million; prints CPU seconds, and peak memory in bytes per training token."""
 
 
 def textbook(stretches: Sequence[Sequence[int]], order: int) -> Callable[[int, tuple[int, ...]], float]:
@@ -92,6 +113,17 @@ def test_scores_do_not_depend_on_the_cuts_of_a_text(monkeypatch: pytest.MonkeyPa
     whole = model.log_probs(text)
     monkeypatch.setattr("explore.evals.ngram.CHUNK", 7)
     np.testing.assert_array_equal(model.log_probs(text), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("order", [3, 5])
+def test_thirty_million_tokens_are_fitted_in_two_minutes_and_bounded_memory(order: int) -> None:
+    arguments = [sys.executable, "-c", FIT, str(30 * 10**6), "4096", str(order)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    seconds, bytes_per_token = json.loads(done.stdout)
+    assert seconds < 120
+    assert bytes_per_token < 20 * order
 
 
 @pytest.mark.parametrize(("order", "n", "message"), [(1, 9, "from 2 to 5, got 1"), (3, 2, "at least 3 tokens")])

@@ -160,6 +160,52 @@ def records(sweep: Sweep, widths: dict[int, tuple[str, ...]]) -> tuple[pd.DataFr
     return pd.DataFrame(rows), pd.concat(documents)
 
 
+def learning(runs: pd.DataFrame) -> pd.DataFrame:
+    """Curves of 3,000 steps; the loss of `middle` and `acc4` falls behind by 0.2 in equal parts per window."""
+    steps = np.arange(1, 3001)
+    behind = 0.2 * ((steps - 1) // 200) / 14
+    return pd.concat(
+        pd.DataFrame({"run": run.run, "step": steps, "flops_run": run.flops_run * steps / 3000,
+                      "loss": 3.0 + run.seed + behind * run.name.startswith(("middle", "acc4"))})
+        for run in runs.itertuples()
+    )  # fmt: skip
+
+
+def seed_dots(ax: Any) -> list[float]:
+    return sorted(value for line in ax.get_lines() if line.get_alpha() == 0.6 for value in line.get_xdata())
+
+
+def differences_of(runs: pd.DataFrame, width: int, baseline: str) -> list[float]:
+    """Differences of all runs of a width from the baseline's run with the same seed."""
+    rows = runs[runs["d_model"] == width]
+    own = rows[rows["name"] == f"{baseline}-d{width}"].set_index("seed")["test_bpb"]
+    others = rows[rows["name"] != f"{baseline}-d{width}"]
+    return sorted(others["test_bpb"] - others["seed"].map(own))
+
+
+def test_the_named_comparisons_are_drawn_by_seed_and_along_training(sweeps: dict[str, Sweep]) -> None:
+    latent = sweeps["latent_gated"]
+    runs, documents = records(latent, {96: ("moe", "acc4", "eff4", "squeezed4", "dense"), 128: ("moe", "acc4", "eff4")})
+    assert latent.tables is not None
+    assert latent.figure is not None
+    tables = latent.tables(runs, pd.DataFrame(), documents=documents, curves=learning(runs))
+    above, middle, steps, flops, below = latent.figure(tables).axes
+    primary = runs[runs["name"].str.startswith(("moe", "acc4", "eff4"))]
+    scores = sorted(value for line in above.get_lines() if line.get_alpha() == 0.6 for value in line.get_ydata())
+    assert scores == sorted(primary["test_bpb"])
+    assert len(seed_dots(middle)) == 2 * latent.seeds
+    assert sum(seed_dots(middle)[: latent.seeds]) / latent.seeds == pytest.approx(
+        tables["averages"].set_index("arm").loc["acc4", "difference"]
+    )
+    assert seed_dots(below) == pytest.approx(differences_of(runs, 96, "moe"))
+    for ax, last in ((steps, 3000), (flops, 96e13)):
+        lines = {line.get_label(): line for line in ax.get_lines()[1:]}
+        assert list(lines) == ["acc, 4x, d 96", "acc, 4x, d 128", "eff, 4x, d 96", "eff, 4x, d 128"]
+        np.testing.assert_allclose(lines["acc, 4x, d 96"].get_ydata(), np.linspace(0, 0.2, 15))
+        np.testing.assert_allclose(lines["eff, 4x, d 96"].get_ydata(), 0, atol=1e-12)
+        assert lines["acc, 4x, d 96"].get_xdata()[-1] == pytest.approx(last)
+
+
 def test_the_primary_claims_are_means_over_both_widths_with_documents(
     sweeps: dict[str, Sweep], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +218,8 @@ def test_the_primary_claims_are_means_over_both_widths_with_documents(
     assert averages["verdict"].to_dict() == {"acc4": "better", "eff4": "equivalent"}
     assert set(averages["n_documents"]) == {6}
     assert averages.loc["acc4", "n_pairs"] == 2 * latent.seeds
-    assert len(latent.figure(tables).axes) == 3
+    assert set(tables["seeds"].groupby("d_model").size()) == {5 * latent.seeds, 3 * latent.seeds}
+    assert [ax.texts[0].get_text() for ax in latent.figure(tables).axes[2:4]] == ["no learning curves"] * 2
     recall = pd.DataFrame({"arm": ["none", "middle"], "n_seeds": 5, "successes": [0, 5], "recall": [0.5, 0.99],
                            "recall_32_pairs": [0.3, 0.98], "solved": [0.0, 1.0], "solved_low": [0.0, 0.57],
                            "solved_high": [0.43, 1.0]})  # fmt: skip
@@ -180,12 +227,17 @@ def test_the_primary_claims_are_means_over_both_widths_with_documents(
     runs, documents = records(placement, dict.fromkeys((64, 96), ("none", "middle", "half", "all-rope-conv")))
     assert placement.tables is not None
     assert placement.figure is not None
-    tables = placement.tables(runs, pd.DataFrame(), documents=documents)
+    tables = placement.tables(runs, pd.DataFrame(), documents=documents, curves=learning(runs))
     (primary,) = tables["averages"].query("primary").to_dict("records")
     assert (primary["arm"], primary["verdict"], primary["n_documents"]) == ("middle", "better", 6)
     assert tables["both"].set_index("arm")["on_front"].to_dict() == {"none": False, "middle": True}
     drawn = placement.figure(tables).axes
-    assert len(drawn) == 3
+    assert [ax.get_xlabel() for ax in drawn[2:4]] == ["Optimizer steps", "Training FLOPs"]
+    for ax, end in zip(drawn[2:4], (3000, 64e13), strict=True):
+        _, small, _ = ax.get_lines()  # zero, and a line of each width
+        np.testing.assert_allclose(small.get_ydata(), np.linspace(0, 0.2, 15))
+        assert small.get_xdata()[-1] == pytest.approx(end)
+    assert seed_dots(drawn[4]) == pytest.approx(differences_of(runs, 64, "none"))
     dots = {line.get_xydata()[0].tolist()[0]: line for line in drawn[0].get_lines() if len(line.get_xydata()) == 1}
     for row in tables["both"].itertuples():  # no dot is shifted, and both intervals are drawn
         assert dots[row.test_bpb].get_ydata()[0] == row.solved

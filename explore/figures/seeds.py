@@ -53,7 +53,7 @@ def draw_seeds(
             known = np.isfinite(values)
             look: dict[str, Any] = {"ls": "", "marker": "o", "ms": 0.42 * font_pt, "mec": shades[i]}
             ax.plot(values[known], middle + beside[known], mfc=shades[i], mew=0.06 * font_pt, zorder=3, **look)
-            if missing is not None:
+            if missing is not None and not known.all():  # an empty unclipped line would reach the corner of the figure
                 at = np.full(int((~known).sum()), missing[0])
                 ax.plot(at, middle + beside[~known], mfc="white", mew=0.1 * font_pt, zorder=3, clip_on=False, **look)
             if known.sum() * 2 > len(values):  # more than half of all runs have a value, so their median has one

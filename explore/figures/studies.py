@@ -45,7 +45,14 @@ def mark(figure: RunFigure, words: str, font_pt: float = 7.0) -> None:
 
 
 def draw_comparisons(
-    ax: Axes, table: pd.DataFrame, names: Mapping[str, str], label: str, *, arm: str = "arm", font_pt: float = 7.0
+    ax: Axes,
+    table: pd.DataFrame,
+    names: Mapping[str, str],
+    label: str,
+    *,
+    arm: str = "arm",
+    seeds: pd.DataFrame | None = None,
+    font_pt: float = 7.0,
 ) -> None:
     """Draws differences from a baseline: a row per arm, with interval, coloured by verdict; zero is the baseline.
 
@@ -56,6 +63,7 @@ def draw_comparisons(
         table: from `explore.frontier.compare`.
         names: the arms to draw, from the top, and their labels.
         label: label of the axis, with its unit.
+        seeds: differences of single seeds, with the columns `arm` and difference, drawn as dots below the intervals.
     """
     dress(ax, label, "", font_pt)
     rows = table.set_index(arm)
@@ -70,18 +78,29 @@ def draw_comparisons(
         ax.plot([row["low"], row["high"]], [place, place], color=color, lw=0.16 * font_pt, zorder=2)
         face = "white" if row["verdict"] == "exploratory" else color
         ax.plot(row["difference"], place, marker=marker, ms=0.6 * font_pt, mfc=face, mec=color, zorder=3)
+        if seeds is not None:
+            dots = seeds.loc[seeds[arm] == each, "difference"].dropna()
+            ax.plot(dots, np.full(len(dots), place + 0.27), color=color, **_dots(font_pt))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     rows_of_names(ax, [names[each] for each in shown])
     present = [verdict for verdict in VERDICTS if verdict in set(rows.loc[shown, "verdict"])]
     if present != ["exploratory"]:
         ax.set_xlabel(f"{label}\n({UNCORRECTED})")
-    legend(ax, [_verdict_handle(verdict, font_pt) for verdict in present], font_pt)
+    handles = [_verdict_handle(verdict, font_pt) for verdict in present]
+    if seeds is not None:
+        handles.append(Line2D([], [], color=LINE, label="a seed", **_dots(font_pt)))
+    legend(ax, handles, font_pt)
 
 
 def _verdict_handle(verdict: str, font_pt: float) -> Line2D:
     color, marker, words = VERDICTS[verdict]
     face = "white" if verdict == "exploratory" else color
     return Line2D([], [], color=color, lw=0.16 * font_pt, marker=marker, ms=0.6 * font_pt, mfc=face, label=words)
+
+
+def _dots(font_pt: float) -> dict[str, Any]:
+    """Style of dots for single seeds."""
+    return {"ls": "", "marker": "o", "ms": 0.3 * font_pt, "mew": 0, "alpha": 0.6}
 
 
 def draw_laws(
@@ -93,6 +112,7 @@ def draw_laws(
     arm: str = "arm",
     cost: str = "flops_run",
     error: str = "test_bpb",
+    seeds: pd.DataFrame | None = None,
     font_pt: float = 7.0,
 ) -> None:
     """Draws mean loss against compute with intervals, and the fitted law of each family with its band.
@@ -101,6 +121,7 @@ def draw_laws(
         bands: from `explore.frontier.seed_bands`.
         curves: columns `arm`, compute, loss, low and high, of laws fitted to the same runs.
         names: the arms to draw, and their labels.
+        seeds: scores of single runs, with the columns `arm`, `cost` and `error`, drawn as dots on the right.
     """
     dress(ax, quantity(cost).axis_label, quantity(error).axis_label, font_pt)
     styles = line_styles(names)
@@ -113,27 +134,53 @@ def draw_laws(
         ax.plot(curve["compute"], curve["loss"], color=style.color, ls=style.dashes, lw=0.14 * font_pt)
         ax.vlines(rows[cost], rows["low"], rows["high"], color=style.color, lw=0.14 * font_pt)
         ax.plot(rows[cost], rows[error], **style.look(font_pt, line=False), label=name)
+        if seeds is not None:
+            dots = seeds[seeds[arm] == each]
+            ax.plot(1.05 * dots[cost], dots[error], color=style.color, **_dots(font_pt))
     handles = [Line2D([], [], **styles[each].look(font_pt), label=name) for each, name in names.items()]
     legend(ax, handles, font_pt)
 
 
 def draw_gaps(
-    ax: Axes, gaps: pd.DataFrame, x: str, sizes: Sequence[int], *, size: str = "d_model", font_pt: float = 7.0
+    ax: Axes,
+    gaps: pd.DataFrame,
+    x: str,
+    sizes: Sequence[int],
+    *,
+    size: str = "d_model",
+    arm: str | None = None,
+    names: Mapping[str, str] | None = None,
+    label: str = "Difference",
+    font_pt: float = 7.0,
 ) -> None:
     """Draws differences between two arms along their runs, one line per size; zero is the baseline.
 
     Comparing these lines over steps and over FLOPs separates an effect of the number of steps from one of size.
 
     Args:
-        gaps: columns `size`, `x` and difference.
+        gaps: columns `size`, `x` and difference, as `explore.frontier.paired_curves` gives them; its range over the
+            pairs is drawn as a band.
+        arm: column of the arms, if `gaps` has several; each then has its own lines.
+        names: the arms to draw, and their labels.
+        label: label of the vertical axis, with its unit.
     """
-    dress(ax, quantity(x).axis_label, "Difference", font_pt)
+    dress(ax, quantity(x).axis_label, label, font_pt)
+    if gaps.empty:
+        draw_message(ax, "no learning curves", font_pt)
+        return
     ax.axhline(0, color=LINE, lw=0.8, zorder=1)
-    styles = line_styles(map(str, sizes))
-    for each in sizes:
-        rows = gaps[gaps[size] == each].sort_values(x)
-        look = {**styles[str(each)].look(font_pt), "marker": ""}
-        ax.plot(rows[x], rows["difference"], **look, label=f"{quantity(size).name} {each}")
+    lines = [(each, own) for own in names or {"": ""} for each in sizes]
+    styles = line_styles(map(str, lines))
+    for each, own in lines:
+        rows = gaps[(gaps[size] == each) & (True if arm is None else gaps[arm] == own)].sort_values(x)
+        if rows.empty:
+            continue
+        look = {**styles[str((each, own))].look(font_pt), "marker": ""}
+        word = f"{quantity(size).name} {each}"
+        ax.plot(rows[x], rows["difference"], **look, label=word if names is None else f"{names[own]}, d {each}")
+        if {"low", "high"} <= set(rows.columns):
+            band = rows[[x, "low", "high"]].astype("float64")
+            ax.fill_between(band[x], band["low"], band["high"], color=look["color"], alpha=0.15, lw=0)
     if quantity(x).log and (gaps[x] > 0).any() and x != "step":
         log_axis(ax, gaps[x], 0.08)
     legend(ax, list(ax.get_lines()[1:]), font_pt)
@@ -172,20 +219,40 @@ def draw_residuals(
     legend(ax, handles, font_pt)
 
 
-def draw_floor(ax: Axes, floors: pd.DataFrame, cost: str = "flops_run", font_pt: float = 7.0) -> None:
+def draw_floor(
+    ax: Axes,
+    floors: pd.DataFrame,
+    cost: str = "flops_run",
+    font_pt: float = 7.0,
+    *,
+    across: bool = False,
+    label: str = "trigram",
+) -> None:
     """Draws the score of an n-gram model of the same tokens at each cost: a model above it has learned too little.
 
     Args:
         floors: columns `cost` and ngram_test_bpb, as `explore.frontier.arms_table` gives them. Costs without a floor
             are left out; without any floor, nothing is drawn.
+        label: words beside the score.
+        across: draw the mean score as a line across axes with the scores of arms on the x axis, as of `draw_seeds`.
     """
     if "ngram_test_bpb" not in floors or floors["ngram_test_bpb"].isna().all():
         return
+    if across:
+        floor = float(floors["ngram_test_bpb"].mean())
+        ax.axvline(floor, color="0.2", ls=":", lw=0.14 * font_pt, zorder=1, label=label)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        turned: dict[str, Any] = {"fontsize": font_pt - 0.5, "color": "0.2", "rotation": 90, "ha": "right"}
+        ax.annotate(label, (floor, 0), xytext=(-1, 2), va="bottom", **place, **turned)
+        return
     rows = floors.groupby(cost)["ngram_test_bpb"].mean().dropna()
-    ax.plot(rows.index, rows, ls="", marker="_", ms=2 * font_pt, mew=0.2 * font_pt, color="0.2", label="trigram")
-    place = (rows.index[len(rows) // 2], rows.iloc[len(rows) // 2])
+    ax.plot(rows.index, rows, ls="", marker="_", ms=2 * font_pt, mew=0.2 * font_pt, color="0.2", label=label)
+    middle = (rows.index[len(rows) // 2], rows.iloc[len(rows) // 2])
     look: dict[str, Any] = {"fontsize": font_pt - 0.5, "color": "0.2", "ha": "center"}
-    ax.annotate("trigram", place, xytext=(0, -font_pt), textcoords="offset points", **look)
+    low, high = ax.dataLim.intervaly
+    ax.update_datalim([(middle[0], min(low, middle[1] - 0.12 * (high - low)))], updatex=False)  # for the label
+    ax.autoscale_view(scalex=False)
+    ax.annotate(label, middle, xytext=(0, -font_pt), textcoords="offset points", **look)
 
 
 def draw_levels(
@@ -197,12 +264,14 @@ def draw_levels(
     *,
     series: str = "series",
     joined: bool = False,
+    seeds: pd.DataFrame | None = None,
     font_pt: float = 7.0,
 ) -> None:
     """Draws estimates with their intervals against a number, for each series in `names`.
 
     Args:
         levels: columns `series`, x, estimate, low and high.
+        seeds: scores of single runs, with the columns `series`, x and estimate, drawn as dots on the right.
         joined: whether a line joins each series; not for sizes, since nothing was measured between them.
     """
     dress(ax, x_label, y_label, font_pt)
@@ -212,6 +281,10 @@ def draw_levels(
         beside = 0.012 * (i - (len(names) - 1) / 2) * float(np.ptp(levels["x"]) or 1)  # so that none hides another
         ax.vlines(rows["x"] + beside, rows["low"], rows["high"], color=styles[each].color, lw=0.14 * font_pt)
         ax.plot(rows["x"] + beside, rows["estimate"], **styles[each].look(font_pt, line=joined))
+        if seeds is not None:
+            dots = seeds[seeds[series] == each]
+            aside = beside + 0.012 * (len(names) + 1.5) * float(np.ptp(levels["x"]) or 1)
+            ax.plot(dots["x"] + aside, dots["estimate"], color=styles[each].color, **_dots(font_pt))
     handles = [Line2D([], [], **styles[each].look(font_pt, line=joined), label=name) for each, name in names.items()]
     legend(ax, handles, font_pt)
 

@@ -1,6 +1,7 @@
 """Frontier statistics: which runs are best at their cost, and which differences exceed the noise between seeds."""
 
-from explore.frontier.arms import arms_table, pairs_table
+from explore.frontier.along import paired_curves
+from explore.frontier.arms import arms_table, pairs_table, seeds_table
 from explore.frontier.axes import add_axes, experiments_of, front_changes
 from explore.frontier.bands import seed_bands
 from explore.frontier.columns import Floats
@@ -42,6 +43,7 @@ __all__ = [
     "hypervolume_difference",
     "hypervolume_interval",
     "n_for_half_width",
+    "paired_curves",
     "pairs_table",
     "pareto_front",
     "rank_correlation",
@@ -49,6 +51,7 @@ __all__ = [
     "seed_bands",
     "seed_groups",
     "seed_means",
+    "seeds_table",
     "success_difference",
     "success_fraction",
 ]

@@ -54,6 +54,25 @@ def arms_table(table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequenc
     return found.join(means.reset_index(drop=True))
 
 
+def seeds_table(
+    table: pd.DataFrame, arm: str, baseline: Hashable, *, by: Sequence[str] = (), value: str = "test_bpb"
+) -> pd.DataFrame:
+    """One row per run: its score, and the difference from the baseline's run with the same seed.
+
+    Returns:
+        The columns `by`, `arm`, seed, `value` and difference, which is NaN if the baseline has no such run.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    check_columns(table, [*by, arm, "seed", value])
+    rows = table[[*by, arm, "seed", value]]
+    own = rows[rows[arm] == baseline].drop(columns=arm).rename(columns={value: "of_baseline"})
+    rows = rows.merge(own, on=[*by, "seed"], how="left")
+    rows["difference"] = rows[value] - rows["of_baseline"]
+    return rows.drop(columns="of_baseline").sort_values([*by, arm, "seed"], ignore_index=True)
+
+
 def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Hashable) -> pd.DataFrame:
     """Accuracy of every arm on minimal pairs and its difference from a baseline; intervals resample paradigms.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -17,10 +17,13 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
+from explore.frontier.along import last_change
 from explore.frontier.columns import check_columns, numbers
 from explore.frontier.comparisons import BETTER, WORSE, compare
+from explore.frontier.floors import FLOOR_ORDER
 from explore.frontier.intervals import resolvable
 from explore.quantities import quantity
+from explore.runs import find_runs
 from explore.table import load_documents, load_metrics, load_params, load_runs, read_table
 
 PASSED, FAILED = "passed", "failed"
@@ -245,6 +248,11 @@ class Gate:
         if floor is None:
             yield Condition(name, found, f"{side} {ANY_FLOOR}", passed=False)
             return
+        orders = numbers(own, "ngram_order") if words and "ngram_order" in own else np.empty(0)
+        if (orders < FLOOR_ORDER).any():
+            text = f"{found}, compared with a model of order {int(np.nanmin(orders))}"
+            yield Condition(name, text, f"{side} {ANY_FLOOR}", passed=False)
+            return
         yield Condition(name, found, f"{side} {floor:.3f}{words}", passed=sign * score < sign * floor)
 
     def _controls(
@@ -333,7 +341,7 @@ class Gate:
         if len(decay) and (decay >= FLAT).all():
             yield Condition("last tenth of the curve", f"inside a decay of {decay.min():.0%}", needed, passed=True)
             return
-        change = _last_change(curves, rows["run"][decay < FLAT] if "run" in rows else [])
+        change = last_change(curves, rows["run"][decay < FLAT] if "run" in rows else [], FLAT)
         text = ABSENT if change is None else f"{change[0]:+.4f} ± {change[1]:.4f}"
         yield Condition("last tenth of the curve", text, needed, change is not None and abs(change[0]) <= change[1])
 
@@ -355,14 +363,15 @@ class Gate:
 
 
 def gate_runs(*roots: str | Path) -> pd.DataFrame:
-    """The table of the runs below the roots, with the parameters of their trials as further columns.
+    """The table of the runs below the roots, with the parameters of their trials, and the order of their floors.
 
     Raises:
         ValueError: a root does not exist or holds no run.
     """
     runs, params = load_runs(*roots), load_params(*roots)
     new = [column for column in params if column == "run" or column not in runs]
-    return runs.merge(params[new], on="run", how="left")
+    orders = {run.path.resolve().name: run.evals.get("ngram", {}).get("order") for run in find_runs(*roots)}
+    return runs.merge(params[new], on="run", how="left").assign(ngram_order=runs["run"].map(orders).astype("float64"))
 
 
 def gate_report(gate: Gate, seeds: int, *roots: str | Path) -> GateReport:
@@ -380,21 +389,3 @@ def is_ungated(runs: Path) -> bool:
     """Whether the sweep with this folder of runs continued although its gate failed."""
     path = runs / GATE_FILE
     return path.is_file() and bool((read_table(path)["verdict"] == FAILED).any())
-
-
-def _last_change(curves: pd.DataFrame, runs: Sequence[Any] | pd.Series[Any]) -> tuple[float, float] | None:
-    """Mean change of the loss over the last tenth of the runs, and two standard errors; None if unknown."""
-    column = next((each for each in ("val_bpb", "val_loss") if each in curves and curves[each].notna().any()), None)
-    if column is None or "step" not in curves:
-        return None
-    changes = []
-    for run in dict.fromkeys(runs):
-        points = curves[(curves["run"] == run) & curves[column].notna()].sort_values("step")
-        before = points[points["step"] <= (1 - FLAT) * points["step"].max()] if len(points) else points
-        if before.empty:
-            return None
-        changes.append(float(points[column].iloc[-1] - before[column].iloc[-1]))
-    if len(changes) < 2:
-        return None
-    values = np.array(changes)
-    return float(values.mean()), float(2 * values.std(ddof=1) / math.sqrt(len(values)))
