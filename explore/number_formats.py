@@ -52,8 +52,16 @@ class Format(NamedTuple):
     @property
     def bits_per_element(self) -> float:
         """Bits per weight including its share of the block's scale; a single scale of a whole tensor is not counted."""
+        return self._bits_with_scale_of(self.stored_block)
+
+    @property
+    def bits_in_rows(self) -> float:
+        """The same if blocks of weights lie along one axis."""
+        return self._bits_with_scale_of(self.block)
+
+    def _bits_with_scale_of(self, n_elements: int) -> float:
         bits = ELEMENTS[self.element].bits
-        return bits + SCALE_BITS[self.scaling] / self.stored_block if self.stored_block else bits
+        return bits + SCALE_BITS[self.scaling] / n_elements if n_elements else bits
 
 
 ELEMENTS: Mapping[str, Element] = MappingProxyType(

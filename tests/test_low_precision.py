@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from explore.blocks import BLOCKS, BlockKind
+from explore.cost import DTYPES, in_formats, weight_bytes
 from explore.model import LanguageModel, ModelConfig, quantizable_parts, quantize_products
-from explore.ops import Emulation, Quantizer, experts, hadamard, quantize, rounding_generator
-from explore.precision import OperandFormat, Recipe, Until, is_before, named, products_at, products_of
+from explore.number_formats import SCALE_BITS
+from explore.ops import Emulation, Quantizer, experts, hadamard, low_precision, quantize, rounding_generator
+from explore.ops.quantize import Blocks
+from explore.precision import ELEMENTS, OperandFormat, Recipe, Until, is_before, named, products_at, products_of
 
 NVFP4 = named("nvfp4")
 PLAIN = NVFP4.model_copy(update={"stochastic": ()})
@@ -401,3 +404,40 @@ def test_components_in_wider_formats_are_rounded_as_these_formats_are() -> None:
     assert (left.hadamard, right.hadamard, left.stochastic, right.stochastic) == (16, 16, False, True)
     own = named("mxfp8").model_copy(update={"stochastic": ("dy",)})
     assert products_of(own, "mxfp8")["input_gradient"][0].stochastic
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"format": "fp8-blocks"},
+        {"base": "fp8-blocks"},
+        {"base": "fp8-blocks", "square_weights": False},
+        {"rules": [{"format": "fp8-blocks", "components": ["up"]}]},
+        {"format": "fp8-blocks", "rules": [{"format": "mxfp8", "components": ["up"]}]},
+        {"format": "mxfp4"},
+    ],
+)
+def test_the_ledger_counts_the_scales_of_the_weights_that_are_multiplied(
+    fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"d_model": 128, "vocab_size": 32, "pattern": "-", "blocks": {"-": {"d_ff": 256}}}
+    config, recipe = ModelConfig.model_validate(content), Recipe.model_validate(fields)
+    bits, real = 0.0, low_precision.quantize_blocks
+
+    def counted(x: Tensor, noise: Tensor | None, how: Blocks, amax: Tensor | None = None) -> Tensor:
+        nonlocal bits
+        if how.per_expert:  # weights, not activations
+            n_scales = x.numel() / (how.format.block**2 if how.square else how.format.block)
+            bits += x.numel() * ELEMENTS[how.format.element].bits + n_scales * SCALE_BITS[how.format.scaling]
+        return real(x, noise, how, amax)
+
+    monkeypatch.setattr(low_precision, "quantize_blocks", counted)
+    model = config.build()
+    quantize_products(model, recipe)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    ledger = in_formats(config.ledger(4), recipe)
+    lines = [row.entry for row in ledger if row.entry.is_quantized]
+    assert sum(weight_bytes(each, DTYPES) for each in lines) == bits / 8 > 0
+    plain, others = config.ledger(4).weight_bytes(), sum(2 * each.params for each in lines)
+    assert ledger.weight_bytes() == plain - others + bits / 8

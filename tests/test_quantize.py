@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from explore.ops import hadamard, quantize, rounding_generator
 from explore.ops.hadamard import hadamard_matrix
+from explore.ops.quantize import Blocks, quantize_blocks, quantize_compiled
 from explore.ops.quantize_plain import quantize_plain
 from explore.ops.rounding import power_of_two_below, rounding_noise
 from explore.precision import ELEMENTS, FORMATS
@@ -97,6 +101,32 @@ def test_the_fast_quantiser_equals_the_plain_one(name: str, stochastic: bool, sq
         rounding = "stochastic" if stochastic else "nearest"
         found = quantize(x, name, rounding=rounding, generator=rounding_generator(seed, 0, 0, "x"), **options)
         assert same(found, expected), (shape, axis, options)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-blocks", "mxfp8", "nvfp4"])
+def test_the_compiled_region_gets_whole_blocks_and_padding_changes_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = FORMATS[name]
+
+    def region(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def uncompiled(x: Tensor, noise: Tensor | None, how: Blocks, amax: Tensor | None) -> Tensor:
+            assert all(x.shape[axis] % entry.block == 0 for axis in how.axes(x.ndim))
+            return function(x, noise, how, amax)
+
+        return uncompiled
+
+    monkeypatch.setattr(sys.modules["explore.ops.quantize"], "compiled", region)
+    cases: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+        ((48, 200), {"axis": 1}), ((200, 48), {"axis": 0}), ((3, 40, 24), {"axis": 1, "per_expert": True}),
+        ((3, 40, 200), {"square": True, "per_expert": True}),
+    ]  # fmt: skip
+    for shape, fields in cases:
+        x, how = spread(0, *shape), Blocks(entry, **fields)
+        for noise in (None, rounding_noise(x, rounding_generator(0, 0, 0, "x"))):
+            found = quantize_compiled(x, noise, how)
+            assert found.shape == x.shape
+            assert torch.equal(found, quantize_blocks(x, noise, how)), (shape, fields)
 
 
 @pytest.mark.slow

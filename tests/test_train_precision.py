@@ -25,6 +25,7 @@ from explore.precision import TRAINED, Recipe, named, products_of
 from explore.quantities import read
 from explore.runs import RunFolder
 from explore.train import LitLanguageModel, cost_record, read_weights
+from explore.train.low_precision import COLUMNS, FILE, LostElements
 
 SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
 COST = ("weight_bytes", "bits_per_element", "flops_fwd_quantized", "flops_train_quantized")
@@ -301,8 +302,18 @@ def test_a_rule_keeps_the_last_layers_in_bf16(corpus: Path, tmp_path: Path) -> N
     recipe = {"base": "nvfp4", "rules": [{"format": "bf16", "last": 0.5}], "until": {"backward": 0.5}}
     run = train(experiment(corpus, recipe, train__tokens=4 * 128), tmp_path)
     assert json.loads(run.row()["precision"])["until"] == {"backward": 0.5}
+    assert tuple(run.lost) == COLUMNS
     assert set(run.lost["component"]) == {"in_proj", "out_proj", "latent_down", "latent_up", "experts", "shared"}
     by_step = run.lost.groupby("step")["operand"].agg(set)
     assert "dy weight_gradient" in by_step[2]
     assert by_step[3] == {"x forward", "w forward", "dw"}
     assert isinstance(run.load_experiment().train.precision, Recipe)
+
+
+def test_every_column_of_the_lost_elements_is_documented() -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    page = (docs / "concepts" / "precision.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("### What a run records")
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == COLUMNS
+    assert {name for name in COLUMNS if f"`{name}`" not in (LostElements.__doc__ or "")} == set()
+    assert f"`{FILE}`" in (docs / "how-to" / "read-an-old-run.md").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from explore.cli.app import app, err, out
 from explore.cli.options import Json, Paths, SplitBatch, forced
+from explore.cli.rules import Needs
 from explore.formatting import duration, flops, size
 
 What = Literal[
@@ -33,7 +34,26 @@ PROFILED_OPS = 12
 """Number of ops in the profile table of a family."""
 
 
-@app.command(rich_help_panel="Prove", epilog="Example: explore bench --shape small; explore bench --what ops")
+USED = {
+    "--shape": ("train", "profile", "decode", "ops", "curves", "trials", "regions", "neighbours", "precision"),
+    "--family": ("train", "profile", "decode", "curves", "trials", "precision"),
+    "--seconds": ("train", "profile", "neighbours", "sharing", "precision", "compress"),
+    "--path": ("train", "profile", "curves"),
+    "--split-batch": ("train", "curves"),
+    "--steps": ("curves",),
+    "--megabytes": ("text",),
+    "--new-tokens": ("decode",),
+    "--compile": ("decode",),
+    "--save": ("regions", "sharing"),
+}
+"""The values of --what with which an option has an effect."""
+
+
+@app.command(
+    rich_help_panel="Prove",
+    epilog="Example: explore bench --shape small; explore bench --what ops",
+    rules=tuple(Needs(option, " ".join(f"--what={what}" for what in used)) for option, used in USED.items()),
+)
 def bench(
     what: Annotated[
         What,
@@ -80,14 +100,6 @@ def bench(
     from explore.cost import Dtype
     from explore.roofline import measured
 
-    if save and what not in ("regions", "sharing"):
-        raise ValueError(f"--save: must come with --what regions or sharing, got --what {what}")
-    if compiled and what != "decode":
-        raise ValueError(f"--compile: must come with --what decode, got --what {what}")
-    if path and what not in ("train", "profile", "curves"):
-        raise ValueError(f"--path: must come with --what train, profile or curves, got --what {what}")
-    if split_batch and what not in ("train", "curves"):
-        raise ValueError(f"--split-batch: must come with --what train or curves, got --what {what}")
     if what == "regions":
         _regions(shape, save, as_json)
         return
@@ -281,11 +293,16 @@ def _precision(shape: str, seconds: float, family: list[str] | None, as_json: bo
 
     timed = compare_precisions(shape, seconds, family)
     records = _report(timed, lambda r: f"{r['family']}, {r['precision']}: {r['step_ratio']:.2f} times the step in bf16")
+
+    def ratio(record: dict[str, Any], name: str) -> str:
+        bound = record[f"{name}_bound"]
+        return f"{record[f'{name}_ratio']:.2f}" + ("" if bound is None else f" ({bound:g})")
+
     columns = {
         "tokens/s": lambda r: f"{r['tokens_per_s']:,.0f}",
-        "step": lambda r: f"{r['step_ratio']:.2f}",
-        "memory": lambda r: size(r["peak_bytes"]),
-        "of bf16's": lambda r: f"{r['memory_ratio']:.2f}",
+        "step (bound)": lambda r: ratio(r, "step"),
+        "memory (bound)": lambda r: ratio(r, "memory"),
+        "holds": lambda r: "" if r["step_bound"] is None else "yes" if r["holds"] else "no",
         "first step": lambda r: duration(r["first_step_s"]),
     }
     _show(records, as_json, ("family", "precision"), columns)

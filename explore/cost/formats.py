@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from explore.cost.ledger import BITS, DTYPES, MTP_LETTER, Dtypes, Ledger, Part, Row
+from explore.cost.ledger import DTYPES, MTP_LETTER, Dtypes, Ledger, Part, Row, weight_bytes
 from explore.foreign import did_you_mean
 from explore.number_formats import FORMATS, UNQUANTIZED, FormatName
 
@@ -66,11 +66,25 @@ def in_formats(ledger: Ledger, recipe: Recipe) -> Ledger:
 
 def _in_formats(part: Part, layer: int | None, ledger: Ledger, recipe: Recipe) -> Part:
     rows = [Row(layer, part, entry) for entry in part.entries]
-    entries = tuple(row.entry._replace(weight=recipe.format_of(_place(row, ledger))) for row in rows)
+    formats = [recipe.format_of(_place(row, ledger)) for row in rows]
+    entries = tuple(
+        row.entry._replace(weight=format, in_rows=_lies_in_rows(recipe, format))
+        for row, format in zip(rows, formats, strict=True)
+    )
     for row, entry in zip(rows, entries, strict=True):
         if entry.weight not in UNQUANTIZED:
             _check_widths(row._replace(entry=entry))
     return replace(part, entries=entries)
+
+
+def _lies_in_rows(recipe: Recipe, format: FormatName) -> bool:
+    """Whether weights in a format whose stored blocks are squares have blocks along one axis."""
+    from explore.precision import products_of
+
+    entry = FORMATS[format]
+    if entry.stored_block == entry.block:
+        return False
+    return not products_of(recipe.model_copy(update={"forward": True}), format)["forward"][1].square
 
 
 def _place(row: Row, ledger: Ledger) -> Place:
@@ -143,11 +157,11 @@ def storage(ledger: Ledger, dtypes: Dtypes = DTYPES) -> dict[str, float]:
     Returns:
         `bits_per_element` with the scales of blocks, and `weight_bytes`.
     """
-    params, bits = 0, 0.0
+    params, n_bytes = 0, 0.0
     for row in ledger:
         params += row.entry.params
-        bits += row.entry.params * BITS[row.entry.weight or dtypes.weight]
-    return {"bits_per_element": bits / params, "weight_bytes": bits / 8}
+        n_bytes += weight_bytes(row.entry, dtypes)
+    return {"bits_per_element": 8 * n_bytes / params, "weight_bytes": n_bytes}
 
 
 def formats_of(ledger: Ledger) -> Iterator[dict[str, Any]]:

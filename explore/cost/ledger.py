@@ -53,6 +53,7 @@ class Entry(NamedTuple):
         sums_over: widths that forward products with these weights sum over; empty unless a linear layer uses them.
         row: width of one row, if these weights are an embedding.
         weight: format of the weights, if a precision recipe sets one.
+        in_rows: blocks of the weights lie along one axis, also in a format whose stored blocks are squares.
         state_rows: widths of the rows that make up its state; blocks of a format lie along a row.
     """
 
@@ -70,12 +71,13 @@ class Entry(NamedTuple):
     sums_over: tuple[int, ...] = ()
     row: int = 0
     weight: FormatName | None = None
+    in_rows: bool = False
     state_rows: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> tuple[int, ...]:
         """The fields that can be summed."""
-        numbers: tuple[int, ...] = self[1:-4]
+        numbers: tuple[int, ...] = self[1:-5]
         return numbers
 
     @property
@@ -87,6 +89,12 @@ class Entry(NamedTuple):
     def is_quantized(self) -> bool:
         """Whether products with these weights use quantised operands."""
         return self.weight is not None and self.weight not in UNQUANTIZED and bool(self.sums_over)
+
+    def weight_bytes(self, numel: float, dtype: Stored) -> float:
+        """Bytes of `numel` of its weights, scales included; `dtype` is that of weights without a recipe."""
+        if self.weight is not None and self.in_rows:
+            return numel * FORMATS[self.weight].bits_in_rows / 8
+        return bytes_of(numel, self.weight or dtype)
 
     @property
     def flops_prefill(self) -> int:
@@ -102,7 +110,7 @@ def total_of(entries: Iterable[Entry], component: str = "") -> Entry:
 def _added_up(component: str, rows: Iterable[Iterable[int]]) -> Entry:
     """Returns an entry whose numbers are column sums."""
     columns = list(zip(*rows, strict=True))
-    return Entry._make((component, *map(sum, columns), *Entry(component)[-4:])) if columns else Entry(component)
+    return Entry._make((component, *map(sum, columns), *Entry(component)[-5:])) if columns else Entry(component)
 
 
 @dataclass(frozen=True)
@@ -353,7 +361,7 @@ def state_bytes(entry: Entry, numel: float, dtype: Stored) -> float:
 
 def weight_bytes(entry: Entry, dtypes: Dtypes) -> float:
     """Bytes of the weights of a component."""
-    return bytes_of(entry.params, entry.weight or dtypes.weight)
+    return entry.weight_bytes(entry.params, dtypes.weight)
 
 
 def params_touched(entry: Entry, batch_size: float) -> float:
@@ -377,7 +385,7 @@ def decode_bytes(entry: Entry, dtypes: Dtypes, batch_size: float = 1, n_shares: 
     """
     state = 2 * (entry.ssm_numel + entry.conv_numel)
     return (
-        bytes_of(params_touched(entry, batch_size * n_shares) / n_shares, entry.weight or dtypes.weight)
+        entry.weight_bytes(params_touched(entry, batch_size * n_shares) / n_shares, dtypes.weight)
         + batch_size * state_bytes(entry, entry.kv_numel_seq, dtypes.kv)
         + batch_size * state_bytes(entry, state, dtypes.state)
     )

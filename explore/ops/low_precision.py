@@ -205,7 +205,8 @@ class _Call(NamedTuple):
         n_experts = len(self.layout.counts)
         amax = rows.new_zeros(n_experts, dtype=torch.float32)
         expert_of = None if n_experts == 1 else self.layout.expert_of(rows.device)
-        low, high = rows.aminmax() if expert_of is None else rows.aminmax(dim=1)
+        # By rows, `aminmax` is several times slower than the two reductions.
+        low, high = rows.aminmax() if expert_of is None else (rows.amin(1), rows.amax(1))
         largest = torch.maximum(-low, high).float()
         amax = amax + largest if expert_of is None else amax.scatter_reduce(0, expert_of, largest, "amax")
         if (reduce_max := self.quantizer.emulation.reduce_max) is not None:
@@ -260,6 +261,7 @@ class _Product(torch.autograd.Function):
                 dx = grouped_product(given, w.transpose(1, 2), loads).to(rows.dtype)
             if ctx.needs_input_grad[1]:
                 if given is None or not call.has_one_gradient():
+                    given = None  # frees it before the other is made
                     given = call.rows("weight_gradient", "dy", dy)
                 dweight = grouped_outer(call.rows("weight_gradient", "x", rows), given, loads).to(weight.dtype)
         return dx, dweight, None

@@ -170,11 +170,19 @@ def quantize_compiled(
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
 ) -> Float32[Tensor, "*dims"]:
-    """Computes `quantize_blocks`, bit for bit, in one compiled region for all lengths of the first axis."""
+    """Computes `quantize_blocks`, bit for bit, in one compiled region for all lengths of the first axis.
+
+    The last block is padded before the region, in which a padded axis takes up to eight times as long.
+    """
+    shape, axes = x.shape, how.axes(x.ndim)
+    x = _pad(x, axes, how.format.block)
+    noise = None if noise is None else _pad(noise, axes, how.format.block)
     for each in (x, noise, amax):
         if each is not None and each.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(each, 0)
     y: Tensor = compiled(quantize_blocks)(x, noise, how, amax)
+    for axis in axes:
+        y = y.narrow(axis, 0, shape[axis])
     return y
 
 
@@ -297,11 +305,18 @@ def split_blocks(x: Tensor, axes: tuple[int, ...], block: int) -> tuple[Tensor, 
     Returns:
         The blocks, and the axes within a block.
     """
+    x = _pad(x, axes, block)
     for axis in reversed(axes):
-        if missing := -x.shape[axis] % block:
-            x = F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))
         x = x.unflatten(axis, (-1, block))
     return x, tuple(axis + i + 1 for i, axis in enumerate(axes))
+
+
+def _pad(x: Tensor, axes: tuple[int, ...], block: int) -> Tensor:
+    """Pads the axes with zeros to whole blocks."""
+    for axis in axes:
+        if missing := -x.shape[axis] % block:
+            x = F.pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, missing))
+    return x
 
 
 def join_blocks(x: Tensor, axes: tuple[int, ...], shape: torch.Size) -> Tensor:

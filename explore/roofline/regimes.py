@@ -90,7 +90,7 @@ class Deployment:
         """Bytes of weights on the devices that share a batch."""
         total = 0.0
         for n, entry in components(self._ledger(1)):
-            total += n * bytes_of(entry.params / self._shares(entry), entry.weight or self.dtypes.weight)
+            total += n * entry.weight_bytes(entry.params / self._shares(entry), self.dtypes.weight)
         return total
 
     def state_bytes(self, context: int) -> float:
@@ -132,7 +132,7 @@ class Deployment:
         seconds = 0.0
         for n, entry in components(self._ledger(_positive("context", context))):
             flops = batch_size * entry.flops_prefill
-            weights = bytes_of(params_touched(entry, batch_size * context), entry.weight or self.dtypes.weight)
+            weights = entry.weight_bytes(params_touched(entry, batch_size * context), self.dtypes.weight)
             written = state_bytes(entry, entry.kv_numel_seq, self.dtypes.kv) + state_bytes(
                 entry, entry.ssm_numel + entry.conv_numel, self.dtypes.state
             )

@@ -45,9 +45,10 @@ def _reduce_max(x: Tensor) -> None:
 class LostElements(Callback):
     """Writes `precision.csv`: elements that quantisation loses, by component, at some steps.
 
-    A row describes either an operand of a product, such as `dy weight_gradient`: `flushed` is the share of its nonzero
-    elements rounded to zero, `saturated` the share clipped to the largest value. Or it describes `dw`, the gradient of
-    a weight: `zero` is the share of its elements that are zero. Layers with the same letter share a row.
+    The columns `step` (optimizer steps completed), `letter` and `component` (as in the ledger) say when and where;
+    layers with the same letter share a row. `operand` is either an operand of a product, such as `dy weight_gradient`:
+    `flushed` is the share of its nonzero elements rounded to zero, `saturated` the share clipped to the largest value.
+    Or it is `dw`, the gradient of a weight: `zero` is the share of its elements that are zero.
     """
 
     def __init__(self, folder: Path, n_steps: int, standing: Standing, *, writes: bool = True) -> None:
