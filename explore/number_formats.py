@@ -59,6 +59,11 @@ class Format(NamedTuple):
         """The same if blocks of weights lie along one axis."""
         return self._bits_with_scale_of(self.block)
 
+    @property
+    def fits_bf16(self) -> bool:
+        """Whether bf16 holds every value exactly, apart from one factor that the whole tensor shares."""
+        return self.scaling != "block" and ELEMENTS[self.element].mantissa <= ELEMENTS["bf16"].mantissa
+
     def _bits_with_scale_of(self, n_elements: int) -> float:
         bits = ELEMENTS[self.element].bits
         return bits + SCALE_BITS[self.scaling] / n_elements if n_elements else bits

@@ -12,7 +12,16 @@ from explore.blocks import BLOCKS, BlockKind
 from explore.cost import DTYPES, in_formats, weight_bytes
 from explore.model import LanguageModel, ModelConfig, quantizable_parts, quantize_products
 from explore.number_formats import SCALE_BITS
-from explore.ops import Emulation, Quantizer, experts, hadamard, low_precision, quantize, rounding_generator
+from explore.ops import (
+    Emulation,
+    Quantizer,
+    experts,
+    forced_paths,
+    hadamard,
+    low_precision,
+    quantize,
+    rounding_generator,
+)
 from explore.ops.quantize import Blocks
 from explore.precision import ELEMENTS, OperandFormat, Recipe, Until, is_before, named, products_at, products_of
 
@@ -45,6 +54,45 @@ def of_tokens(x: Tensor, rotated: bool, **how: Any) -> Tensor:
     x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 16))
     x = hadamard(x, 1) if rotated else x
     return quantize(x, "nvfp4", block_axis=1, **how).flatten(0, 1)
+
+
+# The path that uses bf16 instructions
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-blocks", "mxfp8", "mxfp4", "nvfp4"])
+def test_bf16_instructions_read_exact_operands_and_give_the_same_products(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exact(product: Any) -> Any:
+        def checked(left: Tensor, right: Tensor, loads: list[int]) -> Tensor:
+            if torch.backends.mkldnn.matmul.fp32_precision == "bf16":  # type: ignore[attr-defined]
+                seen.append(all(torch.equal(each.bfloat16().float(), each) for each in (left, right)))
+            return product(left, right, loads)
+
+        return checked
+
+    for product in ("grouped_product", "grouped_outer"):
+        monkeypatch.setattr(low_precision, product, exact(getattr(low_precision, product)))
+    rows, weight, dy = tensors((96, 128), (1, 128, 256), (96, 256))
+    found: list[list[Tensor]] = []
+    for path in ("fp32", "bf16"):
+        seen: list[bool] = []
+        leaves = [each.clone().requires_grad_() for each in (rows, weight)]
+        with forced_paths(quantized_product=path):
+            y = quantizer(named(name)).product(*leaves, low_precision.Layout([[32, 64]]))
+            y.backward(dy)
+        assert seen == ([True] * 3 if path == "bf16" else [])
+        found.append([y.detach(), *(each.grad for each in leaves if each.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5 * one.abs().max().item())
+
+
+def test_bf16_instructions_are_not_used_for_operands_in_fp32() -> None:
+    formats = {"forward": (OperandFormat("nvfp4"), OperandFormat(None))}
+    for dtype, expected in ((torch.float32, False), (torch.bfloat16, True)):
+        how = Quantizer("nvfp4", formats)  # type: ignore[arg-type]
+        call = low_precision._Call(how, low_precision.Layout([[16]]), "", dtype, False, True)
+        assert call.is_narrow("forward") == expected
 
 
 # Comparison with quantisation by hand
@@ -424,12 +472,12 @@ def test_the_ledger_counts_the_scales_of_the_weights_that_are_multiplied(
     config, recipe = ModelConfig.model_validate(content), Recipe.model_validate(fields)
     bits, real = 0.0, low_precision.quantize_blocks
 
-    def counted(x: Tensor, noise: Tensor | None, how: Blocks, amax: Tensor | None = None) -> Tensor:
+    def counted(x: Tensor, noise: Tensor | None, how: Blocks, *more: Any) -> Tensor:
         nonlocal bits
         if how.per_expert:  # weights, not activations
             n_scales = x.numel() / (how.format.block**2 if how.square else how.format.block)
             bits += x.numel() * ELEMENTS[how.format.element].bits + n_scales * SCALE_BITS[how.format.scaling]
-        return real(x, noise, how, amax)
+        return real(x, noise, how, *more)
 
     monkeypatch.setattr(low_precision, "quantize_blocks", counted)
     model = config.build()

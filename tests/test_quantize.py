@@ -110,9 +110,9 @@ def test_the_compiled_region_gets_whole_blocks_and_padding_changes_nothing(
     entry = FORMATS[name]
 
     def region(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def uncompiled(x: Tensor, noise: Tensor | None, how: Blocks, amax: Tensor | None) -> Tensor:
+        def uncompiled(x: Tensor, noise: Tensor | None, how: Blocks, *more: Any) -> Tensor:
             assert all(x.shape[axis] % entry.block == 0 for axis in how.axes(x.ndim))
-            return function(x, noise, how, amax)
+            return function(x, noise, how, *more)
 
         return uncompiled
 

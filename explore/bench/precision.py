@@ -9,7 +9,7 @@ from typing import Any
 from explore.bench.families import SHAPES
 from explore.bench.training import RUN_TOKENS, chosen, in_a_process
 from explore.precision import TRAINED
-from explore.train import compiled_ops
+from explore.train import compiled_ops, product_paths
 
 STEP_RATIOS: Mapping[str, float] = MappingProxyType({"fp8": 2.0, "nvfp4": 3.0})
 """Bounds: time of a training step in each emulated precision, relative to the step in bf16."""
@@ -39,7 +39,8 @@ def compare_precisions(shape: str, seconds: float, names: list[str] | None = Non
             recipe = None if baseline is None else TRAINED[precision]
             ops = compiled_ops(model, SHAPES[shape].seq_len, RUN_TOKENS, "bf16", recipe=recipe)
             task: dict[str, Any] = {"family": name, "shape": shape, "side": "ours", "precision": precision}
-            found = in_a_process(what="train", **task, seconds=seconds, paths=dict.fromkeys(ops, "compiled"))
+            paths = dict.fromkeys(ops, "compiled") | (product_paths("cpu") if recipe else {})
+            found = in_a_process(what="train", **task, seconds=seconds, paths=paths)
             baseline = baseline or found
             step_ratio = baseline["tokens_per_s"] / found["tokens_per_s"]
             memory_ratio = found["peak_bytes"] / baseline["peak_bytes"]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,3 +34,15 @@ def grouped_outer(
     for tokens, given, into in zip(rows.split(loads), other.split(loads), result, strict=True):
         torch.mm(tokens.T, given, out=into)  # (d, load) (load, f)
     return result
+
+
+@contextmanager
+def bf16_instructions() -> Iterator[None]:
+    """Lets a CPU read fp32 operands of products as bf16, which changes no number that fits bf16. Sums stay in fp32."""
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before

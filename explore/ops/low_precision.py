@@ -2,7 +2,8 @@
 
 A linear layer has three products: y = x W, dx = dy W^T and dW = x^T dy. Each operand of each product is quantised from
 the tensor in high precision, along the axis that the product sums over, and dequantised. The product is computed in
-fp32, and its result is rounded to the dtype of the run.
+fp32, and its result is rounded to the dtype of the run. The path `bf16` computes the same product with the bf16
+instructions of a CPU: all formats fit bf16 apart from the scale of the whole tensor, which divides the result instead.
 
 Shapes: rows (r, d) of all tokens, sorted by expert and then by sequence; e experts, 1 in a linear layer. The rows of a
 sequence are padded with zeros to whole blocks, so no block along tokens crosses from one sequence to the next; in
@@ -12,6 +13,7 @@ hardware blocks do. The values and their rounding are therefore the same for any
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import lcm
@@ -23,13 +25,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.grouped import grouped_outer, grouped_product
+from explore.ops.grouped import bf16_instructions, grouped_outer, grouped_product
 from explore.ops.hadamard import hadamard
 from explore.ops.linear import linear
-from explore.ops.paths import path_of, product_dtype
-from explore.ops.quantize import Blocks, count_lost, quantize_blocks, quantize_compiled
-from explore.ops.rounding import rounding_generator, rounding_noise
+from explore.ops.paths import OpPath, declare, path_of, product_dtype
+from explore.ops.quantize import (
+    SCALED_AS_WHOLE,
+    Blocks,
+    count_lost,
+    quantize_blocks,
+    quantize_compiled,
+    tensor_scale,
+)
+from explore.ops.rounding import rounding_bits, rounding_generator, rounding_noise
 from explore.precision import FORMATS, OPERANDS, UNQUANTIZED, Operand, OperandFormat, Product, Products
+
+declare(
+    "quantized_product",
+    OpPath("fp32", default_on="any", reference=True, countable=True),
+    OpPath("bf16", countable=True),
+)
 
 
 @dataclass(eq=False)
@@ -135,38 +150,61 @@ class Quantizer:
             name: name of the weight if the module has several.
         """
         dtype = torch.float32 if self.format in UNQUANTIZED else product_dtype(rows)
-        is_compiled = path_of("quantize", rows.device.type) == "compiled"
-        call = _Call(self, layout, name, is_compiled)
+        device = rows.device.type
+        is_compiled = path_of("quantize", device) == "compiled"
+        # Not for experts: their numbers of rows vary, and oneDNN generates code for every shape.
+        is_fast = rows.is_cpu and len(weight) == 1 and path_of("quantized_product", device) == "bf16"
+        call = _Call(self, layout, name, dtype, is_compiled, is_fast)
         y: Tensor = _Product.apply(rows.to(dtype), weight, call)  # type: ignore[no-untyped-call]
         return y
 
 
+class _Operand(NamedTuple):
+    """A quantised operand of a product.
+
+    Attributes:
+        values: its values, times `scale`.
+        scale: one number for each expert; None for 1.
+    """
+
+    values: Tensor
+    scale: Tensor | None = None
+
+
 class _Call(NamedTuple):
-    """One product of a layer and the quantiser of its operands."""
+    """One product of a layer and the quantiser of its operands.
+
+    Attributes:
+        dtype: dtype of operands without a quantiser.
+        is_fast: products whose operands fit bf16 use its instructions.
+    """
 
     quantizer: Quantizer
     layout: Layout
     name: str
+    dtype: torch.dtype
     is_compiled: bool
+    is_fast: bool
 
-    def rows(self, product: Product, operand: Operand, rows: Tensor) -> Tensor:
+    def rows(self, product: Product, operand: Operand, rows: Tensor) -> _Operand:
         """Quantises activations or gradients, in blocks along tokens for the weight gradient, else along features."""
         how = self._how(product, operand)
         if how is None or how.format is None:
-            return rows if how is None else rows.float()
+            return _Operand(rows if how is None else rows.float())
         axis = 0 if product == "weight_gradient" else 1
         if how.hadamard:
             rows = hadamard(rows, axis, how.hadamard)
         blocks = _blocks(how, axis, per_expert=False)
-        amax = self._amax(rows) if blocks.format.scaling in ("tensor", "e4m3") else None
+        amax = self._amax(rows) if blocks.format.scaling in SCALED_AS_WHOLE else None  # e
         noise = self._noise_of_rows(rows, f"{operand} {product}") if how.stochastic else None
-        return self._quantized(rows, noise, blocks, amax, f"{operand} {product}")
+        by_row = None if amax is None else self._by_row(amax, rows.device)
+        return self._quantized(rows, noise, blocks, amax, by_row, product, operand)
 
-    def weight(self, product: Product, weight: Tensor) -> Tensor:
+    def weight(self, product: Product, weight: Tensor) -> _Operand:
         """Quantises weights (e, d_in, d_out) in blocks along the axis that the product sums over."""
         how = self._how(product, "w")
         if how is None or how.format is None:
-            return weight if how is None else weight.float()
+            return _Operand(weight if how is None else weight.float())
         axis = 1 if product == "forward" else 2
         if how.hadamard:
             weight = hadamard(weight, axis, how.hadamard)
@@ -175,17 +213,45 @@ class _Call(NamedTuple):
             self._generator("w" if how.has_no_axis else f"w {product}", weight.device) if how.stochastic else None
         )
         noise = None if generator is None else rounding_noise(weight, generator)
-        return self._quantized(weight, noise, _blocks(how, axis, per_expert=True), None, f"w {product}")
+        blocks = _blocks(how, axis, per_expert=True)
+        amax = weight.abs().amax((1, 2)).float() if blocks.format.scaling in SCALED_AS_WHOLE else None  # e
+        by_weight = None if amax is None else amax[:, None, None]
+        return self._quantized(weight, noise, blocks, amax, by_weight, product, "w")
+
+    def is_narrow(self, product: Product) -> bool:
+        """Whether a product of quantised operands is computed with bf16 instructions."""
+        operands = [self._how(product, operand) for operand in OPERANDS[product]]
+        return self.is_fast and all(how is not None and self._fits_bf16(how) for how in operands)
 
     def has_one_weight(self) -> bool:
         """Whether the forward product and the input gradient use the same quantised weight."""
         one, other = self._how("forward", "w"), self._how("input_gradient", "w")
-        return one is not None and one == other and one.has_no_axis
+        is_same = one is not None and one == other and one.has_no_axis
+        return is_same and self.is_narrow("forward") == self.is_narrow("input_gradient")
 
     def has_one_gradient(self) -> bool:
         """Whether both products of the backward pass use the same quantised gradient."""
         one, other = self._how("input_gradient", "dy"), self._how("weight_gradient", "dy")
-        return one is not None and one == other and one.has_no_axis and not one.stochastic
+        is_same = one is not None and one == other and one.has_no_axis and not one.stochastic
+        return is_same and self.is_narrow("input_gradient") == self.is_narrow("weight_gradient")
+
+    def multiplied(self, rows: _Operand, weight: _Operand, product: Product) -> Tensor:
+        """Multiplies rows by the weights of their expert."""
+        with bf16_instructions() if self.is_narrow(product) else nullcontext():
+            y = grouped_product(rows.values, weight.values, self.layout.loads)
+        for scale in (rows.scale, weight.scale):
+            if scale is not None:
+                y.div_(self._by_row(scale, y.device))
+        return y
+
+    def outer(self, x: _Operand, dy: _Operand) -> Tensor:
+        """The gradient of the weights of every expert."""
+        with bf16_instructions() if self.is_narrow("weight_gradient") else nullcontext():
+            dweight = grouped_outer(x.values, dy.values, self.layout.loads)
+        for scale in (x.scale, dy.scale):
+            if scale is not None:
+                dweight.div_(scale[:, None, None])
+        return dweight
 
     def _how(self, product: Product, operand: Operand) -> OperandFormat | None:
         """How an operand is quantised; None if its product is computed without a quantiser."""
@@ -193,34 +259,54 @@ class _Call(NamedTuple):
             return None
         return self.quantizer.products[product][OPERANDS[product].index(operand)]
 
-    def _quantized(self, x: Tensor, noise: Tensor | None, blocks: Blocks, amax: Tensor | None, operand: str) -> Tensor:
-        y = (quantize_compiled if self.is_compiled else quantize_blocks)(x, noise, blocks, amax)
+    def _fits_bf16(self, how: OperandFormat) -> bool:
+        return self.dtype == torch.bfloat16 if how.format is None else FORMATS[how.format].fits_bf16
+
+    def _quantized(
+        self,
+        x: Tensor,
+        noise: Tensor | None,
+        blocks: Blocks,
+        amax: Tensor | None,
+        amax_of_each: Tensor | None,
+        product: Product,
+        operand: Operand,
+    ) -> _Operand:
+        """Quantises a tensor.
+
+        Args:
+            amax: largest magnitude of each expert, in formats that scale whole tensors.
+            amax_of_each: the same, to broadcast against `x`.
+        """
+        whole = amax is None or not self.is_narrow(product)
+        y = (quantize_compiled if self.is_compiled else quantize_blocks)(x, noise, blocks, amax_of_each, whole)
         if (lost := self.quantizer.emulation.lost) is not None:
-            key, counts = (*self.quantizer.component, operand), count_lost(x, y, blocks, amax)
+            key, counts = (*self.quantizer.component, f"{operand} {product}"), count_lost(x, y, blocks, amax_of_each)
             lost[key] = lost[key] + counts if key in lost else counts
-        return y
+        return _Operand(y, None if amax is None or whole else tensor_scale(amax, blocks))
 
     def _amax(self, rows: Tensor) -> Tensor:
-        """Largest magnitude of the rows of each row's expert, over all processes: (r, 1), or (1, 1) for one expert."""
-        n_experts = len(self.layout.counts)
-        amax = rows.new_zeros(n_experts, dtype=torch.float32)
-        expert_of = None if n_experts == 1 else self.layout.expert_of(rows.device)
-        # By rows, `aminmax` is several times slower than the two reductions.
-        low, high = rows.aminmax() if expert_of is None else (rows.amin(1), rows.amax(1))
-        largest = torch.maximum(-low, high).float()
-        amax = amax + largest if expert_of is None else amax.scatter_reduce(0, expert_of, largest, "amax")
+        """Largest magnitude of the rows of each expert, over all processes."""
+        ends = [
+            torch.stack(part.aminmax()) if len(part) else part.new_zeros(2) for part in rows.split(self.layout.loads)
+        ]
+        amax = torch.stack(ends).abs().amax(1).float()
         if (reduce_max := self.quantizer.emulation.reduce_max) is not None:
             reduce_max(amax)
-        return (amax if expert_of is None else amax[expert_of])[:, None]
+        return amax
+
+    def _by_row(self, number: Tensor, device: torch.device) -> Tensor:
+        """The number of each row's expert: (r, 1), or (1, 1) for one expert."""
+        return (number if len(number) == 1 else number[self.layout.expert_of(device)])[:, None]
 
     def _noise_of_rows(self, rows: Tensor, operand: str) -> Tensor:
         """Random bits of every row, drawn sequence by sequence, so they do not depend on the device of a sequence."""
         emulation, by_sequence = self.quantizer.emulation, []
         for i, counts in enumerate(zip(*self.layout.counts, strict=True)):
             generator = self._generator(f"{operand} {emulation.first + i * emulation.stride}", rows.device)
-            drawn = rounding_noise(rows.new_empty(()).expand(sum(counts), rows.shape[1]), generator)
+            drawn = rounding_bits(sum(counts) * rows.shape[1], generator).view(-1, rows.shape[1])
             by_sequence.append(drawn.split(counts))
-        return torch.cat([part for parts in zip(*by_sequence, strict=True) for part in parts])  # by expert
+        return torch.cat([part for parts in zip(*by_sequence, strict=True) for part in parts]).float()  # by expert
 
     def _generator(self, operand: str, device: torch.device) -> torch.Generator:
         quantizer = self.quantizer
@@ -242,26 +328,27 @@ class _Product(torch.autograd.Function):
     ) -> Float[Tensor, "r d_out"]:
         with torch.autocast(rows.device.type, enabled=False):
             w = call.weight("forward", weight.to(rows.dtype))
-            y = grouped_product(call.rows("forward", "x", rows), w, call.layout.loads)
-        ctx.save_for_backward(rows, weight, w if call.has_one_weight() else None)
+            y = call.multiplied(call.rows("forward", "x", rows), w, "forward")
+        ctx.save_for_backward(rows, weight, *(w if call.has_one_weight() else (None, None)))
         ctx.call = call
         return y.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight, w = ctx.saved_tensors
-        call, loads = ctx.call, ctx.call.layout.loads
+        rows, weight, values, scale = ctx.saved_tensors
+        call = ctx.call
         dx = dweight = given = None
         with torch.autocast(rows.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                if w is None:
-                    w = call.weight("input_gradient", weight.to(rows.dtype))
+                if values is None:
+                    values, scale = call.weight("input_gradient", weight.to(rows.dtype))
                 given = call.rows("input_gradient", "dy", dy)
-                dx = grouped_product(given, w.transpose(1, 2), loads).to(rows.dtype)
+                w = _Operand(values.transpose(1, 2), scale)
+                dx = call.multiplied(given, w, "input_gradient").to(rows.dtype)
             if ctx.needs_input_grad[1]:
                 if given is None or not call.has_one_gradient():
                     given = None  # frees it before the other is made
                     given = call.rows("weight_gradient", "dy", dy)
-                dweight = grouped_outer(call.rows("weight_gradient", "x", rows), given, loads).to(weight.dtype)
+                dweight = call.outer(call.rows("weight_gradient", "x", rows), given).to(weight.dtype)
         return dx, dweight, None

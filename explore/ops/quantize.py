@@ -30,6 +30,9 @@ declare(
 Rounding = Literal["nearest", "stochastic"]
 ScaleRounding = Literal["nearest", "up"]
 
+SCALED_AS_WHOLE = ("tensor", "e4m3")
+"""Scalings with one fp32 number for the whole tensor."""
+
 FLOAT_MAX = ELEMENTS["fp32"].largest
 FOUR_OVER_SIX = 256
 """Largest block scale in NVFP4 with four over six: 1.5 times this scale is still an E4M3 number."""
@@ -146,12 +149,14 @@ def quantize_blocks(
     noise: Float32[Tensor, "*dims"] | None,
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
+    whole: bool = True,
 ) -> Float32[Tensor, "*dims"]:
     """Computes `quantize` for valid arguments. The random bits are one tensor, so it compiles as one region.
 
     Args:
         amax: largest magnitude of the tensor that each element belongs to, if `x` is part of a tensor or holds several.
             It broadcasts against `x` and is constant within a block.
+        whole: undo the scale of the tensor too; without it, the result is `tensor_scale` times the values.
     """
     x = x.float()
     if how.format.scaling == "none":
@@ -159,8 +164,25 @@ def quantize_blocks(
     axes = how.axes(x.ndim)
     blocks, scale = _scaled(x, how, amax)
     drawn = None if noise is None else split_blocks(noise, axes, how.format.block)[0]
-    y = _rounded(blocks * scale.encode, how.format.element, drawn) * scale.times / scale.over
+    y = _rounded(blocks * scale.encode, how.format.element, drawn) * scale.times
+    if whole or how.format.scaling not in SCALED_AS_WHOLE:
+        y = y / scale.over
     return join_blocks(y, axes, x.shape)
+
+
+def tensor_scale(amax: Float32[Tensor, "*ones"], how: Blocks) -> Float32[Tensor, "*ones"] | None:
+    """The scale of a whole tensor in a format that has one, which is divided by last; else None.
+
+    Args:
+        amax: largest magnitude of the tensor.
+    """
+    match how.format.scaling:
+        case "tensor":
+            return torch.as_tensor(_to_largest(amax, how.format).over)
+        case "e4m3":
+            return _tensor_scale(amax, how.four_over_six)
+        case _:
+            return None
 
 
 @torch.no_grad()
@@ -169,6 +191,7 @@ def quantize_compiled(
     noise: Float32[Tensor, "*dims"] | None,
     how: Blocks,
     amax: Float32[Tensor, "*ones"] | None = None,
+    whole: bool = True,
 ) -> Float32[Tensor, "*dims"]:
     """Computes `quantize_blocks`, bit for bit, in one compiled region for all lengths of the first axis.
 
@@ -180,7 +203,7 @@ def quantize_compiled(
     for each in (x, noise, amax):
         if each is not None and each.shape[0] > 1:
             torch._dynamo.maybe_mark_dynamic(each, 0)
-    y: Tensor = compiled(quantize_blocks)(x, noise, how, amax)
+    y: Tensor = compiled(quantize_blocks)(x, noise, how, amax, whole)
     for axis in axes:
         y = y.narrow(axis, 0, shape[axis])
     return y

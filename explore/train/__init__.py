@@ -10,6 +10,7 @@ from explore.train.fitting import BusyError, fit
 from explore.train.halves import in_halves
 from explore.train.judging import Judge
 from explore.train.loaded import LoadedRun, load
+from explore.train.low_precision import product_paths
 from explore.train.memory import keep_freed_memory
 from explore.train.merging import decay_weights, merge_weights, merge_window, score_merge
 from explore.train.models import document_scores, evaluate, score
@@ -54,6 +55,7 @@ __all__ = [
     "multiplies_bf16",
     "own_table",
     "processor",
+    "product_paths",
     "puzzle_rounds",
     "read_weights",
     "score",

@@ -28,6 +28,7 @@ from explore.train.distillation import check_teacher
 from explore.train.halves import check_halves
 from explore.train.judging import Judge, check_judged, first_reason, has_ended, read_curve
 from explore.train.loop import TrainingRun, train_run
+from explore.train.low_precision import product_paths
 from explore.train.parallel import StrategyName, check_parallel, is_writer
 from explore.train.record import describe
 from explore.train.regions import compiled_ops, missing_compiler
@@ -119,6 +120,7 @@ def fit(
         points=points,
         rungs={step: rung_path(runs, experiment, step) for step in rung_steps(experiment, rungs)},
         compiled=_compiled(experiment, folder, devices, device, goes_on=checkpoint is not None),
+        products=product_paths(device) if experiment.train.quantizes else {},
         checkpoint_every=checkpoint_every,
         keep_every=keep_every,
         recompute=recompute,

@@ -59,6 +59,7 @@ class TrainingRun:
         points: steps after which the run is validated, each with its fraction of the schedule.
         rungs: steps whose full state is kept for other runs, each with its path.
         compiled: ops to compile, each with the seconds that compiling saves and costs.
+        products: the implementation of quantised products, if the run has some.
     """
 
     experiment: Experiment
@@ -68,6 +69,7 @@ class TrainingRun:
     points: Mapping[int, float]
     rungs: Mapping[int, Path]
     compiled: Mapping[str, Mapping[str, float]]
+    products: Mapping[str, str]
     checkpoint_every: int | None
     keep_every: int | None
     recompute: bool
@@ -87,8 +89,8 @@ class TrainingRun:
 
     @property
     def paths(self) -> dict[str, str]:
-        """Implementations of the ops that are compiled."""
-        return dict.fromkeys(self.compiled, "compiled")
+        """Implementations of the ops that do not run by their default one."""
+        return {**dict.fromkeys(self.compiled, "compiled"), **self.products}
 
     @property
     def writes(self) -> bool:
