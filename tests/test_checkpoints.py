@@ -224,7 +224,7 @@ def test_a_checkpoint_with_weights_alone_cannot_be_resumed(one: Experiment, stop
     content = load_checkpoint(path, mmap=False)
     torch.save({"state_dict": content["state_dict"], "global_step": 10}, path)
     load_model(stopped)
-    with pytest.raises(ValueError, match=r"last\.ckpt: must have all that a resumed run needs, but optimizer_states is"):
+    with pytest.raises(ValueError, match=r"last\.ckpt: must have all .*, but optimizer_states is missing"):
         train(one, stopped.path.parent)
 
 

@@ -22,6 +22,7 @@ from explore.frontier.columns import check_columns, numbers
 from explore.frontier.comparisons import BETTER, WORSE, compare
 from explore.frontier.floors import FLOOR_ORDER
 from explore.frontier.intervals import resolvable
+from explore.frontier.scores import resolvable_share
 from explore.quantities import quantity
 from explore.runs import find_runs
 from explore.table import load_documents, load_metrics, load_params, load_runs, read_table
@@ -132,6 +133,7 @@ class Gate:
         value: column of the score.
         floor: score that the baseline must beat; None takes that of an n-gram model of its own tokens.
         targets: bounds on the means of single arms.
+        shares: the primary claim compares shares of seeds that succeed, and `effect` is a difference of shares.
         n_sizes: sizes over which the primary claim is averaged.
         min_steps: minimum optimizer steps.
         min_tokens: minimum training tokens per active parameter of the layers; 0 sets no condition.
@@ -151,6 +153,7 @@ class Gate:
     value: str = "test_bpb"
     floor: float | None = None
     targets: tuple[Target, ...] = ()
+    shares: bool = False
     n_sizes: int = 1
     min_steps: int = 3000
     min_tokens: float = 20.0
@@ -292,8 +295,9 @@ class Gate:
             yield Condition("resolvable difference", why or ABSENT, needed, passed=False)
             return
         sd, dof = float(by_seed["sd"].iloc[0]), float(by_seed["dof"].iloc[0])
-        least = resolvable(sd * math.sqrt(2 / seeds / self.n_sizes), dof)
-        text = f"{least:.4f} by {seeds} seeds"
+        error = sd * math.sqrt(2 / seeds / self.n_sizes)
+        least = resolvable_share(seeds) if self.shares else resolvable(error, dof)
+        text = f"{least:.1%} of {seeds} seeds" if self.shares else f"{least:.4f} by {seeds} seeds"
         if self.n_sizes > 1:
             text += f" and {self.n_sizes} sizes"
         yield Condition("resolvable difference", text, needed, passed=least <= self.effect)

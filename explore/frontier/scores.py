@@ -75,6 +75,12 @@ def success_fraction(successes: int, n: int, level: float = 0.95) -> Interval:
     return Interval(successes / n, float(ends.low), float(ends.high), level)
 
 
+def resolvable_share(n: int, level: float = 0.95) -> float:
+    """The smallest share of n runs whose difference from no success in n runs is resolved; infinity without one."""
+    shares = (k / n for k in range(1, n + 1) if success_difference(k, n, 0, n, level).low > 0)
+    return next(shares, math.inf)
+
+
 def success_difference(
     successes: int, n: int, baseline_successes: int, baseline_n: int, level: float = 0.95
 ) -> Interval:

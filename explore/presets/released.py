@@ -216,6 +216,7 @@ def _pattern(content: Mapping[str, Any], as_letters: str, as_list: str, absent: 
     if n_layers is not None and n_layers != len(main[next(iter(main))]):
         field, pattern = next(iter(main.items()))
         raise ValueError(
-            f"num_hidden_layers: must be the number of layers in {field}, the integer {len(pattern)}, got {echo(n_layers)}"
+            f"num_hidden_layers: must be the number of layers in {field}, the integer {len(pattern)}, "
+            f"got {echo(n_layers)}"
         )
     return found.get(as_letters, found[next(iter(found))])
