@@ -13,7 +13,7 @@ GAP = "..."
 
 _PASSWORDS = re.compile(
     r"""(\b[A-Za-z][\w+.-]+:/{1,3}[^\s/:@'"[]*)  # scheme and user
-        :(?:[^\s'"]+(?=@)|(?!\d+\b)(?:[^'"\n]+(?=@)|[^\s'"]+))  # to the last @; without one, anything but a port
+        :(?:[^\s'"]+(?=@)|(?!\d+\b|port\b)(?:[^'"\n]+(?=@)|[^\s'"]+))  # to the last @; without one, anything but a port
       | ([?&]\w*(?:pass|pwd|secret|token|key)\w*)=[^&\s'"]+""",
     re.VERBOSE,
 )

@@ -181,7 +181,7 @@ def test_seeds_that_cannot_resolve_the_published_effect_fail() -> None:
     shares = dataclasses.replace(GATE, shares=True, effect=1.0)
     assert failed(noisy, shares) == {}  # the noise of scores does not matter
     assert failed(noisy, shares, seeds=1) == {"resolvable difference": "inf% of 1 seeds"}
-    assert failed(noisy, dataclasses.replace(shares, effect=0.5)) == {"resolvable difference": "60.0% of 5 seeds"}
+    assert failed(noisy, dataclasses.replace(shares, effect=0.5)) == {"resolvable difference": "60% of 5 seeds"}
     assert failed(noisy, seeds=40) == {}  # as many seeds are planned beyond the pilot
     averaged = Gate(baseline="base", worse=("squeezed",), trivial=("dense",), effect=0.01, source="print", n_sizes=8)
     assert failed(noisy, averaged) == {}

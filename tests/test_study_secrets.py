@@ -69,6 +69,7 @@ def test_an_invalid_storage_url_is_refused_without_its_password() -> None:
         ("cockroachdb:/me:s3cret@h/db: no such sweep file", "cockroachdb:/me@h/db: no such sweep file"),
         ("snowflake://me:s3 cret@h/db: no", "snowflake://me@h/db: no"),
         ("postgresql://h/db?sslkey=s3cret", "postgresql://h/db?sslkey"),
+        ("named as grpc://host:port, without", "named as grpc://host:port, without"),
         ("see https://x.org/a: write to me@x.org", "see https://x.org/a: write to me@x.org"),
         (
             "grpc://host:1 and grpc://host:1/x and 'grpc://[::1]:5'",

@@ -295,9 +295,9 @@ class Gate:
             yield Condition("resolvable difference", why or ABSENT, needed, passed=False)
             return
         sd, dof = float(by_seed["sd"].iloc[0]), float(by_seed["dof"].iloc[0])
-        error = sd * math.sqrt(2 / seeds / self.n_sizes)
-        least = resolvable_share(seeds) if self.shares else resolvable(error, dof)
-        text = f"{least:.1%} of {seeds} seeds" if self.shares else f"{least:.4f} by {seeds} seeds"
+        spread = sd * math.sqrt(2 / seeds / self.n_sizes)
+        least = resolvable_share(seeds) if self.shares else resolvable(spread, dof)
+        text = f"{least:.0%} of {seeds} seeds" if self.shares else f"{least:.4f} by {seeds} seeds"
         if self.n_sizes > 1:
             text += f" and {self.n_sizes} sizes"
         yield Condition("resolvable difference", text, needed, passed=least <= self.effect)
