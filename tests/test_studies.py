@@ -14,7 +14,7 @@ from optuna.trial import FixedTrial
 
 from explore import MoEConfig, TextData
 from explore.figures import draw_comparisons, draw_floor, stacked
-from explore.frontier.gate import GateReport, gate_report
+from explore.frontier.gate import Condition, GateReport, gate_report
 from explore.study import RejectedError, Sweep, load_sweep
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -255,19 +255,21 @@ def test_placement_reads_recall_only_if_it_is_complete_and_passes_its_gate(
     with pytest.raises(ValueError, match=r"recall\.parquet: is missing; `explore sweep"):
         names["recalled"]()
     (tmp_path / "records").mkdir()
-    complete = tmp_path / "records" / "recall.parquet"
-    complete.write_bytes((SWEEPS / "records" / "partial" / "recall.parquet").read_bytes())
-    with pytest.raises(ValueError, match=r"must have 5 ended runs of every arm, not of .*'none', 'middle'"):
-        names["recalled"]()
+    (tmp_path / "records" / "recall.parquet").touch()
     arms = list(names["RECALL"]["ARMS"])
     scores = dict.fromkeys(("recall", *names["RECALL"]["BY_PAIRS"]), 0.95)
     columns = {"status": "finished", "pattern": "M", "lr": 0.1, "tuned": True, "params_active_no_embeddings": 1,
                "state_bytes": 1, "flops_fwd": 1, "step": 5, "steps_to_90": 4, "recall_over_steps": 0.5}  # fmt: skip
     runs = pd.DataFrame([{"name": arm, "seed": seed, **columns, **scores} for arm in arms for seed in range(5)])
-    monkeypatch.setitem(names, "load_runs", lambda _: runs)
-    with pytest.raises(ValueError, match=r"the gate of recall\.py fails at d_model 64: .*control none: no run at"):
+    monkeypatch.setitem(names, "load_runs", lambda _: runs[runs["name"] != "middle"])
+    with pytest.raises(ValueError, match=r"must have 5 ended runs of every arm, not of \['middle'\]"):
         names["recalled"]()
-    monkeypatch.setitem(names, "gate_report", lambda *_: GateReport("d_model 64", ()))
+    monkeypatch.setitem(names, "load_runs", lambda _: runs)
+    failed = GateReport("d_model 64", (Condition("control none", "equal", "worse", passed=False),))
+    reports = [failed, GateReport("d_model 64", ())]
+    monkeypatch.setitem(names, "gate_report", lambda *_: reports.pop(0))
+    with pytest.raises(ValueError, match=r"the gate of recall\.py fails at d_model 64: control none: equal"):
+        names["recalled"]()
     found = names["recalled"]().set_index("arm")
     assert set(found.index) == set(arms)
     assert (found["solved"] == 1).all()
