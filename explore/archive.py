@@ -62,7 +62,7 @@ def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
         mmap: whether to map the file; otherwise it is read into writable memory.
 
     Raises:
-        ValueError: the file is not a checkpoint, or lacks weights or the step.
+        ValueError: the file is not a checkpoint with weights.
     """
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -71,8 +71,6 @@ def load_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(weight, Tensor) for weight in weights.values()):
         raise ValueError(f"{path}: must be a checkpoint, with tensors in state_dict")
-    if type(step := content.get("global_step")) is not int or step < 0:
-        raise ValueError(f"{path}: must be a checkpoint, with the number of optimizer steps in global_step")
     return dict(content)
 
 

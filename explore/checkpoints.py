@@ -77,11 +77,13 @@ def standing(path: Path, key: str, folder: Path, config: ModelConfig) -> Standin
     if not path.exists():
         return Standing(0, {})
     content = load_checkpoint(path)
+    if type(step := content.get("global_step")) is not int or step < 0:
+        raise ValueError(f"{path}: must be a checkpoint, with the number of optimizer steps in global_step")
     is_own = check_owner(path, content, key, folder)
     check_weights(path, content, config)
     if missing := [name for name in RESUMED if name not in content]:
         raise ValueError(f"{path}: must have all that a resumed run needs, but {missing[0]} is missing")
-    return Standing(content["global_step"], content.get("files") if is_own else {})
+    return Standing(step, content.get("files") if is_own else {})
 
 
 def load_model(run: RunFolder | str | Path) -> LanguageModel:

@@ -337,8 +337,8 @@ def read_packed(path: str | Path) -> list[RunFolder]:
         ValueError: the file is not such a table.
     """
     path = Path(path)
-    check_regular(path)
     try:
+        check_regular(path)
         table = pd.read_parquet(path)
         names, rows = table["run"].tolist(), _packed_rows(table)
         is_whole = table.attrs.get(DIGEST) in (None, packed_digest(table))
