@@ -246,7 +246,9 @@ def test_arguments_of_megatron_are_written_and_read_again(explore: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["batch", "context", "model"])
 def test_the_largest_size_as_json(explore: Any, what: str) -> None:
-    code, out, _ = explore(*SMALL, "--largest", what, "--json")
+    at = SMALL.index("--seq-len")
+    args = [*SMALL[:at], *SMALL[at + 2 :]] if what == "context" else SMALL  # its own result is the context
+    code, out, _ = explore(*args, "--largest", what, "--json")
     plan = json.loads(out)
     assert code == 0
     assert plan["fits"]
