@@ -56,10 +56,12 @@ def test_a_record_holds_if_both_of_its_ratios_are_within_their_bounds(
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_emulated_training_is_not_far_above_its_bounds_of_time_and_memory() -> None:
-    """At d_model 192. The margin is for processors that multiply bf16 much faster than fp32, and for busy machines."""
-    records = list(compare_precisions("small", 3.0, [FAMILY]))
+def test_emulated_training_is_not_far_above_its_bounds_of_time() -> None:
+    """At d_model 192. The margin is for processors that multiply bf16 much faster than fp32, and for busy machines.
+
+    This family has the fewest regions to compile. It compiles none in bf16, so its memory would be compared with that
+    of a compiler.
+    """
+    records = list(compare_precisions("small", 3.0, ["attention + MLP"]))
     assert [each["precision"] for each in records] == ["bf16", *STEP_RATIOS]
-    for each in records[1:]:
-        assert each["step_ratio"] <= 1.5 * each["step_bound"], each
-        assert each["memory_ratio"] <= 1.25 * each["memory_bound"], each
+    assert [each for each in records[1:] if each["step_ratio"] > 1.5 * each["step_bound"]] == []

@@ -121,7 +121,7 @@ def test_only_the_loads_of_the_experts_break_the_graph(unchecked: None) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("default")
 def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
-    lm = model("M*L")
+    lm = model("*L")
     plain = logits_and_gradients(lm, lm)
     with forced_paths(experts="dense"):
         compiled = logits_and_gradients(lm, torch.compile(lm, fullgraph=True))
