@@ -21,7 +21,8 @@ What this size cannot show: parents of published systems see thousands of tokens
 number of tokens per child says nothing about the rate at which the arms approach each other.
 
 This is a script, because each experiment needs the weights of another. If it is stopped, the same call resumes it. A
-table of records has no weights, so on another machine it continues with the seeds that the table lacks.
+table of records has no weights, so on another machine it continues with what needs none: `scratch-whole` of a seed
+whose other arms are there, and the seeds that the table lacks.
 
     OMP_NUM_THREADS=1 python sweeps/parent_or_scratch.py --records sweeps/records/partial/parent_or_scratch.parquet
 """
@@ -55,7 +56,9 @@ CUTS: Mapping[str, tuple[str, ...]] = {
 """Options of `explore cut` for the arms of Minitron."""
 DISTILLED = ("puzzle", "greedy", "random", *CUTS)
 WHOLE = "scratch-whole"
-PRIMARY = ("scratch-kd", WHOLE)
+LAST_CHILD = "scratch-kd"
+"""The last arm that needs the weights of the parent."""
+PRIMARY = (LAST_CHILD, WHOLE)
 NAMES = {
     "greedy": "greedy, distilled",
     "random": "random, distilled",
@@ -131,7 +134,7 @@ def children(parent: RunFolder) -> Iterator[Experiment]:
     }
     yield from made.values()
     yield fresh(made["puzzle"], "scratch", objective={"kind": "next_token"})
-    yield fresh(made["puzzle"], "scratch-kd")
+    yield fresh(made["puzzle"], LAST_CHILD)
 
 
 def fresh(child: Experiment, name: str, **train: Any) -> Experiment:
@@ -183,19 +186,21 @@ def train(experiment: Experiment, runs: Path, rate: Mapping[str, Any]) -> RunFol
     return folder
 
 
-def one(runs: Path, seed: int, rates: Rates) -> None:
-    """Trains a parent and all its arms, unless the last of them is there."""
-    ended = [run.load_experiment() for run in walk_runs(runs) if run.status == "finished"]
-    if any((each.name, each.seed) == (WHOLE, seed) for each in ended):
+def one(runs: Path, seed: int, rates: Rates) -> Iterator[RunFolder]:
+    """Trains a parent and all its arms, unless they are there, and yields each run that was trained."""
+    ended = [(run.load_experiment(), run) for run in walk_runs(runs) if run.status == "finished"]
+    found = {experiment.name: run for experiment, run in ended if experiment.seed == seed}
+    if WHOLE in found:
         return
-    experiment = parent_experiment(seed)
-    parent = train(experiment, runs, rates.of(experiment))
-    found = {}
-    for child in children(parent):
-        found[child.name] = train(child, runs, rates.of(child))
+    if LAST_CHILD not in found:
+        experiment = parent_experiment(seed)
+        yield (parent := train(experiment, runs, rates.of(experiment)))
+        for child in children(parent):
+            yield (run := train(child, runs, rates.of(child)))
+            found[child.name] = run
     scratch, spent = found["scratch"].load_experiment(), found["puzzle"].row()["flops_with_parent"]
     whole = fresh(scratch, WHOLE, tokens=None, flops=spent)
-    train(whole, runs, rates.of(whole))
+    yield train(whole, runs, rates.of(whole))
 
 
 def add_parents_floors(runs: Path) -> None:
@@ -238,13 +243,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs") / Path(__file__).stem)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)), help="seeds of the parents")
-    parser.add_argument("--records", type=Path, help="table of records, written after every seed")
+    parser.add_argument("--records", type=Path, help="table of records, written after every run")
     given = parser.parse_args()
     given.runs.mkdir(parents=True, exist_ok=True)
     if given.records is not None and given.records.exists():
         unpack_runs(given.records, given.runs)
     for seed in given.seeds:
-        one(given.runs, seed, Rates(given.runs))
+        for _ in one(given.runs, seed, Rates(given.runs)):
+            if given.records is not None:
+                pack_runs(given.records, given.runs)
         add_parents_floors(given.runs)
         if given.records is not None:
             pack_runs(given.records, given.runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -82,6 +83,10 @@ def test_a_seed_has_every_arm_at_its_own_rate_and_is_not_trained_again(
     run(study, monkeypatch, "--runs", tmp_path / "again", "--seeds", 0, "--records", records)
     assert len(list(walk_runs(tmp_path / "again"))) == len(before)
     assert not list((tmp_path / "again").glob("*/checkpoints"))
+    (whole,) = (tmp_path / "again").glob("scratch-whole-*")
+    shutil.rmtree(whole)  # the only arm that needs no weights
+    run(study, monkeypatch, "--runs", tmp_path / "again", "--seeds", 0)
+    assert [path.parent.name for path in (tmp_path / "again").glob("*/checkpoints")] == [whole.name]
     capsys.readouterr()
     run(study, monkeypatch, "--runs", runs, "--seeds", 1)
     seeds = load_runs(runs).groupby("name")["seed"].nunique()
