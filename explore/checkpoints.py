@@ -12,7 +12,7 @@ from explore.archive import DamagedError, check_whole, load_checkpoint, weights_
 from explore.files import read_json
 from explore.precision import Recipe
 from explore.runs import RunFolder, find_run
-from explore.weights import weights_digest
+from explore.weights import check_shapes, weights_digest
 
 if TYPE_CHECKING:
     from explore.model import LanguageModel, ModelConfig
@@ -80,7 +80,8 @@ def standing(path: Path, key: str, folder: Path, config: ModelConfig) -> Standin
     if type(step := content.get("global_step")) is not int or step < 0:
         raise ValueError(f"{path}: must be a checkpoint, with the number of optimizer steps in global_step")
     is_own = check_owner(path, content, key, folder)
-    check_weights(path, content, config)
+    with torch.device("meta"):
+        check_shapes(config.build().state_dict(), weights_in(content), str(path))
     if missing := [name for name in RESUMED if name not in content]:
         raise ValueError(f"{path}: must have all that a resumed run needs, but {missing[0]} is missing")
     return Standing(step, content.get("files") if is_own else {})
@@ -105,32 +106,10 @@ def load_model(run: RunFolder | str | Path) -> LanguageModel:
         raise DamagedError(f"{error}; delete it and result.json, and train the run again") from None
     content = load_checkpoint(path)
     check_owner(path, content, folder.key, folder.path)
-    config = folder.load_experiment().model
-    check_weights(path, content, config)
-    model = config.build()
-    model.load_state_dict(weights_in(content))
+    model, weights = folder.load_experiment().model.build(), weights_in(content)
+    check_shapes(model.state_dict(), weights, str(path))
+    model.load_state_dict(weights)
     return model.eval()
-
-
-def check_weights(path: Path, content: Mapping[str, Any], config: ModelConfig) -> None:
-    """Compares names and shapes of the weights in a checkpoint with those of the run's model.
-
-    Raises:
-        ValueError: they differ.
-    """
-    with torch.device("meta"):
-        needed = {name: tuple(weight.shape) for name, weight in config.build().state_dict().items()}
-    found = {name: tuple(weight.shape) for name, weight in weights_in(content).items()}
-    if wrong := sorted(needed.items() ^ found.items()):
-        name = wrong[0][0]
-        raise ValueError(
-            f"{path}: must have the weights of the run's model: {name} must be "
-            f"{_shape(needed.get(name))}, got {_shape(found.get(name))}"
-        )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {list(shape)}"
 
 
 def check_owner(path: Path, content: Mapping[str, Any], key: str | None, folder: Path) -> bool:

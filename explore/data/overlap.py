@@ -24,7 +24,7 @@ NOTED, REFUSED = 0.25, 0.9
 """Shares of evaluation passages in the training text that give a note; code of different projects shares 1/20."""
 
 ENDING = 6
-"""One word in so many ends a passage."""
+"""A word ends a passage if the checksum of its last bytes is a multiple of this number."""
 
 LONG_WORD = 64
 """A word of more bytes ends a passage: text without blanks, such as Chinese, has one long word for each line."""
