@@ -21,7 +21,7 @@ import pandas as pd
 
 from explore import Experiment, ModelConfig, TextData, TrainConfig
 from explore.figures import RunFigure, draw_comparisons, draw_floor, draw_levels, draw_seeds, stacked
-from explore.frontier import arms_table, compare, paired_curves, seeds_table
+from explore.frontier import apart_from_diverged, arms_table, compare, paired_curves, seeds_table
 from explore.frontier.gate import Gate
 from explore.study import LearningRates
 
@@ -106,9 +106,7 @@ def tables(
     Arms of which a run diverged are only in `seeds`, without the scores of those runs, and in `diverged`.
     """
     runs = runs[runs["status"].isin(["finished", "diverged"])].assign(arm=lambda table: table["name"])
-    runs["test_bpb"] = runs["test_bpb"].where(runs["status"] == "finished")
-    diverged = runs[runs["status"] == "diverged"].groupby("arm").size().rename("n_diverged").reset_index()
-    whole = runs[~runs["arm"].isin(diverged["arm"])]
+    runs, whole, diverged = apart_from_diverged(runs, "arm", "test_bpb")
     primary = [arm for arm in PRIMARY if arm not in set(diverged["arm"])]
     differences = compare(whole, "arm", "bf16", primary=primary, documents=documents)
     baseline = whole.loc[whole["arm"] == "bf16", "test_bpb"].mean()

@@ -1,7 +1,7 @@
 """Frontier statistics: which runs are best at their cost, and which differences exceed the noise between seeds."""
 
 from explore.frontier.along import paired_curves
-from explore.frontier.arms import arms_table, pairs_table, seeds_table
+from explore.frontier.arms import apart_from_diverged, arms_table, pairs_table, seeds_table
 from explore.frontier.axes import add_axes, experiments_of, front_changes
 from explore.frontier.bands import seed_bands
 from explore.frontier.columns import Floats
@@ -27,6 +27,7 @@ __all__ = [
     "Noise",
     "PowerLaws",
     "add_axes",
+    "apart_from_diverged",
     "arms_table",
     "bartlett",
     "cluster_interval",

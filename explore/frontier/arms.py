@@ -113,3 +113,14 @@ def pairs_table(runs: pd.DataFrame, pairs: pd.DataFrame, arm: str, baseline: Has
 
 def _key(row: Mapping[Any, Any], by: Sequence[str]) -> tuple[Any, ...]:
     return tuple(row[column] for column in by)
+
+
+def apart_from_diverged(runs: pd.DataFrame, arm: str, value: str) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Separates the arms of which a run diverged, so that no comparison uses the runs that they have left.
+
+    Returns:
+        All runs, without scores of diverged ones; the runs of arms without one; and `arm` and n_diverged of the others.
+    """
+    runs = runs.assign(**{value: runs[value].where(runs["status"] != "diverged")})
+    diverged = runs[runs["status"] == "diverged"].groupby(arm).size().rename("n_diverged").reset_index()
+    return runs, runs[~runs[arm].isin(diverged[arm])], diverged
