@@ -218,7 +218,9 @@ class AttentionConfig(BlockConfig):
         return Uncounted(masked, 3 * masked)
 
     def regions(self, seq_len: int) -> Mapping[str, Region]:
-        return {"conv": Region(self.d_conv_channels, (seq_len,))} if self.d_conv else {}
+        seen = min(self.window or seq_len, seq_len)
+        conv = {"conv": Region(self.d_conv_channels, (seq_len,))} if self.d_conv else {}
+        return {"attention": Region(self.n_heads * seen, (seq_len,)), **conv}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         q, k, v = (

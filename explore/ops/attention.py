@@ -8,7 +8,8 @@ at position n - l + i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from explore.ops.compilation import or_uncompiled
 from explore.ops.paths import OpPath, declare, path_of
 
 declare(
@@ -24,6 +26,7 @@ declare(
     OpPath("blocked", default_on="cpu"),
     OpPath("sdpa", default_on="any"),
     OpPath("written_out", reference=True, countable=True),
+    OpPath("compiled", compiled=True),
     OpPath("sums", backward=False, decoding=True),
 )
 
@@ -47,12 +50,14 @@ def attention(
     path = path_of("attention", q.device.type)
     if path == "sums" and seq == 1:
         return _sums(q, k, v, window, sinks)
-    # "sums" is for one query. "blocked" writes its output block by block, which an exported graph cannot do.
-    if path == "sums" or (torch.compiler.is_exporting() and path == "blocked"):
+    # "sums" is for one query. The others write their output block by block, which an exported graph cannot do.
+    if path == "sums" or (torch.compiler.is_exporting() and path in ("blocked", "compiled")):
         path = "sdpa"
     # Torch's attention does not support sinks.
     if path == "written_out" or (sinks is not None and path == "sdpa"):
         return _written_out(q, k, v, window, sinks)
+    if path == "compiled":
+        return _kernel()(q, k, v, window, sinks)
     if path == "blocked":
         return _blocked(q, k, v, window, sinks)
     # Torch's causal mask aligns the first query with the first key, which is right only if there are as many queries as
@@ -95,6 +100,20 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor 
         # (bg) l r e -> b g l r e -> b g r l e -> b h l e
         y = y.unflatten(0, (batch, groups)).transpose(2, 3)
         return y.reshape(batch, heads, seq, -1)
+
+
+@cache
+def _kernel() -> Callable[..., Tensor]:
+    """The C++ kernel, with `_blocked` in its place where the compiler fails or the kernel cannot handle the tensors."""
+    from explore.kernels.causal_attention import causal_attention, handles
+
+    def fast(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None) -> Tensor:
+        # Under autocast, norms and rotation may leave q and k in a wider dtype than v.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        attend = causal_attention if handles(q, k, v) else _blocked
+        return attend(q, k, v, window, sinks)
+
+    return or_uncompiled(fast, _blocked)
 
 
 class _Blocked(torch.autograd.Function):

@@ -58,11 +58,18 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
     torch._dynamo.config.recompile_limit = max(MAX_SHAPES, torch._dynamo.config.recompile_limit)
     # Compile the backward pass together with the forward pass, so that a failure occurs there.
     functorch.force_non_lazy_backward_lowering = True
-    fast = torch.compile(function, dynamic=False)
+    return or_uncompiled(torch.compile(function, dynamic=False), function)
+
+
+def or_uncompiled(fast: Callable[P, T], function: Callable[P, T]) -> Callable[P, T]:
+    """Returns `fast`, which calls the compiler, with `function` in its place where the compiler fails (see `compiled`).
+
+    `function` also runs as part of a larger compiled function, because torch can read its code.
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():  # part of a larger compiled function
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         if not (_falling_back.get() and _failures):
             try:
