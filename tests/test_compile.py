@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from explore.model import LanguageModel, ModelConfig, generate
-from explore.ops import compiled_step, experts, forced_paths, hadamard, quantize, rounding_generator
+from explore.ops import compiled_step, experts, forced_paths, hadamard, paths_that, quantize, rounding_generator
 from explore.ops.quantize import Blocks, quantize_blocks, quantize_compiled
 from explore.ops.rounding import rounding_noise
 from explore.precision import FORMATS
@@ -135,7 +135,7 @@ def test_inductor_gives_the_same_logits_and_gradients(unchecked: None) -> None:
 def test_compiled_ops_give_the_same_logits_and_gradients(unchecked: None) -> None:
     lm = model("MG*-")
     plain = logits_and_gradients(lm, lm)
-    with forced_paths(ssd="compiled", norm="compiled", conv="compiled"):
+    with forced_paths(**paths_that(lambda path: path.compiled)):
         found = logits_and_gradients(lm, lm)
     for ours, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from explore.kernels.causal_attention import bench, causal_attention, handles
+from explore.kernels.causal_attention import causal_attention, handles
 from explore.ops import attention, forced_paths
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -96,17 +96,3 @@ def test_other_dtypes_are_refused_by_the_kernel_and_computed_by_the_op(dtypes: l
         causal_attention(q, k, v)
     with forced_paths(attention="compiled"):
         assert attention(q, k, v).dtype == v.dtype
-
-
-def test_the_bench_prints_a_line_for_each_way(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bench, "SHAPES", ((1, 64, 2, 1, 8),))
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    n_threads = torch.get_num_threads()
-    try:
-        assert bench.main(["--threads", "1"]) == 0
-    finally:
-        torch.set_num_threads(n_threads)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[6] for line in lines[2:4]] == ["kernel", "torch"]

@@ -14,7 +14,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = sorted(path for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__")
+SHARED = "cpp"
+"""The folder that C++ kernels share."""
+KERNELS = sorted(
+    path for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name not in ("__pycache__", SHARED)
+)
 SOURCES = sorted(
     path
     for folder in ("explore", "kernels", "sweeps", "tests")
@@ -52,8 +56,8 @@ def test_a_kernel_folder_has_its_derivation_and_its_bench(kernel: Path) -> None:
 
 
 def imports_outside_own_folder(kernel: Path) -> set[str]:
-    """The modules of explore that a kernel folder imports, except its own; relative imports are resolved."""
-    own = f"explore.kernels.{kernel.name}"
+    """Modules of explore that a kernel imports, besides its own and the shared ones; relative imports are resolved."""
+    own, shared = f"explore.kernels.{kernel.name}", f"explore.kernels.{SHARED}"
     found = set()
     for source in kernel.rglob("*.py"):
         package = [*own.split("."), *source.relative_to(kernel).parent.parts]
@@ -64,11 +68,12 @@ def imports_outside_own_folder(kernel: Path) -> set[str]:
                 base = package[: len(package) - node.level + 1] if node.level else []
                 stem = ".".join([*base, *([node.module] if node.module else [])])
                 found.update(f"{stem}.{alias.name}" for alias in node.names)
-    return {name for name in found if name.split(".")[0] == "explore" and not f"{name}.".startswith(f"{own}.")}
+    others = {name for name in found if not f"{name}.".startswith((f"{own}.", f"{shared}."))}
+    return {name for name in others if name.split(".")[0] == "explore"}
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda path: path.name)
-def test_a_kernel_imports_only_its_own_folder_of_explore(kernel: Path) -> None:
+def test_a_kernel_imports_only_its_own_and_the_shared_folder_of_explore(kernel: Path) -> None:
     assert imports_outside_own_folder(kernel) == set()
 
 

@@ -53,7 +53,7 @@ def op_calls(d_model: int, n_tokens: int, seq_len: int, dtype: torch.dtype) -> d
         "divergence": lambda: linear_kl(tokens, weight, tokens.detach(), weight.detach(), targets).kl,
         "linear": lambda: linear(tokens, weight),
         "loss": lambda: linear_cross_entropy(tokens, weight, targets),
-        "norm, plain": lambda: rms_norm(tokens, scale, 1e-5),
+        "norm": lambda: rms_norm(tokens, scale, 1e-5),
     }
     blocks = [block for model in families(d_model).values() for block in model.layers]
     others = [config.default(d_model) for config in KINDS.values() if config not in map(type, blocks)]

@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 from explore.bench.compress import distillation_peak, time_distillation, time_library, time_program, time_scores
 from explore.bench.families import SHAPES, VOCAB_SIZE, families, size_of
-from explore.bench.ops import timed
+from explore.bench.ops import op_calls, timed
 from explore.bench.profile import OPTIMIZER, profiled
 from explore.bench.training import RUN_TOKENS
 from explore.data import TextData
@@ -172,10 +172,11 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
     """Nanoseconds per element of an op, and seconds of its compilation with an empty cache."""
     size = SHAPES[shape]
     blocks = (block for model in families(size.d_model).values() for block in model.layers)
-    block = next(block for block in blocks if op in block.regions(size.seq_len))
+    per_block = [{"norm": size.d_model, **block.regions(size.seq_len)} for block in blocks]
+    n_elements = next(found[op] for found in per_block if op in found)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
-    call = block.op_calls(size.d_model, size.batch_size, size.seq_len, dtype)[op]
+    call = op_calls(size.d_model, size.batch_tokens, size.seq_len, dtype)[op]
     with forced_paths(**{op: "compiled"}):
         first = timed(call, precision == "bf16")
     times: dict[str, list[float]] = {path_of(op): [], "compiled": []}
@@ -184,7 +185,7 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
             with forced_paths(**{op: path}):
                 found.append(timed(call, precision == "bf16"))
     default, compiled = (sorted(found)[REPEATS // 2] for found in times.values())
-    n_elements = block.regions(size.seq_len)[op].n_elements * size.batch_tokens
+    n_elements *= size.batch_tokens
     return {
         "op": op,
         "precision": precision,

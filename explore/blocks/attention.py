@@ -23,7 +23,6 @@ from explore.blocks.declarations import (
     Layout,
     Powers,
     Probe,
-    Region,
     Role,
     Stops,
     Uncounted,
@@ -217,10 +216,10 @@ class AttentionConfig(BlockConfig):
         masked = 2 * 2 * self.n_heads * self.d_head * (seq_len**2 - attended_keys(seq_len, self.window))
         return Uncounted(masked, 3 * masked)
 
-    def regions(self, seq_len: int) -> Mapping[str, Region]:
+    def regions(self, seq_len: int) -> Mapping[str, int]:
         seen = min(self.window or seq_len, seq_len)
-        conv = {"conv": Region(self.d_conv_channels, (seq_len,))} if self.d_conv else {}
-        return {"attention": Region(self.n_heads * seen, (seq_len,)), **conv}
+        conv = {"conv": self.d_conv_channels} if self.d_conv else {}
+        return {"attention": self.n_heads * seen, **conv}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         q, k, v = (

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from explore.blocks.declarations import Axis, Draw, FusedNorm, Group, Layout, Region, Role, Stops, Uncounted
+from explore.blocks.declarations import Axis, Draw, FusedNorm, Group, Layout, Role, Stops, Uncounted
 from explore.blocks.saved import Ranks
 from explore.blocks.state import State
 from explore.config import Config
@@ -212,8 +212,8 @@ class BlockConfig(Config, ABC):
         """Returns the changes that make a set of field values consistent."""
         return {}
 
-    def regions(self, seq_len: int) -> Mapping[str, Region]:
-        """Ops worth compiling, by their name in `explore.ops.paths`."""
+    def regions(self, seq_len: int) -> Mapping[str, int]:
+        """Elements per token of ops worth compiling, by their name in `explore.ops.paths`; time is proportional."""
         return {}
 
     def axes(self) -> tuple[Axis, ...]:

@@ -61,18 +61,6 @@ class Uncounted(NamedTuple):
     training: int = 0
 
 
-class Region(NamedTuple):
-    """Calls of an op that can be compiled.
-
-    Attributes:
-        n_elements: elements per token; the op's time is proportional to it.
-        lengths: sequence length of each call on one sequence; each length is compiled separately.
-    """
-
-    n_elements: int
-    lengths: tuple[int, ...]
-
-
 def ladder(low: int, high: int, step: int, per_octave: int) -> Iterator[int]:
     """Yields multiples of `step` from `low` to `high`, at most `per_octave` per doubling."""
     value = low

@@ -24,7 +24,6 @@ from explore.blocks.declarations import (
     Layout,
     Powers,
     Probe,
-    Region,
     Role,
     Stops,
     Uncounted,
@@ -224,8 +223,8 @@ class GatedDeltaNetConfig(BlockConfig):
         """FLOPs that gradients of triangular solves spend outside the triangles."""
         return Uncounted(0, backward_extra_flops(seq_len, self.n_heads, self.d_k, self.d_v, self.chunk_size))
 
-    def regions(self, seq_len: int) -> Mapping[str, Region]:
-        return {"conv": Region(self.d_conv_channels, (seq_len,))}
+    def regions(self, seq_len: int) -> Mapping[str, int]:
+        return {"conv": self.d_conv_channels}
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         def inputs(*shape: int) -> Tensor:
@@ -306,7 +305,7 @@ class GatedDeltaNet(Mixer[RecurrentState]):
         c = self.config
         qkv, z, b, a = self.in_proj(x).split((c.d_conv_channels, c.d_values, c.n_heads, c.n_heads), dim=-1)
         before = None if state is None else state.update_conv(qkv)
-        qkv = F.silu(causal_conv1d(qkv, self.conv1d.weight, None, before))
+        qkv = causal_conv1d(qkv, self.conv1d.weight, None, before, silu=True)
         q, k, v = qkv.split((c.d_keys, c.d_keys, c.d_values), dim=-1)
         y, recurrent = delta_rule(
             l2_norm(q.unflatten(-1, (c.n_key_heads, c.d_k)), QK_EPS, c.d_k**-0.5),

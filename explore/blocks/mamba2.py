@@ -25,7 +25,6 @@ from explore.blocks.declarations import (
     Layout,
     Powers,
     Probe,
-    Region,
     Role,
     Stops,
     head_width,
@@ -204,13 +203,11 @@ class Mamba2Config(BlockConfig):
         flops = {"conv1d": 0, "in_proj": 2 * d_model * d_in * seq_len, "out_proj": 2 * d_inner * d_model * seq_len}
         return {"megatron": flops | dict.fromkeys(SCAN, 0) | {SCAN[0]: 7 * d_inner * self.d_state * seq_len}}
 
-    def regions(self, seq_len: int) -> Mapping[str, Region]:
-        rest = seq_len % self.chunk_size
-        lengths = tuple(filter(None, (seq_len - rest, rest)))  # of the scan: full chunks and the remainder
+    def regions(self, seq_len: int) -> Mapping[str, int]:
         return {
-            "conv": Region(self.d_conv_channels, (seq_len,)),
-            "norm": Region(self.d_inner, (seq_len,)),
-            "ssd": Region(self.n_heads * self.chunk_size, lengths),
+            "conv": self.d_conv_channels,
+            "gated_norm": self.d_inner,
+            "ssd": self.n_heads * self.chunk_size,
         }
 
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
@@ -224,8 +221,8 @@ class Mamba2Config(BlockConfig):
         dt = torch.rand(batch_size, seq_len, h).mul_(0.1).requires_grad_()
         A, D = -torch.rand(h).add_(1), leaf(h, dtype=torch.float32)
         return {
-            "conv": lambda: causal_conv1d(x, filters, bias),
-            "norm": lambda: gated_group_rms_norm(y, z, scale, g, self.norm_eps),
+            "conv": lambda: causal_conv1d(x, filters, bias, silu=True),
+            "gated_norm": lambda: gated_group_rms_norm(y, z, scale, g, self.norm_eps),
             "ssd": lambda: ssd(X, dt, A, B, C, D, self.chunk_size)[0],
         }
 
@@ -303,7 +300,7 @@ class Mamba2(Mixer[RecurrentState]):
         z, xBC, dt = self.in_proj(x).split((c.d_inner, c.d_conv_channels, c.n_heads), dim=-1)
         assert self.conv1d.bias is not None
         before = None if state is None else state.update_conv(xBC)
-        xBC = F.silu(causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, before))
+        xBC = causal_conv1d(xBC, self.conv1d.weight, self.conv1d.bias, before, silu=True)
         d_BC = c.n_groups * c.d_state
         X, B, C = xBC.split((c.d_inner, d_BC, d_BC), dim=-1)
         y, ssm = ssd(

@@ -23,7 +23,6 @@ from explore.blocks.declarations import (
     Layout,
     Powers,
     Probe,
-    Region,
     Role,
     Stops,
     Uncounted,
@@ -178,8 +177,8 @@ class MLAConfig(BlockConfig):
         """FLOPs per query-key pair: score and weighted value, all heads."""
         return 2 * self.n_heads * (self.d_nope + self.d_rope + self.d_v)
 
-    def regions(self, seq_len: int) -> Mapping[str, Region]:
-        return {"attention": Region(self.n_heads * seq_len, (seq_len,))}
+    def regions(self, seq_len: int) -> Mapping[str, int]:
+        return {"attention": self.n_heads * seq_len}
 
     def axes(self) -> tuple[Axis, ...]:
         q_rank = () if self.q_rank is None else (Axis("q_rank", self.q_rank, probe=Probe("q_norm", "output")),)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import reduce
+from collections.abc import Callable, Iterator
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.compilation import compiled
+from explore.ops.compilation import or_uncompiled
 from explore.ops.paths import OpPath, declare, path_of
 
 declare(
@@ -28,6 +28,8 @@ def causal_conv1d(
     weight: Float[Tensor, "channels 1 d_conv"],
     bias: Float[Tensor, " channels"] | None,
     before: Float[Tensor, "batch past channels"] | None = None,
+    *,
+    silu: bool = False,
 ) -> Float[Tensor, "batch seq channels"]:
     """Convolves each channel with its own filter over the current position and the `d_conv` - 1 positions before it.
 
@@ -35,18 +37,36 @@ def causal_conv1d(
 
     Args:
         before: inputs at the `d_conv` - 1 positions before the first; zero if absent.
+        silu: whether the result goes through SiLU.
     """
+    if before is None and path_of("conv", x.device.type) == "compiled":
+        return _kernel()(x, weight, bias, silu)
     padded = F.pad(x, (0, 0, weight.shape[2] - 1, 0)) if before is None else torch.cat((before.to(x.dtype), x), dim=1)
-    if path_of("conv", x.device.type) == "conv1d":
-        return F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
-    shift = compiled(_shifted) if path_of("conv", x.device.type) == "compiled" else _shifted
-    taps = weight[:, 0].T.to(padded.dtype).contiguous()  # outside compiled code, where each loop would transpose them
-    return shift(padded, taps, taps.new_zeros(taps.shape[1]) if bias is None else bias.to(padded.dtype))
+    return _convolved(padded, weight, bias, silu)
 
 
-def _shifted(padded: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    y: Tensor = _Shifted.apply(padded, taps, bias)  # type: ignore[no-untyped-call]
-    return y
+def _convolved(padded: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    if path_of("conv", padded.device.type) == "conv1d":
+        y = F.conv1d(padded.transpose(1, 2), weight, bias, groups=weight.shape[0]).transpose(1, 2)
+    else:
+        taps = weight[:, 0].T.to(padded.dtype)
+        offset = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(padded.dtype)
+        y = _Shifted.apply(padded, taps, offset)  # type: ignore[no-untyped-call]
+    return F.silu(y) if silu else y
+
+
+@cache
+def _kernel() -> Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]:
+    """The C++ kernel, with shifted products in its place where the compiler fails or the kernel cannot handle x."""
+    from explore.kernels.causal_conv import causal_conv, handles
+
+    def shifted(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        return _convolved(F.pad(x, (0, 0, weight.shape[2] - 1, 0)), weight, bias, silu)
+
+    def fast(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        return (causal_conv if handles(x, weight) else shifted)(x, weight, bias, silu)
+
+    return or_uncompiled(fast, shifted)
 
 
 class _Shifted(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,15 +12,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from explore.ops.compilation import compiled
+from explore.ops.compilation import or_uncompiled
 from explore.ops.paths import OpPath, declare, path_of
 
-declare(
-    "norm",
+NORMS = (
     OpPath("by_hand", default_on="any"),
     OpPath("eager", reference=True, countable=True),
     OpPath("compiled", compiled=True),
 )
+declare("norm", *NORMS)
+declare("gated_norm", *NORMS)
 
 
 def rms_norm(
@@ -28,12 +31,27 @@ def rms_norm(
 
     Source: arXiv 1910.07467.
     """
-    read = x.to(weight.dtype)  # under autocast the two differ
-    if torch.is_grad_enabled() and x.is_cpu and path_of("norm", "cpu") != "eager":  # "compiled" is for the gated norm
-        y: Tensor = _RMSNorm.apply(read, weight, eps)  # type: ignore[no-untyped-call]
-    else:
-        y = F.rms_norm(read, weight.shape, weight, eps)
+    path = path_of("norm", x.device.type)
+    if not (torch.is_grad_enabled() and x.is_cpu) or path == "eager":
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
+    return _norm_kernel()(x, weight, eps) if path == "compiled" else _by_hand(x, weight, eps)
+
+
+def _by_hand(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = _RMSNorm.apply(x.to(weight.dtype), weight, eps)  # type: ignore[no-untyped-call]
     return y.to(x.dtype)
+
+
+@cache
+def _norm_kernel() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """The C++ kernel, with `_by_hand` in its place where the compiler fails or the kernel cannot handle x."""
+    from explore.kernels.rms_norm import handles
+    from explore.kernels.rms_norm import rms_norm as kernel
+
+    def fast(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return (kernel if handles(x) else _by_hand)(x, weight, eps)
+
+    return or_uncompiled(fast, _by_hand)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -88,10 +106,27 @@ def gated_group_rms_norm(
     eps: float,
 ) -> Float[Tensor, "batch seq d_inner"]:
     """Gates `x` with SiLU(`z`) first, then normalises within each of `n_groups` groups of channels."""
-    path = path_of("norm", x.device.type)
-    if path == "eager":
-        return _gated_norm(x, z, weight, n_groups, eps)
-    y: Tensor = _GatedNorm.apply(x, z, weight, n_groups, eps, path == "compiled")  # type: ignore[no-untyped-call]
+    path = path_of("gated_norm", x.device.type)
+    norm = _gated_norm if path == "eager" else _gated_kernel() if path == "compiled" else _gated_by_hand
+    return norm(x, z, weight, n_groups, eps)
+
+
+@cache
+def _gated_kernel() -> Callable[[Tensor, Tensor, Tensor, int, float], Tensor]:
+    """The C++ kernel, with `_gated_by_hand` where the compiler fails or the kernel cannot handle x and z."""
+    from explore.kernels.rms_norm import handles
+    from explore.kernels.rms_norm import rms_norm as kernel
+
+    def fast(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+        if not handles(x, z):
+            return _gated_by_hand(x, z, weight, n_groups, eps)
+        return kernel(x, weight, eps, z, n_groups)
+
+    return or_uncompiled(fast, _gated_by_hand)
+
+
+def _gated_by_hand(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+    y: Tensor = _GatedNorm.apply(x, z, weight, n_groups, eps)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -109,38 +144,25 @@ class _GatedNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float, is_compiled: bool) -> Tensor:
-        y, r = (compiled(_gated_forward) if is_compiled else _gated_forward)(x, z, weight, n_groups, eps)
+    def forward(ctx: Any, x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> Tensor:
+        u = _groups(x.float() * F.silu(z.float()), n_groups)
+        r = _scale(u, eps)
         ctx.save_for_backward(x, z, weight, r)
-        ctx.is_compiled = is_compiled
-        return y
+        return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, r = ctx.saved_tensors
-        dx, dz, dweight = (compiled(_gated_backward) if ctx.is_compiled else _gated_backward)(dy, x, z, weight, r)
-        # Summed here, because a compiled sum over rows reads them once for every few channels.
-        return dx, dz, dweight.sum(tuple(range(dy.ndim - 1))).to(weight.dtype), None, None, None
-
-
-def _gated_forward(x: Tensor, z: Tensor, weight: Tensor, n_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns the output and r."""
-    u = _groups(x.float() * F.silu(z.float()), n_groups)
-    r = _scale(u, eps)
-    return u.mul_(r).flatten(-2).mul_(weight).to(x.dtype), r
-
-
-def _gated_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x and z, and the gradient of the weight at each position."""
-    n_groups, dy, exact = r.shape[-2], dy.float(), z.float()
-    sigmoid = exact.sigmoid()
-    gate = exact * sigmoid
-    u, du = _groups(x.float() * gate, n_groups), _groups(dy * weight, n_groups)
-    shrunk = (u * du).sum(-1, keepdim=True) / u.shape[-1] * r**3
-    du = du.mul_(r).addcmul_(u, shrunk, value=-1).flatten(-2)
-    dz = (1 - sigmoid).mul_(gate).add_(sigmoid).mul_(du).mul_(x)
-    return du.mul_(gate).to(x.dtype), dz.to(z.dtype), u.mul_(r).flatten(-2).mul_(dy)
+        n_groups, dy, exact = r.shape[-2], dy.float(), z.float()
+        sigmoid = exact.sigmoid()
+        gate = exact * sigmoid
+        u, du = _groups(x.float() * gate, n_groups), _groups(dy * weight, n_groups)
+        shrunk = (u * du).sum(-1, keepdim=True) / u.shape[-1] * r**3
+        du = du.mul_(r).addcmul_(u, shrunk, value=-1).flatten(-2)
+        dz = (1 - sigmoid).mul_(gate).add_(sigmoid).mul_(du).mul_(x)
+        dweight = u.mul_(r).flatten(-2).mul_(dy).sum(tuple(range(dy.ndim - 1)))
+        return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,8 @@ c number of chunks, q positions per chunk. Head i r + j is head j of group i, so
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from explore.ops.compilation import compiled
+from explore.ops.compilation import or_uncompiled
 from explore.ops.mamba_ssm import ssd_mamba_ssm
 from explore.ops.paths import OpPath, declare, path_of
 
@@ -65,6 +67,8 @@ def ssd(
         from explore.kernels.ssd_scan import ssd_scan
 
         return ssd_scan(X, dt, A, B.to(X.dtype), C.to(X.dtype), D, chunk_size, state)
+    if path_of("ssd", X.device.type) == "compiled":
+        return _kernel()(X, dt, A, B, C, D, chunk_size, state)
     return ssd_chunked(X, dt, A, B, C, D, chunk_size, state)
 
 
@@ -108,16 +112,28 @@ def ssd_chunked(
     Source: arXiv 2405.21060, section 6 and listing 1. Here the recurrence between chunks is a loop, and B and C are
     shared within a group instead of repeated for every head.
     """
-    chunks = compiled(_ssd_chunks) if path_of("ssd", X.device.type) == "compiled" else _ssd_chunks
     seq = X.shape[1]
     whole = seq - seq % chunk_size
     if whole == 0:
-        return chunks(X, dt, A, B, C, D, seq, state)
+        return _ssd_chunks(X, dt, A, B, C, D, seq, state)
     if whole == seq:
-        return chunks(X, dt, A, B, C, D, chunk_size, state)
-    head, state = chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
-    tail, state = chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
+        return _ssd_chunks(X, dt, A, B, C, D, chunk_size, state)
+    head, state = _ssd_chunks(X[:, :whole], dt[:, :whole], A, B[:, :whole], C[:, :whole], D, chunk_size, state)
+    tail, state = _ssd_chunks(X[:, whole:], dt[:, whole:], A, B[:, whole:], C[:, whole:], D, seq - whole, state)
     return torch.cat((head, tail), dim=1), state
+
+
+@cache
+def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
+    """The C++ kernel, with `ssd_chunked` where the compiler fails or the kernel cannot handle the tensors."""
+    from explore.kernels.ssd_chunks import handles, ssd_chunks
+
+    def fast(
+        X: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_size: int, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return (ssd_chunks if handles(X, B, C) else ssd_chunked)(X, dt, A, B, C, D, chunk_size, state)
+
+    return or_uncompiled(fast, ssd_chunked)
 
 
 def _ssd_step(

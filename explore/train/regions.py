@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from explore.blocks import BlockConfig
 from explore.cost import in_formats
 from explore.data.cache import cache_folder
 from explore.model import ModelConfig
@@ -84,20 +83,16 @@ def _gains(
     model: ModelConfig, seq_len: int, n_tokens: int, precision: str, device: str, recipe: Recipe | None
 ) -> dict[str, dict[str, float]]:
     """The ops that would be worth compiling if there is a compiler."""
-    layers = list(_layers(model, seq_len))
-    has_regions = recipe is not None or any(block.regions(length) for block, length in layers)
-    if device != "cpu" or not has_regions:
+    if device != "cpu":
         return {}
+    calls = list(_calls(model, seq_len))
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
     found: dict[str, tuple[float, float]] = {}
     for op in COMPILED:
-        calls = [(block, length, block.regions(length)[op]) for block, length in layers if op in block.regions(length)]
-        if is_forced(op) or not calls:
-            continue
-        n_elements = sum(region.n_elements * length / seq_len for _, length, region in calls) * n_tokens
-        shapes = {(block, part) for block, _, region in calls for part in region.lengths}
-        found[op] = _saved(_row(table, op, precision), n_elements, len(shapes))
+        n_elements = n_tokens * sum(n for name, n in calls if name == op)
+        if n_elements and not is_forced(op):
+            found[op] = _saved(_row(table, op, precision), n_elements)
     if recipe is not None and not is_forced(QUANTIZE):
         found[QUANTIZE] = _quantizer(table, model, recipe, n_tokens)
     return {
@@ -107,7 +102,7 @@ def _gains(
     }
 
 
-def _saved(row: pd.Series[float], n_elements: float, n_shapes: int) -> tuple[float, float]:
+def _saved(row: pd.Series[float], n_elements: float, n_shapes: int = 1) -> tuple[float, float]:
     """Seconds that compiling an op saves and costs a run."""
     spared = 1e-9 * float(row["default_ns"] - row["compiled_ns"]) * float(row["threads"]) / torch.get_num_threads()
     return spared * n_elements, float(row["compile_s"]) * n_shapes
@@ -132,14 +127,16 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
     return _saved(_row(table, QUANTIZE, last), n_elements * n_tokens, len(shapes))
 
 
-def _layers(model: ModelConfig, seq_len: int) -> Iterator[tuple[BlockConfig, int]]:
-    """The layers, including multi-token prediction, and the number of positions that each reads."""
+def _calls(model: ModelConfig, seq_len: int) -> Iterator[tuple[str, float]]:
+    """The ops of each layer, including multi-token prediction, with their elements per token of the sequence."""
     depths = [(model.layers, seq_len)]
     if model.mtp is not None:
         blocks = tuple(model.blocks[letter] for letter in model.mtp.pattern)
         depths += [(blocks, seq_len - k) for k in range(1, model.mtp.n_depths + 1)]
     for blocks, length in depths:
-        yield from ((block, length) for block in blocks)
+        for block in blocks:
+            for op, n_elements in {"norm": model.d_model, **block.regions(length)}.items():
+                yield op, n_elements * length / seq_len
 
 
 def _read(path: Path) -> pd.DataFrame:

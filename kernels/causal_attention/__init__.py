@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 
@@ -43,22 +43,14 @@ def causal_attention(
             "q, k and v must be on a CPU, all fp32 or (with AVX-512) bf16 with an even number of channels; got "
             + ", ".join(f"{x.dtype} {tuple(x.shape)} on {x.device}" for x in (q, k, v))
         )
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = dense(q), dense(k), dense(v)
     y: Tensor = _Attention.apply(q, k, v, window, sinks)  # type: ignore[no-untyped-call]
     return y
 
 
 def handles(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernel computes attention of these tensors on this machine."""
-    if {x.device.type for x in (q, k, v)} != {"cpu"} or len({x.dtype for x in (q, k, v)}) > 1:
-        return False
-    if q.dtype == torch.float32:
-        return True
-    return _is_bf16(q) and torch.cpu._is_avx512_bf16_supported() and q.shape[3] % 2 == v.shape[3] % 2 == 0
-
-
-def _is_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+    return computes(q, k, v) and (q.dtype == torch.float32 or q.shape[3] % 2 == v.shape[3] % 2 == 0)
 
 
 class _Attention(torch.autograd.Function):
@@ -67,21 +59,21 @@ class _Attention(torch.autograd.Function):
         (b, h, queries, d), (_, g, keys, e) = q.shape, v.shape
         y = q.new_empty(b, queries, h, e).transpose(1, 2)
         logsum = q.new_empty(b, h, queries, 1, dtype=torch.float32)
-        ctx.sizes = (ctypes.c_int64 * 8)(b, g, h // g, queries, keys, d, e, window or 0)
+        ctx.sizes = integers(b, g, h // g, queries, keys, d, e, window or 0)
         ctx.save_for_backward(q, k, v, y, logsum, sinks)
         logits = None if sinks is None else sinks.float().contiguous()
-        tensors = _addresses(q, k, v, y, logsum)
-        _library().attention_forward(_is_bf16(q), ctx.sizes, tensors, None if logits is None else logits.data_ptr())
+        tensors = views(q, k, v, y, logsum, strides=(0, 1, 2))
+        _library().attention_forward(is_bf16(q), ctx.sizes, tensors, views(logits, strides=()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, y, logsum, sinks = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dy = dense(dy)
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, logsum))
-        tensors = _addresses(q, k, v, y, logsum, dy, delta, dq, dk, dv)
-        _library().attention_backward(_is_bf16(q), ctx.sizes, tensors)
+        tensors = views(q, k, v, y, logsum, dy, delta, dq, dk, dv, strides=(0, 1, 2))
+        _library().attention_backward(is_bf16(q), ctx.sizes, tensors)
         if sinks is None:
             return dq, dk, dv, None, None
         # A sink has no value, so dP is zero there, and dS = P (0 - delta).
@@ -89,19 +81,5 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, -(weights * delta).sum((0, 2, 3)).to(sinks.dtype)
 
 
-def _addresses(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Address and strides over batch, heads and positions of each tensor."""
-    numbers = [number for x in tensors for number in (x.data_ptr(), *x.stride()[:3])]
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    from torch._inductor.codecache import CppCodeCache
-
-    library: ctypes.CDLL = CppCodeCache.load(SOURCE.read_text())
-    library.attention_forward.argtypes = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
-    library.attention_backward.argtypes = [ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p]
-    for function in (library.attention_forward, library.attention_backward):
-        function.restype = None
-    return library
+def _library() -> Any:
+    return library(SOURCE, "attention_forward", "attention_backward")

@@ -1,31 +1,12 @@
 // Causal attention of one block of queries and one block of keys at a time, forward and backward, in fp32 or bf16.
-// The README has the derivation and the letters. Products are oneDNN's kernels for small matrices (brgemm) and sum in
-// fp32. For bf16 they read their second operand in pairs of rows, (k/2, n, 2), which is called packed.
-
-#include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
-#include <ATen/native/CPUBlas.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <type_traits>
-#include <vector>
+// The README has the derivation and the letters. `common.h` comes before this text.
 
 namespace {
-
-using at::BFloat16;
-using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t QUERIES = 64;  // rows of a block
 constexpr int64_t KEYS = 512;    // columns of a block; the scores of a block fit into the second-level cache
 constexpr int64_t PAD = 32;      // keys are padded to a multiple, with zeros: two vectors, and whole pairs
 constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
-
-template <typename T>
-constexpr int64_t PAIR = std::is_same_v<T, BFloat16> ? 2 : 1;  // rows that a packed matrix interleaves
 
 int64_t padded(int64_t n) {
   return (n + PAD - 1) / PAD * PAD;
@@ -51,131 +32,27 @@ struct View {
   T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * position; }
 };
 
-// Memory of a thread, aligned and not initialised.
-class Memory {
- public:
-  template <typename T>
-  T* get(int64_t n) {
-    kept_.emplace_back(new char[n * sizeof(T) + 64]);
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept_.back().get()) + 63) & ~uintptr_t{63});
-  }
-
- private:
-  std::vector<std::unique_ptr<char[]>> kept_;
-};
-
-float value(float x) {
-  return x;
-}
-float value(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.x) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-void store(float x, float* to) {
-  *to = x;
-}
-void store(float x, BFloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  to->x = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-}
-
-void store(const Vec& low, const Vec& high, float* to) {
-  low.store(to);
-  high.store(to + Vec::size());
-}
-void store(const Vec& low, const Vec& high, BFloat16* to) {
-#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
-  // Torch's conversion takes some twenty instructions in place of this one.
-  _mm512_storeu_si512(to, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
-#else
-  at::vec::convert_float_bfloat16(low, high).store(to);
-#endif
-}
-
-// Packs x, (k, n) in rows that are `row` apart, as (k_out, n); the added rows are zero.
-void pack(const float* x, int64_t row, int64_t k, int64_t n, int64_t k_out, float* out) {
-  for (int64_t i = 0; i < k; ++i) std::memcpy(out + i * n, x + i * row, sizeof(float) * n);
-  std::fill(out + k * n, out + k_out * n, 0.f);
-}
-void pack(const BFloat16* x, int64_t row, int64_t k, int64_t n, int64_t k_out, BFloat16* out) {
-  auto bits = reinterpret_cast<const uint16_t*>(x);
-  auto pairs = reinterpret_cast<uint32_t*>(out);
-  for (int64_t i = 0; i < k; i += 2) {
-    const uint16_t *low = bits + i * row, *high = i + 1 < k ? low + row : nullptr;
-    uint32_t* line = pairs + i / 2 * n;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) line[j] = low[j] | (high ? static_cast<uint32_t>(high[j]) << 16 : 0u);
-  }
-  std::fill(pairs + (k + 1) / 2 * n, pairs + k_out / 2 * n, 0u);
-}
-
-// Packs the transpose of x, (n, k) in rows that are `row` apart, as (k, n_out); the added columns are zero.
-template <typename T>
-void pack_transposed(const T* x, int64_t row, int64_t n, int64_t k, int64_t n_out, T* out) {
-  using Bits = std::conditional_t<std::is_same_v<T, float>, float, uint32_t>;  // one or two channels
-  auto to = reinterpret_cast<Bits*>(out);
-  for (int64_t i = 0; i < k / PAIR<T>; ++i) {
-    const T* from = x + PAIR<T> * i;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) to[i * n_out + j] = *reinterpret_cast<const Bits*>(from + j * row);
-    std::fill(to + i * n_out + n, to + (i + 1) * n_out, Bits{});
-  }
-}
-
-// The transpose of x, (n, k) in rows that are `row` apart, as (k, n_out), not packed.
-template <typename T>
-void transpose(const T* x, int64_t row, int64_t n, int64_t k, int64_t n_out, T* out) {
-  std::fill(out, out + k * n_out, T{});
-  for (int64_t i = 0; i < k; ++i)
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[i * n_out + j] = x[j * row + i];
-}
-
-template <typename T>
-void copy(const T* x, int64_t row, int64_t n, int64_t k, int64_t n_out, T* out) {
-  for (int64_t j = 0; j < n; ++j) std::memcpy(out + j * k, x + j * row, sizeof(T) * k);
-  std::fill(out + n * k, out + n_out * k, T{});
-}
-
-// c (m, n) = a (m, k) b (k, n), or c + a b; b is packed.
-template <typename T>
-void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t row_a, const T* b, int64_t row_b, float* c,
-             int64_t row_c, bool add = false) {
-  at::native::cpublas::brgemm(m, n, k, row_a, row_b, row_c, add, a, b, c, PAIR<T> == 2);
-}
-
 // Hides the scores of a line outside of [from, to).
 void hide(float* line, int64_t n, int64_t from, int64_t to) {
   std::fill(line, line + std::clamp<int64_t>(from, 0, n), HIDDEN);
   std::fill(line + std::clamp<int64_t>(to, 0, n), line + n, HIDDEN);
 }
 
-// exp, to the accuracy of the weights that it becomes.
-template <typename T>
-Vec exponential(const Vec& x) {
-  return std::is_same_v<T, float> ? x.exp_u20() : x.fexp_u20();
-}
-
 // Weights exp(scale s - top) of a line of scores, and their sum.
 template <typename T>
 float weigh(const float* line, int64_t n, float scale, float top, T* weights) {
   Vec sum(0.f);
-  for (int64_t j = 0; j < n; j += 2 * Vec::size()) {
-    const Vec low = exponential<T>(Vec::loadu(line + j) * Vec(scale) - Vec(top));
-    const Vec high = exponential<T>(Vec::loadu(line + j + Vec::size()) * Vec(scale) - Vec(top));
-    sum = sum + low + high;
-    store(low, high, weights + j);
+  for (int64_t j = 0; j < n; j += WIDTH) {
+    const Vec weight = exponential<T>(load(line + j) * Vec(scale) - Vec(top));
+    sum = sum + weight;
+    store(weight, weights + j);
   }
   return sum.reduce_add();
 }
 
 float largest(const float* line, int64_t n) {
   Vec top(HIDDEN);
-  for (int64_t j = 0; j < n; j += Vec::size()) top = at::vec::maximum(top, Vec::loadu(line + j));
+  for (int64_t j = 0; j < n; j += WIDTH) top = at::vec::maximum(top, load(line + j));
   return top.reduce_max();
 }
 
@@ -186,13 +63,13 @@ void forward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v, 
   Memory shared;
   T* keys_packed = shared.get<T>(s.groups() * s.d * n_out);
   T* values_packed = shared.get<T>(s.groups() * s.e * n_out);
-  at::parallel_for(0, s.groups(), 1, [&](int64_t begin, int64_t end) {
+  parallel(s.groups(), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       pack_transposed(k.at(i / s.g, i % s.g, 0), k.position, s.n, s.d, n_out, keys_packed + i * s.d * n_out);
       pack(v.at(i / s.g, i % s.g, 0), v.position, s.n, s.e, n_out, values_packed + i * s.e * n_out);
     }
   });
-  at::parallel_for(0, s.groups() * s.r * s.blocks(), 1, [&](int64_t begin, int64_t end) {
+  parallel(s.groups() * s.r * s.blocks(), [&](int64_t begin, int64_t end) {
     Memory own;
     float* scores = own.get<float>(QUERIES * KEYS);
     T* weights = own.get<T>(QUERIES * KEYS);
@@ -232,7 +109,6 @@ void forward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v, 
         *logsum.at(b, h, row + i) = top[i] + std::log(total[i]);
       }
     }
-    at::native::cpublas::brgemm_release();
   });
 }
 
@@ -243,15 +119,10 @@ void differentiate(const Sizes& s, int64_t row, int64_t rows, int64_t key, int64
   for (int64_t j = 0; j < keys; ++j) {
     const int64_t at = j * QUERIES, first = key + j - (s.n - s.l) - row;  // the first query that sees the key
     hide(scores + at, QUERIES, first, s.window ? std::min(rows, first + s.window) : rows);
-    for (int64_t i = 0; i < QUERIES; i += 2 * Vec::size()) {
-      Vec p[2], ds[2];
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t c = i + half * Vec::size();
-        p[half] = exponential<T>(Vec::loadu(scores + at + c) * Vec(s.scale()) - Vec::loadu(logsum + c));
-        ds[half] = p[half] * (Vec::loadu(dweights + at + c) - Vec::loadu(delta + c));
-      }
-      store(p[0], p[1], weights + at + i);
-      store(ds[0], ds[1], dscores + at + i);
+    for (int64_t i = 0; i < QUERIES; i += WIDTH) {
+      const Vec weight = exponential<T>(load(scores + at + i) * Vec(s.scale()) - load(logsum + i));
+      store(weight, weights + at + i);
+      store(weight * (load(dweights + at + i) - load(delta + i)), dscores + at + i);
     }
   }
 }
@@ -260,7 +131,7 @@ template <typename T>
 void backward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v, View<const T> y, View<float> logsum,
               View<const T> dy, View<float> delta, View<T> dq, View<T> dk, View<T> dv) {
   const int64_t n_out = padded(s.n);
-  at::parallel_for(0, s.groups(), 1, [&](int64_t begin, int64_t end) {
+  parallel(s.groups(), [&](int64_t begin, int64_t end) {
     Memory own;
     float *scores = own.get<float>(KEYS * QUERIES), *dweights = own.get<float>(KEYS * QUERIES);
     T *weights = own.get<T>(KEYS * QUERIES), *dscores = own.get<T>(KEYS * QUERIES);
@@ -321,7 +192,6 @@ void backward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v,
         for (int64_t c = 0; c < s.e; ++c) store(dvalues[j * s.e + c], dv_row + c);
       }
     }
-    at::native::cpublas::brgemm_release();
   });
 }
 
@@ -348,9 +218,10 @@ void call_backward(const Sizes& s, const int64_t* t) {
 
 extern "C" {
 
-// tensors: q, k, v, y, logsum
-void attention_forward(bool bf16, const Sizes* sizes, const int64_t* tensors, const float* sinks) {
-  bf16 ? call_forward<BFloat16>(*sizes, tensors, sinks) : call_forward<float>(*sizes, tensors, sinks);
+// tensors: q, k, v, y, logsum; sinks may be null
+void attention_forward(bool bf16, const Sizes* sizes, const int64_t* tensors, const int64_t* sinks) {
+  auto logits = reinterpret_cast<const float*>(*sinks);
+  bf16 ? call_forward<BFloat16>(*sizes, tensors, logits) : call_forward<float>(*sizes, tensors, logits);
 }
 
 // tensors: q, k, v, y, logsum, dy, delta, dq, dk, dv
