@@ -15,6 +15,8 @@ from explore.kernels.causal_attention import bench as attention_bench
 from explore.kernels.causal_conv import bench as conv_bench
 from explore.kernels.causal_conv import causal_conv
 from explore.kernels.cpp import computes, timing
+from explore.kernels.grouped_experts import bench as experts_bench
+from explore.kernels.grouped_experts import grouped_experts
 from explore.kernels.rms_norm import bench as norm_bench
 from explore.kernels.rms_norm import rms_norm
 from explore.kernels.ssd_chunks import bench as ssd_bench
@@ -147,6 +149,27 @@ def test_the_scan_needs_gradients_of_one_output_only() -> None:
         torch.testing.assert_close(dX, expected)
 
 
+# Experts
+
+
+@by_dtype
+@pytest.mark.parametrize(
+    ("t", "k", "e", "d", "f"), [(40, 2, 4, 8, 16), (300, 3, 7, 48, 40), (5, 1, 3, 4, 6), (400, 2, 2, 20, 10)]
+)
+def test_experts_and_their_gradients_equal_the_definition(
+    t: int, k: int, e: int, d: int, f: int, dtype: torch.dtype
+) -> None:
+    """All tokens of the first experts together are more than a block; some experts have none."""
+    chosen = normal(t, e).add(torch.arange(e) < 2).topk(k).indices
+
+    def definition(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        of_all = torch.einsum("etf,efd->etd", torch.einsum("td,edf->etf", x, up).relu().square(), down)
+        return (of_all[chosen, torch.arange(t)[:, None]] * weights[..., None]).sum(1)
+
+    inputs = [normal(t, d, dtype=dtype), normal(t, k).abs(), normal(e, d, f, dtype=dtype), normal(e, f, d, dtype=dtype)]
+    assert_exact(lambda x, weights, up, down: grouped_experts(x, chosen, weights, up, down), definition, inputs, dtype)
+
+
 # All
 
 
@@ -158,15 +181,18 @@ def test_strong_decay_gives_finite_gradients() -> None:
     assert all(torch.isfinite(x).all() for x in (Y, *torch.autograd.grad(Y.sum(), (X, dt, A, B, C, D))))
 
 
-@pytest.mark.parametrize("bench", [conv_bench, norm_bench, ssd_bench], ids=lambda bench: bench.__name__.split(".")[-2])
+@pytest.mark.parametrize(
+    "bench", [conv_bench, experts_bench, norm_bench, ssd_bench], ids=lambda bench: bench.__name__.split(".")[-2]
+)
 def test_the_number_of_threads_changes_no_bit(bench: Any) -> None:
-    _, inputs = next(iter(bench.shapes())) if bench is not ssd_bench else ("", None)
-    tensors = ssd_bench.inputs((2, 40, 2, 4, 8, 8, 16), torch.float32) if inputs is None else inputs(torch.float32)
-    call = {
-        conv_bench: causal_conv,
-        norm_bench: norm_bench.kernel,
-        ssd_bench: lambda *tensors: ssd_bench.kernel(*tensors, q=16),
+    shape = {
+        conv_bench: (4, 100, 16, 4),
+        experts_bench: (300, 2, 5, 8, 12),
+        norm_bench: (200, 16, "gated"),
+        ssd_bench: (2, 40, 2, 4, 8, 8, 16),
     }[bench]
+    tensors = bench.inputs(shape, torch.float32)
+    call = bench.kernel if bench is not ssd_bench else lambda *tensors: ssd_bench.kernel(*tensors, q=16)
     n_threads, found = torch.get_num_threads(), []
     try:
         for n in (1, 2):
@@ -183,9 +209,10 @@ def test_the_number_of_threads_changes_no_bit(bench: Any) -> None:
     [
         lambda x: causal_conv(x, normal(4, 1, 2), None),
         lambda x: rms_norm(x, normal(4), EPS),
+        lambda x: grouped_experts(x[0], torch.zeros(3, 1).long(), x[0, :, :1], normal(1, 4, 2), normal(1, 2, 4)),
         lambda x: ssd_chunks(x[..., None, :], x[..., :1], normal(1), x[..., None, :], x[..., None, :], normal(1), 2),
     ],
-    ids=["conv", "norm", "ssd"],
+    ids=["conv", "norm", "experts", "ssd"],
 )
 def test_other_dtypes_are_refused_by_name(call: Callable[[Tensor], object]) -> None:
     with pytest.raises(ValueError, match=r"must be on a CPU, .* got torch\.float64.* on cpu"):
@@ -197,10 +224,11 @@ def test_other_dtypes_are_refused_by_name(call: Callable[[Tensor], object]) -> N
     [
         (attention_bench, (1, 64, 2, 1, 8)),
         (conv_bench, (1, 64, 8, 4)),
+        (experts_bench, (64, 2, 4, 8, 8)),
         (norm_bench, (64, 8, "gated")),
         (ssd_bench, (1, 64, 1, 2, 8, 8, 16)),
     ],
-    ids=["attention", "conv", "norm", "ssd"],
+    ids=["attention", "conv", "experts", "norm", "ssd"],
 )
 def test_a_bench_prints_a_line_for_each_way(
     bench: Any, shape: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -223,6 +223,9 @@ class MoEConfig(BlockConfig):
     def conventions(self, d_model: int, seq_len: int) -> Mapping[ConventionName, Mapping[str, int]]:
         return {"megatron": {"router": 0} | ({"shared_gate": 0} if self.shared_gate else {})}
 
+    def regions(self, seq_len: int) -> Mapping[str, int]:
+        return {} if is_gated(self.activation) or self.bias else {"experts": self.top_k * self.d_expert}
+
     def op_calls(self, d_model: int, batch_size: int, seq_len: int, dtype: torch.dtype) -> Mapping[str, Call]:
         n, k, d, f = self.n_experts, self.top_k, self.d_latent or d_model, self.d_expert
         x, up, down = leaf(batch_size * seq_len, d, dtype=dtype), leaf(n, d, f, dtype=dtype), leaf(n, f, d, dtype=dtype)

@@ -11,6 +11,7 @@ which is enough for the copy and for the sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from explore.ops.activation import Activation, activate
+from explore.ops.compilation import or_uncompiled
 from explore.ops.grouped import grouped_outer, grouped_product
 from explore.ops.linear import linear
 from explore.ops.low_precision import Layout, Quantizer
@@ -31,6 +33,7 @@ declare(
     OpPath("loop", reference=True, countable=True),
     OpPath("dense", decoding=True),
     OpPath("triton", default_on="cuda", needs="triton"),
+    OpPath("compiled", compiled=True),
 )
 
 
@@ -80,9 +83,23 @@ def experts(
         from explore.kernels.routed_experts import routed_experts
 
         return routed_experts(x, chosen, weights, up, gate, down, activation)
-    path = {"loop": _loop, "dense": _dense}.get(name, _padded)
+    path = _kernel() if name == "compiled" else {"loop": _loop, "dense": _dense}.get(name, _padded)
     offsets = (None if bias is None else bias.to(dtype) for bias in biases or (None, None, None))
     return path(x, chosen, weights, _Experts(activation, up, gate, down, *offsets))
+
+
+@cache
+def _kernel() -> Callable[[Tensor, Tensor, Tensor, _Experts], Tensor]:
+    """The C++ kernel, with `_padded` where the compiler fails or the kernel cannot handle the experts."""
+    from explore.kernels.grouped_experts import grouped_experts, handles
+
+    def fast(x: Tensor, chosen: Tensor, weights: Tensor, mlp: _Experts) -> Tensor:
+        is_plain = mlp.activation == "relu2" and mlp.up_bias is None
+        if is_plain and handles(x, mlp.up, mlp.down):
+            return grouped_experts(x, chosen, weights, mlp.up, mlp.down)
+        return _padded(x, chosen, weights, mlp)
+
+    return or_uncompiled(fast, _padded)
 
 
 class Visit(NamedTuple):

@@ -141,7 +141,7 @@ void backward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v,
     T *keys_copied = own.get<T>(s.d * n_out), *keys_transposed = own.get<T>(s.d * n_out);
     T* values_copied = own.get<T>(s.e * n_out);
     float *dkeys = own.get<float>(s.d * n_out), *dvalues = own.get<float>(s.e * n_out);
-    float* dqueries = own.get<float>(s.d * QUERIES);  // transposed
+    float *dqueries = own.get<float>(s.d * QUERIES), *turned = own.get<float>(QUERIES * s.d);  // the first transposed
     alignas(64) float logsums[QUERIES], deltas[QUERIES];
     for (int64_t group = begin; group < end; ++group) {
       const int64_t b = group / s.g, g = group % s.g;
@@ -178,10 +178,11 @@ void backward(const Sizes& s, View<const T> q, View<const T> k, View<const T> v,
           product(keys, s.d, QUERIES, dscores, QUERIES, q_packed, s.d, dkeys + j * s.d, s.d, true);
           product(s.d, QUERIES, keys, keys_transposed + j, n_out, dscores_packed, QUERIES, dqueries, QUERIES, j > start);
         }
+        turn(dqueries, QUERIES, s.d, rows, turned, s.d);
         for (int64_t i = 0; i < rows; ++i) {
           T* to = dq.at(b, h, row + i);
 #pragma omp simd
-          for (int64_t c = 0; c < s.d; ++c) store(dqueries[c * QUERIES + i] * s.scale(), to + c);
+          for (int64_t c = 0; c < s.d; ++c) store(turned[i * s.d + c] * s.scale(), to + c);
         }
       }
       for (int64_t j = 0; j < s.n; ++j) {

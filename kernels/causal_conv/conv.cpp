@@ -19,6 +19,13 @@ struct View {
   T* at(int64_t b, int64_t t) const { return data + b * batch + t * position; }
 };
 
+// Asks for the rows of a block. The passes over channels read them column by column, which the processor does not foresee.
+template <typename T>
+void fetch(const Sizes& s, const View<const T>& x, int64_t b, int64_t start, int64_t stop) {
+  for (int64_t t = start; t < std::min(s.l, stop); ++t)
+    for (int64_t c = 0; c < s.c; c += 64 / sizeof(T)) __builtin_prefetch(x.at(b, t) + c, 0, 2);
+}
+
 // Bias plus the sum of K taps times the last K inputs, oldest first.
 template <int K>
 Vec convolved(const Vec* taps, const Vec& bias, const Vec* inputs) {
@@ -62,6 +69,7 @@ void forward(const Sizes& s, View<const T> x, const float* taps, const float* bi
   parallel(s.b * s.blocks(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / s.blocks(), start = task % s.blocks() * ROWS, stop = std::min(s.l, start + ROWS);
+      fetch(s, x, b, start, stop);
       for (int64_t c = 0; c < s.c; c += WIDTH) {
         const Channels<K> channels(s, taps, bias, c);
         Vec inputs[K];
@@ -83,6 +91,8 @@ void backward(const Sizes& s, View<const T> x, const float* taps, const float* b
   parallel(s.b * s.blocks(), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / s.blocks(), start = task % s.blocks() * ROWS, stop = std::min(s.l, start + ROWS);
+      fetch(s, x, b, start, stop + K - 1);
+      fetch(s, dy, b, start, stop + K - 1);
       for (int64_t c = 0; c < s.c; c += WIDTH) {
         const Channels<K> channels(s, taps, bias, c);
         // du is the gradient before SiLU, of the last K positions. The input at t affects the K positions from t on.

@@ -134,6 +134,17 @@ inline void pack(const BFloat16* x, int64_t row, int64_t k, int64_t n, int64_t k
   std::fill(pairs + (k + 1) / 2 * n, pairs + k_out / 2 * n, 0u);
 }
 
+// The transpose of x, (n, k), as (k, n), each in rows that are `row` and `row_out` apart.
+inline void turn(const float* x, int64_t row, int64_t n, int64_t k, float* out, int64_t row_out) {
+#if defined(CPU_CAPABILITY_AVX512)
+  at::vec::transpose_mxn<float>(x, row, out, row_out, n, k);
+#else
+  for (int64_t i = 0; i < k; ++i)
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[i * row_out + j] = x[j * row + i];
+#endif
+}
+
 // Packs the transpose of x, (n, k) in rows that are `row` apart, as (k, n_out); the added columns are zero.
 template <typename T>
 void pack_transposed(const T* x, int64_t row, int64_t n, int64_t k, int64_t n_out, T* out) {
@@ -142,12 +153,8 @@ void pack_transposed(const T* x, int64_t row, int64_t n, int64_t k, int64_t n_ou
   const int64_t lines = k / PAIR<T>;
   if (n < n_out)
     for (int64_t i = 0; i < lines; ++i) std::fill(to + i * n_out + n, to + (i + 1) * n_out, Bits{});
-#if defined(CPU_CAPABILITY_AVX512)
-  if (row % PAIR<T> == 0) {
-    auto from = reinterpret_cast<const float*>(x);
-    return at::vec::transpose_mxn<float>(from, row / PAIR<T>, reinterpret_cast<float*>(out), n_out, n, lines);
-  }
-#endif
+  if (row % PAIR<T> == 0)
+    return turn(reinterpret_cast<const float*>(x), row / PAIR<T>, n, lines, reinterpret_cast<float*>(out), n_out);
   for (int64_t i = 0; i < lines; ++i) {
     const T* from = x + PAIR<T> * i;
 #pragma omp simd
