@@ -19,6 +19,8 @@ from explore.kernels.grouped_experts import bench as experts_bench
 from explore.kernels.grouped_experts import grouped_experts
 from explore.kernels.rms_norm import bench as norm_bench
 from explore.kernels.rms_norm import rms_norm
+from explore.kernels.row_cross_entropy import bench as loss_bench
+from explore.kernels.row_cross_entropy import row_cross_entropy
 from explore.kernels.ssd_chunks import bench as ssd_bench
 from explore.kernels.ssd_chunks import ssd_chunks
 from explore.ops import forced_paths, paths_in_use
@@ -170,6 +172,26 @@ def test_experts_and_their_gradients_equal_the_definition(
     assert_exact(lambda x, weights, up, down: grouped_experts(x, chosen, weights, up, down), definition, inputs, dtype)
 
 
+# The loss
+
+
+@by_dtype
+@pytest.mark.parametrize("shape", [(5, 3), (70, 100), (2, 16), (1, 1), (0, 9)])
+def test_losses_and_the_gradient_of_logits_equal_torchs(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if not computes(torch.empty(0, dtype=dtype)):
+        pytest.skip("this CPU has no bf16 instructions")
+    logits = (30 * normal(*shape)).to(dtype)
+    targets = torch.randint(shape[1], shape[:1], generator=torch.Generator().manual_seed(0))
+    targets[1:2] = -100
+    exact = logits.double().requires_grad_()
+    truth = F.cross_entropy(exact, targets, reduction="none")
+    losses = row_cross_entropy(logits, targets, -100)
+    torch.testing.assert_close(losses.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+    if len(logits):
+        (gradient,) = torch.autograd.grad(truth.sum(), exact)
+        assert (logits.double() - gradient).norm() <= TOLERANCES[dtype] * gradient.norm() + 1e-6
+
+
 # All
 
 
@@ -188,6 +210,7 @@ def test_the_number_of_threads_changes_no_bit(bench: Any) -> None:
     shape = {
         conv_bench: (4, 100, 16, 4),
         experts_bench: (300, 2, 5, 8, 12),
+        loss_bench: (50, 33),
         norm_bench: (200, 16, "gated"),
         ssd_bench: (2, 40, 2, 4, 8, 8, 16),
     }[bench]
@@ -210,12 +233,13 @@ def test_the_number_of_threads_changes_no_bit(bench: Any) -> None:
         lambda x: causal_conv(x, normal(4, 1, 2), None),
         lambda x: rms_norm(x, normal(4), EPS),
         lambda x: grouped_experts(x[0], torch.zeros(3, 1).long(), x[0, :, :1], normal(1, 4, 2), normal(1, 2, 4)),
+        lambda x: row_cross_entropy(x[0], torch.zeros(3).long(), -100),
         lambda x: ssd_chunks(x[..., None, :], x[..., :1], normal(1), x[..., None, :], x[..., None, :], normal(1), 2),
     ],
-    ids=["conv", "norm", "experts", "ssd"],
+    ids=["conv", "norm", "experts", "loss", "ssd"],
 )
 def test_other_dtypes_are_refused_by_name(call: Callable[[Tensor], object]) -> None:
-    with pytest.raises(ValueError, match=r"must be on a CPU, .* got torch\.float64.* on cpu"):
+    with pytest.raises(ValueError, match=r"must be .*on a CPU, .* got torch\.float64.* on cpu"):
         call(normal(1, 3, 4, dtype=torch.float64))
 
 
@@ -225,10 +249,11 @@ def test_other_dtypes_are_refused_by_name(call: Callable[[Tensor], object]) -> N
         (attention_bench, (1, 64, 2, 1, 8)),
         (conv_bench, (1, 64, 8, 4)),
         (experts_bench, (64, 2, 4, 8, 8)),
+        (loss_bench, (16, 9)),
         (norm_bench, (64, 8, "gated")),
         (ssd_bench, (1, 64, 1, 2, 8, 8, 16)),
     ],
-    ids=["attention", "conv", "experts", "norm", "ssd"],
+    ids=["attention", "conv", "experts", "loss", "norm", "ssd"],
 )
 def test_a_bench_prints_a_line_for_each_way(
     bench: Any, shape: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

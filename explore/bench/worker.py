@@ -172,8 +172,10 @@ def region(shape: str, op: str, precision: str) -> dict[str, Any]:
     """Nanoseconds per element of an op, and seconds of its compilation with an empty cache."""
     size = SHAPES[shape]
     blocks = (block for model in families(size.d_model).values() for block in model.layers)
-    per_block = [{"norm": size.d_model, **block.regions(size.seq_len)} for block in blocks]
-    n_elements = next(found[op] for found in per_block if op in found)
+    around = {"norm": size.d_model, "loss": 4 * size.d_model}  # as in `op_calls`
+    n_elements = next(
+        found[op] for found in (around, *(block.regions(size.seq_len) for block in blocks)) if op in found
+    )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     torch.manual_seed(0)
     calls = op_calls(size.d_model, size.batch_tokens, size.seq_len, dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from explore.ops.compilation import or_uncompiled
 from explore.ops.paths import OpPath, declare, path_of, product_dtype
 
 declare(
@@ -18,6 +20,7 @@ declare(
     OpPath("sliced", default_on="any"),
     OpPath("whole", reference=True, countable=True),
     OpPath("triton", default_on="cuda", needs="triton"),
+    OpPath("compiled", compiled=True),
 )
 
 
@@ -99,6 +102,32 @@ class HeadGradients:
             self.dweight += dlogits.T @ self.hidden[rows]
 
 
+def _differentiated(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each row of logits, and the gradient of their sum."""
+    ignored = (targets == IGNORED).unsqueeze(1)
+    target = targets.unsqueeze(1).masked_fill(ignored, 0)
+    logits = logits.float()
+    logits -= logits.amax(1, keepdim=True)
+    picked = logits.gather(1, target)
+    softmax = logits.exp_()
+    norm = softmax.sum(1, keepdim=True)
+    dlogits = softmax.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
+    return (norm.log() - picked).masked_fill(ignored, 0), dlogits.masked_fill_(ignored, 0)
+
+
+@cache
+def _kernel() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The C++ kernel, with `_differentiated` where the compiler fails or the kernel cannot handle the logits."""
+    from explore.kernels.row_cross_entropy import handles, row_cross_entropy
+
+    def fast(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not handles(logits):
+            return _differentiated(logits, targets)
+        return row_cross_entropy(logits, targets, IGNORED), logits  # the gradient is where the logits were
+
+    return or_uncompiled(fast, _differentiated)
+
+
 class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -106,18 +135,12 @@ class _Sliced(torch.autograd.Function):
         gradients = HeadGradients(hidden, weight)
         hidden, weight = gradients.hidden, gradients.weight
         total = hidden.new_zeros((), dtype=torch.float32)
+        differentiate = _kernel() if path_of("loss", hidden.device.type) == "compiled" else _differentiated
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in token_slices(hidden, weight):
-                ignored = (targets[rows] == IGNORED).unsqueeze(1)
-                target = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
-                logits = (hidden[rows] @ weight.T).float()
-                logits -= logits.amax(1, keepdim=True)
-                picked = logits.gather(1, target)
-                softmax = logits.exp_()
-                norm = softmax.sum(1, keepdim=True)
-                total += (norm.log() - picked).masked_fill(ignored, 0).sum()
-                dlogits = softmax.div_(norm).scatter_add_(1, target, torch.full_like(norm, -1))
-                gradients.add(rows, dlogits.masked_fill_(ignored, 0))
+                losses, dlogits = differentiate(hidden[rows] @ weight.T, targets[rows])
+                total += losses.sum()
+                gradients.add(rows, dlogits)
         ctx.save_for_backward(gradients.dhidden, gradients.dweight)
         return total
 

@@ -128,12 +128,13 @@ def _quantizer(table: pd.DataFrame, model: ModelConfig, recipe: Recipe, n_tokens
 
 
 def _calls(model: ModelConfig, seq_len: int) -> Iterator[tuple[str, float]]:
-    """The ops of each layer, including multi-token prediction, with their elements per token of the sequence."""
+    """The ops of loss and layers, including multi-token prediction, with their elements per token of the sequence."""
     depths = [(model.layers, seq_len)]
     if model.mtp is not None:
         blocks = tuple(model.blocks[letter] for letter in model.mtp.pattern)
         depths += [(blocks, seq_len - k) for k in range(1, model.mtp.n_depths + 1)]
     for blocks, length in depths:
+        yield "loss", model.vocab_size * length / seq_len
         for block in blocks:
             for op, n_elements in {"norm": model.d_model, **block.regions(length)}.items():
                 yield op, n_elements * length / seq_len
