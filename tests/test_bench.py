@@ -28,7 +28,7 @@ from explore.bench.text import FORMS
 from explore.bench.worker import train_step
 from explore.blocks import KINDS
 from explore.ops import PATHS
-from explore.train import regions
+from explore.train import COMPILED, regions
 
 
 def test_bench_families_match_their_names_and_latent_ones_are_no_larger() -> None:
@@ -101,16 +101,18 @@ def test_a_trial_is_timed_up_to_its_first_step() -> None:
     ("family", "bound"),
     [("attention + MLP", 0.001), ("Mamba + MLP", 0.001), ("hybrid MoE", 0.01), ("hybrid LatentMoE", 0.01)],
 )
-def test_fast_paths_train_like_the_reference(family: str, bound: float) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_fast_paths_train_like_the_reference(family: str, bound: float, kernels: bool) -> None:
     """The last bit can change a router's choice of expert, so with routers the losses diverge earlier."""
-    for record in compare_curves("tiny", 30, names=[family]):
+    for record in compare_curves("tiny", 30, dict.fromkeys(COMPILED, "compiled") if kernels else None, [family]):
         assert record["n_steps"] == 30
         assert 0 < record["mean"] < (bound if record["precision"] == "fp32" else 0.01)
 
 
-BOUNDS = {"attention + MLP": 0.8, "hybrid LatentMoE": 1.3}
+BOUNDS = {"attention + MLP": 1.0, "hybrid LatentMoE": 1.8}
 """Minimum ratio to the tokens per second of transformers. The first family gains least; the second has every kind of
-op. The least ratios measured on three kinds of processor are 1.14 and 2.06; other tests run beside this one."""
+op. The least ratios measured on three kinds of processor were 1.14 and 2.06, before the C++ kernels; other tests run
+beside this one."""
 
 
 @pytest.mark.slow

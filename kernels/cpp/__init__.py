@@ -57,9 +57,13 @@ def computes(*tensors: Tensor) -> bool:
     """Whether kernels compute these tensors: all fp32 on a CPU, or all bf16 on a CPU with AVX-512 bf16."""
     dtypes = {x.dtype for x in tensors}
     on_cpu = all(x.device.type == "cpu" for x in tensors)
-    return on_cpu and (
-        dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and torch.cpu._is_avx512_bf16_supported())
-    )
+    return on_cpu and (dtypes == {torch.float32} or (dtypes == {torch.bfloat16} and _has_bf16()))
+
+
+@cache
+def _has_bf16() -> bool:
+    """Whether the CPU has the instructions, and oneDNN may use them (ONEDNN_MAX_CPU_ISA)."""
+    return torch.cpu._is_avx512_bf16_supported() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def is_bf16(x: Tensor) -> ctypes.c_bool:

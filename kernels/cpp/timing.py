@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from explore.kernels.cpp import computes
+
 REPEATS = 11
 
 Inputs = Callable[[torch.dtype], Sequence[Tensor]]
@@ -34,7 +36,7 @@ def run(
     torch.set_num_threads(parser.parse_args(arguments).threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ms forward, and with backward")
     print(f"{'shape':>30} {'dtype':>9} {'way':>7} {'forward':>8} {'both':>8} {'error':>8} {'of gradients':>13}")
-    dtypes = [torch.float32, *([torch.bfloat16] if torch.cpu._is_avx512_bf16_supported() else [])]
+    dtypes = [dtype for dtype in (torch.float32, torch.bfloat16) if computes(torch.empty(0, dtype=dtype))]
     for name, inputs in shapes:
         exact = results([*ways.values()][-1], inputs(torch.float64))
         for dtype in dtypes:
