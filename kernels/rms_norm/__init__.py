@@ -46,7 +46,7 @@ def handles(x: Tensor, z: Tensor | None = None) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return dense(x.flatten(0, -2) if x.ndim != 2 else x)
+    return dense(x.reshape(-1, x.shape[-1]))
 
 
 class _Norm(torch.autograd.Function):
