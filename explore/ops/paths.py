@@ -26,7 +26,7 @@ class OpPath(NamedTuple):
         countable: torch's dispatcher sees all its matrix products, and they are those that the ledger counts.
         backward: whether it has a backward pass. A path without one computes a few positions in decoding; larger inputs
             and gradients use another path.
-        compiled: it needs a C++ compiler: a kernel of `explore.kernels`, compiled once per machine in ten seconds, or
+        compiled: it needs a C++ compiler: a kernel of `explore.kernels`, all of which are compiled once per machine, or
             code that torch compiles once per shape.
         stepwise: it computes positions one after another, so it is slow for long sequences.
         decoding: a compiled decoding step uses it.

@@ -1,7 +1,8 @@
 """Chooses the ops that a run compiles: those that save more time than their compilation takes.
 
-The saving is read from a measured table, `regions.csv`: nanoseconds per element, forward and backward, default and
-compiled, seconds of a first compilation, and number of threads. `explore bench --what regions --save` measures a new
+The C++ kernels are compiled together, so they are worth it if all of them together save enough. The saving is read from
+a measured table, `regions.csv`: nanoseconds per element, forward and backward, default and compiled, seconds of a first
+compilation, and number of threads. `explore bench --what regions --save` measures a new
 table on this machine, which is used from then on.
 """
 
@@ -31,7 +32,7 @@ QUANTIZE = "quantize"
 """The op that quantises operands of any block if the precision recipe does."""
 
 COMPILED = tuple(op for op in paths_that(lambda path: path.compiled) if op != QUANTIZE)
-"""Ops of blocks that have an implementation named `compiled`."""
+"""Ops that have a C++ kernel."""
 
 
 def own_table() -> Path:
@@ -47,9 +48,10 @@ def compiled_ops(
     device: str = "cpu",
     recipe: Recipe | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Returns the ops worth compiling, each with the seconds saved and spent; never an op whose path is forced.
+    """Returns the ops worth compiling, each with the seconds it saves and its share of the seconds spent.
 
-    Only on a CPU with a C++ compiler: on CUDA, kernels take the place of compilation.
+    An op whose path is forced is never among them. Only on a CPU with a C++ compiler: on CUDA, kernels take the place
+    of compilation.
 
     Args:
         n_tokens: number of tokens that one process trains on.
@@ -88,18 +90,22 @@ def _gains(
     calls = list(_calls(model, seq_len))
     own = own_table()
     table = _read(own if own.exists() else SHIPPED)
-    found: dict[str, tuple[float, float]] = {}
+    kernels: dict[str, float] = {}
+    compile_s = 0.0
     for op in COMPILED:
         n_elements = n_tokens * sum(n for name, n in calls if name == op)
         if n_elements and not is_forced(op):
-            found[op] = _saved(_row(table, op, precision), n_elements)
+            saves, costs = _saved(_row(table, op, precision), n_elements)
+            if saves > 0:
+                kernels[op], compile_s = saves, max(compile_s, costs)
+    found: dict[str, tuple[float, float]] = {}
+    if sum(kernels.values()) > MARGIN * compile_s:  # one compilation for all of them
+        found = {op: (saves, compile_s / len(kernels)) for op, saves in kernels.items()}
     if recipe is not None and not is_forced(QUANTIZE):
-        found[QUANTIZE] = _quantizer(table, model, recipe, n_tokens)
-    return {
-        op: {"saves_s": round(saves, 1), "costs_s": round(costs, 1)}
-        for op, (saves, costs) in found.items()
-        if saves > MARGIN * costs
-    }
+        saves, costs = _quantizer(table, model, recipe, n_tokens)
+        if saves > MARGIN * costs:
+            found[QUANTIZE] = saves, costs
+    return {op: {"saves_s": round(saves, 1), "costs_s": round(costs, 1)} for op, (saves, costs) in found.items()}
 
 
 def _saved(row: pd.Series[float], n_elements: float, n_shapes: int = 1) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
-
-SOURCE = Path(__file__).with_name("attention.cpp")
 
 
 def causal_attention(
@@ -24,8 +21,7 @@ def causal_attention(
 ) -> Float[Tensor, "b h l e"]:
     """Computes softmax(Q K^T / sqrt(d)) V for queries that are the last l of n positions; differentiable once.
 
-    q, k and v are all fp32 or all bf16. Sums and the softmax are fp32. The first call compiles the kernel, in a quarter
-    of a minute; torch keeps the result with its own compiled code.
+    q, k and v are all fp32 or all bf16. Sums and the softmax are fp32.
 
     Args:
         window: maximum number of positions that a query sees, including its own; None is unlimited.
@@ -63,7 +59,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, y, logsum, sinks)
         logits = None if sinks is None else sinks.float().contiguous()
         tensors = views(q, k, v, y, logsum, strides=(0, 1, 2))
-        _library().attention_forward(is_bf16(q), ctx.sizes, tensors, views(logits, strides=()))
+        library().attention_forward(is_bf16(q), ctx.sizes, tensors, views(logits, strides=()))
         return y
 
     @staticmethod
@@ -73,13 +69,9 @@ class _Attention(torch.autograd.Function):
         dy = dense(dy)
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, logsum))
         tensors = views(q, k, v, y, logsum, dy, delta, dq, dk, dv, strides=(0, 1, 2))
-        _library().attention_backward(is_bf16(q), ctx.sizes, tensors)
+        library().attention_backward(is_bf16(q), ctx.sizes, tensors)
         if sinks is None:
             return dq, dk, dv, None, None
         # A sink has no value, so dP is zero there, and dS = P (0 - delta).
         weights = (sinks.float().view(-1, 1, 1) - logsum).exp()
         return dq, dk, dv, None, -(weights * delta).sum((0, 2, 3)).to(sinks.dtype)
-
-
-def _library() -> Any:
-    return library(SOURCE, "attention_forward", "attention_backward")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
 
-SOURCE = Path(__file__).with_name("conv.cpp")
 ROWS, MAX_TAPS = 64, 4
 """Positions of a block, and the largest number of taps, as in the source."""
 
@@ -55,7 +53,7 @@ class _Conv(torch.autograd.Function):
         ctx.sizes = integers(b, seq, c, k, silu)
         ctx.save_for_backward(x, weight, bias)
         filters, y = _filters(weight, bias), x.new_empty(x.shape)
-        _library().conv_forward(is_bf16(x), ctx.sizes, views(x, *filters, y, strides=(0, -2)))
+        library().conv_forward(is_bf16(x), ctx.sizes, views(x, *filters, y, strides=(0, -2)))
         return y
 
     @staticmethod
@@ -66,7 +64,7 @@ class _Conv(torch.autograd.Function):
         dx, dtaps = x.new_empty(x.shape), x.new_empty(b * -(-seq // ROWS), k + 1, c, dtype=torch.float32)
         filters, dy = _filters(weight, bias), dense(dy)
         tensors = views(x, *filters, dy, dx, dtaps, strides=(0, -2))
-        _library().conv_backward(is_bf16(x), ctx.sizes, tensors)
+        library().conv_backward(is_bf16(x), ctx.sizes, tensors)
         dtaps = dtaps.sum(0).to(weight.dtype)
         return dx, dtaps[:k].T.unsqueeze(1), None if bias is None else dtaps[k].to(bias.dtype), None
 
@@ -74,7 +72,3 @@ class _Conv(torch.autograd.Function):
 def _filters(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Taps as (k, c), and the bias as (1, c), in fp32."""
     return weight[:, 0].T.float().contiguous(), None if bias is None else bias.float().contiguous().unsqueeze(0)
-
-
-def _library() -> Any:
-    return library(SOURCE, "conv_forward", "conv_backward")

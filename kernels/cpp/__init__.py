@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,24 +11,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-COMMON = Path(__file__).with_name("common.h")
+FOLDER = Path(__file__).parent
 
 
 @cache
-def library(source: Path, *functions: str) -> ctypes.CDLL:
-    """Compiles a kernel, in some ten seconds; torch keeps the result with its own compiled code.
+def library() -> ctypes.CDLL:
+    """Compiles all C++ kernels together, in twenty seconds; torch keeps the result with its own compiled code.
 
-    Args:
-        functions: names of its functions. Each takes whether tensors are bf16, and addresses.
+    Most of that time goes into the headers, so one library takes little longer than one kernel. The source of each
+    kernel is in a namespace with the name of its folder. A function takes whether tensors are bf16, and addresses.
 
     Raises:
         RuntimeError: the compiler is missing or fails; an error of `torch._inductor.exc`.
     """
     from torch._inductor.codecache import CppCodeCache
 
-    loaded: ctypes.CDLL = CppCodeCache.load(COMMON.read_text() + source.read_text())
-    for name in functions:
-        getattr(loaded, name).restype = None
+    sources = sorted(FOLDER.parent.glob("*/*.cpp"))
+    parts = [f"namespace {source.parent.name} {{\n{source.read_text()}\n}}\n" for source in sources]
+    loaded: ctypes.CDLL = CppCodeCache.load((FOLDER / "common.h").read_text() + "".join(parts))
+    for source in sources:
+        for name in re.findall(r"^void (\w+)\(bool", source.read_text(), re.MULTILINE):
+            getattr(loaded, name).restype = None
     return loaded
 
 

@@ -1,11 +1,12 @@
 // What the C++ kernels share: vectors of fp32 read from and written to tensors in fp32 or bf16, memory of a thread, and
-// products of small matrices. Each kernel is compiled with this text before its own.
+// products of small matrices. It is compiled together with all kernels, and comes before them.
 
 #include <ATen/Parallel.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
-
-SOURCE = Path(__file__).with_name("experts.cpp")
 
 
 def grouped_experts(
@@ -55,7 +52,7 @@ class _Experts(torch.autograd.Function):
         rows, y = x.new_empty(t * k, d), x.new_empty(t, d)
         ctx.save_for_backward(x, weights, up, down, first, order, row_of)
         tensors = views(x, chosen, weights, up, down, first, order, row_of, rows, y, strides=(0,))
-        _library().experts_forward(is_bf16(x), ctx.sizes, tensors)
+        library().experts_forward(is_bf16(x), ctx.sizes, tensors)
         return y
 
     @staticmethod
@@ -65,9 +62,5 @@ class _Experts(torch.autograd.Function):
         dy, dx, dup, ddown = dense(dy), x.new_empty(x.shape), torch.empty_like(up), torch.empty_like(down)
         dweights, rows = torch.empty_like(weights), x.new_empty(weights.numel(), x.shape[1])
         tensors = views(x, weights, up, down, *sorting, dy, dx, dweights, dup, ddown, rows, strides=(0,))
-        _library().experts_backward(is_bf16(x), ctx.sizes, tensors)
+        library().experts_backward(is_bf16(x), ctx.sizes, tensors)
         return dx, None, dweights, dup, ddown
-
-
-def _library() -> Any:
-    return library(SOURCE, "experts_forward", "experts_backward")

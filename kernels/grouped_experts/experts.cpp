@@ -1,8 +1,6 @@
 // Routed experts with squared ReLU: sorting, gathering, both products and the weighted sum, forward and backward.
 // The README has the derivation and the letters. `common.h` comes before this text.
 
-#include <atomic>
-
 namespace {
 
 constexpr int64_t ROWS = 128;  // choices of an expert that are computed together

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
 
-SOURCE = Path(__file__).with_name("norm.cpp")
 ROWS = 64
 """Rows of a block, as in the source."""
 
@@ -56,7 +54,7 @@ class _Norm(torch.autograd.Function):
         w, y, r = _line(weight), x.new_empty(x.shape), x.new_empty(len(x), n_groups, dtype=torch.float32)
         ctx.save_for_backward(x, z, weight, r)
         tensors = views(x, z, w, y, r, strides=(0,))
-        _library().norm_forward(is_bf16(x), ctx.sizes, tensors, ctypes.byref(ctypes.c_double(eps)))
+        library().norm_forward(is_bf16(x), ctx.sizes, tensors, ctypes.byref(ctypes.c_double(eps)))
         return y
 
     @staticmethod
@@ -65,13 +63,9 @@ class _Norm(torch.autograd.Function):
         x, z, weight, r = ctx.saved_tensors
         w, dy, dx, dz = _line(weight), dense(dy), x.new_empty(x.shape), None if z is None else z.new_empty(z.shape)
         dweight = x.new_empty(-(-len(x) // ROWS), x.shape[1], dtype=torch.float32)
-        _library().norm_backward(is_bf16(x), ctx.sizes, views(x, z, w, r, dy, dx, dz, dweight, strides=(0,)))
+        library().norm_backward(is_bf16(x), ctx.sizes, views(x, z, w, r, dy, dx, dz, dweight, strides=(0,)))
         return dx, dz, dweight.sum(0).to(weight.dtype), None, None
 
 
 def _line(weight: Tensor) -> Tensor:
     return weight.float().contiguous()
-
-
-def _library() -> Any:
-    return library(SOURCE, "norm_forward", "norm_backward")

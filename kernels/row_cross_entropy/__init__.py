@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from explore.kernels.cpp import computes, integers, is_bf16, library, views
-
-SOURCE = Path(__file__).with_name("loss.cpp")
 
 
 def row_cross_entropy(
@@ -35,7 +31,7 @@ def row_cross_entropy(
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     targets = targets.contiguous()
     tensors = views(logits, targets, losses, strides=())
-    library(SOURCE, "cross_entropy_rows").cross_entropy_rows(is_bf16(logits), integers(*logits.shape, ignored), tensors)
+    library().cross_entropy_rows(is_bf16(logits), integers(*logits.shape, ignored), tensors)
     return losses
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from explore.kernels.cpp import computes, dense, integers, is_bf16, library, views
-
-SOURCE = Path(__file__).with_name("ssd.cpp")
 
 
 def ssd_chunks(
@@ -70,7 +67,7 @@ class _Chunks(torch.autograd.Function):
         ctx.save_for_backward(X, dt, A, B, C, D, states)
         ctx.with_state = state is not None
         ctx.set_materialize_grads(False)
-        _library().ssd_forward(
+        library().ssd_forward(
             is_bf16(X), ctx.sizes, _views(X, B, C, Y), views(dt, A, D, state, after, states, strides=())
         )
         return Y, after
@@ -85,7 +82,7 @@ class _Chunks(torch.autograd.Function):
         ddt, dA, dD = (torch.empty_like(dt) for _ in range(3))
         dbefore = dt.new_empty(X.shape[0], *X.shape[2:], B.shape[3]) if ctx.with_state else None
         many = _views(X, B, C, dY, dX, dB, dC)
-        _library().ssd_backward(
+        library().ssd_backward(
             is_bf16(X), ctx.sizes, many, views(dt, A, D, states, dafter, ddt, dA, dD, dbefore, strides=())
         )
         return dX, ddt, dA.sum((0, 1)), dB, dC, dD.sum((0, 1)), None, dbefore
@@ -100,7 +97,3 @@ def _views(X: Tensor, B: Tensor, C: Tensor, *others: Tensor) -> Any:
     """Each tensor by groups: the heads of a group are side by side in X, Y and their gradients."""
     g = B.shape[2]
     return views(*(x.unflatten(2, (g, -1)) for x in (X, B, C, *others)), strides=(0, 1, 2))
-
-
-def _library() -> Any:
-    return library(SOURCE, "ssd_forward", "ssd_backward")
