@@ -2,8 +2,8 @@
 
 The C++ kernels are compiled together, so they are worth it if all of them together save enough. The saving is read from
 a measured table, `regions.csv`: nanoseconds per element, forward and backward, default and compiled, seconds of a first
-compilation, and number of threads. `explore bench --what regions --save` measures a new
-table on this machine, which is used from then on.
+compilation, and number of threads. `explore bench --what regions --save` measures a new table on this machine, which is
+used from then on.
 """
 
 from __future__ import annotations

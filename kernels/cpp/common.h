@@ -86,6 +86,11 @@ void store(const Vec& x, T* to, int64_t n) {
   std::copy(values, values + n, to);
 }
 
+template <typename T>
+void convert(const float* x, int64_t n, T* out) {
+  for (int64_t c = 0; c < n; c += WIDTH) store(load(x + c, n - c), out + c, n - c);
+}
+
 // exp, to the accuracy of the dtype of the tensors that it is computed for.
 template <typename T>
 Vec exponential(const Vec& x) {

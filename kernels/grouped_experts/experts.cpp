@@ -74,7 +74,7 @@ void forward(const Sizes& s, const T* x, int64_t row, const int64_t* chosen, con
           store(positive * positive, inner + c, n * s.f - c);
         }
         product(n, s.d, s.f, inner, s.f, down_packed, s.d, out, s.d);
-        for (int64_t c = 0; c < n * s.d; c += WIDTH) store(load(out + c), rows + start * s.d + c, n * s.d - c);
+        convert(out, n * s.d, rows + start * s.d);
       }
     };
   });
@@ -129,13 +129,11 @@ void backward(const Sizes& s, const T* x, int64_t row, const float* weights, con
         pack(du, ROWS, s.f, ROWS, s.f, du_packed);
         product(s.d, ROWS, s.f, up_here, s.f, du_packed, ROWS, dx_transposed, ROWS);
         turn(dx_transposed, ROWS, s.d, n, turned, s.d);
-        for (int64_t c = 0; c < n * s.d; c += WIDTH) store(load(turned + c), rows + start * s.d + c, n * s.d - c);
+        convert(turned, n * s.d, rows + start * s.d);
       }
-      for (int64_t c = 0; c < s.f * s.d; c += WIDTH)
-        store(load(ddown_sum + c), ddown + i * s.f * s.d + c, s.f * s.d - c);
+      convert(ddown_sum, s.f * s.d, ddown + i * s.f * s.d);
       turn(dup_sum, s.d, s.f, s.d, ddown_sum, s.f);
-      for (int64_t c = 0; c < s.f * s.d; c += WIDTH)
-        store(load(ddown_sum + c), dup + i * s.d * s.f + c, s.f * s.d - c);
+      convert(ddown_sum, s.f * s.d, dup + i * s.d * s.f);
     };
   });
   combine(s, rows, row_of, nullptr, dx);

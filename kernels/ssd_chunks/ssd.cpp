@@ -67,11 +67,6 @@ void scale(const Sizes& s, const T* x, int64_t row, const float* factors, int64_
     });
 }
 
-template <typename T>
-void convert(const float* x, int64_t n, T* out) {
-  for (int64_t c = 0; c < n; c += WIDTH) store(load(x + c, n - c), out + c, n - c);
-}
-
 // From states as (r, p, n) to states as (n, columns), or to zeros.
 void read_states(const Sizes& s, const float* states, float* out) {
   for (int64_t c = 0; c < s.columns(); ++c)
